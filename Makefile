@@ -1,0 +1,29 @@
+# `make demo` and `make test` do all their own set-up: they need Python (3.11 or newer), make and pip, nothing else.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+export PYTHONWARNINGS ?= ignore::UserWarning:multiprocessing.resource_tracker
+
+.PHONY: demo test lint clean
+
+demo: $(READY)
+	$(BIN)/microglia demo --out runs/demo
+
+test: $(READY) lint
+	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+# torch first and alone: with it in place nothing else asks for another build of it.
+$(READY): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[zoo,dev]'
+	touch $(READY)
+
+clean:
+	rm -rf .venv runs build

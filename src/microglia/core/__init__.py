@@ -1,0 +1,1 @@
+"""The vocabulary: patterns, selection and budgets, masks, schedules. Imports torch alone."""

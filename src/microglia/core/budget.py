@@ -1,0 +1,71 @@
+"""Budgets: how much is *kept*, and the count of weights it comes to."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+
+from microglia.core.errors import BudgetError
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What is kept, as fractions in (0, 1]; several together mean that all must hold, so the tightest binds.
+
+    Attributes:
+        density: Kept fraction of the prunable weights.
+        params: Kept fraction of all parameters of the model (biases, norms and excluded layers included): 1 / the
+            compression ratio of ShrinkBench (Blalock et al. 2020).
+
+    ``flops`` and ``ms`` join when channels can be removed physically.
+    """
+
+    density: float | None = None
+    params: float | None = None
+
+    def __post_init__(self) -> None:
+        given = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
+        if not given:
+            raise BudgetError("A budget needs at least one of density, params (fractions kept, such as density=0.2).")
+        for name, value in given.items():
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise BudgetError(f"{name} is a number, the fraction kept in (0, 1]; got {value!r}.")
+            if not 0 < value <= 1:
+                raise BudgetError(f"{name} is the fraction kept, above 0 and at most 1; got {value}.{_hint(value)}")
+
+    def kept_weights(self, prunable: int, total: int) -> int:
+        """Returns how many of the prunable weights stay.
+
+        Args:
+            prunable: Weights that may be pruned, P.
+            total: All parameters of the model, T.
+
+        Raises:
+            BudgetError: ``params`` asks for less than what cannot be pruned; the fraction to keep
+                (T * params - (T - P)) / P of ShrinkBench would not be positive.
+        """
+        counts = []
+        if self.density is not None:
+            counts.append(_round(self.density * prunable))
+        if self.params is not None:
+            counts.append(_round(self.params * total) - (total - prunable))
+            if counts[-1] <= 0:
+                raise BudgetError(
+                    f"params={self.params} cannot be met: {total - prunable:,} of {total:,} parameters are outside the "
+                    f"prunable weights, so params must be above {(total - prunable) / total:.4f}."
+                )
+        return min(counts)
+
+    def __str__(self) -> str:
+        return ", ".join(f"{f.name} {getattr(self, f.name):g}" for f in fields(self) if getattr(self, f.name) is not None)
+
+
+def _round(value: float) -> int:
+    """Returns the nearest integer, halves up (the same on every platform and for every parity)."""
+    return math.floor(value + 0.5)
+
+
+def _hint(value: float) -> str:
+    if value == 0:
+        return " Nothing would be left."
+    return f" Did you mean {value / 100:g}?" if 1 < value <= 100 else ""

@@ -1,0 +1,153 @@
+"""Which weights can be pruned, under which names, and the one selector language to choose among them."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from microglia.core.errors import SelectorError
+
+PRUNABLE: dict[type[nn.Module], tuple[str, ...]] = {
+    nn.Linear: ("weight",),
+    nn.Conv1d: ("weight",),
+    nn.Conv2d: ("weight",),
+    nn.Conv3d: ("weight",),
+    nn.MultiheadAttention: ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"),
+}
+"""Module type -> its weights of the form out x in (x kernel). The *prunable set* of the survey, section 0.2."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One prunable weight tensor.
+
+    Attributes:
+        name: Parameter name as a freshly built model spells it, such as ``"layer1.0.conv1.weight"``.
+        holders: Every (module, attribute) that shares the tensor; more than one for tied weights.
+    """
+
+    name: str
+    holders: tuple[tuple[nn.Module, str], ...]
+
+    @property
+    def module(self) -> nn.Module:
+        """The first module that holds the weight."""
+        return self.holders[0][0]
+
+    @property
+    def raw(self) -> nn.Parameter:
+        """The trainable tensor itself, below any mask."""
+        return raw_parameter(*self.holders[0])
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight as the forward pass sees it: masked where a mask is attached."""
+        return getattr(*self.holders[0])  # type: ignore[no-any-return]
+
+    @property
+    def shape(self) -> torch.Size:
+        """Shape of the weight, (out, in, *kernel)."""
+        return self.raw.shape
+
+
+def raw_parameter(module: nn.Module, attribute: str) -> nn.Parameter:
+    """Returns the trainable tensor behind ``module.attribute``, below any parametrization."""
+    if parametrize.is_parametrized(module, attribute):
+        return cast(nn.Parameter, module.parametrizations[attribute].original)  # type: ignore[union-attr,index]
+    return cast(nn.Parameter, getattr(module, attribute))
+
+
+def _walk(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
+    for path, module in model.named_modules():
+        for kind, attributes in PRUNABLE.items():
+            if isinstance(module, kind):
+                for attribute in attributes:
+                    if getattr(module, attribute, None) is not None:
+                        yield f"{path}.{attribute}" if path else attribute, module, attribute
+
+
+def matches(name: str, module: nn.Module, selectors: Sequence[str]) -> bool:
+    """Tells whether a layer is meant by a selector list.
+
+    The language, the same in Python, YAML and on the command line: a glob over the layer's name (``layer1.*``; a bare
+    layer name means its weight too), ``type:Conv2d`` for a module class, ``!`` in front to take out again. A list means
+    what any positive entry matches and no negative one does; a list of negatives alone starts from everything.
+    """
+    positive = [s for s in selectors if not s.startswith("!")]
+    negative = [s[1:] for s in selectors if s.startswith("!")]
+    return (not positive or any(_matches_one(name, module, s) for s in positive)) and not any(
+        _matches_one(name, module, s) for s in negative
+    )
+
+
+def _matches_one(name: str, module: nn.Module, selector: str) -> bool:
+    if selector.startswith("type:"):
+        return any(fnmatch.fnmatchcase(base.__name__, selector[5:]) for base in type(module).__mro__)
+    return fnmatch.fnmatchcase(name, selector) or fnmatch.fnmatchcase(name.rpartition(".")[0], selector)
+
+
+def prunable_layers(model: nn.Module, layers: Sequence[str] = ("*",), exclude: Sequence[str] = ()) -> dict[str, Layer]:
+    """Returns the prunable weights of a model by name, in the order of its modules.
+
+    Args:
+        model: Any module, masked or not; the names are the same either way.
+        layers: Selectors of the layers to take (see `matches`).
+        exclude: Selectors of the layers to leave out.
+
+    Raises:
+        SelectorError: A selector meets no layer of this model, or nothing is left.
+    """
+    found: dict[int, tuple[str, list[tuple[nn.Module, str]]]] = {}
+    for name, module, attribute in _walk(model):
+        found.setdefault(id(raw_parameter(module, attribute)), (name, []))[1].append((module, attribute))
+    everything = {name: Layer(name, tuple(holders)) for name, holders in found.values()}
+    check_selectors(everything, [*layers, *exclude])
+    chosen = {
+        name: layer
+        for name, layer in everything.items()
+        if matches(name, layer.module, layers) and not (exclude and matches(name, layer.module, exclude))
+    }
+    if not chosen:
+        raise SelectorError(
+            f"No layer is left to prune: layers={list(layers)}, exclude={list(exclude)} choose none of the "
+            f"{len(everything)} prunable layers of {type(model).__name__} (linear and convolution weights)."
+        )
+    return chosen
+
+
+def check_selectors(layers: dict[str, Layer], selectors: Sequence[str]) -> None:
+    """Raises `SelectorError` for the first selector that meets none of ``layers``; ``*`` always passes."""
+    for selector in selectors:
+        bare = selector.removeprefix("!")
+        if bare != "*" and not any(_matches_one(name, layer.module, bare) for name, layer in layers.items()):
+            names = list(layers)
+            shown = ", ".join(names[:8]) + (f", ... ({len(names)} in all)" if len(names) > 8 else "")
+            raise SelectorError(f"The selector {selector!r} meets no layer. Layers here: {shown or 'none'}.")
+
+
+def effective_state(model: nn.Module) -> dict[str, Tensor]:
+    """Returns the state of a model as its unmasked twin would spell it: masks multiplied in, mask buffers gone.
+
+    Shapes, names and dtypes are those of a freshly built model's ``state_dict()``; tensors are detached.
+    """
+    state: dict[str, Tensor] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        if type(module).__name__ == "ParametrizationList" or ".parametrizations." in f".{path}.":
+            continue
+        prefix = f"{path}." if path else ""
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                state[prefix + name] = parameter.detach()
+        for name, buffer in module._buffers.items():
+            if buffer is not None and name not in module._non_persistent_buffers_set:
+                state[prefix + name] = buffer.detach()
+        if parametrize.is_parametrized(module):
+            for name in module.parametrizations:
+                state[prefix + name] = getattr(module, name).detach()
+    return state

@@ -1,0 +1,62 @@
+"""A registry where a *name* must cross YAML or the command line; plain functions everywhere else."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Generic, TypeVar
+
+from microglia.core.errors import UnknownNameError
+
+T = TypeVar("T")
+
+
+def unknown_name(kind: str, name: object, known: Iterable[str]) -> UnknownNameError:
+    """Returns the error for a name nobody registered, with the nearest known names."""
+    names = sorted(known)
+    near = difflib.get_close_matches(str(name), names, n=3, cutoff=0.5)
+    hint = f" Did you mean {' or '.join(repr(n) for n in near)}?" if near else ""
+    return UnknownNameError(f"There is no {kind} named {name!r}.{hint} Known: {', '.join(names)}.")
+
+
+class Registry(Generic[T]):
+    """Names of one kind of thing.
+
+    Example:
+        >>> scores = Registry[int]("score")
+        >>> scores.add("one")(1)
+        1
+        >>> scores["one"]
+        1
+    """
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self._items: dict[str, T] = {}
+
+    def add(self, name: str) -> Callable[[T], T]:
+        """Returns a decorator that registers its argument under ``name`` (an error when the name is taken)."""
+
+        def register(item: T) -> T:
+            if name in self._items:
+                raise ValueError(f"the {self.kind} {name!r} is registered twice")
+            self._items[name] = item
+            return item
+
+        return register
+
+    def __getitem__(self, name: str) -> T:
+        try:
+            return self._items[name]
+        except KeyError:
+            raise unknown_name(self.kind, name, self._items) from None
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._items
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._items)
+
+    def items(self) -> Iterable[tuple[str, T]]:
+        """Returns the registered (name, thing) pairs in order of registration."""
+        return self._items.items()

@@ -1,0 +1,60 @@
+"""What a score is: a pure function from a model, and what it may look at, to one value per weight; higher = keep."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from microglia.core.errors import ScoreError
+from microglia.core.layers import Layer
+from microglia.core.registry import Registry
+from microglia.scores.guard import untouched
+
+Batch = tuple[Any, Any]
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What a score may look at besides the weights.
+
+    Attributes:
+        batches: (input, target) batches on the model's device. On several ranks each brings its own slice.
+        loss: Mean loss of (output, target).
+        generator: The source of every random number a score draws, seeded alike on all ranks.
+    """
+
+    batches: Iterable[Batch] = ()
+    loss: Callable[[Any, Any], Tensor] | None = None
+    generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
+
+
+Score = Callable[[nn.Module, Mapping[str, Layer], Evidence], dict[str, Tensor]]
+"""(model, layers to score by name, evidence) -> one tensor per layer, shaped like its weight, higher = keep."""
+
+scores: Registry[Score] = Registry("score")
+
+
+def score(name: str) -> Callable[[Score], Score]:
+    """Returns a decorator that registers a score by name and holds it to the contract.
+
+    The wrapped score leaves the model untouched (see `untouched`) and returns finite values of the weights' shapes.
+    """
+
+    def register(function: Score) -> Score:
+        @functools.wraps(function)
+        def guarded(model: nn.Module, layers: Mapping[str, Layer], evidence: Evidence) -> dict[str, Tensor]:
+            with untouched(model):
+                values = {n: v.detach() for n, v in function(model, layers, evidence).items()}
+            for layer_name, layer in layers.items():
+                if layer_name not in values or values[layer_name].shape != layer.shape:
+                    raise ScoreError(f"The score {name!r} returned no value, or a wrong shape, for the layer {layer_name!r}.")
+            return values
+
+        return scores.add(name)(guarded)
+
+    return register

@@ -1,0 +1,53 @@
+"""Scores from the gradient of the loss."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from microglia.core.errors import ScoreError
+from microglia.core.layers import Layer
+from microglia.scores.base import Evidence, score
+
+
+@score("gradient")
+def gradient_magnitude(model: nn.Module, layers: Mapping[str, Layer], evidence: Evidence) -> dict[str, Tensor]:
+    """Returns |w * dL/dw|, the first-order change of the loss when w is removed (Blalock et al. 2020, ShrinkBench).
+
+    The gradient is that of the mean loss over all batches, summed with its sign before the absolute value, in train mode as
+    in the paper's code. On several ranks it is the gradient over all their batches together.
+    """
+    gradients = loss_gradient(model.train(), layers, evidence)
+    return {name: (layer.weight.detach() * gradients[name]).abs() for name, layer in layers.items()}
+
+
+def loss_gradient(model: nn.Module, layers: Mapping[str, Layer], evidence: Evidence) -> dict[str, Tensor]:
+    """Returns dL/dw of the mean loss over all batches of all ranks; ``.grad`` is not touched.
+
+    Raises:
+        ScoreError: There are no batches or no loss, or the loss is not finite.
+    """
+    if evidence.loss is None:
+        raise ScoreError("This score differentiates the loss: give batches=[(inputs, targets), ...] and loss=function.")
+    raw = [layer.raw.requires_grad_() for layer in layers.values()]
+    total = [torch.zeros_like(p, dtype=torch.float32) for p in raw]
+    count = torch.zeros((), device=raw[0].device)
+    for inputs, targets in evidence.batches:
+        if not (examples := len(targets)):  # a rank may come out empty at the end of an epoch
+            continue
+        loss = evidence.loss(model(inputs), targets)
+        if not torch.isfinite(loss):
+            raise ScoreError(f"The loss is {loss.item()} while scoring: the gradient would be meaningless.")
+        gradients = torch.autograd.grad(loss, raw, allow_unused=True)
+        for mean, gradient in zip(total, gradients, strict=True):
+            if gradient is not None:
+                mean.add_(gradient, alpha=examples)
+        count += examples
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        for tensor in [*total, count]:
+            torch.distributed.all_reduce(tensor)
+    if count == 0:
+        raise ScoreError("This score needs at least one batch of (inputs, targets); it got none.")
+    return {name: tensor / count for name, tensor in zip(layers, total, strict=True)}

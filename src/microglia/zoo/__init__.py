@@ -1,0 +1,7 @@
+"""The zoo: networks of the pruning papers, and a door to those of timm, torchvision, transformers and your own code."""
+
+from microglia.zoo.builder import build, model_names
+from microglia.zoo.checkpoint import load_checkpoint
+from microglia.zoo.registry import ModelError
+
+__all__ = ["ModelError", "build", "load_checkpoint", "model_names"]

@@ -1,0 +1,47 @@
+"""What every test needs: threads that do not fight, a torchvision that imports, and the way to the real data."""
+
+import importlib.util
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from microglia.zoo.external import declare_operators
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach the network
+
+
+def pytest_configure():
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        torch.set_num_threads(1)
+    prepare_torchvision()
+
+
+def prepare_torchvision():
+    """Makes a plain ``import torchvision`` or ``import timm`` work, without paying for that import here.
+
+    The CUDA-built wheel cannot load its operators beside a CPU-only torch and then fails to import; in that case their
+    schemas are declared first (see `microglia.zoo.external.import_torchvision`).
+    """
+    found = importlib.util.find_spec("torchvision")
+    if found is None or found.origin is None:
+        return
+    for library in Path(found.origin).parent.glob("_C*.so"):
+        try:
+            torch.ops.load_library(str(library))
+        except OSError:
+            continue
+    if not hasattr(torch.ops.torchvision, "nms"):
+        declare_operators()
+
+
+@pytest.fixture(scope="session")
+def data_root():
+    """The folder of the real data sets and checkpoints."""
+    folder = os.environ.get("MICROGLIA_DATA")
+    if not folder:
+        pytest.skip("MICROGLIA_DATA is not set")
+    if not Path(folder).is_dir():
+        pytest.skip(f"MICROGLIA_DATA={folder} is not a folder")
+    return Path(folder)

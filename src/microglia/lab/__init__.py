@@ -1,0 +1,1 @@
+"""The lab: recipes, their execution, sweeps over them, reports on them."""

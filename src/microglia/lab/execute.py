@@ -1,0 +1,130 @@
+"""Executing a recipe: once through the house, from task to result, every stage durable."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+from copy import deepcopy
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from microglia.core.errors import FileError
+from microglia.core.masks import fold, masks_of
+from microglia.lab.recipe import Recipe, as_dict, method_config
+from microglia.measure import measure_latency
+from microglia.methods import methods
+from microglia.methods.procedure import observe
+from microglia.train.archive import load, save
+from microglia.train.engine import accelerator
+from microglia.train.files import write_atomic
+from microglia.train.image_task import ImageSource, image_task
+from microglia.train.run import Run
+from microglia.train.task import Task
+
+Result = dict[str, Any]
+
+
+def make_task(recipe: Recipe) -> Task:
+    """Returns the task a recipe names."""
+    return image_task(
+        recipe.model,
+        recipe.data,
+        checkpoint=recipe.checkpoint,
+        normalize=recipe.normalize,
+        image_size=recipe.image_size,
+        label_smoothing=recipe.label_smoothing,
+        seed=recipe.seed,
+    )
+
+
+def execute(recipe: Recipe, directory: Path | None = None) -> Result:
+    """Runs a recipe and returns its result, which a run directory keeps as ``result.json``.
+
+    A run that finished before is not run again: its result is returned. One that was interrupted goes on.
+
+    The result holds ``recipe``; ``environment``; ``asked`` and ``masks`` (density asked, weights kept of all masked);
+    ``dense``, ``before`` and ``pruned`` (each with ``metrics`` on the test split, ``parameters``, ``macs``, ``bytes``;
+    ``before`` is the pruned model before recovery, where the method has such a moment); ``latency``; ``seconds``.
+
+    Raises:
+        MicrogliaError: Anything the user can mend; the text says how.
+    """
+    engine = accelerator(recipe.device)
+    if recipe.threads is not None:
+        torch.set_num_threads(recipe.threads)
+    run = Run(directory, as_dict(recipe), seed=recipe.seed, device=engine.device.type)
+    try:
+        return run.result or _execute(recipe, run)
+    finally:
+        run.close()
+
+
+def _execute(recipe: Recipe, run: Run) -> Result:
+    began = time.perf_counter()
+    if run.directory is not None and run.main:
+        write_atomic(run.directory / "environment.json", json.dumps(environment(), indent=2) + "\n")
+    config = method_config(recipe)
+    task = make_task(recipe)
+    model = methods[recipe.method].procedure(task, run, config)
+    observe(task, run, "pruned", model)
+    if run.directory is not None and run.main:
+        save(model, run.directory / "model")
+        _prove_equal(model, run.directory / "model")
+    masks = masks_of(model)
+    result: Result = {
+        "recipe": as_dict(recipe),
+        "environment": environment(),
+        "task": task.name,
+        "headline": task.headline,
+        "normalization": asdict(task.data.images.normalization) if isinstance(task.data, ImageSource) else None,
+        "asked": {"density": config.density, "params": config.params},
+        "masks": {"kept": masks.kept, "total": masks.total},
+        **run.observations,
+        "latency": _latency(recipe, task, model) if recipe.measure.latency and run.main else None,
+        "seconds": round(time.perf_counter() - began, 2),
+    }
+    run.finish(result)
+    return result
+
+
+def _prove_equal(model: nn.Module, directory: Path) -> None:
+    """Raises unless the saved model, loaded again, has the same bits."""
+    mine, theirs = model.state_dict(), load(directory, deepcopy(model)).state_dict()
+    different = [name for name in mine if not torch.equal(mine[name], theirs[name].to(mine[name].device))]
+    if different:
+        raise FileError(f"The model saved in {directory} does not read back bit for bit ({different[0]}); check the disk.")
+
+
+def _latency(recipe: Recipe, task: Task, model: nn.Module) -> dict[str, Any]:
+    example = task.example.repeat(recipe.measure.batch, *[1] * (task.example.ndim - 1))
+    models = {"dense": task.build(), "pruned": fold(deepcopy(model))}
+    return measure_latency(models, example.to(next(model.parameters()).device), rounds=recipe.measure.rounds).to_dict()
+
+
+def environment() -> dict[str, Any]:
+    """Returns what a reader needs to know of where a run ran."""
+    return {
+        "microglia": version("microglia"),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())

@@ -1,0 +1,167 @@
+"""Recipes: what to run, as one frozen value that YAML, the command line and Python share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from microglia.core.errors import MicrogliaError
+from microglia.methods import MethodConfig, methods
+from microglia.train.optim import FitConfig
+
+
+class RecipeError(MicrogliaError):
+    """A recipe that is not valid; the text names the field."""
+
+
+@dataclass(frozen=True)
+class MeasureConfig:
+    """What to measure of the result.
+
+    Attributes:
+        latency: Whether to time dense and pruned, eager, packed and compiled.
+        batch: Examples per timed call.
+        rounds: Interleaved rounds.
+    """
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    latency: bool = True
+    batch: int = 1
+    rounds: int = 30
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One run: which model, on which data, pruned how, trained how.
+
+    Attributes:
+        model: A zoo name, ``timm:NAME``, ``torchvision:NAME``, ``hf:NAME`` or ``package.module:function``.
+        data: ``digits``, ``cifar10``, ``mnist``, ``hf:NAME`` or a folder.
+        checkpoint: File with trained weights; without one the dense model is trained first.
+        normalize: Statistics by name (``imagenet``, ``cifar10`` ...), or ``auto``: the data set's own, or with a checkpoint
+            those among the usual ones under which it fits the training images best.
+        image_size: Side to resize images to, or None for their own.
+        label_smoothing: In [0, 1), of the training loss.
+        method: A name that ``microglia methods`` lists.
+        prune: The fields of that method's config, except the trainings below.
+        dense: Training of the dense model.
+        train: Training after (or while) pruning.
+        measure: What to measure.
+        seed: Root of every random number.
+        device: ``cpu``, ``cuda`` or ``auto``.
+        threads: CPU threads, or None for torch's choice.
+    """
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    model: str = "conv-2"
+    data: str = "digits"
+    checkpoint: str | None = None
+    normalize: str = "auto"
+    image_size: int | None = None
+    label_smoothing: float = 0.0
+    method: str = "magnitude"
+    prune: dict[str, Any] = field(default_factory=dict)
+    dense: FitConfig = field(default_factory=FitConfig)
+    train: FitConfig = field(default_factory=lambda: FitConfig(epochs=10, lr=0.02))
+    measure: MeasureConfig = field(default_factory=MeasureConfig)
+    seed: int = 0
+    device: Literal["cpu", "cuda", "auto"] = "cpu"
+    threads: int | None = None
+
+
+_recipe = TypeAdapter(Recipe)
+
+
+def method_config(recipe: Recipe) -> MethodConfig:
+    """Returns the validated config of the recipe's method.
+
+    Raises:
+        RecipeError: A field is unknown or wrong; the text names it.
+    """
+    chosen = methods[recipe.method]
+    fields = {**chosen.defaults, **recipe.prune, "dense": asdict(recipe.dense), "train": asdict(recipe.train)}
+    return _validate(TypeAdapter(chosen.config), fields, f"prune (method {recipe.method!r})")  # type: ignore[no-any-return]
+
+
+def resolve(source: Mapping[str, Any]) -> Recipe:
+    """Returns the recipe with every default of its method filled in, so that it says all that happens.
+
+    Raises:
+        RecipeError: A field is unknown or wrong; the text names it.
+    """
+    recipe: Recipe = _validate(_recipe, dict(source), "recipe")
+    config = asdict(method_config(recipe))
+    prune = {key: value for key, value in config.items() if key not in ("dense", "train")}
+    return _validate(_recipe, {**asdict(recipe), "prune": prune}, "recipe")  # type: ignore[no-any-return]
+
+
+def as_dict(recipe: Recipe) -> dict[str, Any]:
+    """Returns a recipe as plain JSON values."""
+    return _recipe.dump_python(recipe, mode="json")  # type: ignore[no-any-return]
+
+
+def schema(method: str | None = None) -> dict[str, Any]:
+    """Returns the JSON schema of a recipe, with ``prune`` spelled out for a method if one is named."""
+    found = _recipe.json_schema()
+    if method is not None:
+        found["properties"]["prune"] = TypeAdapter(methods[method].config).json_schema()
+    return found
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Returns the mapping in a YAML file.
+
+    Raises:
+        RecipeError: The file is missing or holds something else.
+    """
+    try:
+        content = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise RecipeError(f"Cannot read the recipe {path}: {error.strerror}.") from error
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise RecipeError(f"{path} should hold a mapping such as 'model: resnet20'; it holds {type(content).__name__}.")
+    return content
+
+
+def override(source: Mapping[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
+    """Returns a nested mapping with ``key=value`` assignments applied, such as ``train.epochs=3``; values are YAML."""
+    result: dict[str, Any] = {**source}
+    for assignment in assignments:
+        key, equals, text = assignment.partition("=")
+        if not equals or not key:
+            raise RecipeError(f"Overrides look like key=value, such as train.epochs=3; got {assignment!r}.")
+        result = put(result, key, yaml.safe_load(text))
+    return result
+
+
+def put(tree: Mapping[str, Any], key: str, value: Any) -> dict[str, Any]:
+    """Returns a copy of a nested mapping with the value at a dotted key."""
+    first, _, rest = key.partition(".")
+    if rest:
+        below = tree.get(first) or {}
+        if not isinstance(below, Mapping):
+            raise RecipeError(f"{first!r} holds {below!r}, so {key!r} cannot be set below it.")
+        value = put(below, rest, value)
+    return {**tree, first: value}
+
+
+def _validate(adapter: TypeAdapter[Any], fields: Mapping[str, Any], what: str) -> Any:
+    try:
+        return adapter.validate_python(dict(fields))
+    except ValidationError as error:
+        lines = []
+        for problem in error.errors():
+            place = ".".join(str(part) for part in problem["loc"]) or what
+            given = "" if problem["type"] == "missing" else f"; got {problem['input']!r}"
+            message = "there is no such field" if problem["type"].endswith("unexpected_keyword_argument") else problem["msg"]
+            lines.append(f"{place}: {message}{given}")
+        raise RecipeError(f"The {what} is not valid: " + " | ".join(lines)) from None

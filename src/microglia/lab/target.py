@@ -1,0 +1,44 @@
+"""What a command line may point at: a run, a saved model, or a network by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import nn
+
+from microglia.core.errors import RunError
+from microglia.lab.execute import make_task
+from microglia.lab.recipe import read_yaml, resolve
+from microglia.train.archive import PLAN, load
+from microglia.train.image_task import image_task
+from microglia.train.run import read_json
+from microglia.train.task import Task
+
+
+def open_target(target: str, data: str | None = None, checkpoint: str | None = None) -> tuple[nn.Module, Task]:
+    """Returns the model and task a target stands for.
+
+    Args:
+        target: A run directory; a directory that `save` wrote; or a model's name.
+        data: Data set instead of the run's own; with a model's name, ``digits`` unless given.
+        checkpoint: Trained weights for a model by name.
+
+    Raises:
+        RunError: The directory is neither.
+    """
+    path = Path(target)
+    if (path / "recipe.yaml").is_file():
+        recipe = resolve({**read_yaml(path / "recipe.yaml"), **({"data": data} if data else {})})
+        if not (path / "model" / PLAN).is_file():
+            raise RunError(f"The run in {path} has no model yet; start it again to finish it.")
+        task = make_task(recipe)
+        return load(path / "model", task.build()), task
+    if (path / PLAN).is_file():
+        source = read_json(path / PLAN).get("source")
+        if not source:
+            raise RunError(f"{path} does not say which network it is; load it in Python: microglia.load(path, model).")
+        return load(path), image_task(source["name"], data or "digits")
+    if path.is_dir():
+        raise RunError(f"{path} is neither a run directory (recipe.yaml) nor a saved model ({PLAN}).")
+    task = image_task(target, data or "digits", checkpoint=checkpoint)
+    return task.build(), task

@@ -1,0 +1,74 @@
+"""Methods by name: a method is a function (task, run, config) -> model with a frozen config."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from microglia.core.registry import Registry
+from microglia.methods.pruner import PruneConfig
+from microglia.train.optim import FitConfig
+from microglia.train.run import Run
+from microglia.train.task import Task
+
+
+@dataclass(frozen=True)
+class MethodConfig(PruneConfig):
+    """What to keep and how to train, common to all whole procedures.
+
+    Attributes:
+        dense: Training of the dense model, where the task brings no trained weights.
+        train: Training after (or while) pruning.
+        score_batches: Training batches a score looks at.
+        score_batch_size: Examples in each.
+    """
+
+    dense: FitConfig = field(default_factory=FitConfig)
+    train: FitConfig = field(default_factory=lambda: FitConfig(lr=0.01))
+    score_batches: int = 1
+    score_batch_size: int = 128
+
+
+Procedure = Callable[[Task, Run, Any], nn.Module]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A named procedure.
+
+    Attributes:
+        name: As in recipes and on the command line.
+        procedure: Trains, prunes and recovers; returns the masked model.
+        config: Its frozen config dataclass.
+        description: One line.
+        defaults: Config fields this name sets, which a recipe may override.
+    """
+
+    name: str
+    procedure: Procedure
+    config: type[MethodConfig]
+    description: str
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+
+
+methods: Registry[Method] = Registry("method")
+
+
+def method(name: str, config: type[MethodConfig]) -> Callable[[Procedure], Procedure]:
+    """Returns a decorator that registers a procedure; its docstring's first line describes it."""
+
+    def register(procedure: Procedure) -> Procedure:
+        description = (procedure.__doc__ or "").strip().split("\n")[0]
+        methods.add(name)(Method(name, procedure, config, description))
+        return procedure
+
+    return register
+
+
+def preset(name: str, of: str, description: str, **defaults: Any) -> None:
+    """Registers a name for a method with other defaults."""
+    original = methods[of]
+    methods.add(name)(Method(name, original.procedure, original.config, description, defaults))

@@ -1,0 +1,111 @@
+"""Gradual pruning (Zhu and Gupta 2017): the density falls along a schedule while the network trains."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from microglia.core.errors import BudgetError
+from microglia.core.masks import MaskSet, mask
+from microglia.core.schedules import schedules
+from microglia.methods.base import MethodConfig, method
+from microglia.methods.procedure import dense_model, evidence, train
+from microglia.methods.pruner import PruneConfig, Pruner
+from microglia.scores import Evidence
+from microglia.train.run import Run
+from microglia.train.task import Task
+
+
+@dataclass(frozen=True)
+class GradualConfig(MethodConfig):
+    """Gradual pruning.
+
+    Attributes:
+        schedule: ``cubic``, ``linear``, ``geometric`` or ``oneshot``.
+        begin: Fraction of the training at which pruning begins.
+        end: Fraction at which the final density is reached; the rest recovers.
+        updates: How many times the masks are chosen, spread evenly from begin to end.
+    """
+
+    schedule: str = "cubic"
+    begin: float = 0.0
+    end: float = 0.75
+    updates: int = 20
+
+
+class Gradual(Pruner):
+    """Prunes a little further at each of a number of steps; removed weights do not return.
+
+    Args:
+        model: The model to prune, in place.
+        config: See `GradualConfig`; its training fields are not used here.
+        total_steps: Optimizer steps of the training, over which ``begin`` and ``end`` are fractions.
+        evidence: What a score may look at.
+        **settings: The fields of the config by keyword instead.
+    """
+
+    Config = GradualConfig
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: PruneConfig | None = None,
+        *,
+        total_steps: int,
+        evidence: Evidence | None = None,
+        **settings: Any,
+    ) -> None:
+        super().__init__(model, config, evidence=evidence, **settings)
+        config = cast(GradualConfig, self.config)
+        if self.budget is None:
+            raise BudgetError("Gradual pruning leads from dense to one budget; densities by layer are not supported.")
+        if not 0 <= config.begin <= config.end <= 1 or config.updates < 1:
+            raise BudgetError(
+                f"Gradual pruning needs 0 <= begin <= end <= 1 and updates >= 1; got begin {config.begin}, end {config.end}, "
+                f"updates {config.updates}."
+            )
+        self.schedule = schedules[config.schedule]
+        self.steps = 0
+        first, last = config.begin * total_steps, config.end * total_steps
+        times = [first + (last - first) * u / config.updates for u in range(1, config.updates + 1)]
+        self._due = {max(1, math.floor(time)): u / config.updates for u, time in enumerate(times, 1)}
+        mask(model, self.masks)  # all ones: the state's names are the same from the first step to the last
+
+    def step(self, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Prunes further when an update is due."""
+        self.steps += 1
+        if (progress := self._due.get(self.steps)) is not None:
+            self.prune_to(round(self.schedule(progress, self.weights, self.target)), optimizer)
+
+    def finish(self) -> MaskSet:
+        """Makes sure the final density is reached, also when the training was shorter than announced."""
+        if self.steps < max(self._due):
+            self.prune_to(self.target)
+        return self.masks
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the number of steps taken and the state of the score's generator."""
+        return {"steps": self.steps, "generator": self.evidence.generator.get_state()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from a state."""
+        self.steps = state["steps"]
+        self.evidence.generator.set_state(state["generator"])
+
+
+@method("gradual", GradualConfig)
+def gradual(task: Task, run: Run, config: GradualConfig) -> nn.Module:
+    """Prune along a schedule (cubic) while training, then recover in the rest of the same training."""
+    model = dense_model(task, run, config.dense)
+    teacher = deepcopy(model) if config.train.distill else None
+    steps = config.train.epochs * len(task.data.batches("train", config.train.batch_size))
+    pruner = Gradual(model, config, total_steps=steps, evidence=evidence(task, run, config))
+    train(task, run, "train", model, config.train, pruner=pruner, teacher=teacher)
+    pruner.finish()
+    return model

@@ -1,0 +1,73 @@
+"""One-shot pruning, and the five baselines of ShrinkBench (Blalock et al. 2020) as names for it."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from microglia.methods.base import MethodConfig, method, preset
+from microglia.methods.procedure import change, dense_model, evidence, observe, train
+from microglia.methods.pruner import PruneConfig, Pruner
+from microglia.scores import Evidence
+from microglia.train.recover import recalibrate
+from microglia.train.run import Run
+from microglia.train.task import Task
+
+
+class OneShot(Pruner):
+    """Prunes at once, when it is made; then there is nothing left to do but train.
+
+    Example:
+        >>> model = nn.Linear(10, 10)
+        >>> OneShot(model, density=0.2).masks.kept
+        20
+    """
+
+    def __init__(
+        self, model: nn.Module, config: PruneConfig | None = None, *, evidence: Evidence | None = None, **settings: Any
+    ) -> None:
+        super().__init__(model, config, evidence=evidence, **settings)
+        self.prune_to(self.target)
+
+
+@dataclass(frozen=True)
+class OneShotConfig(MethodConfig):
+    """One-shot pruning.
+
+    Attributes:
+        recalibrate: Training batches over which batch-norm statistics are estimated anew after pruning; 0 for none.
+    """
+
+    recalibrate: int = 0
+
+
+@method("oneshot", OneShotConfig)
+def oneshot(task: Task, run: Run, config: OneShotConfig) -> nn.Module:
+    """Score the dense model once, keep the best, recover by training."""
+    model = dense_model(task, run, config.dense)
+    teacher = deepcopy(model) if config.train.distill else None
+
+    def prune(progress: object) -> None:
+        OneShot(model, config, evidence=evidence(task, run, config))
+        if config.recalibrate:
+            batches = task.data.batches("train", config.score_batch_size, seed=run.seed, shuffle=True)
+            recalibrate(model, batches.epoch(0), count=config.recalibrate)
+
+    change(run, "prune", model, prune)
+    observe(task, run, "before", model)
+    train(task, run, "train", model, config.train, teacher=teacher)
+    return model
+
+
+preset("magnitude", "oneshot", "One-shot by |w|.", score="magnitude")
+preset("gradient", "oneshot", "One-shot by |w * gradient| on one batch.", score="gradient")
+preset("random", "oneshot", "One-shot at random: the control.", score="random")
+preset("global-magnitude", "oneshot", "ShrinkBench: |w|, one ordering.", score="magnitude", scope="global")
+preset("layer-magnitude", "oneshot", "ShrinkBench: |w|, the same density in each layer.", score="magnitude", scope="layer")
+preset("global-gradient", "oneshot", "ShrinkBench: |w * gradient|, one ordering.", score="gradient", scope="global")
+preset(
+    "layer-gradient", "oneshot", "ShrinkBench: |w * gradient|, the same density in each layer.", score="gradient", scope="layer"
+)

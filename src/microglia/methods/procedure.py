@@ -1,0 +1,91 @@
+"""The stages procedures are composed of, each durable: dense model, a change of the model, training, observation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from microglia.core.masks import restore
+from microglia.measure import measure
+from microglia.methods.base import MethodConfig
+from microglia.scores import Evidence
+from microglia.train.engine import rank_and_world
+from microglia.train.evaluate import evaluate
+from microglia.train.fit import Pruner, fit
+from microglia.train.optim import FitConfig
+from microglia.train.run import Progress, Run
+from microglia.train.task import Task
+
+
+def change(run: Run, name: str, model: nn.Module, work: Callable[[Progress], Any]) -> None:
+    """Runs ``work``, which changes the model in place, as a stage; a finished stage's model is restored instead."""
+
+    def stage(progress: Progress) -> dict[str, Any]:
+        work(progress)
+        return {"model": model.state_dict()}
+
+    restore(model, run.stage(name, stage)["model"])
+
+
+def train(
+    task: Task,
+    run: Run,
+    name: str,
+    model: nn.Module,
+    config: FitConfig,
+    *,
+    pruner: Pruner | None = None,
+    teacher: nn.Module | None = None,
+) -> None:
+    """Trains a model in place as a stage, epoch by epoch durable."""
+    change(
+        run,
+        name,
+        model,
+        lambda progress: fit(
+            model,
+            task,
+            config,
+            seed=run.seed,
+            device=run.device.type,
+            pruner=pruner,
+            teacher=teacher,
+            progress=progress,
+            log=lambda rows: run.log(name, rows),
+            title=name,
+        ),
+    )
+
+
+def dense_model(task: Task, run: Run, config: FitConfig) -> nn.Module:
+    """Returns the task's dense model, trained here if it does not come trained, and observes it."""
+    model = task.build().to(run.device)
+    if not task.pretrained:
+        train(task, run, "dense", model, config)
+    observe(task, run, "dense", model)
+    return model
+
+
+def observe(task: Task, run: Run, name: str, model: nn.Module) -> None:
+    """Measures a model as it is now, once: metrics on the test split, parameters, MACs, bytes."""
+
+    def stage(progress: Progress) -> dict[str, Any]:
+        metrics = evaluate(model, task, "test")
+        return {"metrics": metrics, **measure(model, task.example.to(run.device), latency=False).to_dict()}
+
+    run.observations[name] = run.stage(f"{name}-observed", stage)
+
+
+def evidence(task: Task, run: Run, config: MethodConfig) -> Evidence:
+    """Returns what a score may look at: shuffled training batches without augmentation, loss and a seeded generator."""
+    rank, world = rank_and_world()
+    batches = task.data.batches("train", config.score_batch_size, seed=run.seed, shuffle=True, rank=rank, world=world)
+    chosen = []
+    for number, (inputs, targets) in enumerate(batches.epoch(0)):
+        if number == config.score_batches:
+            break
+        chosen.append((inputs.to(run.device), targets.to(run.device)))
+    return Evidence(chosen, task.loss, torch.Generator().manual_seed(run.seed))

@@ -1,0 +1,1 @@
+"""Training: tasks, the loop, recovery, durable runs, files."""

@@ -1,0 +1,40 @@
+"""The engine: one Accelerate object a process, for placement and distribution."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from microglia.core.errors import MicrogliaError
+
+
+@functools.cache
+def accelerator(device: str = "cpu") -> Accelerator:
+    """Returns the process's accelerator; under ``torchrun`` it joins the process group (gloo on CPU, NCCL on GPU).
+
+    Args:
+        device: ``cpu``, ``cuda`` or ``auto`` (a GPU when there is one).
+
+    Raises:
+        MicrogliaError: A GPU is asked for and there is none.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise MicrogliaError("device 'cuda' was asked for, but torch sees no GPU here; use device 'cpu' or 'auto'.")
+    if device not in ("cpu", "cuda", "auto"):
+        raise MicrogliaError(f"The device is cpu, cuda or auto; got {device!r}.")
+    return Accelerator(cpu=device == "cpu" or not torch.cuda.is_available())
+
+
+def rank_and_world() -> tuple[int, int]:
+    """Returns (rank, number of ranks) of this process; (0, 1) without distribution."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return 0, 1
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Returns the device of a model's parameters (the CPU for a model without any)."""
+    return next((p.device for p in model.parameters()), torch.device("cpu"))

@@ -1,0 +1,31 @@
+"""Evaluation: a task's metrics on one split."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from microglia.train.engine import device_of, rank_and_world
+from microglia.train.task import Split, Task
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, task: Task, split: Split = "test", *, batch_size: int = 256) -> dict[str, float]:
+    """Returns the task's metrics on a split, over all ranks; the model's train or eval mode is left as it was."""
+    rank, world = rank_and_world()
+    device = device_of(model)
+    training = model.training
+    model.eval()
+    sums: dict[str, Tensor] = {}
+    for inputs, targets in task.data.batches(split, batch_size * world, rank=rank, world=world).epoch(0):
+        if not len(targets):  # the last batch may leave nothing for this rank
+            continue
+        outputs, targets = model(inputs.to(device)), targets.to(device)  # noqa: PLW2901
+        for name, metric in task.metrics.items():
+            statistics = metric.statistics(outputs, targets)
+            sums[name] = sums[name] + statistics if name in sums else statistics
+    model.train(training)
+    if world > 1:
+        for total in sums.values():
+            torch.distributed.all_reduce(total)
+    return {name: task.metrics[name].value(total) for name, total in sums.items()}

@@ -1,0 +1,198 @@
+"""The training loop, plain to read and resumable to the bit."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from microglia.core.errors import TrainingError
+from microglia.train.engine import accelerator, rank_and_world
+from microglia.train.evaluate import evaluate
+from microglia.train.optim import FitConfig, learning_rate, make_optimizer
+from microglia.train.progress import Bar
+from microglia.train.recover import distillation
+from microglia.train.run import Progress
+from microglia.train.task import Batches, Task
+
+Row = dict[str, Any]
+
+
+class Pruner(Protocol):
+    """What the loop asks of a pruner; see `microglia.methods.pruner.Pruner`."""
+
+    def penalty(self) -> Tensor | float:
+        """Returns what is added to the loss."""
+        ...
+
+    def step(self, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Acts after an optimizer step."""
+        ...
+
+    def param_groups(self) -> list[dict[str, Any]]:
+        """Returns optimizer groups of the pruner's own parameters."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns what is needed to go on."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from a state."""
+        ...
+
+
+def fit(
+    model: nn.Module,
+    task: Task,
+    config: FitConfig,
+    *,
+    seed: int = 0,
+    device: str = "cpu",
+    pruner: Pruner | None = None,
+    teacher: nn.Module | None = None,
+    progress: Progress | None = None,
+    log: Callable[[list[Row]], None] | None = None,
+    title: str = "training",
+) -> list[Row]:
+    """Trains a model in place and returns one row per epoch (loss, learning rate, validation metrics, seconds).
+
+    Order, augmentation and dropout of an epoch depend on (seed, epoch) alone and the learning rate on the step alone, so
+    a loop that goes on from ``progress`` ends in the same bits on the same machine. Several ranks share each batch.
+
+    Args:
+        model: Dense or masked; masked weights stay 0.
+        task: Data, loss and metrics.
+        config: How to train.
+        seed: Root of the randomness.
+        device: See `microglia.train.engine.accelerator`.
+        pruner: Stepped after every optimizer step.
+        teacher: Dense model to distil from where ``config.distill`` > 0.
+        progress: Where an interrupted training goes on and saves each finished epoch.
+        log: Called with all rows after every epoch.
+        title: What the progress bar says.
+
+    Raises:
+        TrainingError: The loss is not finite; the model holds the weights before that step.
+    """
+    engine = accelerator(device)
+    rank, world = rank_and_world()
+    batches = task.data.batches("train", config.batch_size, seed=seed, shuffle=True, augment=True, rank=rank, world=world)
+    own = pruner.param_groups() if pruner is not None else []
+    theirs = {id(p) for group in own for p in group["params"]}
+    parameters = [p for p in model.parameters() if p.requires_grad and id(p) not in theirs]
+    wrapped = engine.prepare(model)
+    optimizer = make_optimizer(config, [{"params": parameters}, *own])
+    start, rows = _resume(model, optimizer, pruner, progress)
+    loss = _loss(task, config, teacher)
+    with torch.random.fork_rng(), Bar(title, total=config.epochs * len(batches), done=start * len(batches)) as bar:
+        for epoch in range(start, config.epochs):
+            began = time.perf_counter()
+            torch.manual_seed(seed * 1_000_003 + epoch)  # dropout and the like
+            wrapped.train()
+            steps = _Steps(engine, wrapped, optimizer, batches, loss, config, pruner)
+            mean = steps.epoch(epoch, bar)
+            row = {"epoch": epoch + 1, "loss": mean, "lr": optimizer.param_groups[0]["lr"]}
+            row |= {f"validation_{k}": v for k, v in evaluate(model, task, "validation").items()}
+            rows.append(row | {"seconds": round(time.perf_counter() - began, 3)})
+            bar.say(f"{task.headline} {row[f'validation_{task.headline}']:.4f}")
+            _save(model, optimizer, pruner, progress, rows)
+            if log is not None:
+                log(rows)
+    engine.free_memory()
+    return rows
+
+
+@dataclass(frozen=True)
+class _Steps:
+    """Everything one epoch of optimizer steps needs."""
+
+    engine: Accelerator
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    batches: Batches
+    loss: Callable[[Any, Any, Any], Tensor]
+    config: FitConfig
+    pruner: Pruner | None
+
+    def epoch(self, epoch: int, bar: Bar) -> float:
+        """Trains one epoch; returns the mean loss over its batches."""
+        device = self.engine.device
+        total = torch.zeros((), device=device)
+        for number, (inputs, targets) in enumerate(self.batches.epoch(epoch)):
+            inputs, targets = inputs.to(device), targets.to(device)  # noqa: PLW2901
+            lr = learning_rate(self.config, epoch * len(self.batches) + number, len(self.batches))
+            for group in self.optimizer.param_groups:
+                group["lr"] = group.get("constant_lr", lr)
+            value = self._loss(inputs, targets)
+            if not torch.isfinite(value):
+                raise TrainingError(
+                    f"The loss became {value.item()} in epoch {epoch + 1}, step {number + 1} (learning rate {lr:.4g}). The "
+                    "state of the last finished epoch is kept; try a smaller lr, a warm-up or clip=1.0, in a new directory."
+                )
+            self._descend(value * _share(len(targets), device))
+            total += value.detach()
+            bar.advance()
+        return float(total / max(1, len(self.batches)))
+
+    def _loss(self, inputs: Tensor, targets: Any) -> Tensor:
+        bfloat16 = self.config.precision == "bfloat16"
+        with torch.autocast(self.engine.device.type, torch.bfloat16, enabled=bfloat16):
+            value = self.loss(self.model(inputs), targets, inputs)
+        return value if self.pruner is None else value + self.pruner.penalty()
+
+    def _descend(self, value: Tensor) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        self.engine.backward(value)
+        if self.config.clip is not None:
+            self.engine.clip_grad_norm_(self.model.parameters(), self.config.clip)
+        self.optimizer.step()
+        if self.pruner is not None:
+            self.pruner.step(self.optimizer)
+
+
+def _share(examples: int, device: torch.device) -> Tensor | float:
+    """Returns the factor that makes DDP's plain mean over ranks the mean over examples."""
+    _, world = rank_and_world()
+    if world == 1:
+        return 1.0
+    everyone = torch.tensor(float(examples), device=device)
+    torch.distributed.all_reduce(everyone)
+    return examples * world / everyone
+
+
+def _loss(task: Task, config: FitConfig, teacher: nn.Module | None) -> Callable[[Any, Any, Any], Tensor]:
+    plain = task.training_loss or task.loss
+    if config.distill and teacher is not None:
+        return distillation(plain, teacher, weight=config.distill, temperature=config.temperature)
+    return lambda outputs, targets, inputs: plain(outputs, targets)
+
+
+def _resume(
+    model: nn.Module, optimizer: torch.optim.Optimizer, pruner: Pruner | None, progress: Progress | None
+) -> tuple[int, list[Row]]:
+    if progress is None or progress.state is None:
+        return 0, []
+    state = progress.state
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    if pruner is not None:
+        pruner.load_state_dict(state["pruner"])
+    return len(state["rows"]), list(state["rows"])
+
+
+def _save(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    pruner: Pruner | None,
+    progress: Progress | None,
+    rows: list[Row],
+) -> None:
+    if progress is not None:
+        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "rows": rows}
+        progress.save(state | ({"pruner": pruner.state_dict()} if pruner is not None else {}))

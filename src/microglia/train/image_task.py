@@ -1,0 +1,116 @@
+"""The image classification task: a network of the zoo on an image data set, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from microglia.data import Batches, ImageData, Normalization, load_data
+from microglia.train.archive import SOURCE
+from microglia.train.task import CLASSIFICATION, CrossEntropy, Split, Task
+from microglia.zoo import build, load_checkpoint
+
+USUAL = ("imagenet", "cifar10", "mnist", "half")
+PROBE = 2048  # training images on which a checkpoint's normalization is recognized
+
+
+@dataclass(frozen=True)
+class ImageSource:
+    """The batches of an image data set; see `microglia.train.task.Data`."""
+
+    images: ImageData
+
+    def batches(
+        self,
+        split: Split,
+        batch_size: int,
+        *,
+        seed: int = 0,
+        shuffle: bool = False,
+        augment: bool = False,
+        rank: int = 0,
+        world: int = 1,
+    ) -> Batches:
+        """Returns normalized float batches in channels-last layout."""
+        return Batches(
+            getattr(self.images, split),
+            batch_size,
+            normalization=self.images.normalization,
+            augmentation=self.images.augmentation if augment else None,
+            seed=seed,
+            shuffle=shuffle,
+            rank=rank,
+            world=world,
+            channels_last=True,
+        )
+
+
+def image_task(
+    model: str,
+    data: str | ImageData = "digits",
+    *,
+    checkpoint: str | Path | None = None,
+    normalize: str = "auto",
+    image_size: int | None = None,
+    label_smoothing: float = 0.0,
+    seed: int = 0,
+) -> Task:
+    """Returns the task of classifying a data set's images with a network of the zoo.
+
+    Args:
+        model: A name `microglia.build` knows.
+        data: A name `microglia.load_data` knows, or loaded images.
+        checkpoint: File with trained weights.
+        normalize: Name of the statistics, or ``auto``: the data set's own; with a checkpoint, those of the usual ones under
+            which it has the least loss on training images. A checkpoint does not say how its inputs were normalized, and
+            the wrong statistics cost accuracy silently.
+        image_size: Side to resize images to.
+        label_smoothing: Of the training loss.
+        seed: Of the initial weights.
+    """
+    images = data if isinstance(data, ImageData) else load_data(data, image_size=image_size)
+
+    def make() -> nn.Module:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            network = build_noted(model, classes=len(images.classes), shape=images.shape)
+        if checkpoint is not None:
+            load_checkpoint(network, checkpoint)
+        return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
+
+    if normalize != "auto":
+        images = replace(images, normalization=Normalization.named(normalize))
+    elif checkpoint is not None:
+        images = replace(images, normalization=recognize(make, images))
+    example = next(iter(ImageSource(images).batches("train", 1).epoch(0)))[0]
+    smoothed = CrossEntropy(label_smoothing) if label_smoothing else None
+    name = f"{model} on {images.name}"
+    trained = checkpoint is not None
+    return Task(name, make, ImageSource(images), CrossEntropy(), CLASSIFICATION, example, smoothed, trained)
+
+
+def build_noted(model: str, *, classes: int = 10, shape: tuple[int, ...] = (3, 32, 32), **options: Any) -> nn.Module:
+    """Returns a network of the zoo that remembers how it was built, so that a saved one can be loaded by itself."""
+    network = build(model, classes=classes, shape=shape, **options)
+    setattr(network, SOURCE, {"name": model, "classes": classes, "shape": list(shape), "options": options})
+    return network
+
+
+@torch.no_grad()
+def recognize(make: Callable[[], nn.Module], images: ImageData) -> Normalization:
+    """Returns the usual normalization under which a trained network has the least loss on training images."""
+    named = [Normalization.named(name) for name in USUAL]
+    fitting = [n for n in (images.normalization, *named) if len(n.mean) in (1, images.shape[0])]
+    probe = images.train.subset(torch.arange(min(PROBE, len(images.train))))
+    network = make().eval()
+
+    def loss(normalization: Normalization) -> float:
+        batches = Batches(probe, 256, normalization=normalization, channels_last=True)
+        return sum(float(CrossEntropy()(network(x), y)) * len(y) for x, y in batches.epoch(0))
+
+    return min(fitting, key=loss)

@@ -1,0 +1,82 @@
+"""Optimizers and learning rates by name, for recipes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from pydantic import ConfigDict
+
+
+@dataclass(frozen=True)
+class FitConfig:
+    """How to train.
+
+    Attributes:
+        epochs: Passes over the training split; 0 trains nothing.
+        batch_size: Examples per step, over all ranks together.
+        optimizer: ``sgd`` (with momentum), ``adam`` or ``adamw``.
+        lr: Peak learning rate.
+        momentum: Of ``sgd``.
+        nesterov: Whether ``sgd`` looks ahead.
+        weight_decay: L2 coefficient (decoupled for ``adamw``).
+        schedule: ``cosine`` to 0, ``step`` (times ``gamma`` at each milestone), or ``constant``.
+        milestones: Fractions of the training at which ``step`` acts.
+        gamma: Factor of ``step``.
+        warmup_epochs: Linear warm-up from 0, may be fractional.
+        clip: Largest gradient norm, or None.
+        precision: ``float32``, or ``bfloat16`` autocast.
+        distill: Weight in [0, 1) of distillation from the dense model; 0 for none.
+        temperature: Of the distillation.
+    """
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    epochs: int = 30
+    batch_size: int = 128
+    optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
+    lr: float = 0.1
+    momentum: float = 0.9
+    nesterov: bool = False
+    weight_decay: float = 1e-4
+    schedule: Literal["cosine", "step", "constant"] = "cosine"
+    milestones: tuple[float, ...] = (0.5, 0.75)
+    gamma: float = 0.1
+    warmup_epochs: float = 0.0
+    clip: float | None = None
+    precision: Literal["float32", "bfloat16"] = "float32"
+    distill: float = 0.0
+    temperature: float = 4.0
+
+    def __post_init__(self) -> None:
+        for name, low in (("epochs", 0), ("batch_size", 1), ("lr", 0), ("weight_decay", 0), ("warmup_epochs", 0)):
+            if not getattr(self, name) >= low:
+                raise ValueError(f"{name} must be at least {low}; got {getattr(self, name)}")
+        if not 0 <= self.distill < 1:
+            raise ValueError(f"distill is a weight in [0, 1); got {self.distill}")
+
+
+def learning_rate(config: FitConfig, step: int, steps_per_epoch: int) -> float:
+    """Returns the learning rate of a step, a pure function of its number (0-based)."""
+    warmup, total = config.warmup_epochs * steps_per_epoch, config.epochs * steps_per_epoch
+    if step < warmup:
+        return config.lr * (step + 1) / (warmup + 1)
+    progress = (step - warmup) / max(1.0, total - warmup)
+    if config.schedule == "cosine":
+        return config.lr * (1 + math.cos(math.pi * progress)) / 2
+    if config.schedule == "step":
+        return config.lr * config.gamma ** sum(step >= m * total for m in config.milestones)
+    return config.lr
+
+
+def make_optimizer(config: FitConfig, groups: Iterable[dict[str, Any]]) -> torch.optim.Optimizer:
+    """Returns the optimizer of a config over parameter groups."""
+    lr, decay = config.lr, config.weight_decay
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=lr, momentum=config.momentum, nesterov=config.nesterov, weight_decay=decay)
+    if config.optimizer == "adam":
+        return torch.optim.Adam(groups, lr=lr, weight_decay=decay)
+    return torch.optim.AdamW(groups, lr=lr, weight_decay=decay)

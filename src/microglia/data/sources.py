@@ -1,0 +1,76 @@
+"""A data set that is found but not yet decoded: what every kind of file on disk is turned into."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from microglia.core.errors import DataError
+
+_SPLITS = {
+    "train": "train",
+    "training": "train",
+    "validation": "validation",
+    "valid": "validation",
+    "val": "validation",
+    "dev": "validation",
+    "test": "test",
+    "testing": "test",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Encoded:
+    """One split of encoded images.
+
+    Attributes:
+        labels: int64 [N], class indices.
+        open: Makes the images readable; returns a function from an index to the bytes of an image file or to its path.
+            Separate from the labels so that images that need not be decoded are never read.
+        describe: Says where image i comes from, for error messages.
+    """
+
+    labels: Tensor
+    open: Callable[[], Callable[[int], bytes | Path]]
+    describe: Callable[[int], str]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """A data set on disk.
+
+    Attributes:
+        classes: Class names.
+        splits: Some of train (always), validation and test.
+        files: Every file the images come from; their names, sizes and times stand for the content.
+    """
+
+    classes: tuple[str, ...]
+    splits: dict[str, Encoded]
+    files: tuple[Path, ...]
+
+
+def split_names(names: Iterable[str], where: str) -> dict[str, str]:
+    """Returns {train, validation or test: the name that stands for it}, for those of the names that are splits.
+
+    Args:
+        names: Folder names, say, of which some are splits under any common spelling (``val``, ``valid``, ``dev`` ...).
+        where: What holds them, for the error.
+
+    Raises:
+        DataError: When two names stand for the same split.
+    """
+    found: dict[str, str] = {}
+    for name in sorted(names):
+        split = _SPLITS.get(name)
+        if split in found:
+            raise DataError(f"{where} has both {found[split]!r} and {name!r} as its {split} split; expected one of them.")
+        if split:
+            found[split] = name
+    return found

@@ -1,0 +1,87 @@
+"""Measure a model: parameters, multiply-accumulates, time and bytes; one counter each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from microglia.measure.execution import executions
+from microglia.measure.latency import LatencyReport, Timing, measure_latency, time_interleaved
+from microglia.measure.macs import Macs, count_macs
+from microglia.measure.parameters import Parameters, count_parameters
+from microglia.measure.size import Bytes, bytes_on_disk
+
+__all__ = [
+    "Bytes",
+    "LatencyReport",
+    "Macs",
+    "Measurement",
+    "Parameters",
+    "Timing",
+    "bytes_on_disk",
+    "count_macs",
+    "count_parameters",
+    "executions",
+    "measure",
+    "measure_latency",
+    "time_interleaved",
+]
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """All that is measured of one model.
+
+    Attributes:
+        parameters: Parameters, and those kept.
+        macs: Multiply-accumulates of one sample.
+        bytes: Size on disk.
+        latency: Times of the example batch under the model name ``"model"``; None when not asked for.
+    """
+
+    parameters: Parameters
+    macs: Macs
+    bytes: Bytes
+    latency: LatencyReport | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns every number, JSON-ready."""
+        return {
+            "parameters": self.parameters.to_dict(),
+            "macs": self.macs.to_dict(),
+            "bytes": self.bytes.to_dict(),
+            "latency": self.latency.to_dict() if self.latency else None,
+        }
+
+
+def measure(
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    latency: bool = True,
+    layers: Sequence[str] = ("*",),
+    exclude: Sequence[str] = (),
+) -> Measurement:
+    """Measures a model, masked or folded, and leaves it bit for bit as it is.
+
+    Args:
+        model: Any module with at least one linear or convolution layer.
+        example_inputs: A tensor, a tuple of arguments, or a mapping of keyword arguments. MACs are counted for one
+            sample, time for the batch as given.
+        latency: False leaves the time out, which takes longest; see `measure_latency` to compare models.
+        layers: Selectors of the layers that count as prunable.
+        exclude: Selectors of the layers that do not.
+
+    Raises:
+        SelectorError: A selector meets no layer, or no layer is left.
+        MicrogliaError: The model does not run on these inputs or cannot be measured.
+    """
+    return Measurement(
+        parameters=count_parameters(model, layers, exclude),
+        macs=count_macs(model, example_inputs),
+        bytes=bytes_on_disk(model),
+        latency=measure_latency({"model": model}, example_inputs) if latency else None,
+    )

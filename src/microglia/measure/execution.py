@@ -1,0 +1,139 @@
+"""Ways to execute one dense model, all with the same outputs: the honest baselines of every speed-up."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import types
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from microglia.core.errors import MicrogliaError
+from microglia.core.registry import Registry
+from microglia.measure.packing import pack
+from microglia.measure.running import Example, first_line, folded_twin, run, undisturbed
+
+Execution = Callable[[], object]
+"""One forward pass over the example inputs; returns the model's output."""
+
+_BUILDERS: Registry[Callable[[nn.Module, Example], Execution]] = Registry("execution")
+_fresh_names = itertools.count()
+
+
+def executions(
+    model: nn.Module,
+    example_inputs: Any,
+    kinds: Sequence[str] = ("eager", "eager-channels-last", "packed", "compiled"),
+    *,
+    notes: list[str] | None = None,
+) -> dict[str, Execution]:
+    """Prepares ways to run a model, each on a folded copy in evaluation mode and without gradients.
+
+    - ``eager``: PyTorch as it comes.
+    - ``eager-channels-last``: the same with weights and images in the channels-last memory format.
+    - ``packed``: oneDNN operators with pre-packed weights and fused batch norms, activations and residual additions, on
+      the CPU in float32; needs no compiler and is ready in a second or two.
+    - ``compiled``: ``torch.compile`` with frozen weights; needs a C++ compiler on the CPU, Triton on a GPU, and takes
+      from seconds (when its cache has seen the model) to minutes.
+
+    Each is run once and compared with ``eager``; one that cannot be prepared here or whose outputs differ by more than
+    1e-4 of the largest (2e-2 in half precision) is left out.
+
+    Args:
+        model: Any module, masked or folded; stays bit for bit as it is.
+        example_inputs: A tensor, a tuple of arguments, or a mapping of keyword arguments. The executions work on copies.
+        kinds: Which ones, of the four above.
+        notes: A list to which the reason for each one left out is added.
+
+    Returns:
+        Name -> a function without arguments that runs the model once.
+
+    Raises:
+        UnknownNameError: A kind of another name.
+        MicrogliaError: The model does not run on these inputs.
+    """
+    builders = {kind: _BUILDERS[kind] for kind in kinds}
+    example = Example.of(example_inputs).copied()
+    folded = folded_twin(model)
+    ready: dict[str, Execution] = {}
+    with undisturbed():
+        expected = run(folded, example.copied())
+        for kind, builder in builders.items():
+            try:
+                execution = builder(folded, example)
+                problem = _difference(expected, execution())
+            except Exception as error:
+                problem = first_line(error)
+            if problem is None:
+                ready[kind] = execution
+            elif notes is not None:
+                notes.append(f"{kind} was left out: {problem}")
+    return ready
+
+
+@_BUILDERS.add("eager")
+def _eager(model: nn.Module, example: Example) -> Execution:
+    def execute() -> object:
+        with torch.no_grad():
+            return model(*example.args, **example.kwargs)
+
+    return execute
+
+
+@_BUILDERS.add("eager-channels-last")
+def _eager_channels_last(model: nn.Module, example: Example) -> Execution:
+    if not any(tensor.ndim == 4 for tensor in example.tensors):
+        raise MicrogliaError("no example input is an image batch (four dimensions).")
+    if not any(isinstance(module, nn.Conv2d) for module in model.modules()):
+        raise MicrogliaError("the model has no 2-d convolution.")
+    converted = copy.deepcopy(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    images = example.map(lambda t: t.contiguous(memory_format=torch.channels_last) if t.ndim == 4 else t)
+    return _eager(converted, images)
+
+
+@_BUILDERS.add("packed")
+def _packed(model: nn.Module, example: Example) -> Execution:
+    if any(tensor.device.type != "cpu" for tensor in example.tensors):
+        raise MicrogliaError("oneDNN runs on the CPU.")
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        raise MicrogliaError("this build of PyTorch has no oneDNN.")
+    return _eager(pack(model, example), example)
+
+
+@_BUILDERS.add("compiled")
+def _compiled(model: nn.Module, example: Example) -> Execution:
+    def call(*args: Any, **kwargs: Any) -> object:
+        return model(*args, **kwargs)
+
+    # The compiler files its work under the code object, and gives up on one after a few models. A code object of its
+    # own for each execution keeps dozens apart, and the look-up short.
+    code = call.__code__.replace(co_name=f"execution_{next(_fresh_names)}")
+    own = types.FunctionType(code, call.__globals__, code.co_name, None, call.__closure__)
+    compiled = torch.compile(own, dynamic=False, options={"freezing": True})
+
+    def execute() -> object:
+        with torch.no_grad():
+            return compiled(*example.args, **example.kwargs)
+
+    return execute
+
+
+def _difference(expected: object, actual: object) -> str | None:
+    """Returns what is different about two outputs, None when they agree."""
+    left = [leaf for leaf in tree_leaves(expected) if isinstance(leaf, Tensor)]
+    right = [leaf for leaf in tree_leaves(actual) if isinstance(leaf, Tensor)]
+    if not left:
+        return "the model returns no tensors that could be compared."
+    if [tensor.shape for tensor in left] != [tensor.shape for tensor in right]:
+        return "its outputs have other shapes than the model's."
+    for wanted, got in zip(left, right, strict=True):
+        tolerance = 2e-2 if wanted.dtype in (torch.float16, torch.bfloat16) else 1e-4
+        one, other = wanted.detach().double(), got.detach().double()
+        scale = float(one[one.isfinite()].abs().max()) if bool(one.isfinite().any()) else 0.0
+        if not torch.allclose(one, other, rtol=0.0, atol=tolerance * scale, equal_nan=True):
+            return f"its outputs differ from the model's by up to {float((one - other).abs().max()):.3g}."
+    return None

@@ -1,0 +1,225 @@
+"""Measure time: everything that is compared runs interleaved in one process, against the best dense execution."""
+
+from __future__ import annotations
+
+import gc
+import math
+import platform
+import random
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from microglia.core.errors import MicrogliaError
+from microglia.core.registry import unknown_name
+from microglia.measure.execution import executions as prepare_executions
+from microglia.measure.running import Example, cuda_in_use
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Time of one call over several rounds, in milliseconds.
+
+    Attributes:
+        median: The middle round.
+        low: First quartile of the rounds.
+        high: Third quartile of the rounds.
+        rounds: How many rounds there were.
+    """
+
+    median: float
+    low: float
+    high: float
+    rounds: int
+
+
+def time_interleaved(
+    callables: Mapping[str, Callable[[], object]],
+    *,
+    rounds: int = 15,
+    warmup: int = 3,
+    min_round_seconds: float = 0.02,
+    max_seconds: float = math.inf,
+    seed: int = 0,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, Timing]:
+    """Times functions against each other, so that whatever else the machine does meets all of them alike.
+
+    After a warm-up, every round times each function once, in an order shuffled anew by a seeded generator. A function
+    faster than ``min_round_seconds`` is called several times in its turn, and the time divided. Where CUDA is in use,
+    each call is timed until the device has finished. Garbage collection waits meanwhile.
+
+    Args:
+        callables: Name -> function without arguments.
+        rounds: Rounds, at least 1.
+        warmup: Calls of each function before the first round, at least 1.
+        min_round_seconds: Least time of one turn, in seconds.
+        max_seconds: No further round starts after this time, in seconds; there are always three, or ``rounds`` if fewer.
+        seed: Of the order; the global generators are left alone.
+        clock: Returns the time in seconds.
+
+    Returns:
+        Name -> time per call, in the order of ``callables``.
+
+    Raises:
+        MicrogliaError: No function, or ``rounds`` or ``warmup`` below 1.
+    """
+    if not callables or rounds < 1 or warmup < 1:
+        raise MicrogliaError(
+            f"Timing takes at least one function, one round and one warm-up call, not {len(callables)}, {rounds} and {warmup}."
+        )
+    synchronize: Callable[[], None] = torch.cuda.synchronize if cuda_in_use() else lambda: None
+    order = random.Random(seed)
+    names = list(callables)
+    times: dict[str, list[float]] = {name: [] for name in names}
+
+    def turn(name: str, calls: int) -> float:
+        function = callables[name]
+        synchronize()
+        start = clock()
+        for _ in range(calls):
+            function()
+            synchronize()
+        return (clock() - start) / calls
+
+    fastest = {name: min(turn(name, 1) for _ in range(warmup)) for name in names}
+    calls = {name: max(1, math.ceil(min_round_seconds / max(fastest[name], 1e-7))) for name in names}
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        start = clock()
+        for done in range(rounds):
+            if done >= 3 and clock() - start > max_seconds:
+                break
+            for name in order.sample(names, len(names)):
+                times[name].append(turn(name, calls[name]))
+    finally:
+        if collecting:
+            gc.enable()
+    return {name: _summary(values) for name, values in times.items()}
+
+
+def _summary(seconds: list[float]) -> Timing:
+    milliseconds = [1e3 * value for value in seconds]
+    if len(milliseconds) == 1:
+        return Timing(milliseconds[0], milliseconds[0], milliseconds[0], 1)
+    low, median, high = statistics.quantiles(milliseconds, n=4, method="inclusive")
+    return Timing(median, low, high, len(milliseconds))
+
+
+@dataclass(frozen=True)
+class LatencyReport:
+    """Times of one batch through several models and executions, all measured interleaved.
+
+    Attributes:
+        timings: Model -> execution -> time of one batch.
+        device: What it ran on.
+        threads: CPU threads of PyTorch.
+        batch: Samples in the batch.
+        torch_version: Version of PyTorch.
+        notes: Which executions were left out, and why.
+    """
+
+    timings: dict[str, dict[str, Timing]]
+    device: str
+    threads: int
+    batch: int
+    torch_version: str
+    notes: tuple[str, ...] = ()
+
+    def best(self, model: str) -> tuple[str, Timing]:
+        """Returns the execution of the least median time for a model, and that time.
+
+        Raises:
+            UnknownNameError: No model of this name was measured.
+        """
+        if model not in self.timings:
+            raise unknown_name("measured model", model, self.timings)
+        return min(self.timings[model].items(), key=lambda item: item[1].median)
+
+    def speedup(self, model: str, over: str) -> float:
+        """Returns how many times faster ``model`` is than ``over``, the best execution of each against the other.
+
+        Raises:
+            UnknownNameError: No model of one of these names was measured.
+        """
+        return self.best(over)[1].median / self.best(model)[1].median
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns everything, JSON-ready, with the name of each model's best execution."""
+        return {**asdict(self), "notes": list(self.notes), "best": {name: self.best(name)[0] for name in self.timings}}
+
+
+def measure_latency(
+    models: Mapping[str, nn.Module],
+    example_inputs: Any,
+    *,
+    executions: Sequence[str] = ("eager", "packed", "compiled"),
+    rounds: int = 15,
+    warmup: int = 3,
+    min_round_seconds: float = 0.02,
+    max_seconds: float = 60.0,
+    seed: int = 0,
+    clock: Callable[[], float] = time.perf_counter,
+) -> LatencyReport:
+    """Times models against each other, each in several executions, and leaves them as they are.
+
+    Args:
+        models: Name -> model; all take the same inputs.
+        example_inputs: A tensor, a tuple of arguments, or a mapping of keyword arguments, of the batch size to time.
+        executions: Ways to run each model (see `microglia.measure.executions`); one that does not work here is left out
+            and named in the notes.
+        rounds: Rounds, as are the following arguments, of `time_interleaved`.
+        warmup: Calls before the first round.
+        min_round_seconds: Least time of one turn, in seconds.
+        max_seconds: No further round starts after this time, in seconds.
+        seed: Of the order.
+        clock: Returns the time in seconds.
+
+    Raises:
+        UnknownNameError: An execution of an unknown name.
+        MicrogliaError: No model, or none of the executions works for one of them.
+    """
+    notes: list[str] = []
+    example = Example.of(example_inputs)
+    calls: dict[tuple[str, str], Callable[[], object]] = {}
+    for name, model in models.items():
+        own: list[str] = []
+        ready = prepare_executions(model, example, executions, notes=own)
+        notes += [f"{name}: {note}" for note in own]
+        if not ready:
+            raise MicrogliaError(f"None of {list(executions)} works for the model {name!r}. {' '.join(own)}")
+        calls.update({(name, kind): execution for kind, execution in ready.items()})
+    keys = {str(index): key for index, key in enumerate(calls)}
+    times = time_interleaved(
+        {index: calls[key] for index, key in keys.items()},
+        rounds=rounds,
+        warmup=warmup,
+        min_round_seconds=min_round_seconds,
+        max_seconds=max_seconds,
+        seed=seed,
+        clock=clock,
+    )
+    timings: dict[str, dict[str, Timing]] = {name: {} for name in models}
+    for index, (name, kind) in keys.items():
+        timings[name][kind] = times[index]
+    return LatencyReport(timings, _device(example), torch.get_num_threads(), example.batch, torch.__version__, tuple(notes))
+
+
+def _device(example: Example) -> str:
+    """Returns the name of the processor that holds the inputs."""
+    device = next((tensor.device for tensor in example.tensors), torch.device("cpu"))
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type != "cpu":
+        return str(device)
+    described = Path("/proc/cpuinfo")
+    lines = described.read_text(errors="replace").splitlines() if described.is_file() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, "") or platform.processor() or platform.machine() or "CPU"

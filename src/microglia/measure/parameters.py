@@ -1,0 +1,161 @@
+"""Count parameters, and those that pruning keeps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from microglia.core.errors import SelectorError
+from microglia.core.layers import prunable_layers
+from microglia.measure.running import evaluating, parametrizations
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """How many parameters a model has; tensors shared by several modules count once, masks never.
+
+    Attributes:
+        all: Every parameter, biases and normalization included.
+        prunable: Entries of the weights of the chosen prunable layers.
+        kept: Of these, the ones under a true mask, or the nonzero ones of a layer without a mask.
+        nonzero_all: Nonzero entries of every parameter as the forward pass sees it.
+        layers: Name of each chosen weight -> (its entries, those kept).
+    """
+
+    all: int
+    prunable: int
+    kept: int
+    nonzero_all: int
+    layers: dict[str, tuple[int, int]]
+
+    @property
+    def density(self) -> float:
+        """Fraction of the prunable weights that is kept, in [0, 1]."""
+        return self.kept / self.prunable
+
+    @property
+    def compression(self) -> float:
+        """All parameters over those left when the pruned weights are gone, at least 1 (survey, section 0.5)."""
+        left = self.all - self.prunable + self.kept
+        return self.all / left if left else math.inf
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns every number, JSON-ready; an infinite compression is None."""
+        return {
+            "all": self.all,
+            "prunable": self.prunable,
+            "kept": self.kept,
+            "nonzero_all": self.nonzero_all,
+            "density": self.density,
+            "compression": self.compression if math.isfinite(self.compression) else None,
+            "layers": {name: list(counts) for name, counts in self.layers.items()},
+        }
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One parameter of a model, shared ones once.
+
+    Attributes:
+        name: Its name in a freshly built model, without any mask's additions.
+        module: The module that holds it; the masked one where it is tied to an unmasked one.
+        attribute: Its name in that module.
+    """
+
+    name: str
+    module: nn.Module
+    attribute: str
+
+    @property
+    def stored(self) -> tuple[Tensor, ...]:
+        """The trainable tensors behind it: itself, or those below a parametrization."""
+        steps = parametrizations(self.module).get(self.attribute)
+        return (getattr(self.module, self.attribute),) if steps is None else tuple(steps.parameters(recurse=False))
+
+    @property
+    def value(self) -> Tensor:
+        """The tensor as the forward pass sees it."""
+        return getattr(self.module, self.attribute)  # type: ignore[no-any-return]
+
+    def nonzero(self) -> int:
+        """Returns how many entries are not 0; all of them on the ``meta`` device, where there are no values."""
+        value = self.value
+        return value.numel() if value.is_meta else int(value.count_nonzero())
+
+    def entries(self) -> tuple[int, int]:
+        """Returns (all entries, kept ones): those under a true mask, or the nonzero ones where there is no mask."""
+        masks = _masks(self.module, self.attribute)
+        shape = self.value.shape
+        if not masks or masks[0].is_meta:
+            return shape.numel(), self.nonzero()
+        kept = masks[0].expand(shape)
+        for mask in masks[1:]:
+            kept = kept & mask
+        return shape.numel(), int(kept.count_nonzero())
+
+
+def weights(model: nn.Module) -> Iterator[Weight]:
+    """Yields every parameter once: prunable weights first, under the names of `prunable_layers`, then the others."""
+    seen: set[int] = set()
+    try:
+        prunable = prunable_layers(model)
+    except SelectorError:  # a model without linear and convolution layers
+        prunable = {}
+    for layer in prunable.values():
+        seen.add(id(layer.raw))
+        yield _weight(layer.name, layer.holders)
+    for path, module in model.named_modules():
+        if isinstance(module, parametrize.ParametrizationList):
+            continue
+        own = [name for name, value in module._parameters.items() if value is not None]
+        for attribute in [*own, *parametrizations(module)]:
+            weight = Weight(f"{path}.{attribute}" if path else attribute, module, attribute)
+            if not seen.intersection(map(id, weight.stored)):
+                seen.update(map(id, weight.stored))
+                yield weight
+
+
+def _weight(name: str, holders: Sequence[tuple[nn.Module, str]]) -> Weight:
+    module, attribute = next((holder for holder in holders if _masks(*holder)), holders[0])
+    return Weight(name, module, attribute)
+
+
+def _masks(module: nn.Module, attribute: str) -> list[Tensor]:
+    attached = (getattr(step, "mask", None) for step in parametrizations(module).get(attribute, ()))
+    return [mask for mask in attached if isinstance(mask, Tensor) and mask.dtype == torch.bool]
+
+
+def count_parameters(model: nn.Module, layers: Sequence[str] = ("*",), exclude: Sequence[str] = ()) -> Parameters:
+    """Counts the parameters of a model, masked or folded, and leaves the model as it is.
+
+    Example:
+        >>> import torch
+        >>> counts = count_parameters(torch.nn.Linear(4, 3))
+        >>> counts.all, counts.prunable
+        (15, 12)
+
+    Args:
+        model: Any module with at least one linear or convolution layer.
+        layers: Selectors of the layers that count as prunable (see `microglia.core.layers.matches`).
+        exclude: Selectors of the layers that do not.
+
+    Raises:
+        SelectorError: A selector meets no layer, or no layer is left.
+    """
+    with evaluating(model):
+        chosen = prunable_layers(model, layers, exclude)
+        table = {name: _weight(name, layer.holders).entries() for name, layer in chosen.items()}
+        nonzero = sum(weight.nonzero() for weight in weights(model))
+    return Parameters(
+        all=sum(parameter.numel() for parameter in model.parameters()),
+        prunable=sum(total for total, _ in table.values()),
+        kept=sum(kept for _, kept in table.values()),
+        nonzero_all=nonzero,
+        layers=table,
+    )

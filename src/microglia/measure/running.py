@@ -1,0 +1,164 @@
+"""Run somebody's model on example inputs and leave nothing behind."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.utils._pytree import tree_leaves, tree_map
+
+from microglia.core.errors import MicrogliaError
+
+
+@dataclass(frozen=True)
+class Example:
+    """What a model is called with.
+
+    Attributes:
+        args: Positional arguments.
+        kwargs: Keyword arguments.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    @classmethod
+    def of(cls, example_inputs: Any) -> Example:
+        """Reads example inputs: a tensor, a tuple or list of positional arguments, or a mapping of keyword arguments.
+
+        A model that takes one dictionary or one list as its argument is given it inside a tuple: ``(batch,)``.
+
+        Raises:
+            MicrogliaError: The inputs are none of these.
+        """
+        if isinstance(example_inputs, Example):
+            return example_inputs
+        if isinstance(example_inputs, Tensor):
+            return cls((example_inputs,), {})
+        if isinstance(example_inputs, Mapping):
+            return cls((), dict(example_inputs))
+        if isinstance(example_inputs, list | tuple):
+            return cls(tuple(example_inputs), {})
+        raise MicrogliaError(
+            f"Example inputs are a tensor, a tuple of arguments or a mapping of keyword arguments, not "
+            f"{type(example_inputs).__name__}."
+        )
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Every tensor among the arguments, in order."""
+        return [leaf for leaf in tree_leaves((self.args, self.kwargs)) if isinstance(leaf, Tensor)]
+
+    @property
+    def batch(self) -> int:
+        """Length of the first dimension of the first tensor; 1 without one."""
+        return next((tensor.shape[0] for tensor in self.tensors if tensor.ndim > 0), 1)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Example:
+        """Returns the example with ``function`` applied to each tensor."""
+        args, kwargs = tree_map(lambda leaf: function(leaf) if isinstance(leaf, Tensor) else leaf, (self.args, self.kwargs))
+        return Example(args, kwargs)
+
+    def copied(self) -> Example:
+        """Returns the example with its own tensors, for a model that writes into its inputs."""
+        return self.map(lambda tensor: tensor.detach().clone())
+
+
+def run(model: nn.Module, example: Example) -> Any:
+    """Returns the model's output.
+
+    Raises:
+        MicrogliaError: The model does not run on these inputs; the text says what it was given.
+    """
+    try:
+        return model(*example.args, **example.kwargs)
+    except MicrogliaError:
+        raise
+    except Exception as error:
+        given = ", ".join(f"{tuple(t.shape)} {t.dtype} on {t.device}" for t in example.tensors) or "no tensors"
+        raise MicrogliaError(
+            f"{type(model).__name__} does not run on the example inputs ({given}): {first_line(error)} Give inputs of "
+            "the shape, dtype and device that the model is called with."
+        ) from error
+
+
+def first_line(error: BaseException) -> str:
+    """Returns the first line of an error's text, at most 200 characters, or its type where it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__
+
+
+def cuda_in_use() -> bool:
+    """Tells whether anything in this process has used CUDA."""
+    return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
+
+
+@contextlib.contextmanager
+def undisturbed() -> Iterator[None]:
+    """Turns gradients off and puts torch's random generators back at the end."""
+    devices = range(torch.cuda.device_count()) if cuda_in_use() else ()
+    with torch.random.fork_rng(devices=devices), torch.no_grad():
+        yield
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Sets every module to evaluation without calling its ``train()``, and puts each flag back at the end.
+
+    A parametrization with a state of its own (spectral norm) is read this way without being moved on.
+    """
+    training = {module: module.training for module in model.modules()}
+    try:
+        for module in training:
+            module.training = False
+        with torch.no_grad():
+            yield
+    finally:
+        for module, flag in training.items():
+            module.training = flag
+
+
+def twin(model: nn.Module) -> nn.Module:
+    """Returns a deep copy in evaluation mode, masks still attached.
+
+    Raises:
+        MicrogliaError: The model cannot be copied.
+    """
+    try:
+        return copy.deepcopy(model).eval()
+    except Exception as error:
+        raise MicrogliaError(
+            f"{type(model).__name__} cannot be copied for measuring: {first_line(error)} Models are measured on a "
+            "deep copy; keep in the model nothing that copy.deepcopy refuses."
+        ) from error
+
+
+def parametrizations(module: nn.Module) -> dict[str, parametrize.ParametrizationList]:
+    """Returns the parametrized attributes of a module and the steps of each; empty where there are none."""
+    if not parametrize.is_parametrized(module):
+        return {}
+    return dict(module.parametrizations.items())  # type: ignore[operator,union-attr]
+
+
+def folded_twin(model: nn.Module) -> nn.Module:
+    """Returns a deep copy in evaluation mode, without gradients, its parametrizations (masks) written into the weights.
+
+    Not by ``remove_parametrizations``: that takes the property off the class, which a deep copy shares with the model,
+    and writes into the tensor that an unmasked module (a tied embedding) may share.
+    """
+    copied = twin(model)
+    with torch.no_grad():
+        for module in list(copied.modules()):
+            values = {attribute: getattr(module, attribute).detach().clone() for attribute in parametrizations(module)}
+            if values:
+                del module.parametrizations
+                module.__class__ = type(module).__bases__[0]  # the class it had before its first parametrization
+            for attribute, value in values.items():
+                module.register_parameter(attribute, nn.Parameter(value, requires_grad=False))
+    return copied.requires_grad_(False)

@@ -68,4 +68,4 @@ def _round(value: float) -> int:
 def _hint(value: float) -> str:
     if value == 0:
         return " Nothing would be left."
-    return f" Did you mean {value / 100:g}?" if 1 < value <= 100 else ""
+    return f" Did you mean {value / 100:g}?" if 2 <= value <= 100 else ""

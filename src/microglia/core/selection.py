@@ -16,7 +16,7 @@ from torch import Tensor
 from microglia.core.allocation import Scope, check_scope, layer_counts
 from microglia.core.errors import BudgetError, ScoreError
 from microglia.core.masks import MaskSet
-from microglia.core.order import kth_largest, last_positions
+from microglia.core.order import largest
 from microglia.core.patterns import Pattern, Reduction
 
 
@@ -51,7 +51,8 @@ def select(
     check_scope(scope)
     units = {name: _unit_scores(s, pattern, reduction, (alive or {}).get(name), name in protect) for name, s in scores.items()}
     sizes = {name: pattern.sizes(s.shape) for name, s in scores.items()}
-    _refuse_nan(units)
+    if pattern.fixed_density is not None or scope != "global":
+        _refuse_nan(units)
     if pattern.fixed_density is not None:
         kept = _keep_rows_of_pattern(units, sizes, keep, pattern.fixed_density)
     elif scope == "global":
@@ -125,7 +126,6 @@ def keep_best(scores: Mapping[str, Tensor], keep: int, sizes: Mapping[str, Tenso
         ScoreError: A score is NaN.
         BudgetError: More is asked for than is alive (not ``-inf``), or more is protected (``+inf``) than may be kept.
     """
-    _refuse_nan(scores)
     unit = _common_size(scores, sizes)
     if unit is None:
         assert sizes is not None
@@ -160,22 +160,24 @@ def keep_best_rows(scores: Tensor, keep: Tensor, sizes: Tensor) -> Tensor:
 
 def _keep_equal(scores: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
     """Keeps exactly ``count`` units of equal size."""
-    flat = {name: s.detach().reshape(-1) for name, s in scores.items()}
+    flat = [s.detach().reshape(-1) for s in scores.values()]
     if count == 0:
+        _refuse_nan(scores)
         return {name: torch.zeros(s.shape, dtype=torch.bool, device=s.device) for name, s in scores.items()}
-    value, larger, equal = kth_largest(list(flat.values()), count)
+    masks, value = largest(flat, count)
+    if math.isnan(value):
+        _refuse_nan(scores)
     if value == -torch.inf:
-        raise BudgetError(f"Cannot keep {count:,} units: only {larger:,} are still alive, the others were pruned before.")
-    if value == torch.inf and equal > count:
-        raise BudgetError(f"{equal:,} units are protected, but only {count:,} may be kept.")
-    masks = [s >= value for s in flat.values()]
-    for number, positions in last_positions(list(flat.values()), value, larger + equal - count):
-        masks[number][positions] = False
+        alive = sum(int((s > value).sum()) for s in flat)
+        raise BudgetError(f"Cannot keep {count:,} units: only {alive:,} are still alive, the others were pruned before.")
+    if value == torch.inf and (protected := sum(int((s == value).sum()) for s in flat)) > count:
+        raise BudgetError(f"{protected:,} units are protected, but only {count:,} may be kept.")
     return {name: mask.view(scores[name].shape) for name, mask in zip(scores, masks, strict=True)}
 
 
 def _keep_by_order(scores: Mapping[str, Tensor], keep: int, sizes: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Keeps the nearest prefix when units differ in size."""
+    _refuse_nan(scores)
     total = sum(int(s.sum()) for s in sizes.values())
     if not 0 <= keep <= total:
         raise BudgetError(f"Cannot keep {keep:,} of {total:,} weights.")

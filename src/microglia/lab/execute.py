@@ -19,7 +19,7 @@ from microglia.core.errors import FileError
 from microglia.core.masks import fold, masks_of
 from microglia.lab.recipe import Recipe, as_dict, method_config
 from microglia.measure import measure_latency
-from microglia.methods import methods
+from microglia.methods import Pruner, methods
 from microglia.methods.procedure import observe
 from microglia.train.archive import load, save
 from microglia.train.engine import accelerator
@@ -59,19 +59,31 @@ def execute(recipe: Recipe, directory: Path | None = None) -> Result:
     engine = accelerator(recipe.device)
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
+    # What is wrong with a new recipe shows before its directory is made; a known directory answers before data is read.
+    prepared = None if directory is not None and (directory / "recipe.yaml").exists() else prepare(recipe)
     run = Run(directory, as_dict(recipe), seed=recipe.seed, device=engine.device.type)
     try:
-        return run.result or _execute(recipe, run)
+        return run.result or _execute(recipe, run, prepared or prepare(recipe))
     finally:
         run.close()
 
 
-def _execute(recipe: Recipe, run: Run) -> Result:
+def prepare(recipe: Recipe) -> Task:
+    """Returns the recipe's task, after checking that its pruning fits the model.
+
+    Raises:
+        MicrogliaError: Model, data, checkpoint, layers, pattern or budget are not as they should be.
+    """
+    task = make_task(recipe)
+    Pruner(task.build(), method_config(recipe))
+    return task
+
+
+def _execute(recipe: Recipe, run: Run, task: Task) -> Result:
     began = time.perf_counter()
     if run.directory is not None and run.main:
         write_atomic(run.directory / "environment.json", json.dumps(environment(), indent=2) + "\n")
     config = method_config(recipe)
-    task = make_task(recipe)
     model = methods[recipe.method].procedure(task, run, config)
     observe(task, run, "pruned", model)
     if run.directory is not None and run.main:

@@ -55,7 +55,8 @@ class Run:
     def __init__(
         self, directory: Path | None = None, recipe: Mapping[str, Any] | None = None, *, seed: int = 0, device: str = "cpu"
     ) -> None:
-        self.directory, self.recipe, self.seed, self.device = directory, dict(recipe or {}), seed, torch.device(device)
+        self.directory, self.seed, self.device = directory, seed, torch.device(device)
+        self.recipe = json.loads(json.dumps(dict(recipe or {})))  # as its file will spell it
         self.observations: dict[str, dict[str, Any]] = {}
         self.main = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
         self._lock: TextIO | None = None
@@ -81,8 +82,10 @@ class Run:
     def _refuse_other_recipe(self, path: Path) -> None:
         try:
             before = yaml.safe_load(path.read_text()) or {}
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, OSError, ValueError) as error:
             raise RunError(f"{path} is not readable YAML; the directory is not a run of this library.") from error
+        if not isinstance(before, Mapping):
+            raise RunError(f"{path} holds no recipe; the directory is not a run of this library.")
         old, new = flatten(before), flatten(self.recipe)
         changed = [f"{k}: {old.get(k)!r} -> {new.get(k)!r}" for k in sorted({*old, *new}) if old.get(k) != new.get(k)]
         if changed:

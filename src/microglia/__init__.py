@@ -1,0 +1,61 @@
+"""Microglia: prune any PyTorch model, see it get measurably faster and smaller, and load the result anywhere.
+
+`mask` writes zeros; `fold` makes them part of the weights; `save` and `load` keep a model without pickle. A pruner
+(`OneShot`, `Gradual`) steps inside anybody's loop; `execute` runs a whole `Recipe`.
+"""
+
+from microglia.core.budget import Budget
+from microglia.core.errors import MicrogliaError
+from microglia.core.layers import prunable_layers
+from microglia.core.masks import MaskSet, enforce, fold, mask, masks_of
+from microglia.core.patterns import NM, Block, Channel, Unstructured
+from microglia.core.selection import select
+from microglia.data import load_data
+from microglia.lab.execute import execute
+from microglia.lab.recipe import Recipe, resolve
+from microglia.measure import measure, measure_latency
+from microglia.methods import Gradual, OneShot
+from microglia.scores import Evidence, score
+from microglia.train.archive import load, save
+from microglia.train.evaluate import evaluate
+from microglia.train.fit import fit
+from microglia.train.image_task import build_noted as build
+from microglia.train.image_task import image_task
+from microglia.train.optim import FitConfig
+from microglia.train.recover import recalibrate
+from microglia.train.task import Task
+
+__all__ = [
+    "NM",
+    "Block",
+    "Budget",
+    "Channel",
+    "Evidence",
+    "FitConfig",
+    "Gradual",
+    "MaskSet",
+    "MicrogliaError",
+    "OneShot",
+    "Recipe",
+    "Task",
+    "Unstructured",
+    "build",
+    "enforce",
+    "evaluate",
+    "execute",
+    "fit",
+    "fold",
+    "image_task",
+    "load",
+    "load_data",
+    "mask",
+    "masks_of",
+    "measure",
+    "measure_latency",
+    "prunable_layers",
+    "recalibrate",
+    "resolve",
+    "save",
+    "score",
+    "select",
+]

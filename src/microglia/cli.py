@@ -1,0 +1,250 @@
+"""The command line: `microglia prune | eval | measure | sweep | report | demo | methods | recipe`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import fields
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from microglia.core.errors import MicrogliaError
+from microglia.core.patterns import PATTERN_FORMS
+from microglia.lab.execute import execute
+from microglia.lab.recipe import Recipe, RecipeError, as_dict, override, put, read_yaml, resolve, schema
+from microglia.lab.report import report as write_report
+from microglia.lab.summary import measurement_table, result_table
+from microglia.lab.sweep import run_sweep
+from microglia.lab.sweep_grid import plan_table, read_sweep
+from microglia.lab.target import open_target
+from microglia.measure import measure as measure_model
+from microglia.methods import methods as known_methods
+from microglia.scores import scores
+from microglia.train.engine import rank_and_world
+from microglia.train.evaluate import evaluate
+
+app = typer.Typer(
+    help="Prune any PyTorch model, see it get measurably faster and smaller, and load the result anywhere.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Shown = tuple[Any, list[Any]]
+"""What a command returns: a JSON-ready value, and what a person sees instead."""
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs instead of tables.")]
+Data = Annotated[str | None, typer.Option(help="digits, cifar10, mnist, hf:NAME or a folder.")]
+Checkpoint = Annotated[str | None, typer.Option(help="File with trained weights.")]
+Target = Annotated[str, typer.Argument(help="A run directory, a saved model's directory, or a model's name.")]
+
+
+def command(function: Callable[..., Shown]) -> Callable[..., Any]:
+    """Registers a command that prints what it returns; errors of the user's making end in one sentence and status 1."""
+
+    @wraps(function)
+    def printed(*args: Any, **kwargs: Any) -> None:
+        as_json = kwargs["json_"]
+        try:
+            value, shown = function(*args, **kwargs)
+        except MicrogliaError as error:
+            if as_json:
+                typer.echo(json.dumps({"error": str(error)}))
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(1) from None
+        except KeyboardInterrupt:
+            typer.echo("interrupted; start the same command again to go on.", err=True)
+            raise typer.Exit(130) from None
+        if rank_and_world()[0] != 0:
+            return
+        if as_json:
+            typer.echo(json.dumps(value))
+            return
+        console = Console()
+        for thing in shown:
+            console.print(thing, highlight=False, soft_wrap=isinstance(thing, str))
+
+    return app.command()(printed)
+
+
+@command
+def prune(  # noqa: PLR0917 -- each is an option of the command line
+    words: Annotated[list[str] | None, typer.Argument(metavar="[MODEL] [KEY=VALUE]...")] = None,
+    data: Data = None,
+    checkpoint: Checkpoint = None,
+    method: Annotated[str | None, typer.Option(help="See `microglia methods`.")] = None,
+    pattern: Annotated[str | None, typer.Option(help=", ".join(PATTERN_FORMS))] = None,
+    scope: Annotated[str | None, typer.Option(help="global, layer, row or erk.")] = None,
+    density: Annotated[float | None, typer.Option(help="Fraction of the prunable weights to keep, in (0, 1].")] = None,
+    params: Annotated[float | None, typer.Option(help="Fraction of all parameters to keep, in (0, 1].")] = None,
+    layers: Annotated[list[str] | None, typer.Option(help="Layers to prune (name globs, type:Conv2d, !not).")] = None,
+    exclude: Annotated[list[str] | None, typer.Option(help="Layers neither pruned nor counted.")] = None,
+    protect: Annotated[list[str] | None, typer.Option(help="Layers kept dense but counted.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Epochs of training after (or while) pruning.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate of that training.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Root of every random number.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or auto.")] = None,
+    recipe: Annotated[Path | None, typer.Option(help="YAML recipe; options and KEY=VALUE override it.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Run directory; the same command goes on there.")] = None,
+    json_: Json = False,
+) -> Shown:
+    """Prune a model on data: load or train it, prune, recover, measure, save."""
+    words = list(words or [])
+    given = {
+        "model": words.pop(0) if words and "=" not in words[0] else None,
+        "data": data, "checkpoint": checkpoint, "method": method, "seed": seed, "device": device,
+        "train.epochs": epochs, "train.lr": lr, "prune.pattern": pattern, "prune.scope": scope, "prune.density": density,
+        "prune.params": params, "prune.layers": layers, "prune.exclude": exclude, "prune.protect": protect,
+    }  # fmt: skip
+    source: dict[str, Any] = read_yaml(recipe) if recipe is not None else {}
+    for key, value in given.items():
+        if value is not None and value != []:
+            source = put(source, key, value)
+    resolved = resolve(override(source, words))
+    directory = out if out is not None else _own_directory(resolved)
+    result = execute(resolved, directory)
+    return result, [result_table(result), f"Run: {directory}\nModel: {directory / 'model'}"]
+
+
+@command
+def eval(  # noqa: A001 -- the name of the command
+    target: Target,
+    data: Data = None,
+    checkpoint: Checkpoint = None,
+    split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
+    json_: Json = False,
+) -> Shown:
+    """Evaluate a run, a saved model or a checkpoint."""
+    if split not in ("train", "validation", "test"):
+        raise RecipeError(f"The split is train, validation or test; got {split!r}.")
+    model, task = open_target(target, data, checkpoint)
+    metrics = evaluate(model, task, split)  # type: ignore[arg-type]
+    table = Table("metric", split, title=task.name)
+    for name, value in metrics.items():
+        table.add_row(name, f"{value:.4f}")
+    return metrics, [table]
+
+
+@command
+def measure(
+    target: Target,
+    data: Data = None,
+    checkpoint: Checkpoint = None,
+    latency: Annotated[bool, typer.Option(help="Whether to time it.")] = True,
+    json_: Json = False,
+) -> Shown:
+    """Measure a run, a saved model or a network: parameters, MACs, latency, bytes."""
+    model, task = open_target(target, data, checkpoint)
+    measured = measure_model(model, task.example, latency=latency).to_dict()
+    return measured, [measurement_table(task.name, measured)]
+
+
+@command
+def sweep(
+    file: Annotated[Path, typer.Argument(help="YAML with base and grid.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Such as base.seed=1.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Directory of the runs; default runs/NAME.")] = None,
+    jobs: Annotated[int, typer.Option(help="Runs at a time.", min=1)] = 1,
+    dry_run: Annotated[bool, typer.Option(help="List the runs only.")] = False,
+    json_: Json = False,
+) -> Shown:
+    """Run a grid of recipes, each a durable run; what is finished is not run again."""
+    planned = read_sweep(file, overrides or [])
+    directory = out if out is not None else Path("runs") / planned.name
+    if dry_run:
+        return [cell.name for cell in planned.cells], [plan_table(planned)]
+    outcome = run_sweep(planned, directory, jobs=jobs)
+    if outcome.failed:
+        typer.echo(outcome.sentence, err=True)
+    return outcome.to_dict(), [outcome.sentence]
+
+
+@command
+def report(
+    paths: Annotated[list[Path], typer.Argument(help="Run directories, or results/*.json.")],
+    out: Annotated[Path, typer.Option(help="Where to write tables, figures and the page.")] = Path("report"),
+    json_: Json = False,
+) -> Shown:
+    """Collect runs into Markdown tables, figures and one interactive HTML page."""
+    written = write_report(paths, out)
+    return written.to_dict(), [written.sentence]
+
+
+@command
+def demo(
+    out: Annotated[Path, typer.Option(help="Run directory.")] = Path("runs/demo"),
+    json_: Json = False,
+) -> Shown:
+    """Train on real 8x8 digits, prune to a tenth, recover, measure, save, load and prove equality."""
+    recipe = {
+        "model": "conv-2",
+        "data": "digits",
+        "method": "magnitude",
+        "prune": {"density": 0.1, "scope": "global"},
+        "dense": {"epochs": 20, "lr": 0.05, "batch_size": 64},
+        "train": {"epochs": 10, "lr": 0.02, "batch_size": 64},
+    }
+    result = execute(resolve(recipe), out)
+    lines = [
+        f"The saved model was loaded again and equals the pruned one bit for bit: {out / 'model'}",
+        f"Recipe, metrics, result: {out}/recipe.yaml, metrics.jsonl, result.json",
+        f"Go on: microglia eval {out}   |   microglia report {out} --out {out}/report",
+    ]
+    return result, [result_table(result), *lines]
+
+
+@command
+def methods(json_: Json = False) -> Shown:
+    """List the methods and scores there are, with their defaults."""
+    rows = {
+        m.name: {"description": m.description, "defaults": {**_defaults(m.config), **m.defaults}}
+        for _, m in known_methods.items()
+    }
+    table = Table("method", "what it does", "its own settings")
+    for name, row in rows.items():
+        common = _defaults(known_methods["oneshot"].config)
+        own = {k: v for k, v in row["defaults"].items() if common.get(k) != v or k in known_methods[name].defaults}  # type: ignore[attr-defined]
+        table.add_row(name, str(row["description"]), ", ".join(f"{k}={v}" for k, v in own.items()))
+    found = {"methods": rows, "scores": list(scores), "patterns": list(PATTERN_FORMS)}
+    return found, [table, f"scores: {', '.join(scores)}", f"patterns: {', '.join(PATTERN_FORMS)}"]
+
+
+@command
+def recipe(
+    words: Annotated[list[str] | None, typer.Argument(metavar="[FILE] [KEY=VALUE]...")] = None,
+    schema_: Annotated[bool, typer.Option("--schema", help="Print the JSON schema instead.")] = False,
+    json_: Json = False,
+) -> Shown:
+    """Print a recipe with every default filled in, or the JSON schema of recipes."""
+    words = list(words or [])
+    source = read_yaml(Path(words.pop(0))) if words and "=" not in words[0] else {}
+    source = override(source, words)
+    if schema_:
+        found = schema(source.get("method"))
+        return found, [json.dumps(found, indent=2)]
+    resolved = as_dict(resolve(source))
+    return resolved, [yaml.safe_dump(resolved, sort_keys=False)]
+
+
+def _defaults(config: type) -> dict[str, Any]:
+    example = config()
+    return {f.name: getattr(example, f.name) for f in fields(config) if f.name not in ("dense", "train")}
+
+
+def _own_directory(recipe: Recipe) -> Path:
+    """Returns the directory under runs/ of a recipe: the same recipe, the same directory."""
+    mark = hashlib.blake2b(json.dumps(as_dict(recipe), sort_keys=True).encode(), digest_size=3).hexdigest()
+    name = f"{recipe.model}-{recipe.data}-{recipe.method}-{mark}"
+    return Path("runs") / "".join(c if c.isalnum() or c in "-_." else "_" for c in name)
+
+
+def main() -> None:
+    """Runs the command line."""
+    app()

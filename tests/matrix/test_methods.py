@@ -1,0 +1,143 @@
+"""Every registered method x pattern x kind of network, on a few real digits: budget, masks, files, resumption."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+from pydantic import TypeAdapter
+from torch import Tensor, nn
+
+import microglia as mg
+from microglia.core.patterns import parse_pattern
+from microglia.data import ImageData
+from microglia.methods import methods
+from microglia.train.image_task import ImageSource
+from microglia.train.run import Run
+from microglia.train.task import CLASSIFICATION, CrossEntropy
+
+PATTERNS = ["unstructured", "block:4x2", "block:8x1", "nm:2:4", "channel"]
+DENSITY = 0.4
+
+
+class Residual(nn.Module):
+    """A stem, one block with a sum, a classifier."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(1, 8, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(8)
+        self.inner = nn.Conv2d(8, 8, 3, padding=1)
+        self.head = nn.Linear(8, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = torch.relu(self.norm(self.stem(images)))
+        return self.head((x + torch.relu(self.inner(x))).mean((2, 3)))
+
+
+def mlp() -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 24), nn.ReLU(), nn.Linear(24, 10))
+
+
+def conv() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(1, 8, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 12, 3), nn.Flatten(), nn.Linear(12, 10)
+    )
+
+
+def depthwise() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=8), nn.ReLU(), nn.Conv2d(8, 16, 1),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10),
+    )  # fmt: skip
+
+
+NETWORKS = {"mlp": mlp, "conv": conv, "residual": Residual, "depthwise": depthwise}
+
+
+@pytest.fixture(scope="module")
+def digits() -> ImageData:
+    data = mg.load_data("digits")
+    few = torch.arange(96)
+    return ImageData(
+        name="digits",
+        classes=data.classes,
+        train=data.train.subset(few),
+        validation=data.validation.subset(few[:32]),
+        test=data.test.subset(few[:32]),
+        normalization=data.normalization,
+        augmentation=data.augmentation,
+    )
+
+
+def make_task(kind: str, data: ImageData) -> mg.Task:
+    def build() -> nn.Module:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return NETWORKS[kind]()
+
+    example = data.train.images[:1] / 255
+    return mg.Task(f"{kind} on digits", build, ImageSource(data), CrossEntropy(), CLASSIFICATION, example)
+
+
+def config_of(name: str, pattern: str) -> object:
+    short = {"epochs": 2, "batch_size": 32, "lr": 0.05}
+    fixed = parse_pattern(pattern).fixed_density is not None
+    fields = {"pattern": pattern, "dense": short, "train": short, "score_batch_size": 32}
+    return TypeAdapter(methods[name].config).validate_python(
+        {**methods[name].defaults, **fields, **({} if fixed else {"density": DENSITY})}
+    )
+
+
+def largest_unit(model: nn.Module, pattern: str) -> int:
+    return max(int(parse_pattern(pattern).sizes(layer.shape).max()) for layer in mg.prunable_layers(model).values())
+
+
+@pytest.mark.parametrize("kind", list(NETWORKS))
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("name", list(methods))
+def test_method(name: str, pattern: str, kind: str, digits: ImageData, tmp_path: Path) -> None:
+    task, config = make_task(kind, digits), config_of(name, pattern)
+    run = Run(tmp_path / "run", {"method": name, "config": asdict(config)})
+    model = methods[name].procedure(task, run, config)
+    masks = mg.masks_of(model)
+    layers = mg.prunable_layers(model)
+
+    # The budget is met exactly, or as near as whole units and one unit per layer allow.
+    assert set(masks) == set(layers)
+    if pattern == "nm:2:4":
+        for mask in masks.values():
+            rows = parse_pattern(pattern).reduce(mask.float())
+            real = parse_pattern(pattern).sizes(mask.shape).sum(1)
+            assert torch.equal(rows.sum(1).long(), real.clamp(max=2))
+    else:
+        slack = largest_unit(model, pattern) * (1 if config.scope == "global" else len(layers))
+        assert abs(masks.kept - round(DENSITY * masks.total)) <= (0 if pattern == "unstructured" else slack)
+    for layer_name, layer in layers.items():
+        assert masks[layer_name].any()
+        assert not layer.weight[~masks[layer_name]].any()
+        assert not layer.raw[~masks[layer_name]].any()  # enforced below the mask too
+        units = parse_pattern(pattern).reduce(masks[layer_name].float())
+        if pattern != "nm:2:4":
+            assert torch.isin(units, torch.tensor([0.0, 1.0])).all()  # whole units only
+
+    # It learned something and was observed.
+    assert 0 <= mg.evaluate(model, task)["accuracy"] <= 1
+    assert run.observations["dense"]["parameters"]["density"] == 1
+
+    # What is saved reads back bit for bit, folded too.
+    mg.save(model, tmp_path / "model")
+    again = mg.load(tmp_path / "model", task.build())
+    assert all(torch.equal(value, again.state_dict()[key]) for key, value in model.state_dict().items())
+    folded, images = mg.fold(again), task.example.repeat(3, 1, 1, 1)
+    assert all(torch.equal(layer.weight, layers[n].weight) for n, layer in mg.prunable_layers(folded).items())
+    torch.testing.assert_close(folded.eval()(images), model.eval()(images))
+
+    # A finished run only reads its stages.
+    run.close()
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run" / "stages").iterdir()}
+    resumed = methods[name].procedure(task, Run(tmp_path / "run", {"method": name, "config": asdict(config)}), config)
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run" / "stages").iterdir()} == before
+    assert all(torch.equal(value, resumed.state_dict()[key]) for key, value in model.state_dict().items())

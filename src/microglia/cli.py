@@ -75,7 +75,7 @@ def command(function: Callable[..., Shown]) -> Callable[..., Any]:
 
 
 @command
-def prune(  # noqa: PLR0917 -- each is an option of the command line
+def prune(
     words: Annotated[list[str] | None, typer.Argument(metavar="[MODEL] [KEY=VALUE]...")] = None,
     data: Data = None,
     checkpoint: Checkpoint = None,
@@ -114,7 +114,7 @@ def prune(  # noqa: PLR0917 -- each is an option of the command line
 
 
 @command
-def eval(  # noqa: A001 -- the name of the command
+def eval(
     target: Target,
     data: Data = None,
     checkpoint: Checkpoint = None,

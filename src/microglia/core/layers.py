@@ -64,12 +64,24 @@ def raw_parameter(module: nn.Module, attribute: str) -> nn.Parameter:
 
 
 def _walk(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
+    """Yields (name, module, attribute) of every prunable weight, tied ones as often as they are held."""
     for path, module in model.named_modules():
         for kind, attributes in PRUNABLE.items():
             if isinstance(module, kind):
                 for attribute in attributes:
-                    if getattr(module, attribute, None) is not None:
+                    if attribute in _own_tensors(module):
                         yield f"{path}.{attribute}" if path else attribute, module, attribute
+
+
+def _own_tensors(module: nn.Module) -> list[str]:
+    """Returns the attributes of a module that stand for one trainable tensor each, masked or not.
+
+    Parametrizations that make a tensor from several others (weight normalization) have none to prune.
+    """
+    own = [name for name, parameter in module._parameters.items() if parameter is not None]
+    if isinstance(module, parametrize.ParametrizationList) or not parametrize.is_parametrized(module):
+        return own
+    return own + [name for name, below in module.parametrizations.items() if hasattr(below, "original")]  # type: ignore[union-attr,operator]
 
 
 def matches(name: str, module: nn.Module, selectors: Sequence[str]) -> bool:
@@ -106,6 +118,7 @@ def prunable_layers(model: nn.Module, layers: Sequence[str] = ("*",), exclude: S
     found: dict[int, tuple[str, list[tuple[nn.Module, str]]]] = {}
     for name, module, attribute in _walk(model):
         found.setdefault(id(raw_parameter(module, attribute)), (name, []))[1].append((module, attribute))
+    _add_tied(model, found)
     everything = {name: Layer(name, tuple(holders)) for name, holders in found.values()}
     check_selectors(everything, [*layers, *exclude])
     chosen = {
@@ -119,6 +132,17 @@ def prunable_layers(model: nn.Module, layers: Sequence[str] = ("*",), exclude: S
             f"{len(everything)} prunable layers of {type(model).__name__} (linear and convolution weights)."
         )
     return chosen
+
+
+def _add_tied(model: nn.Module, found: dict[int, tuple[str, list[tuple[nn.Module, str]]]]) -> None:
+    """Adds holders of other kinds, such as an embedding tied to the output layer: a tensor has one mask everywhere."""
+    for module in model.modules():
+        if isinstance(module, parametrize.ParametrizationList):
+            continue
+        for attribute in _own_tensors(module):
+            _, holders = found.get(id(raw_parameter(module, attribute)), ("", []))
+            if holders and not any(held is module and name == attribute for held, name in holders):
+                holders.append((module, attribute))
 
 
 def check_selectors(layers: dict[str, Layer], selectors: Sequence[str]) -> None:

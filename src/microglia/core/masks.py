@@ -138,10 +138,32 @@ def fold(model: nn.Module) -> nn.Module:
     if not _has_masks(model):
         return model
     for layer in prunable_layers(model).values():
-        if _find(layer) is not None:
+        if (masked := _find(layer)) is not None:
+            with torch.no_grad():
+                layer.raw.masked_fill_(~masked.mask, 0.0)
             for module, attribute in layer.holders:
-                parametrize.remove_parametrizations(module, attribute, leave_parametrized=True)
+                _detach(module, attribute)
     return model
+
+
+def _detach(module: nn.Module, attribute: str) -> None:
+    """Removes a parametrization and leaves its tensor as the module's own.
+
+    torch's own function deletes the attribute from the module's class, which copies of the module share: they would break.
+    """
+    lists: nn.ModuleDict = module.parametrizations  # type: ignore[assignment]
+    original = lists[attribute].original
+    if len(lists) > 1:
+        del lists[attribute]
+        module.__class__ = type(type(module).__name__, type(module).__bases__, _without(type(module), attribute))
+    else:
+        del module.parametrizations
+        module.__class__ = type(module).__bases__[0]
+    module.register_parameter(attribute, original)  # type: ignore[arg-type]
+
+
+def _without(cls: type, attribute: str) -> dict[str, object]:
+    return {k: v for k, v in vars(cls).items() if k not in (attribute, "__dict__", "__weakref__")}
 
 
 @torch.no_grad()

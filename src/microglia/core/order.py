@@ -10,7 +10,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-SMALL = 1 << 13  # up to this many elements a plain sort is the fastest
 CHUNK = 31 << 10  # elements of one operation: stays in the cache; from 2^15 on torch would call in its own threads
 GPU_CHUNK = 1 << 24  # the same on a GPU, where few large operations are best
 DEVIATIONS = 3  # half-width of the bracket; the sample misjudges about once in 400 times, which costs one more pass
@@ -56,11 +55,12 @@ def largest(tensors: Sequence[Tensor], k: int, group: int = GROUP) -> Largest:
         group: Neighbours that are collected together, 8 or 1.
     """
     total = sum(len(t) for t in tensors)
-    if total <= SMALL:
-        return _by_sort(tensors, k)
     masks = [torch.empty_like(t, dtype=torch.bool) for t in tensors]
     blocks = [block for t, m in zip(tensors, masks, strict=True) for block in _blocks(t, m, group)]
-    low, high = _bracket(tensors, total, k)
+    if total <= CHUNK:  # torch's own quickselect is the fastest
+        low = high = torch.cat(list(tensors)).kthvalue(total - k + 1).values.item()
+    else:
+        low, high = _bracket(tensors, total, k)
     while not (math.isnan(low) or math.isnan(high)):  # once; again if the sample misjudged or the answer is an end
         found = _sides(blocks, low, high)
         at_least, larger = sum(f.at_least for f in found), total - sum(f.at_most for f in found)
@@ -85,16 +85,6 @@ def largest(tensors: Sequence[Tensor], k: int, group: int = GROUP) -> Largest:
     return Largest([], math.nan)
 
 
-def _by_sort(tensors: Sequence[Tensor], k: int) -> Largest:
-    values = torch.cat(list(tensors))
-    if values.isnan().any():
-        return Largest([], math.nan)
-    order = values.argsort(descending=True, stable=True)
-    mask = torch.zeros_like(values, dtype=torch.bool)
-    mask.scatter_(0, order[:k], True)
-    return Largest(list(torch.split(mask, [len(t) for t in tensors])), values[order[k - 1]].item())
-
-
 def _blocks(values: Tensor, mask: Tensor, group: int) -> list[_Block]:
     """Cuts a tensor into blocks of whole groups and, at its end, what does not fill a group."""
     size = group * (GPU_CHUNK if values.is_cuda else CHUNK)
@@ -116,8 +106,8 @@ def _bracket(tensors: Sequence[Tensor], total: int, k: int) -> tuple[float, floa
 
 
 def _sides(blocks: Sequence[_Block], low: float, high: float) -> list[_Sides]:
-    threads = 1 if blocks[0].values.is_cuda else min(torch.get_num_threads(), len(blocks))
-    if threads == 1:
+    threads = min(torch.get_num_threads(), sum(len(block.values) for block in blocks) // CHUNK)
+    if threads <= 1 or blocks[0].values.is_cuda:
         return [_sides_of(block, low, high) for block in blocks]
     with ThreadPoolExecutor(threads) as pool:  # torch's own threads wait for one another after every operation
         return list(pool.map(lambda block: _sides_of(block, low, high), blocks))

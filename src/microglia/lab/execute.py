@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from microglia.core.errors import FileError
-from microglia.core.masks import fold, masks_of
+from microglia.core.masks import masks_of
 from microglia.lab.recipe import Recipe, as_dict, method_config
 from microglia.measure import measure_latency
 from microglia.methods import Pruner, methods
@@ -115,9 +115,16 @@ def _prove_equal(model: nn.Module, directory: Path) -> None:
 
 
 def _latency(recipe: Recipe, task: Task, model: nn.Module) -> dict[str, Any]:
-    example = task.example.repeat(recipe.measure.batch, *[1] * (task.example.ndim - 1))
-    models = {"dense": task.build(), "pruned": fold(deepcopy(model))}
-    return measure_latency(models, example.to(next(model.parameters()).device), rounds=recipe.measure.rounds).to_dict()
+    device = next(model.parameters()).device
+    example = task.example.repeat(recipe.measure.batch, *[1] * (task.example.ndim - 1)).to(device)
+    dense = task.build().to(device)
+    report = measure_latency(
+        {"dense": dense, "pruned": model},
+        example,
+        executions=recipe.measure.executions,
+        rounds=recipe.measure.rounds,
+    )
+    return report.to_dict()
 
 
 def environment() -> dict[str, Any]:

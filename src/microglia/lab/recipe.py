@@ -27,6 +27,7 @@ class MeasureConfig:
         latency: Whether to time dense and pruned, eager, packed and compiled.
         batch: Examples per timed call.
         rounds: Interleaved rounds.
+        executions: Ways to run each model; ``compiled`` takes half a minute to prepare.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -34,6 +35,7 @@ class MeasureConfig:
     latency: bool = True
     batch: int = 1
     rounds: int = 30
+    executions: tuple[Literal["eager", "eager-channels-last", "packed", "compiled"], ...] = ("eager", "packed", "compiled")
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ def result_table(result: Json) -> Table:
         *(titles[c] for c in columns),
         "dense / pruned",
         title=f"{result['task']}: {recipe['method']}, {recipe['prune']['pattern']}, {recipe['prune']['scope']}",
-        caption=f"asked: {asked}; kept {got} of the prunable weights. MAC: one multiply-add; speed-up from MACs alone is theory.",
+        caption=f"asked: {asked}; kept {got} of the prunable weights. MACs (one multiply-add each) alone are theory.",
     )
     for label, read, show in _ROWS:
         values = [read(result[column]) for column in columns]

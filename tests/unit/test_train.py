@@ -63,7 +63,9 @@ def test_learning_rates() -> None:
     assert rates == pytest.approx([0.2, 0.4, 0.6, 0.8, 1, 1, 1, 1])
 
 
-@pytest.mark.parametrize("wrong", [{"epochs": -1}, {"batch_size": 0}, {"distill": 1.0}, {"lr": float("nan")}])
+@pytest.mark.parametrize(
+    "wrong", [{"epochs": -1}, {"batch_size": 0}, {"distill": 1.0}, {"lr": float("nan")}, {"max_batches": 0}]
+)
 def test_a_config_out_of_range_is_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
         mg.FitConfig(**wrong)
@@ -113,6 +115,11 @@ def test_masked_weights_stay_exactly_zero(task: mg.Task, optimizer: Any) -> None
         assert not layer.raw[~masks[name]].any()
         assert layer.raw[masks[name]].all()
     assert mg.masks_of(model).same(masks)
+
+
+def test_an_epoch_may_end_early(task: mg.Task) -> None:
+    rows = mg.fit(fresh(), task, mg.FitConfig(epochs=2, batch_size=64, lr=1.0, max_batches=4, schedule="step"))
+    assert [row["lr"] for row in rows] == pytest.approx([1.0, 0.01])  # the schedule knows the shorter epochs
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_step(task: mg.Task) -> None:

@@ -13,7 +13,6 @@ from torch import Tensor
 CHUNK = 31 << 10  # elements of one operation: stays in the cache; from 2^15 on torch would call in its own threads
 GPU_CHUNK = 1 << 24  # the same on a GPU, where few large operations are best
 DEVIATIONS = 3  # half-width of the bracket; the sample misjudges about once in 400 times, which costs one more pass
-GROUP = 8  # neighbours collected together, because eight flags read as one integer
 
 
 class Largest(NamedTuple):
@@ -24,117 +23,117 @@ class Largest(NamedTuple):
 
 
 class _Block(NamedTuple):
-    """A piece of one tensor and of its mask, looked at in groups of ``width`` neighbours."""
+    """A piece of one tensor and of its mask; as many elements as a multiple of eight, or fewer than eight."""
 
     values: Tensor
     mask: Tensor
-    width: int
 
 
 class _Sides(NamedTuple):
-    """How much of a block lies on each side of the bracket, and the groups with something inside: the open ones."""
+    """Where the elements of a block lie, seen from the bracket (low, high)."""
 
-    at_least: int  # elements >= the upper end
-    at_most: int  # elements <= the lower end
-    groups: Tensor  # numbers of the open groups
-    values: Tensor  # their elements, flat
-    at_least_in_groups: int
+    at_least: int  # how many are >= high
+    larger: int  # how many are > low
+    inside: Tensor  # positions of those neither >= high nor <= low
 
 
 @torch.inference_mode(False)  # the masks are ordinary tensors, which any thread may write
-def largest(tensors: Sequence[Tensor], k: int, group: int = GROUP) -> Largest:
+def largest(tensors: Sequence[Tensor], k: int) -> Largest:
     """Returns masks of the k largest elements of all tensors together; among equal ones the first are taken.
 
     Floyd and Rivest's SELECT (1975), streamed: order statistics of a strided sample bracket the answer, one pass decides what
-    lies outside and collects what lies inside, and the rest of the work is on those few. Extra memory is the masks and a
-    few percent of the input.
+    lies outside and collects what lies inside, and the rest of the work is on those few. Extra memory is the masks and
+    about a tenth of the input.
 
     Args:
         tensors: One-dimensional contiguous floating-point tensors of one dtype and device.
         k: Rank, 1 <= k <= total number of elements.
-        group: Neighbours that are collected together, 8 or 1.
     """
     total = sum(len(t) for t in tensors)
     masks = [torch.empty_like(t, dtype=torch.bool) for t in tensors]
-    blocks = [block for t, m in zip(tensors, masks, strict=True) for block in _blocks(t, m, group)]
-    if total <= CHUNK:  # torch's own quickselect is the fastest
-        low = high = torch.cat(list(tensors)).kthvalue(total - k + 1).values.item()
-    else:
-        low, high = _bracket(tensors, total, k)
+    blocks = [block for t, m in zip(tensors, masks, strict=True) for block in _blocks(t, m)]
+    low, high = _bracket(tensors, total, k)
     while not (math.isnan(low) or math.isnan(high)):  # once; again if the sample misjudged or the answer is an end
-        found = _sides(blocks, low, high)
-        at_least, larger = sum(f.at_least for f in found), total - sum(f.at_most for f in found)
+        sides = _look(blocks, low, high)
+        at_least, larger = sum(s.at_least for s in sides), sum(s.larger for s in sides)
         if low == high:
-            if any(len(f.groups) for f in found):
+            if any(len(s.inside) for s in sides):
                 break  # what is neither >= nor <= is NaN
             if larger < k <= at_least:
                 _drop_last_equal(blocks, low, at_least - k)
                 return Largest(masks, low)
             low, high = (low, math.inf) if k <= larger else (-math.inf, low)
         elif at_least < k <= larger:
-            k_inside = k - at_least + sum(f.at_least_in_groups for f in found)
-            inside = largest([torch.cat([f.values for f in found])], k_inside, group=1)
-            if not inside.masks:
+            inside = [block.values.index_select(0, s.inside) for block, s in zip(blocks, sides, strict=True)]
+            found = largest([torch.cat(inside)], k - at_least)
+            if not found.masks:
                 break
-            parts = torch.split(inside.masks[0], [len(f.values) for f in found])
-            for block, f, part in zip(blocks, found, parts, strict=True):
-                block.mask.view(-1, block.width).index_copy_(0, f.groups, part.view(-1, block.width))
-            return Largest(masks, inside.value)
+            for block, s, part in zip(blocks, sides, torch.split(found.masks[0], [len(i) for i in inside]), strict=True):
+                block.mask.index_copy_(0, s.inside, part)
+            return Largest(masks, found.value)
         else:
             low = high = high if k <= at_least else low
     return Largest([], math.nan)
 
 
-def _blocks(values: Tensor, mask: Tensor, group: int) -> list[_Block]:
-    """Cuts a tensor into blocks of whole groups and, at its end, what does not fill a group."""
-    size = group * (GPU_CHUNK if values.is_cuda else CHUNK)
-    whole = len(values) // group * group
+def _blocks(values: Tensor, mask: Tensor) -> list[_Block]:
+    size = 8 * (GPU_CHUNK if values.is_cuda else CHUNK)
+    whole = len(values) // 8 * 8
     pieces = [*zip(torch.split(values[:whole], size), torch.split(mask[:whole], size), strict=True)]
-    blocks = [_Block(v, m, group) for v, m in pieces] + [_Block(values[whole:], mask[whole:], 1)]
-    return [block for block in blocks if len(block.values)]
+    return [_Block(v, m) for v, m in [*pieces, (values[whole:], mask[whole:])] if len(v)]
 
 
 def _bracket(tensors: Sequence[Tensor], total: int, k: int) -> tuple[float, float]:
-    """Returns (low, high), sample quantiles that enclose the k-th largest nearly always."""
+    """Returns (low, high): sample quantiles that enclose the k-th largest nearly always, or of few elements itself, twice."""
+    if total <= CHUNK:
+        value = torch.cat(list(tensors)).kthvalue(total - k + 1).values.item()
+        return value, value
     sample = torch.cat([t[:: math.ceil(total ** (1 / 3) / 2)] for t in tensors])
     count, share = len(sample), k / total
     margin = DEVIATIONS * math.sqrt(share * (1 - share) * count) + 2
     first, last = math.floor(share * count - margin), math.ceil(share * count + margin)
-    high = largest([sample], first, group=1).value if first > 0 else math.inf
-    low = largest([sample], last, group=1).value if last <= count else -math.inf
+    high = largest([sample], first).value if first > 0 else math.inf
+    low = largest([sample], last).value if last <= count else -math.inf
     return low, high
 
 
-def _sides(blocks: Sequence[_Block], low: float, high: float) -> list[_Sides]:
+def _look(blocks: Sequence[_Block], low: float, high: float) -> list[_Sides]:
     threads = min(torch.get_num_threads(), sum(len(block.values) for block in blocks) // CHUNK)
     if threads <= 1 or blocks[0].values.is_cuda:
-        return [_sides_of(block, low, high) for block in blocks]
+        return [_sides(block, low, high) for block in blocks]
     with ThreadPoolExecutor(threads) as pool:  # torch's own threads wait for one another after every operation
-        return list(pool.map(lambda block: _sides_of(block, low, high), blocks))
+        return list(pool.map(lambda block: _sides(block, low, high), blocks))
 
 
-def _sides_of(block: _Block, low: float, high: float) -> _Sides:
-    """Writes ``values >= high`` into the block's mask and finds the groups with an element neither >= high nor <= low."""
-    values, width = block.values, block.width
-    above = block.mask.view(torch.int8)  # torch compares into int8 twice as fast as into bool
+def _sides(block: _Block, low: float, high: float) -> _Sides:
+    """Writes ``values >= high`` into the block's mask and finds what lies inside the bracket."""
+    values, above = block.values, block.mask.view(torch.int8)  # torch compares into int8 twice as fast as into bool
     below = torch.empty_like(above)
-    size = GPU_CHUNK if values.is_cuda else CHUNK
     low_, high_ = values.new_tensor(low), values.new_tensor(high)
-    for part, a, b in zip(torch.split(values, size), torch.split(above, size), torch.split(below, size), strict=True):
+    pieces = 1 if values.is_cuda else math.ceil(len(values) / CHUNK)
+    for part, a, b in zip(values.chunk(pieces), above.chunk(pieces), below.chunk(pieces), strict=True):
         torch.ge(part, high_, out=a)
         torch.le(part, low_, out=b)
-    at_least, at_most = _count(above), _count(below)
-    flags, decided = (torch.int64, 0x0101010101010101) if width == GROUP else (torch.int8, 1)
-    groups = below.view(flags).bitwise_or_(above.view(flags)).bitwise_xor_(decided).nonzero().squeeze(1)
-    in_groups = above.view(flags).index_select(0, groups).view(torch.bool).count_nonzero()
-    return _Sides(at_least, at_most, groups, values.view(-1, width).index_select(0, groups).view(-1), int(in_groups))
+    at_least, at_most = _count(above), _count(below) if low == high else 0
+    inside = _zeros(below, above)
+    return _Sides(at_least, len(values) - at_most if low == high else at_least + len(inside), inside)
 
 
 def _count(flags: Tensor) -> int:
     """Returns how many of the bytes are 1; most are added eight at a time (128 ones fit a byte)."""
     whole = len(flags) // 1024 * 1024
-    words = flags[:whole].view(torch.int64).view(128, whole // 1024)
-    return int(words.sum(0).view(torch.uint8).sum() + flags[whole:].sum())
+    count = flags[:whole].view(torch.int64).view(128, whole // 1024).sum(0).view(torch.uint8).sum()
+    return int(count) + (int(flags[whole:].sum()) if whole < len(flags) else 0)
+
+
+def _zeros(flags: Tensor, others: Tensor) -> Tensor:
+    """Returns the positions where both bytes are 0, reading eight at a time; overwrites ``flags``."""
+    if len(flags) % 8:
+        return flags.bitwise_or_(others).bitwise_xor_(1).nonzero().squeeze(1)
+    words = flags.view(torch.int64).bitwise_or_(others.view(torch.int64)).bitwise_xor_(0x0101010101010101)
+    groups = words.nonzero().squeeze(1)
+    hits = flags.view(-1, 8).index_select(0, groups).view(-1).nonzero().squeeze(1)
+    return groups.index_select(0, hits >> 3).mul_(8).add_(hits & 7)
 
 
 def _drop_last_equal(blocks: Sequence[_Block], value: float, count: int) -> None:

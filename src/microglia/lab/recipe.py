@@ -12,7 +12,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from microglia.core.errors import MicrogliaError
 from microglia.methods import MethodConfig, methods
-from microglia.train.optim import FitConfig
+from microglia.train.optim import RECOVERY, FitConfig
 
 
 class RecipeError(MicrogliaError):
@@ -71,7 +71,7 @@ class Recipe:
     method: str = "magnitude"
     prune: dict[str, Any] = field(default_factory=dict)
     dense: FitConfig = field(default_factory=FitConfig)
-    train: FitConfig = field(default_factory=lambda: FitConfig(epochs=10, lr=0.02))
+    train: FitConfig = RECOVERY
     measure: MeasureConfig = field(default_factory=MeasureConfig)
     seed: int = 0
     device: Literal["cpu", "cuda", "auto"] = "cpu"
@@ -98,7 +98,7 @@ def resolve(source: Mapping[str, Any]) -> Recipe:
     Raises:
         RecipeError: A field is unknown or wrong; the text names it.
     """
-    recipe: Recipe = _validate(_recipe, dict(source), "recipe")
+    recipe: Recipe = _validate(_recipe, merge(as_dict(Recipe()), source), "recipe")
     config = asdict(method_config(recipe))
     prune = {key: value for key, value in config.items() if key not in ("dense", "train")}
     return _validate(_recipe, {**asdict(recipe), "prune": prune}, "recipe")  # type: ignore[no-any-return]
@@ -154,6 +154,15 @@ def put(tree: Mapping[str, Any], key: str, value: Any) -> dict[str, Any]:
             raise RecipeError(f"{first!r} holds {below!r}, so {key!r} cannot be set below it.")
         value = put(below, rest, value)
     return {**tree, first: value}
+
+
+def merge(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns nested defaults with what is given put over them, so that ``train.epochs`` alone keeps the default rate."""
+    result = dict(defaults)
+    for key, value in given.items():
+        below = result.get(key)
+        result[key] = merge(below, value) if isinstance(below, Mapping) and isinstance(value, Mapping) else value
+    return result
 
 
 def _validate(adapter: TypeAdapter[Any], fields: Mapping[str, Any], what: str) -> Any:

@@ -10,7 +10,7 @@ from torch import nn
 
 from microglia.core.registry import Registry
 from microglia.methods.pruner import PruneConfig
-from microglia.train.optim import FitConfig
+from microglia.train.optim import RECOVERY, FitConfig
 from microglia.train.run import Run
 from microglia.train.task import Task
 
@@ -27,7 +27,7 @@ class MethodConfig(PruneConfig):
     """
 
     dense: FitConfig = field(default_factory=FitConfig)
-    train: FitConfig = field(default_factory=lambda: FitConfig(lr=0.01))
+    train: FitConfig = RECOVERY
     score_batches: int = 1
     score_batch_size: int = 128
 

@@ -18,6 +18,7 @@ from microglia.methods.base import MethodConfig, method
 from microglia.methods.procedure import dense_model, evidence, train
 from microglia.methods.pruner import PruneConfig, Pruner
 from microglia.scores import Evidence
+from microglia.train.optim import epoch_length
 from microglia.train.run import Run
 from microglia.train.task import Task
 
@@ -104,7 +105,7 @@ def gradual(task: Task, run: Run, config: GradualConfig) -> nn.Module:
     """Prune along a schedule (cubic) while training, then recover in the rest of the same training."""
     model = dense_model(task, run, config.dense)
     teacher = deepcopy(model) if config.train.distill else None
-    steps = config.train.epochs * len(task.data.batches("train", config.train.batch_size))
+    steps = config.train.epochs * epoch_length(config.train, len(task.data.batches("train", config.train.batch_size)))
     pruner = Gradual(model, config, total_steps=steps, evidence=evidence(task, run, config))
     train(task, run, "train", model, config.train, pruner=pruner, teacher=teacher)
     pruner.finish()

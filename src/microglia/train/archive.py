@@ -74,7 +74,7 @@ def load(directory: str | Path, model: nn.Module | None = None) -> nn.Module:
 
 def _build(directory: Path, plan: dict[str, Any]) -> nn.Module:
     source = plan.get("source")
-    if not source:
+    if not isinstance(source, dict) or not {"name", "classes", "shape", "options"} <= source.keys():
         raise FileError(
             f"{directory} does not say how to build its {plan.get('class', 'model')}: pass a freshly built one, "
             "load(directory, model)."

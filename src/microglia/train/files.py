@@ -21,6 +21,7 @@ from torch import Tensor
 from microglia.core.errors import FileError
 
 VERSION = 1
+ENTRY = "microglia"
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -80,8 +81,9 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], *, kind: str, docum
     # Shared memory (tied weights) is written once per name: safetensors holds no views.
     plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     mark = digest(plain, text)
-    header = {"format": f"microglia.{kind}", "version": str(VERSION), "digest": mark, "document": text}
-    write_atomic(path, save(plain, metadata=header))
+    header = {"format": f"microglia.{kind}", "version": VERSION, "digest": mark, "document": text}
+    # One entry: safetensors orders several differently in every process, and equal states shall be equal files.
+    write_atomic(path, save(plain, metadata={ENTRY: json.dumps(header)}))
     return mark
 
 
@@ -95,12 +97,13 @@ def read_tensors(path: Path, *, kind: str) -> tuple[dict[str, Tensor], Any, str]
         raise FileError(f"There is no file {path}.")
     try:
         with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
+            header = json.loads((file.metadata() or {}).get(ENTRY, "{}"))
             check_header(path, header, kind)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 -- not a mapping
-    except (SafetensorError, OSError, ValueError) as error:
+        whole = digest(tensors, header["document"]) == header["digest"]
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise FileError(f"{path} is damaged or not a safetensors file ({error}).") from error
-    if digest(tensors, header["document"]) != header["digest"]:
+    if not whole:
         raise FileError(f"{path} is damaged: its content does not match its digest.")
     return tensors, json.loads(header["document"]), header["digest"]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Protocol
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from microglia.core.errors import TrainingError
 from microglia.train.engine import accelerator, rank_and_world
 from microglia.train.evaluate import evaluate
-from microglia.train.optim import FitConfig, learning_rate, make_optimizer
+from microglia.train.optim import FitConfig, epoch_length, learning_rate, make_optimizer
 from microglia.train.progress import Bar
 from microglia.train.recover import distillation
 from microglia.train.run import Progress
@@ -90,7 +91,8 @@ def fit(
     optimizer = make_optimizer(config, [{"params": parameters}, *own])
     start, rows = _resume(model, optimizer, pruner, progress)
     loss = _loss(task, config, teacher)
-    with torch.random.fork_rng(), Bar(title, total=config.epochs * len(batches), done=start * len(batches)) as bar:
+    length = epoch_length(config, len(batches))
+    with torch.random.fork_rng(), Bar(title, total=config.epochs * length, done=start * length) as bar:
         for epoch in range(start, config.epochs):
             began = time.perf_counter()
             torch.manual_seed(seed * 1_000_003 + epoch)  # dropout and the like
@@ -101,9 +103,9 @@ def fit(
             row |= {f"validation_{k}": v for k, v in evaluate(model, task, "validation").items()}
             rows.append(row | {"seconds": round(time.perf_counter() - began, 3)})
             bar.say(f"{task.headline} {row[f'validation_{task.headline}']:.4f}")
-            _save(model, optimizer, pruner, progress, rows)
-            if log is not None:
+            if log is not None:  # before the state: a run killed in between repeats the epoch, and its row
                 log(rows)
+            _save(model, optimizer, pruner, progress, rows)
     engine.free_memory()
     return rows
 
@@ -124,9 +126,10 @@ class _Steps:
         """Trains one epoch; returns the mean loss over its batches."""
         device = self.engine.device
         total = torch.zeros((), device=device)
-        for number, (inputs, targets) in enumerate(self.batches.epoch(epoch)):
+        length = epoch_length(self.config, len(self.batches))
+        for number, (inputs, targets) in enumerate(islice(self.batches.epoch(epoch), length)):
             inputs, targets = inputs.to(device), targets.to(device)  # noqa: PLW2901
-            lr = learning_rate(self.config, epoch * len(self.batches) + number, len(self.batches))
+            lr = learning_rate(self.config, epoch * length + number, length)
             for group in self.optimizer.param_groups:
                 group["lr"] = group.get("constant_lr", lr)
             value = self._loss(inputs, targets)
@@ -135,10 +138,14 @@ class _Steps:
                     f"The loss became {value.item()} in epoch {epoch + 1}, step {number + 1} (learning rate {lr:.4g}). The "
                     "state of the last finished epoch is kept; try a smaller lr, a warm-up or clip=1.0, in a new directory."
                 )
-            self._descend(value * _share(len(targets), device))
+            value = value * _share(len(targets), device)
+            self._descend(value)
             total += value.detach()
             bar.advance()
-        return float(total / max(1, len(self.batches)))
+        _, world = rank_and_world()
+        if world > 1:
+            torch.distributed.all_reduce(total)
+        return float(total / world / max(1, len(self.batches)))
 
     def _loss(self, inputs: Tensor, targets: Any) -> Tensor:
         bfloat16 = self.config.precision == "bfloat16"

@@ -18,6 +18,7 @@ class FitConfig:
     Attributes:
         epochs: Passes over the training split; 0 trains nothing.
         batch_size: Examples per step, over all ranks together.
+        max_batches: Batches after which an epoch ends, each epoch with other images; None for all of them.
         optimizer: ``sgd`` (with momentum), ``adam`` or ``adamw``.
         lr: Peak learning rate.
         momentum: Of ``sgd``.
@@ -37,6 +38,7 @@ class FitConfig:
 
     epochs: int = 30
     batch_size: int = 128
+    max_batches: int | None = None
     optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
     lr: float = 0.1
     momentum: float = 0.9
@@ -55,8 +57,23 @@ class FitConfig:
         for name, low in (("epochs", 0), ("batch_size", 1), ("lr", 0), ("weight_decay", 0), ("warmup_epochs", 0)):
             if not getattr(self, name) >= low:
                 raise ValueError(f"{name} must be at least {low}; got {getattr(self, name)}")
+        if self.max_batches is not None and self.max_batches < 1:
+            raise ValueError(f"max_batches is at least 1, or None for whole epochs; got {self.max_batches}")
         if not 0 <= self.distill < 1:
             raise ValueError(f"distill is a weight in [0, 1); got {self.distill}")
+        if not 0 <= self.momentum < 1 or (self.nesterov and not self.momentum):
+            raise ValueError(f"momentum is in [0, 1), and above 0 for nesterov; got {self.momentum}")
+        if (self.clip is not None and not self.clip > 0) or not self.temperature > 0:
+            raise ValueError(f"clip and temperature must be above 0; got {self.clip} and {self.temperature}")
+
+
+RECOVERY = FitConfig(epochs=10, lr=0.02)
+"""The default training after pruning: shorter and gentler than training from scratch."""
+
+
+def epoch_length(config: FitConfig, batches: int) -> int:
+    """Returns the optimizer steps of an epoch over a split of so many batches."""
+    return batches if config.max_batches is None else min(batches, config.max_batches)
 
 
 def learning_rate(config: FitConfig, step: int, steps_per_epoch: int) -> float:

@@ -76,6 +76,8 @@ class Run:
         path = directory / "recipe.yaml"
         if path.exists():
             self._refuse_other_recipe(path)
+            for debris in directory.rglob(".*.part"):  # of a process that was killed while it wrote
+                debris.unlink(missing_ok=True)
         else:
             write_atomic(path, yaml.safe_dump(self.recipe, sort_keys=False))
 
@@ -124,7 +126,7 @@ class Run:
         if self.directory is None or not self.main:
             return
         path = self.directory / "metrics.jsonl"
-        kept = [line for line in path.read_text().splitlines() if json.loads(line)["stage"] != stage] if path.exists() else []
+        kept = [line for line in _read_rows(path) if json.loads(line)["stage"] != stage]
         write_atomic(path, "".join(f"{line}\n" for line in [*kept, *(json.dumps({"stage": stage, **row}) for row in rows)]))
 
     @property
@@ -153,6 +155,15 @@ def _read_if_whole(path: Path) -> State | None:
     except FileError as error:
         warnings.warn(f"{error} This stage is computed again.", stacklevel=3)
         return None
+
+
+def _read_rows(path: Path) -> list[str]:
+    """Returns the lines of a metrics file; a damaged one counts as empty, for it is a view of what the stages hold."""
+    try:
+        lines = path.read_text().splitlines()
+        return lines if all("stage" in json.loads(line) for line in lines) else []
+    except (OSError, ValueError, TypeError):
+        return []
 
 
 def read_json(path: Path) -> dict[str, Any]:

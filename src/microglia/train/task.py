@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from microglia.core.errors import MicrogliaError
+
 Split = Literal["train", "validation", "test"]
 
 
@@ -117,6 +119,10 @@ class CrossEntropy:
     """Mean cross-entropy in nats, with label smoothing in [0, 1)."""
 
     label_smoothing: float = field(default=0.0)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.label_smoothing < 1:
+            raise MicrogliaError(f"label_smoothing is in [0, 1); got {self.label_smoothing}.")
 
     def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Returns the loss of logits (batch, classes) and labels (batch,)."""

@@ -10,7 +10,7 @@ demo: $(READY)
 	$(BIN)/microglia demo --out runs/demo
 
 test: $(READY) lint
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: $(READY)
 	$(BIN)/ruff check .

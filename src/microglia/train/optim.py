@@ -67,8 +67,8 @@ class FitConfig:
             raise ValueError(f"clip and temperature must be above 0; got {self.clip} and {self.temperature}")
 
 
-RECOVERY = FitConfig(epochs=10, lr=0.02)
-"""The default training after pruning: shorter and gentler than training from scratch."""
+RECOVERY = FitConfig(epochs=10, lr=0.05, distill=0.5)
+"""The default training after pruning: shorter and gentler than from scratch, and with the dense model as teacher."""
 
 
 def epoch_length(config: FitConfig, batches: int) -> int:

@@ -1,0 +1,112 @@
+"""Recipes: one value for YAML, command line and Python; defaults, overrides, errors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from microglia.core.errors import UnknownNameError
+from microglia.lab.recipe import RecipeError, as_dict, merge, method_config, override, put, read_yaml, resolve, schema
+from microglia.methods import methods
+
+KEYS = st.lists(st.text("abc", min_size=1, max_size=3), min_size=1, max_size=3).map(".".join)
+
+
+def test_resolution_fills_in_everything_and_is_stable() -> None:
+    recipe = resolve({"method": "gradient", "prune": {"density": 0.3}, "train": {"epochs": 2}})
+    assert recipe.prune["score"] == "gradient"
+    assert (recipe.train.epochs, recipe.train.lr) == (2, resolve({"prune": {"density": 0.3}}).train.lr)
+    plain = as_dict(recipe)
+    assert yaml.safe_load(yaml.safe_dump(plain)) == plain
+    assert as_dict(resolve(plain)) == plain
+
+
+@pytest.mark.parametrize("name", list(methods))
+def test_every_method_resolves_and_has_a_schema(name: str) -> None:
+    config = method_config(resolve({"method": name, "prune": {"density": 0.5}}))
+    assert isinstance(config, methods[name].config)
+    for field, value in methods[name].defaults.items():
+        assert getattr(config, field) == value
+    assert "density" in schema(name)["properties"]["prune"]["properties"]
+
+
+@pytest.mark.parametrize(
+    ("source", "text"),
+    [
+        ({"train": {"epochz": 3}}, r"train\.epochz: there is no such field; got 3"),
+        ({"prune": {"densitty": 0.1}}, "densitty: there is no such field"),
+        ({"train": {"epochs": "many"}}, r"train\.epochs: .*got 'many'"),
+        ({"train": {"optimizer": "lion"}}, r"train\.optimizer: .*'sgd', 'adam' or 'adamw'"),
+        ({"prune": {"density": "abc"}}, r"density: .*got 'abc'"),
+        ({"device": "tpu"}, "device"),
+        ({"modle": "conv-2"}, "modle: there is no such field"),
+        ({"train": 3}, "train"),
+    ],
+)
+def test_a_wrong_field_is_named(source: dict[str, Any], text: str) -> None:
+    with pytest.raises(RecipeError, match=text):
+        resolve(source)
+
+
+def test_an_unknown_method_gets_a_suggestion() -> None:
+    with pytest.raises(UnknownNameError, match="Did you mean 'gradual'"):
+        resolve({"method": "gradul"})
+
+
+def test_overrides_are_yaml_values_at_dotted_keys() -> None:
+    source = override({"train": {"lr": 1}}, ["train.epochs=3", "prune.exclude=[fc, '!a']", "checkpoint=null", "a.b.c=x=y"])
+    assert source == {
+        "train": {"lr": 1, "epochs": 3},
+        "prune": {"exclude": ["fc", "!a"]},
+        "checkpoint": None,
+        "a": {"b": {"c": "x=y"}},
+    }
+    for wrong in ("train.epochs", "=3"):
+        with pytest.raises(RecipeError, match="key=value"):
+            override({}, [wrong])
+    with pytest.raises(RecipeError, match="cannot be set below it"):
+        override({"model": "conv-2"}, ["model.name=x"])
+
+
+@given(key=KEYS, value=st.integers())
+def test_put_sets_one_key_and_leaves_its_argument(key: str, value: int) -> None:
+    tree: dict[str, Any] = {"z": {"y": 1}}
+    result: Any = put(tree, key, value)
+    assert tree == {"z": {"y": 1}}
+    assert result["z"] == {"y": 1}
+    for part in key.split("."):
+        result = result[part]
+    assert result == value
+
+
+@given(st.dictionaries(st.text("ab", min_size=1, max_size=2), st.integers()))
+def test_merge_prefers_what_is_given(given_: dict[str, int]) -> None:
+    merged = merge({"n": {"a": 0, "k": 0}}, {"n": given_})
+    assert merged == {"n": {"a": 0, "k": 0, **given_}}
+
+
+def test_files_that_are_no_recipe(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="Cannot read the recipe"):
+        read_yaml(tmp_path / "none.yaml")
+    (tmp_path / "list.yaml").write_text("- 1\n")
+    with pytest.raises(RecipeError, match="should hold a mapping"):
+        read_yaml(tmp_path / "list.yaml")
+    (tmp_path / "bad.yaml").write_text("a: [1\n")
+    with pytest.raises(RecipeError, match="not valid YAML"):
+        read_yaml(tmp_path / "bad.yaml")
+
+
+@pytest.mark.parametrize("path", sorted(Path(__file__).parents[2].glob("recipes/*.yaml")), ids=lambda p: p.name)
+def test_the_recipes_we_ship_are_valid(path: Path) -> None:
+    content = read_yaml(path)
+    if "grid" in content:
+        from microglia.lab.sweep_grid import read_sweep
+
+        assert len(read_sweep(path).cells) > 1
+    else:
+        resolve(content)

@@ -72,7 +72,13 @@ def erk_shares(shapes: Mapping[str, Sequence[int]]) -> dict[str, float]:
 
 
 def layer_counts(
-    shapes: Mapping[str, Sequence[int]], keep: int, scope: Scope, low: Mapping[str, int], protected: Sequence[str] = ()
+    shapes: Mapping[str, Sequence[int]],
+    keep: int,
+    scope: Scope,
+    *,
+    low: Mapping[str, int],
+    high: Mapping[str, int],
+    protected: Sequence[str] = (),
 ) -> dict[str, int]:
     """Returns how many weights each layer keeps under a scope other than ``global``.
 
@@ -81,18 +87,21 @@ def layer_counts(
         keep: Weights to keep in all; ignored where densities are given.
         scope: See `Scope`; ``row`` shares out like ``layer``.
         low: Least weights of each layer, so that none is emptied.
-        protected: Layers that stay dense and count as kept.
+        high: Greatest weights of each layer: those not pruned before.
+        protected: Layers that keep their greatest number.
     """
     sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+    least = {name: high[name] if name in protected else min(low[name], high[name]) for name in shapes}
     if not isinstance(scope, str):
-        return _given_counts(sizes, scope, protected)
+        return _given_counts(sizes, scope, least, protected)
     shares = erk_shares(shapes) if scope == "erk" else {name: float(n) for name, n in sizes.items()}
-    least = [sizes[name] if name in protected else low[name] for name in shapes]
-    counts = apportion([shares[name] for name in shapes], keep, least, [sizes[name] for name in shapes])
+    counts = apportion([shares[n] for n in shapes], keep, [least[n] for n in shapes], [high[n] for n in shapes])
     return dict(zip(shapes, counts, strict=True))
 
 
-def _given_counts(sizes: Mapping[str, int], densities: Mapping[str, float], protected: Sequence[str]) -> dict[str, int]:
+def _given_counts(
+    sizes: Mapping[str, int], densities: Mapping[str, float], least: Mapping[str, int], protected: Sequence[str]
+) -> dict[str, int]:
     missing = [name for name in sizes if name not in densities and name not in protected]
     extra = [name for name in densities if name not in sizes]
     if missing or extra:
@@ -102,4 +111,5 @@ def _given_counts(sizes: Mapping[str, int], densities: Mapping[str, float], prot
     for name, density in densities.items():
         if not 0 <= density <= 1:
             raise BudgetError(f"The density given for {name!r} is {density}; expected a fraction in [0, 1].")
-    return {n: size if n in protected else math.floor(densities[n] * size + 0.5) for n, size in sizes.items()}
+    asked = {name: 0 if name in protected else math.floor(densities[name] * size + 0.5) for name, size in sizes.items()}
+    return {name: max(least[name], count) for name, count in asked.items()}

@@ -225,15 +225,15 @@ def parse_pattern(text: str | Pattern) -> Pattern:
         >>> str(parse_pattern("nm:2:4"))
         'nm:2:4'
     """
-    if not isinstance(text, str):
+    if isinstance(text, Pattern):
         return text
     if text == "unstructured":
         return Unstructured()
     if text == "channel":
         return Channel()
-    if match := re.fullmatch(r"block:(\d+)x(\d+)", text):
+    if match := re.fullmatch(r"block:(\d+)x(\d+)", str(text)):
         return Block(int(match[1]), int(match[2]))
-    if match := re.fullmatch(r"nm:(\d+):(\d+)", text):
+    if match := re.fullmatch(r"nm:(\d+):(\d+)", str(text)):
         return NM(int(match[1]), int(match[2]))
     raise PatternError(f"The pattern {text!r} is none of {', '.join(PATTERN_FORMS)} (such as block:16x8 or nm:2:4).")
 

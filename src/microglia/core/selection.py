@@ -59,9 +59,13 @@ def select(
         kept = _keep_globally(units, sizes, keep, allow_empty)
     else:
         low = {name: 0 if allow_empty else int(s.max()) for name, s in sizes.items()}
-        counts = layer_counts({name: s.shape for name, s in scores.items()}, keep, scope, low, protect)
+        high = {name: int(sizes[name].to(u.device)[u > -torch.inf].sum()) for name, u in units.items()}
+        counts = layer_counts({name: s.shape for name, s in scores.items()}, keep, scope, low=low, high=high, protected=protect)
         kept = {n: _keep_in_layer(units[n], sizes[n], counts[n], by_row=scope == "row") for n in units}
-    return MaskSet({name: pattern.expand(kept[name], scores[name].shape) for name in scores})
+    masks = {name: pattern.expand(kept[name], scores[name].shape) for name in scores}
+    if alive is not None:  # a unit kept in part stays so
+        masks = {name: m & alive[name].bool() if name in alive else m for name, m in masks.items()}
+    return MaskSet(masks)
 
 
 def _unit_scores(score: Tensor, pattern: Pattern, how: Reduction, alive: Tensor | None, protected: bool) -> Tensor:
@@ -83,11 +87,11 @@ def _keep_globally(units: Mapping[str, Tensor], sizes: Mapping[str, Tensor], kee
             f"Keeping {keep:,} weights would empty {len(empty)} layers, {empty[0]!r} first: one unit in each of the "
             f"{len(units)} layers takes {least:,} weights. Ask for more, exclude layers, or allow empty layers."
         )
-    raised = dict(units)
-    for name in empty:
-        raised[name] = units[name].clone()
-        raised[name].view(-1)[units[name].argmax()] = torch.inf
-    return keep_best(raised, keep, sizes)
+    raised = {name: u.flatten().clone() for name, u in units.items()}  # the best unit of each, or one more might be emptied
+    for u in raised.values():
+        u[u.argmax()] = torch.inf if u.max() > -torch.inf else -torch.inf
+    kept = keep_best(raised, keep, {name: s.flatten() for name, s in sizes.items()})
+    return {name: mask.view(units[name].shape) for name, mask in kept.items()}
 
 
 def _keep_in_layer(units: Tensor, sizes: Tensor, keep: int, *, by_row: bool) -> Tensor:

@@ -46,8 +46,8 @@ class Recipe:
         model: A zoo name, ``timm:NAME``, ``torchvision:NAME``, ``hf:NAME`` or ``package.module:function``.
         data: ``digits``, ``cifar10``, ``mnist``, ``hf:NAME`` or a folder.
         checkpoint: File with trained weights; without one the dense model is trained first.
-        normalize: Statistics by name (``imagenet``, ``cifar10`` ...), or ``auto``: the data set's own, or with a checkpoint
-            those among the usual ones under which it fits the training images best.
+        normalize: Statistics by name (``imagenet``, ``cifar10`` ...), ``data`` for the data set's own, or ``auto``: the data
+            set's own, or with a checkpoint those among the usual ones under which it fits the training images best.
         image_size: Side to resize images to, or None for their own.
         label_smoothing: In [0, 1), of the training loss.
         method: A name that ``microglia methods`` lists.
@@ -76,6 +76,12 @@ class Recipe:
     seed: int = 0
     device: Literal["cpu", "cuda", "auto"] = "cpu"
     threads: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.threads is not None and self.threads < 1:
+            raise ValueError(f"threads is at least 1; got {self.threads}")
+        if not 0 <= self.seed < 2**31:
+            raise ValueError(f"seed is at least 0 and below 2^31; got {self.seed}")
 
 
 _recipe = TypeAdapter(Recipe)
@@ -127,7 +133,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         content = yaml.safe_load(path.read_text())
     except OSError as error:
         raise RecipeError(f"Cannot read the recipe {path}: {error.strerror}.") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(content, dict):
         raise RecipeError(f"{path} should hold a mapping such as 'model: resnet20'; it holds {type(content).__name__}.")
@@ -141,7 +147,10 @@ def override(source: Mapping[str, Any], assignments: Sequence[str]) -> dict[str,
         key, equals, text = assignment.partition("=")
         if not equals or not key:
             raise RecipeError(f"Overrides look like key=value, such as train.epochs=3; got {assignment!r}.")
-        result = put(result, key, yaml.safe_load(text))
+        try:
+            result = put(result, key, yaml.safe_load(text))
+        except yaml.YAMLError:
+            raise RecipeError(f"The value in {assignment!r} is not valid YAML; quote it, as in 'key=\"[text\"'.") from None
     return result
 
 

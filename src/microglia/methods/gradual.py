@@ -39,6 +39,16 @@ class GradualConfig(MethodConfig):
     end: float = 0.75
     updates: int = 20
 
+    def __post_init__(self) -> None:  # here, so that it shows before the dense model is trained
+        schedules[self.schedule]
+        if not isinstance(self.scope, str):
+            raise BudgetError("Gradual pruning leads from dense to one budget; densities by layer are not supported.")
+        if not 0 <= self.begin <= self.end <= 1 or self.updates < 1:
+            raise BudgetError(
+                f"Gradual pruning needs 0 <= begin <= end <= 1 and updates >= 1; got begin {self.begin}, end {self.end}, "
+                f"updates {self.updates}."
+            )
+
 
 class Gradual(Pruner):
     """Prunes a little further at each of a number of steps; removed weights do not return.
@@ -64,13 +74,6 @@ class Gradual(Pruner):
     ) -> None:
         super().__init__(model, config, evidence=evidence, **settings)
         config = cast(GradualConfig, self.config)
-        if self.budget is None:
-            raise BudgetError("Gradual pruning leads from dense to one budget; densities by layer are not supported.")
-        if not 0 <= config.begin <= config.end <= 1 or config.updates < 1:
-            raise BudgetError(
-                f"Gradual pruning needs 0 <= begin <= end <= 1 and updates >= 1; got begin {config.begin}, end {config.end}, "
-                f"updates {config.updates}."
-            )
         self.schedule = schedules[config.schedule]
         self.steps = 0
         first, last = config.begin * total_steps, config.end * total_steps

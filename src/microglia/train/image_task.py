@@ -16,6 +16,7 @@ from microglia.train.task import CLASSIFICATION, CrossEntropy, Split, Task
 from microglia.zoo import build, load_checkpoint
 
 USUAL = ("imagenet", "cifar10", "mnist", "half")
+CLEARLY = 0.9  # other statistics than the data set's own must reduce the loss to this fraction
 PROBE = 2048  # training images on which a checkpoint's normalization is recognized
 
 
@@ -66,9 +67,9 @@ def image_task(
         model: A name `microglia.build` knows.
         data: A name `microglia.load_data` knows, or loaded images.
         checkpoint: File with trained weights.
-        normalize: Name of the statistics, or ``auto``: the data set's own; with a checkpoint, those of the usual ones under
-            which it has the least loss on training images. A checkpoint does not say how its inputs were normalized, and
-            the wrong statistics cost accuracy silently.
+        normalize: Name of the statistics, ``data`` for the data set's own, or ``auto``: the same; with a checkpoint, those of
+            the usual ones under which it has clearly less loss on training images. A checkpoint does not say how its
+            inputs were normalized, and the wrong statistics cost accuracy silently.
         image_size: Side to resize images to.
         label_smoothing: Of the training loss.
         seed: Of the initial weights.
@@ -83,9 +84,9 @@ def image_task(
             load_checkpoint(network, checkpoint)
         return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
 
-    if normalize != "auto":
+    if normalize not in ("auto", "data"):
         images = replace(images, normalization=Normalization.named(normalize))
-    elif checkpoint is not None:
+    elif normalize == "auto" and checkpoint is not None:
         images = replace(images, normalization=recognize(make, images))
     example = next(iter(ImageSource(images).batches("train", 1).epoch(0)))[0]
     smoothed = CrossEntropy(label_smoothing) if label_smoothing else None
@@ -103,7 +104,10 @@ def build_noted(model: str, *, classes: int = 10, shape: tuple[int, ...] = (3, 3
 
 @torch.no_grad()
 def recognize(make: Callable[[], nn.Module], images: ImageData) -> Normalization:
-    """Returns the usual normalization under which a trained network has the least loss on training images."""
+    """Returns the normalization under which a trained network has the least loss on training images.
+
+    The data set's own unless another of the usual ones is clearly better.
+    """
     named = [Normalization.named(name) for name in USUAL]
     fitting = [n for n in (images.normalization, *named) if len(n.mean) in (1, images.shape[0])]
     probe = images.train.subset(torch.arange(min(PROBE, len(images.train))))
@@ -113,4 +117,6 @@ def recognize(make: Callable[[], nn.Module], images: ImageData) -> Normalization
         batches = Batches(probe, 256, normalization=normalization, channels_last=True)
         return sum(float(CrossEntropy()(network(x), y)) * len(y) for x, y in batches.epoch(0))
 
-    return min(fitting, key=loss)
+    losses = {normalization: loss(normalization) for normalization in fitting}
+    best = min(losses, key=lambda n: losses[n])
+    return best if losses[best] < CLEARLY * losses[images.normalization] else images.normalization

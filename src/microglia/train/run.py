@@ -131,9 +131,15 @@ class Run:
 
     @property
     def result(self) -> dict[str, Any] | None:
-        """The result of a finished run, or None."""
+        """The result of a finished run, or None; a damaged one counts as none, for its stages can make it again."""
         path = self.directory / "result.json" if self.directory else None
-        return read_json(path) if path is not None and path.exists() else None
+        if path is None or not path.exists():
+            return None
+        try:
+            return read_json(path)
+        except FileError as error:
+            warnings.warn(f"{error} It is made again.", stacklevel=2)
+            return None
 
     def finish(self, result: Mapping[str, Any]) -> None:
         """Writes ``result.json``: the run is finished and will not run again."""

@@ -1,0 +1,204 @@
+"""Two processes over gloo do what one does: the same masks, the same weights up to the order of sums, one writer."""
+
+import functools
+import json
+import math
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+import microglia as mg
+from commands import CONTEXT, LIMIT, TINY, microglia, start
+from microglia.core.layers import prunable_layers
+from microglia.scores.gradient import gradient_magnitude
+
+WORLD = 2
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def environment(rank, port):
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": WORLD, "LOCAL_WORLD_SIZE": WORLD, "MASTER_PORT": port}
+    return {name: str(value) for name, value in names.items()} | {"MASTER_ADDR": "127.0.0.1"}
+
+
+def on_ranks(*words, folder):
+    """Runs a command on all ranks, as torchrun would; returns how each ended."""
+    port = free_port()
+    return [c.end() for c in [start(*words, folder=folder, environment=environment(rank, port)) for rank in range(WORLD)]]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    @functools.cache
+    def run(method):
+        folder = tmp_path_factory.mktemp("alone")
+        outcome = microglia("prune", *TINY, "--method", method, "--out", folder / "run", folder=folder / "work")
+        assert outcome.status == 0, outcome.err
+        return folder / "run"
+
+    return run
+
+
+def assert_equivalent(run, other):
+    """The same masks; weights, measurements and training curves equal up to the order of sums."""
+    mine, theirs = mg.load(run / "model"), mg.load(other / "model")
+    assert mg.masks_of(mine).same(mg.masks_of(theirs))
+    for name, value in mine.state_dict().items():
+        torch.testing.assert_close(value, theirs.state_dict()[name], rtol=1e-3, atol=1e-5)
+    results = [json.loads((directory / "result.json").read_text()) for directory in (run, other)]
+    assert results[0]["masks"] == results[1]["masks"]
+    assert results[0]["pruned"]["metrics"] == pytest.approx(results[1]["pruned"]["metrics"], rel=1e-3)
+    curves = [[json.loads(line) for line in (d / "metrics.jsonl").read_text().splitlines()] for d in (run, other)]
+    assert len(curves[0]) == len(curves[1])
+    for row, twin in zip(*curves, strict=True):
+        assert row["loss"] == pytest.approx(twin["loss"], rel=1e-3)
+        assert row["validation_loss"] == pytest.approx(twin["validation_loss"], rel=1e-3)
+
+
+@pytest.mark.parametrize("method", ["gradient", "magnitude", "gradual"])
+def test_two_ranks_prune_as_one(tmp_path, alone, method):
+    words = ("prune", *TINY, "--method", method, "--out", tmp_path / "run")
+    first, second = on_ranks(*words, folder=tmp_path / "work")
+    assert (first.status, second.status) == (0, 0), first.err + second.err
+    assert "Model:" in first.out
+    assert second.out == ""
+    assert_equivalent(tmp_path / "run", alone(method))
+    # A finished run answers on all ranks, too.
+    again = on_ranks(*words, folder=tmp_path / "work")
+    assert [outcome.status for outcome in again] == [0, 0], again
+
+
+@pytest.mark.slow
+def test_torchrun(tmp_path, alone):
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        str(WORLD),
+        "--master_port",
+        str(free_port()),
+    ]
+    words = ["-m", "microglia", "prune", *TINY, "--method", "gradient", "--out", str(tmp_path / "run")]
+    done = subprocess.run([*launcher, *words], cwd=tmp_path, capture_output=True, text=True, timeout=2 * LIMIT, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Model:") == 1
+    assert_equivalent(tmp_path / "run", alone("gradient"))
+
+
+def test_a_batch_that_ranks_cannot_share_is_refused(tmp_path):
+    outcomes = on_ranks("prune", *TINY, "dense.batch_size=63", "--out", tmp_path / "run", folder=tmp_path / "work")
+    for outcome in outcomes:
+        assert outcome.status == 1
+        assert "A batch of 63 images cannot be shared by 2 ranks" in outcome.err
+        assert "error: " in outcome.err
+        assert "Traceback" not in outcome.err
+
+
+def in_group(function, rank, port, answers):
+    os.environ.update(environment(rank, port))
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=WORLD)
+    try:
+        answers.put((rank, function(rank)))
+        torch.distributed.barrier()
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def every_rank(function):
+    """Returns what a function of the rank returns in each process of a group."""
+    port, answers = free_port(), CONTEXT.Queue()
+    processes = [CONTEXT.Process(target=in_group, args=(function, rank, port, answers)) for rank in range(WORLD)]
+    for process in processes:
+        process.start()
+    try:
+        found = dict(answers.get(timeout=LIMIT) for _ in processes)
+        for process in processes:
+            process.join(LIMIT)
+        assert [process.exitcode for process in processes] == [0] * WORLD
+    finally:
+        for process in processes:
+            process.kill()
+    return [found[rank] for rank in range(WORLD)]
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 10))
+
+
+def plain():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 20), nn.ReLU(), nn.Linear(20, 10))
+
+
+def batches(*sizes):
+    generator = torch.Generator().manual_seed(1)
+    made = [(torch.randn(n, 1, 8, 8, generator=generator), torch.randint(10, (n,), generator=generator)) for n in sizes]
+    return made
+
+
+def gradient(batches):
+    model = plain()
+    values = gradient_magnitude(model, prunable_layers(model), mg.Evidence(batches, nn.functional.cross_entropy))
+    return {name: value.tolist() for name, value in values.items()}
+
+
+SIZES = (8, 5, 1)
+
+
+def shared_gradient(rank):
+    """Each rank takes its part of every batch; the last leaves nothing for the first rank."""
+    return gradient([(x[len(x) * rank // 2 : len(x) * (rank + 1) // 2], y[len(y) * rank // 2 : len(y) * (rank + 1) // 2])
+                     for x, y in batches(*SIZES)])  # fmt: skip
+
+
+def test_the_gradient_score_of_split_batches_is_that_of_the_whole():
+    first, second = every_rank(shared_gradient)
+    assert first == second
+    expected = gradient(batches(*SIZES))
+    for name, value in expected.items():
+        torch.testing.assert_close(torch.tensor(first[name]), torch.tensor(value), rtol=1e-4, atol=1e-7)
+
+
+def recalibrated(rank):
+    model = network()
+    mine = batches(8, 8, 8, 8)[rank::WORLD]
+    mg.recalibrate(model, mine)
+    return {name: buffer.tolist() for name, buffer in model[1].named_buffers() if name != "num_batches_tracked"}
+
+
+def test_recalibration_averages_over_ranks():
+    first, second = every_rank(recalibrated)
+    assert first == second
+    model = network()
+    mg.recalibrate(model, batches(8, 8, 8, 8))
+    torch.testing.assert_close(torch.tensor(first["running_mean"]), model[1].running_mean)
+    torch.testing.assert_close(torch.tensor(first["running_var"]), model[1].running_var)
+
+
+def evaluated(rank):
+    task = mg.image_task("lenet-300-100", "digits")
+    return {split: mg.evaluate(task.build(), task, split) for split in ("validation", "test")} | {
+        "tiny": mg.evaluate(task.build(), task, "test", batch_size=179)  # 360 images: 358, then one each
+    }
+
+
+def test_evaluation_agrees_over_ranks():
+    first, second = every_rank(evaluated)
+    assert first == second
+    expected = evaluated(0)
+    for split, metrics in expected.items():
+        assert first[split]["accuracy"] == metrics["accuracy"]
+        assert math.isclose(first[split]["loss"], metrics["loss"], rel_tol=1e-6)

@@ -1,0 +1,276 @@
+"""Rows: records of one task, brought together over seeds."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+from microglia.lab.report_records import Latency, Observed, Record
+from microglia.train.run import flatten
+
+SHOWN = {"model", "data", "method", "seed", "prune.pattern", "prune.density", "prune.params"}
+"""Recipe keys that a table shows anyway; the others are named where they differ between runs of one method."""
+DENSE = ("checkpoint", "normalize", "image_size", "label_smoothing", "dense.")
+"""Recipe keys, or beginnings of them, that the dense model depends on."""
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Mean and sample standard deviation (over n - 1) of n values; no deviation for one value."""
+
+    mean: float
+    deviation: float | None
+    n: int
+
+    @classmethod
+    def of(cls, values: Iterable[float]) -> Spread:
+        """Returns the spread of at least one value."""
+        found = list(values)
+        return cls(statistics.fmean(found), statistics.stdev(found) if len(found) > 1 else None, len(found))
+
+
+@dataclass(frozen=True)
+class Row:
+    """Runs that differ in their seed alone.
+
+    Attributes:
+        method: As in the recipe; ``dense`` for the baseline.
+        pattern: What is kept or removed together.
+        scope: Within what units compete.
+        asked: The budget.
+        settings: ``key=value`` of the other recipe fields in which runs of the same method differ; often empty.
+        records: The runs.
+    """
+
+    method: str
+    pattern: str
+    scope: str
+    asked: str
+    settings: str
+    records: tuple[Record, ...]
+
+    @property
+    def baseline(self) -> bool:
+        """Whether this is a dense model."""
+        return self.method == "dense"
+
+    @property
+    def line(self) -> str:
+        """What a figure's line of several budgets is called."""
+        plain = self.pattern in ("unstructured", "")
+        return " ".join(filter(None, (self.method, "" if plain else self.pattern, self._odd_scope, self.settings)))
+
+    @property
+    def _odd_scope(self) -> str:
+        return "" if self.scope in ("global", "") or self.method.startswith(self.scope) else self.scope
+
+    @property
+    def before(self) -> Spread | None:
+        """The headline before recovery, or None where not every run has such a moment."""
+        observed = [(r, r.before) for r in self.records]
+        values = [r.value(o) for r, o in observed if o is not None]
+        return Spread.of(values) if len(values) == len(observed) and not self.baseline else None
+
+    @property
+    def after(self) -> Spread:
+        """The headline in the end; of a baseline, over the dense models that differ."""
+        if not self.baseline:
+            return Spread.of(r.value(r.pruned) for r in self.records)
+        trained = {r.recipe["seed"]: r.value(r.dense) for r in self.records}
+        loaded = sorted({r.value(r.dense) for r in self.records})  # one checkpoint is one model whatever the seed
+        return Spread.of(loaded if self.records[0].recipe.get("checkpoint") else trained.values())
+
+    @property
+    def change(self) -> Spread | None:
+        """Each run's headline minus that of its own dense model; None for a baseline."""
+        return None if self.baseline else Spread.of(r.value(r.pruned) - r.value(r.dense) for r in self.records)
+
+    @property
+    def compression(self) -> float | None:
+        """All parameters over those left, mean over the runs."""
+        return _mean(self._observed(), lambda o: o.parameters.compression)
+
+    @property
+    def theoretical(self) -> float | None:
+        """Theoretical speed-up from MACs, mean over the runs."""
+        return _mean(self._observed(), lambda o: o.macs.speedup)
+
+    @property
+    def raw(self) -> float:
+        """Bytes of the weights' file, mean over the runs."""
+        return _mean(self._observed(), lambda o: o.bytes.raw) or 0.0
+
+    @property
+    def zipped(self) -> float:
+        """The same after zlib."""
+        return _mean(self._observed(), lambda o: o.bytes.zipped) or 0.0
+
+    @property
+    def measured(self) -> list[Latency]:
+        """The latencies of those runs that were timed."""
+        return [r.latency for r in self.records if r.latency is not None]
+
+    @property
+    def machines(self) -> int:
+        """On how many kinds of machine, batch and torch the latencies were measured."""
+        return len({(m.device, m.threads, m.batch, m.torch_version) for m in self.measured})
+
+    @property
+    def speedup(self) -> float | None:
+        """Measured: the median over the runs of best dense over best pruned time; None where nothing was timed."""
+        return statistics.median(m.speedup for m in self.measured) if self.measured else None
+
+    def time(self, model: str) -> tuple[str, float] | None:
+        """Returns (best executions, median over the runs of the best time in ms) of ``dense`` or ``pruned``."""
+        if not self.measured:
+            return None
+        fastest = [m.fastest(model) for m in self.measured]
+        return "/".join(sorted({name for name, _ in fastest})), statistics.median(time for _, time in fastest)
+
+    def _observed(self) -> list[Observed]:
+        return [r.dense if self.baseline else r.pruned for r in self.records]
+
+
+@dataclass(frozen=True)
+class Group:
+    """One task: a model on a data set.
+
+    Attributes:
+        title: For people.
+        slug: For file names, unique among the groups.
+        headline: Name of the metric.
+        baselines: The dense models.
+        rows: The pruned ones.
+    """
+
+    title: str
+    slug: str
+    headline: str
+    baselines: tuple[Row, ...]
+    rows: tuple[Row, ...]
+
+    @property
+    def records(self) -> list[Record]:
+        """Every run."""
+        return [record for row in self.rows for record in row.records]
+
+    @property
+    def scale(self) -> float:
+        """100 where the headline is a fraction, shown in per cent; else 1."""
+        values = [r.value(o) for r in self.records for o in (r.dense, r.before, r.pruned) if o is not None]
+        return 100.0 if all(0 <= value <= 1 for value in values) else 1.0
+
+    @property
+    def unit(self) -> str:
+        """Of the headline as shown, with a leading space."""
+        return " %" if self.scale == 100 else ""
+
+    @property
+    def lines(self) -> dict[str, list[Row]]:
+        """Rows of each line of a figure, least compressed first."""
+        lines: dict[str, list[Row]] = {}
+        for row in sorted(self.rows, key=lambda row: (row.line, row.compression or math.inf)):
+            lines.setdefault(row.line, []).append(row)
+        return lines
+
+    def common(self, *keys: str) -> str:
+        """Returns ``key value`` of recipe fields, ``varies`` where runs differ; fields no run has are left out."""
+        flat = [flatten(record.recipe) for record in self.records]
+        texts = []
+        for key in keys:
+            values = {_text(recipe.get(key)) for recipe in flat}
+            if not values <= {"none", "[]"}:
+                texts.append(f"{key} {values.pop() if len(values) == 1 else 'varies'}")
+        return ", ".join(texts)
+
+
+def groups(records: Sequence[Record]) -> list[Group]:
+    """Returns the tasks among records, each with its rows, all sorted."""
+
+    def key(record: Record) -> tuple[str, str, str, str]:
+        return record.task, record.headline, str(record.recipe["model"]), str(record.recipe["data"])
+
+    found = [list(part) for _, part in groupby(sorted(records, key=key), key)]
+    slugs = ["".join(c if c.isalnum() else "-" for c in part[0].task.lower()).strip("-") for part in found]
+    often = Counter(slugs)
+    unique = [slug if often[slug] == 1 else f"{slug}-{number}" for number, slug in enumerate(slugs, 1)]
+    return [
+        Group(part[0].task, slug, part[0].headline, _baselines(part), _rows(part))
+        for part, slug in zip(found, unique, strict=True)
+    ]
+
+
+def _rows(records: Sequence[Record]) -> tuple[Row, ...]:
+    by_method = _by(records, lambda r: str(r.recipe["method"]))
+    return tuple(row for method, same in by_method for row in _rows_of(method, same))
+
+
+def _rows_of(method: str, records: Sequence[Record]) -> Iterable[Row]:
+    varying = _varying(records, lambda key: key not in SHOWN and not _is_scope(key))
+
+    def key(record: Record) -> tuple[str, str, str, float, str]:
+        return _pattern(record), _scope(record), _settings(record, varying), _fraction(record), _asked(record)
+
+    for (pattern, scope, settings, _, asked), runs in _by(records, key):
+        yield Row(method, pattern, scope, asked, settings, tuple(runs))
+
+
+def _baselines(records: Sequence[Record]) -> tuple[Row, ...]:
+    varying = _varying(records, lambda key: key.startswith(DENSE))
+    by_settings = _by(records, lambda r: _settings(r, varying))
+    return tuple(Row("dense", "", "", "", settings, tuple(runs)) for settings, runs in by_settings)
+
+
+def _by(records: Iterable[Record], key: Callable[[Record], Any]) -> list[tuple[Any, list[Record]]]:
+    return [(value, list(part)) for value, part in groupby(sorted(records, key=key), key)]
+
+
+def _varying(records: Iterable[Record], wanted: Callable[[str], bool]) -> list[str]:
+    """Returns the wanted recipe keys in which records differ."""
+    flat = [flatten(record.recipe) for record in records]
+    keys = sorted({key for recipe in flat for key in recipe if wanted(key)})
+    return [key for key in keys if len({_text(recipe.get(key)) for recipe in flat}) > 1]
+
+
+def _settings(record: Record, keys: Iterable[str]) -> str:
+    flat = flatten(record.recipe)
+    return ", ".join(f"{key}={_text(flat.get(key))}" for key in keys)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(_text, value)) + "]"
+    return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _pattern(record: Record) -> str:
+    return str(record.recipe["prune"].get("pattern", "unstructured"))
+
+
+def _is_scope(key: str) -> bool:
+    return key == "prune.scope" or key.startswith("prune.scope.")
+
+
+def _scope(record: Record) -> str:
+    scope = record.recipe["prune"].get("scope", "global")
+    return ", ".join(f"{k}={v:g}" for k, v in sorted(scope.items())) if isinstance(scope, dict) else str(scope)
+
+
+def _asked(record: Record) -> str:
+    return ", ".join(f"{k} {v:g}" for k, v in sorted(record.asked.items()) if v is not None) or "the pattern's own"
+
+
+def _fraction(record: Record) -> float:
+    """Returns what sorts budgets from weak to strong."""
+    return -min((v for v in record.asked.values() if v is not None), default=1.0)
+
+
+def _mean(observed: Iterable[Observed], read: Callable[[Observed], float | None]) -> float | None:
+    values = [read(one) for one in observed]
+    known = [value for value in values if value is not None]
+    return statistics.fmean(known) if len(known) == len(values) else None

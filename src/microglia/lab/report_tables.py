@@ -1,0 +1,196 @@
+"""Tables: the rows of a task as text, for the Markdown file and the page alike."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import PurePath
+
+from microglia.lab.report_read import Collected
+from microglia.lab.report_rows import Group, Row, Spread
+
+UNMEASURED = "not measured"
+SETTINGS = (
+    "checkpoint",
+    "dense.epochs",
+    "train.epochs",
+    "train.optimizer",
+    "train.lr",
+    "train.schedule",
+    "train.batch_size",
+    "train.weight_decay",
+    "prune.exclude",
+)
+"""Recipe fields that a reader wants to know of all runs of a task."""
+LEGEND = """\
+- One row holds the *n* runs that differ in their seed alone: mean ± sample standard deviation over the seeds. Below three
+  seeds the deviation says little. Of *dense*, n counts the models: a checkpoint is one, whatever the seed.
+- *change*: against the dense model of the same run, in points. *compression*: all parameters over those left, biases,
+  norms and layers left dense included.
+- *theoretical speed-up*: multiply-accumulates of the dense model over those of the kept weights. It is no time: beside it
+  stands the measured one, the fastest execution of the dense model over the fastest of the pruned one, both timed interleaved
+  in one process; over several seeds, the median of each.
+- *bytes*: of the safetensors file of the weights, and of the same file after zlib."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One cell of a table: the text, and the number or text that it is sorted by."""
+
+    text: str
+    order: float | str
+
+
+def table(group: Group) -> tuple[list[str], list[tuple[Row, list[Entry]]]]:
+    """Returns the titles and the rows of a task's table, the dense models first."""
+    unit, points = group.unit.strip(), " (points)" if group.unit else ""
+    titled = f"{group.headline}, {unit}" if unit else group.headline
+    titles = [
+        "method",
+        "pattern",
+        "scope",
+        "kept (asked)",
+        "settings",
+        "n",
+        f"{titled}, before recovery",
+        f"{titled}, after",
+    ]
+    titles += [f"change{points}", "compression", "theoretical speed-up", "dense, ms (execution)", "pruned, ms (execution)"]
+    titles += ["measured speed-up", "bytes, raw", "bytes, zipped"]
+    rows = [(row, _entries(row, group.scale)) for row in (*group.baselines, *group.rows)]
+    if not any(row.settings for row, _ in rows):
+        place = titles.index("settings")
+        titles.pop(place)
+        for _, entries in rows:
+            entries.pop(place)
+    return titles, rows
+
+
+def _entries(row: Row, scale: float) -> list[Entry]:
+    words = [_word(text) for text in (row.method, row.pattern, row.scope)]
+    return [
+        *words,
+        Entry(row.asked, row.compression or 0.0),
+        _word(row.settings),
+        Entry(str(row.after.n), row.after.n),
+        _spread(row.before, scale),
+        _spread(row.after, scale),
+        _spread(row.change, scale, signed=True),
+        _ratio(row.compression),
+        _ratio(row.theoretical),
+        *_times(row),
+        _count(row.raw),
+        _count(row.zipped),
+    ]
+
+
+def _times(row: Row) -> list[Entry]:
+    """Returns best dense time, best pruned time and their ratio, saying how many of the runs were timed."""
+    dense, pruned, ratio = row.time("dense"), row.time("pruned"), row.speedup
+    if dense is None or pruned is None or ratio is None:
+        return [_time(None, ""), Entry("", 0.0), Entry("", 1.0)] if row.baseline else [_time(None, "")] * 3
+    timed, runs = len(row.measured), len(row.records)
+    note = "" if timed == runs or row.baseline else f", {timed} of {runs} runs"
+    if row.machines > 1:
+        low, high = min(m.speedup for m in row.measured), max(m.speedup for m in row.measured)
+        several = Entry(f"{row.machines} machines{note}", 0.0)
+        span = Entry(f"{low:.2f} to {high:.2f}x", ratio)
+        return [several, Entry("", 0.0), Entry("", 1.0)] if row.baseline else [several, several, span]
+    if row.baseline:
+        return [_time(dense, note), Entry("", 0.0), Entry("1.00x", 1.0)]
+    return [_time(dense, note), _time(pruned, note), _ratio(ratio)]
+
+
+def _time(best: tuple[str, float] | None, note: str) -> Entry:
+    return Entry(UNMEASURED, 0.0) if best is None else Entry(f"{best[1]:.3f} ({best[0]}{note})", best[1])
+
+
+def _word(text: str) -> Entry:
+    return Entry(text, text)
+
+
+def _spread(spread: Spread | None, scale: float, signed: bool = False) -> Entry:
+    if spread is None:
+        return Entry("", float("-inf"))
+    places = 2 if scale == 100 else 4
+    sign = "+" if signed else ""
+    deviation = "" if spread.deviation is None else f" ± {spread.deviation * scale:.{places}f}"
+    return Entry(f"{spread.mean * scale:{sign}.{places}f}{deviation}", spread.mean)
+
+
+def _ratio(value: float | None) -> Entry:
+    return Entry("infinite", float("inf")) if value is None else Entry(f"{value:.2f}x", value)
+
+
+def _count(value: float) -> Entry:
+    return Entry(f"{value:,.0f}", value)
+
+
+def what_ran(group: Group) -> list[str]:
+    """Returns sentences on what ran on what; nothing that the runs did not record."""
+    records = group.records
+    loaded = all(record.recipe.get("checkpoint") for record in records)
+    common = group.common(*(key for key in SETTINGS if not (loaded and key.startswith("dense."))))
+    sentences = [f"Recipe: {common}."] if common else []
+    for environment, count in sorted(
+        Counter(r.environment for r in records).items(), key=lambda item: (-item[1], str(item[0]))
+    ):
+        e = environment
+        cores = f"{e.cores} cores, " if e.cores else ""
+        gpu = f", {e.gpu}" if e.gpu else ""
+        sentences.append(
+            f"{_runs(count)} on {e.processor}{gpu} ({cores}{e.threads} threads): torch {e.torch}, Python {e.python}, "
+            f"microglia {e.microglia}, {e.platform}."
+        )
+    timed = [record.latency for record in records if record.latency is not None]
+    kinds = sorted({name for latency in timed for model in latency.timings.values() for name in model})
+    for batch, device, threads in sorted({(latency.batch, latency.device, latency.threads) for latency in timed}):
+        sentences.append(f"Timed on {device}, {threads} threads, batch {batch}, best of: {', '.join(kinds)}.")
+    notes = Counter(note for latency in timed for note in latency.notes)
+    return [*sentences, *(f"{note} ({_runs(count)})" for note, count in sorted(notes.items()))]
+
+
+def markdown(found: Collected, tasks: Sequence[Group], figures: Iterable[PurePath]) -> str:
+    """Returns ``results.md``: the same records, the same bytes.
+
+    Args:
+        found: What was read.
+        tasks: The groups of its records.
+        figures: Paths of the pictures relative to the file; those of a task begin with its slug.
+    """
+    pictures = sorted(figure for figure in figures if figure.suffix == ".png")
+    lines = [
+        "# Results",
+        "",
+        "Generated by `microglia report`; do not edit. The files it was made from are listed at the end.",
+        "",
+    ]
+    lines += [LEGEND, ""]
+    for group in tasks:
+        lines += [f"## {_cell(group.title)}", "", *(f"- {_cell(sentence)}" for sentence in what_ran(group)), ""]
+        lines += [*_table_lines(group), ""]
+        for picture in pictures:
+            if picture.name.rpartition("-")[0] == group.slug:
+                lines += [f"![{group.headline} against {picture.stem.rpartition('-')[2]}]({picture.as_posix()})", ""]
+    if found.left_out:
+        lines += ["## Left out", "", *(f"- {_cell(line)}" for line in found.left_out), ""]
+    sources = Counter(record.source.partition("#")[0] for record in found.records)
+    lines += ["## Made from", "", *(f"- `{name}` ({_runs(count)})" for name, count in sorted(sources.items()))]
+    return "\n".join(lines) + "\n"
+
+
+def _table_lines(group: Group) -> list[str]:
+    titles, rows = table(group)
+    right = ["---" if title in ("method", "pattern", "scope", "kept (asked)", "settings") else "---:" for title in titles]
+    body = [[_cell(entry.text) for entry in entries] for _, entries in rows]
+    return [f"| {' | '.join(cells)} |" for cells in ([_cell(title) for title in titles], right, *body)]
+
+
+def _cell(text: str) -> str:
+    """Returns a text that cannot break a Markdown table or page."""
+    return " ".join(text.split()).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("`", "'")
+
+
+def _runs(count: int) -> str:
+    return f"{count} run" if count == 1 else f"{count} runs"

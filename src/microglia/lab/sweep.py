@@ -1,0 +1,272 @@
+"""Sweeps: a grid of recipes, each cell a durable run of its own that is never done twice."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import math
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, TextIO
+
+import yaml
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from microglia.core.errors import MicrogliaError, RunError
+from microglia.lab.recipe import as_dict, read_yaml, resolve
+from microglia.lab.sweep_grid import Cell, Sweep, cells, plan_table, read_sweep
+from microglia.train.files import write_atomic
+from microglia.train.run import flatten
+
+__all__ = ["Cell", "CellOutcome", "Sweep", "SweepOutcome", "cells", "plan_table", "read_sweep", "run_cell", "run_sweep"]
+
+CELL = "cell.yaml"
+"""The recipe a cell is started with; ``recipe.yaml`` appears beside it once the recipe has proved to fit model and data."""
+
+
+@dataclass(frozen=True)
+class CellOutcome:
+    """How a cell ended.
+
+    Attributes:
+        name: Of the cell.
+        status: ``skipped`` when it was finished before.
+        seconds: Spent on it now.
+        problem: The last lines of the log of a failed one.
+    """
+
+    name: str
+    status: Literal["done", "skipped", "failed"]
+    seconds: float = 0.0
+    problem: str = ""
+
+
+@dataclass(frozen=True)
+class SweepOutcome:
+    """How a sweep ended, in the order of its cells.
+
+    Attributes:
+        directory: Where the runs are, each under its cell's name.
+        cells: Every cell.
+    """
+
+    directory: Path
+    cells: tuple[CellOutcome, ...]
+
+    @property
+    def done(self) -> list[str]:
+        """Names of the cells that ran now."""
+        return [cell.name for cell in self.cells if cell.status == "done"]
+
+    @property
+    def skipped(self) -> list[str]:
+        """Names of the cells that were finished before."""
+        return [cell.name for cell in self.cells if cell.status == "skipped"]
+
+    @property
+    def failed(self) -> list[str]:
+        """Names of the cells that failed."""
+        return [cell.name for cell in self.cells if cell.status == "failed"]
+
+    @property
+    def sentence(self) -> str:
+        """What a person should know: the counts, and each failed cell with the end of its log."""
+        lines = [f"{self.directory}: {len(self.done)} done, {len(self.skipped)} skipped, {len(self.failed)} failed."]
+        for cell in self.cells:
+            if cell.status == "failed":
+                lines += [f"{cell.name} failed ({self.directory / cell.name / 'log.txt'} ends with):"]
+                lines += [f"    {line}" for line in cell.problem.splitlines()]
+        return "\n".join([*lines, "Start the same command again to try these once more."] if self.failed else lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns everything, JSON-ready."""
+        return {"directory": str(self.directory), "cells": [asdict(cell) for cell in self.cells]}
+
+
+class Children:
+    """The processes of a sweep that are running, so that all of them can be ended together."""
+
+    def __init__(self) -> None:
+        self.stopped = threading.Event()
+        self._lock = threading.Lock()
+        self._running: set[subprocess.Popen[bytes]] = set()
+
+    def run(self, command: Sequence[str], log: TextIO, lock: TextIO, environment: Mapping[str, str]) -> int:
+        """Runs a command to its end and returns its status; the child holds ``lock`` for as long as it lives."""
+        with self._lock:
+            if self.stopped.is_set():
+                return -signal.SIGKILL
+            child = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                pass_fds=[lock.fileno()],
+                start_new_session=True,  # Ctrl-C reaches the sweep alone, which ends every child with its own children
+            )
+            self._running.add(child)
+        status = child.wait()
+        with self._lock:
+            self._running.discard(child)
+        return status
+
+    def stop(self) -> None:
+        """Ends every child, at once: a run is durable at any moment, so nothing is gained by asking it first."""
+        self.stopped.set()
+        with self._lock:
+            for child in self._running:
+                if child.poll() is None:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.killpg(child.pid, signal.SIGKILL)
+
+
+def run_cell(cell: Cell, directory: Path, *, threads: int | None = None, children: Children | None = None) -> CellOutcome:
+    """Runs one cell to its end as ``microglia prune`` in a process of its own; here a cluster would come in.
+
+    A process of an earlier sweep that still works on the cell is waited for, not doubled.
+
+    Args:
+        cell: What to run.
+        directory: Of the run; its output goes to ``log.txt`` there.
+        threads: CPU threads of the process, or None for torch's choice.
+        children: Where the process is known while it runs.
+    """
+    children, began = children or Children(), time.monotonic()
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with (directory / ".cell.lock").open("w") as lock, (directory / "log.txt").open("a") as log:
+            _wait_for(lock, children)
+            if (directory / "result.json").is_file():
+                return CellOutcome(cell.name, "skipped", round(time.monotonic() - began, 2))
+            recipe = directory / CELL
+            write_atomic(recipe, yaml.safe_dump(as_dict(cell.recipe), sort_keys=False))
+            command = [sys.executable, "-m", "microglia", "prune", "--recipe", str(recipe), "--out", str(directory), "--json"]
+            start = log.seek(0, os.SEEK_END)
+            log.write(f"$ {shlex.join(command)}\n")
+            log.flush()
+            status = children.run(command, log, lock, _environment(threads))
+    except (OSError, MicrogliaError) as error:
+        return CellOutcome(cell.name, "failed", round(time.monotonic() - began, 2), str(error))
+    seconds = round(time.monotonic() - began, 2)
+    if status == 0 and (directory / "result.json").is_file():
+        return CellOutcome(cell.name, "done", seconds)
+    ended = f"killed by signal {-status}" if status < 0 else f"exit status {status}"
+    return CellOutcome(cell.name, "failed", seconds, f"{_tail(directory / 'log.txt', start)}\n({ended})".strip())
+
+
+def _wait_for(lock: TextIO, children: Children) -> None:
+    """Takes the lock of a cell once no process works on it any more, or returns when the sweep stops."""
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if children.stopped.wait(0.2):
+                return
+
+
+def _environment(threads: int | None) -> dict[str, str]:
+    return {**os.environ, "PYTHONUNBUFFERED": "1"} | ({"OMP_NUM_THREADS": str(threads)} if threads is not None else {})
+
+
+def _tail(log: Path, start: int, lines: int = 8, width: int = 400) -> str:
+    with log.open("rb") as file:
+        file.seek(start)
+        text = file.read().decode(errors="replace")
+    return "\n".join(line[:width] for line in text.splitlines()[1:][-lines:])
+
+
+def run_sweep(sweep: Sweep, out: str | Path, jobs: int = 1) -> SweepOutcome:
+    """Runs every cell that is not finished, ``jobs`` at a time; a failed one does not stop the others.
+
+    Killed at any moment and started again, it goes on: finished cells are left alone and the interrupted ones resume.
+
+    Args:
+        sweep: What to run.
+        out: Directory of the runs, each under its cell's name.
+        jobs: Runs at a time; each gets its share of the cores.
+
+    Raises:
+        RunError: The directory holds runs of other recipes under the same names.
+        KeyboardInterrupt: Ctrl-C; as for SIGTERM (``SystemExit``), every child was ended first.
+    """
+    if jobs < 1:
+        raise RunError(f"jobs is the number of runs at a time, 1 or more; got {jobs}.")
+    out, chosen, children = Path(out), sweep.cells, Children()
+    _refuse_other_recipes(chosen, out)
+    write_atomic(out / "sweep.yaml", yaml.safe_dump(asdict(sweep), sort_keys=False))
+    threads = max(1, _cores() // jobs)
+    outcomes = {c.name: CellOutcome(c.name, "skipped") for c in chosen if (out / c.name / "result.json").is_file()}
+    left = [cell for cell in chosen if cell.name not in outcomes]
+    with _signals_raise(), _progress() as progress, ThreadPoolExecutor(jobs) as pool:
+        try:
+            bar = progress.add_task(sweep.name, total=len(chosen), completed=len(outcomes))
+            progress.advance(bar, 0)  # from here on time is counted
+            futures = [pool.submit(run_cell, c, out / c.name, threads=threads, children=children) for c in left]
+            for future in as_completed(futures):
+                outcome = outcomes[future.result().name] = future.result()
+                progress.advance(bar)
+                progress.console.print(
+                    f"{outcome.status} {outcome.name} ({outcome.seconds:.0f} s)", markup=False, highlight=False
+                )
+        except BaseException:
+            children.stop()
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return SweepOutcome(out, tuple(outcomes[cell.name] for cell in chosen))
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _refuse_other_recipes(chosen: Sequence[Cell], out: Path) -> None:
+    for cell in chosen:
+        path = out / cell.name / "recipe.yaml"
+        if not path.is_file():
+            continue
+        before, now = flatten(as_dict(resolve(read_yaml(path)))), flatten(as_dict(cell.recipe))
+        changed = [f"{k}: {before.get(k)!r} -> {now.get(k)!r}" for k in sorted({*before, *now}) if before.get(k) != now.get(k)]
+        if changed:
+            raise RunError(
+                f"{path.parent} holds a run of another recipe ({'; '.join(changed[:5])}). Give --out another directory, or "
+                "remove this one."
+            )
+
+
+def _progress() -> Progress:
+    """Returns a bar on standard error; time left is estimated over the whole sweep, since a cell may take hours."""
+    console = Console(stderr=True)
+    columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()]
+    return Progress(*columns, console=console, disable=not console.is_terminal, transient=True, speed_estimate_period=math.inf)
+
+
+@contextlib.contextmanager
+def _signals_raise() -> Iterator[None]:
+    """Lets SIGTERM and SIGHUP end the program as Ctrl-C does, through its ``finally`` clauses, where nobody handles them."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    ours = [s for s in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(s) is signal.SIG_DFL]
+    for number in ours:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number in ours:
+            signal.signal(number, signal.SIG_DFL)

@@ -1,8 +1,8 @@
 """Claim: exact global selection is at least as fast as any exact alternative and needs at most twice the scores' memory.
 
-Scores of 50 layers of unequal size go in, one boolean mask per layer comes out, ties broken by position everywhere but in
-topk, which promises no order. Time: medians of interleaved rounds in one process. Memory: highest resident size during one call above
-that before it, as a multiple of the scores' own (Linux). ``python benchmarks/selection.py [millions ...]``
+Scores of 50 layers of unequal size go in, one boolean mask per layer comes out; ties are broken by position, except by topk,
+which promises no order. Time: medians of rounds interleaved in one process. Memory: the highest resident size during one
+call above that before it, as a multiple of the scores' own (Linux). Run with the millions of scores, or without for both sizes.
 """
 
 from __future__ import annotations
@@ -120,9 +120,8 @@ def compare(total: int) -> float:
     print(f"\n{total / 1e6:.0f} million scores, {len(scores)} layers, density {DENSITY}, {torch.get_num_threads()} threads")
     print(f"{'method':22}{'median ms':>10}{'least ms':>10}{'rounds':>8}{'time / ours':>13}{'extra memory':>14}")
     for name, value in median.items():
-        print(
-            f"{name:22}{value * 1e3:10.1f}{min(times[name]) * 1e3:10.1f}{len(times[name]):8}{value / ours:13.2f}{memory[name]:13.2f}x"
-        )
+        taken = times[name]
+        print(f"{name:22}{value * 1e3:10.1f}{min(taken) * 1e3:10.1f}{len(taken):8}{value / ours:13.2f}{memory[name]:13.2f}x")
     return ours / min(others)
 
 

@@ -19,6 +19,8 @@ from microglia.core.errors import MicrogliaError
 from microglia.core.patterns import PATTERN_FORMS
 from microglia.lab.execute import execute
 from microglia.lab.recipe import Recipe, RecipeError, as_dict, override, put, read_yaml, resolve, schema
+from microglia.lab.report import collect
+from microglia.lab.report import export as export_records
 from microglia.lab.report import report as write_report
 from microglia.lab.summary import measurement_table, result_table
 from microglia.lab.sweep import run_sweep
@@ -170,10 +172,13 @@ def sweep(
 def report(
     paths: Annotated[list[Path], typer.Argument(help="Run directories, or results/*.json.")],
     out: Annotated[Path, typer.Option(help="Where to write tables, figures and the page.")] = Path("report"),
+    export: Annotated[Path | None, typer.Option(help="Also write the results, slim, to one JSON file to keep.")] = None,
     json_: Json = False,
 ) -> Shown:
     """Collect runs into Markdown tables, figures and one interactive HTML page."""
     written = write_report(paths, out)
+    if export is not None:
+        export_records(collect(paths), export)
     return written.to_dict(), [written.sentence]
 
 

@@ -1,6 +1,7 @@
 """Numbers known beforehand: layer densities of RigL's ERK, the cubic schedule, the budgets of ShrinkBench."""
 
 import math
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -18,7 +19,9 @@ RESNET20 = {"conv": (16, 3, 3, 3), "fc": (10, 64)} | {
     for c in (1, 2)
 }
 
-layers = st.lists(st.tuples(st.integers(1, 64), st.integers(1, 64), st.integers(1, 3), st.integers(1, 3)), min_size=1, max_size=8)
+layers = st.lists(
+    st.tuples(st.integers(1, 64), st.integers(1, 64), st.integers(1, 3), st.integers(1, 3)), min_size=1, max_size=8
+)
 
 
 def counts_of(shapes: dict[str, tuple[int, ...]], keep: int) -> dict[str, int]:
@@ -72,7 +75,7 @@ def test_the_cubic_schedule_of_gradual_magnitude_pruning(step: int, sparsity: fl
 
 def test_the_cubic_schedule_is_steepest_at_the_start() -> None:
     path = [schedules["cubic"](i / 50, 1.0, 0.05) for i in range(51)]
-    steps = [a - b for a, b in zip(path, path[1:], strict=False)]
+    steps = [a - b for a, b in pairwise(path)]
     assert steps == sorted(steps, reverse=True)
 
 

@@ -104,7 +104,10 @@ def test_the_masked_weight_keeps_its_type(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize(
     "optimizer_of",
-    [lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.1), lambda p: torch.optim.AdamW(p, lr=0.1, weight_decay=0.1)],
+    [
+        lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.1),
+        lambda p: torch.optim.AdamW(p, lr=0.1, weight_decay=0.1),
+    ],
 )
 def test_enforce_clears_weights_and_optimizer_state_at_masked_places_alone(optimizer_of: object) -> None:
     model = network()
@@ -220,17 +223,17 @@ def test_restore_takes_a_state_of_either_kind(saved: str, into: str) -> None:
 # folding, replacing, ties
 
 
-def test_fold_keeps_outputs_and_gives_the_state_its_names_back() -> None:
+def test_fold_keeps_outputs_and_gives_the_state_its_names_and_order_back() -> None:
     model = network().eval()
-    before = {name: value.shape for name, value in model.state_dict().items()}
-    parameters = {id(p) for p in model.parameters()}
+    before = [(name, value.shape) for name, value in model.state_dict().items()]
+    parameters = [id(p) for p in model.parameters()]
     masks = mask(model, random_masks(model))
     x, _ = batch()
     expected = model(x)
     assert fold(model) is model
     assert torch.equal(model(x), expected)
-    assert {name: value.shape for name, value in model.state_dict().items()} == before
-    assert {id(p) for p in model.parameters()} == parameters
+    assert [(name, value.shape) for name, value in model.state_dict().items()] == before
+    assert [id(p) for p in model.parameters()] == parameters
     assert all(not model.state_dict()[n][~m].any() for n, m in masks.items())
     assert not masks_of(model)
     network().load_state_dict(model.state_dict())
@@ -274,13 +277,15 @@ def test_attention_is_masked(separate: bool) -> None:
     assert len(masks) == (4 if separate else 2)
     plain = copy.deepcopy(model)
     fold(plain)
+    fresh = nn.MultiheadAttention(8, 2, kdim=4 if separate else None, vdim=4 if separate else None)
+    assert [n for n, _ in plain.named_parameters()] == [n for n, _ in fresh.named_parameters()]
     assert torch.equal(model(x, other, other)[0], plain(x, other, other)[0])
 
 
 def test_wrong_masks_are_refused_before_anything_changes() -> None:
     model = network()
     good = {"0.weight": torch.ones(3, 2, 3, 3)}
-    with pytest.raises(MicrogliaError, match="no prunable layer '1.weight' in Sequential"):
+    with pytest.raises(MicrogliaError, match=r"no prunable layer '1\.weight' in Sequential"):
         mask(model, good | {"1.weight": torch.ones(3)})
     with pytest.raises(MicrogliaError, match=r"shape \(5, 4\), its weight \(4, 5\)"):
         mask(model, good | {"5.weight": torch.ones(5, 4)})

@@ -136,10 +136,15 @@ def test_the_text_of_a_pattern_reads_back(pattern: Pattern) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "block", "block:", "block:16", "block:16x", "block:-1x2", "block:16X8", "block:1.5x2", "nm:2", "nm:2:4:8", "nm:2/4"]
-    + ["Unstructured", " unstructured", "channels", None, 5],
+    ["", "block", "block:", "block:16", "block:16x", "block:-1x2", "block:16X8", "block:1.5x2", "nm:2", "nm:2:4:8", "nm:2/4"],
 )
 def test_a_malformed_text_is_answered_with_the_forms(text: str) -> None:
+    with pytest.raises(PatternError, match="block:OUTxIN"):
+        parse_pattern(text)
+
+
+@pytest.mark.parametrize("text", ["Unstructured", " unstructured", "channels", None, 5])
+def test_what_names_no_pattern_is_answered_with_the_forms(text: str) -> None:
     with pytest.raises(PatternError, match="block:OUTxIN"):
         parse_pattern(text)
 

@@ -1,5 +1,7 @@
 """Schedules: end points exactly, never backwards, their formulas."""
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -43,7 +45,7 @@ def test_linear_and_cubic_formulas(start: float, end: float, t: float) -> None:
 @given(densities, densities, st.integers(1, 30))
 def test_equal_steps_of_the_geometric_schedule_keep_the_same_fraction(start: float, end: float, steps: int) -> None:
     path = [schedules["geometric"](i / steps, start, end) for i in range(steps + 1)]
-    for before, after in zip(path, path[1:], strict=False):
+    for before, after in pairwise(path):
         assert after / before == pytest.approx((end / start) ** (1 / steps))
 
 

@@ -412,7 +412,7 @@ def test_a_killed_sweep_goes_on_and_a_failing_cell_stops_nothing(tmp_path):
     file, out = write(tmp_path / "sweep.yaml", SMALL), tmp_path / "runs"
     command = [sys.executable, "-m", "microglia", "sweep", str(file), "--out", str(out), "--jobs", "2", "--json"]
     with (tmp_path / "first.log").open("w") as log:
-        first = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+        first = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
         deadline = time.monotonic() + 240
         while not list(out.glob("*/result.json")) and time.monotonic() < deadline and first.poll() is None:
             time.sleep(0.05)

@@ -48,8 +48,12 @@ _FORMULAS: dict[Any, Callable[..., int]] = {
     aten.mv: lambda matrix, vector, **_: matrix.numel(),
     aten.addmv: lambda bias, matrix, vector, **_: matrix.numel(),
     aten.dot: lambda a, b, **_: a.numel(),
+    # q k^T and its product with v, (batch, heads, length, width) each; torch's registry has it from 2.14 on.
+    aten._scaled_dot_product_flash_attention_for_cpu: lambda query, key, value, *_, **__: (
+        query.numel() * key.shape[-2] + query.shape[:-1].numel() * value.shape[-2:].numel()
+    ),
 }
-"""MACs of the products that torch's registry lacks."""
+"""MACs of the products that torch's registry lacks, or lacked in a version that is supported."""
 
 _UNCOUNTABLE = frozenset(
     {

@@ -21,6 +21,8 @@ from torch import Tensor
 from microglia.core.errors import FileError
 
 VERSION = 1
+UMASK = os.umask(0)
+os.umask(UMASK)  # it can only be read by setting it
 ENTRY = "microglia"
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
@@ -50,6 +52,7 @@ def write_atomic(path: Path, content: bytes | str) -> None:
         descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
         try:
             with os.fdopen(descriptor, "wb") as file:
+                os.fchmod(file.fileno(), 0o666 & ~UMASK)  # mkstemp's own is for its maker alone
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())

@@ -310,3 +310,11 @@ def test_the_set_counts_and_compares() -> None:
     assert not few.same({"a": few["a"]})
     assert MaskSet({"a": few["a"]}).nested_in(many)
     assert repr(few) == "MaskSet(2 layers, 2 of 5 kept, density 0.4)"
+
+
+def test_masked_weights_keep_the_memory_format():
+    model = nn.Conv2d(3, 8, 3).to(memory_format=torch.channels_last)
+    mask(model, {"weight": torch.rand(8, 3, 3, 3) > 0.5})
+    assert model.weight.is_contiguous(memory_format=torch.channels_last)
+    fold(model)
+    assert model.weight.is_contiguous(memory_format=torch.channels_last)

@@ -108,7 +108,8 @@ def _attach(layer: Layer, value: Tensor) -> None:
     if present is not None:
         present.mask.copy_(value)
         return
-    shared = Masked(value.to(layer.raw.device).clone())
+    # Laid out like the weight (channels-last, say), or the masked weight would not be and each convolution would convert it.
+    shared = Masked(torch.empty_like(layer.raw, dtype=torch.bool).copy_(value))
     for module, attribute in layer.holders:
         parametrize.register_parametrization(module, attribute, shared)
 

@@ -231,6 +231,14 @@ def fake(tmp_path, monkeypatch):
     return monkeypatch
 
 
+@pytest.fixture
+def interruptible():
+    """SIGINT heard, also where the tests run as a shell's background job, which starts with it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def results(out):
     return {path.parent.name: json.loads(path.read_text()) for path in out.glob("*/result.json")}
 
@@ -324,6 +332,7 @@ class TestRunning:
         with pytest.raises(RunError, match=f"got {jobs}"):
             run_sweep(grid(seed=[0]), tmp_path, jobs=jobs)
 
+    @pytest.mark.usefixtures("interruptible")
     @pytest.mark.parametrize(("number", "kind"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
     def test_an_interrupt_ends_the_children_and_a_later_start_goes_on(self, tmp_path, fake, number, kind):
         if threading.current_thread() is not threading.main_thread():

@@ -11,6 +11,7 @@ from microglia.core.masks import MaskSet, enforce, fold, mask, masks_of
 from microglia.core.patterns import NM, Block, Channel, Unstructured
 from microglia.core.selection import select
 from microglia.data import load_data
+from microglia.graph import plan_of, prune_channels
 from microglia.lab.execute import execute
 from microglia.lab.recipe import Recipe, resolve
 from microglia.measure import measure, measure_latency
@@ -52,7 +53,9 @@ __all__ = [
     "masks_of",
     "measure",
     "measure_latency",
+    "plan_of",
     "prunable_layers",
+    "prune_channels",
     "recalibrate",
     "resolve",
     "save",

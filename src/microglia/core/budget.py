@@ -16,21 +16,28 @@ class Budget:
         density: Kept fraction of the prunable weights.
         params: Kept fraction of all parameters of the model (biases, norms and excluded layers included): 1 / the
             compression ratio of ShrinkBench (Blalock et al. 2020).
+        flops: Kept fraction of the multiply-accumulates; only where channels are removed physically.
+        ms: Milliseconds that one batch of the example inputs may take on this machine, by measurement; only there too.
 
-    ``flops`` and ``ms`` join when channels can be removed physically.
+    Where channels are removed, ``density`` is the kept fraction of the prunable channels.
     """
 
     density: float | None = None
     params: float | None = None
+    flops: float | None = None
+    ms: float | None = None
 
     def __post_init__(self) -> None:
         given = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
         if not given:
-            raise BudgetError("A budget needs at least one of density, params (fractions kept, such as density=0.2).")
+            raise BudgetError("A budget needs at least one of density, params, flops (fractions kept, such as 0.2) or ms.")
         for name, value in given.items():
             if isinstance(value, bool) or not isinstance(value, int | float):
                 raise BudgetError(f"{name} is a number, the fraction kept in (0, 1]; got {value!r}.")
-            if not 0 < value <= 1:
+            if name == "ms":
+                if not (value > 0 and math.isfinite(value)):
+                    raise BudgetError(f"ms is a time in milliseconds, above 0; got {value}.")
+            elif not 0 < value <= 1:
                 raise BudgetError(f"{name} is the fraction kept, above 0 and at most 1; got {value}.{_hint(value)}")
 
     def kept_weights(self, prunable: int, total: int) -> int:
@@ -42,8 +49,10 @@ class Budget:
 
         Raises:
             BudgetError: ``params`` asks for less than what cannot be pruned; the fraction to keep
-                (T * params - (T - P)) / P of ShrinkBench would not be positive.
+                (T * params - (T - P)) / P of ShrinkBench would not be positive. Or flops or ms are asked of masks.
         """
+        if self.flops is not None or self.ms is not None:
+            raise BudgetError("flops and ms are budgets of removed channels: masks alone save neither. See prune_channels.")
         counts = []
         if self.density is not None:
             counts.append(_round(self.density * prunable))

@@ -1,0 +1,7 @@
+"""Shrinking: coupled channels found through torch.export, removed physically, verified equal."""
+
+from microglia.graph.plan import Plan, plan_of, replay
+from microglia.graph.prune import prune_channels
+from microglia.graph.verify import ShrinkError
+
+__all__ = ["Plan", "ShrinkError", "plan_of", "prune_channels", "replay"]

@@ -1,0 +1,209 @@
+"""Channel groups: which units of a model go together, what they are worth, and why some must stay."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from microglia.core.errors import ScoreError, SelectorError
+from microglia.graph.analysis import Analysis
+
+GroupReduction = Literal["sum", "mean", "max", "l2"]
+
+
+@dataclass(frozen=True)
+class Member:
+    """A dimension of a parameter in which a group's units occur."""
+
+    name: str
+    dim: int
+
+
+@dataclass(frozen=True)
+class ChannelGroup:
+    """Units that can be removed, each from all its members at once.
+
+    Attributes:
+        atom: Its number in the algebra.
+        size: How many units.
+        members: Where they occur.
+        factor: Whether it is somewhere a proper factor of a dimension: heads, channels per group.
+        renormalized: Whether a norm, a mean or a softmax runs over it, so that removing a unit is more than zeroing it.
+        cofactor: Least number of entries that go with one unit in a member dimension.
+    """
+
+    atom: int
+    size: int
+    members: tuple[Member, ...]
+    factor: bool
+    renormalized: bool
+    cofactor: int
+
+
+def channel_groups(analysis: Analysis, exclude: Sequence[str] = ()) -> list[ChannelGroup]:
+    """Returns the groups that can lose units, in the order in which the graph uses them.
+
+    Args:
+        analysis: Of the model.
+        exclude: Globs over parameter or layer names; a group with a member that one of them meets is left out.
+
+    Raises:
+        SelectorError: A glob meets no parameter.
+    """
+    _check(analysis, exclude)
+    return [
+        group
+        for group in (_group(analysis, atom) for atom in analysis.prunable())
+        if not any(_meets(member.name, exclude) for member in group.members)
+    ]
+
+
+def _check(analysis: Analysis, exclude: Sequence[str]) -> None:
+    for selector in exclude:
+        if not any(_meets(name, [selector]) for name in analysis.parameter_dims):
+            shown = ", ".join(list(analysis.parameter_dims)[:6])
+            raise SelectorError(f"The selector {selector!r} meets no parameter of the model; those are {shown}, ...")
+
+
+def _meets(name: str, selectors: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, s) or fnmatchcase(name.rpartition(".")[0], s) for s in selectors)
+
+
+def _group(analysis: Analysis, atom: int) -> ChannelGroup:
+    algebra, members, factor, cofactor = analysis.algebra, [], False, 0
+    for name in dict.fromkeys(analysis.used_parameters()):
+        for k, dim in enumerate(analysis.parameter_dims[name]):
+            if atom not in set(algebra.leaves(dim)):
+                continue
+            members.append(Member(name, k))
+            held = int((algebra.coordinate(dim, atom) == 0).sum())
+            cofactor = held if cofactor == 0 else min(cofactor, held)
+            factor |= any(atom in segment and len(segment) > 1 for segment in algebra.normal(dim)) or _nested(
+                analysis, dim, atom
+            )
+    return ChannelGroup(atom, algebra.sizes[atom], tuple(members), factor, algebra.renormalized[atom], cofactor)
+
+
+def _nested(analysis: Analysis, dim: tuple[object, ...], atom: int) -> bool:
+    """Tells whether an atom sits in a sum inside a product."""
+    segments = analysis.algebra.normal(dim)  # type: ignore[arg-type]
+    inner = [f for segment in segments for f in segment if not isinstance(f, int)]
+    return any(atom in set(analysis.algebra.leaves(f)) for f in inner)
+
+
+def independent(analysis: Analysis, groups: Sequence[ChannelGroup]) -> list[ChannelGroup]:
+    """Returns groups no two of which are factors of one dimension: half the heads *and* half their width is a quarter.
+
+    Of each such product the leading factor is taken (heads, convolution groups) if it has at least four units, else the
+    largest.
+    """
+    rivals: dict[int, set[int]] = {g.atom: set() for g in groups}
+    leading: set[int] = set()
+    for name in dict.fromkeys(analysis.used_parameters()):
+        for dim in analysis.parameter_dims[name]:
+            for segment in analysis.algebra.normal(dim):
+                _note_rivals(analysis, segment, rivals, leading)
+    order = sorted(groups, key=lambda g: (not (g.atom in leading and g.size >= 4), -g.size))
+    chosen: set[int] = set()
+    for group in order:
+        if not rivals[group.atom] & chosen:
+            chosen.add(group.atom)
+    return [g for g in groups if g.atom in chosen]
+
+
+def _note_rivals(analysis: Analysis, segment: tuple[object, ...], rivals: dict[int, set[int]], leading: set[int]) -> None:
+    parts = [[f] if isinstance(f, int) else list(analysis.algebra.leaves(f)) for f in segment]  # type: ignore[arg-type]
+    parts = [[a for a in part if a in rivals] for part in parts]
+    parts = [part for part in parts if part]
+    for i, part in enumerate(parts):
+        others = {a for j, other in enumerate(parts) if j != i for a in other}
+        for atom in part:
+            rivals[atom] |= others - {atom}
+            if i == 0 and others:
+                leading.add(atom)
+    for factor in segment:
+        if not isinstance(factor, int):
+            for inner in factor:  # type: ignore[attr-defined]
+                _note_rivals(analysis, inner, rivals, leading)
+
+
+def why(analysis: Analysis, name: str, dim: int) -> str:
+    """Returns what a dimension of a parameter is made of, and the first reason why its parts must stay."""
+    algebra = analysis.algebra
+    parts = []
+    for atom in algebra.leaves(analysis.parameter_dims[name][dim]):
+        size = algebra.sizes[atom]
+        if algebra.frozen[atom]:
+            parts.append(f"{size}: kept, {algebra.reasons.get(atom, 'frozen')}")
+        elif atom in analysis.prunable():
+            parts.append(f"{size}: can be pruned")
+        else:
+            parts.append(f"{size}: kept, no weight makes it")
+    return f"{name}[{dim}] = {algebra.show(analysis.parameter_dims[name][dim])}; " + "; ".join(parts)
+
+
+# --------------------------------------------------------------------------------------------------------------- scores
+def group_scores(
+    analysis: Analysis,
+    groups: Sequence[ChannelGroup],
+    elements: Mapping[str, Tensor],
+    reduction: GroupReduction = "l2",
+    *,
+    normalize: bool = True,
+) -> dict[int, Tensor]:
+    """Returns one score per unit by atom, float64 (size,), higher = keep.
+
+    Args:
+        analysis: Of the model.
+        groups: Whose units to score.
+        elements: One value per weight by parameter name; members without one do not count.
+        reduction: How the values of a unit's weights, over all members, become one.
+        normalize: Divide by the mean over the group, so that groups of different widths compare.
+
+    Raises:
+        ScoreError: No member of a group has values, or a value is NaN.
+    """
+    scores = {}
+    for group in groups:
+        members = [m for m in group.members if m.name in elements]
+        if not members:
+            named = ", ".join(m.name for m in group.members[:3])
+            raise ScoreError(f"The score gives no value for any weight of the group of {group.size} channels of {named}.")
+        score = _reduce(analysis, group, members, elements, reduction)
+        if bool(score.isnan().any()):
+            raise ScoreError(f"The score of the channels of {members[0].name!r} has NaN; look for non-finite weights there.")
+        mean = float(score.abs().mean())
+        scores[group.atom] = score / mean if normalize and mean > 0 else score
+    return scores
+
+
+_COMBINE: dict[str, Callable[[Tensor], Tensor]] = {
+    "l2": torch.square,
+    "sum": lambda v: v,
+    "mean": lambda v: v,
+    "max": lambda v: v,
+}
+
+
+def _reduce(
+    analysis: Analysis, group: ChannelGroup, members: Sequence[Member], elements: Mapping[str, Tensor], how: GroupReduction
+) -> Tensor:
+    total = torch.full((group.size,), -torch.inf if how == "max" else 0.0, dtype=torch.float64)
+    count = torch.zeros(group.size, dtype=torch.float64)
+    for member in members:
+        rows = _COMBINE[how](elements[member.name].detach().double().cpu().movedim(member.dim, 0).flatten(1))
+        place = analysis.algebra.coordinate(analysis.parameter_dims[member.name][member.dim], group.atom)
+        inside = place >= 0
+        if how == "max":
+            total.index_reduce_(0, place[inside], rows.amax(1)[inside], "amax")
+        else:
+            total.index_add_(0, place[inside], rows.sum(1)[inside])
+        count.index_add_(0, place[inside], torch.full((int(inside.sum()),), float(rows.shape[1]), dtype=torch.float64))
+    if how == "l2":
+        return total.sqrt()
+    return total / count.clamp_min(1) if how == "mean" else total

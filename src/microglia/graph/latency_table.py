@@ -1,0 +1,77 @@
+"""A table of measured times of candidate widths, kept on disk: a budget in milliseconds is met by the clock, not by FLOPs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from microglia.measure import measure_latency
+
+Build = Callable[[Mapping[int, int]], nn.Module]
+
+
+class LatencyTable:
+    """Milliseconds of one example batch at given widths, measured once per machine, threads and version of torch.
+
+    Args:
+        example_inputs: The batch.
+        build: Returns the model of given widths.
+        path: Where the table is kept; None for the user's cache.
+        executions: Ways to run the candidates; the fastest counts.
+    """
+
+    def __init__(
+        self, example_inputs: Any, build: Build, path: Path | None = None, executions: tuple[str, ...] = ("eager", "packed")
+    ) -> None:
+        self.example, self.build, self.executions = example_inputs, build, executions
+        self.path = path or _default_path()
+        self.times: dict[str, float] = _read(self.path)
+
+    def __call__(self, counts: Mapping[int, int]) -> float:
+        """Returns the milliseconds at these widths."""
+        model = self.build(counts).eval()
+        key = self._key(model)
+        if key not in self.times:
+            report = measure_latency({"model": model}, self.example, executions=self.executions, rounds=9, max_seconds=10)
+            self.times[key] = report.best("model")[1].median
+            _write(self.path, self.times)
+        return self.times[key]
+
+    def _key(self, model: nn.Module) -> str:
+        shapes = [(name, tuple(p.shape)) for name, p in model.named_parameters()]
+        inputs = [(tuple(v.shape), str(v.dtype), str(v.device)) for v in torch.utils._pytree.tree_leaves(self.example)]
+        here = (torch.__version__, torch.get_num_threads(), os.uname().nodename, self.executions)
+        return hashlib.sha256(repr((type(model).__name__, shapes, inputs, here)).encode()).hexdigest()[:32]
+
+
+def _default_path() -> Path:
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return root / "microglia" / "latency.json"
+
+
+def _read(path: Path) -> dict[str, float]:
+    """Returns the table, or an empty one: a cache is never the reason why anything fails."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return {k: float(v) for k, v in content.items()} if isinstance(content, dict) else {}
+
+
+def _write(path: Path, times: Mapping[str, float]) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent)
+        with os.fdopen(handle, "w") as file:
+            json.dump(dict(times), file)
+        os.replace(name, path)
+    except OSError:
+        return

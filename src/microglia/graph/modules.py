@@ -1,0 +1,136 @@
+"""Surgery on the user's own modules: tensors sliced in a copy, and the sizes its layers note about themselves mended."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from microglia.graph.cut import Cut, constants
+from microglia.graph.trace import named_arguments
+
+Indices = Mapping[str, Mapping[str, list[int]]]
+"""Tensor name -> dimension -> kept indices."""
+
+Attributes = Mapping[str, Mapping[str, Any]]
+"""Module name -> attribute -> new value."""
+
+_NOTED = {"groups": "groups", "num_groups": "num_groups", "normalized_shape": "normalized_shape"}
+
+
+def indices(cut: Cut) -> dict[str, dict[str, list[int]]]:
+    """Returns the kept indices of every tensor that loses any."""
+    found = {}
+    for name in cut.analysis.parameter_dims:
+        if removed := cut.removed(name):
+            found[name] = {str(k): mask.nonzero()[:, 0].tolist() for k, mask in removed.items()}
+    return found
+
+
+def attributes(cut: Cut, model: nn.Module) -> dict[str, dict[str, Any]]:
+    """Returns the attributes that layers pass to their operators and that the cut changes: groups, normalized shapes."""
+    modules = dict(model.named_modules())
+    found: dict[str, dict[str, Any]] = {}
+    for node in cut.analysis.trace.graph.nodes:
+        if node.op != "call_function":
+            continue
+        _, changes = constants(cut, node)
+        path = _issuer(node)
+        for key, value in changes.items():
+            attribute = _NOTED.get(key)
+            if attribute is None or path not in modules or not hasattr(modules[path], attribute):
+                continue
+            old = getattr(modules[path], attribute)
+            if old == named_arguments(node)[key] or tuple(_list(old)) == tuple(_list(named_arguments(node)[key])):
+                found.setdefault(path, {})[attribute] = value
+    return found
+
+
+def _list(value: Any) -> Any:
+    return value if isinstance(value, list | tuple) else [value]
+
+
+def _issuer(node: Any) -> str:
+    """Returns the path of the module whose forward called the operator."""
+    stack = node.meta.get("nn_module_stack") or {}
+    path = list(stack.values())[-1][0] if stack else ""
+    return str(path)
+
+
+def cut_module(model: nn.Module, kept: Indices, changed: Attributes) -> nn.Module:
+    """Returns a copy of the model, cut."""
+    model = deepcopy(model)
+    apply_indices(model, kept, changed)
+    return model
+
+
+@torch.no_grad()
+def apply_indices(model: nn.Module, kept: Indices, changed: Attributes) -> None:
+    """Slices tensors of a model in place and mends its layers' attributes. Names that are no tensor of it are left out."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    new_of: dict[int, Tensor] = {}
+    touched: dict[int, nn.Module] = {}
+    for name, by_dim in kept.items():
+        path, _, leaf = name.rpartition(".")
+        owner = modules.get(path)
+        old = getattr(owner, leaf, None)
+        if owner is None or not isinstance(old, Tensor):
+            continue
+        if id(old) not in new_of:
+            new_of[id(old)] = _sliced(old, by_dim)
+        if leaf in owner._parameters:
+            owner._parameters[leaf] = new_of[id(old)]  # type: ignore[assignment]
+        elif leaf in owner._buffers:
+            owner._buffers[leaf] = new_of[id(old)]
+        else:
+            setattr(owner, leaf, new_of[id(old)])
+        touched[id(owner)] = owner
+    for path, values in changed.items():
+        for attribute, value in values.items():
+            old = getattr(modules[path], attribute)
+            setattr(modules[path], attribute, type(old)(value) if isinstance(old, tuple | list) else value)
+            touched[id(modules[path])] = modules[path]
+    for module in touched.values():
+        mend(module)
+
+
+def _sliced(old: Tensor, by_dim: Mapping[str, list[int]]) -> Tensor:
+    new = old.detach()
+    for dim, indices in by_dim.items():
+        new = new.index_select(int(dim), torch.tensor(indices, device=new.device))
+    return nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
+
+
+def mend(module: nn.Module) -> None:
+    """Makes the sizes that a layer notes about itself those of its tensors."""
+    weight = getattr(module, "weight", None)
+    if isinstance(module, _ConvNd):
+        first, second = module.weight.shape[0], module.weight.shape[1] * module.groups
+        transposed = isinstance(module, _ConvTransposeNd)
+        module.in_channels, module.out_channels = (first, second) if transposed else (second, first)
+    elif isinstance(module, nn.Linear):
+        module.out_features, module.in_features = module.weight.shape
+    elif isinstance(module, nn.Embedding):
+        module.num_embeddings, module.embedding_dim = module.weight.shape
+    elif isinstance(module, _NormBase):
+        present = module.running_mean if module.running_mean is not None else module.weight
+        module.num_features = len(present) if present is not None else module.num_features
+    elif isinstance(module, nn.GroupNorm) and module.weight is not None:
+        module.num_channels = len(module.weight)
+    elif isinstance(module, nn.LayerNorm | nn.RMSNorm) and module.weight is not None:
+        module.normalized_shape = tuple(module.weight.shape)
+    elif isinstance(module, nn.PReLU):
+        module.num_parameters = len(module.weight)
+    elif isinstance(module, nn.RNNBase):
+        module.input_size = module.get_parameter("weight_ih_l0").shape[1]
+        module.hidden_size = module.get_parameter("weight_hh_l0").shape[1]
+        module._flat_weights = [getattr(module, name) for name in module._flat_weights_names]
+    elif type(module).__name__ == "Conv1D" and isinstance(weight, Tensor):  # of Transformers: (in, out)
+        for attribute, size in (("nx", weight.shape[0]), ("nf", weight.shape[1])):
+            if hasattr(module, attribute):
+                setattr(module, attribute, size)

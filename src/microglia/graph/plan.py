@@ -1,0 +1,197 @@
+"""Plans: what a shrunk model lost, as JSON; replayed on a freshly built model it gives the same smaller one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from microglia.core.errors import FileError, MicrogliaError
+from microglia.graph.analysis import Analysis
+from microglia.graph.cut import Cut
+from microglia.graph.modules import cut_module
+from microglia.graph.surgery import cut_graph, forward_names
+from microglia.graph.trace import arguments, trace
+
+PLAN = "microglia_plan"
+"""Attribute under which a shrunk model carries its plan."""
+
+Kind = Literal["module", "graph"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What was removed from a model, and what was measured while doing so.
+
+    Attributes:
+        kind: ``module``: the user's own classes, cut; ``graph``: the traced graph, because sizes are written into a forward.
+        kept: Tensor name -> dimension -> kept indices.
+        attributes: Module name -> attribute -> new value.
+        biases: Linear layers and convolutions that were given a bias to carry what removed channels added.
+        example: Shapes of the example inputs, to trace again.
+        shapes: Tensor name -> (shape before, shape after).
+        parameters: Before and after.
+        macs: Multiply-accumulates of the example batch, before and after.
+        error: Largest relative difference to the masked model at any node, in float64.
+        found: Channel groups that could lose units.
+        pruned: Those that did.
+        asked: The budget.
+        got: What it came to.
+        notes: What was not as asked, and why.
+    """
+
+    kind: Kind
+    kept: dict[str, dict[str, list[int]]]
+    attributes: dict[str, dict[str, Any]] = field(default_factory=dict)
+    biases: tuple[str, ...] = ()
+    example: Any = None
+    shapes: dict[str, tuple[list[int], list[int]]] = field(default_factory=dict)
+    parameters: tuple[int, int] = (0, 0)
+    macs: tuple[int, int] = (0, 0)
+    error: float = 0.0
+    found: int = 0
+    pruned: int = 0
+    asked: dict[str, float] = field(default_factory=dict)
+    got: dict[str, float] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns everything, JSON-ready."""
+        return asdict(self)
+
+    @staticmethod
+    def from_dict(source: Mapping[str, Any]) -> Plan:
+        """Returns the plan that `to_dict` wrote.
+
+        Raises:
+            FileError: It is not one.
+        """
+        known = {f.name for f in fields(Plan)}
+        if not {"kind", "kept"} <= source.keys() <= known:
+            raise FileError("The plan of the shrunk model is not one that this version understands.")
+        tuples = {k: tuple(source[k]) for k in ("biases", "parameters", "macs", "notes") if k in source}
+        return Plan(**{**source, **tuples})
+
+
+def plan_of(model: nn.Module) -> Plan:
+    """Returns the plan of a shrunk model.
+
+    Raises:
+        MicrogliaError: It is not one.
+    """
+    plan = getattr(model, PLAN, None)
+    if not isinstance(plan, Plan):
+        raise MicrogliaError(f"This {type(model).__name__} was not shrunk: it carries no plan. See shrink and prune_channels.")
+    return plan
+
+
+def attach(model: nn.Module, plan: Plan) -> nn.Module:
+    """Notes the plan on the model; returns the model."""
+    object.__setattr__(model, PLAN, plan)
+    return model
+
+
+def replay(model: nn.Module, plan: Plan) -> nn.Module:
+    """Returns a freshly built model cut as the plan says; its weights are those it was built with.
+
+    Raises:
+        FileError: The plan does not fit the model.
+    """
+    give_biases(model, plan.biases)
+    try:
+        small = _replayed(model, plan)
+    except (AttributeError, IndexError, KeyError, RuntimeError) as error:
+        raise FileError(f"The plan does not fit this {type(model).__name__}: {error}") from error
+    return attach(small, plan)
+
+
+def _replayed(model: nn.Module, plan: Plan) -> nn.Module:
+    if plan.kind == "module":
+        return cut_module(model, plan.kept, plan.attributes)
+    small = graph_model(model, read_example(plan.example, model), plan.kept)
+    return small.train(model.training)
+
+
+def graph_model(model: nn.Module, example_inputs: Any, kept: Mapping[str, Mapping[str, list[int]]]) -> nn.Module:
+    """Returns the cut model as a graph that takes any batch."""
+    analysis = Analysis(trace(model, example_inputs))
+    return cut_graph(Cut(analysis, kept_units(analysis, kept)), forward_names(model))
+
+
+def kept_units(analysis: Analysis, kept: Mapping[str, Mapping[str, list[int]]]) -> dict[int, Tensor]:
+    """Returns which units of each atom stay, from kept indices by tensor: those that any of their entries keeps."""
+    units: dict[int, Tensor] = {}
+    for name, by_dim in kept.items():
+        for k, indices in by_dim.items():
+            dim = analysis.parameter_dims[name][int(k)]
+            stays = torch.zeros(analysis.trace.tensors[name].shape[int(k)], dtype=torch.bool)
+            stays[indices] = True
+            for atom in analysis.algebra.leaves(dim):
+                place = analysis.algebra.coordinate(dim, atom)
+                found = torch.zeros(analysis.algebra.sizes[atom], dtype=torch.bool)
+                found[place[stays & (place >= 0)]] = True
+                if not bool(found.all()):
+                    units[atom] = found
+    return units
+
+
+def give_biases(model: nn.Module, names: tuple[str, ...]) -> None:
+    """Gives layers without a bias one of zeros."""
+    for name in names:
+        layer = cast(nn.Linear, model.get_submodule(name))
+        if layer.bias is None:
+            outputs = getattr(layer, "out_channels", None) or layer.out_features
+            layer.bias = nn.Parameter(layer.weight.new_zeros(outputs))
+
+
+# -------------------------------------------------------------------------------------------------------------- examples
+def write_example(example_inputs: Any) -> Any:
+    """Returns the shapes of example inputs as JSON."""
+    args, kwargs = arguments(example_inputs)
+    return {"args": [_write(v) for v in args], "kwargs": {k: _write(v) for k, v in kwargs.items()}}
+
+
+def _write(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return {"shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
+    if isinstance(value, list | tuple):
+        return [_write(v) for v in value]
+    if isinstance(value, dict):
+        return {"items": {k: _write(v) for k, v in value.items()}}
+    return value
+
+
+def read_example(written: Any, model: nn.Module) -> Any:
+    """Returns inputs of the written shapes, all ones, on the model's device."""
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    args = tuple(_read(v, device) for v in written["args"])
+    kwargs = {k: _read(v, device) for k, v in written["kwargs"].items()}
+    if args and kwargs:
+        raise FileError("Inputs given both by position and by name cannot be replayed.")
+    return kwargs or args
+
+
+def _read(value: Any, device: torch.device) -> Any:
+    if isinstance(value, dict) and "shape" in value:
+        return torch.ones(value["shape"], dtype=getattr(torch, value["dtype"]), device=device)
+    if isinstance(value, dict):
+        return {k: _read(v, device) for k, v in value["items"].items()}
+    return [_read(v, device) for v in value] if isinstance(value, list) else value
+
+
+def shapes(before: nn.Module, after: nn.Module) -> dict[str, tuple[list[int], list[int]]]:
+    """Returns the shape of every changed parameter before and after."""
+    new = dict(after.named_parameters())
+    return {
+        name: (list(p.shape), list(new[name].shape))
+        for name, p in before.named_parameters()
+        if name in new and new[name].shape != p.shape
+    }
+
+
+def with_notes(plan: Plan, *notes: str) -> Plan:
+    """Returns the plan with more notes."""
+    return replace(plan, notes=(*plan.notes, *notes))

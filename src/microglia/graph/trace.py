@@ -1,0 +1,209 @@
+"""Tracing: one ATen graph of the model's forward pass, through torch.export, with the names of its own parameters."""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import Dim as ExportDim
+from torch.utils import _pytree as pytree
+
+from microglia.core.errors import MicrogliaError
+
+
+class TraceError(MicrogliaError):
+    """The model cannot be traced; the text says what torch.export stumbled over."""
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One traced forward pass in evaluation mode.
+
+    Attributes:
+        graph: The ATen graph (training IR, no decompositions), wrappers inlined.
+        tensors: Parameters, buffers and constants by their original name.
+        name_of: Placeholder name -> name of the tensor it stands for.
+        inputs: Placeholder names of the model's own inputs, in order.
+        in_spec: How the inputs flatten, (args, kwargs).
+        out_spec: How the outputs flatten.
+        example: The inputs it was traced with, flat.
+    """
+
+    graph: fx.Graph
+    tensors: dict[str, Tensor]
+    name_of: dict[str, str]
+    inputs: tuple[str, ...]
+    in_spec: pytree.TreeSpec
+    out_spec: pytree.TreeSpec
+    example: tuple[Any, ...]
+
+
+def trace(model: nn.Module, example_inputs: Any, *, dynamic: Sequence[int] = (0,)) -> Trace:
+    """Returns the traced evaluation-mode forward pass of a model, which is left as it is.
+
+    Args:
+        model: Any module torch.export can trace.
+        example_inputs: A tensor, a tuple of arguments, or a mapping of keyword arguments. A batch of one is doubled, so that
+            the batch is not taken for a constant.
+        dynamic: Dimensions of the floating-point inputs that may differ later; the batch by default, (0, 2, 3) for height
+            and width of images too. Where the model's own code fixes a size it stays fixed.
+
+    Raises:
+        TraceError: torch.export cannot trace it.
+    """
+    args, kwargs = arguments(example_inputs)
+    training = [m for m in model.modules() if m.training]
+    model.eval()
+    try:
+        exported = _export(model, args, kwargs, dynamic)
+    finally:
+        for module in training:
+            module.training = True
+    inline_wrappers(exported.graph_module)
+    return _as_trace(exported, model)
+
+
+def _as_trace(exported: torch.export.ExportedProgram, model: nn.Module) -> Trace:
+    tensors: dict[str, Tensor] = {**exported.constants, **exported.state_dict}
+    own = dict(itertools.chain(model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)))
+    names, inputs = {}, []
+    for spec in exported.graph_signature.input_specs:
+        if spec.target is None:
+            inputs.append(spec.arg.name)
+        elif isinstance(tensors.get(spec.target), Tensor):
+            names[spec.arg.name] = spec.target
+    example = tuple(pytree.tree_leaves(exported.example_inputs))
+    used = {target: own.get(target, tensors[target]) for target in names.values()}
+    call = exported.call_spec
+    return Trace(exported.graph, used, names, tuple(inputs), call.in_spec, call.out_spec, example)
+
+
+def arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Returns (args, kwargs) of example inputs in any of the accepted forms."""
+    if isinstance(example_inputs, dict):
+        return (), dict(example_inputs)
+    return (tuple(example_inputs), {}) if isinstance(example_inputs, tuple | list) else ((example_inputs,), {})
+
+
+def _export(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: Sequence[int]
+) -> torch.export.ExportedProgram:
+    """Tries with a free batch first, then as given: what cannot be freed is a constant of the graph."""
+    doubled = pytree.tree_map(_double, (args, kwargs))
+    attempts = [(doubled, tuple(dynamic)), (doubled, ()), ((args, kwargs), ())]
+    problem: Exception | None = None
+    for (positional, named), free in attempts if dynamic else attempts[1:]:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                return torch.export.export(
+                    model, positional, named or None, dynamic_shapes=_free((positional, named), free), strict=False
+                )
+        except Exception as error:
+            problem = problem or error
+    first = str(problem).strip().splitlines()
+    raise TraceError(
+        f"torch.export cannot trace {type(model).__name__}: {type(problem).__name__}: {first[0] if first else ''} "
+        "Remove what depends on the values of tensors from its forward, or shrink an exportable part of it."
+    ) from problem
+
+
+def _double(value: Any) -> Any:
+    if isinstance(value, Tensor) and value.ndim and value.shape[0] == 1:
+        return torch.cat([value, value])
+    return value
+
+
+def _free(inputs: Any, dynamic: Sequence[int]) -> Any:
+    if not dynamic:
+        return None
+
+    def one(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return None
+        last = value.ndim if value.is_floating_point() else min(value.ndim, 1)
+        return {d: ExportDim.AUTO for d in dynamic if d < last and value.shape[d] > 1}
+
+    positional, named = pytree.tree_map(one, inputs)
+    return (*positional, *named.values()) if positional else named
+
+
+# -------------------------------------------------------------------------------------------------------- rewriting
+def inline_wrappers(module: fx.GraphModule) -> fx.GraphModule:
+    """Inlines autocast and no-grad regions, which are exported as calls of a submodule; autocast itself is dropped."""
+    graph = module.graph
+    for node in list(graph.nodes):
+        if node.op != "call_function" or not isinstance(node.target, torch._ops.HigherOrderOperator):
+            continue
+        below = [a for a in node.args if isinstance(a, fx.Node) and a.op == "get_attr"]
+        if len(below) != 1:
+            continue
+        given = node.args[node.args.index(below[0]) + 1 :]
+        inner = inline_wrappers(getattr(module, str(below[0].target))).graph
+        _inline(graph, node, inner, given)
+        graph.erase_node(node)
+        if not below[0].users:
+            graph.erase_node(below[0])
+    return module
+
+
+def _inline(graph: fx.Graph, node: fx.Node, inner: fx.Graph, given: Iterable[Any]) -> None:
+    known: dict[fx.Node, Any] = dict(zip([n for n in inner.nodes if n.op == "placeholder"], given, strict=False))
+    results: Any = None
+    with graph.inserting_before(node):
+        for step in inner.nodes:
+            if step.op == "output":
+                results = fx.node.map_arg(step.args[0], known.__getitem__)
+            elif step.op != "placeholder":
+                known[step] = graph.node_copy(step, known.__getitem__)
+    if isinstance(results, tuple | list):
+        for user in list(node.users):
+            user.replace_all_uses_with(results[user.args[1]])  # type: ignore[index]
+            graph.erase_node(user)
+    else:
+        node.replace_all_uses_with(results)
+
+
+# ------------------------------------------------------------------------------------------------------------ reading
+def operator_name(node: fx.Node) -> str:
+    """Returns the name of a node's operator without namespace and overload."""
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        return target._schema.name.split("::")[1]
+    return str(getattr(target, "__name__", target))
+
+
+def named_arguments(node: fx.Node) -> dict[str, Any]:
+    """Returns a node's arguments by their names in the operator's schema, defaults filled in."""
+    found: dict[str, Any] = {}
+    for i, argument in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
+        if i < len(node.args):
+            found[argument.name] = node.args[i]
+        elif argument.name in node.kwargs:
+            found[argument.name] = node.kwargs[argument.name]
+        else:
+            found[argument.name] = argument.default_value if argument.has_default_value() else None
+    return found
+
+
+def concrete(size: Any) -> int:
+    """Returns an integer size; of a symbolic one the value it was traced with."""
+    return size if isinstance(size, int) else int(size.node.hint)
+
+
+def shape_of(value: fx.Node | Tensor) -> list[int]:
+    """Returns the concrete shape of a node's value."""
+    tensor = value.meta["val"] if isinstance(value, fx.Node) else value
+    return [concrete(s) for s in tensor.shape]
+
+
+def nodes_in(value: Any) -> list[fx.Node]:
+    """Returns the nodes in nested arguments, in order."""
+    found: list[fx.Node] = []
+    fx.node.map_arg(value, lambda n: found.append(n) or n)  # type: ignore[func-returns-value]
+    return found

@@ -1,0 +1,168 @@
+"""Verification: the pruned graph against the masked model, node by node, in lockstep.
+
+Comparing every intermediate value catches mistakes whose effect on the output is 1e-9, and names the operator. Values are
+dropped after their last use, so that no more than the two running models' own memory is needed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from microglia.core.errors import MicrogliaError
+from microglia.graph.cut import Cut
+from microglia.graph.reference import MissingReference, Reference
+from microglia.graph.surgery import patched
+
+
+class ShrinkError(MicrogliaError):
+    """A model that cannot be shrunk as asked; the text names the operator or the group."""
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What the comparison found.
+
+    Attributes:
+        error: Largest difference at any node, relative to the largest value there.
+        node: Where that was.
+        module: The module that node belongs to.
+        outputs: Outputs of the pruned graph, flat.
+        nodes: How many values were compared.
+    """
+
+    error: float
+    node: str
+    module: str
+    outputs: tuple[Any, ...]
+    nodes: int
+
+
+@torch.no_grad()
+def verify(cut: Cut, inputs: Sequence[Any] | None = None, tolerance: float = 1e-10) -> Verification:
+    """Runs masked reference and pruned graph together and compares the kept entries of every value.
+
+    Args:
+        cut: What stays.
+        inputs: Flat inputs; by default those the model was traced with.
+        tolerance: Largest relative difference allowed; 1e-10 suits float64, 1e-4 float32.
+
+    Raises:
+        ShrinkError: A value differs: a rule is wrong, and the first node named is where.
+    """
+    run = _Lockstep(cut, tuple(cut.analysis.trace.example if inputs is None else inputs), tolerance)
+    return run.result()
+
+
+@torch.no_grad()
+def run_patched(cut: Cut) -> Verification:
+    """Runs the pruned graph alone on the traced inputs: nothing is compared."""
+    lockstep = _Lockstep(cut, cut.analysis.trace.example, math.inf)
+    lockstep.alone = True
+    return lockstep.result()
+
+
+class _Lockstep:
+    def __init__(self, cut: Cut, inputs: tuple[Any, ...], tolerance: float) -> None:
+        self.cut, self.trace, self.tolerance = cut, cut.analysis.trace, tolerance
+        self.reference = Reference(cut)
+        self.alone = False
+        _, self.copies = patched(cut)
+        self.originals = {copy: node for node, copy in self.copies.items()}
+        self.inputs = dict(zip(self.trace.inputs, inputs, strict=True))
+        self.wanted: dict[fx.Node, Any] = {}
+        self.got: dict[fx.Node, Any] = {}
+        self.worst, self.where, self.compared = 0.0, "", 0
+        self.last_use = {source: node for node in self.trace.graph.nodes for source in node.all_input_nodes}
+        self.extra_use = {source: copy for copy in self._copied() for source in copy.all_input_nodes}
+
+    def _copied(self) -> list[fx.Node]:
+        graph = next(iter(self.copies.values())).graph
+        return list(graph.nodes)
+
+    def result(self) -> Verification:
+        outputs: tuple[Any, ...] = ()
+        for copy in self._copied():
+            node = self.originals.get(copy)
+            if copy.op == "output":
+                outputs = tuple(fx.node.map_arg(copy.args[0], self.got.__getitem__))  # type: ignore[arg-type]
+            elif copy.op == "placeholder":
+                assert node is not None
+                self._place(node, copy)
+            else:
+                self._step(node, copy)
+        return Verification(self.worst, self.where, self._module(self.where), outputs, self.compared)
+
+    def _place(self, node: fx.Node, copy: fx.Node) -> None:
+        name = self.trace.name_of.get(node.name)
+        if name is None:
+            self.wanted[node] = self.got[copy] = self.inputs[node.name]
+            if isinstance(self.wanted[node], Tensor):
+                self.got[copy] = self.wanted[node].clone()
+        elif node.users:
+            tensor = self.trace.tensors[name].detach()
+            self.wanted[node], self.got[copy] = self.cut.zero(name, tensor), self.cut.slice(name, tensor).clone()
+
+    def _step(self, node: fx.Node | None, copy: fx.Node) -> None:
+        try:
+            arguments = fx.node.map_arg(copy.args, self.got.__getitem__)
+            self.got[copy] = copy.target(*arguments, **fx.node.map_arg(copy.kwargs, self.got.__getitem__))  # type: ignore[operator]
+        except (RuntimeError, ValueError, IndexError) as error:
+            raise ShrinkError(f"{copy.name} does not run after the cut ({self._module(copy.name)}): {error}") from error
+        if node is not None and not self.alone:
+            try:
+                self.wanted[node] = self.reference.run(node, self.wanted)
+            except MissingReference as error:
+                raise ShrinkError(f"The cut cannot be verified: {error}.") from error
+            self._compare(node, self.wanted[node], self.got[copy])
+            self._drop(self.wanted, self.last_use, node)
+        self._drop(self.got, self.extra_use, copy)
+
+    def _drop(self, values: dict[fx.Node, Any], last: dict[fx.Node, fx.Node], node: fx.Node) -> None:
+        for source in node.all_input_nodes:
+            if last.get(source) is node:
+                values.pop(source, None)
+
+    def _compare(self, node: fx.Node, wanted: Any, got: Any) -> None:
+        if not isinstance(wanted, Tensor):
+            return
+        for k, dim in enumerate(self.cut.analysis.dims[node]):
+            if self.cut.changes(dim):
+                wanted = wanted.index_select(k, self.cut.mask(dim).nonzero()[:, 0].to(wanted.device))
+        self.compared += 1
+        if wanted.shape != got.shape:
+            shapes = f"{tuple(got.shape)} instead of {tuple(wanted.shape)}"
+            raise ShrinkError(f"{node.name} has shape {shapes} after the cut ({self._module(node.name)}).")
+        error = difference(got, wanted)
+        if error > self.worst:
+            self.worst, self.where = error, node.name
+        if error > self.tolerance:
+            raise ShrinkError(
+                f"The pruned model would differ from the masked one by {error:.1e} at {node.name} "
+                f"({self._module(node.name)}); nothing was returned. Exclude this layer's groups, and report it."
+            )
+
+    def _module(self, name: str) -> str:
+        for node in self.trace.graph.nodes:
+            if node.name == name:
+                stack = list((node.meta.get("nn_module_stack") or {}).values())
+                return f"in {stack[-1][0] or 'the model'}" if stack else "in the model"
+        return "in the model"
+
+
+def difference(got: Tensor, wanted: Tensor) -> float:
+    """Returns the largest difference of finite entries, relative to the largest of them; 1.0 where other things differ."""
+    if not wanted.is_floating_point() or not wanted.numel():
+        return 0.0 if torch.equal(got, wanted) else 1.0
+    finite = torch.isfinite(wanted)
+    if not torch.equal(finite, torch.isfinite(got)):
+        return 1.0
+    if not bool(finite.any()):
+        return 0.0
+    largest = wanted[finite].abs().max().clamp_min(1e-30)
+    return float((got - wanted)[finite].abs().max() / largest)

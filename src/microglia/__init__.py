@@ -11,7 +11,7 @@ from microglia.core.masks import MaskSet, enforce, fold, mask, masks_of
 from microglia.core.patterns import NM, Block, Channel, Unstructured
 from microglia.core.selection import select
 from microglia.data import load_data
-from microglia.graph import plan_of, prune_channels
+from microglia.graph import plan_of, prune_channels, shrink
 from microglia.lab.execute import execute
 from microglia.lab.recipe import Recipe, resolve
 from microglia.measure import measure, measure_latency
@@ -61,4 +61,5 @@ __all__ = [
     "save",
     "score",
     "select",
+    "shrink",
 ]

@@ -2,6 +2,7 @@
 
 from microglia.graph.plan import Plan, plan_of, replay
 from microglia.graph.prune import prune_channels
+from microglia.graph.settle import shrink
 from microglia.graph.verify import ShrinkError
 
-__all__ = ["Plan", "ShrinkError", "plan_of", "prune_channels", "replay"]
+__all__ = ["Plan", "ShrinkError", "plan_of", "prune_channels", "replay", "shrink"]

@@ -101,7 +101,7 @@ class Analysis:
         if not self.algebra.unify(left, right, node.name):
             self.losses.append((f"{node.name}: {self.algebra.show(left)} against {self.algebra.show(right)}", (left, right)))
 
-    def weighted(self, node: fx.Node, weight: fx.Node, out: int, contracted: int, source: fx.Node, at: int) -> None:
+    def weighted(self, node: fx.Node, weight: fx.Node, out: int, contracted: int, source: fx.Node, at: int) -> None:  # noqa: PLR0917
         """Notes that an operator makes channels with dimension ``out`` of a weight and contracts with ``contracted``."""
         self.made.append(self.dims[weight][out])
         name = self.trace.name_of.get(weight.name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -141,7 +141,7 @@ def kept_units(analysis: Analysis, kept: Mapping[str, Mapping[str, list[int]]]) 
 def give_biases(model: nn.Module, names: tuple[str, ...]) -> None:
     """Gives layers without a bias one of zeros."""
     for name in names:
-        layer = cast(nn.Linear, model.get_submodule(name))
+        layer: Any = model.get_submodule(name)
         if layer.bias is None:
             outputs = getattr(layer, "out_channels", None) or layer.out_features
             layer.bias = nn.Parameter(layer.weight.new_zeros(outputs))

@@ -48,7 +48,7 @@ class Subject:
     def of(model: nn.Module, example_inputs: Any) -> Subject:
         """Traces and analyses a folded copy of a model."""
         own = fold(deepcopy(model))
-        return Subject(own, example_inputs, Analysis(trace(_double(deepcopy(own)), _double(example_inputs), dynamic=())))
+        return Subject(own, example_inputs, Analysis(trace(to_double(deepcopy(own)), to_double(example_inputs), dynamic=())))
 
 
 def prune_channels(
@@ -132,37 +132,46 @@ def remove(subject: Subject, cut: Cut, *, keep_class: bool = False, verified: bo
         _compare_graph(small, cut, checked)
         small.train(subject.model.training)
     notes = (f"Returned as a graph: {problem}",) if problem else ()
+    _carry_notes(subject.model, small)
     plan = Plan(kind, kept, changed, example=write_example(subject.example), error=checked.error, notes=notes)
     return attach(small, replace(plan, shapes=shapes(subject.model, small)))
+
+
+def _carry_notes(model: nn.Module, small: nn.Module) -> None:
+    """What the house notes on a model, such as how it was built, holds for the smaller one too."""
+    for name, value in vars(model).items():
+        if name.startswith("microglia_"):
+            object.__setattr__(small, name, value)
 
 
 def _as_module(subject: Subject, cut: Cut, checked: Verification) -> tuple[nn.Module | None, str]:
     """Returns (the cut modules, or None, and why)."""
     try:
         small = cut_module(subject.model, indices(cut), attributes(cut, subject.model))
-        outputs = _outputs(_double(deepcopy(small)), cut)
+        outputs = model_outputs(to_double(deepcopy(small)), cut)
     except Exception as error:
         first = str(error).strip().splitlines() or [type(error).__name__]
         return None, f"its forward does not follow the cut ({first[0]})."
-    if _difference(outputs, checked.outputs) > EXACT:
+    if outputs_difference(outputs, checked.outputs) > EXACT:
         return None, "its forward runs on the cut tensors, but computes something else."
     return small, ""
 
 
 @torch.no_grad()
-def _outputs(model: nn.Module, cut: Cut) -> list[Any]:
+def model_outputs(model: nn.Module, cut: Cut) -> list[Any]:
+    """Returns a model's flat outputs on the inputs the cut's graph was traced with."""
     args, kwargs = pytree.tree_unflatten(list(cut.analysis.trace.example), cut.analysis.trace.in_spec)
     return pytree.tree_leaves(model.eval()(*args, **kwargs))
 
 
 def _compare_graph(small: nn.Module, cut: Cut, checked: Verification) -> None:
     """Raises unless the graph that is returned, traced in the model's own precision, computes what was verified."""
-    error = _difference(_outputs(_double(deepcopy(small)), cut), checked.outputs)
+    error = outputs_difference(model_outputs(to_double(deepcopy(small)), cut), checked.outputs)
     if error > SINGLE:
         raise ShrinkError(f"The graph in the model's own precision differs by {error:.1e} from the verified one.")
 
 
-def _difference(got: Sequence[Any], wanted: Sequence[Any]) -> float:
+def outputs_difference(got: Sequence[Any], wanted: Sequence[Any]) -> float:
     """Returns the largest relative difference of two flat outputs; infinite where they do not correspond."""
     if len(got) != len(wanted):
         return math.inf
@@ -173,7 +182,7 @@ def _difference(got: Sequence[Any], wanted: Sequence[Any]) -> float:
     return worst
 
 
-def _double(value: Any) -> Any:
+def to_double(value: Any) -> Any:
     """Returns a module (changed in place) or nested inputs with every floating-point tensor in float64."""
     if isinstance(value, nn.Module):
         return value.double()

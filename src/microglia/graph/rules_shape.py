@@ -222,7 +222,7 @@ def ordered(s: Analysis, n: fx.Node, a: Arguments) -> Any:
     """The order along the dimension matters."""
     x, name = _first(s, n), operator_name(n)
     dims = a.get("dims", a.get("dim"))
-    dims = [dims] if isinstance(dims, int) else list(dims) or list(range(len(x)))
+    dims = [dims] if isinstance(dims, int) else list(dims or range(len(x)))
     s.algebra.freeze(*(x[i] for i in dims), why=f"{n.name}: {name}")
     if name == "index_select":
         x[dims[0]] = s.algebra.fresh(shape_of(n)[dims[0]], f"{n.name}: {name}")

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import inspect
 import operator
+import warnings
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
+from torch.utils import _pytree as pytree
 
 from microglia.graph.cut import Cut, Scaled, constants
 from microglia.graph.trace import Trace, named_arguments, operator_name
@@ -25,7 +27,9 @@ class GraphModel(fx.GraphModule):
 
     def __deepcopy__(self, memo: Any) -> GraphModel:
         """Returns a copy with its plan."""
-        copy: GraphModel = super().__deepcopy__(memo)  # type: ignore[assignment]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # torch copies specs of a class of its own that it deprecates
+            copy: GraphModel = super().__deepcopy__(memo)  # type: ignore[assignment]
         copy.__dict__.update({k: v for k, v in self.__dict__.items() if k.startswith("microglia_")})
         return copy
 
@@ -150,8 +154,8 @@ def _place(root: nn.Module, name: str, tensor: Tensor) -> None:
 
 def _keep_forms(graph: fx.Graph, trace: Trace, names: list[str]) -> None:
     """Lets the graph take and return what the model's forward does, nested as there."""
-    positional, named = trace.in_spec.children_specs
-    given = [*names[: positional.num_children], *(named.context or [])]
+    positional, named = pytree.tree_unflatten(list(trace.example), trace.in_spec)
+    given = [*names[: len(positional)], *named]
     graph._codegen = _PyTreeCodeGen(_PyTreeInfo(given, trace.in_spec, trace.out_spec))
     output = next(iter(reversed(graph.nodes)))
     output.args = (list(output.args[0]),)

@@ -20,7 +20,8 @@ Indices = Mapping[str, Mapping[str, list[int]]]
 Attributes = Mapping[str, Mapping[str, Any]]
 """Module name -> attribute -> new value."""
 
-_NOTED = {"groups": "groups", "num_groups": "num_groups", "normalized_shape": "normalized_shape"}
+NOTED = ("groups", "num_groups", "normalized_shape", "pad")
+"""Arguments that layers hand to their operators from an attribute of the same name."""
 
 
 def indices(cut: Cut) -> dict[str, dict[str, list[int]]]:
@@ -42,17 +43,15 @@ def attributes(cut: Cut, model: nn.Module) -> dict[str, dict[str, Any]]:
         _, changes = constants(cut, node)
         path = _issuer(node)
         for key, value in changes.items():
-            attribute = _NOTED.get(key)
-            if attribute is None or path not in modules or not hasattr(modules[path], attribute):
+            if key not in NOTED or path not in modules or not hasattr(modules[path], key):
                 continue
-            old = getattr(modules[path], attribute)
-            if old == named_arguments(node)[key] or tuple(_list(old)) == tuple(_list(named_arguments(node)[key])):
-                found.setdefault(path, {})[attribute] = value
+            if _list(getattr(modules[path], key)) == _list(named_arguments(node)[key]):
+                found.setdefault(path, {})[key] = value
     return found
 
 
-def _list(value: Any) -> Any:
-    return value if isinstance(value, list | tuple) else [value]
+def _list(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list | tuple) else [value]
 
 
 def _issuer(node: Any) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from microglia.core.errors import FileError, MicrogliaError
 from microglia.graph.analysis import Analysis
 from microglia.graph.cut import Cut
-from microglia.graph.modules import cut_module
+from microglia.graph.modules import cut_module, indices
 from microglia.graph.surgery import cut_graph, forward_names
-from microglia.graph.trace import arguments, trace
+from microglia.graph.trace import TraceError, arguments, trace
 
 PLAN = "microglia_plan"
 """Attribute under which a shrunk model carries its plan."""
@@ -32,6 +32,7 @@ class Plan:
         attributes: Module name -> attribute -> new value.
         biases: Linear layers and convolutions that were given a bias to carry what removed channels added.
         example: Shapes of the example inputs, to trace again.
+        dynamic: Dimensions of the inputs that were left free.
         shapes: Tensor name -> (shape before, shape after).
         parameters: Before and after.
         macs: Multiply-accumulates of the example batch, before and after.
@@ -48,6 +49,7 @@ class Plan:
     attributes: dict[str, dict[str, Any]] = field(default_factory=dict)
     biases: tuple[str, ...] = ()
     example: Any = None
+    dynamic: tuple[int, ...] = (0,)
     shapes: dict[str, tuple[list[int], list[int]]] = field(default_factory=dict)
     parameters: tuple[int, int] = (0, 0)
     macs: tuple[int, int] = (0, 0)
@@ -72,7 +74,7 @@ class Plan:
         known = {f.name for f in fields(Plan)}
         if not {"kind", "kept"} <= source.keys() <= known:
             raise FileError("The plan of the shrunk model is not one that this version understands.")
-        tuples = {k: tuple(source[k]) for k in ("biases", "parameters", "macs", "notes") if k in source}
+        tuples = {k: tuple(source[k]) for k in ("biases", "dynamic", "parameters", "macs", "notes") if k in source}
         return Plan(**{**source, **tuples})
 
 
@@ -111,24 +113,46 @@ def replay(model: nn.Module, plan: Plan) -> nn.Module:
 def _replayed(model: nn.Module, plan: Plan) -> nn.Module:
     if plan.kind == "module":
         return cut_module(model, plan.kept, plan.attributes)
-    small = graph_model(model, read_example(plan.example, model), plan.kept)
+    small = graph_model(model, read_example(plan.example, model), plan.kept, plan.dynamic)
     return small.train(model.training)
 
 
-def graph_model(model: nn.Module, example_inputs: Any, kept: Mapping[str, Mapping[str, list[int]]]) -> nn.Module:
-    """Returns the cut model as a graph that takes any batch."""
-    analysis = Analysis(trace(model, example_inputs))
-    return cut_graph(Cut(analysis, kept_units(analysis, kept)), forward_names(model))
+def graph_model(
+    model: nn.Module, example_inputs: Any, kept: Mapping[str, Mapping[str, list[int]]], dynamic: Sequence[int] = (0,)
+) -> nn.Module:
+    """Returns the cut model as its graphs of evaluation and, where it can be traced in that mode, of training."""
+    small = cut_graph(_cut(model, example_inputs, kept, dynamic, training=False), forward_names(model))
+    try:
+        cut = _cut(model, example_inputs, kept, dynamic, training=True)
+    except TraceError:
+        return small
+    if indices(cut) == {name: dict(by_dim) for name, by_dim in kept.items() if name in cut.analysis.parameter_dims}:
+        small.learn_training(cut)
+    return small
+
+
+def _cut(
+    model: nn.Module,
+    example_inputs: Any,
+    kept: Mapping[str, Mapping[str, list[int]]],
+    dynamic: Sequence[int],
+    *,
+    training: bool,
+) -> Cut:
+    analysis = Analysis(trace(model, example_inputs, dynamic=dynamic, training=training))
+    return Cut(analysis, kept_units(analysis, kept))
 
 
 def kept_units(analysis: Analysis, kept: Mapping[str, Mapping[str, list[int]]]) -> dict[int, Tensor]:
     """Returns which units of each atom stay, from kept indices by tensor: those that any of their entries keeps."""
     units: dict[int, Tensor] = {}
     for name, by_dim in kept.items():
-        for k, indices in by_dim.items():
+        if name not in analysis.parameter_dims:
+            continue
+        for k, stay in by_dim.items():
             dim = analysis.parameter_dims[name][int(k)]
             stays = torch.zeros(analysis.trace.tensors[name].shape[int(k)], dtype=torch.bool)
-            stays[indices] = True
+            stays[stay] = True
             for atom in analysis.algebra.leaves(dim):
                 place = analysis.algebra.coordinate(dim, atom)
                 found = torch.zeros(analysis.algebra.sizes[atom], dtype=torch.bool)

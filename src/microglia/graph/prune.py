@@ -38,17 +38,20 @@ class Subject:
         model: As given, masks folded (a copy).
         example: Example inputs as given.
         analysis: Of its twin in float64.
+        dynamic: Dimensions of the inputs that a graph leaves free.
     """
 
     model: nn.Module
     example: Any
     analysis: Analysis
+    dynamic: tuple[int, ...] = (0,)
 
     @staticmethod
-    def of(model: nn.Module, example_inputs: Any) -> Subject:
+    def of(model: nn.Module, example_inputs: Any, dynamic: Sequence[int] = (0,)) -> Subject:
         """Traces and analyses a folded copy of a model."""
         own = fold(deepcopy(model))
-        return Subject(own, example_inputs, Analysis(trace(to_double(deepcopy(own)), to_double(example_inputs), dynamic=())))
+        double = trace(to_double(deepcopy(own)), to_double(example_inputs), dynamic=())
+        return Subject(own, example_inputs, Analysis(double), tuple(dynamic))
 
 
 def prune_channels(
@@ -62,6 +65,7 @@ def prune_channels(
     round_to: int = 16,
     exclude: Sequence[str] = (),
     keep_class: bool = False,
+    dynamic: Sequence[int] = (0,),
     evidence: Evidence | None = None,
     verified: bool = True,
 ) -> nn.Module:
@@ -89,6 +93,8 @@ def prune_channels(
         exclude: Globs over parameter or layer names whose groups stay whole.
         keep_class: Only what the user's own classes can follow; otherwise a model with sizes written into its forward
             comes back as its traced graph. `plan_of` tells which.
+        dynamic: Dimensions of the inputs that may differ later where the result is a graph: the batch; (0, 2, 3) for images
+            of any size.
         evidence: What the score may look at.
         verified: Whether to compare every value with the masked model's; turn off only to search.
 
@@ -100,7 +106,7 @@ def prune_channels(
         ShrinkError: The pruned model would differ from the masked one; nothing is returned.
         TraceError: The model cannot be traced.
     """
-    subject = Subject.of(model, example_inputs)
+    subject = Subject.of(model, example_inputs, dynamic)
     groups = independent(subject.analysis, channel_groups(subject.analysis, exclude))
     if keep_class:
         groups = [g for g in groups if not g.factor]
@@ -128,12 +134,14 @@ def remove(subject: Subject, cut: Cut, *, keep_class: bool = False, verified: bo
     if small is None:
         if keep_class:
             raise ShrinkError(f"{type(subject.model).__name__} cannot keep its class: {problem} Leave keep_class out.")
-        small, kind = graph_model(subject.model, subject.example, kept), "graph"
+        small, kind = graph_model(subject.model, subject.example, kept, subject.dynamic), "graph"
         _compare_graph(small, cut, checked)
         small.train(subject.model.training)
     notes = (f"Returned as a graph: {problem}",) if problem else ()
     _carry_notes(subject.model, small)
-    plan = Plan(kind, kept, changed, example=write_example(subject.example), error=checked.error, notes=notes)
+    plan = Plan(
+        kind, kept, changed, example=write_example(subject.example), dynamic=subject.dynamic, error=checked.error, notes=notes
+    )
     return attach(small, replace(plan, shapes=shapes(subject.model, small)))
 
 

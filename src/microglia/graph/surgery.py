@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import operator
 import warnings
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -20,22 +21,38 @@ CHECKS = ("_assert_tensor_metadata", "_assert_scalar", "_assert_async", "sym_con
 
 
 class GraphModel(fx.GraphModule):
-    """A pruned model as its traced graph: parameters under their own names, any batch size, `train` and `eval` as usual.
+    """A pruned model as its traced graphs: parameters under their own names, any batch size, `train` and `eval` as usual.
 
-    Random depth is the identity, as in evaluation: it left no operator in the trace.
+    In training it runs the graph traced in training mode (random depth, dropout, batch statistics), where there is one;
+    otherwise the one graph, with batch norm and dropout told.
     """
+
+    microglia_graphs: dict[bool, fx.Graph] | None = None
 
     def __deepcopy__(self, memo: Any) -> GraphModel:
         """Returns a copy with its plan."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # torch copies specs of a class of its own that it deprecates
             copy: GraphModel = super().__deepcopy__(memo)  # type: ignore[assignment]
-        copy.__dict__.update({k: v for k, v in self.__dict__.items() if k.startswith("microglia_")})
+            own = {k: v for k, v in self.__dict__.items() if k.startswith("microglia_")}
+            graphs = {mode: deepcopy(graph) for mode, graph in (self.microglia_graphs or {}).items()}
+        copy.__dict__.update({**own, "microglia_graphs": graphs or None})
         return copy
+
+    def learn_training(self, cut: Cut) -> None:
+        """Takes the graph traced in training mode too; its tensors are this model's, under the same names."""
+        training = _named_graph(cut, self, "training_")
+        training._codegen = deepcopy(self.graph._codegen)
+        self.microglia_graphs = {True: training, False: self.graph}
 
     def train(self, mode: bool = True) -> GraphModel:
         """Tells the operators that know (batch norm, dropout, recurrent nets) and returns itself."""
         super().train(mode)
+        if self.microglia_graphs is not None:
+            if self.graph is not self.microglia_graphs[mode]:
+                self.graph = self.microglia_graphs[mode]
+                self.microglia_graphs[mode] = self.graph  # the setter may copy
+            return self
         changed = [_set_training(node, mode) for node in self.graph.nodes if node.op == "call_function"]
         if any(changed):
             self.recompile()
@@ -121,23 +138,35 @@ def cut_graph(cut: Cut, names: list[str]) -> GraphModel:
         cut: What stays.
         names: Parameter names of the model's forward, by which its inputs may be given.
     """
+    root = nn.Module()
+    graph = _named_graph(cut, root)
+    _keep_forms(graph, cut.analysis.trace, names)
+    return GraphModel(root, graph, class_name="GraphModel")
+
+
+def _named_graph(cut: Cut, root: nn.Module, prefix: str = "") -> fx.Graph:
+    """Returns the patched graph, reading its tensors from ``root``, where those that are not there yet are placed.
+
+    ``prefix`` sets the constants of this graph apart from those of another.
+    """
     trace = cut.analysis.trace
     graph, copies = patched(cut)
-    root = nn.Module()
     for node, copy in copies.items():
         name = trace.name_of.get(node.name)
         if node.op != "placeholder" or name is None:
             continue
         if copy.users:
-            tensor = cut.slice(name, trace.tensors[name].detach()).clone()
-            original = trace.tensors[name]
+            original, sliced = trace.tensors[name], cut.slice(name, trace.tensors[name].detach())
+            name = prefix + name if name in trace.constants else name
+            tensor = sliced.clone()
             _place(root, name, nn.Parameter(tensor, original.requires_grad) if isinstance(original, nn.Parameter) else tensor)
             with graph.inserting_before(copy):
                 copy.replace_all_uses_with(graph.get_attr(name))
         graph.erase_node(copy)
-    _keep_forms(graph, trace, names)
+    output = next(iter(reversed(graph.nodes)))
+    output.args = (list(output.args[0]),)
     graph.lint()
-    return GraphModel(root, graph, class_name="GraphModel")
+    return graph
 
 
 def _place(root: nn.Module, name: str, tensor: Tensor) -> None:
@@ -146,9 +175,11 @@ def _place(root: nn.Module, name: str, tensor: Tensor) -> None:
         if part not in root._modules:
             root.add_module(part, nn.Module())
         root = root._modules[part]  # type: ignore[assignment]
+    if leaf in root._parameters or leaf in root._buffers:
+        return
     if isinstance(tensor, nn.Parameter):
         root.register_parameter(leaf, tensor)
-    elif leaf not in root._buffers:
+    else:
         root.register_buffer(leaf, tensor)
 
 
@@ -157,8 +188,6 @@ def _keep_forms(graph: fx.Graph, trace: Trace, names: list[str]) -> None:
     positional, named = pytree.tree_unflatten(list(trace.example), trace.in_spec)
     given = [*names[: len(positional)], *named]
     graph._codegen = _PyTreeCodeGen(_PyTreeInfo(given, trace.in_spec, trace.out_spec))
-    output = next(iter(reversed(graph.nodes)))
-    output.args = (list(output.args[0]),)
 
 
 def forward_names(model: nn.Module) -> list[str]:

@@ -22,7 +22,7 @@ class TraceError(MicrogliaError):
 
 @dataclass(frozen=True)
 class Trace:
-    """One traced forward pass in evaluation mode.
+    """One traced forward pass.
 
     Attributes:
         graph: The ATen graph (training IR, no decompositions), wrappers inlined.
@@ -32,6 +32,7 @@ class Trace:
         in_spec: How the inputs flatten, (args, kwargs).
         out_spec: How the outputs flatten.
         example: The inputs it was traced with, flat.
+        constants: Names of tensors that are no parameter or buffer of the model: values its code makes.
     """
 
     graph: fx.Graph
@@ -41,10 +42,11 @@ class Trace:
     in_spec: pytree.TreeSpec
     out_spec: pytree.TreeSpec
     example: tuple[Any, ...]
+    constants: frozenset[str] = frozenset()
 
 
-def trace(model: nn.Module, example_inputs: Any, *, dynamic: Sequence[int] = (0,)) -> Trace:
-    """Returns the traced evaluation-mode forward pass of a model, which is left as it is.
+def trace(model: nn.Module, example_inputs: Any, *, dynamic: Sequence[int] = (0,), training: bool = False) -> Trace:
+    """Returns the traced forward pass of a model, which is left as it is.
 
     Args:
         model: Any module torch.export can trace.
@@ -52,18 +54,19 @@ def trace(model: nn.Module, example_inputs: Any, *, dynamic: Sequence[int] = (0,
             the batch is not taken for a constant.
         dynamic: Dimensions of the floating-point inputs that may differ later; the batch by default, (0, 2, 3) for height
             and width of images too. Where the model's own code fixes a size it stays fixed.
+        training: In training mode instead of evaluation mode.
 
     Raises:
         TraceError: torch.export cannot trace it.
     """
     args, kwargs = arguments(example_inputs)
-    training = [m for m in model.modules() if m.training]
-    model.eval()
+    modes = {module: module.training for module in model.modules()}
+    model.train(training)
     try:
         exported = _export(model, args, kwargs, dynamic)
     finally:
-        for module in training:
-            module.training = True
+        for module, mode in modes.items():
+            module.training = mode
     inline_wrappers(exported.graph_module)
     return _as_trace(exported, model)
 
@@ -80,7 +83,8 @@ def _as_trace(exported: torch.export.ExportedProgram, model: nn.Module) -> Trace
     example = tuple(pytree.tree_leaves(exported.example_inputs))
     used = {target: own.get(target, tensors[target]) for target in names.values()}
     call = exported.call_spec
-    return Trace(exported.graph, used, names, tuple(inputs), call.in_spec, call.out_spec, example)
+    made = frozenset(used) - frozenset(own)
+    return Trace(exported.graph, used, names, tuple(inputs), call.in_spec, call.out_spec, example, made)
 
 
 def arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -19,12 +19,12 @@ class PadShortcut(nn.Module):
 
     def __init__(self, added: int, stride: int) -> None:
         super().__init__()
-        self.added, self.stride = added, stride
+        self.stride = stride
+        self.pad = (0, 0, 0, 0, added // 2, added - added // 2)
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (N, C, H, W) to (N, C + added, H / stride, W / stride), sizes rounded up."""
-        front = self.added // 2
-        return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, front, self.added - front))
+        return F.pad(x[:, :, :: self.stride, :: self.stride], self.pad)
 
 
 class BasicBlock(nn.Module):

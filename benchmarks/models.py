@@ -6,6 +6,8 @@ the output sizes of its heads.
 
 from __future__ import annotations
 
+import importlib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from microglia.zoo.external import import_torchvision
+
+torchvision = import_torchvision()
+timm = importlib.import_module("timm")  # only now: it imports torchvision itself
 
 TORCHVISION = [
     "resnet18", "resnet50", "resnext50_32x4d", "wide_resnet50_2", "vgg16_bn", "densenet121", "mobilenet_v2",
@@ -61,16 +66,13 @@ def images(size: int, batch: int = 2) -> tuple[Tensor]:
 def torchvision_case(name: str, family: str = "core") -> Case:
     def build() -> nn.Module:
         options = {"aux_logits": False, "init_weights": False} if name in ("googlenet", "inception_v3") else {}
-        return import_torchvision().models.get_model(name, weights=None, **options)
+        return torchvision.models.get_model(name, weights=None, **options)
 
     sizes = (FIXED[name],) if name in FIXED else SIZES
     return Case(f"torchvision {name}", family, build, images, sizes)
 
 
 def timm_case(name: str, family: str = "core") -> Case:
-    import_torchvision()
-    import timm
-
     def build() -> nn.Module:
         return timm.create_model(name, pretrained=False)
 
@@ -82,14 +84,14 @@ def timm_case(name: str, family: str = "core") -> Case:
     return Case(f"timm {name}", family, build, lambda size: (torch.randn(2, channels, size, size),), sizes)
 
 
-def cases(family: str) -> list[Case]:
-    """Returns the cases of a set: core, transformers, detection or families."""
+def cases(family: str, most: float = math.inf) -> list[Case]:
+    """Returns the cases of a set: core, transformers, detection or families (of timm, with at most so many parameters)."""
     if family == "core":
         return [*map(torchvision_case, TORCHVISION), *map(timm_case, TIMM)]
     if family == "families":
         from timm_families import smallest_members
 
-        return [timm_case(name, family) for name in smallest_members()]
+        return [timm_case(name, family) for name in smallest_members(most)]
     from more_models import detection_cases, transformers_cases
 
     return transformers_cases() if family == "transformers" else detection_cases()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from detection_operators import provide
 from microglia.zoo.external import import_torchvision
-from models import Case, images
+from models import Case, images, torchvision
 from own_models import ShuffleNet, SuperResolution, Tagger, UNet, Yolo, audio_net, video_net
 
 WIDE: dict[str, Any] = {"hidden_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 384}
@@ -135,7 +135,7 @@ DETECTION_HEADS = (91, 364, 1, 3, 4, 9, 12, 36, 819, 16, 24, 546, 17)
 
 def torchvision_model(name: str, wrapper: Callable[[nn.Module], nn.Module] | None = None) -> nn.Module:
     provide()
-    model = import_torchvision().models.get_model(name, weights=None, weights_backbone=None)
+    model = torchvision.models.get_model(name, weights=None, weights_backbone=None)
     return model if wrapper is None else wrapper(model)
 
 

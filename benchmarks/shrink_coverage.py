@@ -39,6 +39,7 @@ from rich.table import Table
 
 from coverage_worker import serve
 from models import cases
+from timm_families import left_out
 
 SETS = ("core", "transformers", "detection", "families")
 START = 120.0
@@ -52,7 +53,7 @@ class Worker:
 
     def __init__(self) -> None:
         self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(["coverage_worker", "timm", "transformers"])
+        self.context.set_forkserver_preload(["coverage_worker", "transformers"])
         self.connection: Connection | None = None
 
     def start(self) -> Connection:
@@ -63,6 +64,12 @@ class Worker:
         if not self.connection.poll(START) or self.connection.recv() != {}:
             raise SystemExit("the worker process does not start")
         return self.connection
+
+    def stop(self) -> None:
+        if self.connection is not None:
+            self.connection.send(None)
+            self.process.join(10)
+        self.kill()
 
     def kill(self) -> None:
         if self.connection is not None:
@@ -152,7 +159,7 @@ def run(names: Sequence[tuple[str, str]], arguments: argparse.Namespace) -> list
         print(line(row), flush=True)
         if arguments.json:
             arguments.json.write_text(json.dumps(rows, indent=1, default=str) + "\n")
-    worker.kill()
+    worker.stop()
     return rows
 
 
@@ -187,6 +194,9 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--models", nargs="+", default=["*"], metavar="GLOB", help="only names that contain one of these")
     parser.add_argument("--limit", type=float, default=60.0, metavar="SECONDS", help="for each step of each side")
     parser.add_argument("--json", type=Path, metavar="FILE", help="where the rows are written, after every model")
+    parser.add_argument(
+        "--most", type=float, default=40.0, metavar="MILLIONS", help="of parameters, in the set of timm's families"
+    )
     parser.add_argument("--no-torch-pruning", action="store_true")
     parser.add_argument("--no-keep-class", action="store_true")
     parser.add_argument("--no-compile", action="store_true")
@@ -199,13 +209,15 @@ def read_arguments() -> argparse.Namespace:
 def main() -> None:
     arguments = read_arguments()
     chosen = SETS if "all" in arguments.set else tuple(s for s in SETS if s in arguments.set)
-    names = [(family, case.name) for family in chosen for case in cases(family)]
+    names = [(family, case.name) for family in chosen for case in cases(family, arguments.most * 1e6)]
     names = [(f, name) for f, name in names if any(fnmatch.fnmatch(name, f"*{glob}*") for glob in arguments.models)]
     peer = importlib.metadata.version("torch-pruning") if arguments.torch_pruning else "left out"
     if not arguments.torch_pruning and not arguments.no_torch_pruning:
         peer = "not installed (pip install 'microglia[bench]')"
     libraries = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torchvision", "timm", "transformers"))
     print(f"torch {torch.__version__}, {libraries}, {torch.get_num_threads()} threads; Torch-Pruning (TP): {peer}")
+    if "families" in chosen:
+        print("Families left out (see --most):", "; ".join(left_out(arguments.most * 1e6)))
     rows = run(names, arguments)
     Console(width=150).print(summary(rows))
     print(f"ratio: {sum(row['ok'] for row in rows) / max(1, len(rows)):.4f}")

@@ -58,8 +58,8 @@ class Analysis:
         macs: Node -> Dims whose product is its multiply-accumulates.
     """
 
-    def __init__(self, trace: Trace) -> None:
-        self.trace, self.algebra = trace, Algebra()
+    def __init__(self, trace: Trace, algebra: Algebra | None = None) -> None:
+        self.trace, self.algebra = trace, algebra or Algebra()
         self.dims: dict[fx.Node, Any] = {}
         self.notes: dict[fx.Node, dict[Any, Any]] = {}
         self.losses: list[tuple[str, tuple[Dim, ...]]] = []

@@ -45,28 +45,26 @@ class ChannelGroup:
     cofactor: int
 
 
-def channel_groups(analysis: Analysis, exclude: Sequence[str] = ()) -> list[ChannelGroup]:
+def channel_groups(analysis: Analysis, exclude: Sequence[str] = (), path: str = "") -> list[ChannelGroup]:
     """Returns the groups that can lose units, in the order in which the graph uses them.
 
     Args:
         analysis: Of the model.
         exclude: Globs over parameter or layer names; a group with a member that one of them meets is left out.
-
-    Raises:
-        SelectorError: A glob meets no parameter.
+        path: Where in the model the analysed part is.
     """
-    _check(analysis, exclude)
     return [
         group
         for group in (_group(analysis, atom) for atom in analysis.prunable())
-        if not any(_meets(member.name, exclude) for member in group.members)
+        if not any(_meets(f"{path}.{member.name}".strip("."), exclude) for member in group.members)
     ]
 
 
-def _check(analysis: Analysis, exclude: Sequence[str]) -> None:
-    for selector in exclude:
-        if not any(_meets(name, [selector]) for name in analysis.parameter_dims):
-            shown = ", ".join(list(analysis.parameter_dims)[:6])
+def check_selectors(names: Sequence[str], selectors: Sequence[str]) -> None:
+    """Raises `SelectorError` for the first selector that meets no parameter or layer."""
+    for selector in selectors:
+        if not any(_meets(name, [selector]) for name in names):
+            shown = ", ".join(names[:6])
             raise SelectorError(f"The selector {selector!r} meets no parameter of the model; those are {shown}, ...")
 
 

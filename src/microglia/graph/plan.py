@@ -14,7 +14,7 @@ from microglia.graph.analysis import Analysis
 from microglia.graph.cut import Cut
 from microglia.graph.modules import cut_module, indices
 from microglia.graph.surgery import cut_graph, forward_names
-from microglia.graph.trace import TraceError, arguments, trace
+from microglia.graph.trace import TraceError, as_inputs, trace
 
 PLAN = "microglia_plan"
 """Attribute under which a shrunk model carries its plan."""
@@ -31,7 +31,8 @@ class Plan:
         kept: Tensor name -> dimension -> kept indices.
         attributes: Module name -> attribute -> new value.
         biases: Linear layers and convolutions that were given a bias to carry what removed channels added.
-        example: Shapes of the example inputs, to trace again.
+        graphs: Part of the model that came back as a graph (empty name: the model itself) -> shapes of its example inputs,
+            to trace it again.
         dynamic: Dimensions of the inputs that were left free.
         shapes: Tensor name -> (shape before, shape after).
         parameters: Before and after.
@@ -48,7 +49,7 @@ class Plan:
     kept: dict[str, dict[str, list[int]]]
     attributes: dict[str, dict[str, Any]] = field(default_factory=dict)
     biases: tuple[str, ...] = ()
-    example: Any = None
+    graphs: dict[str, Any] = field(default_factory=dict)
     dynamic: tuple[int, ...] = (0,)
     shapes: dict[str, tuple[list[int], list[int]]] = field(default_factory=dict)
     parameters: tuple[int, int] = (0, 0)
@@ -111,19 +112,32 @@ def replay(model: nn.Module, plan: Plan) -> nn.Module:
 
 
 def _replayed(model: nn.Module, plan: Plan) -> nn.Module:
-    if plan.kind == "module":
-        return cut_module(model, plan.kept, plan.attributes)
-    small = graph_model(model, read_example(plan.example, model), plan.kept, plan.dynamic)
-    return small.train(model.training)
+    small = cut_module(model, plan.kept, plan.attributes)
+    for path, example in plan.graphs.items():
+        whole = model.get_submodule(path)
+        prefix = f"{path}." if path else ""
+        kept = {name.removeprefix(prefix): by_dim for name, by_dim in plan.kept.items() if name.startswith(prefix)}
+        part = graph_model(whole, read_example(example, model), kept, plan.dynamic)
+        small = place(small, path, part.train(whole.training))
+    return small
+
+
+def place(model: nn.Module, path: str, part: nn.Module) -> nn.Module:
+    """Returns the model with a part put in the place of its submodule, or the part itself where that is all of it."""
+    if not path:
+        return part
+    parent, _, leaf = path.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, part)
+    return model
 
 
 def graph_model(
-    model: nn.Module, example_inputs: Any, kept: Mapping[str, Mapping[str, list[int]]], dynamic: Sequence[int] = (0,)
+    model: nn.Module, example: Any, kept: Mapping[str, Mapping[str, list[int]]], dynamic: Sequence[int] = (0,)
 ) -> nn.Module:
     """Returns the cut model as its graphs of evaluation and, where it can be traced in that mode, of training."""
-    small = cut_graph(_cut(model, example_inputs, kept, dynamic, training=False), forward_names(model))
+    small = cut_graph(_cut(model, example, kept, dynamic, training=False), forward_names(model))
     try:
-        cut = _cut(model, example_inputs, kept, dynamic, training=True)
+        cut = _cut(model, example, kept, dynamic, training=True)
     except TraceError:
         return small
     if indices(cut) == {name: dict(by_dim) for name, by_dim in kept.items() if name in cut.analysis.parameter_dims}:
@@ -133,13 +147,13 @@ def graph_model(
 
 def _cut(
     model: nn.Module,
-    example_inputs: Any,
+    example: Any,
     kept: Mapping[str, Mapping[str, list[int]]],
     dynamic: Sequence[int],
     *,
     training: bool,
 ) -> Cut:
-    analysis = Analysis(trace(model, example_inputs, dynamic=dynamic, training=training))
+    analysis = Analysis(trace(model, as_inputs(example), dynamic=dynamic, training=training))
     return Cut(analysis, kept_units(analysis, kept))
 
 
@@ -172,9 +186,9 @@ def give_biases(model: nn.Module, names: tuple[str, ...]) -> None:
 
 
 # -------------------------------------------------------------------------------------------------------------- examples
-def write_example(example_inputs: Any) -> Any:
-    """Returns the shapes of example inputs as JSON."""
-    args, kwargs = arguments(example_inputs)
+def write_example(example: Any) -> Any:
+    """Returns the shapes of example inputs, (args, kwargs), as JSON."""
+    args, kwargs = example
     return {"args": [_write(v) for v in args], "kwargs": {k: _write(v) for k, v in kwargs.items()}}
 
 
@@ -189,13 +203,11 @@ def _write(value: Any) -> Any:
 
 
 def read_example(written: Any, model: nn.Module) -> Any:
-    """Returns inputs of the written shapes, all ones, on the model's device."""
+    """Returns inputs (args, kwargs) of the written shapes, all ones, on the model's device."""
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     args = tuple(_read(v, device) for v in written["args"])
     kwargs = {k: _read(v, device) for k, v in written["kwargs"].items()}
-    if args and kwargs:
-        raise FileError("Inputs given both by position and by name cannot be replayed.")
-    return kwargs or args
+    return args, kwargs
 
 
 def _read(value: Any, device: torch.device) -> Any:

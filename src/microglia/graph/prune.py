@@ -2,56 +2,23 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
-from copy import deepcopy
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from microglia.core.budget import Budget
 from microglia.core.layers import prunable_layers
-from microglia.core.masks import fold
-from microglia.graph.analysis import Analysis
-from microglia.graph.cut import Cut
-from microglia.graph.groups import GroupReduction, channel_groups, group_scores, independent
+from microglia.graph.groups import ChannelGroup, GroupReduction, channel_groups, check_selectors, group_scores, independent
 from microglia.graph.latency_table import LatencyTable
-from microglia.graph.modules import attributes, cut_module, indices
-from microglia.graph.plan import Kind, Plan, attach, graph_model, plan_of, shapes, write_example
-from microglia.graph.trace import arguments, trace
-from microglia.graph.verify import ShrinkError, Verification, difference, run_patched, verify
+from microglia.graph.modules import cut_module
+from microglia.graph.plan import attach, plan_of
+from microglia.graph.removal import Subject, remove
+from microglia.graph.trace import arguments
 from microglia.graph.widths import Costs, Widths, WidthScope, choose_widths, keep_units
 from microglia.scores import Evidence, scores
-
-EXACT, SINGLE = 1e-9, 1e-4
-"""Largest relative difference between the cut modules and the cut graph in float64, and to a graph traced in float32."""
-
-
-@dataclass(frozen=True)
-class Subject:
-    """A model on its way through the house.
-
-    Attributes:
-        model: As given, masks folded (a copy).
-        example: Example inputs as given.
-        analysis: Of its twin in float64.
-        dynamic: Dimensions of the inputs that a graph leaves free.
-    """
-
-    model: nn.Module
-    example: Any
-    analysis: Analysis
-    dynamic: tuple[int, ...] = (0,)
-
-    @staticmethod
-    def of(model: nn.Module, example_inputs: Any, dynamic: Sequence[int] = (0,)) -> Subject:
-        """Traces and analyses a folded copy of a model."""
-        own = fold(deepcopy(model))
-        double = trace(to_double(deepcopy(own)), to_double(example_inputs), dynamic=())
-        return Subject(own, example_inputs, Analysis(double), tuple(dynamic))
 
 
 def prune_channels(
@@ -107,94 +74,44 @@ def prune_channels(
         TraceError: The model cannot be traced.
     """
     subject = Subject.of(model, example_inputs, dynamic)
-    groups = independent(subject.analysis, channel_groups(subject.analysis, exclude))
-    if keep_class:
-        groups = [g for g in groups if not g.factor]
-    elements = _elements(subject, score, evidence)
-    scored = [g for g in groups if any(m.name in elements for m in g.members)]
-    ranks = group_scores(subject.analysis, scored, elements, reduction)
-    costs = Costs(subject.analysis, scored)
+    groups, ranks = _ranked(subject, _elements(subject, score, evidence), reduction, exclude, keep_class)
+    chosen = [g for g in groups if g.atom in ranks]
+    costs = Costs(subject.parts, chosen, sum(p.numel() for p in subject.model.parameters()))
     timer = LatencyTable(subject.example, _candidates(subject, ranks)) if budget.ms is not None else None
-    widths = choose_widths(costs, scored, budget, ranks, scope=scope, round_to=round_to, milliseconds=timer)
-    cut = Cut(subject.analysis, keep_units(ranks, widths.counts))
-    small = remove(subject, cut, keep_class=keep_class, verified=verified)
-    return _noted(small, subject, cut, costs, budget=budget, widths=widths, left_out=len(groups) - len(scored))
-
-
-def remove(subject: Subject, cut: Cut, *, keep_class: bool = False, verified: bool = True) -> nn.Module:
-    """Returns the cut model: the user's own classes where they compute what the cut graph does, else the graph.
-
-    Raises:
-        ShrinkError: A value differs from the masked model's; or ``keep_class`` and the classes cannot follow.
-    """
-    checked = verify(cut) if verified else run_patched(cut)
-    kept, changed = indices(cut), attributes(cut, subject.model)
-    small, problem = _as_module(subject, cut, checked)
-    kind: Kind = "module"
-    if small is None:
-        if keep_class:
-            raise ShrinkError(f"{type(subject.model).__name__} cannot keep its class: {problem} Leave keep_class out.")
-        small, kind = graph_model(subject.model, subject.example, kept, subject.dynamic), "graph"
-        _compare_graph(small, cut, checked)
-        small.train(subject.model.training)
-    notes = (f"Returned as a graph: {problem}",) if problem else ()
-    _carry_notes(subject.model, small)
-    plan = Plan(
-        kind, kept, changed, example=write_example(subject.example), dynamic=subject.dynamic, error=checked.error, notes=notes
+    widths = choose_widths(costs, chosen, budget, ranks, scope=scope, round_to=round_to, milliseconds=timer)
+    kept = keep_units(ranks, widths.counts)
+    small = remove(subject, kept, keep_class=keep_class, verified=verified)
+    asked = {f.name: v for f in fields(budget) if (v := getattr(budget, f.name)) is not None}
+    plan = replace(
+        plan_of(small),
+        **totals(costs, kept),
+        found=len(groups),
+        asked=asked,
+        got={**widths.got, "round_to": widths.round_to},
+        notes=(*plan_of(small).notes, *_notes(subject, widths, len(groups) - len(chosen))),
     )
-    return attach(small, replace(plan, shapes=shapes(subject.model, small)))
+    return attach(small, plan)
 
 
-def _carry_notes(model: nn.Module, small: nn.Module) -> None:
-    """What the house notes on a model, such as how it was built, holds for the smaller one too."""
-    for name, value in vars(model).items():
-        if name.startswith("microglia_"):
-            object.__setattr__(small, name, value)
-
-
-def _as_module(subject: Subject, cut: Cut, checked: Verification) -> tuple[nn.Module | None, str]:
-    """Returns (the cut modules, or None, and why)."""
-    try:
-        small = cut_module(subject.model, indices(cut), attributes(cut, subject.model))
-        outputs = model_outputs(to_double(deepcopy(small)), cut)
-    except Exception as error:
-        first = str(error).strip().splitlines() or [type(error).__name__]
-        return None, f"its forward does not follow the cut ({first[0]})."
-    if outputs_difference(outputs, checked.outputs) > EXACT:
-        return None, "its forward runs on the cut tensors, but computes something else."
-    return small, ""
-
-
-@torch.no_grad()
-def model_outputs(model: nn.Module, cut: Cut) -> list[Any]:
-    """Returns a model's flat outputs on the inputs the cut's graph was traced with."""
-    args, kwargs = pytree.tree_unflatten(list(cut.analysis.trace.example), cut.analysis.trace.in_spec)
-    return pytree.tree_leaves(model.eval()(*args, **kwargs))
-
-
-def _compare_graph(small: nn.Module, cut: Cut, checked: Verification) -> None:
-    """Raises unless the graph that is returned, traced in the model's own precision, computes what was verified."""
-    error = outputs_difference(model_outputs(to_double(deepcopy(small)), cut), checked.outputs)
-    if error > SINGLE:
-        raise ShrinkError(f"The graph in the model's own precision differs by {error:.1e} from the verified one.")
-
-
-def outputs_difference(got: Sequence[Any], wanted: Sequence[Any]) -> float:
-    """Returns the largest relative difference of two flat outputs; infinite where they do not correspond."""
-    if len(got) != len(wanted):
-        return math.inf
-    worst = 0.0
-    for mine, theirs in zip(got, wanted, strict=True):
-        if isinstance(mine, Tensor) and isinstance(theirs, Tensor):
-            worst = max(worst, difference(mine.to(theirs), theirs) if mine.shape == theirs.shape else math.inf)
-    return worst
-
-
-def to_double(value: Any) -> Any:
-    """Returns a module (changed in place) or nested inputs with every floating-point tensor in float64."""
-    if isinstance(value, nn.Module):
-        return value.double()
-    return pytree.tree_map(lambda v: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v, value)
+def _ranked(
+    subject: Subject,
+    elements: Mapping[str, Tensor],
+    reduction: GroupReduction,
+    exclude: Sequence[str],
+    keep_class: bool,
+) -> tuple[list[ChannelGroup], dict[int, Tensor]]:
+    """Returns the groups that can be pruned, and the scores by atom of those whose weights the score knows."""
+    check_selectors([p.name(n) for p in subject.parts for n in p.analysis.parameter_dims], exclude)
+    groups: list[ChannelGroup] = []
+    ranks: dict[int, Tensor] = {}
+    for part in subject.parts:
+        own = independent(part.analysis, channel_groups(part.analysis, exclude, part.path))
+        own = [g for g in own if not (keep_class and g.factor)]
+        local = {name: elements[part.name(name)] for name in part.analysis.parameter_dims if part.name(name) in elements}
+        scored = [g for g in own if any(m.name in local for m in g.members)]
+        ranks.update(group_scores(part.analysis, scored, local, reduction))
+        groups += own
+    return groups, ranks
 
 
 def _elements(subject: Subject, score: str | Mapping[str, Tensor], evidence: Evidence | None) -> dict[str, Tensor]:
@@ -211,47 +128,34 @@ def _candidates(subject: Subject, ranks: Mapping[int, Tensor]) -> Callable[[Mapp
     """Returns what builds the model of given widths, unverified, to time it."""
 
     def build(counts: Mapping[int, int]) -> nn.Module:
-        cut = Cut(subject.analysis, keep_units(ranks, counts))
+        kept = keep_units(ranks, counts)
         args, kwargs = arguments(subject.example)
         try:
-            small = cut_module(subject.model, indices(cut), attributes(cut, subject.model)).eval()
+            small = cut_module(subject.model, *subject.changes(kept)).eval()
             with torch.no_grad():
                 small(*args, **kwargs)
         except Exception:
-            small = graph_model(subject.model, subject.example, indices(cut))
+            small = remove(subject, kept, verified=False).eval()
         return small
 
     return build
 
 
-def _noted(
-    small: nn.Module, subject: Subject, cut: Cut, costs: Costs, *, budget: Budget, widths: Widths, left_out: int
-) -> nn.Module:
-    plan = plan_of(small)
-    notes = [*plan.notes, *widths.notes, *subject.analysis.warnings()[:3]]
-    notes += [f"No rule for {name}: what it touches is kept." for name in subject.analysis.unknown]
-    notes += [f"{left_out} groups have no scored weight and are kept."] if left_out else []
-    asked = {f.name: v for f in fields(budget) if (v := getattr(budget, f.name)) is not None}
-    return attach(
-        small,
-        replace(
-            plan,
-            **totals(subject, cut, costs),
-            found=len(costs.groups) + left_out,
-            asked=asked,
-            got={**widths.got, "round_to": widths.round_to},
-            notes=tuple(notes),
-        ),
-    )
+def _notes(subject: Subject, widths: Widths, unscored: int) -> list[str]:
+    notes = list(widths.notes)
+    for part in subject.parts:
+        notes += part.analysis.warnings()[:3]
+        notes += [f"No rule for the operator {name}: what it touches is kept." for name in part.analysis.unknown]
+    if len(subject.parts) > 1 or subject.parts[0].path:
+        notes.append("The model cannot be traced whole; pruned within " + ", ".join(p.path for p in subject.parts) + ".")
+    return notes + ([f"{unscored} groups have no scored weight and are kept."] if unscored else [])
 
 
-def totals(subject: Subject, cut: Cut, costs: Costs) -> dict[str, Any]:
+def totals(costs: Costs, kept: Mapping[int, Tensor]) -> dict[str, Any]:
     """Returns parameters and MACs of the example batch before and after, and how many groups lost units."""
-    traced = next((v.shape[0] for v in cut.analysis.trace.example if isinstance(v, Tensor) and v.ndim), 1)
-    given = next((v.shape[0] for v in pytree.tree_leaves(arguments(subject.example)) if isinstance(v, Tensor) and v.ndim), 1)
-    share = max(1, traced // max(1, given))
+    counts = {atom: int(mask.sum()) for atom, mask in kept.items()}
     return {
-        "parameters": (costs.parameters({}), costs.parameters(cut.counts)),
-        "macs": (costs.macs({}) // share, costs.macs(cut.counts) // share),
-        "pruned": len(cut.kept),
+        "parameters": (costs.parameters({}), costs.parameters(counts)),
+        "macs": (costs.macs({}), costs.macs(counts)),
+        "pruned": len(kept),
     }

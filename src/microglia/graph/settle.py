@@ -18,8 +18,10 @@ from microglia.graph.analysis import Analysis, Consumer
 from microglia.graph.cut import Cut
 from microglia.graph.groups import ChannelGroup, channel_groups
 from microglia.graph.modules import indices
+from microglia.graph.parts import Part, to_double
 from microglia.graph.plan import attach, give_biases, kept_units, plan_of
-from microglia.graph.prune import EXACT, Subject, model_outputs, outputs_difference, remove, to_double, totals
+from microglia.graph.prune import totals
+from microglia.graph.removal import EXACT, Subject, model_outputs, outputs_difference, remove
 from microglia.graph.trace import named_arguments, operator_name
 from microglia.graph.verify import ShrinkError
 from microglia.graph.widths import Costs
@@ -47,25 +49,37 @@ def shrink(model: nn.Module, example_inputs: Any, *, clear: bool = False, keep_c
         TraceError: The model cannot be traced.
     """
     subject = Subject.of(model, example_inputs)
-    groups = [g for g in channel_groups(subject.analysis) if not g.renormalized and not (keep_class and g.factor)]
-    kept = {g.atom: alive for g in groups if not bool((alive := _alive(subject, g)).all())}
-    masked = sum(int((~alive).sum()) for alive in kept.values())
+    groups: list[ChannelGroup] = []
+    kept: dict[int, Tensor] = {}
     biases: dict[str, Tensor] = {}
+    masked = 0
+    for part in subject.parts:
+        own = [g for g in channel_groups(part.analysis) if not g.renormalized and not (keep_class and g.factor)]
+        dead = {g.atom: alive for g in own if not bool((alive := _alive(part.analysis, g)).all())}
+        masked += sum(int((~alive).sum()) for alive in dead.values())
+        if not clear:
+            biases.update({part.name(name): delta for name, delta in _fold_constants(part, dead).items()})
+        kept.update({atom: alive for atom, alive in dead.items() if not bool(alive.all())})
+        groups += own
+    settled = _settled(subject, kept, biases)
     if not clear:
-        biases = _fold_constants(subject, kept)
-    left = masked - sum(int((~alive).sum()) for alive in kept.values())
-    cut = Cut(subject.analysis, {atom: alive for atom, alive in kept.items() if not bool(alive.all())})
-    settled = _settled(subject, cut, biases)
-    if not clear:
-        _check_settled(subject, settled, cut)
-    after = Subject.of(settled, example_inputs)
-    again = Cut(after.analysis, kept_units(after.analysis, indices(cut)))
-    small = remove(after, again, keep_class=keep_class)
+        _check_settled(subject, settled, kept)
+    small = _removed(subject, settled, kept, keep_class=keep_class)
     plan = plan_of(small)
-    notes = [*plan.notes, *_notes(masked, left)]
+    left = masked - sum(int((~alive).sum()) for alive in kept.values())
     given = tuple(name for name in biases if subject.model.get_submodule(name).bias is None)
-    counted = totals(subject, cut, Costs(subject.analysis, groups))
-    return attach(small, replace(plan, **counted, biases=given, found=len(groups), notes=tuple(notes)))
+    costs = Costs(subject.parts, groups, sum(p.numel() for p in subject.model.parameters()))
+    notes = (*plan.notes, *_notes(masked, left))
+    return attach(small, replace(plan, **totals(costs, kept), biases=given, found=len(groups), notes=notes))
+
+
+def _removed(subject: Subject, settled: nn.Module, kept: dict[int, Tensor], *, keep_class: bool) -> nn.Module:
+    """Cuts the settled model by the indices that were found on the masked one."""
+    after = Subject.of(settled, subject.example)
+    again: dict[int, Tensor] = {}
+    for part, (_, cut) in zip(after.parts, subject.cuts(kept), strict=True):
+        again.update(kept_units(part.analysis, indices(cut)))
+    return remove(after, again, keep_class=keep_class)
 
 
 def _notes(masked: int, left: int) -> list[str]:
@@ -79,9 +93,8 @@ def _notes(masked: int, left: int) -> list[str]:
     return []
 
 
-def _alive(subject: Subject, group: ChannelGroup) -> Tensor:
+def _alive(analysis: Analysis, group: ChannelGroup) -> Tensor:
     """Returns which units some weight still makes; at least one."""
-    analysis = subject.analysis
     alive = torch.zeros(group.size, dtype=torch.bool)
     makers = [m for m in group.members if (m.name, m.dim) in analysis.producers]
     for member in makers:
@@ -97,24 +110,23 @@ def _alive(subject: Subject, group: ChannelGroup) -> Tensor:
 
 # ------------------------------------------------------------------------------------------------------------- constants
 @torch.no_grad()
-def _fold_constants(subject: Subject, kept: dict[int, Tensor]) -> dict[str, Tensor]:
+def _fold_constants(part: Part, kept: dict[int, Tensor]) -> dict[str, Tensor]:
     """Returns what to add to the biases of layers that read removed channels; channels that cannot be folded are kept.
 
     ``kept`` is changed: it gets back the units whose value is not one constant, or is read through zero padding.
     """
     while True:
-        cut = Cut(subject.analysis, kept)
-        found = list(_constants(subject.analysis, cut))
-        stubborn = [(consumer, values) for consumer, values in found if not _foldable(subject, consumer, values)]
+        found = list(_constants(part.analysis, Cut(part.analysis, kept)))
+        stubborn = [(consumer, values) for consumer, values in found if not _foldable(part, consumer, values)]
         if not stubborn:
             break
         for consumer, values in stubborn:
-            _give_back(subject.analysis, consumer, values, kept)
+            _give_back(part.analysis, consumer, values, kept)
     biases: dict[str, Tensor] = {}
     for consumer, values in found:
         if bool(values.nan_to_num().any()):
             name = consumer.weight.rpartition(".")[0]
-            delta = _contribution(subject.analysis, consumer, values)
+            delta = _contribution(part.analysis, consumer, values)
             biases[name] = biases[name] + delta if name in biases else delta
     return biases
 
@@ -163,10 +175,10 @@ def _values(analysis: Analysis, wanted: set[fx.Node], inputs: tuple[Any, ...]) -
     return found
 
 
-def _foldable(subject: Subject, consumer: Consumer, values: Tensor) -> bool:
+def _foldable(part: Part, consumer: Consumer, values: Tensor) -> bool:
     if not bool(values.isnan().any()) and not bool(values.any()):
         return True
-    layer = subject.model.get_submodule(consumer.weight.rpartition(".")[0])
+    layer = part.module.get_submodule(consumer.weight.rpartition(".")[0])
     plain = operator_name(consumer.node) == "linear" or (
         operator_name(consumer.node).startswith("conv") and not any(_numbers(named_arguments(consumer.node).get("padding")))
     )
@@ -197,12 +209,13 @@ def _contribution(analysis: Analysis, consumer: Consumer, values: Tensor) -> Ten
 
 
 @torch.no_grad()
-def _settled(subject: Subject, cut: Cut, biases: dict[str, Tensor]) -> nn.Module:
+def _settled(subject: Subject, kept: dict[int, Tensor], biases: dict[str, Tensor]) -> nn.Module:
     """Returns a copy whose removed channels are zero in every tensor and whose readers carry what they added."""
     model = deepcopy(subject.model)
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if name in cut.analysis.parameter_dims and cut.removed(name):
-            parameter.copy_(cut.zero(name, parameter))
+    for part, cut in subject.cuts(kept):
+        for name, parameter in model.get_submodule(part.path).named_parameters(remove_duplicate=False):
+            if name in part.analysis.parameter_dims and cut.removed(name):
+                parameter.copy_(cut.zero(name, parameter))
     give_biases(model, tuple(biases))
     for name, delta in biases.items():
         bias = cast(nn.Linear, model.get_submodule(name)).bias
@@ -210,10 +223,12 @@ def _settled(subject: Subject, cut: Cut, biases: dict[str, Tensor]) -> nn.Module
     return model
 
 
-def _check_settled(subject: Subject, settled: nn.Module, cut: Cut) -> None:
+def _check_settled(subject: Subject, settled: nn.Module, kept: dict[int, Tensor]) -> None:
     """Raises unless the settled model computes what the masked one does."""
-    before = model_outputs(to_double(deepcopy(subject.model)), cut)
-    error = outputs_difference(model_outputs(to_double(deepcopy(settled)), cut), before)
-    single = any(p.dtype != torch.float64 for p in settled.parameters())
-    if error > (1e-5 if single else EXACT):  # biases were added in the model's own precision
-        raise ShrinkError(f"Folding the constants of masked channels would change the outputs by {error:.1e}.")
+    for part, cut in subject.cuts(kept):
+        before = model_outputs(to_double(deepcopy(part.module)), cut)
+        now = settled.get_submodule(part.path)
+        error = outputs_difference(model_outputs(to_double(deepcopy(now)), cut), before)
+        single = any(p.dtype != torch.float64 for p in now.parameters())
+        if error > (1e-5 if single else EXACT):  # biases were added in the model's own precision
+            raise ShrinkError(f"Folding the constants of masked channels would change the outputs by {error:.1e}.")

@@ -94,6 +94,14 @@ def arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (tuple(example_inputs), {}) if isinstance(example_inputs, tuple | list) else ((example_inputs,), {})
 
 
+def as_inputs(example: Any) -> Any:
+    """Returns (args, kwargs) in a form that `trace` takes."""
+    args, kwargs = example
+    if args and kwargs:
+        raise TraceError("Inputs given both by position and by name cannot be traced; give them all by name.")
+    return kwargs or tuple(args)
+
+
 def _export(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: Sequence[int]
 ) -> torch.export.ExportedProgram:

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from microglia.core.budget import Budget
 from microglia.core.errors import BudgetError
 from microglia.graph.algebra import Dim
-from microglia.graph.analysis import Analysis
 from microglia.graph.groups import ChannelGroup
+from microglia.graph.parts import Part
 
 WidthScope = Literal["uniform", "global"]
 Counts = dict[int, int]
@@ -56,28 +56,37 @@ class Widths:
 
 
 class Costs:
-    """Parameters and multiply-accumulates of a model as functions of its widths."""
+    """Parameters and multiply-accumulates of a model as functions of its widths.
 
-    def __init__(self, analysis: Analysis, groups: Sequence[ChannelGroup]) -> None:
-        self.analysis, self.groups = analysis, groups
-        trace = analysis.trace
-        unique = {id(t): name for name, t in trace.tensors.items() if isinstance(t, nn.Parameter)}
-        self._parameters = [analysis.parameter_dims[name] for name in unique.values()]
-        self._macs = list(analysis.macs.values())
-        self.dense = {"params": self._product(self._parameters, {}), "flops": self._product(self._macs, {})}
-        self.units = sum(g.size for g in groups)
+    Args:
+        parts: The traced parts of the model.
+        groups: The groups that may change.
+        parameters: Of the whole model.
+    """
 
-    def _product(self, terms: Sequence[Sequence[Dim]], counts: Mapping[int, int]) -> int:
-        count = self.analysis.algebra.count
-        return sum(math.prod(count(d, counts) for d in dims) for dims in terms)
+    def __init__(self, parts: Sequence[Part], groups: Sequence[ChannelGroup], parameters: int) -> None:
+        self.groups, self.units = groups, sum(g.size for g in groups)
+        self._count = parts[0].analysis.algebra.count
+        self._parameters: list[Sequence[Dim]] = []
+        self._macs: list[tuple[float, Sequence[Dim]]] = []
+        for part in parts:
+            unique = {id(t): name for name, t in part.analysis.trace.tensors.items() if isinstance(t, nn.Parameter)}
+            self._parameters += [part.analysis.parameter_dims[name] for name in unique.values()]
+            self._macs += [(part.weight, dims) for dims in part.analysis.macs.values()]
+        self._untraced = 0
+        self._untraced = parameters - self.parameters({})
+        self.dense = {"params": self.parameters({}), "flops": self.macs({})}
+
+    def _product(self, dims: Sequence[Dim], counts: Mapping[int, int]) -> int:
+        return math.prod(self._count(d, counts) for d in dims)
 
     def parameters(self, counts: Mapping[int, int]) -> int:
-        """Returns the parameters left."""
-        return self._product(self._parameters, counts)
+        """Returns the parameters left, those outside the traced parts included."""
+        return self._untraced + sum(self._product(dims, counts) for dims in self._parameters)
 
     def macs(self, counts: Mapping[int, int]) -> int:
-        """Returns the multiply-accumulates left, of the batch that was traced."""
-        return self._product(self._macs, counts)
+        """Returns the multiply-accumulates of the example batch left."""
+        return round(sum(weight * self._product(dims, counts) for weight, dims in self._macs))
 
     def fraction(self, term: str, counts: Mapping[int, int]) -> float:
         """Returns what is left of a budget's term."""

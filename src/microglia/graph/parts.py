@@ -1,0 +1,145 @@
+"""Parts: a model that cannot be traced whole is traced by its submodules, as large as they come.
+
+A detector's backbone and heads are plain tensor code; what lies between them (proposals, non-maximum suppression) depends on
+values. What enters and leaves a part keeps its size; within it channels go as in any model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from microglia.graph.algebra import Algebra
+from microglia.graph.analysis import Analysis
+from microglia.graph.trace import TraceError, arguments, as_inputs, trace
+
+
+@dataclass(frozen=True)
+class Part:
+    """A traced submodule.
+
+    Attributes:
+        path: Its name in the model; empty for the model itself.
+        module: The submodule, in the model's own precision.
+        example: Its inputs in one forward pass of the model: (args, kwargs).
+        analysis: Of its twin in float64; names are the submodule's own.
+        weight: How often the model calls it, over how much its batch was enlarged to trace it.
+    """
+
+    path: str
+    module: nn.Module
+    example: Any
+    analysis: Analysis
+    weight: float
+
+    def name(self, local: str) -> str:
+        """Returns the model's name of one of the part's tensors or modules."""
+        return f"{self.path}.{local}".strip(".")
+
+
+def find_parts(model: nn.Module, twin: nn.Module, example_inputs: Any) -> list[Part]:
+    """Returns the largest traceable parts of a model that hold parameters, all over one algebra.
+
+    Args:
+        model: In its own precision.
+        twin: Its copy in float64.
+        example_inputs: In any of the accepted forms.
+
+    Raises:
+        TraceError: Nothing in it can be traced.
+    """
+    algebra = Algebra()
+    try:
+        return [_part("", model, twin, arguments(example_inputs), algebra)]
+    except TraceError as error:
+        whole = error
+    calls = _record(twin, example_inputs)
+    found = _descend(model, twin, "", calls, algebra)
+    _freeze_shared(algebra, found)
+    if not found:
+        raise whole
+    return found
+
+
+def to_double(value: Any) -> Any:
+    """Returns a module (changed in place) or nested inputs with every floating-point tensor in float64."""
+    if isinstance(value, nn.Module):
+        return value.double()
+    return pytree.tree_map(lambda v: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v, value)
+
+
+def _part(path: str, module: nn.Module, twin: nn.Module, example: Any, algebra: Algebra, *, calls: int = 1) -> Part:
+    traced = trace(twin, as_inputs(to_double(example)), dynamic=())
+    return Part(path, module, example, Analysis(traced, algebra), calls / (_batch(traced.example) / _batch(example)))
+
+
+def _batch(values: Any) -> int:
+    return next((v.shape[0] for v in pytree.tree_leaves(values) if isinstance(v, Tensor) and v.ndim and v.shape[0]), 1)
+
+
+@torch.no_grad()
+def _record(model: nn.Module, example_inputs: Any) -> dict[nn.Module, list[Any]]:
+    """Returns the inputs of every call of every submodule in one forward pass in evaluation mode."""
+    calls: dict[nn.Module, list[Any]] = {}
+
+    def note(module: nn.Module, args: Any, kwargs: Any) -> None:
+        calls.setdefault(module, []).append((args, kwargs))
+
+    hooks = [m.register_forward_pre_hook(note, with_kwargs=True) for m in model.modules()]
+    modes = {m: m.training for m in model.modules()}
+    try:
+        args, kwargs = arguments(to_double(example_inputs))
+        model.eval()(*args, **kwargs)
+    except Exception as error:
+        raise TraceError(f"{type(model).__name__} does not run on the example inputs: {error}") from error
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, mode in modes.items():
+            module.training = mode
+    return calls
+
+
+def _descend(model: nn.Module, twin: nn.Module, path: str, calls: dict[nn.Module, list[Any]], algebra: Algebra) -> list[Part]:
+    found: list[Part] = []
+    for name, child in twin.named_children():
+        if not any(True for _ in child.parameters()):
+            continue
+        below = model.get_submodule(name)
+        where = f"{path}.{name}".strip(".")
+        if child in calls:
+            try:
+                single = _single(calls[child][0], below)
+                found.append(_part(where, below, child, single, algebra, calls=len(calls[child])))
+                continue
+            except TraceError:
+                pass
+        found += _descend(below, child, where, calls, algebra)
+    return found
+
+
+def _single(example: Any, module: nn.Module) -> Any:
+    """Returns recorded inputs in the module's own precision."""
+    dtype = next(module.parameters()).dtype
+    return pytree.tree_map(lambda v: v.detach().to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v, example)
+
+
+def _freeze_shared(algebra: Algebra, parts: Sequence[Part]) -> None:
+    """A tensor that two parts read keeps its size: each part knows only its own use of it."""
+    seen: dict[int, Part] = {}
+    for part in parts:
+        own = dict(part.module.named_parameters(remove_duplicate=False))
+        for name, dims in part.analysis.parameter_dims.items():
+            tensor = own.get(name)
+            if tensor is None:
+                continue
+            first = seen.setdefault(id(tensor), part)
+            if first is not part:
+                why = f"{part.name(name)} is used in {first.path} too"
+                mine = next(n for n, t in first.module.named_parameters(remove_duplicate=False) if t is tensor)
+                algebra.freeze(*dims, *first.analysis.parameter_dims.get(mine, []), why=why)

@@ -1,0 +1,143 @@
+"""Removal: from kept units to the smaller model, verified part by part before anything is returned."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from microglia.core.masks import fold
+from microglia.graph.cut import Cut
+from microglia.graph.modules import attributes, cut_module, indices
+from microglia.graph.parts import Part, find_parts, to_double
+from microglia.graph.plan import Plan, attach, graph_model, place, shapes, write_example
+from microglia.graph.verify import ShrinkError, Verification, difference, run_patched, verify
+
+EXACT, SINGLE = 1e-9, 1e-4
+"""Largest relative difference between the cut modules and the cut graph in float64, and to a graph traced in float32."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model on its way through the house.
+
+    Attributes:
+        model: As given, masks folded (a copy).
+        example: Example inputs as given.
+        parts: Its traceable parts: the whole model, where it can be traced.
+        dynamic: Dimensions of the inputs that a graph leaves free.
+    """
+
+    model: nn.Module
+    example: Any
+    parts: tuple[Part, ...]
+    dynamic: tuple[int, ...] = (0,)
+
+    @staticmethod
+    def of(model: nn.Module, example_inputs: Any, dynamic: Sequence[int] = (0,)) -> Subject:
+        """Traces and analyses a folded copy of a model."""
+        own = fold(deepcopy(model))
+        parts = find_parts(own, to_double(deepcopy(own)), example_inputs)
+        return Subject(own, example_inputs, tuple(parts), tuple(dynamic))
+
+    def cuts(self, kept: Mapping[int, Tensor]) -> list[tuple[Part, Cut]]:
+        """Returns each part with its share of a choice of kept units."""
+        return [(part, Cut(part.analysis, kept)) for part in self.parts]
+
+    def changes(self, kept: Mapping[int, Tensor]) -> tuple[dict[str, dict[str, list[int]]], dict[str, dict[str, Any]]]:
+        """Returns kept indices by tensor and new attributes by module, under the model's names."""
+        named: dict[str, dict[str, list[int]]] = {}
+        changed: dict[str, dict[str, Any]] = {}
+        for part, cut in self.cuts(kept):
+            named.update({part.name(name): by_dim for name, by_dim in indices(cut).items()})
+            changed.update({part.name(path): values for path, values in attributes(cut, part.module).items()})
+        return named, changed
+
+
+def remove(subject: Subject, kept: Mapping[int, Tensor], *, keep_class: bool = False, verified: bool = True) -> nn.Module:
+    """Returns the cut model: the user's own classes where they compute what the cut graph does, else the graph.
+
+    Raises:
+        ShrinkError: A value differs from the masked model's; or ``keep_class`` and the classes cannot follow.
+    """
+    named, changed = subject.changes(kept)
+    small = cut_module(subject.model, named, changed)
+    graphs: dict[str, Any] = {}
+    notes: list[str] = []
+    error = 0.0
+    for part, cut in subject.cuts(kept):
+        checked = verify(cut) if verified else run_patched(cut)
+        error = max(error, checked.error)
+        problem = _problem(small.get_submodule(part.path), cut, checked)
+        if not problem:
+            continue
+        name = part.path or type(subject.model).__name__
+        if keep_class:
+            raise ShrinkError(f"{name} cannot keep its class: {problem} Leave keep_class out.")
+        small = place(small, part.path, _as_graph(part, cut, checked, subject.dynamic))
+        graphs[part.path] = write_example(part.example)
+        notes.append(f"{name} is returned as a graph: {problem}")
+    _carry_notes(subject.model, small)
+    plan = Plan(
+        "graph" if graphs else "module",
+        named,
+        changed,
+        graphs=graphs,
+        dynamic=subject.dynamic,
+        shapes=shapes(subject.model, small),
+        error=error,
+        notes=tuple(notes),
+    )
+    return attach(small, plan)
+
+
+def _problem(small: nn.Module, cut: Cut, checked: Verification) -> str:
+    """Returns why the cut classes are not the cut graph; empty if they are."""
+    try:
+        outputs = model_outputs(to_double(deepcopy(small)), cut)
+    except Exception as error:
+        first = str(error).strip().splitlines() or [type(error).__name__]
+        return f"its forward does not follow the cut ({first[0]})."
+    if outputs_difference(outputs, checked.outputs) > EXACT:
+        return "its forward runs on the cut tensors, but computes something else."
+    return ""
+
+
+def _as_graph(part: Part, cut: Cut, checked: Verification, dynamic: tuple[int, ...]) -> nn.Module:
+    """Returns a part as a graph traced in the model's own precision, after holding it against the verified one."""
+    small = graph_model(part.module, part.example, indices(cut), dynamic)
+    error = outputs_difference(model_outputs(to_double(deepcopy(small)), cut), checked.outputs)
+    if error > SINGLE:
+        raise ShrinkError(f"The graph in the model's own precision differs by {error:.1e} from the verified one.")
+    return small.train(part.module.training)
+
+
+def _carry_notes(model: nn.Module, small: nn.Module) -> None:
+    """What the house notes on a model, such as how it was built, holds for the smaller one too."""
+    for name, value in vars(model).items():
+        if name.startswith("microglia_") and name not in vars(small):
+            object.__setattr__(small, name, value)
+
+
+@torch.no_grad()
+def model_outputs(model: nn.Module, cut: Cut) -> list[Any]:
+    """Returns a model's flat outputs on the inputs the cut's graph was traced with."""
+    args, kwargs = pytree.tree_unflatten(list(cut.analysis.trace.example), cut.analysis.trace.in_spec)
+    return pytree.tree_leaves(model.eval()(*args, **kwargs))
+
+
+def outputs_difference(got: Sequence[Any], wanted: Sequence[Any]) -> float:
+    """Returns the largest relative difference of two flat outputs; infinite where they do not correspond."""
+    if len(got) != len(wanted):
+        return math.inf
+    worst = 0.0
+    for mine, theirs in zip(got, wanted, strict=True):
+        if isinstance(mine, Tensor) and isinstance(theirs, Tensor):
+            worst = max(worst, difference(mine.to(theirs), theirs) if mine.shape == theirs.shape else math.inf)
+    return worst

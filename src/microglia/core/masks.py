@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -204,7 +205,9 @@ def restore(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
     if set(masked) != set(masks_of(model)):
         fold(model)
     mask(model, masked)
-    model.load_state_dict(dict(state))
+    complete = OrderedDict(state)
+    complete._metadata = model.state_dict()._metadata  # type: ignore[attr-defined] # versions by which modules read old states
+    model.load_state_dict(complete)
     return model
 
 

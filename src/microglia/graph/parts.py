@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from microglia.graph.algebra import Algebra
 from microglia.graph.analysis import Analysis
-from microglia.graph.trace import TraceError, arguments, as_inputs, trace
+from microglia.graph.trace import TraceError, arguments, as_inputs, trace, widen
 
 
 @dataclass(frozen=True)
@@ -28,14 +28,16 @@ class Part:
         module: The submodule, in the model's own precision.
         example: Its inputs in one forward pass of the model: (args, kwargs).
         analysis: Of its twin in float64; names are the submodule's own.
-        weight: How often the model calls it, over how much its batch was enlarged to trace it.
+        weight: How often the model calls it.
+        narrow: Whether its code casts to a narrower type, so that its modules cannot follow in float64.
     """
 
     path: str
     module: nn.Module
     example: Any
     analysis: Analysis
-    weight: float
+    weight: int
+    narrow: bool = False
 
     def name(self, local: str) -> str:
         """Returns the model's name of one of the part's tensors or modules."""
@@ -75,11 +77,8 @@ def to_double(value: Any) -> Any:
 
 def _part(path: str, module: nn.Module, twin: nn.Module, example: Any, algebra: Algebra, *, calls: int = 1) -> Part:
     traced = trace(twin, as_inputs(to_double(example)), dynamic=())
-    return Part(path, module, example, Analysis(traced, algebra), calls / (_batch(traced.example) / _batch(example)))
-
-
-def _batch(values: Any) -> int:
-    return next((v.shape[0] for v in pytree.tree_leaves(values) if isinstance(v, Tensor) and v.ndim and v.shape[0]), 1)
+    narrow = widen(traced.graph)
+    return Part(path, module, example, Analysis(traced, algebra), calls, narrow)
 
 
 @torch.no_grad()

@@ -74,7 +74,8 @@ def remove(subject: Subject, kept: Mapping[int, Tensor], *, keep_class: bool = F
     for part, cut in subject.cuts(kept):
         checked = verify(cut) if verified else run_patched(cut)
         error = max(error, checked.error)
-        problem = _problem(small.get_submodule(part.path), cut, checked)
+        exact = SINGLE / 10 if part.narrow else EXACT
+        problem = _problem(small.get_submodule(part.path), cut, checked, exact)
         if not problem:
             continue
         name = part.path or type(subject.model).__name__
@@ -97,14 +98,14 @@ def remove(subject: Subject, kept: Mapping[int, Tensor], *, keep_class: bool = F
     return attach(small, plan)
 
 
-def _problem(small: nn.Module, cut: Cut, checked: Verification) -> str:
+def _problem(small: nn.Module, cut: Cut, checked: Verification, exact: float) -> str:
     """Returns why the cut classes are not the cut graph; empty if they are."""
     try:
         outputs = model_outputs(to_double(deepcopy(small)), cut)
     except Exception as error:
         first = str(error).strip().splitlines() or [type(error).__name__]
         return f"its forward does not follow the cut ({first[0]})."
-    if outputs_difference(outputs, checked.outputs) > EXACT:
+    if outputs_difference(outputs, checked.outputs) > exact:
         return "its forward runs on the cut tensors, but computes something else."
     return ""
 

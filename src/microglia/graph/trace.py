@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,8 +52,8 @@ def trace(model: nn.Module, example_inputs: Any, *, dynamic: Sequence[int] = (0,
 
     Args:
         model: Any module torch.export can trace.
-        example_inputs: A tensor, a tuple of arguments, or a mapping of keyword arguments. A batch of one is doubled, so that
-            the batch is not taken for a constant.
+        example_inputs: A tensor, a tuple of arguments, or a mapping of keyword arguments. Where dimensions are to be free a
+            batch of one is doubled, or torch.export would take it for a constant.
         dynamic: Dimensions of the floating-point inputs that may differ later; the batch by default, (0, 2, 3) for height
             and width of images too. Where the model's own code fixes a size it stays fixed.
         training: In training mode instead of evaluation mode.
@@ -106,12 +108,13 @@ def _export(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: Sequence[int]
 ) -> torch.export.ExportedProgram:
     """Tries with a free batch first, then as given: what cannot be freed is a constant of the graph."""
-    doubled = pytree.tree_map(_double, (args, kwargs))
-    attempts = [(doubled, tuple(dynamic)), (doubled, ()), ((args, kwargs), ())]
+    given = (args, kwargs)
+    doubled = pytree.tree_map(_double, given)
+    attempts = [(doubled, tuple(dynamic)), (doubled, ()), (given, ())] if dynamic else [(given, ())]
     problem: Exception | None = None
-    for (positional, named), free in attempts if dynamic else attempts[1:]:
+    for (positional, named), free in attempts:
         try:
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), _quiet():
                 warnings.simplefilter("ignore")
                 return torch.export.export(
                     model, positional, named or None, dynamic_shapes=_free((positional, named), free), strict=False
@@ -123,6 +126,35 @@ def _export(
         f"torch.export cannot trace {type(model).__name__}: {type(problem).__name__}: {first[0] if first else ''} "
         "Remove what depends on the values of tensors from its forward, or shrink an exportable part of it."
     ) from problem
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without torch's log, which prints the whole graph where it gives up; the error itself is enough."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
+def widen(graph: fx.Graph) -> bool:
+    """Makes every cast of a graph to a narrower floating-point type one to float64; tells whether there was any."""
+    found = False
+
+    def one(value: Any) -> Any:
+        nonlocal found
+        if isinstance(value, torch.dtype) and value.is_floating_point and value != torch.float64:
+            found = True
+            return torch.float64
+        return value
+
+    for node in graph.nodes:
+        if node.op == "call_function":
+            node.args = tuple(one(a) for a in node.args)
+            node.kwargs = {k: one(v) for k, v in node.kwargs.items()}
+    return found
 
 
 def _double(value: Any) -> Any:

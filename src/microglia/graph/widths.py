@@ -68,7 +68,7 @@ class Costs:
         self.groups, self.units = groups, sum(g.size for g in groups)
         self._count = parts[0].analysis.algebra.count
         self._parameters: list[Sequence[Dim]] = []
-        self._macs: list[tuple[float, Sequence[Dim]]] = []
+        self._macs: list[tuple[int, Sequence[Dim]]] = []
         for part in parts:
             unique = {id(t): name for name, t in part.analysis.trace.tensors.items() if isinstance(t, nn.Parameter)}
             self._parameters += [part.analysis.parameter_dims[name] for name in unique.values()]
@@ -86,7 +86,7 @@ class Costs:
 
     def macs(self, counts: Mapping[int, int]) -> int:
         """Returns the multiply-accumulates of the example batch left."""
-        return round(sum(weight * self._product(dims, counts) for weight, dims in self._macs))
+        return sum(weight * self._product(dims, counts) for weight, dims in self._macs)
 
     def fraction(self, term: str, counts: Mapping[int, int]) -> float:
         """Returns what is left of a budget's term."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Literal
@@ -166,13 +166,13 @@ def group_scores(
     Raises:
         ScoreError: No member of a group has values, or a value is NaN.
     """
-    scores = {}
+    scores, rows = {}, _Rows(elements, reduction)
     for group in groups:
         members = [m for m in group.members if m.name in elements]
         if not members:
             named = ", ".join(m.name for m in group.members[:3])
             raise ScoreError(f"The score gives no value for any weight of the group of {group.size} channels of {named}.")
-        score = _reduce(analysis, group, members, elements, reduction)
+        score = _reduce(analysis, group, members, rows, reduction)
         if bool(score.isnan().any()):
             raise ScoreError(f"The score of the channels of {members[0].name!r} has NaN; look for non-finite weights there.")
         mean = float(score.abs().mean())
@@ -180,28 +180,39 @@ def group_scores(
     return scores
 
 
-_COMBINE: dict[str, Callable[[Tensor], Tensor]] = {
-    "l2": torch.square,
-    "sum": lambda v: v,
-    "mean": lambda v: v,
-    "max": lambda v: v,
-}
+class _Rows:
+    """One value per entry of a parameter's dimension, reduced over all the others; each is computed once."""
+
+    def __init__(self, elements: Mapping[str, Tensor], how: GroupReduction) -> None:
+        self.elements, self.how = elements, how
+        self._known: dict[Member, tuple[Tensor, int]] = {}
+
+    def __call__(self, member: Member) -> tuple[Tensor, int]:
+        """Returns (values, float64 (entries,), how many weights each is of)."""
+        if member not in self._known:
+            values = self.elements[member.name].detach()
+            others = [k for k in range(values.ndim) if k != member.dim]
+            if self.how == "l2":
+                values = values.square()
+            if others:
+                values = values.amax(others) if self.how == "max" else values.sum(others, dtype=torch.float64)
+            size = self.elements[member.name].shape[member.dim]
+            self._known[member] = values.double().cpu(), self.elements[member.name].numel() // max(1, size)
+        return self._known[member]
 
 
-def _reduce(
-    analysis: Analysis, group: ChannelGroup, members: Sequence[Member], elements: Mapping[str, Tensor], how: GroupReduction
-) -> Tensor:
+def _reduce(analysis: Analysis, group: ChannelGroup, members: Sequence[Member], rows: _Rows, how: GroupReduction) -> Tensor:
     total = torch.full((group.size,), -torch.inf if how == "max" else 0.0, dtype=torch.float64)
     count = torch.zeros(group.size, dtype=torch.float64)
     for member in members:
-        rows = _COMBINE[how](elements[member.name].detach().double().cpu().movedim(member.dim, 0).flatten(1))
+        values, held = rows(member)
         place = analysis.algebra.coordinate(analysis.parameter_dims[member.name][member.dim], group.atom)
         inside = place >= 0
         if how == "max":
-            total.index_reduce_(0, place[inside], rows.amax(1)[inside], "amax")
+            total.index_reduce_(0, place[inside], values[inside], "amax")
         else:
-            total.index_add_(0, place[inside], rows.sum(1)[inside])
-        count.index_add_(0, place[inside], torch.full((int(inside.sum()),), float(rows.shape[1]), dtype=torch.float64))
+            total.index_add_(0, place[inside], values[inside])
+        count.index_add_(0, place[inside], torch.full((int(inside.sum()),), float(held), dtype=torch.float64))
     if how == "l2":
         return total.sqrt()
     return total / count.clamp_min(1) if how == "mean" else total

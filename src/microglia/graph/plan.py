@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
@@ -135,9 +136,11 @@ def graph_model(
     model: nn.Module, example: Any, kept: Mapping[str, Mapping[str, list[int]]], dynamic: Sequence[int] = (0,)
 ) -> nn.Module:
     """Returns the cut model as its graphs of evaluation and, where it can be traced in that mode, of training."""
-    small = cut_graph(_cut(model, example, kept, dynamic, training=False), forward_names(model))
+    small = cut_graph(cut_again(model, example, kept, dynamic), forward_names(model))
+    if not has_training_code(model):
+        return small
     try:
-        cut = _cut(model, example, kept, dynamic, training=True)
+        cut = cut_again(model, example, kept, dynamic, training=True)
     except TraceError:
         return small
     if indices(cut) == {name: dict(by_dim) for name, by_dim in kept.items() if name in cut.analysis.parameter_dims}:
@@ -145,16 +148,30 @@ def graph_model(
     return small
 
 
-def _cut(
+def cut_again(
     model: nn.Module,
     example: Any,
     kept: Mapping[str, Mapping[str, list[int]]],
-    dynamic: Sequence[int],
+    dynamic: Sequence[int] = (0,),
     *,
-    training: bool,
+    training: bool = False,
 ) -> Cut:
+    """Returns the cut by kept indices of a new trace of the model, in its own precision."""
     analysis = Analysis(trace(model, as_inputs(example), dynamic=dynamic, training=training))
     return Cut(analysis, kept_units(analysis, kept))
+
+
+def has_training_code(model: nn.Module) -> bool:
+    """Tells whether a module of the user's own asks in which mode it is, as random depth does; torch's layers can be told."""
+    kinds = {type(m) for m in model.modules() if not type(m).__module__.startswith("torch.nn.")}
+    return any(_asks(kind) for kind in kinds)
+
+
+def _asks(kind: type) -> bool:
+    try:
+        return "training" in inspect.getsource(kind)
+    except (OSError, TypeError):  # made at run time: its source is not to be had
+        return True
 
 
 def kept_units(analysis: Analysis, kept: Mapping[str, Mapping[str, list[int]]]) -> dict[int, Tensor]:

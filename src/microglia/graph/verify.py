@@ -159,10 +159,12 @@ def difference(got: Tensor, wanted: Tensor) -> float:
     """Returns the largest difference of finite entries, relative to the largest of them; 1.0 where other things differ."""
     if not wanted.is_floating_point() or not wanted.numel():
         return 0.0 if torch.equal(got, wanted) else 1.0
-    finite = torch.isfinite(wanted)
+    error, largest = float((got - wanted).abs_().max()), float(wanted.abs().max())
+    if math.isfinite(error) and math.isfinite(largest):
+        return error / max(largest, 1e-30)
+    finite = torch.isfinite(wanted)  # masks hold -inf
     if not torch.equal(finite, torch.isfinite(got)):
         return 1.0
     if not bool(finite.any()):
         return 0.0
-    largest = wanted[finite].abs().max().clamp_min(1e-30)
-    return float((got - wanted)[finite].abs().max() / largest)
+    return float((got - wanted)[finite].abs().max()) / max(float(wanted[finite].abs().max()), 1e-30)

@@ -168,12 +168,19 @@ class Analysis:
             number = not _has_tensor(node.meta.get("val"))
             self.dims[node] = None if number else self._unknown(node)
         else:
-            rule = rule_of(node)
-            self.dims[node] = rule(self, node, Arguments(named_arguments(node))) if rule else self._unknown(node)
+            self.dims[node] = self._by_rule(node)
             self._check(node)
 
-    def _unknown(self, node: fx.Node) -> Any:
-        name = operator_name(node)
+    def _by_rule(self, node: fx.Node) -> Any:
+        if (rule := rule_of(node)) is None:
+            return self._unknown(node)
+        try:
+            return rule(self, node, Arguments(named_arguments(node)))
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:  # an overload the rule does not know
+            return self._unknown(node, f" ({type(error).__name__} in its rule)")
+
+    def _unknown(self, node: fx.Node, how: str = "") -> Any:
+        name = operator_name(node) + how
         self.unknown[name] = self.unknown.get(name, 0) + 1
         return self.freeze_around(node, f"there is no rule for the operator {name}")
 

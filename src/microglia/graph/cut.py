@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from microglia.graph.algebra import Dim
 from microglia.graph.analysis import Analysis
-from microglia.graph.trace import named_arguments, operator_name, shape_of
+from microglia.graph.trace import named_arguments, operator_name, shape_of, split_dim
 
 Kept = Mapping[int, Tensor]
 """Atom -> which of its units stay, boolean; atoms not named stay whole."""
@@ -128,12 +128,12 @@ def _groups(cut: Cut, node: fx.Node, a: dict[str, Any]) -> dict[str, Any]:
 
 
 def _normalized_shape(cut: Cut, node: fx.Node, a: dict[str, Any]) -> dict[str, Any]:
-    dims = cut.analysis.dims[node][-len(a["normalized_shape"]) :]
+    dims = cut.dims_of(node.args[0])[-len(a["normalized_shape"]) :]
     return {"normalized_shape": _sizes(cut, dims, a["normalized_shape"])} if any(cut.changes(d) for d in dims) else {}
 
 
 def _split(cut: Cut, node: fx.Node, a: dict[str, Any]) -> dict[str, Any]:
-    k = a["dim"] % len(cut.dims_of(node.args[0]))
+    k = split_dim(operator_name(node), a, len(cut.dims_of(node.args[0])))
     pieces = [x[k] for x in cut.analysis.dims[node]]
     return {"split_sizes": [cut.count(p) for p in pieces]} if any(cut.changes(p) for p in pieces) else {}
 
@@ -154,7 +154,8 @@ def _narrow(cut: Cut, node: fx.Node, a: dict[str, Any]) -> dict[str, Any]:
     dim = cut.dims_of(node.args[0])[a["dim"]]
     if not cut.changes(dim):
         return {}
-    mask, start, length = cut.mask(dim), a["start"], a["length"]
+    mask, length = cut.mask(dim), a["length"]
+    start = a["start"] % len(mask)
     return {"start": int(mask[:start].sum()), "length": int(mask[start : start + length].sum())}
 
 
@@ -180,7 +181,9 @@ _PATCHES = {
     **dict.fromkeys(("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), _groups),
     "group_norm": _groups,
     **dict.fromkeys(("layer_norm", "rms_norm", "_fused_rms_norm"), _normalized_shape),
-    **dict.fromkeys(("split", "split_with_sizes", "chunk", "tensor_split", "unsafe_chunk", "unsafe_split"), _split),
+    **dict.fromkeys(
+        ("split", "split_with_sizes", "chunk", "tensor_split", "unsafe_chunk", "unsafe_split", "hsplit", "vsplit"), _split
+    ),
     "slice": _slice,
     "narrow": _narrow,
     **dict.fromkeys(("pad", "constant_pad_nd"), _pad),

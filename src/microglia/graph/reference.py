@@ -104,7 +104,8 @@ def _rms_norm(r: Reference, n: fx.Node, a: dict[str, Any]) -> Any:
     eps = torch.finfo(x.dtype).eps if a["eps"] is None else a["eps"]
     w = mask.expand_as(x).to(x.dtype)
     square = (x.square() * w).sum(dims, keepdim=True) / w.sum(dims, keepdim=True).clamp_min(1)
-    return _affine(x * torch.rsqrt(square + eps), a["weight"], None, a["normalized_shape"])
+    y = _affine(x * torch.rsqrt(square + eps), a["weight"], None, a["normalized_shape"])
+    return (y, torch.rsqrt(square + eps)) if operator_name(n) == "_fused_rms_norm" else y
 
 
 @handler("group_norm")
@@ -163,7 +164,8 @@ def _softmax(r: Reference, n: fx.Node, a: dict[str, Any]) -> Any:
 
 
 def _log(a: dict[str, Any], mask: Tensor) -> Tensor:
-    return torch.log_softmax(_input(a).masked_fill(~mask, -math.inf), a["dim"])
+    values = torch.log_softmax(_input(a).masked_fill(~mask, -math.inf), a["dim"])
+    return values.masked_fill(~mask, 0)  # absent, not -inf: that times the zero weights of the readers is NaN
 
 
 @handler("amax", "amin", "logsumexp", "prod", "any", "all")
@@ -206,7 +208,16 @@ def _einsum(r: Reference, n: fx.Node, a: dict[str, Any]) -> Any:
     return torch.einsum(a["equation"], *values)
 
 
-@handler("cosine_similarity", "normalize", "max", "min")
+@handler("cosine_similarity")
+def _cosine_similarity(r: Reference, n: fx.Node, a: dict[str, Any]) -> Any:
+    masks = [r.over(source, [a["dim"]]) for source in n.args[:2]]
+    if masks == [None, None]:
+        return None
+    x, y = (v if m is None else v.masked_fill(~m, 0) for v, m in zip((a["x1"], a["x2"]), masks, strict=True))
+    return torch.cosine_similarity(x, y, a["dim"], a["eps"])
+
+
+@handler("max", "min")
 def _refused(r: Reference, n: fx.Node, a: dict[str, Any]) -> Any:
     if a.get("other") is None and a.get("dim") is not None and r.over(n.args[0], [a["dim"]]) is not None:
         raise MissingReference(f"{n.name}: no reference is known for {operator_name(n)} over a pruned dimension")

@@ -61,7 +61,8 @@ def pointwise(s: Analysis, n: fx.Node, a: Arguments) -> Any:
 )  # fmt: skip
 def same(s: Analysis, n: fx.Node, a: Arguments) -> Any:
     """The first argument's Dims."""
-    return s.of(n.args[0])  # type: ignore[arg-type]
+    x = s.of(n.args[0])  # type: ignore[arg-type]
+    return x if isinstance(n.meta["val"], Tensor) else [list(x) for _ in n.meta["val"]]
 
 
 @rule("fill", "copy")

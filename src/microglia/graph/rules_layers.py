@@ -105,6 +105,8 @@ def layer_norm(s: Analysis, n: fx.Node, a: Arguments) -> Any:
             for left, right in zip(x[-k:], s.of(affine), strict=True):
                 s.unify(left, right, n)
     s.algebra.renormalize(*x[-k:])
+    if operator_name(n) == "_fused_rms_norm":  # and the reciprocal root mean square
+        return [x, [*x[:-k], *[UNIT] * k]]
     return x
 
 

@@ -19,7 +19,7 @@ REDUCTIONS = (
 )  # fmt: skip
 
 
-@rule("softmax", "log_softmax", "_softmax", "_log_softmax", "normalize", "softmin")
+@rule("softmax", "log_softmax", "_softmax", "_log_softmax")
 def softmax(s: Analysis, n: fx.Node, a: Arguments) -> Any:
     """Over one dimension, which stays."""
     x = s.of(n.args[0])  # type: ignore[arg-type]
@@ -65,7 +65,7 @@ def _reduced(s: Analysis, n: fx.Node, a: Arguments) -> Any:
 def sorting(s: Analysis, n: fx.Node, a: Arguments) -> Any:
     """The sorted dimension is frozen, the others pass."""
     x = s.of(n.args[0])  # type: ignore[arg-type]
-    k = a.get("dim", -1) if a.get("dim") is not None else -1
+    k = 0 if operator_name(n) == "msort" else -1 if a.get("dim") is None else a.dim
     why = f"{n.name}: {operator_name(n)}"
     s.algebra.freeze(x[k], why=why)
     value = n.meta["val"]
@@ -81,9 +81,9 @@ def positions_1d(s: Analysis, n: fx.Node, a: Arguments) -> Any:
 
 
 @rule(
-    "adaptive_avg_pool2d", "adaptive_max_pool2d", "avg_pool2d", "max_pool2d", "max_pool2d_with_indices", "lp_pool2d",
+    "adaptive_avg_pool2d", "adaptive_max_pool2d", "avg_pool2d", "max_pool2d", "max_pool2d_with_indices",
     "upsample_nearest2d", "upsample_bilinear2d", "upsample_bicubic2d", "_upsample_nearest_exact2d",
-    "_upsample_bicubic2d_aa", "_upsample_bilinear2d_aa", "grid_sampler_2d", "reflection_pad2d", "replication_pad2d",
+    "_upsample_bicubic2d_aa", "_upsample_bilinear2d_aa", "reflection_pad2d", "replication_pad2d",
 )  # fmt: skip
 def positions_2d(s: Analysis, n: fx.Node, a: Arguments) -> Any:
     """Over the last two dimensions."""
@@ -94,6 +94,16 @@ def positions_2d(s: Analysis, n: fx.Node, a: Arguments) -> Any:
 def positions_3d(s: Analysis, n: fx.Node, a: Arguments) -> Any:
     """Over the last three dimensions."""
     return _positions(s, n, 3)
+
+
+@rule("grid_sampler", "grid_sampler_2d")
+def grid_sampler(s: Analysis, n: fx.Node, a: Arguments) -> Any:
+    """Positions, looked up where the grid says: its last dimension holds coordinates."""
+    x, grid = s.of(n.args[0]), s.of(n.args[1])  # type: ignore[arg-type]
+    why = f"{n.name}: positions"
+    s.algebra.freeze(*x[2:], *grid[1:], why=why)
+    s.unify(x[0], grid[0], n)
+    return [*x[:2], *(s.algebra.fresh(z, why) for z in shape_of(n)[2:])]
 
 
 def _positions(s: Analysis, n: fx.Node, k: int) -> Any:

@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 from microglia.graph.algebra import UNIT, Dim
 from microglia.graph.rules import rule
-from microglia.graph.trace import concrete, nodes_in, operator_name, shape_of
+from microglia.graph.trace import concrete, nodes_in, operator_name, shape_of, split_dim
 
 if TYPE_CHECKING:
     from microglia.graph.analysis import Analysis, Arguments, Dims
@@ -140,7 +140,7 @@ def stack(s: Analysis, n: fx.Node, a: Arguments) -> Any:
 @rule("split", "split_with_sizes", "chunk", "tensor_split", "unsafe_chunk", "unsafe_split", "hsplit", "vsplit")
 def split(s: Analysis, n: fx.Node, a: Arguments) -> Any:
     """Cuts."""
-    x, k = _first(s, n), a.dim % len(shape_of(n.args[0]))  # type: ignore[arg-type]
+    x, k = _first(s, n), split_dim(operator_name(n), a, len(shape_of(n.args[0])))  # type: ignore[arg-type]
     sizes = [shape_of(v)[k] for v in n.meta["val"]]
     return [[*x[:k], piece, *x[k + 1 :]] for piece in s.cuts(n, x[k], sizes)]
 
@@ -161,9 +161,12 @@ def slice_(s: Analysis, n: fx.Node, a: Arguments) -> Any:
     x = _first(s, n)
     k = (a.dim or 0) % len(x)
     size = shape_of(n.args[0])[k]  # type: ignore[arg-type]
-    bounds = [a.start, a.start + a.length, 1] if operator_name(n) == "narrow" else [a.start, a.end, a.step]
+    narrow = operator_name(n) == "narrow"
+    bounds = [a.start, a.length, 1] if narrow else [a.start, a.end, a.step]
     if any(isinstance(b, fx.Node) for b in bounds):
         return _opaque_slice(s, n, x, k)
+    if narrow:
+        bounds = [a.start % size, a.start % size + a.length, 1]
     low, high, step = slice(*bounds).indices(size)
     if step != 1:
         return _strided(s, n, x, k, low, high, step)
@@ -232,9 +235,9 @@ def ordered(s: Analysis, n: fx.Node, a: Arguments) -> Any:
 @rule("gather", "take_along_dim")
 def gather(s: Analysis, n: fx.Node, a: Arguments) -> Any:
     """The gathered dimension is frozen; the others are those of the index, which must be no longer."""
-    x, index = _first(s, n), s.of(a.index)
-    if operator_name(n) == "take_along_dim" and a.dim is None:
-        return s.freeze_around(n, "take_along_dim of the flat tensor")
+    if operator_name(n) == "take_along_dim" and (a.dim is None or shape_of(a.indices) != shape_of(n)):
+        return s.freeze_around(n, "take_along_dim of the flat tensor, or with a broadcast index")
+    x, index = _first(s, n), s.of(a["indices" if operator_name(n) == "take_along_dim" else "index"])
     k = a.dim % len(x)
     s.algebra.freeze(x[k], index[k], why=f"{n.name}: gather")
     for i, (mine, theirs) in enumerate(zip(x, index, strict=True)):

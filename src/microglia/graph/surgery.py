@@ -14,7 +14,7 @@ from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 from torch.utils import _pytree as pytree
 
 from microglia.graph.cut import Cut, Scaled, constants
-from microglia.graph.trace import Trace, named_arguments, operator_name
+from microglia.graph.trace import Trace, named_arguments, operator_name, split_dim
 
 CHECKS = ("_assert_tensor_metadata", "_assert_scalar", "_assert_async", "sym_constrain_range_for_size")
 """Operators of the trace that only check; they compute nothing and their bounds no longer hold."""
@@ -115,7 +115,9 @@ def _patch(cut: Cut, node: fx.Node, copies: dict[fx.Node, fx.Node]) -> None:
             changes[key] = [_carried(copy, v, copies) for v in value]
     if target is not node.target:
         copy.target, copy.kwargs = target, {}
-        copy.args = (copies[node.args[0]], changes["split_sizes"], named_arguments(node)["dim"])  # type: ignore[index]
+        source: Any = node.args[0]
+        k = split_dim(operator_name(node), named_arguments(node), len(cut.dims_of(source)))
+        copy.args = (copies[source], changes["split_sizes"], k)
     else:
         _update(copy, changes)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -233,6 +233,13 @@ def named_arguments(node: fx.Node) -> dict[str, Any]:
         else:
             found[argument.name] = argument.default_value if argument.has_default_value() else None
     return found
+
+
+def split_dim(name: str, a: Mapping[str, Any], rank: int) -> int:
+    """Returns the dimension that an operator of the split family cuts."""
+    if name in ("hsplit", "vsplit"):
+        return int(name == "hsplit" and rank > 1)
+    return int(a["dim"]) % rank
 
 
 def concrete(size: Any) -> int:

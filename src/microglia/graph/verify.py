@@ -18,6 +18,7 @@ from microglia.core.errors import MicrogliaError
 from microglia.graph.cut import Cut
 from microglia.graph.reference import MissingReference, Reference
 from microglia.graph.surgery import patched
+from microglia.graph.trace import operator_name
 
 
 class ShrinkError(MicrogliaError):
@@ -119,6 +120,8 @@ class _Lockstep:
                 self.wanted[node] = self.reference.run(node, self.wanted)
             except MissingReference as error:
                 raise ShrinkError(f"The cut cannot be verified: {error}.") from error
+            if _is_arbitrary(node):  # random or uninitialized: both models go on with the same values
+                self.got[copy] = self._kept(node, self.wanted[node])
             self._compare(node, self.wanted[node], self.got[copy])
             self._drop(self.wanted, self.last_use, node)
         self._drop(self.got, self.extra_use, copy)
@@ -128,12 +131,19 @@ class _Lockstep:
             if last.get(source) is node:
                 values.pop(source, None)
 
+    def _kept(self, node: fx.Node, value: Any) -> Any:
+        """Returns the entries of a node's value that stay."""
+        if not isinstance(value, Tensor):
+            return value
+        for k, dim in enumerate(self.cut.analysis.dims[node]):
+            if self.cut.changes(dim):
+                value = value.index_select(k, self.cut.mask(dim).nonzero()[:, 0].to(value.device))
+        return value.clone()
+
     def _compare(self, node: fx.Node, wanted: Any, got: Any) -> None:
         if not isinstance(wanted, Tensor):
             return
-        for k, dim in enumerate(self.cut.analysis.dims[node]):
-            if self.cut.changes(dim):
-                wanted = wanted.index_select(k, self.cut.mask(dim).nonzero()[:, 0].to(wanted.device))
+        wanted = self._kept(node, wanted)
         self.compared += 1
         if wanted.shape != got.shape:
             shapes = f"{tuple(got.shape)} instead of {tuple(wanted.shape)}"
@@ -153,6 +163,17 @@ class _Lockstep:
                 stack = list((node.meta.get("nn_module_stack") or {}).values())
                 return f"in {stack[-1][0] or 'the model'}" if stack else "in the model"
         return "in the model"
+
+
+_ARBITRARY = (
+    "empty", "empty_like", "new_empty", "rand", "randn", "rand_like", "randn_like", "randint", "randint_like", "bernoulli",
+    "normal", "uniform", "exponential",
+)  # fmt: skip
+"""Operators whose values are drawn anew by each call, or not set at all."""
+
+
+def _is_arbitrary(node: fx.Node) -> bool:
+    return operator_name(node).rstrip("_") in _ARBITRARY
 
 
 def difference(got: Tensor, wanted: Tensor) -> float:

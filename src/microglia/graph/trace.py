@@ -64,9 +64,11 @@ def trace(model: nn.Module, example_inputs: Any, *, dynamic: Sequence[int] = (0,
     args, kwargs = arguments(example_inputs)
     modes = {module: module.training for module in model.modules()}
     model.train(training)
+    hook = model.register_forward_hook(_known_outputs)
     try:
         exported = _export(model, args, kwargs, dynamic)
     finally:
+        hook.remove()
         for module, mode in modes.items():
             module.training = mode
     inline_wrappers(exported.graph_module)
@@ -126,6 +128,11 @@ def _export(
         f"torch.export cannot trace {type(model).__name__}: {type(problem).__name__}: {first[0] if first else ''} "
         "Remove what depends on the values of tensors from its forward, or shrink an exportable part of it."
     ) from problem
+
+
+def _known_outputs(module: nn.Module, args: Any, outputs: Any) -> Any:
+    """Leaves out what torch.export cannot return, such as the cache a language model hands on."""
+    return pytree.tree_map(lambda v: v if v is None or isinstance(v, Tensor | int | float | str) else None, outputs)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The command line: `microglia prune | eval | measure | sweep | report | demo | methods | recipe`."""
+"""The command line: `microglia prune | shrink | eval | measure | sweep | report | demo | methods | recipe`."""
 
 from __future__ import annotations
 
@@ -22,13 +22,16 @@ from microglia.lab.recipe import Recipe, RecipeError, as_dict, override, put, re
 from microglia.lab.report import collect
 from microglia.lab.report import export as export_records
 from microglia.lab.report import report as write_report
-from microglia.lab.summary import measurement_table, result_table
+from microglia.lab.shrink_view import PICTURE, removal_table
+from microglia.lab.shrinking import Shrinking, shrink_saved
+from microglia.lab.summary import comparison_table, measurement_table, result_table
 from microglia.lab.sweep import run_sweep
 from microglia.lab.sweep_grid import plan_table, read_sweep
 from microglia.lab.target import open_target
 from microglia.measure import measure as measure_model
 from microglia.methods import methods as known_methods
 from microglia.scores import scores
+from microglia.train.archive import removed_from
 from microglia.train.engine import rank_and_world
 from microglia.train.evaluate import evaluate
 
@@ -83,9 +86,12 @@ def prune(
     checkpoint: Checkpoint = None,
     method: Annotated[str | None, typer.Option(help="See `microglia methods`.")] = None,
     pattern: Annotated[str | None, typer.Option(help=", ".join(PATTERN_FORMS))] = None,
-    scope: Annotated[str | None, typer.Option(help="global, layer, row or erk.")] = None,
+    scope: Annotated[str | None, typer.Option(help="global, layer, row or erk; of removed channels uniform or global.")] = None,
     density: Annotated[float | None, typer.Option(help="Fraction of the prunable weights to keep, in (0, 1].")] = None,
     params: Annotated[float | None, typer.Option(help="Fraction of all parameters to keep, in (0, 1].")] = None,
+    flops: Annotated[float | None, typer.Option(help="Fraction of the operations to keep: removes channels.")] = None,
+    ms: Annotated[float | None, typer.Option(help="Milliseconds per example, measured here: removes channels.")] = None,
+    round_to: Annotated[int | None, typer.Option(help="Widths in multiples of this, where channels are removed.")] = None,
     layers: Annotated[list[str] | None, typer.Option(help="Layers to prune (name globs, type:Conv2d, !not).")] = None,
     exclude: Annotated[list[str] | None, typer.Option(help="Layers neither pruned nor counted.")] = None,
     protect: Annotated[list[str] | None, typer.Option(help="Layers kept dense but counted.")] = None,
@@ -103,7 +109,8 @@ def prune(
         "model": words.pop(0) if words and "=" not in words[0] else None,
         "data": data, "checkpoint": checkpoint, "method": method, "seed": seed, "device": device,
         "train.epochs": epochs, "train.lr": lr, "prune.pattern": pattern, "prune.scope": scope, "prune.density": density,
-        "prune.params": params, "prune.layers": layers, "prune.exclude": exclude, "prune.protect": protect,
+        "prune.params": params, "prune.flops": flops, "prune.ms": ms, "prune.round_to": round_to,
+        "prune.layers": layers, "prune.exclude": exclude, "prune.protect": protect,
     }  # fmt: skip
     source: dict[str, Any] = read_yaml(recipe) if recipe is not None else {}
     for key, value in given.items():
@@ -112,7 +119,33 @@ def prune(
     resolved = resolve(override(source, words))
     directory = out if out is not None else _own_directory(resolved)
     result = execute(resolved, directory)
-    return result, [result_table(result), f"Run: {directory}\nModel: {directory / 'model'}"]
+    shown: list[Any] = [f"Run: {directory}\nModel: {directory / 'model'}"]
+    if result.get("removed"):
+        shown = [removal_table(result["removed"]), f"Picture: {directory / PICTURE}", *shown]
+    return result, [result_table(result), *shown]
+
+
+@command
+def shrink(
+    target: Annotated[Path, typer.Argument(help="A run directory or a saved model's, masked by channels.")],
+    data: Data = None,
+    out: Annotated[Path | None, typer.Option(help="Where the smaller model goes; default RUN/shrunk.")] = None,
+    keep_class: Annotated[
+        bool, typer.Option("--keep-class", help="Refuse what the model's own classes cannot follow.")
+    ] = False,
+    clear: Annotated[bool, typer.Option("--clear", help="Zero the biases that masked channels still have; all go.")] = False,
+    latency: Annotated[bool, typer.Option(help="Whether to time dense, masked and shrunk.")] = True,
+    json_: Json = False,
+) -> Shown:
+    """Remove masked channels physically: a smaller model, proved equal, saved beside the masked one."""
+    asked = Shrinking(target, out, data, keep_class=keep_class, clear=clear, latency=latency)
+    result = shrink_saved(asked)
+    columns = {name: result[name] for name in ("dense", "masked", "shrunk")}
+    caption = f"The outputs on test inputs differ from the masked model's by {result['difference']:.1e} at most."
+    caption += " Biases and shifts of masked channels were set to zero first." if clear else ""
+    table = comparison_table(columns, result["latency"], title=f"{result['task']}: shrunk", caption=caption)
+    where = f"Picture: {asked.directory / PICTURE}\nModel: {asked.directory}"
+    return result, [removal_table(result["removed"]), table, where]
 
 
 @command
@@ -145,6 +178,8 @@ def measure(
     """Measure a run, a saved model or a network: parameters, MACs, latency, bytes."""
     model, task = open_target(target, data, checkpoint)
     measured = measure_model(model, task.example, latency=latency).to_dict()
+    if (removed := removed_from(model)) is not None:
+        measured["shrunk_from"] = {"parameters": list(removed.parameters), "MACs": list(removed.macs)}
     return measured, [measurement_table(task.name, measured)]
 
 

@@ -6,7 +6,6 @@ import json
 import os
 import platform
 import time
-from copy import deepcopy
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -18,10 +17,11 @@ from torch import nn
 from microglia.core.errors import FileError
 from microglia.core.masks import masks_of
 from microglia.lab.recipe import Recipe, as_dict, method_config
+from microglia.lab.shrink_view import PICTURE, draw, removal
 from microglia.measure import measure_latency
-from microglia.methods import Pruner, methods
+from microglia.methods import methods
 from microglia.methods.procedure import observe
-from microglia.train.archive import load, save
+from microglia.train.archive import load, removed_from, save
 from microglia.train.engine import accelerator
 from microglia.train.files import write_atomic
 from microglia.train.image_task import ImageSource, image_task
@@ -29,6 +29,8 @@ from microglia.train.run import Run
 from microglia.train.task import Task
 
 Result = dict[str, Any]
+BUDGET = ("density", "params", "flops", "ms")
+"""Terms of a budget; masks know the first two."""
 
 
 def make_task(recipe: Recipe) -> Task:
@@ -49,9 +51,10 @@ def execute(recipe: Recipe, directory: Path | None = None) -> Result:
 
     A run that finished before is not run again: its result is returned. One that was interrupted goes on.
 
-    The result holds ``recipe``; ``environment``; ``asked`` and ``masks`` (density asked, weights kept of all masked);
-    ``dense``, ``before`` and ``pruned`` (each with ``metrics`` on the test split, ``parameters``, ``macs``, ``bytes``;
-    ``before`` is the pruned model before recovery, where the method has such a moment); ``latency``; ``seconds``.
+    The result holds ``recipe``; ``environment``; ``asked`` and ``masks`` (budget asked, weights kept of all masked);
+    ``removed`` (what went of a shrunk model, layer by layer; None for a masked one); ``dense``, ``before`` and ``pruned``
+    (each with ``metrics`` on the test split, ``parameters``, ``macs``, ``bytes``; ``before`` is the pruned model before
+    recovery, where the method has such a moment); ``latency``; ``seconds``.
 
     Raises:
         MicrogliaError: Anything the user can mend; the text says how.
@@ -63,7 +66,7 @@ def execute(recipe: Recipe, directory: Path | None = None) -> Result:
     prepared = None if directory is not None and (directory / "recipe.yaml").exists() else prepare(recipe)
     run = Run(directory, as_dict(recipe), seed=recipe.seed, device=engine.device.type)
     try:
-        return run.result or _execute(recipe, run, prepared or prepare(recipe))
+        return run.result or _execute(recipe, run, prepared or make_task(recipe))
     finally:
         run.close()
 
@@ -75,7 +78,7 @@ def prepare(recipe: Recipe) -> Task:
         MicrogliaError: Model, data, checkpoint, layers, pattern or budget are not as they should be.
     """
     task = make_task(recipe)
-    Pruner(task.build(), method_config(recipe))
+    methods[recipe.method].check(task, method_config(recipe))
     return task
 
 
@@ -88,16 +91,20 @@ def _execute(recipe: Recipe, run: Run, task: Task) -> Result:
     observe(task, run, "pruned", model)
     if run.directory is not None and run.main:
         save(model, run.directory / "model")
-        _prove_equal(model, run.directory / "model")
+        prove_equal(model, run.directory / "model", task.build())
     masks = masks_of(model)
+    removed = removal(task.build(), model) if removed_from(model) is not None else None
+    if removed is not None and run.directory is not None and run.main:
+        draw(removed, f"{task.name}: {recipe.method}", run.directory / PICTURE)
     result: Result = {
         "recipe": as_dict(recipe),
         "environment": environment(),
         "task": task.name,
         "headline": task.headline,
         "normalization": asdict(task.data.images.normalization) if isinstance(task.data, ImageSource) else None,
-        "asked": {"density": config.density, "params": config.params},
+        "asked": {term: getattr(config, term) for term in (BUDGET if removed is not None else BUDGET[:2])},
         "masks": {"kept": masks.kept, "total": masks.total},
+        "removed": removed,
         **run.observations,
         "latency": _latency(recipe, task, model) if recipe.measure.latency and run.main else None,
         "seconds": round(time.perf_counter() - began, 2),
@@ -106,10 +113,11 @@ def _execute(recipe: Recipe, run: Run, task: Task) -> Result:
     return result
 
 
-def _prove_equal(model: nn.Module, directory: Path) -> None:
-    """Raises unless the saved model, loaded again, has the same bits."""
-    mine, theirs = model.state_dict(), load(directory, deepcopy(model)).state_dict()
-    different = [name for name in mine if not torch.equal(mine[name], theirs[name].to(mine[name].device))]
+def prove_equal(model: nn.Module, directory: Path, fresh: nn.Module) -> None:
+    """Raises unless the saved model, loaded again into a fresh one, has the same bits."""
+    mine, theirs = model.state_dict(), load(directory, fresh).state_dict()
+    different = sorted(mine.keys() ^ theirs.keys())
+    different = different or [name for name in mine if not torch.equal(mine[name], theirs[name].to(mine[name].device))]
     if different:
         raise FileError(f"The model saved in {directory} does not read back bit for bit ({different[0]}); check the disk.")
 

@@ -50,7 +50,7 @@ class Recipe:
             set's own, or with a checkpoint those among the usual ones under which it fits the training images best.
         image_size: Side to resize images to, or None for their own.
         label_smoothing: In [0, 1), of the training loss.
-        method: A name that ``microglia methods`` lists.
+        method: A name that ``microglia methods`` lists; ``channels`` by default where the budget has ``flops`` or ``ms``.
         prune: The fields of that method's config, except the trainings below.
         dense: Training of the dense model.
         train: Training after (or while) pruning.
@@ -104,10 +104,18 @@ def resolve(source: Mapping[str, Any]) -> Recipe:
     Raises:
         RecipeError: A field is unknown or wrong; the text names it.
     """
-    recipe: Recipe = _validate(_recipe, merge(as_dict(Recipe()), source), "recipe")
+    recipe: Recipe = _validate(_recipe, merge({**as_dict(Recipe()), **_meant(source)}, source), "recipe")
     config = asdict(method_config(recipe))
     prune = {key: value for key, value in config.items() if key not in ("dense", "train")}
     return _validate(_recipe, {**asdict(recipe), "prune": prune}, "recipe")  # type: ignore[no-any-return]
+
+
+def _meant(source: Mapping[str, Any]) -> dict[str, str]:
+    """Returns the method that a budget alone can mean: only removed channels save operations and time."""
+    prune = source.get("prune")
+    if not isinstance(prune, Mapping) or (prune.get("flops") is None and prune.get("ms") is None):
+        return {}
+    return {"method": "channels"} if prune.get("pattern", "channel") == "channel" else {}
 
 
 def as_dict(recipe: Recipe) -> dict[str, Any]:

@@ -119,7 +119,7 @@ class Record:
         environment: Where it ran.
         task: Model and data, for people.
         headline: Name of the metric that counts.
-        asked: Budget: ``density`` and ``params``, each a fraction or None.
+        asked: Budget: ``density``, ``params`` and ``flops``, each a fraction, ``ms`` a time; None or missing where not asked.
         dense: The model before pruning.
         pruned: The model in the end.
         before: The pruned model before recovery, where there was such a moment.

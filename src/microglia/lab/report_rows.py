@@ -8,12 +8,20 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
+from typing import Any, TypeVar
 
 from microglia.lab.report_records import Latency, Observed, Record
 from microglia.train.run import flatten
 
-SHOWN = {"model", "data", "method", "seed", "prune.pattern", "prune.density", "prune.params"}
+T = TypeVar("T")
+SHOWN = {
+    "model",
+    "data",
+    "method",
+    "seed",
+    "prune.pattern",
+    *(f"prune.{term}" for term in ("density", "params", "flops", "ms")),
+}
 """Recipe keys that a table shows anyway; the others are named where they differ between runs of one method."""
 DENSE = ("checkpoint", "normalize", "image_size", "label_smoothing", "dense.")
 """Recipe keys, or beginnings of them, that the dense model depends on."""
@@ -92,13 +100,19 @@ class Row:
 
     @property
     def compression(self) -> float | None:
-        """All parameters over those left, mean over the runs."""
-        return _mean(self._observed(), lambda o: o.parameters.compression)
+        """All parameters of the dense model over those left, mean over the runs."""
+        if self.baseline:
+            return _mean(self.records, lambda r: r.dense.parameters.compression)
+        return _mean(
+            self.records, lambda r: _times(r.pruned.parameters.compression, r.dense.parameters.all, r.pruned.parameters.all)
+        )
 
     @property
     def theoretical(self) -> float | None:
-        """Theoretical speed-up from MACs, mean over the runs."""
-        return _mean(self._observed(), lambda o: o.macs.speedup)
+        """Theoretical speed-up, MACs of the dense model over those left, mean over the runs."""
+        if self.baseline:
+            return _mean(self.records, lambda r: r.dense.macs.speedup)
+        return _mean(self.records, lambda r: _times(r.pruned.macs.speedup, r.dense.macs.total, r.pruned.macs.total))
 
     @property
     def raw(self) -> float:
@@ -267,10 +281,16 @@ def _asked(record: Record) -> str:
 
 def _fraction(record: Record) -> float:
     """Returns what sorts budgets from weak to strong."""
-    return -min((v for v in record.asked.values() if v is not None), default=1.0)
+    given = {k: v for k, v in record.asked.items() if v is not None}
+    return -min((v for k, v in given.items() if k != "ms" or len(given) == 1), default=1.0)
 
 
-def _mean(observed: Iterable[Observed], read: Callable[[Observed], float | None]) -> float | None:
-    values = [read(one) for one in observed]
+def _times(ratio: float | None, dense: int, now: int) -> float | None:
+    """Returns a model's own ratio, by its zeros, times what was removed from it; None where it is infinite."""
+    return ratio if ratio is None or dense == now else ratio * dense / now if now else None
+
+
+def _mean(things: Iterable[T], read: Callable[[T], float | None]) -> float | None:
+    values = [read(one) for one in things]
     known = [value for value in values if value is not None]
     return statistics.fmean(known) if len(known) == len(values) else None

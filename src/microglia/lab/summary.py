@@ -12,32 +12,65 @@ Json = Mapping[str, Any]
 
 def result_table(result: Json) -> Table:
     """Returns the table of a run's result (see `microglia.lab.execute.execute`)."""
-    columns = [name for name in ("dense", "before", "pruned") if name in result]
-    titles = {"dense": "dense", "before": "before recovery", "pruned": "pruned"}
+    columns = {name: result[name] for name in ("dense", "before", "pruned") if name in result}
     asked = ", ".join(f"{k} {v:g}" for k, v in result["asked"].items() if v is not None) or "the pattern's own"
-    masks = result["masks"]
-    got = f"{masks['kept']:,} of {masks['total']:,} = {masks['kept'] / masks['total']:.6g}" if masks["total"] else "none"
     recipe = result["recipe"]
-    table = Table(
-        "",
-        *(titles[c] for c in columns),
-        "dense / pruned",
+    return comparison_table(
+        columns,
+        result.get("latency"),
         title=f"{result['task']}: {recipe['method']}, {recipe['prune']['pattern']}, {recipe['prune']['scope']}",
-        caption=f"asked: {asked}; kept {got} of the prunable weights. MACs (one multiply-add each) alone are theory.",
+        caption=f"asked: {asked}; {_kept(result)}. MACs (one multiply-add each) alone are theory.",
     )
+
+
+def _kept(result: Json) -> str:
+    if removed := result.get("removed"):
+        got = ", ".join(f"{term} {value:.4g}" for term, value in removed["got"].items() if term != "round_to")
+        return f"got {got}, the channels removed physically"
+    masks = result["masks"]
+    part = f"{masks['kept']:,} of {masks['total']:,} = {masks['kept'] / masks['total']:.6g}" if masks["total"] else "none"
+    return f"kept {part} of the prunable weights"
+
+
+def comparison_table(columns: Mapping[str, Json], latency: Json | None, *, title: str, caption: str) -> Table:
+    """Returns the table of several moments of one model beside each other, and of the ratio of the first to the last.
+
+    Args:
+        columns: Name -> what was observed; where the first is dense, the others are counted against it.
+        latency: Of models by the same names, or None.
+        title: Of the table.
+        caption: Below it.
+    """
+    names = list(columns)
+    titles = ["before recovery" if name == "before" else name for name in names]
+    table = Table("", *titles, f"{names[0]} / {names[-1]}", title=title, caption=caption)
+    against = columns.get("dense")
     for label, read, show in _ROWS:
-        values = [read(result[column]) for column in columns]
+        values = [read(_against(column, against)) for column in columns.values()]
         if all(value is None for value in values):
             continue
-        ratio = values[0] / values[-1] if columns[0] == "dense" and label in _RATIOS and values[-1] else None
+        changed = label in _RATIOS or (label in _PHYSICAL and values[0] != values[-1])
+        ratio = values[0] / values[-1] if changed and values[0] and values[-1] else None
         table.add_row(label, *("-" if v is None else show(v) for v in values), "" if ratio is None else f"{ratio:.2f}x")
-    _add_latency(table, result.get("latency"), columns)
+    _add_latency(table, latency, names)
     return table
+
+
+def _against(column: Json, dense: Json | None) -> Json:
+    """Returns what was observed with density and compression taken against the dense model: a shrunk one has no zeros."""
+    if dense is None:
+        return column
+    own, whole = column["parameters"], dense["parameters"]
+    left = own["all"] - own["prunable"] + own["kept"]
+    ratios = {"density": own["kept"] / whole["prunable"], "compression": whole["all"] / left if left else None}
+    return {**column, "parameters": {**own, **ratios}}
 
 
 def measurement_table(name: str, measured: Json) -> Table:
     """Returns the table of one model's measurement."""
     table = Table("", "measured", title=name)
+    for label, (before, after) in measured.get("shrunk_from", {}).items():
+        table.add_row(f"{label}, dense / shrunk", f"{before:,} / {after:,} = {before / max(1, after):.2f}x")
     for label, read, show in _ROWS:
         value = read(measured)
         if value is not None:
@@ -76,6 +109,7 @@ _ROWS: list[tuple[str, Callable[[Json], Any], Callable[[Any], str]]] = [
     ("bytes on disk, raw", _at("bytes", "raw"), _count),
     ("bytes on disk, zipped", _at("bytes", "zipped"), _count),
 ]
+_PHYSICAL = {"parameters", "MACs, all"}
 _RATIOS = {"  not zero", "MACs of kept weights", "bytes on disk, raw", "bytes on disk, zipped"}
 
 
@@ -89,7 +123,8 @@ def _add_latency(table: Table, latency: Json | None, columns: list[str]) -> None
         ratio = row[0]["median"] / row[-1]["median"] if row[0] and row[-1] else None
         label = f"latency, {execution}, batch {latency['batch']} (ms)"
         table.add_row(label, *("" if t is None else _time(t) for t in row), "" if ratio is None else f"{ratio:.2f}x")
-    fastest = timings["dense"][best["dense"]]["median"] / timings["pruned"][best["pruned"]]["median"]
+    first, last = columns[0], columns[-1]
+    fastest = timings[first][best[first]]["median"] / timings[last][best[last]]["median"]
     table.add_row("  best against best", *(best.get(c, "") for c in columns), f"{fastest:.2f}x", style="bold")
     table.caption = f"{table.caption}\n{latency['device']}, {latency['threads']} threads, torch {latency['torch_version']}."
 

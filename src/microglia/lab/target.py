@@ -1,4 +1,4 @@
-"""What a command line may point at: a run, a saved model, or a network by name."""
+"""What a command line may point at: a run, a saved model (of a run or alone), or a network by name."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def open_target(target: str, data: str | None = None, checkpoint: str | None = N
     """Returns the model and task a target stands for.
 
     Args:
-        target: A run directory; a directory that `save` wrote; or a model's name.
+        target: A run directory; a directory that `save` wrote (inside a run the run's data is meant); or a model's name.
         data: Data set instead of the run's own; with a model's name, ``digits`` unless given.
         checkpoint: Trained weights for a model by name.
 
@@ -28,11 +28,13 @@ def open_target(target: str, data: str | None = None, checkpoint: str | None = N
     """
     path = Path(target)
     if (path / "recipe.yaml").is_file():
-        recipe = resolve({**read_yaml(path / "recipe.yaml"), **({"data": data} if data else {})})
         if not (path / "model" / PLAN).is_file():
             raise RunError(f"The run in {path} has no model yet; start it again to finish it.")
-        task = make_task(recipe)
+        task = _task_of(path, data)
         return load(path / "model", task.build()), task
+    if (path / PLAN).is_file() and (path.resolve().parent / "recipe.yaml").is_file():
+        task = _task_of(path.resolve().parent, data)
+        return load(path, task.build()), task
     if (path / PLAN).is_file():
         source = read_json(path / PLAN).get("source")
         if not source:
@@ -42,3 +44,7 @@ def open_target(target: str, data: str | None = None, checkpoint: str | None = N
         raise RunError(f"{path} is neither a run directory (recipe.yaml) nor a saved model ({PLAN}).")
     task = image_task(target, data or "digits", checkpoint=checkpoint)
     return task.build(), task
+
+
+def _task_of(run: Path, data: str | None) -> Task:
+    return make_task(resolve({**read_yaml(run / "recipe.yaml"), **({"data": data} if data else {})}))

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from microglia.core.registry import Registry
-from microglia.methods.pruner import PruneConfig
+from microglia.methods.pruner import PruneConfig, Pruner
 from microglia.train.optim import RECOVERY, FitConfig
 from microglia.train.run import Run
 from microglia.train.task import Task
@@ -33,6 +33,13 @@ class MethodConfig(PruneConfig):
 
 
 Procedure = Callable[[Task, Run, Any], nn.Module]
+Check = Callable[[Task, Any], object]
+"""(task, config): raises what is wrong with them, before anything is trained."""
+
+
+def fits(task: Task, config: PruneConfig) -> None:
+    """Raises unless layers, pattern and budget of masks fit the task's model."""
+    Pruner(task.build(), config)
 
 
 @dataclass(frozen=True)
@@ -41,10 +48,11 @@ class Method:
 
     Attributes:
         name: As in recipes and on the command line.
-        procedure: Trains, prunes and recovers; returns the masked model.
+        procedure: Trains, prunes and recovers; returns the masked or the shrunk model.
         config: Its frozen config dataclass.
         description: One line.
         defaults: Config fields this name sets, which a recipe may override.
+        check: Raises, before anything is trained, what is wrong with a config for a task.
     """
 
     name: str
@@ -52,17 +60,18 @@ class Method:
     config: type[MethodConfig]
     description: str
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    check: Check = fits
 
 
 methods: Registry[Method] = Registry("method")
 
 
-def method(name: str, config: type[MethodConfig]) -> Callable[[Procedure], Procedure]:
+def method(name: str, config: type[MethodConfig], check: Check = fits) -> Callable[[Procedure], Procedure]:
     """Returns a decorator that registers a procedure; its docstring's first line describes it."""
 
     def register(procedure: Procedure) -> Procedure:
         description = (procedure.__doc__ or "").strip().split("\n")[0]
-        methods.add(name)(Method(name, procedure, config, description))
+        methods.add(name)(Method(name, procedure, config, description, check=check))
         return procedure
 
     return register
@@ -71,4 +80,4 @@ def method(name: str, config: type[MethodConfig]) -> Callable[[Procedure], Proce
 def preset(name: str, of: str, description: str, **defaults: Any) -> None:
     """Registers a name for a method with other defaults."""
     original = methods[of]
-    methods.add(name)(Method(name, original.procedure, original.config, description, defaults))
+    methods.add(name)(Method(name, original.procedure, original.config, description, defaults, original.check))

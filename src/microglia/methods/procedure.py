@@ -1,4 +1,4 @@
-"""The stages procedures are composed of, each durable: dense model, a change of the model, training, observation."""
+"""The stages procedures are composed of, each durable: dense model, a change or a cut of it, training, observation."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from microglia.core.masks import restore
+from microglia.graph import Plan, plan_of, replay
 from microglia.measure import measure
 from microglia.methods.base import MethodConfig
 from microglia.scores import Evidence
@@ -28,6 +29,25 @@ def change(run: Run, name: str, model: nn.Module, work: Callable[[Progress], Any
         return {"model": model.state_dict()}
 
     restore(model, run.stage(name, stage)["model"])
+
+
+def cut(run: Run, name: str, model: nn.Module, work: Callable[[nn.Module], nn.Module]) -> nn.Module:
+    """Returns the smaller model that ``work`` makes of a dense one, as a stage.
+
+    What is kept are the plan of what went and the state. The plan is replayed on the model in either case, so that a cut
+    just made and one read from its file are the same; on several ranks it is the first one's (times differ).
+    """
+
+    def stage(progress: Progress) -> dict[str, Any]:
+        small = work(model)
+        shared = [plan_of(small).to_dict()]
+        if torch.distributed.is_initialized():
+            torch.distributed.broadcast_object_list(shared)
+            small = replay(model, Plan.from_dict(shared[0]))
+        return {"plan": shared[0], "model": small.state_dict()}
+
+    done = run.stage(name, stage)
+    return restore(replay(model, Plan.from_dict(done["plan"])), done["model"])
 
 
 def train(

@@ -27,6 +27,8 @@ class PruneConfig:
     Attributes:
         density: Kept fraction of the prunable weights, in (0, 1].
         params: Kept fraction of all parameters, in (0, 1]; with ``density`` the tighter one binds.
+        flops: Kept fraction of the multiply-accumulates; only where channels are removed (the method ``channels``).
+        ms: Milliseconds that one example may take on this machine, by measurement; only there too.
         pattern: ``unstructured``, ``block:OUTxIN``, ``nm:N:M`` or ``channel``.
         scope: ``global``, ``layer``, ``row``, ``erk``, or densities by layer name.
         score: Name of a score; see ``microglia methods``.
@@ -41,6 +43,8 @@ class PruneConfig:
 
     density: float | None = None
     params: float | None = None
+    flops: float | None = None
+    ms: float | None = None
     pattern: str = "unstructured"
     scope: Literal["global", "layer", "row", "erk"] | dict[str, float] = "global"
     score: str = "magnitude"
@@ -146,6 +150,11 @@ class Pruner:
 
 
 def _budget(config: PruneConfig, pattern: Pattern) -> Budget | None:
+    if config.flops is not None or config.ms is not None:
+        raise BudgetError(
+            f"flops and ms are budgets of removed channels: masks ({pattern}) save neither. Take the method 'channels' "
+            "(pattern channel), or give density or params."
+        )
     fixed = pattern.fixed_density
     if fixed is not None:
         if config.params is not None or config.density not in (None, fixed):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,8 @@ from torch import nn
 
 from microglia.core.errors import FileError, MicrogliaError
 from microglia.core.masks import masks_of, restore
+from microglia.graph import Plan, replay
+from microglia.graph.plan import PLAN as REMOVED
 from microglia.train.files import VERSION, check_header, read_tensors, write_atomic, write_tensors
 from microglia.train.run import read_json
 from microglia.zoo import build
@@ -19,11 +23,16 @@ SOURCE = "microglia_source"
 """Attribute under which `microglia.build` notes on a model how it was built."""
 
 
+def removed_from(model: nn.Module) -> Plan | None:
+    """Returns the plan of what was removed from a shrunk model, None for any other."""
+    return getattr(model, REMOVED, None)
+
+
 def save(model: nn.Module, directory: str | Path) -> Path:
-    """Writes ``model.safetensors`` (weights, buffers, masks) and ``plan.json`` (how to build it, what is masked).
+    """Writes ``model.safetensors`` (weights, buffers, masks) and ``plan.json`` (how to build it, what is masked or removed).
 
     Args:
-        model: Any module, masked or folded. One that `microglia.build` made can be loaded by its directory alone.
+        model: Any module, masked, folded or shrunk. One that `microglia.build` made can be loaded by its directory alone.
         directory: Made if it is not there; a model saved there before is replaced, weights and plan each atomically.
 
     Returns:
@@ -33,13 +42,17 @@ def save(model: nn.Module, directory: str | Path) -> Path:
         FileError: It cannot be written.
     """
     directory = Path(directory)
-    mark = write_tensors(directory / WEIGHTS, model.state_dict(), kind="weights")
+    removed = removed_from(model)
+    shrunk = removed.to_dict() if removed is not None else None
+    # The weights' header holds a mark of what was removed, so that no other plan is ever replayed under them.
+    mark = write_tensors(directory / WEIGHTS, model.state_dict(), kind="weights", document=_mark(shrunk))
     plan = {
         "format": "microglia.model",
         "version": VERSION,
         "source": getattr(model, SOURCE, None),
         "class": type(model).__name__,
         "masks": {name: {"shape": list(m.shape), "kept": int(m.sum())} for name, m in masks_of(model).items()},
+        "shrunk": shrunk,
         "digest": mark,
     }
     write_atomic(directory / PLAN, json.dumps(plan, indent=2) + "\n")
@@ -51,8 +64,8 @@ def load(directory: str | Path, model: nn.Module | None = None) -> nn.Module:
 
     Args:
         directory: Where `save` put it.
-        model: A freshly built model of the same architecture to load into; needed when the saved one was not made by
-            `microglia.build`.
+        model: A freshly built model of the same architecture to load into, dense also where the saved one was shrunk;
+            needed when that was not made by `microglia.build`.
 
     Raises:
         FileError: A file is missing, damaged, truncated, foreign, or newer than this library; or the model does not fit.
@@ -62,14 +75,39 @@ def load(directory: str | Path, model: nn.Module | None = None) -> nn.Module:
         raise FileError(f"{directory} holds no saved model: there is no {PLAN}.")
     plan = read_json(directory / PLAN)
     check_header(directory / PLAN, plan, "model")
-    state, _, mark = read_tensors(directory / WEIGHTS, kind="weights")
-    if mark != plan.get("digest"):
+    state, removed, mark = read_tensors(directory / WEIGHTS, kind="weights")
+    if mark != plan.get("digest") or removed != _mark(plan.get("shrunk")):
         raise FileError(f"{directory}: {WEIGHTS} and {PLAN} do not belong together; one of them was replaced.")
     model = model if model is not None else _build(directory, plan)
+    model = _cut(model, plan.get("shrunk"), directory)
     try:
         return restore(model, state)
     except (RuntimeError, MicrogliaError) as error:
         raise FileError(f"The weights in {directory} do not fit {type(model).__name__}: {error}") from error
+
+
+def _mark(shrunk: Any) -> str | None:
+    """Returns a digest of what was removed from a model; None where nothing was."""
+    if shrunk is None:
+        return None
+    return hashlib.blake2b(json.dumps(shrunk, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def _cut(model: nn.Module, shrunk: Any, directory: Path) -> nn.Module:
+    """Returns the freshly built model with the recorded channels removed, noting how it was built."""
+    if removed_from(model) is not None:
+        raise FileError(f"Pass a freshly built, dense {type(model).__name__} to load {directory} into, not a shrunk one.")
+    if shrunk is None:
+        return model
+    if not isinstance(shrunk, Mapping):
+        raise FileError(f"{directory / PLAN} is damaged: what was removed is no plan.")
+    try:
+        small = replay(model, Plan.from_dict(shrunk))
+    except (AttributeError, TypeError, ValueError) as error:
+        raise FileError(f"{directory / PLAN} is damaged: what was removed is no plan ({error}).") from error
+    if source := getattr(model, SOURCE, None):
+        setattr(small, SOURCE, source)
+    return small
 
 
 def _build(directory: Path, plan: dict[str, Any]) -> nn.Module:

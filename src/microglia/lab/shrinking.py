@@ -1,0 +1,140 @@
+"""Shrinking what is saved: masks in, a smaller model out, proved equal, measured beside the dense and the masked one."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from microglia.core.errors import MicrogliaError, RunError
+from microglia.core.masks import masks_of
+from microglia.graph import ShrinkError, plan_of, shrink
+from microglia.lab.execute import prove_equal
+from microglia.lab.recipe import MeasureConfig, read_yaml, resolve
+from microglia.lab.shrink_view import PICTURE, draw, removal
+from microglia.lab.target import open_target
+from microglia.measure import measure, measure_latency
+from microglia.train.archive import PLAN, removed_from, save
+from microglia.train.evaluate import evaluate
+from microglia.train.files import write_atomic
+from microglia.train.run import read_json
+from microglia.train.task import Task
+
+RESULT = "shrink.json"
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Shrinking:
+    """What to shrink, and how.
+
+    Attributes:
+        target: A run, or a directory that `save` wrote.
+        out: Where the smaller model goes; None for ``shrunk`` in a run, or beside a saved model.
+        data: Data set instead of the run's own; ``digits`` for a saved model alone.
+        keep_class: Only what the model's own classes can follow.
+        clear: Zero what masked channels still add (biases, norm shifts), so that all of them go.
+        latency: Whether to time dense, masked and shrunk model.
+    """
+
+    target: Path
+    out: Path | None = None
+    data: str | None = None
+    keep_class: bool = False
+    clear: bool = False
+    latency: bool = True
+
+    @property
+    def directory(self) -> Path:
+        """Where the smaller model goes."""
+        if self.out is not None:
+            return self.out
+        whole = (self.target / "recipe.yaml").is_file()
+        return self.target / "shrunk" if whole else self.target.with_name(f"{self.target.name}-shrunk")
+
+    @property
+    def run(self) -> Path | None:
+        """The run that the target is, or is of."""
+        near = (self.target, self.target.resolve().parent)
+        return next((path for path in near if (path / "recipe.yaml").is_file()), None)
+
+
+def shrink_saved(asked: Shrinking) -> Json:
+    """Shrinks a saved masked model, saves the smaller one and returns what it came to, kept as ``shrink.json`` beside it.
+
+    The result holds ``task``; ``dense``, ``masked`` and ``shrunk`` (``metrics`` on the test split, ``parameters``, ``macs``,
+    ``bytes``; of a model without a run ``dense`` has no metrics); ``removed`` (layer by layer); ``difference``, the largest
+    between the outputs of masked and shrunk model on test inputs, relative to the largest output; ``latency``.
+
+    Raises:
+        MicrogliaError: There is no saved model with whole masked channels, or it cannot be shrunk; the text says why.
+    """
+    masked, task = _open(asked)
+    small = shrink(masked, task.example, clear=asked.clear, keep_class=asked.keep_class)
+    if not plan_of(small).kept:
+        raise MicrogliaError(f"Nothing can be removed from the model in {asked.target}. {' '.join(plan_of(small).notes)}")
+    difference = _difference(task, masked, small)
+    if not asked.clear and difference > 1e-3:
+        raise ShrinkError(f"The shrunk model's outputs differ from the masked one's by {difference:.1e}; nothing was saved.")
+    dense = task.build()
+    save(small, asked.directory)
+    prove_equal(small, asked.directory, task.build())
+    observed = {"masked": _observe(task, masked), "shrunk": _observe(task, small)}
+    removed = removal(dense, small)
+    draw(removed, f"{task.name}: channels before and after", asked.directory / PICTURE)
+    models = {"dense": dense, "masked": masked, "shrunk": small}
+    result = {
+        "task": task.name,
+        "dense": _dense(asked, task, dense),
+        **observed,
+        "removed": removed,
+        "difference": difference,
+        "latency": _latency(asked, task, models) if asked.latency else None,
+    }
+    write_atomic(asked.directory / RESULT, json.dumps(result, indent=2) + "\n")
+    return result
+
+
+def _open(asked: Shrinking) -> tuple[nn.Module, Task]:
+    if not (asked.target / "recipe.yaml").is_file() and not (asked.target / PLAN).is_file():
+        raise RunError(f"{asked.target} is neither a run directory (recipe.yaml) nor a saved model ({PLAN}).")
+    model, task = open_target(str(asked.target), asked.data)
+    if not masks_of(model):
+        if removed_from(model) is not None:
+            raise MicrogliaError(f"The model in {asked.target} was shrunk already, and has no masks since.")
+        raise MicrogliaError(
+            f"The model in {asked.target} has no masks, so there is nothing to remove. Prune with --pattern channel first, or "
+            "remove channels at once with --method channels."
+        )
+    return model, task
+
+
+def _difference(task: Task, masked: nn.Module, small: nn.Module) -> float:
+    """Returns the largest difference of the outputs on test inputs, relative to the largest output."""
+    inputs, _ = next(iter(task.data.batches("test", 64).epoch(0)))
+    with torch.no_grad():
+        expected, got = masked.eval()(inputs), small.eval()(inputs)
+    return float((expected - got).abs().max() / expected.abs().max().clamp_min(1e-12))
+
+
+def _observe(task: Task, model: nn.Module) -> Json:
+    return {"metrics": evaluate(model, task, "test"), **measure(model, task.example, latency=False).to_dict()}
+
+
+def _dense(asked: Shrinking, task: Task, model: nn.Module) -> Json:
+    """Returns what the run observed of its dense model; without a run, what can be counted."""
+    result = asked.run / "result.json" if asked.run is not None else None
+    if result is not None and result.is_file() and "dense" in (content := read_json(result)):
+        found: Json = content["dense"]
+        return found
+    return {"metrics": {}, **measure(model, task.example, latency=False).to_dict()}
+
+
+def _latency(asked: Shrinking, task: Task, models: dict[str, nn.Module]) -> Json:
+    config = resolve(read_yaml(asked.run / "recipe.yaml")).measure if asked.run is not None else MeasureConfig()
+    example = task.example.repeat(config.batch, *[1] * (task.example.ndim - 1))
+    return measure_latency(models, example, executions=config.executions, rounds=config.rounds).to_dict()

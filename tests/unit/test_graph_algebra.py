@@ -275,7 +275,7 @@ def test_a_channel_shuffle_with_an_odd_half():
     lead, trail = algebra.factor(channels, 2)
     left, right = algebra.cut(algebra.product(lead, trail), 29)
     assert algebra.size(left) == algebra.size(right) == 29
-    assert atoms(algebra, lead) == [14, 14]  # and the row in the middle, which lost its identity
+    assert atoms(algebra, lead) == [14, 1, 14]  # the row in the middle can still go by itself
     kept = choice(algebra, 3)
     assert torch.equal(algebra.mask(channels, kept), torch.cat([algebra.mask(left, kept), algebra.mask(right, kept)]))
 
@@ -288,7 +288,7 @@ def test_a_row_is_unrolled_in_two_parts():
     left, right = algebra.cut(whole, 3 * 5 + 2)
     assert [[algebra.size((s,)) for s in algebra.normal(d)] for d in (left, right)] == [[15, 2], [3, 15]]
     assert atoms(algebra, tail) == [2, 3]
-    assert atoms(algebra, lead) == [3, 3]  # row 3, between them, is a unit
+    assert atoms(algebra, lead) == [3, 1, 3]  # row 3, between them, can go by itself
     kept = {next(algebra.leaves(tail)): torch.tensor([True, False])}
     expected = torch.tensor([True, False, True, True, True] * 7)
     assert torch.equal(algebra.mask(whole, kept), expected)

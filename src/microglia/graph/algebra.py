@@ -31,7 +31,8 @@ class Algebra:
     """The atoms of one model: their sizes, what they are bound to, and what is known of them.
 
     Attributes:
-        sizes: Size of each atom, at least 2 (a piece of size 1 that was cut off a longer dimension has lost its identity).
+        sizes: Size of each atom. An atom of size 1 is one entry that was cut off a longer dimension and can still be removed;
+            where it would have to be broadcast, or be a dimension of its own, it is kept (see `keep`).
         bound: What the atom was found to be, or None.
         frozen: Whether it must be kept whole.
         renormalized: Whether a reduction runs over it (a norm, a mean), so that removing units is not the same as zeroing.
@@ -58,6 +59,21 @@ class Algebra:
         if frozen is not None:
             self.reasons[atom] = frozen
         return ((atom,),)
+
+    def _piece(self, size: int) -> Dim:
+        """Returns a new atom for a part of a dimension, also where that is a single entry."""
+        if size != 1:
+            return self.fresh(size)
+        self.sizes.append(1)
+        self.bound.append(None)
+        self.frozen.append(False)
+        self.renormalized.append(False)
+        return ((len(self.sizes) - 1,),)
+
+    def keep(self, dim: Dim) -> None:
+        """Lets every single entry in a Dim of size 1 stay for good: it becomes the unit."""
+        for atom in list(self.leaves(dim)):
+            self.bind(atom, UNIT)
 
     def product(self, *dims: Dim) -> Dim:
         """Returns the row-major product, the first the slowest."""
@@ -176,14 +192,14 @@ class Algebra:
         first, second = self.cut((segment[1:],), rest)
         row, lead = self.normal(first + second), self.normal((segment[:1],))
         before, lead = self.cut(lead, rows) if rows else ((), lead)
-        _, after = self.cut(lead, 1)
-        left = (self.product(before, row) if before else ()) + first
-        return left, second + (self.product(after, row) if after else ())
+        one, after = self.cut(lead, 1)
+        left = (self.product(before, row) if before else ()) + self.product(one, first)
+        return left, self.product(one, second) + (self.product(after, row) if after else ())
 
     def _cut_factor(self, factor: Factor, n: int) -> tuple[Dim, Dim]:
         if not isinstance(factor, int):
             return self.cut(factor, n)
-        left, right = self.fresh(n), self.fresh(self.sizes[factor] - n)
+        left, right = self._piece(n), self._piece(self.sizes[factor] - n)
         self.bind(factor, left + right)
         return self.normal(left), self.normal(right)
 
@@ -267,8 +283,16 @@ class Algebra:
         for one, other in ((left, right), (right, left)):
             atom = _lone_atom(one)
             if atom is not None:
-                self.bind(atom, other)
+                if atom in set(self.leaves(other)):  # itself times single entries
+                    self._without_units(other)
+                else:
+                    self.bind(atom, other)
                 return
+        if self.size(left) == 1:
+            self.keep(left)
+            self.keep(right)
+            return
+        left, right = self._without_units(left), self._without_units(right)
         if len(left) == 1 and len(right) == 1:  # product against product: trailing factors first
             n = min(self._factor_size(left[0][-1]), self._factor_size(right[0][-1]))
             (left_lead, left_trail), (right_lead, right_trail) = self.factor(left, n), self.factor(right, n)
@@ -281,6 +305,15 @@ class Algebra:
         (left_head, left_tail), (right_head, right_tail) = self.cut(left, n), self.cut(right, n)
         self._unify(left_head, right_head)
         self._unify(left_tail, right_tail)
+
+    def _without_units(self, dim: Dim) -> Dim:
+        """Returns a product without its single entries, which are kept; a sum is returned as it is."""
+        if len(dim) != 1:
+            return dim
+        for factor in dim[0]:
+            if self._factor_size(factor) == 1:
+                self.keep(((factor,),))
+        return self.normal(dim)
 
     # ------------------------------------------------------------------------------------------------------ reshape
     def regroup(self, dims: Sequence[Dim], shape: Sequence[int], why: str) -> tuple[list[Dim], list[Dim]]:
@@ -297,6 +330,7 @@ class Algebra:
                 for n in reversed(shape[after]):
                     rest, dim = self.factor(rest, n)
                     found.append(dim)
+                self.keep(rest)
                 out += found[::-1]
             except Misaligned:
                 lost += [d for d in dims[before] if not self.is_frozen(d)]

@@ -170,6 +170,9 @@ class Analysis:
         else:
             self.dims[node] = self._by_rule(node)
             self._check(node)
+            for dim in _flat(self.dims[node]):  # what is a dimension of its own may be broadcast: it stays
+                if self.algebra.size(dim) == 1:
+                    self.algebra.keep(dim)
 
     def _by_rule(self, node: fx.Node) -> Any:
         if (rule := rule_of(node)) is None:

@@ -176,7 +176,8 @@ def group_scores(
         if bool(score.isnan().any()):
             raise ScoreError(f"The score of the channels of {members[0].name!r} has NaN; look for non-finite weights there.")
         mean = float(score.abs().mean())
-        scores[group.atom] = score / mean if normalize and mean > 0 else score
+        alone = group.size == 1  # compared with others like it, not with itself
+        scores[group.atom] = score / mean if normalize and mean > 0 and not alone else score
     return scores
 
 

@@ -79,7 +79,7 @@ def prune_channels(
     costs = Costs(subject.parts, chosen, sum(p.numel() for p in subject.model.parameters()))
     timer = LatencyTable(subject.example, _candidates(subject, ranks)) if budget.ms is not None else None
     widths = choose_widths(costs, chosen, budget, ranks, scope=scope, round_to=round_to, milliseconds=timer)
-    kept = keep_units(ranks, widths.counts)
+    kept = never_empty(subject, keep_units(ranks, widths.counts), ranks)
     small = remove(subject, kept, keep_class=keep_class, verified=verified)
     asked = {f.name: v for f in fields(budget) if (v := getattr(budget, f.name)) is not None}
     plan = replace(
@@ -139,6 +139,20 @@ def _candidates(subject: Subject, ranks: Mapping[int, Tensor]) -> Callable[[Mapp
         return small
 
     return build
+
+
+def never_empty(subject: Subject, kept: dict[int, Tensor], ranks: Mapping[int, Tensor]) -> dict[int, Tensor]:
+    """Returns the kept units with the best one given back wherever a dimension would be empty."""
+    kept = dict(kept)
+    for part in subject.parts:
+        algebra = part.analysis.algebra
+        for dims in part.analysis.parameter_dims.values():
+            for dim in dims:
+                lost = [a for a in algebra.leaves(dim) if a in kept and not bool(kept[a].any())]
+                if lost and algebra.count(dim, {a: int(m.sum()) for a, m in kept.items()}) == 0:
+                    best = max(lost, key=lambda a: float(ranks[a].max()))
+                    kept[best] = ranks[best] == ranks[best].max()
+    return kept
 
 
 def _notes(subject: Subject, widths: Widths, unscored: int) -> list[str]:

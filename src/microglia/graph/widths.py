@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from microglia.core.budget import Budget
 from microglia.core.errors import BudgetError
 from microglia.graph.algebra import Dim
-from microglia.graph.groups import ChannelGroup
+from microglia.graph.groups import ChannelGroup, Member
 from microglia.graph.parts import Part
 
 WidthScope = Literal["uniform", "global"]
@@ -205,6 +205,8 @@ def _steps(groups: Sequence[ChannelGroup], scores: Mapping[int, Tensor], scope: 
     """Returns all removals in order; each group keeps at least one step's worth of units, and never less than one unit."""
     keyed: list[tuple[float, int, Step]] = []
     for group in groups:
+        if group.size == 1:
+            continue
         step = granularity(group, round_to)
         ranked = scores[group.atom].sort().values
         removed, first = 0, group.size % step or step
@@ -214,9 +216,28 @@ def _steps(groups: Sequence[ChannelGroup], scores: Mapping[int, Tensor], scope: 
             place = (removed + units / 2) / group.size
             keyed.append((place if scope == "uniform" else worth, len(keyed), Step(group.atom, units)))
             removed += units
+    for family in families([g for g in groups if g.size == 1]):
+        ranked_units = sorted(family, key=lambda g: float(scores[g.atom]))[:-1]  # one of them stays
+        for rank, group in enumerate(ranked_units):
+            place = (rank + 0.5) / len(family)
+            keyed.append((place if scope == "uniform" else float(scores[group.atom]), len(keyed), Step(group.atom, 1)))
     if scope == "global":  # within a group the order is by rank, whatever the means say
         return _monotone(keyed)
     return [step for _, _, step in sorted(keyed, key=lambda item: item[:2])]
+
+
+def families(groups: Sequence[ChannelGroup]) -> list[list[ChannelGroup]]:
+    """Returns single entries of the same dimensions together: pieces of what was one dimension before shuffles cut it."""
+    found: list[tuple[set[Member], list[ChannelGroup]]] = []
+    for group in groups:
+        members, together, apart = set(group.members), [group], []
+        for others, family in found:
+            if others & members:
+                members, together = members | others, family + together
+            else:
+                apart.append((others, family))
+        found = [*apart, (members, together)]
+    return [family for _, family in found]
 
 
 def _monotone(keyed: Sequence[tuple[float, int, Step]]) -> list[Step]:

@@ -1,0 +1,642 @@
+"""prune_channels, its plan and its budgets, as a user meets them."""
+
+from __future__ import annotations
+
+import json
+import math
+from copy import deepcopy
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from microglia import Budget, plan_of, prune_channels
+from microglia.core.errors import BudgetError, FileError, MicrogliaError, ScoreError, SelectorError
+from microglia.graph import Plan, ShrinkError, replay, shrink
+from microglia.graph import prune as prune_room
+from microglia.graph.analysis import Analysis
+from microglia.graph.groups import channel_groups, why
+from microglia.graph.latency_table import LatencyTable
+from microglia.graph.removal import Subject
+from microglia.graph.trace import TraceError, trace
+from microglia.graph.widths import Costs, choose_widths
+
+
+class Residual(nn.Module):
+    """A stem, a block with a sum, a classifier."""
+
+    def __init__(self, width=16, inner=24, classes=5):
+        super().__init__()
+        self.stem = nn.Conv2d(3, width, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(width)
+        self.one = nn.Conv2d(width, inner, 3, padding=1, bias=False)
+        self.inner_norm = nn.BatchNorm2d(inner)
+        self.drop = nn.Dropout(0.3)
+        self.two = nn.Conv2d(inner, width, 1)
+        self.head = nn.Linear(width, classes)
+
+    def forward(self, x):
+        x = F.relu(self.norm(self.stem(x)))
+        x = x + self.two(self.drop(F.relu(self.inner_norm(self.one(x)))))
+        return self.head(x.mean((2, 3)))
+
+
+class Sized(nn.Module):
+    """Attention whose forward writes its sizes out: the classes cannot follow a cut of the stream or the heads."""
+
+    def __init__(self, width=16, heads=4):
+        super().__init__()
+        self.width, self.heads = width, heads
+        self.stem = nn.Linear(6, width)
+        self.norm = nn.BatchNorm1d(7)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.drop = nn.Dropout(0.5)
+        self.out = nn.Linear(width, width)
+        self.head = nn.Linear(width, 5)
+
+    def forward(self, x):
+        n = x.shape[0]
+        x = self.norm(self.stem(x))
+        q, k, v = (z.view(n, 7, self.heads, self.width // self.heads).transpose(1, 2) for z in self.qkv(x).chunk(3, -1))
+        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, 7, self.width)
+        return self.head(x + self.out(self.drop(y)))
+
+
+class Tied(nn.Module):
+    """A language model whose head is its embedding."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(11, 16)
+        self.up, self.down = nn.Linear(16, 32), nn.Linear(32, 16)
+        self.head = nn.Linear(16, 11, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, i):
+        x = self.embed(i)
+        return self.head(x + self.down(F.gelu(self.up(x))))
+
+
+class Opaque(nn.Module):
+    """An operator that no rule knows between two layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two, self.three = nn.Linear(6, 8), nn.Linear(8, 10), nn.Linear(10, 4)
+
+    def forward(self, x):
+        return self.three(F.relu(self.two(torch.fft.fft(self.one(x)).real)))
+
+
+class Undecided(nn.Module):
+    """Its forward depends on the values of its input."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Parameter(torch.randn(6, 6)), nn.Parameter(torch.randn(6, 4))
+
+    def forward(self, x):
+        return x @ self.one @ self.two if x.sum() > 0 else x @ self.two
+
+
+def built(kind, seed=0, **options):
+    torch.manual_seed(seed)
+    model = kind(**options)
+    for name, buffer in model.named_buffers():
+        if buffer.is_floating_point():
+            buffer.copy_(torch.rand(buffer.shape) + 0.5 if name.endswith("var") else torch.randn(buffer.shape))
+    return model
+
+
+IMAGES = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+TOKENS = torch.randn(2, 7, 6, generator=torch.Generator().manual_seed(0))
+NUMBERS = torch.arange(10).view(2, 5)
+
+
+def shapes(model):
+    return {name: tuple(p.shape) for name, p in model.named_parameters()}
+
+
+@pytest.fixture(scope="module")
+def pruned():
+    """(the model, its half), traced once."""
+    model = built(Residual).eval()
+    return model, prune_channels(model, IMAGES, Budget(density=0.5), round_to=1)
+
+
+@pytest.fixture(scope="module")
+def as_graph():
+    """(the model, its half), which comes back as a graph."""
+    model = built(Sized).eval()
+    return model, prune_channels(model, TOKENS, Budget(density=0.5), round_to=1)
+
+
+@pytest.fixture(scope="module")
+def residual_costs():
+    """What choose_widths needs of the residual net."""
+    subject = Subject.of(built(Residual, width=32, inner=64), IMAGES)
+    (part,) = subject.parts
+    groups = channel_groups(part.analysis)
+    generator = torch.Generator().manual_seed(0)
+    scores = {g.atom: torch.rand(g.size, generator=generator, dtype=torch.float64) for g in groups}
+    return Costs(subject.parts, groups, sum(p.numel() for p in subject.model.parameters())), groups, scores
+
+
+# ------------------------------------------------------------------------------------------------------------ what goes
+def test_half_of_every_group_and_nothing_of_the_interface(pruned):
+    model, small = pruned
+    assert shapes(small) == {
+        "stem.weight": (8, 3, 3, 3), "norm.weight": (8,), "norm.bias": (8,), "one.weight": (12, 8, 3, 3),
+        "inner_norm.weight": (12,), "inner_norm.bias": (12,), "two.weight": (8, 12, 1, 1), "two.bias": (8,),
+        "head.weight": (5, 8), "head.bias": (5,),
+    }  # fmt: skip
+    assert small(IMAGES).shape == model(IMAGES).shape
+    assert small.stem.out_channels == small.norm.num_features == small.head.in_features == 8
+    plan = plan_of(small)
+    assert (plan.kind, plan.found, plan.pruned) == ("module", 2, 2)
+    assert plan.got == {"density": 0.5, "round_to": 1}
+    assert plan.asked == {"density": 0.5}
+    assert plan.error < 1e-10
+    assert plan.parameters == tuple(sum(p.numel() for p in m.parameters()) for m in (model, small))
+    assert plan.shapes["head.weight"] == ([5, 16], [5, 8])
+    assert plan.notes == ()
+
+
+def test_the_least_weights_go(pruned):
+    model, small = pruned
+    kept = plan_of(small).kept
+    with torch.no_grad():
+        values = sum(
+            w.square().sum([k for k in range(w.ndim) if k != d]) for w, d in [(model.one.weight, 0), (model.two.weight, 1)]
+        )
+    assert kept["one.weight"]["0"] == sorted(values.argsort(descending=True)[:12].tolist())
+    assert torch.equal(small.one.weight, model.one.weight[kept["one.weight"]["0"]][:, kept["one.weight"]["1"]])
+
+
+def test_outputs_are_those_of_the_masked_model(pruned):
+    model, small = pruned
+    masked = deepcopy(model).double()
+    with torch.no_grad():
+        for name, by_dim in plan_of(small).kept.items():
+            tensor = masked.state_dict()[name]
+            for dim, stay in by_dim.items():
+                gone = [i for i in range(tensor.shape[int(dim)]) if i not in stay]
+                tensor.index_fill_(int(dim), torch.tensor(gone), 0)
+        wanted = masked(IMAGES.double())
+    assert torch.allclose(small.double()(IMAGES.double()), wanted, rtol=0, atol=1e-12)
+    small.float()
+
+
+def test_the_model_passed_in_is_untouched():
+    model = built(Residual).train()
+    model.head.eval()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    identities = {n: id(p) for n, p in model.named_parameters()}
+    state = torch.get_rng_state()
+    prune_channels(model, IMAGES, Budget(density=0.5))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+    assert {n: id(p) for n, p in model.named_parameters()} == identities
+    assert model.training
+    assert not model.head.training
+    assert all(p.grad is None for p in model.parameters())
+    with pytest.raises(MicrogliaError, match="carries no plan"):
+        plan_of(model)
+
+
+def test_twice_the_same(pruned):
+    model, small = pruned
+    again = prune_channels(model, IMAGES, Budget(density=0.5), round_to=1)
+    assert plan_of(again) == plan_of(small)
+    assert all(torch.equal(a, b) for a, b in zip(small.parameters(), again.parameters(), strict=True))
+
+
+def test_modes_and_what_requires_gradients_are_kept():
+    model = built(Residual).train()
+    model.norm.eval()
+    model.one.weight.requires_grad_(False)
+    small = prune_channels(model, IMAGES, Budget(density=0.5))
+    assert small.training
+    assert not small.norm.training
+    assert {n: p.requires_grad for n, p in small.named_parameters()} == {n: n != "one.weight" for n in shapes(model)}
+    small(IMAGES).sum().backward()
+    assert small.one.weight.grad is None
+    assert all(p.grad is not None for n, p in small.named_parameters() if n != "one.weight")
+
+
+@pytest.mark.parametrize("batch", [1, 3, 7])
+def test_any_batch(pruned, as_graph, batch):
+    for (model, small), images in ((pruned, IMAGES), (as_graph, TOKENS)):
+        more = torch.cat([images, images, images, images])[:batch]
+        assert small(more).shape == model(more).shape
+        assert torch.allclose(small(more)[:1], small(images)[:1], atol=1e-5)
+
+
+def test_an_example_of_one(pruned):
+    model, small = pruned
+    assert shapes(prune_channels(model, IMAGES[:1], Budget(density=0.5), round_to=1)) == shapes(small)
+
+
+def test_tied_parameters_stay_tied():
+    small = prune_channels(built(Tied), NUMBERS, Budget(density=0.5), round_to=1)
+    assert small.head.weight is small.embed.weight
+    assert small.head.weight.shape == (11, 8)
+    assert small.up.weight.shape == (16, 8)
+    assert small(NUMBERS).shape == (2, 5, 11)
+
+
+def test_excluded_layers_stay_whole():
+    small = prune_channels(built(Residual), IMAGES, Budget(density=0.5), round_to=1, exclude=["stem"])
+    assert small.stem.weight.shape == (16, 3, 3, 3)
+    assert small.one.weight.shape == (12, 16, 3, 3)
+
+
+@pytest.mark.parametrize("pattern", ["two", "two.weight", "*wo*", "one*"])
+def test_a_layer_keeps_its_inputs_too(pattern):
+    """Each of these layers stands between the two groups of the model: excluded, it leaves nothing to prune."""
+    with pytest.raises(BudgetError, match="no channels"):
+        prune_channels(built(Residual), IMAGES, Budget(density=0.5), exclude=[pattern])
+
+
+def test_a_selector_that_meets_nothing():
+    with pytest.raises(SelectorError, match="conv9"):
+        prune_channels(built(Residual), IMAGES, Budget(density=0.5), exclude=["conv9*"])
+
+
+def test_at_least_one_unit_stays():
+    narrow = prune_channels(built(Residual), IMAGES, Budget(density=0.05), round_to=1)
+    assert min(narrow.stem.out_channels, narrow.one.out_channels) >= 1
+    assert torch.isfinite(narrow(IMAGES)).all()
+
+
+def test_less_than_the_narrowest():
+    with pytest.raises(BudgetError, match="narrowest"):
+        prune_channels(built(Residual), IMAGES, Budget(density=0.01), round_to=1)
+
+
+# ------------------------------------------------------------------------------------------------------------- budgets
+BUDGETS = [
+    {"density": 0.7}, {"density": 0.3}, {"params": 0.5}, {"params": 0.1}, {"flops": 0.5}, {"flops": 0.2},
+    {"density": 0.5, "params": 0.4}, {"params": 0.5, "flops": 0.3}, {"density": 0.9, "params": 0.8, "flops": 0.25},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("scope", ["uniform", "global"])
+@pytest.mark.parametrize("asked", BUDGETS, ids=str)
+def test_the_tightest_term_is_met(residual_costs, asked, scope):
+    costs, groups, scores = residual_costs
+    widths = choose_widths(costs, groups, Budget(**asked), scores, scope=scope, round_to=1)
+    got = {term: costs.fraction(term, widths.counts) for term in asked}
+    assert got == pytest.approx(widths.got)
+    ratios = [got[term] / value for term, value in asked.items()]
+    if widths.notes:  # one unit here is more than 1 %
+        assert "nearest" in widths.notes[0]
+        assert max(ratios) == pytest.approx(1, abs=0.06)
+    else:
+        assert max(ratios) == pytest.approx(1, abs=0.01)
+    assert all(1 <= widths.counts[g.atom] <= g.size for g in groups)
+
+
+def test_no_budget_is_asked_for_less_than_everything(residual_costs):
+    costs, groups, scores = residual_costs
+    widths = choose_widths(costs, groups, Budget(density=1.0), scores)
+    assert widths.counts == {g.atom: g.size for g in groups}
+
+
+@pytest.mark.parametrize("round_to", [1, 2, 4, 8])
+def test_widths_are_multiples(residual_costs, round_to):
+    costs, groups, scores = residual_costs
+    for density in (0.25, 0.5, 0.75):
+        widths = choose_widths(costs, groups, Budget(density=density), scores, round_to=round_to)
+        assert widths.round_to <= round_to
+        assert all(count % widths.round_to == 0 for count in widths.counts.values())
+
+
+def test_rounding_gives_way_to_the_budget(residual_costs):
+    costs, groups, scores = residual_costs
+    widths = choose_widths(costs, groups, Budget(params=0.37), scores, round_to=16)
+    assert widths.round_to < 16
+    assert widths.got["params"] == pytest.approx(0.37, rel=0.01) or widths.notes
+
+
+def test_costs_are_those_of_the_pruned_model(residual_costs):
+    costs, _, _ = residual_costs
+    model = built(Residual, width=32, inner=64)
+    small = prune_channels(model, IMAGES, Budget(flops=0.4), round_to=1)
+    plan = plan_of(small)
+    assert plan.parameters[1] == sum(p.numel() for p in small.parameters())
+    w, i, n = small.stem.out_channels, small.one.out_channels, 2
+    assert plan.macs[1] == n * 64 * (27 * w + 9 * w * i + i * w) + n * 5 * w
+    assert plan.macs[0] == costs.dense["flops"]
+    assert plan.got["flops"] == pytest.approx(plan.macs[1] / plan.macs[0])
+
+
+def test_the_scopes():
+    model = built(Residual)
+    with torch.no_grad():  # the last half of the inner channels is worth nothing
+        model.one.weight[12:] *= 1e-3
+        model.two.weight[:, 12:] *= 1e-3
+    small = prune_channels(model, IMAGES, Budget(density=28 / 40), round_to=1, scope="global")
+    assert (small.stem.out_channels, small.one.out_channels) == (16, 12)
+    small = prune_channels(model, IMAGES, Budget(density=0.5), round_to=1, scope="uniform")
+    assert (small.stem.out_channels, small.one.out_channels) == (8, 12)
+
+
+class Clock:
+    """A timer that charges each width a known time, and remembers what it was asked."""
+
+    def __init__(self, *_):
+        self.asked = []
+
+    def __call__(self, counts):
+        self.asked.append(dict(counts))
+        return 0.25 * sum(counts.values())
+
+
+def test_a_budget_in_milliseconds(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(prune_room, "LatencyTable", lambda *_: clock)
+    small = prune_channels(built(Residual), IMAGES, Budget(ms=5.0), round_to=1)
+    assert small.stem.out_channels + small.one.out_channels == 20
+    assert plan_of(small).got["ms"] == 5.0
+    assert len(clock.asked) < 15  # bisection, not a walk
+
+
+def test_milliseconds_and_a_fraction(monkeypatch):
+    monkeypatch.setattr(prune_room, "LatencyTable", Clock)
+    small = prune_channels(built(Residual), IMAGES, Budget(ms=8.0, density=0.5), round_to=1)
+    assert plan_of(small).got == {"density": 0.5, "ms": 5.0, "round_to": 1}
+
+
+def test_milliseconds_that_cannot_be_had(monkeypatch):
+    monkeypatch.setattr(prune_room, "LatencyTable", Clock)
+    with pytest.raises(BudgetError, match="ms"):
+        prune_channels(built(Residual), IMAGES, Budget(ms=0.1), round_to=1)
+
+
+def test_times_are_measured_once_and_kept(tmp_path, monkeypatch):
+    import microglia.graph.latency_table as room
+
+    model, calls = nn.Linear(3, 3), []
+
+    def measured(models, example, **_):
+        calls.append(models)
+        return SimpleNamespace(best=lambda name: ("eager", SimpleNamespace(median=1.5)))
+
+    monkeypatch.setattr(room, "measure_latency", measured)
+    file = tmp_path / "deep" / "latency.json"
+    assert LatencyTable(torch.zeros(1, 3), lambda _: model, file)({0: 3}) == 1.5
+    assert LatencyTable(torch.zeros(1, 3), lambda _: model, file)({0: 3}) == 1.5
+    assert len(calls) == 1
+    assert list(json.loads(file.read_text()).values()) == [1.5]
+    assert LatencyTable(torch.zeros(2, 3), lambda _: model, file)({0: 3}) == 1.5  # another batch
+    assert len(calls) == 2
+    file.write_text("{")
+    assert LatencyTable(torch.zeros(1, 3), lambda _: model, file)({0: 3}) == 1.5  # a broken file is an empty one
+
+
+@pytest.mark.parametrize(
+    "wrong", [{}, {"density": 0}, {"density": 1.5}, {"params": -1}, {"flops": "half"}, {"ms": 0}, {"ms": math.inf}]
+)
+def test_wrong_budgets(wrong):
+    with pytest.raises(BudgetError):
+        Budget(**wrong)
+
+
+def test_nothing_to_prune():
+    with pytest.raises(BudgetError, match="no channels"):
+        prune_channels(nn.Linear(4, 3), torch.zeros(2, 4), Budget(density=0.5))
+
+
+def test_parameters_outside_the_channels_bound_the_budget():
+    with pytest.raises(BudgetError, match="params"):
+        prune_channels(built(Tied), NUMBERS, Budget(params=0.001))
+
+
+# -------------------------------------------------------------------------------------------------------------- scores
+def test_a_score_of_ones_own():
+    model = built(Residual)
+    scores = {n: torch.zeros_like(p) for n, p in model.named_parameters()}
+    scores["one.weight"][[1, 5, 7]] = 1.0
+    scores["stem.weight"][[0, 2]] = 1.0
+    small = prune_channels(model, IMAGES, Budget(density=5 / 40), round_to=1, score=scores, scope="global")
+    kept = plan_of(small).kept
+    assert {1, 5, 7} & set(kept["one.weight"]["0"])
+    assert set(kept["one.weight"]["0"]) <= set(range(24))
+
+
+def test_a_group_without_a_score_is_kept_and_named():
+    model = built(Residual)
+    small = prune_channels(model, IMAGES, Budget(density=0.5), round_to=1, score={"stem.weight": model.stem.weight.abs()})
+    assert small.one.out_channels == 24
+    assert small.stem.out_channels == 8
+    assert any("no scored weight" in note for note in plan_of(small).notes)
+
+
+def test_a_score_with_nan():
+    model = built(Residual)
+    with torch.no_grad():
+        model.stem.weight[0, 0, 0, 0] = math.nan
+    with pytest.raises((ScoreError, ShrinkError)):
+        prune_channels(model, IMAGES, Budget(density=0.5))
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean", "max", "l2"])
+def test_reductions(reduction):
+    model = built(Residual)
+    with torch.no_grad():
+        for layer, dim in ((model.one, 0), (model.two, 1)):
+            layer.weight.copy_(layer.weight.abs() + 0.1)
+            layer.weight.movedim(dim, 0)[::2] *= 5
+    small = prune_channels(model, IMAGES, Budget(density=0.5), round_to=1, reduction=reduction)
+    assert plan_of(small).kept["one.weight"]["0"] == list(range(0, 24, 2))
+
+
+# ----------------------------------------------------------------------------------------------- what cannot be pruned
+def test_an_operator_without_a_rule_is_named():
+    small = prune_channels(built(Opaque), torch.randn(3, 6), Budget(density=0.5), round_to=1)
+    assert shapes(small)["one.weight"] == (8, 6)
+    assert shapes(small)["two.weight"] == (5, 8)
+    assert any("fft" in note for note in plan_of(small).notes)
+
+
+def test_a_model_that_cannot_be_traced():
+    with pytest.raises(TraceError, match="Undecided") as caught:
+        prune_channels(Undecided(), torch.randn(3, 6), Budget(density=0.5))
+    text = str(caught.value)
+    assert "torch.export cannot trace" in text
+    assert "forward" in text
+    assert len(text) < 1000
+
+
+def test_an_example_that_does_not_fit():
+    with pytest.raises(TraceError):
+        prune_channels(built(Residual), torch.randn(2, 4, 8, 8), Budget(density=0.5))
+
+
+def test_why_a_dimension_stays():
+    model = built(Residual).double().eval()
+    analysis = Analysis(trace(model, IMAGES.double(), dynamic=()))
+    assert "output of the model" in why(analysis, "head.weight", 0)
+    assert "input of the model" in why(analysis, "stem.weight", 1)
+    assert "positions" in why(analysis, "stem.weight", 2)
+    assert "can be pruned" in why(analysis, "one.weight", 0)
+
+
+# --------------------------------------------------------------------------------------------------- classes and graphs
+def test_sizes_written_into_a_forward_give_a_graph(as_graph):
+    model, small = as_graph
+    plan = plan_of(small)
+    assert plan.kind == "graph"
+    assert any("graph" in note for note in plan.notes)
+    assert set(shapes(small)) == set(shapes(model))
+    assert shapes(small)["stem.weight"] == (8, 6)
+    assert shapes(small)["qkv.weight"] == (24, 8)
+    assert shapes(small)["head.weight"] == (5, 8)
+    assert not small.training
+
+
+def test_keep_class_takes_what_the_class_can_follow():
+    small = prune_channels(built(Sized).eval(), TOKENS, Budget(density=0.5), round_to=1, keep_class=True)
+    assert type(small) is Sized
+    assert plan_of(small).kind == "module"
+    assert shapes(small)["qkv.weight"] == (48, 8)  # the stream, and no heads
+
+
+def test_keep_class_of_a_class_that_cannot_follow():
+    class Normed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two = nn.Linear(6, 16), nn.Linear(16, 4)
+
+        def forward(self, x):
+            return self.two(F.layer_norm(self.one(x), (16,)))
+
+    model = built(Normed)
+    with pytest.raises(ShrinkError, match="cannot keep its class"):
+        prune_channels(model, TOKENS, Budget(density=0.5), round_to=1, keep_class=True)
+    small = prune_channels(model, TOKENS, Budget(density=0.5), round_to=1)
+    assert plan_of(small).kind == "graph"
+    assert shapes(small)["two.weight"] == (4, 8)
+
+
+def test_a_graph_trains_as_its_class_does():
+    model = built(Sized).eval()
+    torch.manual_seed(0)
+    small = prune_channels(model, TOKENS, Budget(density=0.75), round_to=1)
+    assert plan_of(small).kind == "graph"
+    before = {n: b.clone() for n, b in small.named_buffers()}
+    first = small(TOKENS)
+    assert torch.equal(first, small(TOKENS))  # evaluation: nothing random, nothing learned
+    assert all(torch.equal(before[n], b) for n, b in small.named_buffers())
+    small.train()
+    assert not torch.equal(small(TOKENS), small(TOKENS))  # dropout
+    x = F.linear(TOKENS, small.get_parameter("stem.weight"), small.get_parameter("stem.bias"))
+    wanted = before["norm.running_mean"] * 0.81 + x.mean((0, 2)) * (0.1 + 0.09)  # two batches
+    assert torch.allclose(small.get_buffer("norm.running_mean"), wanted, atol=1e-5)
+    small.eval()
+    assert torch.equal(small(TOKENS), small(TOKENS))
+
+
+def test_a_graph_learns(as_graph):
+    small = deepcopy(as_graph[1]).train()
+    optimizer = torch.optim.SGD(small.parameters(), 0.05)
+    target = torch.randn(2, 7, 5, generator=torch.Generator().manual_seed(1))
+    losses = []
+    for _ in range(30):
+        loss = F.mse_loss(small(TOKENS), target)
+        optimizer.zero_grad()
+        loss.backward()
+        assert all(p.grad is not None for p in small.parameters())
+        optimizer.step()
+        losses.append(loss.item())
+    assert sum(losses[-5:]) < sum(losses[:5])
+
+
+def test_a_model_in_train_mode_comes_back_so():
+    assert prune_channels(built(Sized).train(), TOKENS, Budget(density=0.5)).training
+    assert not prune_channels(built(Sized).eval(), TOKENS, Budget(density=0.5)).training
+
+
+# --------------------------------------------------------------------------------------------------------------- plans
+@pytest.mark.parametrize("kind", ["pruned", "as_graph"])
+def test_copies_carry_the_plan(kind, request):
+    _, small = request.getfixturevalue(kind)
+    copy = deepcopy(small)
+    assert plan_of(copy) == plan_of(small)
+    inputs = IMAGES if kind == "pruned" else TOKENS
+    assert torch.equal(copy(inputs), small(inputs))
+    copy.train()
+    assert copy.training
+    assert not small.training
+    with torch.no_grad():
+        next(iter(copy.parameters())).add_(1)
+    assert not torch.equal(next(iter(copy.parameters())), next(iter(small.parameters())))
+
+
+@pytest.mark.parametrize("kind", ["pruned", "as_graph"])
+def test_a_plan_is_json_and_replays_on_a_new_model(kind, request):
+    _, small = request.getfixturevalue(kind)
+    text = json.dumps(plan_of(small).to_dict())
+    plan = Plan.from_dict(json.loads(text))
+    again = replay(built(Residual if kind == "pruned" else Sized, seed=7).eval(), plan)
+    assert shapes(again) == shapes(small)
+    assert list(again.state_dict()) == list(small.state_dict())
+    again.load_state_dict(small.state_dict())
+    inputs = IMAGES if kind == "pruned" else TOKENS
+    assert torch.equal(again(inputs), small(inputs))
+    assert json.dumps(plan_of(again).to_dict()) == text
+
+
+def test_a_plan_of_another_model():
+    plan = plan_of(prune_channels(built(Residual), IMAGES, Budget(density=0.5)))
+    with pytest.raises(FileError, match="does not fit"):
+        replay(built(Residual, width=4), plan)
+
+
+@pytest.mark.parametrize("broken", [{}, {"kind": "module"}, {"kind": "module", "kept": {}, "color": "red"}])
+def test_a_plan_that_is_none(broken):
+    with pytest.raises(FileError):
+        Plan.from_dict(broken)
+
+
+def test_a_model_can_be_pruned_again(pruned):
+    _, small = pruned
+    smaller = prune_channels(small, IMAGES, Budget(density=0.5), round_to=1)
+    assert smaller.stem.out_channels == 4
+    assert plan_of(smaller).pruned == 2
+
+
+# ------------------------------------------------------------------------------------------------------- other inputs
+def test_inputs_by_name():
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(6, 12), nn.Linear(4, 12), nn.Linear(12, 5)
+
+        def forward(self, left, right):
+            return {"sum": self.c(self.a(left) + self.b(right)), "both": (left, right)}
+
+    example = {"left": torch.randn(3, 6), "right": torch.randn(3, 4)}
+    model = Named()
+    for given in (example, tuple(example.values())):
+        small = prune_channels(model, given, Budget(density=0.5), round_to=1)
+        assert small.c.in_features == 6
+        assert small(**example)["sum"].shape == (3, 5)
+
+
+def test_half_precision_and_double():
+    for dtype in (torch.float64, torch.bfloat16):
+        small = prune_channels(built(Residual).to(dtype), IMAGES.to(dtype), Budget(density=0.5))
+        assert {p.dtype for p in small.parameters()} == {dtype}
+        assert small(IMAGES.to(dtype)).dtype == dtype
+
+
+def test_shrink_of_a_model_without_masks_changes_nothing():
+    model = built(Residual).eval()
+    small = shrink(model, IMAGES)
+    assert shapes(small) == shapes(model)
+    assert torch.equal(small(IMAGES), model(IMAGES))
+    assert any("No channel is masked whole" in note for note in plan_of(small).notes)

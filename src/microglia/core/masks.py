@@ -204,7 +204,8 @@ def restore(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
     }
     if set(masked) != set(masks_of(model)):
         fold(model)
-    mask(model, masked)
+    if masked:
+        mask(model, masked)
     complete = OrderedDict(state)
     complete._metadata = model.state_dict()._metadata  # type: ignore[attr-defined] # versions by which modules read old states
     model.load_state_dict(complete)

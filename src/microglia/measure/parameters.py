@@ -131,6 +131,17 @@ def _masks(module: nn.Module, attribute: str) -> list[Tensor]:
     return [mask for mask in attached if isinstance(mask, Tensor) and mask.dtype == torch.bool]
 
 
+def _chosen(model: nn.Module, layers: Sequence[str], exclude: Sequence[str]) -> list[Weight]:
+    """Returns the prunable weights; every matrix of a model that has no layers, such as one that became a graph."""
+    try:
+        return [_weight(name, layer.holders) for name, layer in prunable_layers(model, layers, exclude).items()]
+    except SelectorError:
+        matrices = [weight for weight in weights(model) if weight.value.ndim > 1]
+        if tuple(layers) != ("*",) or exclude or not matrices:
+            raise
+        return matrices
+
+
 def count_parameters(model: nn.Module, layers: Sequence[str] = ("*",), exclude: Sequence[str] = ()) -> Parameters:
     """Counts the parameters of a model, masked or folded, and leaves the model as it is.
 
@@ -149,8 +160,7 @@ def count_parameters(model: nn.Module, layers: Sequence[str] = ("*",), exclude: 
         SelectorError: A selector meets no layer, or no layer is left.
     """
     with evaluating(model):
-        chosen = prunable_layers(model, layers, exclude)
-        table = {name: _weight(name, layer.holders).entries() for name, layer in chosen.items()}
+        table = {weight.name: weight.entries() for weight in _chosen(model, layers, exclude)}
         nonzero = sum(weight.nonzero() for weight in weights(model))
     return Parameters(
         all=sum(parameter.numel() for parameter in model.parameters()),

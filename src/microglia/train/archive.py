@@ -55,7 +55,7 @@ def save(model: nn.Module, directory: str | Path) -> Path:
         "shrunk": shrunk,
         "digest": mark,
     }
-    write_atomic(directory / PLAN, json.dumps(plan, indent=2) + "\n")
+    write_atomic(directory / PLAN, json.dumps(plan, indent=None if shrunk else 2) + "\n")  # indices by the thousand
     return directory
 
 
@@ -117,4 +117,6 @@ def _build(directory: Path, plan: dict[str, Any]) -> nn.Module:
             f"{directory} does not say how to build its {plan.get('class', 'model')}: pass a freshly built one, "
             "load(directory, model)."
         )
-    return build(source["name"], classes=source["classes"], shape=tuple(source["shape"]), **source["options"])
+    model = build(source["name"], classes=source["classes"], shape=tuple(source["shape"]), **source["options"])
+    setattr(model, SOURCE, source)
+    return model

@@ -210,7 +210,7 @@ def _reduce(analysis: Analysis, group: ChannelGroup, members: Sequence[Member], 
         place = analysis.algebra.coordinate(analysis.parameter_dims[member.name][member.dim], group.atom)
         inside = place >= 0
         if how == "max":
-            total.index_reduce_(0, place[inside], values[inside], "amax")
+            total.scatter_reduce_(0, place[inside], values[inside], "amax")
         else:
             total.index_add_(0, place[inside], values[inside])
         count.index_add_(0, place[inside], torch.full((int(inside.sum()),), float(held), dtype=torch.float64))

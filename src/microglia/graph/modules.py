@@ -102,6 +102,8 @@ def _sliced(old: Tensor, by_dim: Mapping[str, list[int]]) -> Tensor:
     new = old.detach()
     for dim, indices in by_dim.items():
         new = new.index_select(int(dim), torch.tensor(indices, device=new.device))
+    if old.ndim == 4 and not old.is_contiguous() and old.is_contiguous(memory_format=torch.channels_last):
+        new = new.contiguous(memory_format=torch.channels_last)  # or every convolution would convert it
     return nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
 
 

@@ -74,7 +74,7 @@ class Plan:
             FileError: It is not one.
         """
         known = {f.name for f in fields(Plan)}
-        if not {"kind", "kept"} <= source.keys() <= known:
+        if not isinstance(source.get("kept"), dict) or not {"kind", "kept"} <= source.keys() <= known:
             raise FileError("The plan of the shrunk model is not one that this version understands.")
         tuples = {k: tuple(source[k]) for k in ("biases", "dynamic", "parameters", "macs", "notes") if k in source}
         return Plan(**{**source, **tuples})
@@ -92,6 +92,45 @@ def plan_of(model: nn.Module) -> Plan:
     return plan
 
 
+def refuse_graph(model: nn.Module) -> None:
+    """Raises where a model came back as a graph before: its parts are no longer the model's own."""
+    first = getattr(model, PLAN, None)
+    if isinstance(first, Plan) and first.graphs:
+        raise MicrogliaError(
+            "A model that came back as a graph cannot be shrunk again: cut the dense model once, by the whole budget, or with "
+            "keep_class=True first."
+        )
+
+
+def after(model: nn.Module, second: Plan) -> Plan:
+    """Returns the plan of a cut of this model; of a model that was cut before, the plan of both from the beginning."""
+    first = getattr(model, PLAN, None)
+    return compose(first, second) if isinstance(first, Plan) else second
+
+
+def compose(first: Plan, second: Plan) -> Plan:
+    """Returns the plan of two cuts one after the other, of the model before the first."""
+    kept = {name: dict(by_dim) for name, by_dim in first.kept.items()}
+    for name, by_dim in second.kept.items():
+        own = kept.setdefault(name, {})
+        for dim, stay in by_dim.items():
+            own[dim] = [own[dim][i] for i in stay] if dim in own else stay
+    attributes = {**first.attributes}
+    for path, values in second.attributes.items():
+        attributes[path] = {**attributes.get(path, {}), **values}
+    shapes = {**first.shapes, **{n: (first.shapes.get(n, (old,))[0], new) for n, (old, new) in second.shapes.items()}}
+    return replace(
+        second,
+        kept=kept,
+        attributes=attributes,
+        biases=tuple(dict.fromkeys((*first.biases, *second.biases))),
+        shapes=shapes,
+        parameters=(first.parameters[0], second.parameters[1]),
+        macs=(first.macs[0], second.macs[1]),
+        error=max(first.error, second.error),
+    )
+
+
 def attach(model: nn.Module, plan: Plan) -> nn.Module:
     """Notes the plan on the model; returns the model."""
     object.__setattr__(model, PLAN, plan)
@@ -104,10 +143,10 @@ def replay(model: nn.Module, plan: Plan) -> nn.Module:
     Raises:
         FileError: The plan does not fit the model.
     """
-    give_biases(model, plan.biases)
     try:
+        give_biases(model, plan.biases)
         small = _replayed(model, plan)
-    except (AttributeError, IndexError, KeyError, RuntimeError) as error:
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise FileError(f"The plan does not fit this {type(model).__name__}: {error}") from error
     return attach(small, plan)
 
@@ -243,8 +282,3 @@ def shapes(before: nn.Module, after: nn.Module) -> dict[str, tuple[list[int], li
         for name, p in before.named_parameters()
         if name in new and new[name].shape != p.shape
     }
-
-
-def with_notes(plan: Plan, *notes: str) -> Plan:
-    """Returns the plan with more notes."""
-    return replace(plan, notes=(*plan.notes, *notes))

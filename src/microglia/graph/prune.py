@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import fields, replace
 from typing import Any
 
@@ -14,9 +15,10 @@ from microglia.core.layers import prunable_layers
 from microglia.graph.groups import ChannelGroup, GroupReduction, channel_groups, check_selectors, group_scores, independent
 from microglia.graph.latency_table import LatencyTable
 from microglia.graph.modules import cut_module
-from microglia.graph.plan import attach, plan_of
+from microglia.graph.plan import after, attach, plan_of
 from microglia.graph.removal import Subject, remove
 from microglia.graph.trace import arguments
+from microglia.graph.verify import ShrinkError
 from microglia.graph.widths import Costs, Widths, WidthScope, choose_widths, keep_units
 from microglia.scores import Evidence, scores
 
@@ -74,23 +76,26 @@ def prune_channels(
         TraceError: The model cannot be traced.
     """
     subject = Subject.of(model, example_inputs, dynamic)
-    groups, ranks = _ranked(subject, _elements(subject, score, evidence), reduction, exclude, keep_class)
-    chosen = [g for g in groups if g.atom in ranks]
-    costs = Costs(subject.parts, chosen, sum(p.numel() for p in subject.model.parameters()))
-    timer = LatencyTable(subject.example, _candidates(subject, ranks)) if budget.ms is not None else None
-    widths = choose_widths(costs, chosen, budget, ranks, scope=scope, round_to=round_to, milliseconds=timer)
-    kept = never_empty(subject, keep_units(ranks, widths.counts), ranks)
-    small = remove(subject, kept, keep_class=keep_class, verified=verified)
-    asked = {f.name: v for f in fields(budget) if (v := getattr(budget, f.name)) is not None}
-    plan = replace(
-        plan_of(small),
-        **totals(costs, kept),
-        found=len(groups),
-        asked=asked,
-        got={**widths.got, "round_to": widths.round_to},
-        notes=(*plan_of(small).notes, *_notes(subject, widths, len(groups) - len(chosen))),
-    )
-    return attach(small, plan)
+    elements = _elements(subject, score, evidence)
+
+    def attempt(whole: bool) -> nn.Module:
+        groups, ranks = _ranked(subject, elements, reduction, exclude, whole)
+        chosen = [g for g in groups if g.atom in ranks]
+        costs = Costs(subject.parts, chosen, sum(p.numel() for p in subject.model.parameters()))
+        timer = LatencyTable(subject.example, _candidates(subject, ranks)) if budget.ms is not None else None
+        widths = choose_widths(costs, chosen, budget, ranks, scope=scope, round_to=round_to, milliseconds=timer)
+        kept = never_empty(subject, keep_units(ranks, widths.counts), ranks)
+        small = remove(subject, kept, keep_class=keep_class, verified=verified)
+        notes = (*plan_of(small).notes, *_notes(subject, widths, len(groups) - len(chosen)))
+        asked = {f.name: v for f in fields(budget) if (v := getattr(budget, f.name)) is not None}
+        got = {**widths.got, "round_to": widths.round_to}
+        plan = replace(plan_of(small), **totals(costs, kept), found=len(groups), asked=asked, got=got, notes=notes)
+        return attach(small, after(model, plan))
+
+    if keep_class:
+        with suppress(ShrinkError):  # heads and convolution groups are seldom followed, whole dimensions mostly
+            return attempt(whole=False)
+    return attempt(whole=keep_class)
 
 
 def _ranked(
@@ -98,7 +103,7 @@ def _ranked(
     elements: Mapping[str, Tensor],
     reduction: GroupReduction,
     exclude: Sequence[str],
-    keep_class: bool,
+    whole: bool,
 ) -> tuple[list[ChannelGroup], dict[int, Tensor]]:
     """Returns the groups that can be pruned, and the scores by atom of those whose weights the score knows."""
     check_selectors([p.name(n) for p in subject.parts for n in p.analysis.parameter_dims], exclude)
@@ -106,7 +111,7 @@ def _ranked(
     ranks: dict[int, Tensor] = {}
     for part in subject.parts:
         own = independent(part.analysis, channel_groups(part.analysis, exclude, part.path))
-        own = [g for g in own if not (keep_class and g.factor)]
+        own = [g for g in own if not (whole and g.factor)]
         local = {name: elements[part.name(name)] for name in part.analysis.parameter_dims if part.name(name) in elements}
         scored = [g for g in own if any(m.name in local for m in g.members)]
         ranks.update(group_scores(part.analysis, scored, local, reduction))

@@ -16,7 +16,7 @@ from microglia.core.masks import fold
 from microglia.graph.cut import Cut
 from microglia.graph.modules import attributes, cut_module, indices
 from microglia.graph.parts import Part, find_parts, to_double
-from microglia.graph.plan import Plan, attach, cut_again, graph_model, place, shapes, write_example
+from microglia.graph.plan import Plan, attach, cut_again, graph_model, place, refuse_graph, shapes, write_example
 from microglia.graph.verify import ShrinkError, Verification, difference, run_patched, verify
 
 EXACT, SINGLE = 1e-9, 1e-4
@@ -42,6 +42,7 @@ class Subject:
     @staticmethod
     def of(model: nn.Module, example_inputs: Any, dynamic: Sequence[int] = (0,)) -> Subject:
         """Traces and analyses a folded copy of a model."""
+        refuse_graph(model)
         own = fold(deepcopy(model))
         parts = find_parts(own, to_double(deepcopy(own)), example_inputs)
         return Subject(own, example_inputs, tuple(parts), tuple(dynamic))

@@ -19,7 +19,7 @@ from microglia.graph.cut import Cut
 from microglia.graph.groups import ChannelGroup, channel_groups
 from microglia.graph.modules import indices
 from microglia.graph.parts import Part, to_double
-from microglia.graph.plan import attach, give_biases, kept_units, plan_of
+from microglia.graph.plan import after, attach, give_biases, kept_units, plan_of
 from microglia.graph.prune import totals
 from microglia.graph.removal import EXACT, Subject, model_outputs, outputs_difference, remove
 from microglia.graph.trace import named_arguments, operator_name
@@ -70,7 +70,8 @@ def shrink(model: nn.Module, example_inputs: Any, *, clear: bool = False, keep_c
     given = tuple(name for name in biases if subject.model.get_submodule(name).bias is None)
     costs = Costs(subject.parts, groups, sum(p.numel() for p in subject.model.parameters()))
     notes = (*plan.notes, *_notes(masked, left))
-    return attach(small, replace(plan, **totals(costs, kept), biases=given, found=len(groups), notes=notes))
+    plan = replace(plan, **totals(costs, kept), biases=given, found=len(groups), notes=notes)
+    return attach(small, after(model, plan))
 
 
 def _removed(subject: Subject, settled: nn.Module, kept: dict[int, Tensor], *, keep_class: bool) -> nn.Module:

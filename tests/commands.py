@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["microglia.cli", "sklearn.datasets", "scipy.io", "torch.distributed.tensor"])
+CONTEXT.set_forkserver_preload(["microglia.cli", "sklearn.datasets", "scipy.io", "torch.distributed.tensor", "torch._dynamo"])
 LIMIT = 120
 """Seconds after which a command counts as hanging."""
 

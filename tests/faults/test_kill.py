@@ -13,7 +13,8 @@ import pytest
 from commands import LIMIT, TINY, microglia, start, weights
 
 GRADUAL = ("--method", "gradual", "train.optimizer=adam", "train.lr=0.003", "prune.updates=5")
-METHODS = {"magnitude": ("--method", "magnitude"), "gradual": GRADUAL}
+CHANNELS = ("--method", "channels", "prune.recalibrate=2")
+METHODS = {"magnitude": ("--method", "magnitude"), "gradual": GRADUAL, "channels": CHANNELS}
 
 
 @pytest.fixture(scope="session")
@@ -33,8 +34,9 @@ def reference(tmp_path_factory):
 def assert_same_run(run, other):
     """Same model, same measurements, same training curves."""
     assert weights(run) == weights(other)
+    assert (run / "model" / "plan.json").read_bytes() == (other / "model" / "plan.json").read_bytes()
     results = [json.loads((directory / "result.json").read_text()) for directory in (run, other)]
-    for name in ("dense", "before", "pruned", "masks"):
+    for name in ("dense", "before", "pruned", "masks", "removed"):
         assert results[0].get(name) == results[1].get(name)
     assert curves(run) == curves(other)
     assert not list(run.rglob("*.part")), "debris of a killed write"
@@ -54,6 +56,11 @@ def curves(run):
         ("magnitude", "stages/train.partial.safetensors"),
         ("magnitude", "model/plan.json"),
         ("gradual", "stages/train.partial.safetensors"),
+        ("channels", "stages/dense-observed.safetensors"),  # while it scores and cuts
+        ("channels", "stages/prune.safetensors"),
+        ("channels", "stages/recalibrate.safetensors"),
+        ("channels", "stages/train.partial.safetensors"),
+        ("channels", "model/plan.json"),
     ],
 )
 def test_killed_when_a_file_appears(tmp_path, reference, method, file):

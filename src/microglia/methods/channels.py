@@ -28,7 +28,7 @@ class ChannelsConfig(MethodConfig):
         pattern: Always ``channel``.
         scope: ``uniform``: the same fraction of every group of coupled channels; ``global``: by normalized score across them.
         reduction: How the scores of all weights of a channel, in every layer of its group, become one.
-        exclude: Selectors of layers whose channels all stay, and with them those of the layers they are coupled to.
+        exclude: Selectors of layers that keep their shape; what is coupled to their inputs and outputs stays too.
         round_to: Widths are kept at multiples of this where wide enough and the budget allows; 1 for none.
         keep_class: Only what the model's own classes can follow, never a traced graph.
         batch: Examples in the batch that ``ms`` is the time of.

@@ -128,17 +128,21 @@ class Analysis:
                 piece, rest = self.algebra.cut(rest, size)
                 pieces.append(piece)
         except Misaligned as error:
-            self.losses.append((f"{node.name}: {error}", (dim,)))
+            self._lose(f"{node.name}: {error}", dim)
             self.algebra.freeze(dim, why=f"{node.name}: cut to {list(sizes)}")
             return [self.algebra.fresh(s, f"{node.name}: cut") for s in sizes]
         return [self.algebra.normal(p) for p in (*pieces, rest)]
+
+    def _lose(self, what: str, dim: Dim) -> None:
+        if not self.algebra.is_frozen(dim):
+            self.losses.append((what, (dim,)))
 
     def cuts_rows(self, node: fx.Node, dim: Dim, size: int) -> tuple[Dim | None, Dim]:
         """Returns (rows, a row of the given size), or (None, the Dim frozen) where it does not come apart so."""
         try:
             return self.algebra.factor(dim, size)
         except Misaligned as error:
-            self.losses.append((f"{node.name}: {error}", (dim,)))
+            self._lose(f"{node.name}: {error}", dim)
             self.algebra.freeze(dim, why=f"{node.name}: rows of {size}")
             return None, dim
 

@@ -12,9 +12,11 @@ from torch import Tensor, nn
 
 from microglia.core.budget import Budget
 from microglia.core.layers import prunable_layers
+from microglia.graph.cut import Cut, constants
 from microglia.graph.groups import ChannelGroup, GroupReduction, channel_groups, check_selectors, group_scores, independent
 from microglia.graph.latency_table import LatencyTable
-from microglia.graph.modules import cut_module
+from microglia.graph.modules import NOTED, cut_module
+from microglia.graph.parts import Part
 from microglia.graph.plan import after, attach, plan_of
 from microglia.graph.removal import Subject, remove
 from microglia.graph.trace import arguments
@@ -78,8 +80,8 @@ def prune_channels(
     subject = Subject.of(model, example_inputs, dynamic)
     elements = _elements(subject, score, evidence)
 
-    def attempt(whole: bool) -> nn.Module:
-        groups, ranks = _ranked(subject, elements, reduction, exclude, whole)
+    def attempt(reach: Reach) -> nn.Module:
+        groups, ranks = _ranked(subject, elements, reduction, exclude, reach)
         chosen = [g for g in groups if g.atom in ranks]
         costs = Costs(subject.parts, chosen, sum(p.numel() for p in subject.model.parameters()))
         timer = LatencyTable(subject.example, _candidates(subject, ranks)) if budget.ms is not None else None
@@ -93,9 +95,30 @@ def prune_channels(
         return attach(small, after(model, plan))
 
     if keep_class:
-        with suppress(ShrinkError):  # heads and convolution groups are seldom followed, whole dimensions mostly
-            return attempt(whole=False)
-    return attempt(whole=keep_class)
+        for reach in (_all, _whole):
+            with suppress(ShrinkError):
+                return attempt(reach)
+    return attempt(_followed if keep_class else _all)
+
+
+Reach = Callable[[Part, ChannelGroup], bool]
+"""Which groups to prune: forwards with sizes written in follow some cuts and not others."""
+
+
+def _all(part: Part, group: ChannelGroup) -> bool:
+    return True
+
+
+def _whole(part: Part, group: ChannelGroup) -> bool:
+    """Not heads nor convolution groups, which are seldom followed."""
+    return not group.factor
+
+
+def _followed(part: Part, group: ChannelGroup) -> bool:
+    """Only what changes no argument of an operator but those that layers note about themselves, such as hidden units."""
+    cut = Cut(part.analysis, {group.atom: torch.arange(group.size) >= (group.size + 1) // 2})
+    nodes = (n for n in part.analysis.trace.graph.nodes if n.op == "call_function")
+    return _whole(part, group) and all(set(constants(cut, node)[1]) <= set(NOTED) for node in nodes)
 
 
 def _ranked(
@@ -103,7 +126,7 @@ def _ranked(
     elements: Mapping[str, Tensor],
     reduction: GroupReduction,
     exclude: Sequence[str],
-    whole: bool,
+    reach: Reach,
 ) -> tuple[list[ChannelGroup], dict[int, Tensor]]:
     """Returns the groups that can be pruned, and the scores by atom of those whose weights the score knows."""
     check_selectors([p.name(n) for p in subject.parts for n in p.analysis.parameter_dims], exclude)
@@ -111,7 +134,7 @@ def _ranked(
     ranks: dict[int, Tensor] = {}
     for part in subject.parts:
         own = independent(part.analysis, channel_groups(part.analysis, exclude, part.path))
-        own = [g for g in own if not (whole and g.factor)]
+        own = [g for g in own if reach(part, g)]
         local = {name: elements[part.name(name)] for name in part.analysis.parameter_dims if part.name(name) in elements}
         scored = [g for g in own if any(m.name in local for m in g.members)]
         ranks.update(group_scores(part.analysis, scored, local, reduction))

@@ -12,6 +12,8 @@ from torch.nn import functional as F
 from graph_checks import EXACT, agree, halves, masked, stir, uneven
 from microglia.graph.analysis import Analysis
 from microglia.graph.cut import Cut
+from microglia.graph.modules import indices
+from microglia.graph.plan import kept_units
 from microglia.graph.surgery import cut_graph, forward_names
 from microglia.graph.trace import trace
 from microglia.graph.verify import verify
@@ -188,3 +190,19 @@ def test_every_operation_can_be_drawn(op):
     before = [("pool", 0)] if op in ("up", "pixels") else []
     model = Random([("conv", 3), ("relu", 0), *before, (op, 1)], "mean")
     assert model.steps[-1][0] == op
+
+
+WRONG = pytest.mark.xfail(reason="kept_units takes a unit for removed that is gone from one tensor only", strict=True)
+
+
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=WRONG), pytest.param(2, marks=WRONG), 3])
+def test_kept_indices_give_the_same_cut_again(seed):
+    """Heads of two channels, cut in the middle of a head: a row's unit may be gone from one tensor and kept in others."""
+    model = stir(Random([("attention", 13), ("halves", 13)], "mean"))
+    analysis = Analysis(trace(model, torch.zeros(2, 2, 4, 4, dtype=torch.float64), dynamic=()))
+    generator = torch.Generator().manual_seed(seed)
+    sizes = analysis.algebra.sizes
+    kept = {a: torch.rand(sizes[a], generator=generator) < 0.7 for a in analysis.prunable()}
+    wanted = indices(Cut(analysis, kept))
+    assert wanted
+    assert indices(Cut(analysis, kept_units(analysis, wanted))) == wanted

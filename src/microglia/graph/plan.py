@@ -215,21 +215,20 @@ def _asks(kind: type) -> bool:
 
 def kept_units(analysis: Analysis, kept: Mapping[str, Mapping[str, list[int]]]) -> dict[int, Tensor]:
     """Returns which units of each atom stay, from kept indices by tensor: those that any of their entries keeps."""
+    algebra = analysis.algebra
     units: dict[int, Tensor] = {}
-    for name, by_dim in kept.items():
-        if name not in analysis.parameter_dims:
+    for name, dims in analysis.parameter_dims.items():  # whole tensors too: a unit that is gone from one may stay in others
+        if name in analysis.trace.constants:  # numbered by each trace in its own way
             continue
-        for k, stay in by_dim.items():
-            dim = analysis.parameter_dims[name][int(k)]
-            stays = torch.zeros(analysis.trace.tensors[name].shape[int(k)], dtype=torch.bool)
-            stays[stay] = True
-            for atom in analysis.algebra.leaves(dim):
-                place = analysis.algebra.coordinate(dim, atom)
-                found = torch.zeros(analysis.algebra.sizes[atom], dtype=torch.bool)
+        for k, dim in enumerate(dims):
+            stay = kept.get(name, {}).get(str(k))
+            stays = torch.full((algebra.size(algebra.normal(dim)),), stay is None)
+            stays[stay or []] = True
+            for atom in algebra.leaves(dim):
+                place = algebra.coordinate(dim, atom)
+                found = units.setdefault(atom, torch.zeros(algebra.sizes[atom], dtype=torch.bool))
                 found[place[stays & (place >= 0)]] = True
-                if not bool(found.all()):
-                    units[atom] = found
-    return units
+    return {atom: found for atom, found in units.items() if not bool(found.all())}
 
 
 def give_biases(model: nn.Module, names: tuple[str, ...]) -> None:

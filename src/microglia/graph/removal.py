@@ -114,10 +114,21 @@ def _problem(small: nn.Module, cut: Cut, checked: Verification, exact: float) ->
 def _as_graph(part: Part, cut: Cut, checked: Verification, dynamic: tuple[int, ...]) -> nn.Module:
     """Returns a part as a graph traced in the model's own precision, after holding it against the verified one."""
     small = graph_model(part.module, part.example, indices(cut), dynamic)
+    _check_sizes(small, cut)
     error = outputs_difference(model_outputs(to_double(deepcopy(small)), cut), checked.outputs)
     if error > SINGLE:  # what its forward decides by comparing may come out otherwise in another precision: look node by node
         verify(cut_again(part.module, part.example, indices(cut), dynamic), tolerance=10 * SINGLE)
     return small.train(part.module.training)
+
+
+def _check_sizes(small: nn.Module, cut: Cut) -> None:
+    """Raises unless the graph's tensors have the sizes that were cut."""
+    tensors = {**dict(small.named_parameters()), **dict(small.named_buffers())}
+    for name, by_dim in indices(cut).items():
+        if name in tensors and name not in cut.analysis.trace.constants:
+            wrong = [k for k, stay in by_dim.items() if tensors[name].shape[int(k)] != len(stay)]
+            if wrong:
+                raise ShrinkError(f"Dimension {wrong[0]} of {name} came out of another trace with another size.")
 
 
 def _carry_notes(model: nn.Module, small: nn.Module) -> None:

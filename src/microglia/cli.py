@@ -130,9 +130,7 @@ def shrink(
     target: Annotated[Path, typer.Argument(help="A run directory or a saved model's, masked by channels.")],
     data: Data = None,
     out: Annotated[Path | None, typer.Option(help="Where the smaller model goes; default RUN/shrunk.")] = None,
-    keep_class: Annotated[
-        bool, typer.Option("--keep-class", help="Refuse what the model's own classes cannot follow.")
-    ] = False,
+    keep_class: Annotated[bool, typer.Option("--keep-class", help="Only what the model's own classes can follow.")] = False,
     clear: Annotated[bool, typer.Option("--clear", help="Zero the biases that masked channels still have; all go.")] = False,
     latency: Annotated[bool, typer.Option(help="Whether to time dense, masked and shrunk.")] = True,
     json_: Json = False,

@@ -49,10 +49,16 @@ def alone(tmp_path_factory):
     return run
 
 
+def read_plan(run):
+    """Returns what was removed from a run's model, nothing where its channels are masked or all there."""
+    return json.loads((run / "model" / "plan.json").read_text())["shrunk"] or {}
+
+
 def assert_equivalent(run, other):
     """The same masks; weights, measurements and training curves equal up to the order of sums."""
     mine, theirs = mg.load(run / "model"), mg.load(other / "model")
     assert mg.masks_of(mine).same(mg.masks_of(theirs))
+    assert read_plan(run).get("kept") == read_plan(other).get("kept")
     for name, value in mine.state_dict().items():
         torch.testing.assert_close(value, theirs.state_dict()[name], rtol=1e-3, atol=1e-5)
     results = [json.loads((directory / "result.json").read_text()) for directory in (run, other)]
@@ -65,7 +71,7 @@ def assert_equivalent(run, other):
         assert row["validation_loss"] == pytest.approx(twin["validation_loss"], rel=1e-3)
 
 
-@pytest.mark.parametrize("method", ["gradient", "magnitude", "gradual"])
+@pytest.mark.parametrize("method", ["gradient", "magnitude", "gradual", "channels"])
 def test_two_ranks_prune_as_one(tmp_path, alone, method):
     words = ("prune", *TINY, "--method", method, "--out", tmp_path / "run")
     first, second = on_ranks(*words, folder=tmp_path / "work")

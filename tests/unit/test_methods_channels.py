@@ -163,8 +163,10 @@ def test_recovery_distils_from_the_dense_model(task: mg.Task) -> None:
         ({"layers": ("head",)}, SelectorError, "takes exclude"),
         ({"protect": ("head",)}, SelectorError, "takes exclude"),
         ({"allow_empty": True}, SelectorError, "takes exclude"),
-        ({"round_to": 0}, BudgetError, "round_to and batch are at least 1"),
-        ({"batch": 0}, BudgetError, "round_to and batch are at least 1"),
+        ({"round_to": 0}, BudgetError, "round_to, batch and rounds are at least 1"),
+        ({"rounds": 0}, BudgetError, "round_to, batch and rounds are at least 1"),
+        ({"ms": 3.0, "rounds": 2}, BudgetError, "leave ms out"),
+        ({"batch": 0}, BudgetError, "round_to, batch and rounds are at least 1"),
     ],
 )
 def test_settings_that_mean_nothing_here(settings: dict[str, Any], error: type[Exception], text: str) -> None:
@@ -240,3 +242,21 @@ def test_what_went_is_shown_layer_by_layer(task: mg.Task, tmp_path: Path) -> Non
     assert first.startswith(b"\x89PNG")
     mg.OneShot(small, density=0.5)
     assert removal(build(), small)["layers"] == removed["layers"]  # masked since, the same shapes
+
+
+@pytest.mark.parametrize("term", ["flops", "params", "density"])
+def test_rounds_remove_a_part_each_and_reach_the_budget(task: mg.Task, tmp_path: Path, term: str) -> None:
+    settings = config(**{term: 0.25}, rounds=2)
+    model, own = run(task, settings, tmp_path / "run")
+    plan = mg.plan_of(model)
+    assert plan.asked == {term: 0.25}
+    assert plan.got[term] == pytest.approx(0.25, rel=0.1)
+    assert plan.parameters == tuple(own.observations[name]["parameters"]["all"] for name in ("dense", "before"))
+    assert plan.macs == tuple(own.observations[name]["macs"]["total"] for name in ("dense", "before"))
+    stages = {path.stem for path in (tmp_path / "run" / "stages").iterdir()}
+    assert stages == {*STAGES, "prune-1", "train-1"}
+    mg.save(model, tmp_path / "model")
+    assert_same(model, mg.load(tmp_path / "model", build()))
+    for stage in ("train-1", "prune", "before-observed", "train"):
+        (tmp_path / "run" / "stages" / f"{stage}.safetensors").unlink()
+    assert_same(model, run(task, settings, tmp_path / "run")[0])

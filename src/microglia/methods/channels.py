@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -12,12 +13,17 @@ from microglia.core.budget import Budget
 from microglia.core.errors import BudgetError, PatternError, SelectorError
 from microglia.core.layers import prunable_layers
 from microglia.core.registry import unknown_name
-from microglia.graph import prune_channels
+from microglia.graph import plan_of, prune_channels
+from microglia.graph.plan import attach
 from microglia.methods.base import MethodConfig, method, preset
 from microglia.methods.procedure import change, cut, dense_model, evidence, observe, train
+from microglia.train.archive import removed_from
 from microglia.train.recover import recalibrate
-from microglia.train.run import Run
+from microglia.train.run import Progress, Run
 from microglia.train.task import Task
+
+TERMS = ("density", "params", "flops")
+"""Terms of the budget that are fractions of the dense model."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +39,7 @@ class ChannelsConfig(MethodConfig):
         keep_class: Only what the model's own classes can follow, never a traced graph.
         batch: Examples in the batch that ``ms`` is the time of.
         recalibrate: Training batches over which batch-norm statistics are estimated anew after the cut; 0 for none.
+        rounds: Times that channels are scored, removed and the model trained; each round removes the same fraction.
     """
 
     pattern: str = "channel"
@@ -42,6 +49,7 @@ class ChannelsConfig(MethodConfig):
     keep_class: bool = False
     batch: int = 1
     recalibrate: int = 0
+    rounds: int = 1
 
     def __post_init__(self) -> None:  # here, so that it shows before the dense model is trained
         if self.pattern != "channel":
@@ -53,8 +61,12 @@ class ChannelsConfig(MethodConfig):
                 "The method 'channels' takes exclude, which keeps layers whole, and not layers, protect or allow_empty: "
                 "channels are coupled across layers, and none is ever emptied."
             )
-        if self.round_to < 1 or self.batch < 1:
-            raise BudgetError(f"round_to and batch are at least 1; got {self.round_to} and {self.batch}.")
+        if min(self.round_to, self.batch, self.rounds) < 1:
+            raise BudgetError(
+                f"round_to, batch and rounds are at least 1; got {self.round_to}, {self.batch} and {self.rounds}."
+            )
+        if self.ms is not None and self.rounds > 1:
+            raise BudgetError("Rounds go by fractions of density, params or flops; leave ms out, or take one round.")
 
     @property
     def budget(self) -> Budget:
@@ -74,19 +86,38 @@ def channels(task: Task, run: Run, config: ChannelsConfig) -> nn.Module:
     model = dense_model(task, run, config.dense)
     teacher = deepcopy(model) if config.train.distill else None
 
-    def prune(dense: nn.Module) -> nn.Module:
-        seen = evidence(task, run, config)
-        example = _batch(task, config).to(run.device)
-        settings = _settings(dense, config)
-        return prune_channels(dense, example, config.budget, score=config.score, evidence=seen, **settings)
-
-    model = cut(run, "prune", model, prune)
-    if config.recalibrate:
-        batches = task.data.batches("train", config.score_batch_size, seed=run.seed, shuffle=True)
-        change(run, "recalibrate", model, lambda _: recalibrate(model, batches.epoch(0), count=config.recalibrate))
-    observe(task, run, "before", model)
-    train(task, run, "train", model, config.train, teacher=teacher)
+    for number in range(1, config.rounds + 1):
+        mark = "" if number == config.rounds else f"-{number}"
+        model = cut(task, run, f"prune{mark}", model, partial(_prune, task, run, config, number))
+        if config.recalibrate:
+            change(run, f"recalibrate{mark}", model, partial(_recalibrate, task, run, config, model))
+        if number == config.rounds:
+            observe(task, run, "before", model)
+        train(task, run, f"train{mark}", model, config.train, teacher=teacher)
     return model
+
+
+def _prune(task: Task, run: Run, config: ChannelsConfig, number: int, model: nn.Module) -> nn.Module:
+    """Returns the model of a round: after i of n the dense model's fraction is that of the budget to the power i / n."""
+    reached = removed.got if (removed := removed_from(model)) is not None else {}
+    asked = {term: value for term in TERMS if (value := getattr(config, term)) is not None}
+    left = {term: min(1.0, value ** (number / config.rounds) / reached.get(term, 1.0)) for term, value in asked.items()}
+    small = prune_channels(
+        model,
+        _batch(task, config).to(run.device),
+        Budget(**left, ms=config.ms),
+        score=config.score,
+        evidence=evidence(task, run, config),
+        **_settings(model, config),
+    )
+    plan = plan_of(small)
+    got = {term: value * reached.get(term, 1.0) if term in TERMS else value for term, value in plan.got.items()}
+    return attach(small, replace(plan, asked=plan.asked | asked, got=got))
+
+
+def _recalibrate(task: Task, run: Run, config: ChannelsConfig, model: nn.Module, progress: Progress) -> None:
+    batches = task.data.batches("train", config.score_batch_size, seed=run.seed, shuffle=True)
+    recalibrate(model, batches.epoch(0), count=config.recalibrate)
 
 
 def _batch(task: Task, config: ChannelsConfig) -> Tensor:

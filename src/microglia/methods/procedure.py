@@ -31,23 +31,22 @@ def change(run: Run, name: str, model: nn.Module, work: Callable[[Progress], Any
     restore(model, run.stage(name, stage)["model"])
 
 
-def cut(run: Run, name: str, model: nn.Module, work: Callable[[nn.Module], nn.Module]) -> nn.Module:
-    """Returns the smaller model that ``work`` makes of a dense one, as a stage.
+def cut(task: Task, run: Run, name: str, model: nn.Module, work: Callable[[nn.Module], nn.Module]) -> nn.Module:
+    """Returns the smaller model that ``work`` makes of one, dense or cut before, as a stage.
 
-    What is kept are the plan of what went and the state. The plan is replayed on the model in either case, so that a cut
-    just made and one read from its file are the same; on several ranks it is the first one's (times differ).
+    What is kept are the plan of all that went and the state. The plan is replayed on a freshly built model in either case,
+    so that a cut just made and one read from its file are the same. Every rank takes the first one's: times differ.
     """
 
     def stage(progress: Progress) -> dict[str, Any]:
         small = work(model)
-        shared = [plan_of(small).to_dict()]
+        made = [{"plan": plan_of(small).to_dict(), "model": small.state_dict()}]
         if torch.distributed.is_initialized():
-            torch.distributed.broadcast_object_list(shared)
-            small = replay(model, Plan.from_dict(shared[0]))
-        return {"plan": shared[0], "model": small.state_dict()}
+            torch.distributed.broadcast_object_list(made)
+        return made[0]
 
     done = run.stage(name, stage)
-    return restore(replay(model, Plan.from_dict(done["plan"])), done["model"])
+    return restore(replay(task.build().to(run.device), Plan.from_dict(done["plan"])), done["model"])
 
 
 def train(

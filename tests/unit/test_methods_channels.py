@@ -260,3 +260,34 @@ def test_rounds_remove_a_part_each_and_reach_the_budget(task: mg.Task, tmp_path:
     for stage in ("train-1", "prune", "before-observed", "train"):
         (tmp_path / "run" / "stages" / f"{stage}.safetensors").unlink()
     assert_same(model, run(task, settings, tmp_path / "run")[0])
+
+
+class Shuffle(Network):
+    """Sizes written into its forward: it comes back as a graph."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = torch.relu(self.norm(self.stem(images)))
+        x = x.reshape(x.shape[0], 2, 8, *x.shape[2:]).transpose(1, 2).reshape(x.shape[0], 16, *x.shape[2:])
+        return self.head(self.outer(torch.relu(self.inner(x))).mean((2, 3)))
+
+
+def test_a_model_that_becomes_a_graph(task: mg.Task, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    start = Shuffle().state_dict()
+
+    def make() -> nn.Module:
+        model = Shuffle()
+        model.load_state_dict(start)
+        return model
+
+    shuffled = replace(task, build=make)
+    settings = config(flops=0.4, recalibrate=1)
+    model, own = run(shuffled, settings, tmp_path / "run")
+    assert mg.plan_of(model).kind == "graph"
+    assert own.observations["before"]["macs"]["total"] / own.observations["dense"]["macs"]["total"] < 0.45
+    (tmp_path / "run" / "stages" / "train.safetensors").unlink()
+    assert_same(model, run(shuffled, settings, tmp_path / "run")[0])
+    assert len(removal(make(), model)["layers"]) == 4
+    with pytest.raises(MicrogliaError, match="comes back from a cut as a graph, which cannot be cut again"):
+        methods["channels"].check(shuffled, replace(settings, rounds=2))
+    assert mg.plan_of(run(shuffled, replace(settings, rounds=2, keep_class=True, density=0.7, flops=None))[0]).kind == "module"

@@ -13,7 +13,7 @@ from microglia.core.budget import Budget
 from microglia.core.errors import BudgetError, PatternError, SelectorError
 from microglia.core.layers import prunable_layers
 from microglia.core.registry import unknown_name
-from microglia.graph import plan_of, prune_channels
+from microglia.graph import ShrinkError, plan_of, prune_channels
 from microglia.graph.plan import attach
 from microglia.methods.base import MethodConfig, method, preset
 from microglia.methods.procedure import change, cut, dense_model, evidence, observe, train
@@ -77,7 +77,12 @@ class ChannelsConfig(MethodConfig):
 def fits(task: Task, config: ChannelsConfig) -> None:
     """Raises unless the channels of the task's model can be removed down to the budget."""
     model = task.build()
-    prune_channels(model, _batch(task, config), config.budget, verified=False, **_settings(model, config))
+    small = prune_channels(model, _batch(task, config), config.budget, verified=False, **_settings(model, config))
+    if config.rounds > 1 and plan_of(small).kind == "graph":
+        raise ShrinkError(
+            f"{type(model).__name__} comes back from a cut as a graph, which cannot be cut again: take rounds=1, or "
+            "keep_class=true for what its own classes can follow."
+        )
 
 
 @method("channels", ChannelsConfig, check=fits)

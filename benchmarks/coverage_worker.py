@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -51,6 +52,7 @@ def known(family: str) -> dict[str, Case]:
 def serve(connection: Connection) -> None:
     """Answers (family, name, job, options) with updates; None ends an answer, and as a request the process."""
     warnings.simplefilter("ignore")
+    silence()
     warm_up()
     connection.send({})
     subject: Subject | None = None
@@ -68,6 +70,13 @@ def serve(connection: Connection) -> None:
         except Exception as error:
             connection.send({f"{job}_why": f"the benchmark itself: {said(error)}"})
         connection.send(None)
+
+
+def silence() -> None:
+    """Drops what this process prints: a failed trace prints its whole graph."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (1, 2):
+        os.dup2(nowhere, stream)
 
 
 def warm_up() -> None:

@@ -63,14 +63,14 @@ def _fake_roi_align(features: Tensor, rois: Tensor, scale: float, height: int, *
     return features.new_empty((rois.shape[0], features.shape[1], height, rest[0]))
 
 
-def _remember(context, inputs, output) -> None:
-    context.save_for_backward(*inputs[:2])
-    context.rest = inputs[2:]
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:2])
+    ctx.rest = inputs[2:]
 
 
-def _backward(context, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    features, rois = (t.detach() for t in context.saved_tensors)
+def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    features, rois = (t.detach() for t in ctx.saved_tensors)
     with torch.enable_grad():
         features.requires_grad_()
-        pooled = roi_align(features, rois, *context.rest)
+        pooled = roi_align(features, rois, *ctx.rest)
     return torch.autograd.grad(pooled, features, gradient)[0], *[None] * 6

@@ -135,7 +135,8 @@ DETECTION_HEADS = (91, 364, 1, 3, 4, 9, 12, 36, 819, 16, 24, 546, 17)
 
 def torchvision_model(name: str, wrapper: Callable[[nn.Module], nn.Module] | None = None) -> nn.Module:
     provide()
-    model = torchvision.models.get_model(name, weights=None, weights_backbone=None)
+    sizes = {"min_size": 160, "max_size": 160} if wrapper is Whole and "ssd" not in name else {}
+    model = torchvision.models.get_model(name, weights=None, weights_backbone=None, **sizes)
     return model if wrapper is None else wrapper(model)
 
 
@@ -155,7 +156,7 @@ def detection_cases() -> list[Case]:
     found = [of(name, None, images, 64) for name in SEGMENTATION]
     found += [of(name, OneStage, images, 300 if "ssd300" in name else 128) for name in ONE_STAGE]
     found += [of(name, TwoStage, boxes, 128) for name in TWO_STAGE]
-    found += [of(name, Whole, lambda size: (torch.rand(3, size, size),), 320, ", whole") for name in WHOLE]
+    found += [of(name, Whole, lambda size: (torch.rand(3, size, size),), 160, ", whole") for name in WHOLE]
     return found + own_cases()
 
 

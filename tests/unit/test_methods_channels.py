@@ -278,12 +278,14 @@ def test_a_model_that_becomes_a_graph(task: mg.Task, tmp_path: Path) -> None:
     def make() -> nn.Module:
         model = Shuffle()
         model.load_state_dict(start)
+        model.microglia_source = {"name": "mine"}
         return model
 
     shuffled = replace(task, build=make)
     settings = config(flops=0.4, recalibrate=1)
     model, own = run(shuffled, settings, tmp_path / "run")
     assert mg.plan_of(model).kind == "graph"
+    assert model.microglia_source == {"name": "mine"}
     assert own.observations["before"]["macs"]["total"] / own.observations["dense"]["macs"]["total"] < 0.45
     (tmp_path / "run" / "stages" / "train.safetensors").unlink()
     assert_same(model, run(shuffled, settings, tmp_path / "run")[0])

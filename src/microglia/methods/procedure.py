@@ -9,10 +9,11 @@ import torch
 from torch import nn
 
 from microglia.core.masks import restore
-from microglia.graph import Plan, plan_of, replay
+from microglia.graph import plan_of
 from microglia.measure import measure
 from microglia.methods.base import MethodConfig
 from microglia.scores import Evidence
+from microglia.train.archive import cut_again
 from microglia.train.engine import rank_and_world
 from microglia.train.evaluate import evaluate
 from microglia.train.fit import Pruner, fit
@@ -46,7 +47,7 @@ def cut(task: Task, run: Run, name: str, model: nn.Module, work: Callable[[nn.Mo
         return made[0]
 
     done = run.stage(name, stage)
-    return restore(replay(task.build().to(run.device), Plan.from_dict(done["plan"])), done["model"])
+    return restore(cut_again(task.build().to(run.device), done["plan"]), done["model"])
 
 
 def train(

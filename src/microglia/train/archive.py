@@ -28,6 +28,18 @@ def removed_from(model: nn.Module) -> Plan | None:
     return getattr(model, REMOVED, None)
 
 
+def cut_again(model: nn.Module, plan: Mapping[str, Any]) -> nn.Module:
+    """Returns a freshly built model cut as a plan, written as JSON, says; it still notes how it was built.
+
+    Raises:
+        FileError: The plan is none, or does not fit the model.
+    """
+    small = replay(model, Plan.from_dict(plan))
+    if source := getattr(model, SOURCE, None):  # a graph is an object of its own
+        object.__setattr__(small, SOURCE, source)
+    return small
+
+
 def save(model: nn.Module, directory: str | Path) -> Path:
     """Writes ``model.safetensors`` (weights, buffers, masks) and ``plan.json`` (how to build it, what is masked or removed).
 
@@ -94,7 +106,7 @@ def _mark(shrunk: Any) -> str | None:
 
 
 def _cut(model: nn.Module, shrunk: Any, directory: Path) -> nn.Module:
-    """Returns the freshly built model with the recorded channels removed, noting how it was built."""
+    """Returns the freshly built model with the recorded channels removed."""
     if removed_from(model) is not None:
         raise FileError(f"Pass a freshly built, dense {type(model).__name__} to load {directory} into, not a shrunk one.")
     if shrunk is None:
@@ -102,12 +114,9 @@ def _cut(model: nn.Module, shrunk: Any, directory: Path) -> nn.Module:
     if not isinstance(shrunk, Mapping):
         raise FileError(f"{directory / PLAN} is damaged: what was removed is no plan.")
     try:
-        small = replay(model, Plan.from_dict(shrunk))
+        return cut_again(model, shrunk)
     except (AttributeError, TypeError, ValueError) as error:
         raise FileError(f"{directory / PLAN} is damaged: what was removed is no plan ({error}).") from error
-    if source := getattr(model, SOURCE, None):
-        setattr(small, SOURCE, source)
-    return small
 
 
 def _build(directory: Path, plan: dict[str, Any]) -> nn.Module:

@@ -135,8 +135,10 @@ DETECTION_HEADS = (91, 364, 1, 3, 4, 9, 12, 36, 819, 16, 24, 546, 17)
 
 def torchvision_model(name: str, wrapper: Callable[[nn.Module], nn.Module] | None = None) -> nn.Module:
     provide()
-    sizes = {"min_size": 160, "max_size": 160} if wrapper is Whole and "ssd" not in name else {}
-    model = torchvision.models.get_model(name, weights=None, weights_backbone=None, **sizes)
+    options: dict[str, Any] = {} if wrapper is not Whole or "ssd" in name else {"min_size": 160, "max_size": 160}
+    if wrapper is Whole:  # random weights find nothing that is worth more
+        options["box_score_thresh" if "rcnn" in name else "score_thresh"] = 0.005
+    model = torchvision.models.get_model(name, weights=None, weights_backbone=None, **options)
     return model if wrapper is None else wrapper(model)
 
 

@@ -118,9 +118,8 @@ def _as_graph(part: Part, cut: Cut, checked: Verification, dynamic: tuple[int, .
     args, kwargs = part.example
     with torch.no_grad():
         outputs = pytree.tree_leaves(small.eval()(*args, **kwargs))
-    if (
-        outputs_difference(outputs, checked.outputs) > SINGLE
-    ):  # what its forward decides by comparing may come out otherwise in another precision: look node by node
+    if outputs_difference(outputs, checked.outputs) > SINGLE:
+        # What a forward decides by comparing may come out otherwise in another precision: look node by node.
         verify(cut_again(part.module, part.example, indices(cut), dynamic), tolerance=10 * SINGLE)
     return small.train(part.module.training)
 

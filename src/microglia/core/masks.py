@@ -144,11 +144,11 @@ def fold(model: nn.Module) -> nn.Module:
             with torch.no_grad():
                 layer.raw.masked_fill_(~masked.mask, 0.0)
             for module, attribute in layer.holders:
-                _detach(module, attribute)
+                detach(module, attribute)
     return model
 
 
-def _detach(module: nn.Module, attribute: str) -> None:
+def detach(module: nn.Module, attribute: str) -> None:
     """Removes a parametrization and leaves its tensor as the module's own.
 
     torch's own function deletes the attribute from the module's class, which copies of the module share: they would break.

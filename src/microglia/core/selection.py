@@ -53,10 +53,8 @@ def select(
     sizes = {name: pattern.sizes(s.shape) for name, s in scores.items()}
     if pattern.fixed_density is not None or scope != "global":
         _refuse_nan(units)
-    if pattern.fixed_density is not None:
-        kept = _keep_rows_of_pattern(units, sizes, keep, pattern.fixed_density)
-    elif scope == "global":
-        kept = _keep_globally(units, sizes, keep, allow_empty)
+    if pattern.fixed_density is not None or scope == "global":
+        kept = keep_units(units, sizes, keep, density=pattern.fixed_density, allow_empty=allow_empty)
     else:
         low = {name: 0 if allow_empty else int(s.max()) for name, s in sizes.items()}
         high = {name: int(sizes[name].to(u.device)[u > -torch.inf].sum()) for name, u in units.items()}
@@ -75,6 +73,33 @@ def _unit_scores(score: Tensor, pattern: Pattern, how: Reduction, alive: Tensor 
     if alive is not None:
         units = units.masked_fill(pattern.reduce(alive.to(units), "max") == 0, -torch.inf)
     return units
+
+
+def keep_units(
+    units: Mapping[str, Tensor],
+    sizes: Mapping[str, Tensor],
+    keep: int,
+    *,
+    density: float | None = None,
+    allow_empty: bool = False,
+) -> dict[str, Tensor]:
+    """Returns boolean masks of the best units of all layers together.
+
+    Args:
+        units: Unit scores by layer; (rows, columns) where ``density`` is given.
+        sizes: What each unit counts for, shaped like the scores; 0 marks padding.
+        keep: What to keep of the sum of sizes.
+        density: Of a pattern that chooses within its own rows (N:M), whatever ``keep`` unless that is more.
+        allow_empty: Whether a layer may lose everything. Otherwise each keeps at least its best unit.
+
+    Raises:
+        BudgetError: The count cannot be met; the text names what binds.
+        ScoreError: A score is NaN.
+    """
+    if density is None:
+        return _keep_globally(units, sizes, keep, allow_empty)
+    _refuse_nan(units)
+    return _keep_rows_of_pattern(units, sizes, keep, density)
 
 
 def _keep_globally(units: Mapping[str, Tensor], sizes: Mapping[str, Tensor], keep: int, allow_empty: bool) -> dict[str, Tensor]:

@@ -1,12 +1,22 @@
 """Methods: whole procedures by name, and the pruners they are made of. A new method is one file that imports `method`."""
 
+from microglia.methods.acdc import Acdc, AcdcConfig
+from microglia.methods.awg import Awg, AwgConfig
 from microglia.methods.base import Method, MethodConfig, method, methods, preset
 from microglia.methods.channels import ChannelsConfig
 from microglia.methods.gradual import Gradual, GradualConfig
 from microglia.methods.oneshot import OneShot, OneShotConfig
+from microglia.methods.pas import Pas, PasConfig
+from microglia.methods.pdp import Pdp, PdpConfig
 from microglia.methods.pruner import PruneConfig, Pruner
+from microglia.methods.search import SearchConfig, UnitConfig, UnitPruner
+from microglia.methods.smart import Smart, SmartConfig
 
 __all__ = [
+    "Acdc",
+    "AcdcConfig",
+    "Awg",
+    "AwgConfig",
     "ChannelsConfig",
     "Gradual",
     "GradualConfig",
@@ -14,8 +24,17 @@ __all__ = [
     "MethodConfig",
     "OneShot",
     "OneShotConfig",
+    "Pas",
+    "PasConfig",
+    "Pdp",
+    "PdpConfig",
     "PruneConfig",
     "Pruner",
+    "SearchConfig",
+    "Smart",
+    "SmartConfig",
+    "UnitConfig",
+    "UnitPruner",
     "method",
     "methods",
     "preset",

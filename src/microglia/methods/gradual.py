@@ -109,7 +109,9 @@ def gradual(task: Task, run: Run, config: GradualConfig) -> nn.Module:
     model = dense_model(task, run, config.dense)
     teacher = deepcopy(model) if config.train.distill else None
     steps = config.train.epochs * epoch_length(config.train, len(task.data.batches("train", config.train.batch_size)))
-    pruner = Gradual(model, config, total_steps=steps, evidence=evidence(task, run, config))
+
+    def pruner() -> Gradual:
+        return Gradual(model, config, total_steps=steps, evidence=evidence(task, run, config))
+
     train(task, run, "train", model, config.train, pruner=pruner, teacher=teacher)
-    pruner.finish()
     return model

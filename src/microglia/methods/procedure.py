@@ -3,33 +3,54 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from copy import deepcopy
+from typing import Any, Protocol, cast
 
 import torch
 from torch import nn
 
 from microglia.core.masks import restore
-from microglia.graph import plan_of
+from microglia.graph import plan_of, shrink
 from microglia.measure import measure
 from microglia.methods.base import MethodConfig
+from microglia.methods.search import UnitConfig, UnitPruner
 from microglia.scores import Evidence
 from microglia.train.archive import cut_again
 from microglia.train.engine import rank_and_world
 from microglia.train.evaluate import evaluate
-from microglia.train.fit import Pruner, fit
-from microglia.train.optim import FitConfig
+from microglia.train.fit import Pruner as Stepped
+from microglia.train.fit import fit
+from microglia.train.optim import FitConfig, epoch_length
+from microglia.train.recover import recalibrate
 from microglia.train.run import Progress, Run
 from microglia.train.task import Task
 
 
-def change(run: Run, name: str, model: nn.Module, work: Callable[[Progress], Any]) -> None:
-    """Runs ``work``, which changes the model in place, as a stage; a finished stage's model is restored instead."""
+class Pruner(Stepped, Protocol):
+    """A pruner that a training stage makes, steps and finishes."""
+
+    def finish(self) -> Any:
+        """Ends the pruning."""
+        ...
+
+    def report(self) -> dict[str, Any]:
+        """Returns what to tell of it."""
+        ...
+
+
+def change(run: Run, name: str, model: nn.Module, work: Callable[[Progress], Any]) -> Any:
+    """Runs ``work``, which changes the model in place, as a stage; a finished stage's model is restored instead.
+
+    Returns what ``work`` returned, then or now.
+    """
 
     def stage(progress: Progress) -> dict[str, Any]:
-        work(progress)
-        return {"model": model.state_dict()}
+        said = work(progress)
+        return {"model": model.state_dict(), "said": said}
 
-    restore(model, run.stage(name, stage)["model"])
+    done = run.stage(name, stage)
+    restore(model, done["model"])
+    return done.get("said")
 
 
 def cut(task: Task, run: Run, name: str, model: nn.Module, work: Callable[[nn.Module], nn.Module]) -> nn.Module:
@@ -57,27 +78,34 @@ def train(
     model: nn.Module,
     config: FitConfig,
     *,
-    pruner: Pruner | None = None,
+    pruner: Callable[[], Pruner] | None = None,
     teacher: nn.Module | None = None,
-) -> None:
-    """Trains a model in place as a stage, epoch by epoch durable."""
-    change(
-        run,
-        name,
-        model,
-        lambda progress: fit(
+) -> dict[str, Any]:
+    """Trains a model in place as a stage, epoch by epoch durable; returns the pruner's report.
+
+    The pruner is made where the stage really runs, for it changes the model; it is finished there too.
+    """
+
+    def work(progress: Progress) -> dict[str, Any]:
+        made = pruner() if pruner is not None else None
+        fit(
             model,
             task,
             config,
             seed=run.seed,
             device=run.device.type,
-            pruner=pruner,
+            pruner=made,
             teacher=teacher,
             progress=progress,
             log=lambda rows: run.log(name, rows),
             title=name,
-        ),
-    )
+        )
+        if made is None:
+            return {}
+        made.finish()
+        return made.report()
+
+    return cast("dict[str, Any]", change(run, name, model, work))
 
 
 def dense_model(task: Task, run: Run, config: FitConfig) -> nn.Module:
@@ -109,3 +137,31 @@ def evidence(task: Task, run: Run, config: MethodConfig) -> Evidence:
             break
         chosen.append((inputs.to(run.device), targets.to(run.device)))
     return Evidence(chosen, task.loss, torch.Generator().manual_seed(run.seed))
+
+
+def searched(task: Task, run: Run, config: UnitConfig, pruner: type[UnitPruner]) -> nn.Module:
+    """Returns the dense model trained with a pruner that searches within the training; channels are removed at the end."""
+    model = dense_model(task, run, config.dense)
+    teacher = deepcopy(model) if config.train.distill else None
+    steps = config.train.epochs * epoch_length(config.train, len(task.data.batches("train", config.train.batch_size)))
+
+    def moment(name: str) -> dict[str, float]:
+        if name == "hard" and config.recalibrate:
+            batches = task.data.batches("train", config.train.batch_size, seed=run.seed, shuffle=True)
+            recalibrate(model, batches.epoch(0), count=config.recalibrate)
+        return evaluate(model, task, "validation")
+
+    def make() -> UnitPruner:
+        return pruner(
+            model,
+            config,
+            total_steps=steps,
+            example_inputs=task.example.to(run.device),
+            evidence=evidence(task, run, config),
+            at_freeze=moment,
+        )
+
+    run.observations["search"] = train(task, run, "train", model, config.train, pruner=make, teacher=teacher)
+    if config.pattern == "channel":
+        model = cut(task, run, "shrink", model, lambda masked: shrink(masked, task.example.to(run.device)))
+    return model

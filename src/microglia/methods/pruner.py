@@ -130,6 +130,10 @@ class Pruner:
         """Ends the pruning; returns the final masks, which stay attached (`microglia.fold` writes them in)."""
         return self.masks
 
+    def report(self) -> dict[str, Any]:
+        """Returns what to tell of the pruning, JSON-ready."""
+        return {}
+
     def param_groups(self) -> list[dict[str, Any]]:
         """Returns optimizer groups of the pruner's own parameters."""
         return []

@@ -1,5 +1,6 @@
 """Scores: how much a weight matters, higher = keep. A new score is one pure function under `score`."""
 
+from microglia.scores.accumulated import accumulated, accumulated_gradient
 from microglia.scores.base import Evidence, Score, score, scores
 from microglia.scores.gradient import gradient_magnitude, loss_gradient
 from microglia.scores.guard import untouched
@@ -9,6 +10,8 @@ from microglia.scores.random import random
 __all__ = [
     "Evidence",
     "Score",
+    "accumulated",
+    "accumulated_gradient",
     "gradient_magnitude",
     "loss_gradient",
     "magnitude",

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from microglia.core.errors import TrainingError
 from microglia.train.engine import accelerator, rank_and_world
 from microglia.train.evaluate import evaluate
-from microglia.train.optim import FitConfig, epoch_length, learning_rate, make_optimizer
+from microglia.train.optim import FitConfig, epoch_length, learning_rate, make_optimizers
 from microglia.train.progress import Bar
 from microglia.train.recover import distillation
 from microglia.train.run import Progress
@@ -36,7 +36,10 @@ class Pruner(Protocol):
         ...
 
     def param_groups(self) -> list[dict[str, Any]]:
-        """Returns optimizer groups of the pruner's own parameters."""
+        """Returns optimizer groups of the pruner's own parameters.
+
+        A group may ask for its own ``optimizer`` (``sgd``, ``adam``, ``adamw``) and its own ``constant_lr``.
+        """
         ...
 
     def state_dict(self) -> dict[str, Any]:
@@ -86,10 +89,10 @@ def fit(
     batches = task.data.batches("train", config.batch_size, seed=seed, shuffle=True, augment=True, rank=rank, world=world)
     own = pruner.param_groups() if pruner is not None else []
     theirs = {id(p) for group in own for p in group["params"]}
-    parameters = [p for p in model.parameters() if p.requires_grad and id(p) not in theirs]
+    parameters = [p for p in model.parameters() if p.requires_grad and id(p) not in theirs]  # theirs may live in the model
     wrapped = engine.prepare(model)
-    optimizer = make_optimizer(config, [{"params": parameters}, *own])
-    start, rows = _resume(model, optimizer, pruner, progress)
+    optimizers = make_optimizers(config, [{"params": parameters}, *own])
+    start, rows = _resume(model, optimizers, pruner, progress)
     loss = _loss(task, config, teacher)
     length = epoch_length(config, len(batches))
     with torch.random.fork_rng(), Bar(title, total=config.epochs * length, done=start * length) as bar:
@@ -97,15 +100,15 @@ def fit(
             began = time.perf_counter()
             torch.manual_seed(seed * 1_000_003 + epoch)  # dropout and the like
             wrapped.train()
-            steps = _Steps(engine, wrapped, optimizer, batches, loss, config, pruner)
+            steps = _Steps(engine, wrapped, optimizers, batches, loss, config, pruner)
             mean = steps.epoch(epoch, bar)
-            row = {"epoch": epoch + 1, "loss": mean, "lr": optimizer.param_groups[0]["lr"]}
+            row = {"epoch": epoch + 1, "loss": mean, "lr": optimizers[0].param_groups[0]["lr"]}
             row |= {f"validation_{k}": v for k, v in evaluate(model, task, "validation").items()}
             rows.append(row | {"seconds": round(time.perf_counter() - began, 3)})
             bar.say(f"{task.headline} {row[f'validation_{task.headline}']:.4f}")
             if log is not None:  # before the state: a run killed in between repeats the epoch, and its row
                 log(rows)
-            _save(model, optimizer, pruner, progress, rows)
+            _save(model, optimizers, pruner, progress, rows)
     engine.free_memory()
     return rows
 
@@ -116,7 +119,7 @@ class _Steps:
 
     engine: Accelerator
     model: nn.Module
-    optimizer: torch.optim.Optimizer
+    optimizers: list[torch.optim.Optimizer]
     batches: Batches
     loss: Callable[[Any, Any, Any], Tensor]
     config: FitConfig
@@ -130,7 +133,7 @@ class _Steps:
         for number, (inputs, targets) in enumerate(islice(self.batches.epoch(epoch), length)):
             inputs, targets = inputs.to(device), targets.to(device)  # noqa: PLW2901
             lr = learning_rate(self.config, epoch * length + number, length)
-            for group in self.optimizer.param_groups:
+            for group in (g for optimizer in self.optimizers for g in optimizer.param_groups):
                 group["lr"] = group.get("constant_lr", lr)
             value = self._loss(inputs, targets)
             if not torch.isfinite(value):
@@ -154,13 +157,15 @@ class _Steps:
         return value if self.pruner is None else value + self.pruner.penalty()
 
     def _descend(self, value: Tensor) -> None:
-        self.optimizer.zero_grad(set_to_none=True)
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
         self.engine.backward(value)
         if self.config.clip is not None:
             self.engine.clip_grad_norm_(self.model.parameters(), self.config.clip)
-        self.optimizer.step()
+        for optimizer in self.optimizers:
+            optimizer.step()
         if self.pruner is not None:
-            self.pruner.step(self.optimizer)
+            self.pruner.step(self.optimizers[0])
 
 
 def _share(examples: int, device: torch.device) -> Tensor | float:
@@ -181,25 +186,26 @@ def _loss(task: Task, config: FitConfig, teacher: nn.Module | None) -> Callable[
 
 
 def _resume(
-    model: nn.Module, optimizer: torch.optim.Optimizer, pruner: Pruner | None, progress: Progress | None
+    model: nn.Module, optimizers: list[torch.optim.Optimizer], pruner: Pruner | None, progress: Progress | None
 ) -> tuple[int, list[Row]]:
     if progress is None or progress.state is None:
         return 0, []
     state = progress.state
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    if pruner is not None:
+    if pruner is not None:  # first: its masks may have other names in a later phase
         pruner.load_state_dict(state["pruner"])
+    model.load_state_dict(state["model"])
+    for optimizer, own in zip(optimizers, state["optimizers"], strict=True):
+        optimizer.load_state_dict(own)
     return len(state["rows"]), list(state["rows"])
 
 
 def _save(
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizers: list[torch.optim.Optimizer],
     pruner: Pruner | None,
     progress: Progress | None,
     rows: list[Row],
 ) -> None:
     if progress is not None:
-        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "rows": rows}
+        state = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers], "rows": rows}
         progress.save(state | ({"pruner": pruner.state_dict()} if pruner is not None else {}))

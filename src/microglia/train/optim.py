@@ -89,11 +89,18 @@ def learning_rate(config: FitConfig, step: int, steps_per_epoch: int) -> float:
     return config.lr
 
 
-def make_optimizer(config: FitConfig, groups: Iterable[dict[str, Any]]) -> torch.optim.Optimizer:
-    """Returns the optimizer of a config over parameter groups."""
+def make_optimizers(config: FitConfig, groups: Iterable[dict[str, Any]]) -> list[torch.optim.Optimizer]:
+    """Returns the optimizer of a config over parameter groups, and further ones for groups that name their own."""
+    by_name: dict[str, list[dict[str, Any]]] = {config.optimizer: []}
+    for group in groups:
+        by_name.setdefault(group.get("optimizer", config.optimizer), []).append(group)
+    return [_make_optimizer(name, config, own) for name, own in by_name.items()]
+
+
+def _make_optimizer(name: str, config: FitConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
     lr, decay = config.lr, config.weight_decay
-    if config.optimizer == "sgd":
+    if name == "sgd":
         return torch.optim.SGD(groups, lr=lr, momentum=config.momentum, nesterov=config.nesterov, weight_decay=decay)
-    if config.optimizer == "adam":
+    if name == "adam":
         return torch.optim.Adam(groups, lr=lr, weight_decay=decay)
     return torch.optim.AdamW(groups, lr=lr, weight_decay=decay)

@@ -1,0 +1,103 @@
+"""AC/DC (arXiv 2106.12379): sparse and dense training alternate, so that removed weights may return.
+
+The algorithm (spec: AC/DC 6.1):
+    dense warm-up
+    COMPRESS     keep the exact top by magnitude over all layers, train what is kept, the masks fixed
+    DECOMPRESS   train everything, the removed from zero, momentum reset
+    ... and end compressed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from microglia.core.errors import BudgetError
+from microglia.methods.base import method
+from microglia.methods.procedure import searched
+from microglia.methods.search import UnitConfig, UnitPruner
+from microglia.train.run import Run
+from microglia.train.task import Task
+
+MOMENTA = ("momentum_buffer", "exp_avg")
+
+
+@dataclass(frozen=True)
+class AcdcConfig(UnitConfig):
+    """AC/DC; the defaults are the schedule of the official ResNet-50 run, as fractions of the training.
+
+    Attributes:
+        compress: When compressed phases begin; the last one lasts to the end.
+        decompress: When dense phases begin, each between two compressed ones.
+        reset_momentum: Whether a dense phase begins with no momentum; else removed weights jump back at its first step.
+    """
+
+    compress: tuple[float, ...] = (0.10, 0.20, 0.30, 0.40, 0.50, 0.60, 0.70, 0.85)
+    decompress: tuple[float, ...] = (0.15, 0.25, 0.35, 0.45, 0.55, 0.65, 0.75)
+    reset_momentum: bool = True
+    max_sparsity: float = 0.98
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        both = [t for pair in zip(self.compress, (*self.decompress, 1.0), strict=False) for t in pair]
+        if len(self.compress) != len(self.decompress) + 1 or both != sorted(set(both)) or both[0] < 0:
+            raise BudgetError(
+                "Compressed and dense phases take turns and the training ends compressed: compress has one entry more than "
+                f"decompress, all rising and below 1. Got compress {self.compress}, decompress {self.decompress}."
+            )
+
+    @property
+    def span(self) -> tuple[float, float]:
+        """From the first to the last compression."""
+        return self.compress[0], self.compress[-1]
+
+
+class Acdc(UnitPruner):
+    """Compresses and decompresses in turn."""
+
+    Config = AcdcConfig
+
+    @property
+    def acdc(self) -> AcdcConfig:
+        """The config."""
+        return cast(AcdcConfig, self.config)
+
+    def factors(self) -> Tensor:
+        """Returns ones: its masks are never soft."""
+        return torch.ones(self.units.count, device=self.units.costs.device)
+
+    def ranking(self) -> Tensor:
+        """Returns the mean magnitude of each unit's weights."""
+        return self.units.reduce({name: w.abs() for name, w in self.raw_weights.items()}, "mean")
+
+    @torch.no_grad()
+    def step(self, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Goes on by one optimizer step, into the next phase when it is due."""
+        self.steps += 1
+        if self.steps == self.end:
+            self.freeze(optimizer)
+        elif self.steps < self.end and self.steps in self._times(self.acdc.compress):
+            self.harden(self.choose(self.ranking()), optimizer)
+        elif self.steps < self.end and self.steps in self._times(self.acdc.decompress):
+            self.open()
+            if self.acdc.reset_momentum and optimizer is not None:
+                _reset_momentum(optimizer)
+
+    def _times(self, fractions: tuple[float, ...]) -> set[int]:
+        return {max(1, round(fraction * self.total_steps)) for fraction in fractions}
+
+
+def _reset_momentum(optimizer: torch.optim.Optimizer) -> None:
+    for state in optimizer.state.values():
+        for name in MOMENTA:
+            if isinstance(state.get(name), Tensor):
+                state[name].zero_()
+
+
+@method("acdc", AcdcConfig)
+def acdc(task: Task, run: Run, config: AcdcConfig) -> nn.Module:
+    """AC/DC: compressed and dense phases in turn, ending compressed."""
+    return searched(task, run, config, Acdc)

@@ -1,0 +1,113 @@
+"""AWG, accumulated weight and gradient (SMART, appendix G): prune by a smoothed |w g|, fine-tune, and again.
+
+The algorithm (spec: AWG 6.2). As many times as there are steps, with equal increments of sparsity:
+    calibrate    weights fixed, per mini-batch   I <- beta I + (1 - beta) |w * dL/dw| s_l,   s_l = 1 / (1 - sparsity of layer l)
+    prune        the lowest units over all layers, none above the maximum sparsity of a layer; what is gone stays gone
+    fine-tune    with the masks fixed
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from microglia.core.errors import BudgetError
+from microglia.methods.base import method
+from microglia.methods.procedure import searched
+from microglia.methods.search import SearchConfig, UnitPruner
+from microglia.methods.units import split
+from microglia.scores.accumulated import accumulated_gradient
+from microglia.train.run import Run
+from microglia.train.task import Task
+
+
+@dataclass(frozen=True)
+class AwgConfig(SearchConfig):
+    """AWG; ``score_batches`` of ``score_batch_size`` examples are the calibration.
+
+    Attributes:
+        updates: How many times units are pruned, evenly over the search.
+        beta: Of the moving average over calibration batches.
+    """
+
+    updates: int = 5
+    beta: float = 0.99
+    search: float = 0.5
+    max_sparsity: float = 0.98
+    score_batches: int = 16
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.updates < 1 or not 0 <= self.beta < 1:
+            raise BudgetError(f"updates is at least 1 and beta in [0, 1); got {self.updates} and {self.beta}.")
+
+
+class Awg(UnitPruner):
+    """Prunes a little further at each of a number of steps, by accumulated weight and gradient."""
+
+    Config = AwgConfig
+
+    def __init__(self, model: nn.Module, config: AwgConfig | None = None, **settings: Any) -> None:
+        super().__init__(model, config, **settings)
+        count = self.awg.updates
+        length = self.end - self.begin
+        self._due = {max(1, self.begin + round(length * u / count)): u / count for u in range(1, count + 1)}
+        self._done = 0.0
+
+    @property
+    def awg(self) -> AwgConfig:
+        """The config."""
+        return cast(AwgConfig, self.config)
+
+    def factors(self) -> Tensor:
+        """Returns what is kept now: its masks are never soft."""
+        kept = self.soft.kept if self.soft is not None else None
+        return torch.ones(self.units.count, device=self.units.costs.device) if kept is None else kept.float()
+
+    @torch.enable_grad()
+    def ranking(self) -> Tensor:
+        """Returns the accumulated score of each unit, summed over its weights, -inf for what is gone."""
+        layers = self.weight_layers
+        values = accumulated_gradient(self.model, layers, self.evidence, beta=self.awg.beta)
+        scores = self.units.reduce(values, "sum")
+        kept = self.soft.kept if self.soft is not None else None
+        if kept is None:
+            return scores
+        parts = split(self.units, kept)
+        left = torch.cat([part.float().mean().clamp_min(1e-9).expand(len(part)) for part in parts.values()])
+        return (scores / left.to(scores.dtype)).masked_fill(~kept, -torch.inf)
+
+    def choose(self, scores: Tensor) -> Tensor:
+        """Returns what stays at this update: sparsity grows by equal increments."""
+        final, whole = self.keep, int(self.units.costs.sum())
+        if self.pattern.fixed_density is not None:
+            final = round(self.pattern.fixed_density * whole)
+        self.keep = whole - round((whole - final) * self._done)
+        chosen = super().choose(scores)
+        self.keep = final
+        return chosen
+
+    def step(self, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Goes on by one optimizer step; prunes when an update is due, the last one for good."""
+        self.steps += 1
+        if (progress := self._due.get(self.steps)) is None:
+            return
+        self._done = progress
+        if progress == 1:
+            self.freeze(optimizer)
+        else:
+            self.harden(self.choose(self.ranking()), optimizer)
+
+    def freeze(self, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Prunes to the budget."""
+        self._done = 1.0
+        super().freeze(optimizer)
+
+
+@method("awg", AwgConfig)
+def awg(task: Task, run: Run, config: AwgConfig) -> nn.Module:
+    """AWG: prune by accumulated |weight x gradient| in steps, fine-tuning in between."""
+    return searched(task, run, config, Awg)

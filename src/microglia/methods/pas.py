@@ -1,0 +1,117 @@
+"""PaS, pruning as search (arXiv 2206.01198): one gate per unit, 0 or 1, trained with a straight-through gradient.
+
+The algorithm (spec: PaS 5.2):
+    forward   b = 1 if s > 1/2 else 0, the unit times b
+    backward  db/ds := 1
+    loss      L + strength (cost(b) / budget - 1)^2
+with s clamped to [0, 1] after each step. The budget is met only nearly, so the end of the search keeps the exact top of s.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from microglia.core.errors import BudgetError, PatternError
+from microglia.core.patterns import NM, parse_pattern
+from microglia.methods.base import method
+from microglia.methods.procedure import searched
+from microglia.methods.search import SearchConfig, UnitPruner
+from microglia.methods.units import ChannelUnits
+from microglia.train.run import Run
+from microglia.train.task import Task
+
+THRESHOLD = 0.5
+TIE = 1e-6
+"""Weight of the magnitude's rank beside s: many gates end at exactly 1."""
+
+
+@dataclass(frozen=True)
+class PasConfig(SearchConfig):
+    """PaS.
+
+    Attributes:
+        strength: Of the penalty; the paper's source is silent on it.
+        mask_lr: Learning rate of the gates, constant.
+        mask_optimizer: Of the gates.
+    """
+
+    strength: float = 1.0
+    mask_lr: float = 1e-2
+    mask_optimizer: Literal["adam", "adamw", "sgd"] = "adam"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.strength < 0:
+            raise BudgetError(f"strength is at least 0; got {self.strength}.")
+        if isinstance(parse_pattern(self.pattern), NM):
+            raise PatternError("PaS has one gate per unit and one budget for all; N:M is a budget of every row. Take smart.")
+
+
+class Pas(UnitPruner):
+    """Trains gates with a straight-through gradient."""
+
+    Config = PasConfig
+
+    @property
+    def pas(self) -> PasConfig:
+        """The config."""
+        return cast(PasConfig, self.config)
+
+    def initial_scores(self) -> Tensor:
+        """Returns 1 and a little noise, clamped."""
+        noise = torch.randn(self.units.count, generator=self.evidence.generator)
+        return (1 + 0.01 * noise).clamp(0, 1).to(self.units.costs.device)
+
+    def factors(self) -> Tensor:
+        """Returns 0 or 1, with the gradient of the identity."""
+        scores = self._scores
+        return scores + ((scores > THRESHOLD).to(scores.dtype) - scores).detach()
+
+    def ranking(self) -> Tensor:
+        """Returns the gates, ties in the order of magnitude."""
+        magnitudes = self.units.reduce(self.raw_weights, "l2").detach()
+        rank = magnitudes.argsort(stable=True).argsort().double() / max(1, len(magnitudes))
+        return self._scores.detach().double() + TIE * rank
+
+    def penalty(self) -> Tensor | float:
+        """Returns strength (cost(b) / budget - 1)^2 while the search goes on."""
+        if not self.searching:
+            return super().penalty()
+        return self.pas.strength * (self._cost(self.factors()) - 1).square()
+
+    def step(self, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Clamps the gates, or a closed one would drift away and never return."""
+        if self.searching:
+            with torch.no_grad():
+                self._scores.clamp_(0, 1)
+        super().step(optimizer)
+
+    def param_groups(self) -> list[dict[str, Any]]:
+        """Returns the group of the gates."""
+        if self.soft is None:
+            return []
+        rate = self.pas.mask_lr
+        own = {"lr": rate, "constant_lr": rate, "weight_decay": 0.0, "optimizer": self.pas.mask_optimizer}
+        return [{"params": [self._scores], **own}]
+
+    @property
+    def _scores(self) -> Tensor:
+        assert self.soft is not None
+        return cast(Tensor, self.soft.scores)
+
+    def _cost(self, gates: Tensor) -> Tensor:
+        """Returns the cost left over the budget; of channels counted in MACs, the product of widths."""
+        units: object = self.units
+        if isinstance(units, ChannelUnits) and self.pas.cost == "macs":
+            return units.channels.macs(gates) / self._density()
+        return (gates * self.units.costs).sum() / self.keep
+
+
+@method("pas", PasConfig)
+def pas(task: Task, run: Run, config: PasConfig) -> nn.Module:
+    """PaS: gates with a straight-through gradient and a penalty on the cost, freeze, fine-tune."""
+    return searched(task, run, config, Pas)

@@ -1,0 +1,162 @@
+"""SMART (arXiv 2403.19969): a separate score per unit, one differentiable top-k over all layers, a falling temperature.
+
+The algorithm (spec: SMART 2.5, 3.3). For every step s of the search:
+    tau = init_temp (final_temp / init_temp)^(s / (S - 1))
+    f   = soft top-k of the scores at tau, its sum exactly the budget
+    train weights w and scores m on L(w f); gradients exact, no straight-through
+then keep the exact top-k, fixed, and fine-tune. With N:M the weights' own magnitudes are the scores, in each row of M.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from microglia.core.errors import BudgetError
+from microglia.core.patterns import NM
+from microglia.core.registry import unknown_name
+from microglia.core.schedules import geometric
+from microglia.core.soft_topk import soft_topk
+from microglia.methods.base import method
+from microglia.methods.procedure import searched
+from microglia.methods.search import Report, SearchConfig, UnitPruner
+from microglia.scores.inputs import mean_inputs
+from microglia.train.run import Run
+from microglia.train.task import Task
+
+INITS = ("magnitude", "normalized", "layerwise", "noise", "activation")
+
+
+@dataclass(frozen=True)
+class SmartConfig(SearchConfig):
+    """SMART.
+
+    Attributes:
+        init_temp: Temperature at the first step of the search, in units of the scores.
+        final_temp: At its last step.
+        init: Scores at the start: ``magnitude``, the mean |w| of a unit; ``normalized``, that over its spread over all units,
+            so that a temperature means the same in every network; ``layerwise``, over its mean in each layer; ``noise``, all
+            alike; ``activation``, mean |w| |x| with the layer's inputs, normalized.
+        mask_lr: Learning rate of the scores, constant.
+        mask_optimizer: Of the scores. Their gradient grows as the temperature falls, which ``adam`` does not see.
+    """
+
+    init_temp: float = 10.0
+    final_temp: float = 1e-4
+    init: Literal["magnitude", "normalized", "layerwise", "noise", "activation"] = "normalized"
+    mask_lr: float = 1e-2
+    mask_optimizer: Literal["adam", "adamw", "sgd"] = "adam"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.final_temp <= self.init_temp:
+            raise BudgetError(
+                f"The temperature falls from init_temp to final_temp > 0; got {self.init_temp} and {self.final_temp}."
+            )
+        if self.init not in INITS:
+            raise unknown_name("initialization of the scores", self.init, INITS)
+
+
+class Smart(UnitPruner):
+    """Learns which units to keep; stepped inside anybody's loop.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16))
+        >>> pruner = Smart(model, pattern="block:16x8", density=0.5, total_steps=10, search=0.5)
+        >>> optimizer = torch.optim.Adam([*pruner.param_groups(), {"params": pruner.weights_to_train()}])
+        >>> for _ in range(10):
+        ...     loss = model(torch.randn(8, 16)).square().mean() + pruner.penalty()
+        ...     optimizer.zero_grad(); loss.backward(); optimizer.step(); pruner.step(optimizer)
+        >>> pruner.finish().kept
+        512
+    """
+
+    Config = SmartConfig
+
+    @property
+    def smart(self) -> SmartConfig:
+        """The config."""
+        return cast(SmartConfig, self.config)
+
+    @property
+    def temperature(self) -> float:
+        """Temperature of this step."""
+        return geometric(self.progress, self.smart.init_temp, self.smart.final_temp)
+
+    def initial_scores(self) -> Tensor | None:
+        """Returns the scores at the start; none with N:M, where there is nothing to share out among layers."""
+        return None if isinstance(self.pattern, NM) else self._scores()
+
+    def step(self, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Goes on by one optimizer step."""
+        super().step(optimizer)
+        if self.steps == self.begin and self.soft is not None and self.soft.scores is not None:
+            with torch.no_grad():  # the weights have been trained since the scores were made
+                self.soft.scores.copy_(self._scores())
+
+    def factors(self) -> Tensor:
+        """Returns the soft top-k of the scores at the temperature of this step."""
+        scores, padding = self.ranking(), self.units.costs == 0
+        if isinstance(self.pattern, NM):
+            rows = scores.masked_fill(padding, -torch.inf).view(-1, self.pattern.m)
+            real = self.pattern.m - padding.view(-1, self.pattern.m).sum(1)
+            found = soft_topk(rows, real.clamp(max=self.pattern.n), self.temperature, start=self.threshold)
+        else:
+            equal = int(self.units.costs.min()) == int(self.units.costs.max())
+            keep = self.keep / int(self.units.costs[0]) if equal else self.keep
+            sizes = None if equal else self.units.costs.to(scores.dtype)
+            found = soft_topk(scores, keep, self.temperature, sizes=sizes, start=self.threshold)
+        self.threshold = found.threshold
+        return found.mask.flatten()
+
+    def ranking(self) -> Tensor:
+        """Returns the scores."""
+        if isinstance(self.pattern, NM):
+            return self.units.reduce({name: w.abs() for name, w in self.raw_weights.items()}, "mean")
+        assert self.soft is not None
+        assert self.soft.scores is not None
+        return self.soft.scores
+
+    def param_groups(self) -> list[dict[str, Any]]:
+        """Returns the group of the scores: no weight decay, which would only raise the temperature, and its own rate."""
+        if self.soft is None or self.soft.scores is None:
+            return []
+        rate = self.smart.mask_lr
+        own = {"lr": rate, "constant_lr": rate, "weight_decay": 0.0, "optimizer": self.smart.mask_optimizer}
+        return [{"params": [self.soft.scores], **own}]
+
+    def weights_to_train(self) -> list[nn.Parameter]:
+        """Returns the parameters of the model without the scores."""
+        own = {id(p) for group in self.param_groups() for p in group["params"]}
+        return [p for p in self.model.parameters() if id(p) not in own]
+
+    def _snapshot(self) -> Report:
+        return super()._snapshot() | {"temperature": self.temperature}
+
+    @torch.no_grad()
+    def _scores(self) -> Tensor:
+        init, weights = self.smart.init, self.raw_weights
+        if init == "noise":
+            noise = torch.randn(self.units.count, generator=self.evidence.generator)
+            return 1e-3 * noise.to(self.units.costs.device)
+        values: Mapping[str, Tensor] = {name: w.abs() for name, w in weights.items()}
+        if init == "activation":
+            inputs = mean_inputs(self.model, self.weight_layers, self.evidence)
+            values = {name: value * inputs[name] for name, value in values.items()}
+        scores = self.units.reduce(values, "mean")
+        if init == "layerwise":
+            parts = torch.split(scores, list(self.units.lengths))
+            return torch.cat([part / part.mean().clamp_min(torch.finfo(part.dtype).tiny) for part in parts])
+        if init == "magnitude" or len(scores) < 2:
+            return scores
+        return scores / scores.std().clamp_min(torch.finfo(scores.dtype).tiny)
+
+
+@method("smart", SmartConfig)
+def smart(task: Task, run: Run, config: SmartConfig) -> nn.Module:
+    """SMART: learn scores with a differentiable top-k of falling temperature, freeze, fine-tune."""
+    return searched(task, run, config, Smart)

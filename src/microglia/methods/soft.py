@@ -1,0 +1,121 @@
+"""Factors in a model: every weight that units hold is multiplied by theirs, soft while a method searches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from microglia.core.layers import prunable_layers
+from microglia.core.masks import detach
+from microglia.methods.units import Units
+
+SCORES = "microglia_scores"
+"""Name under which a searched model holds the scores, so that they are saved, moved and shared out with it."""
+
+Factors = Callable[[], Tensor | None]
+
+
+class Factored(nn.Module):
+    """The parametrization: a parameter times the factors of the units it holds."""
+
+    def __init__(self, masks: SoftMasks, name: str) -> None:
+        super().__init__()
+        self._masks, self._name = masks, name
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Returns the parameter as the forward pass sees it."""
+        masks = self._masks
+        factors = masks.current()
+        return weight if factors is None else masks.units.scale(self._name, weight, factors)
+
+
+class Kept(nn.Module):
+    """The parametrization of a companion, a bias or a norm's affine parameter: zero for removed units."""
+
+    def __init__(self, masks: SoftMasks, name: str) -> None:
+        super().__init__()
+        self._masks, self._name = masks, name
+
+    def forward(self, parameter: Tensor) -> Tensor:
+        """Returns the parameter as the forward pass sees it."""
+        masks = self._masks
+        return parameter if masks.kept is None else masks.units.companion(self._name, parameter, masks.kept)
+
+
+class SoftMasks:
+    """Holds a method's scores and hands every weight its factors, computed once for each forward pass of the model.
+
+    Args:
+        model: The model to search, changed in place.
+        units: All units.
+        factors: Computes them, (count,), differentiable; None stands for ones.
+        scores: Parameter of the search, or None.
+
+    Attributes:
+        kept: Units that stay, once chosen.
+        attached: Whether the weights still have factors.
+    """
+
+    def __init__(self, model: nn.Module, units: Units, factors: Factors, scores: Tensor | None) -> None:
+        self.units, self._factors = units, factors
+        self.scores = nn.Parameter(scores) if scores is not None else None
+        self.kept: Tensor | None = None
+        self.attached = True
+        self._known: tuple[Tensor | None] | None = (None,)  # while they are attached, which calls them
+        for name in units.scaled_names:
+            _attach(model, name, Factored(self, name))
+        for name in units.companions:
+            _attach(model, name, Kept(self, name))
+        self.forget()
+        if self.scores is not None:
+            model.register_parameter(SCORES, self.scores)
+        self._hook = model.register_forward_pre_hook(self.forget)
+
+    def forget(self, *_: Any) -> None:
+        """Makes the next weight compute the factors anew: a graph can be differentiated once."""
+        self._known = None
+
+    def current(self) -> Tensor | None:
+        """Returns the factors of this forward pass."""
+        if self._known is None:
+            self._known = (self._factors(),)
+        return self._known[0]
+
+    def detach_weights(self, model: nn.Module) -> None:
+        """Takes the factors off the weights; companions keep theirs."""
+        for name in self.units.scaled_names if self.attached else ():
+            for module, attribute in _holders(model, name):
+                detach(module, attribute)
+        self.attached = False
+
+    @torch.no_grad()
+    def detach_companions(self, model: nn.Module) -> None:
+        """Writes the zeros of companions into them and lets the model go."""
+        for name in self.units.companions:
+            module, attribute = _holders(model, name)[0]
+            value = getattr(module, attribute).clone()
+            detach(module, attribute)
+            getattr(module, attribute).copy_(value)
+
+    def leave(self, model: nn.Module) -> None:
+        """Takes the scores and the hook off the model."""
+        self._hook.remove()
+        if self.scores is not None:
+            delattr(model, SCORES)
+
+
+def _holders(model: nn.Module, name: str) -> list[tuple[nn.Module, str]]:
+    layers = prunable_layers(model)
+    if name in layers:
+        return list(layers[name].holders)
+    path, _, attribute = name.rpartition(".")
+    return [(model.get_submodule(path), attribute)]
+
+
+def _attach(model: nn.Module, name: str, parametrization: nn.Module) -> None:
+    for module, attribute in _holders(model, name):
+        parametrize.register_parametrization(module, attribute, parametrization)

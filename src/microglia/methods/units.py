@@ -1,0 +1,275 @@
+"""Units: everything a method keeps or removes, numbered through over all layers, so that one vector holds a mask.
+
+`LayerUnits` are the units of a pattern in each layer; `ChannelUnits` the channels of the whole model, coupled as they must be
+removed. A vector of factors, soft or 0 and 1, is applied where it acts: at the weights, or where a channel is read.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from microglia.core.errors import PatternError, SelectorError
+from microglia.core.layers import Layer, prunable_layers
+from microglia.core.patterns import Block, Channel, Pattern, Reduction
+from microglia.core.selection import keep_units
+from microglia.graph.coupled import CoupledChannels
+from microglia.measure.macs import count_macs
+from microglia.methods.block_scale import scale_blocks
+
+Cost = Literal["auto", "units", "weights", "macs"]
+"""What a budget counts: units, the weights they hold, or the multiply-accumulates these take."""
+
+
+class Units(Protocol):
+    """What both kinds can do. Vectors are (count,), in one fixed order.
+
+    Attributes:
+        names: Layers, or groups of coupled channels.
+        lengths: Units in each.
+        count: Units in all, padding included.
+        costs: What each counts for in the budget, int64 (count,); 0 marks padding.
+        scaled_names: Parameters that factors act on.
+        companions: Parameters beside the prunable weights that must be zero for a removed unit to be zero.
+    """
+
+    names: Sequence[str]
+    lengths: Sequence[int]
+    count: int
+    costs: Tensor
+    scaled_names: Sequence[str]
+    companions: Sequence[str]
+
+    def reduce(self, values: Mapping[str, Tensor], how: Reduction) -> Tensor:
+        """Returns one value per unit from one value per weight, by name of the weight; differentiable."""
+        ...
+
+    def scale(self, name: str, parameter: Tensor, factors: Tensor) -> Tensor:
+        """Returns a parameter of ``scaled_names`` times the factors of its units; differentiable in both."""
+        ...
+
+    def companion(self, name: str, parameter: Tensor, kept: Tensor) -> Tensor:
+        """Returns a companion with what belongs to removed units set to zero."""
+        ...
+
+    def masks(self, kept: Tensor) -> dict[str, Tensor]:
+        """Returns the masks of the prunable weights from one boolean per unit."""
+        ...
+
+
+def split(units: Units, vector: Tensor) -> dict[str, Tensor]:
+    """Returns a vector's part of each layer or group."""
+    return dict(zip(units.names, torch.split(vector, list(units.lengths)), strict=True))
+
+
+def keep_count(units: Units, density: float) -> int:
+    """Returns what a budget of so much of the whole cost comes to, halves up."""
+    return math.floor(density * int(units.costs.sum()) + 0.5)
+
+
+def choose(
+    units: Units, scores: Tensor, keep: int, *, allow_empty: bool = False, least: float = 0.0, pattern: Pattern | None = None
+) -> Tensor:
+    """Returns the units that stay, boolean (count,): the exact top of one order over all layers.
+
+    Args:
+        units: All units.
+        scores: Higher = keep; -inf cannot stay, +inf must.
+        keep: Cost to keep.
+        allow_empty: Whether a layer or group may lose everything.
+        least: Fraction of each layer's units that stays whatever their scores (1 - the maximum sparsity per layer).
+        pattern: One that chooses within its own rows (N:M) does so whatever ``keep`` says.
+    """
+    by_layer, costs = split(units, scores.detach()), split(units, units.costs)
+    if pattern is not None and pattern.fixed_density is not None:
+        by_layer, costs = _rows(by_layer, pattern), _rows(costs, pattern)
+    elif least > 0:
+        by_layer = {name: _raised(values, math.ceil(least * len(values))) for name, values in by_layer.items()}
+    density = pattern.fixed_density if pattern is not None else None
+    kept = keep_units(by_layer, costs, keep, density=density, allow_empty=allow_empty)
+    return torch.cat([kept[name].flatten() for name in units.names])
+
+
+def _rows(vectors: Mapping[str, Tensor], pattern: Pattern) -> dict[str, Tensor]:
+    return {name: vector.view(-1, pattern.footprint[1]) for name, vector in vectors.items()}
+
+
+def _raised(values: Tensor, count: int) -> Tensor:
+    """Returns scores with the best ``count`` above all others."""
+    raised = values.clone()
+    best = values.argsort(descending=True, stable=True)[:count]
+    raised[best[values[best] > -torch.inf]] = torch.inf
+    return raised
+
+
+class LayerUnits:
+    """The units of a pattern in each prunable layer.
+
+    Args:
+        model: The model.
+        layers: Its layers by name.
+        pattern: The unit.
+        cost: What counts; ``auto`` is the weights, so that density is the kept fraction of the prunable weights.
+        example_inputs: Needed where ``macs`` count.
+    """
+
+    names: Sequence[str]
+    lengths: Sequence[int]
+    scaled_names: Sequence[str]
+    companions: Sequence[str] = ()
+
+    def __init__(
+        self, model: nn.Module, layers: Mapping[str, Layer], pattern: Pattern, cost: Cost = "auto", example_inputs: Any = None
+    ) -> None:
+        self.pattern = pattern
+        self.names = self.scaled_names = tuple(layers)
+        self.shapes = {name: tuple(layer.shape) for name, layer in layers.items()}
+        sizes = {name: pattern.sizes(shape).flatten() for name, shape in self.shapes.items()}
+        self.lengths = [len(s) for s in sizes.values()]
+        self.count = sum(self.lengths)
+        self._starts = dict(zip(self.names, [sum(self.lengths[:i]) for i in range(len(self.lengths))], strict=True))
+        positions = _positions(model, layers, example_inputs) if cost == "macs" else dict.fromkeys(self.names, 1)
+        self.costs = torch.cat([sizes[name] * positions[name] for name in self.names])
+        if cost == "units":
+            self.costs = self.costs.clamp(max=1)
+
+    def of(self, name: str, vector: Tensor) -> Tensor:
+        """Returns a layer's part of a vector."""
+        length = self.lengths[self.names.index(name)]
+        return vector[self._starts[name] : self._starts[name] + length]
+
+    def reduce(self, values: Mapping[str, Tensor], how: Reduction) -> Tensor:
+        """See `Units`."""
+        return torch.cat([self.pattern.reduce(values[name], how).flatten() for name in self.names])
+
+    def scale(self, name: str, parameter: Tensor, factors: Tensor) -> Tensor:
+        """See `Units`."""
+        own = self.of(name, factors)
+        if isinstance(self.pattern, Block):
+            return scale_blocks(parameter, own, self.pattern)
+        return parameter * self.pattern.expand(own, self.shapes[name]).to(parameter.dtype)
+
+    def companion(self, name: str, parameter: Tensor, kept: Tensor) -> Tensor:
+        """There is none: a masked weight is zero by itself."""
+        raise AssertionError(name)
+
+    def masks(self, kept: Tensor) -> dict[str, Tensor]:
+        """See `Units`."""
+        return {name: self.pattern.expand(self.of(name, kept), self.shapes[name]) for name in self.names}
+
+
+class ChannelUnits:
+    """The channels of a model, coupled across layers.
+
+    Args:
+        model: The model.
+        layers: Its prunable layers by name.
+        cost: What counts; ``auto`` is the number of channels.
+        example_inputs: To trace the model with.
+        exclude: Names of layers whose channels stay.
+    """
+
+    names: Sequence[str]
+    lengths: Sequence[int]
+    scaled_names: Sequence[str]
+    companions: Sequence[str]
+
+    def __init__(
+        self, model: nn.Module, layers: Mapping[str, Layer], cost: Cost, example_inputs: Any, exclude: Sequence[str] = ()
+    ) -> None:
+        self.channels = CoupledChannels(model, example_inputs, exclude)
+        self.names, self.lengths, self.count = self.channels.names, self.channels.lengths, self.channels.count
+        self.scaled_names = tuple(dict.fromkeys(place.name for place in self.channels.read))
+        self._read = {name: [p for p in self.channels.read if p.name == name] for name in self.scaled_names}
+        self._made: dict[str, list[Any]] = {}
+        for place in self.channels.made:
+            self._made.setdefault(place.name, []).append(place)
+        self._shapes = {name: tuple(layer.shape) for name, layer in layers.items()}
+        self.companions = tuple(name for name in self._made if name not in self._shapes)
+        each = {"weights": self.channels.weights, "macs": self.channels.macs_each}.get(cost)
+        self.costs = each() if each is not None else torch.ones(self.count, dtype=torch.int64)
+
+    def reduce(self, values: Mapping[str, Tensor], how: Reduction) -> Tensor:
+        """See `Units`: over all weights that make a channel; mean and l2 over all of them together."""
+        like = values[next(name for name in self._made if name in values)]
+        dtype = like.dtype if like.is_floating_point() else torch.float32
+        total = torch.full((self.count + 1,), -torch.inf if how == "max" else 0.0, dtype=dtype, device=like.device)
+        held = torch.zeros_like(total)
+        for name, places in self._made.items():
+            if name not in values or values[name].ndim < 2:
+                continue
+            for place in places:
+                value = values[name].to(dtype).movedim(place.dim, 0).flatten(1)
+                index = place.units.to(total.device)
+                if how == "max":
+                    total = total.scatter_reduce(0, index, value.amax(1), "amax")
+                else:
+                    total = total.index_add(0, index, (value.square() if how == "l2" else value).sum(1))
+                held = held.index_add(0, index, torch.full_like(total[:1], value.shape[1]).expand(len(index)))
+        total, held = total[:-1], held[:-1].clamp(min=1)
+        if how == "mean":
+            return total / held
+        return total.clamp_min(torch.finfo(dtype).tiny).sqrt() if how == "l2" else total
+
+    def scale(self, name: str, parameter: Tensor, factors: Tensor) -> Tensor:
+        """See `Units`."""
+        return _times(parameter, self._read[name], factors)
+
+    def companion(self, name: str, parameter: Tensor, kept: Tensor) -> Tensor:
+        """See `Units`."""
+        return _times(parameter, self._made[name], kept)
+
+    def masks(self, kept: Tensor) -> dict[str, Tensor]:
+        """See `Units`: the rows that make a channel; layers that make none of these channels are all ones."""
+        ones = {name: torch.ones(shape, dtype=torch.bool, device=kept.device) for name, shape in self._shapes.items()}
+        own = {name: places for name, places in self._made.items() if name in ones}
+        return {**ones, **{name: _times(ones[name].float(), places, kept) > 0 for name, places in own.items()}}
+
+
+def _times(parameter: Tensor, places: Sequence[Any], factors: Tensor) -> Tensor:
+    """Returns a parameter times the factors of the channels it holds, 1 where it holds none."""
+    padded = torch.cat([factors.to(parameter.dtype), parameter.new_ones(1)])
+    for place in places:
+        shape = [1] * parameter.ndim
+        shape[place.dim] = -1
+        parameter = parameter * padded[place.units.to(padded.device)].view(shape)
+    return parameter
+
+
+def make_units(
+    model: nn.Module,
+    pattern: Pattern,
+    layers: Mapping[str, Layer],
+    *,
+    cost: Cost = "auto",
+    example_inputs: Any = None,
+    exclude: Sequence[str] = (),
+) -> Units:
+    """Returns the units of a pattern in a model; channels are those of the whole model, coupled.
+
+    Raises:
+        PatternError: Channels without example inputs to trace the model with.
+        SelectorError: A choice of layers for channels, which are coupled across layers.
+    """
+    if not isinstance(pattern, Channel):
+        return LayerUnits(model, layers, pattern, cost, example_inputs)
+    if example_inputs is None:
+        raise PatternError(
+            "Channels are coupled across layers, which a trace finds: give example_inputs, such as one batch of inputs."
+        )
+    left = [name for name in prunable_layers(model) if name not in layers] if exclude else []
+    if len(layers) + len(left) != len(prunable_layers(model)):
+        raise SelectorError("Channels are coupled across layers: choose them with exclude, not with layers.")
+    return ChannelUnits(model, prunable_layers(model), cost, example_inputs, left)
+
+
+def _positions(model: nn.Module, layers: Mapping[str, Layer], example_inputs: Any) -> dict[str, int]:
+    """Returns how often each weight of a layer is used for one batch of the example inputs."""
+    if example_inputs is None:
+        raise PatternError("A cost in multiply-accumulates is counted on example_inputs, such as one batch; give them.")
+    counted = count_macs(model, example_inputs)
+    return {name: max(1, counted.layers.get(name, 0) // math.prod(layer.shape)) for name, layer in layers.items()}

@@ -1,0 +1,48 @@
+"""Accumulated weight and gradient: |w g| of single mini-batches, smoothed over a calibration."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from microglia.core.errors import ScoreError
+from microglia.core.layers import Layer
+from microglia.scores.base import Evidence, score
+from microglia.scores.gradient import loss_gradient
+from microglia.scores.guard import untouched
+
+
+def accumulated_gradient(
+    model: nn.Module, layers: Mapping[str, Layer], evidence: Evidence, *, beta: float = 0.99
+) -> dict[str, Tensor]:
+    """Returns the moving average of |w * dL/dw| over the batches, without the bias of its start (spec: AWG 6.2).
+
+    In evaluation mode, the model left as it is. Unlike ``gradient`` the absolute value is taken per batch, so that a weight
+    whose gradients cancel over batches still counts.
+
+    Args:
+        model: Dense or masked.
+        layers: To score, by name.
+        evidence: Batches and loss.
+        beta: Weight of the past, in [0, 1).
+    """
+    batches = list(evidence.batches)
+    with untouched(model):
+        model.eval()
+        average = {name: torch.zeros_like(layer.raw, dtype=torch.float32) for name, layer in layers.items()}
+        if not batches:
+            raise ScoreError("This score needs at least one batch of (inputs, targets); it got none.")
+        for batch in batches:
+            gradients = loss_gradient(model, layers, replace(evidence, batches=[batch]))
+            for name, layer in layers.items():
+                average[name].lerp_((layer.weight.detach() * gradients[name]).abs().float(), 1 - beta)
+    return {name: value / (1 - beta ** len(batches)) for name, value in average.items()}
+
+
+@score("accumulated-gradient")
+def accumulated(model: nn.Module, layers: Mapping[str, Layer], evidence: Evidence) -> dict[str, Tensor]:
+    """Returns |w * dL/dw| of single batches, averaged over them with the past weighing 0.99 (SMART, appendix G: AWG)."""
+    return accumulated_gradient(model, layers, evidence)

@@ -1,0 +1,70 @@
+"""What enters each layer: the mean size of its inputs, by which weights can be weighed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from microglia.core.errors import ScoreError
+from microglia.core.layers import Layer
+from microglia.scores.base import Evidence
+from microglia.scores.guard import untouched
+
+
+@torch.no_grad()
+def mean_inputs(model: nn.Module, layers: Mapping[str, Layer], evidence: Evidence) -> dict[str, Tensor]:
+    """Returns mean |x| over examples and positions of each layer's input channels, shaped to multiply its weight.
+
+    In evaluation mode; on several ranks over all their batches. A layer that is never called by itself gets ones.
+
+    Raises:
+        ScoreError: There are no batches.
+    """
+    sums: dict[str, Tensor] = {}
+    counts: dict[str, int] = {}
+
+    def note(name: str, module: nn.Module, x: Tensor) -> None:
+        rows = x.movedim(-1, 0) if isinstance(module, nn.Linear) else x.movedim(1, 0)
+        rows = rows.detach().flatten(1)
+        sums[name] = sums.get(name, 0) + rows.abs().sum(1, dtype=torch.float64)
+        counts[name] = counts.get(name, 0) + rows.shape[1]
+
+    def hook(name: str) -> Any:
+        return lambda module, args, output: note(name, module, args[0])
+
+    with untouched(model):
+        handles = [
+            layer.module.register_forward_hook(hook(name))
+            for name, layer in layers.items()
+            if not isinstance(layer.module, nn.MultiheadAttention)
+        ]
+        try:
+            model.eval()
+            for inputs, _ in evidence.batches:
+                model(inputs)
+        finally:
+            for handle in handles:
+                handle.remove()
+    if not counts:
+        raise ScoreError("The size of activations is measured on batches: give batches=[(inputs, targets), ...].")
+    means = {name: _average(sums[name], counts[name]) for name in sums}
+    return {name: _as_factor(layer, means.get(name)) for name, layer in layers.items()}
+
+
+def _average(total: Tensor, count: int) -> Tensor:
+    held = torch.cat([total, total.new_tensor([count])])
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(held)
+    return held[:-1] / held[-1]
+
+
+def _as_factor(layer: Layer, mean: Tensor | None) -> Tensor:
+    """Returns the means in the weight's shape but for dimensions of 1; rows of a grouped convolution see their own group."""
+    if mean is None:
+        return torch.ones(1, device=layer.raw.device)
+    groups = getattr(layer.module, "groups", 1)
+    by_row = mean.float().view(groups, -1).repeat_interleave(layer.shape[0] // groups, 0)
+    return by_row.view(layer.shape[0], layer.shape[1], *[1] * (len(layer.shape) - 2))

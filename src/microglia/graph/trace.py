@@ -72,7 +72,19 @@ def trace(model: nn.Module, example_inputs: Any, *, dynamic: Sequence[int] = (0,
         for module, mode in modes.items():
             module.training = mode
     inline_wrappers(exported.graph_module)
+    _refuse_unknown_sizes(exported.graph, model)
     return _as_trace(exported, model)
+
+
+def _refuse_unknown_sizes(graph: fx.Graph, model: nn.Module) -> None:
+    """Raises where a size is known only by running: how many boxes are left, how many entries are not zero."""
+    for node in graph.nodes:
+        for value in pytree.tree_leaves(node.meta.get("val")):
+            sizes = value.shape if isinstance(value, Tensor) else (value,)
+            if any(isinstance(s, torch.SymInt) and s.node.hint is None for s in sizes):
+                raise TraceError(
+                    f"A size in {type(model).__name__} depends on values: that of {node.name} ({operator_name(node)})."
+                )
 
 
 def _as_trace(exported: torch.export.ExportedProgram, model: nn.Module) -> Trace:

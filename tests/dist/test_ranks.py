@@ -71,7 +71,7 @@ def assert_equivalent(run, other):
         assert row["validation_loss"] == pytest.approx(twin["validation_loss"], rel=1e-3)
 
 
-@pytest.mark.parametrize("method", ["gradient", "magnitude", "gradual", "channels"])
+@pytest.mark.parametrize("method", ["gradient", "magnitude", "gradual", "channels", "smart"])
 def test_two_ranks_prune_as_one(tmp_path, alone, method):
     words = ("prune", *TINY, "--method", method, "--out", tmp_path / "run")
     first, second = on_ranks(*words, folder=tmp_path / "work")

@@ -14,7 +14,15 @@ from commands import LIMIT, TINY, microglia, start, weights
 
 GRADUAL = ("--method", "gradual", "train.optimizer=adam", "train.lr=0.003", "prune.updates=5")
 CHANNELS = ("--method", "channels", "prune.recalibrate=2")
-METHODS = {"magnitude": ("--method", "magnitude"), "gradual": GRADUAL, "channels": CHANNELS}
+SMART = ("--method", "smart", "--pattern", "block:8x4", "prune.search=0.7")
+SMART_CHANNELS = ("--method", "smart", "--pattern", "channel", "prune.search=0.4", "prune.recalibrate=2")
+METHODS = {
+    "magnitude": ("--method", "magnitude"),
+    "gradual": GRADUAL,
+    "channels": CHANNELS,
+    "smart": SMART,
+    "smart-channels": SMART_CHANNELS,
+}
 
 
 @pytest.fixture(scope="session")
@@ -36,7 +44,7 @@ def assert_same_run(run, other):
     assert weights(run) == weights(other)
     assert (run / "model" / "plan.json").read_bytes() == (other / "model" / "plan.json").read_bytes()
     results = [json.loads((directory / "result.json").read_text()) for directory in (run, other)]
-    for name in ("dense", "before", "pruned", "masks", "removed"):
+    for name in ("dense", "before", "pruned", "masks", "removed", "search"):
         assert results[0].get(name) == results[1].get(name)
     assert curves(run) == curves(other)
     assert not list(run.rglob("*.part")), "debris of a killed write"
@@ -61,6 +69,9 @@ def curves(run):
         ("channels", "stages/recalibrate.safetensors"),
         ("channels", "stages/train.partial.safetensors"),
         ("channels", "model/plan.json"),
+        ("smart", "stages/train.partial.safetensors"),  # in the middle of the search
+        ("smart-channels", "stages/train.partial.safetensors"),
+        ("smart-channels", "stages/shrink.safetensors"),
     ],
 )
 def test_killed_when_a_file_appears(tmp_path, reference, method, file):

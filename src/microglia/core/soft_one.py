@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from microglia.core.errors import BudgetError, ScoreError
+from microglia.core.order import CHUNK
 
-CHUNK = 1 << 15
-"""Scores treated at a time on a CPU: buffers of this size stay in the cache."""
 SAMPLE = 1 << 16
 """Above this many scores, a cold start solves a strided sample of about so many first."""
 FINE = {torch.float32: 1e-7, torch.float64: 1e-14}
@@ -79,9 +78,9 @@ class _Problem:
             f = self.logits(i, theta, buffer).sigmoid_()
             c = self.sizes[i]
             if c is None:
-                return f.sum().item(), -torch.dot(f, f).item()
+                return f.sum().item(), -f.square_().sum().item()
             cf = f * c
-            return cf.sum().item(), -torch.dot(cf, f).item()
+            return cf.sum().item(), -f.mul_(cf).sum().item()
 
         pairs = self.over_chunks(add)
         total = math.fsum(a for a, _ in pairs)
@@ -176,7 +175,8 @@ def gradient_of(gradient: Tensor, scores: Tensor, theta: float, temperature: flo
         z = problem.logits(i, theta, buffer)
         v = torch.sigmoid(z, out=parts[i]).mul_(z.neg_().sigmoid_())
         c = problem.sizes[i]
-        return torch.dot(v, arrived[i]).item(), (v.sum() if c is None else torch.dot(v, c)).item()
+        of_gradient = torch.mul(v, arrived[i], out=buffer).sum().item()
+        return of_gradient, (v if c is None else torch.mul(v, c, out=buffer)).sum().item()
 
     pairs = problem.over_chunks(slopes)
     held = math.fsum(b for _, b in pairs)

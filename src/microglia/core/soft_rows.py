@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from microglia.core.errors import BudgetError, ScoreError
-from microglia.core.soft_one import CHUNK, FINE, TURNS
+from microglia.core.order import CHUNK
+from microglia.core.soft_one import FINE, TURNS
 
 
 def solve_rows(values: Tensor, keep: Tensor, temperature: float, start: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -131,6 +131,7 @@ class UnitPruner(Pruner):
         self.threshold: Tensor | None = None
         self.history: list[Report] = []
         self.freeze_report: Report = {}
+        self.kept: Tensor | None = None
         self.soft: SoftMasks | None = None
         self.soft = SoftMasks(model, self.units, self._factors, self.initial_scores())
 
@@ -222,9 +223,10 @@ class UnitPruner(Pruner):
     def harden(self, kept: Tensor, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Makes ``kept`` the exact masks of the model."""
         assert self.soft is not None
-        self.soft.detach_weights(self.model)
-        self.soft.kept = kept
-        mask(self.model, self.units.masks(kept))
+        masks = self.units.masks(kept)
+        self.soft.harden(self.model, masks)
+        self.soft.kept = self.kept = kept
+        mask(self.model, masks)
         enforce(self.model, optimizer)
 
     def open(self) -> None:
@@ -267,10 +269,9 @@ class UnitPruner(Pruner):
 
     def report(self) -> Report:
         """Returns how the search went: the freeze, the masks' distribution over time, the density of each layer."""
-        kept = self.soft.kept if self.soft is not None else None
         layers = {}
-        if kept is not None:
-            parts, costs = split(self.units, kept), split(self.units, self.units.costs)
+        if self.kept is not None:
+            parts, costs = split(self.units, self.kept), split(self.units, self.units.costs)
             layers = {name: float(costs[name][part].sum() / costs[name].sum()) for name, part in parts.items()}
         return {"freeze": self.freeze_report, "history": self.history, "densities": layers}
 

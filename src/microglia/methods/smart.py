@@ -48,7 +48,7 @@ class SmartConfig(SearchConfig):
     init_temp: float = 10.0
     final_temp: float = 1e-4
     init: Literal["magnitude", "normalized", "layerwise", "noise", "activation"] = "normalized"
-    mask_lr: float = 1e-2
+    mask_lr: float = 0.1
     mask_optimizer: Literal["adam", "adamw", "sgd"] = "adam"
 
     def __post_init__(self) -> None:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from microglia.core.layers import prunable_layers
-from microglia.core.masks import detach
+from microglia.core.layers import prunable_layers, raw_parameter
+from microglia.core.masks import Masked, detach
 from microglia.methods.units import Units
 
 SCORES = "microglia_scores"
@@ -85,11 +85,18 @@ class SoftMasks:
             self._known = (self._factors(),)
         return self._known[0]
 
-    def detach_weights(self, model: nn.Module) -> None:
-        """Takes the factors off the weights; companions keep theirs."""
+    def harden(self, model: nn.Module, masks: Mapping[str, Tensor]) -> None:
+        """Puts masks in the place of the factors, once.
+
+        In their very place: to register a parametrization anew would cut the hooks that gather gradients across ranks.
+        """
         for name in self.units.scaled_names if self.attached else ():
+            masked = Masked(_like(masks[name], _holders(model, name)[0])) if name in masks else None
             for module, attribute in _holders(model, name):
-                detach(module, attribute)
+                if masked is None:
+                    detach(module, attribute)
+                else:
+                    module.parametrizations[attribute][0] = masked  # type: ignore[union-attr,index,assignment]
         self.attached = False
 
     @torch.no_grad()
@@ -106,6 +113,11 @@ class SoftMasks:
         self._hook.remove()
         if self.scores is not None:
             delattr(model, SCORES)
+
+
+def _like(mask: Tensor, holder: tuple[nn.Module, str]) -> Tensor:
+    """Returns a mask laid out in memory like its weight; see `microglia.core.masks`."""
+    return torch.empty_like(raw_parameter(*holder), dtype=torch.bool).copy_(mask)
 
 
 def _holders(model: nn.Module, name: str) -> list[tuple[nn.Module, str]]:

@@ -33,7 +33,7 @@ class Units(Protocol):
         lengths: Units in each.
         count: Units in all, padding included.
         costs: What each counts for in the budget, int64 (count,); 0 marks padding.
-        scaled_names: Parameters that factors act on.
+        scaled_names: Parameters that factors or masks act on.
         companions: Parameters beside the prunable weights that must be zero for a removed unit to be zero.
     """
 
@@ -183,8 +183,8 @@ class ChannelUnits:
     ) -> None:
         self.channels = CoupledChannels(model, example_inputs, exclude)
         self.names, self.lengths, self.count = self.channels.names, self.channels.lengths, self.channels.count
-        self.scaled_names = tuple(dict.fromkeys(place.name for place in self.channels.read))
-        self._read = {name: [p for p in self.channels.read if p.name == name] for name in self.scaled_names}
+        self._read = {p.name: [q for q in self.channels.read if q.name == p.name] for p in self.channels.read}
+        self.scaled_names = tuple(dict.fromkeys([*self._read, *layers]))
         self._made: dict[str, list[Any]] = {}
         for place in self.channels.made:
             self._made.setdefault(place.name, []).append(place)
@@ -217,7 +217,7 @@ class ChannelUnits:
 
     def scale(self, name: str, parameter: Tensor, factors: Tensor) -> Tensor:
         """See `Units`."""
-        return _times(parameter, self._read[name], factors)
+        return _times(parameter, self._read.get(name, ()), factors)
 
     def companion(self, name: str, parameter: Tensor, kept: Tensor) -> Tensor:
         """See `Units`."""

@@ -1,7 +1,7 @@
 """Microglia: prune any PyTorch model, see it get measurably faster and smaller, and load the result anywhere.
 
 `mask` writes zeros; `fold` makes them part of the weights; `save` and `load` keep a model without pickle. A pruner
-(`OneShot`, `Gradual`) steps inside anybody's loop; `execute` runs a whole `Recipe`.
+(`OneShot`, `Gradual`, `Smart` and its rivals) steps inside anybody's loop; `execute` runs a whole `Recipe`.
 """
 
 from microglia.core.budget import Budget
@@ -10,12 +10,13 @@ from microglia.core.layers import prunable_layers
 from microglia.core.masks import MaskSet, enforce, fold, mask, masks_of
 from microglia.core.patterns import NM, Block, Channel, Unstructured
 from microglia.core.selection import select
+from microglia.core.soft_topk import soft_topk
 from microglia.data import load_data
 from microglia.graph import plan_of, prune_channels, shrink
 from microglia.lab.execute import execute
 from microglia.lab.recipe import Recipe, resolve
 from microglia.measure import measure, measure_latency
-from microglia.methods import Gradual, OneShot
+from microglia.methods import Acdc, Awg, Gradual, OneShot, Pas, Pdp, Smart
 from microglia.scores import Evidence, score
 from microglia.train.archive import load, save
 from microglia.train.evaluate import evaluate
@@ -28,6 +29,8 @@ from microglia.train.task import Task
 
 __all__ = [
     "NM",
+    "Acdc",
+    "Awg",
     "Block",
     "Budget",
     "Channel",
@@ -37,7 +40,10 @@ __all__ = [
     "MaskSet",
     "MicrogliaError",
     "OneShot",
+    "Pas",
+    "Pdp",
     "Recipe",
+    "Smart",
     "Task",
     "Unstructured",
     "build",
@@ -62,4 +68,5 @@ __all__ = [
     "score",
     "select",
     "shrink",
+    "soft_topk",
 ]

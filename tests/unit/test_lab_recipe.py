@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
 from microglia.core.errors import UnknownNameError
-from microglia.lab.recipe import RecipeError, as_dict, merge, method_config, override, put, read_yaml, resolve, schema
+from microglia.lab.recipe import Recipe, RecipeError, as_dict, merge, method_config, override, put, read_yaml, resolve, schema
 from microglia.methods import methods
+from microglia.train.task import Task
+from microglia.zoo import build
 
 KEYS = st.lists(st.text("abc", min_size=1, max_size=3), min_size=1, max_size=3).map(".".join)
 
@@ -110,3 +114,27 @@ def test_the_recipes_we_ship_are_valid(path: Path) -> None:
         assert len(read_sweep(path).cells) > 1
     else:
         resolve(content)
+
+
+@pytest.mark.parametrize("path", sorted((Path(__file__).parents[2] / "recipes" / "smart").glob("*.yaml")), ids=lambda p: p.stem)
+def test_the_recipes_of_smart_are_valid_and_say_what_the_paper_says(path: Path) -> None:
+    recipe = resolve(read_yaml(path))
+    assert recipe.method == "smart"
+    published = {  # SMART, table 5: batch, epochs, optimizer, rate, decay, first and last temperature
+        "resnet50_imagenet": (256, 100, "adamw", 1e-4, 0.025, 10, 1e-4),
+        "yolov5m_coco": (16, 100, "sgd", 1e-4, 5e-4, 10, 1e-4),
+        "bisenetv2_cityscapes": (16, 135, "sgd", 5e-4, 0, 10, 1e-4),
+        "vit_imagenet": (64, 150, "adamw", 1e-5, 0.3, 1e-4, 1e-5),
+        "swin_imagenet": (128, 200, "adamw", 5e-6, 0.05, 10, 1e-5),
+    }
+    train, prune = recipe.train, recipe.prune
+    said = (train.batch_size, train.epochs, train.optimizer, train.lr, train.weight_decay)
+    assert path.stem.startswith("cifar10") or (*said, prune["init_temp"], prune["final_temp"]) == published[path.stem]
+    if path.stem.startswith("cifar10"):
+        methods["smart"].check(_small_task(recipe), method_config(recipe))
+
+
+def _small_task(recipe: Recipe) -> Task:
+    side = recipe.image_size or 32
+    model = build(recipe.model, classes=10, shape=(3, side, side))
+    return Task(recipe.model, lambda: model, SimpleNamespace(), lambda o, t: o, {}, torch.zeros(1, 3, side, side))

@@ -52,6 +52,7 @@ def execute(recipe: Recipe, directory: Path | None = None) -> Result:
     A run that finished before is not run again: its result is returned. One that was interrupted goes on.
 
     The result holds ``recipe``; ``environment``; ``asked`` and ``masks`` (budget asked, weights kept of all masked);
+    ``densities`` (kept fraction of each masked layer); ``search`` (how a method that learns its masks came to them);
     ``removed`` (what went of a shrunk model, layer by layer; None for a masked one); ``dense``, ``before`` and ``pruned``
     (each with ``metrics`` on the test split, ``parameters``, ``macs``, ``bytes``; ``before`` is the pruned model before
     recovery, where the method has such a moment); ``latency``; ``seconds``.
@@ -104,6 +105,7 @@ def _execute(recipe: Recipe, run: Run, task: Task) -> Result:
         "normalization": asdict(task.data.images.normalization) if isinstance(task.data, ImageSource) else None,
         "asked": {term: getattr(config, term) for term in (BUDGET if removed is not None else BUDGET[:2])},
         "masks": {"kept": masks.kept, "total": masks.total},
+        "densities": {name: float(mask.float().mean()) for name, mask in masks.items()},
         "removed": removed,
         **run.observations,
         "latency": _latency(recipe, task, model) if recipe.measure.latency and run.main else None,

@@ -6,6 +6,7 @@ import io
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import matplotlib as mpl
@@ -72,16 +73,21 @@ def draw(group: Group, directory: Path) -> list[Path]:
     Raises:
         FileError: They cannot be written.
     """
+    figures = {name: partial(_figure, group, panels) for name, panels in FIGURES.items()}
+    return [path for name, make in figures.items() for path in save(make, directory, group.slug, name)]
+
+
+def save(make: Callable[[], Figure], directory: Path, slug: str, name: str) -> list[Path]:
+    """Writes a figure as PNG and SVG, the same data as the same bytes; returns their paths."""
     written = []
     with mpl.rc_context({"svg.hashsalt": "microglia", "text.parse_math": False}):
-        for name, panels in FIGURES.items():
-            figure = _figure(group, panels)
-            for form in ("png", "svg"):
-                content = io.BytesIO()
-                figure.savefig(content, format=form, dpi=150, metadata={"Date": None} if form == "svg" else {"Software": None})
-                path = directory / f"{group.slug}-{name}.{form}"
-                write_atomic(path, content.getvalue())
-                written.append(path)
+        figure = make()
+        for form in ("png", "svg"):
+            content = io.BytesIO()
+            figure.savefig(content, format=form, dpi=150, metadata={"Date": None} if form == "svg" else {"Software": None})
+            path = directory / f"{slug}-{name}.{form}"
+            write_atomic(path, content.getvalue())
+            written.append(path)
     return written
 
 

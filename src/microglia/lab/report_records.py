@@ -97,6 +97,39 @@ class Latency:
 
 
 @dataclass(frozen=True)
+class Snapshot:
+    """The masks at one step of a search: how many lie in each of equal parts of [0, 1], and how many are undecided."""
+
+    step: int
+    histogram: list[int]
+    undecided: int
+    temperature: float | None = None
+
+
+@dataclass(frozen=True)
+class Freeze:
+    """What making the masks exact changed: of so many units, the undecided, and how far factors were from 0 or 1."""
+
+    step: int
+    units: int
+    kept: int
+    undecided: int
+    largest: float
+    mean: float
+    soft: dict[str, float] = field(default_factory=dict)
+    hard: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Search:
+    """How a method that learns its masks came to them; densities by layer or group of channels."""
+
+    freeze: Freeze | None = None
+    history: list[Snapshot] = field(default_factory=list)
+    densities: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Environment:
     """What a run ran on."""
 
@@ -126,6 +159,8 @@ class Record:
         latency: Measured times, if they were.
         seconds: The run took.
         curves: What its trainings logged.
+        densities: Kept fraction of each masked layer.
+        search: How the masks were found, where a method learns them.
         source: Where it was read.
     """
 
@@ -140,6 +175,8 @@ class Record:
     latency: Latency | None = None
     seconds: float = 0.0
     curves: Curves = field(default_factory=dict)
+    densities: dict[str, float] = field(default_factory=dict)
+    search: Search | None = None
     source: str = ""
 
     def __post_init__(self) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
+from statistics import fmean
 
 from microglia.lab.report_read import Collected
 from microglia.lab.report_rows import Group, Row, Spread
@@ -151,6 +153,34 @@ def what_ran(group: Group) -> list[str]:
     return [*sentences, *(f"{note} ({_runs(count)})" for note, count in sorted(notes.items()))]
 
 
+OTHER = {"layers": "density of each layer", "search": "masks and temperature over the search"}
+"""What the pictures of a search show."""
+
+
+def freeze_lines(group: Group) -> list[str]:
+    """Returns the table of what making the masks exact changed, empty where no method learned any."""
+    rows = [(row, [r.search.freeze for r in row.records if r.search is not None and r.search.freeze]) for row in group.rows]
+    rows = [(row, found) for row, found in rows if found and any(freeze.soft for freeze in found)]
+    if not rows:
+        return []
+    titles = ["method", "pattern", "kept (asked)", "units", "undecided", "mean |f - mask|", "soft", "exact"]
+    lines = [
+        f"The freeze, when soft masks become exact, means over the runs; {group.headline} on the validation split with the "
+        "soft and with the exact masks.",
+        "",
+        f"| {' | '.join(_cell(title) for title in titles)} |",
+        "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for row, found in rows:
+        soft, hard = (
+            fmean(getattr(f, moment).get(group.headline, math.nan) * group.scale for f in found) for moment in ("soft", "hard")
+        )
+        cells = [row.method, row.pattern, row.asked, f"{found[0].units:,}", f"{fmean(f.undecided for f in found):,.1f}"]
+        cells += [f"{fmean(f.mean for f in found):.2g}", f"{soft:.2f}{group.unit}", f"{hard:.2f}{group.unit}"]
+        lines.append(f"| {' | '.join(_cell(cell) for cell in cells)} |")
+    return [*lines, ""]
+
+
 def markdown(found: Collected, tasks: Sequence[Group], figures: Iterable[PurePath]) -> str:
     """Returns ``results.md``: the same records, the same bytes.
 
@@ -172,7 +202,9 @@ def markdown(found: Collected, tasks: Sequence[Group], figures: Iterable[PurePat
         lines += [*_table_lines(group), ""]
         for picture in pictures:
             if picture.name.rpartition("-")[0] == group.slug:
-                lines += [f"![{group.headline} against {picture.stem.rpartition('-')[2]}]({picture.as_posix()})", ""]
+                kind = picture.stem.rpartition("-")[2]
+                lines += [f"![{OTHER.get(kind, f'{group.headline} against {kind}')}]({picture.as_posix()})", ""]
+        lines += freeze_lines(group)
     if found.left_out:
         lines += ["## Left out", "", *(f"- {_cell(line)}" for line in found.left_out), ""]
     sources = Counter(record.source.partition("#")[0] for record in found.records)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from microglia.core.errors import BudgetError
 from microglia.methods.base import method
 from microglia.methods.procedure import searched
-from microglia.methods.search import UnitConfig, UnitPruner
+from microglia.methods.search import UnitConfig, UnitPruner, fits
 from microglia.train.run import Run
 from microglia.train.task import Task
 
@@ -97,7 +97,7 @@ def _reset_momentum(optimizer: torch.optim.Optimizer) -> None:
                 state[name].zero_()
 
 
-@method("acdc", AcdcConfig)
+@method("acdc", AcdcConfig, check=fits)
 def acdc(task: Task, run: Run, config: AcdcConfig) -> nn.Module:
     """AC/DC: compressed and dense phases in turn, ending compressed."""
     return searched(task, run, config, Acdc)

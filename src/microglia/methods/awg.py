@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from microglia.core.errors import BudgetError
 from microglia.methods.base import method
 from microglia.methods.procedure import searched
-from microglia.methods.search import SearchConfig, UnitPruner
+from microglia.methods.search import SearchConfig, UnitPruner, fits
 from microglia.methods.units import split
 from microglia.scores.accumulated import accumulated_gradient
 from microglia.train.run import Run
@@ -107,7 +107,7 @@ class Awg(UnitPruner):
         super().freeze(optimizer)
 
 
-@method("awg", AwgConfig)
+@method("awg", AwgConfig, check=fits)
 def awg(task: Task, run: Run, config: AwgConfig) -> nn.Module:
     """AWG: prune by accumulated |weight x gradient| in steps, fine-tuning in between."""
     return searched(task, run, config, Awg)

@@ -19,7 +19,7 @@ from microglia.core.errors import BudgetError, PatternError
 from microglia.core.patterns import NM, parse_pattern
 from microglia.methods.base import method
 from microglia.methods.procedure import searched
-from microglia.methods.search import SearchConfig, UnitPruner
+from microglia.methods.search import SearchConfig, UnitPruner, fits
 from microglia.methods.units import ChannelUnits
 from microglia.train.run import Run
 from microglia.train.task import Task
@@ -111,7 +111,7 @@ class Pas(UnitPruner):
         return (gates * self.units.costs).sum() / self.keep
 
 
-@method("pas", PasConfig)
+@method("pas", PasConfig, check=fits)
 def pas(task: Task, run: Run, config: PasConfig) -> nn.Module:
     """PaS: gates with a straight-through gradient and a penalty on the cost, freeze, fine-tune."""
     return searched(task, run, config, Pas)

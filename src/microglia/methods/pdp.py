@@ -21,7 +21,7 @@ from microglia.core.patterns import NM
 from microglia.core.selection import keep_best
 from microglia.methods.base import method
 from microglia.methods.procedure import searched
-from microglia.methods.search import SearchConfig, UnitPruner
+from microglia.methods.search import SearchConfig, UnitPruner, fits
 from microglia.methods.units import split
 from microglia.train.run import Run
 from microglia.train.task import Task
@@ -38,7 +38,7 @@ class PdpConfig(SearchConfig):
         ramp: Fraction of the search after which the sparsity is reached, in equal increments of each step.
     """
 
-    temperature: float = 0.1
+    temperature: float = 0.01
     relative: bool = True
     ramp: float = 0.75
 
@@ -126,7 +126,7 @@ def _between(values: Tensor, keep: int) -> Tensor:
     return (below + values.kthvalue(removed + 1).values) / 2
 
 
-@method("pdp", PdpConfig)
+@method("pdp", PdpConfig, check=fits)
 def pdp(task: Task, run: Run, config: PdpConfig) -> nn.Module:
     """PDP: soft masks as a function of the weights around each layer's threshold, freeze, fine-tune."""
     return searched(task, run, config, Pdp)

@@ -18,6 +18,7 @@ from microglia.methods.pruner import Pruner
 from microglia.methods.soft import SoftMasks
 from microglia.methods.units import Cost, Units, choose, keep_count, make_units, split
 from microglia.scores import Evidence
+from microglia.train.task import Task
 
 SNAPSHOTS = 24
 """How often a search notes the distribution of its masks."""
@@ -83,6 +84,14 @@ class SearchConfig(UnitConfig):
     def span(self) -> tuple[float, float]:
         """Fractions of the training between which the masks move."""
         return self.begin, self.begin + self.search
+
+
+def fits(task: Task, config: UnitConfig) -> None:
+    """Raises unless layers, pattern, budget and, for channels, the trace fit the task's model."""
+    model = task.build()
+    pruner = Pruner(model, config)
+    if isinstance(pruner.pattern, Channel):
+        make_units(model, pruner.pattern, pruner.layers, cost=config.cost, example_inputs=task.example, exclude=config.exclude)
 
 
 class UnitPruner(Pruner):

@@ -23,7 +23,7 @@ from microglia.core.schedules import geometric
 from microglia.core.soft_topk import soft_topk
 from microglia.methods.base import method
 from microglia.methods.procedure import searched
-from microglia.methods.search import Report, SearchConfig, UnitPruner
+from microglia.methods.search import Report, SearchConfig, UnitPruner, fits
 from microglia.scores.inputs import mean_inputs
 from microglia.train.run import Run
 from microglia.train.task import Task
@@ -156,7 +156,7 @@ class Smart(UnitPruner):
         return scores / scores.std().clamp_min(torch.finfo(scores.dtype).tiny)
 
 
-@method("smart", SmartConfig)
+@method("smart", SmartConfig, check=fits)
 def smart(task: Task, run: Run, config: SmartConfig) -> nn.Module:
     """SMART: learn scores with a differentiable top-k of falling temperature, freeze, fine-tune."""
     return searched(task, run, config, Smart)

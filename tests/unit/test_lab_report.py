@@ -647,3 +647,60 @@ def test_real_runs_end_in_the_tables_as_they_were_measured(tmp_path):
     (first, _) = collect([tmp_path / "runs"])
     assert set(first.curves) == {"dense", "train"}
     assert len(first.curves["dense"]["epoch"]) == 2
+
+
+def searched(method, density, seed=0):
+    """Returns the result of a run whose method learned its masks."""
+    history = [
+        {"step": 10 * i, "histogram": [5 + 10 * i, *[0] * 18, 95 - 10 * i], "undecided": 100 - 10 * i, "temperature": 10.0**-i}
+        for i in range(5)
+    ]
+    freeze = {"step": 50, "units": 100, "kept": 30, "undecided": 2, "largest": 0.5, "mean": 0.012}
+    freeze |= {"soft": {"accuracy": 0.8125}, "hard": {"accuracy": 0.75 + 0.01 * seed}}
+    layers = {f"layer{i}.weight": density * (1 + i / 10) for i in range(5)}
+    made = result(method, seed=seed, accuracy=0.8)
+    return {**made, "densities": layers, "search": {"freeze": freeze, "history": history, "densities": layers}}
+
+
+@pytest.fixture(scope="module")
+def searches(tmp_path_factory):
+    root = tmp_path_factory.mktemp("searched") / "runs"
+    for method in ("smart", "pdp"):
+        for seed in (0, 1):
+            save(root / f"{method}-{seed}", searched(method, 0.3, seed))
+    save(root / "plain", result("random", accuracy=0.5))
+    return root
+
+
+class TestSearches:
+    def test_the_freeze_is_told_by_the_mean_over_seeds(self, searches):
+        found = read_results([searches])
+        text = markdown(found, groups(found.records), []).partition("The freeze")[2]
+        rows = {row["method"]: row for row in table_of("|" + text.partition("|")[2].partition("## Made")[0])}
+        assert set(rows) == {"pdp", "smart"}
+        expected = ["100", "2.0", "0.012", "81.25 %", "75.50 %"]
+        assert [rows["smart"][title] for title in list(rows["smart"])[3:]] == expected
+
+    def test_searches_and_layers_are_drawn(self, searches, tmp_path):
+        made = report([searches], tmp_path)
+        names = {figure.name.rpartition("-")[2] for figure in made.figures}
+        assert {"layers.png", "layers.svg", "search.png", "search.svg"} <= names
+        for figure in made.figures:
+            if figure.suffix == ".png":
+                pixels = np.asarray(Image.open(figure).convert("RGB"))
+                assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 50
+        text = made.tables.read_text()
+        assert "![density of each layer]" in text
+        assert "![masks and temperature over the search]" in text
+        again = report([searches], tmp_path / "again")
+        assert [a.read_bytes() for a in made.figures] == [b.read_bytes() for b in again.figures]
+
+    def test_an_export_keeps_the_search(self, searches, tmp_path):
+        records = collect([searches])
+        kept = collect([export(records, tmp_path / "all.json")])
+        assert [r.search for r in kept] == [r.search for r in records]
+        assert [r.densities for r in kept] == [r.densities for r in records]
+
+    def test_without_a_search_there_are_no_such_figures(self, runs, written):
+        assert not any("search" in figure.name or "layers" in figure.name for figure in written.figures)
+        assert "The freeze" not in written.tables.read_text()

@@ -38,9 +38,8 @@ from microglia.train.run import Progress, Run
 from microglia.train.task import Task
 
 INPUTS, HIDDEN = 64, 128  # length of the importance network's inputs, and of each direction of its GRU
-OFFSET, TEMPERATURE = 3.0, 0.4
+OFFSET, TEMPERATURE, MEMORY, JITTER, DECAY, TOLERANCE = 3.0, 0.4, 0.99, 0.02, 1e-4, 0.01
 RAMP, FLOOR = 0.05, 0.025  # half the prefix's ramp as a fraction of the channels; what is added to the prefix
-MEMORY, JITTER, DECAY, TOLERANCE = 0.99, 0.02, 1e-4, 0.01
 
 
 @dataclass(frozen=True)
@@ -67,8 +66,7 @@ class DdnpConfig(MethodConfig):
             raise PatternError(f"The method 'ddnp' removes whole channels: its pattern is channel, not {self.pattern}.")
         if self.layers != ("*",) or self.protect or self.allow_empty or self.scope != "global":
             raise SelectorError(
-                "The method 'ddnp' takes exclude, which keeps layers whole, and not layers, protect, allow_empty or scope: "
-                "channels are coupled across layers, and their widths are learned."
+                "The method 'ddnp' takes exclude, which keeps layers whole, and not layers, protect, allow_empty or scope."
             )
         if self.search_epochs < 1 or not 0 < self.search_share <= 1 or not self.search_lr > 0 or self.strength < 0:
             raise BudgetError("search_epochs is at least 1, search_share in (0, 1], search_lr above 0, strength at least 0.")
@@ -77,10 +75,8 @@ class DdnpConfig(MethodConfig):
     def kept(self) -> float:
         """p, the kept fraction of the multiply-accumulates."""
         if self.flops is None or (self.density, self.params, self.ms) != (None, None, None):
-            raise BudgetError(
-                "The method 'ddnp' takes flops, the kept fraction of the multiply-accumulates in (0, 1], such as flops=0.5, and "
-                "not density, params or ms."
-            )
+            text = "takes flops, the kept fraction of the multiply-accumulates such as 0.5, and not density, params or ms"
+            raise BudgetError(f"The method 'ddnp' {text}.")
         return Budget(flops=self.flops).flops or 0.0  # which checks it
 
 
@@ -126,39 +122,31 @@ class Prefix(torch.autograd.Function):
 
 
 def _uniform(like: Tensor, inputs: int, generator: torch.Generator) -> nn.Parameter:
-    """Returns what torch initializes linear maps and GRUs with."""
     return nn.Parameter(nn.init.uniform_(like, -(inputs**-0.5), inputs**-0.5, generator=generator))
 
 
 class Search(nn.Module):
-    """The two networks, the moving average of the importance, and what moves them; everything random is drawn on the CPU."""
+    """The two networks and the moving average of the importance; everything random is drawn on the CPU."""
 
-    noise: Tensor
-    inputs: Tensor
-    energy: Tensor
-    average: Tensor
-
-    def __init__(self, channels: CoupledChannels, config: DdnpConfig, energy: Tensor, seed: int) -> None:
+    def __init__(
+        self, channels: CoupledChannels, config: DdnpConfig, energy: Tensor, generator: torch.Generator, device: torch.device
+    ) -> None:
         super().__init__()
-        self.channels, self.config, self.lengths = channels, config, channels.lengths
-        self.generator = own = torch.Generator().manual_seed(seed)
+        self.channels, self.config, self.lengths, self.generator = channels, config, channels.lengths, generator
+        self.gates: Tensor | None = None
         groups = len(self.lengths)
-        self.register_buffer("noise", torch.randn(groups, generator=own))
-        self.linear = _uniform(torch.empty(groups, groups), groups, own)
-        self.register_buffer("inputs", nn.init.orthogonal_(torch.empty(groups, INPUTS), generator=own))
+        self.noise = torch.randn(groups, generator=generator).to(device)
+        self.linear = _uniform(torch.empty(groups, groups), groups, generator)
+        self.inputs = nn.init.orthogonal_(torch.empty(groups, INPUTS), generator=generator).to(device)
         self.gru = nn.GRU(INPUTS, HIDDEN, bidirectional=True, device="meta").to_empty(device="cpu")  # draws nothing
         for parameter in self.gru.parameters():
-            _uniform(parameter.data, HIDDEN, own)
+            _uniform(parameter.data, HIDDEN, generator)
         self.norm = nn.LayerNorm(2 * HIDDEN)
-        self.heads = nn.ParameterList([_uniform(torch.empty(n, 2 * HIDDEN), 2 * HIDDEN, own) for n in self.lengths])
+        self.heads = nn.ParameterList([_uniform(torch.empty(n, 2 * HIDDEN), 2 * HIDDEN, generator) for n in self.lengths])
         relative = [part / part.max().clamp_min(1e-300) for part in torch.split(energy, self.lengths)]
-        self.register_buffer("energy", torch.cat(relative).float())
-        self.register_buffer("average", torch.zeros(channels.count))
-        self.gates: Tensor | None = None
-        self.rows: list[dict[str, float]] = []
-        rest = [parameter for name, parameter in self.named_parameters() if name != "linear"]
-        decays: list[dict[str, Any]] = [{"params": [self.linear], "weight_decay": 0.0}, {"params": rest}]
-        self.optimizer = torch.optim.AdamW(decays, config.search_lr, weight_decay=DECAY)
+        self.energy = torch.cat(relative).float().to(device)
+        self.average = torch.zeros(channels.count, device=device)
+        self.to(device)
 
     def widths(self) -> Tensor:
         """Returns kappa, (groups,)."""
@@ -167,9 +155,10 @@ class Search(nn.Module):
     def forward(self) -> Tensor:
         """Draws new gates and returns what is added to the task's loss for them."""
         widths, lengths = self.widths(), self.lengths
-        gumbel = -(-self._random(len(self.average)).clamp_min(1e-20).log()).log()
         features = torch.relu(self.norm(self.gru(self.inputs)[0]))
-        shifted = torch.cat([head @ row for head, row in zip(self.heads, features, strict=True)]) + gumbel + OFFSET
+        outputs = torch.cat([head @ row for head, row in zip(self.heads, features, strict=True)])
+        drawn = torch.rand(len(outputs) + len(lengths), generator=self.generator).to(outputs.device)
+        shifted = outputs - (-drawn[: len(outputs)].clamp_min(1e-20).log()).log() + OFFSET  # with Gumbel noise
         importance = (torch.sigmoid(shifted) + self.energy).detach() / 2
         self.average.lerp_(importance, 1 - MEMORY)
         soft = torch.sigmoid(shifted / TEMPERATURE)
@@ -177,50 +166,8 @@ class Search(nn.Module):
         self.gates = prefix * soft
         shares = by_group(soft + ((soft >= 0.5).to(soft.dtype) - soft).detach(), lengths)
         macs = self.channels.macs(to_channels((widths + shares).double() / 2, lengths))
-        jitter = (2 * self._random(len(lengths)) - 1) * JITTER
-        pursuit = (shares - widths + jitter).abs().log1p().sum()
+        pursuit = (shares - widths + (2 * drawn[len(outputs) :] - 1) * JITTER).abs().log1p().sum()
         return 2 * self.config.strength * (macs / self.config.kept).log().abs() + pursuit
-
-    def epoch(self, model: nn.Module, task: Task, batches: Iterable[tuple[Any, Any]]) -> None:
-        """Goes on by one pass over the batches."""
-        falling = (1 + math.cos(math.pi * len(self.rows) / self.config.search_epochs)) / 2
-        self.optimizer.param_groups[0]["lr"] = falling * self.config.search_lr
-        losses = []
-        for inputs, targets in batches:
-            penalty, device = self(), self.noise.device
-            loss = task.loss(model(inputs.to(device)), targets.to(device)) + penalty
-            if not torch.isfinite(loss):
-                raise TrainingError(f"The loss of the search became {loss.item()}; look for non-finite weights.")
-            self.optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            self.optimizer.step()
-            losses.append(float(loss.detach()))
-        macs = self.channels.macs(to_channels(self.widths().detach().double(), self.lengths))
-        self.rows.append({"epoch": len(self.rows) + 1, "loss": sum(losses) / len(losses), "flops": float(macs)})
-
-    def state(self) -> dict[str, Any]:
-        """Returns what is needed to go on."""
-        own = {"rows": self.rows, "generator": self.generator.get_state()}
-        return {"networks": self.state_dict(), "optimizer": self.optimizer.state_dict(), **own}
-
-    def resume(self, state: dict[str, Any]) -> None:
-        """Goes on from a state."""
-        self.load_state_dict(state["networks"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.generator.set_state(state["generator"])
-        self.rows = list(state["rows"])
-
-    @torch.no_grad()
-    def result(self) -> dict[str, Any]:
-        """Returns the channels that stay, boolean (channels,), and the report."""
-        widths = self.widths().cpu()
-        counts = whole_widths(self.channels, widths, self.config.kept)
-        kept = ranks(self.average.cpu(), self.lengths) < to_channels(counts, self.lengths)
-        learned, final = (dict(zip(self.channels.names, v.tolist(), strict=True)) for v in (widths, counts))
-        return {"kept": kept, "report": {"widths": learned, "counts": final, "history": self.rows}}
-
-    def _random(self, count: int) -> Tensor:
-        return torch.rand(count, generator=self.generator).to(self.noise.device)
 
 
 def whole_widths(channels: CoupledChannels, widths: Tensor, kept: float) -> Tensor:
@@ -242,10 +189,7 @@ def whole_widths(channels: CoupledChannels, widths: Tensor, kept: float) -> Tens
 
     at = bisect.bisect_right(range(len(lengths), channels.count + 1), 1.0, key=lambda n: ratio(order[:n])) + len(lengths) - 1
     if at < len(lengths):
-        least = kept * ratio(order[: len(lengths)])
-        raise BudgetError(
-            f"flops={kept:g} cannot be met: one channel in each group has {least:.3g}. Exclude less, or ask for more."
-        )
+        raise BudgetError(f"flops={kept:g} cannot be met with one channel in each group; ask for more, or exclude less.")
     below, above, stuck = order[:at], order[: at + 1], set()
     if min(1 - ratio(below), ratio(above) - 1) > TOLERANCE:
         for channel in reversed(order[len(lengths) : at].tolist()):
@@ -253,8 +197,7 @@ def whole_widths(channels: CoupledChannels, widths: Tensor, kept: float) -> Tens
                 above = fewer
             else:
                 stuck.add(int(group[channel]))
-    best = min(below, above, key=lambda stay: abs(ratio(stay) - 1))
-    return group[best].bincount(minlength=len(lengths))
+    return group[min(below, above, key=lambda stay: abs(ratio(stay) - 1))].bincount(minlength=len(lengths))
 
 
 @torch.no_grad()
@@ -263,27 +206,22 @@ def energies(model: nn.Module, channels: CoupledChannels, batches: Iterable[tupl
 
     It is only compared within a group; 0 where no module is called with what is read, as inside attention.
     """
-    totals: dict[int, Tensor] = {}
+    energy = torch.zeros(channels.count + 1, dtype=torch.float64)
 
-    def note(number: int, rank: int, _: nn.Module, args: tuple[Any, ...]) -> None:
+    def note(units: Tensor, rank: int, _: nn.Module, args: tuple[Any, ...]) -> None:
         if args and isinstance(args[0], Tensor):  # channels are in front of as many dimensions as the kernel has
-            each = args[0].movedim(args[0].ndim - rank + 1, 0).flatten(1).float().square().sum(1).double()
-            totals[number] = totals[number] + each if number in totals else each
+            each = args[0].movedim(args[0].ndim - rank + 1, 0).flatten(1).float().square().sum(1).double().cpu()
+            if len(each) % len(units) == 0:  # a grouped convolution's weight has the channels of one group
+                energy.index_add_(0, units, each.view(-1, len(units)).sum(0))
 
     hooks = []
-    for number, place in enumerate(channels.read):
-        module = model.get_submodule(place.name.rpartition(".")[0])
-        hook = partial(note, number, model.get_parameter(place.name).ndim)
-        hooks.append(module.register_forward_pre_hook(hook))
+    for place in channels.read:
+        module, rank = model.get_submodule(place.name.rpartition(".")[0]), model.get_parameter(place.name).ndim
+        hooks.append(module.register_forward_pre_hook(partial(note, place.units, rank)))
     for inputs, _ in batches:
         model(inputs.to(device))
     for hook in hooks:
         hook.remove()
-    energy = torch.zeros(channels.count + 1, dtype=torch.float64)
-    for number, total in totals.items():
-        units = channels.read[number].units
-        if total.numel() % units.numel() == 0:  # a grouped convolution's weight has the channels of one group
-            energy.index_add_(0, units, total.view(-1, units.numel()).sum(0).cpu())
     return energy[:-1]
 
 
@@ -317,25 +255,49 @@ def search(task: Task, run: Run, config: DdnpConfig, model: nn.Module, progress:
     batches = task.data.batches("train", config.score_batch_size, seed=run.seed, shuffle=True)
     share = max(1, round(config.search_share * len(batches)))
     energy = energies(frozen, units.channels, islice(batches.epoch(0), share), run.device)
-    own = Search(units.channels, config, energy, run.seed).to(run.device)
+    own = Search(units.channels, config, energy, generator := torch.Generator().manual_seed(run.seed), run.device)
     SoftMasks(frozen, units, lambda: own.gates, None)
-    frozen.eval()
-    if progress.state is not None:
-        own.resume(progress.state)
-    while len(own.rows) < config.search_epochs:
-        own.epoch(frozen, task, islice(batches.epoch(0), share))
-        progress.save(own.state())
-    return own.result()
+    rest = [parameter for parameter in own.parameters() if parameter is not own.linear]
+    groups = [{"params": [own.linear], "weight_decay": 0.0}, {"params": rest, "weight_decay": DECAY}]
+    optimizer, rows = torch.optim.AdamW(groups, config.search_lr), []
+    if (state := progress.state) is not None:
+        own.load_state_dict(state["networks"])
+        own.average.copy_(state["average"])
+        optimizer.load_state_dict(state["optimizer"])
+        generator.set_state(state["generator"])
+        rows = list(state["rows"])
+    while len(rows) < config.search_epochs:
+        optimizer.param_groups[0]["lr"] = config.search_lr * (1 + math.cos(math.pi * len(rows) / config.search_epochs)) / 2
+        loss = _epoch(own, optimizer, frozen, task, islice(batches.epoch(0), share))
+        rows.append({"epoch": len(rows) + 1, "loss": loss})
+        state = {"networks": own.state_dict(), "average": own.average, "optimizer": optimizer.state_dict(), "rows": rows}
+        progress.save({**state, "generator": generator.get_state()})
+    widths = own.widths().detach().cpu()
+    counts = whole_widths(units.channels, widths, config.kept)
+    learned, final = (dict(zip(units.names, values.tolist(), strict=True)) for values in (widths, counts))
+    kept = ranks(own.average.cpu(), own.lengths) < to_channels(counts, own.lengths)
+    return {"kept": kept, "report": {"widths": learned, "counts": final, "history": rows}}
 
 
-@torch.no_grad()
+def _epoch(own: Search, optimizer: torch.optim.Optimizer, frozen: nn.Module, task: Task, batches: Iterable[Any]) -> float:
+    """Goes on by one pass over the batches; returns the mean loss."""
+    losses = []
+    for inputs, targets in batches:
+        penalty, device = own(), own.noise.device
+        loss = task.loss(frozen(inputs.to(device)), targets.to(device)) + penalty
+        if not torch.isfinite(loss):
+            raise TrainingError(f"The loss of the search became {loss.item()}; look for non-finite weights or inputs.")
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    return sum(losses) / len(losses)
+
+
 def _removed(task: Task, run: Run, config: DdnpConfig, kept: Tensor, model: nn.Module) -> nn.Module:
-    """Returns the model without the other channels: what makes them becomes zero and is shrunk."""
-    units, masked, kept = _units(model, task, config), deepcopy(model), kept.to(run.device)
-    for name in units.companions:
-        parameter = masked.get_parameter(name)
-        parameter.copy_(units.companion(name, parameter, kept))
-    mask(masked, units.masks(kept))
-    small = shrink(masked, task.example.to(run.device))
+    """Returns the model without the other channels, biases and shifts of theirs included."""
+    masked = deepcopy(model)
+    mask(masked, _units(model, task, config).masks(kept.to(run.device)))
+    small = shrink(masked, task.example.to(run.device), clear=True)
     plan = plan_of(small)
     return attach(small, replace(plan, asked={"flops": config.kept}, got={"flops": plan.macs[1] / plan.macs[0]}))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import microglia as mg
 from microglia.core.patterns import parse_pattern
 from microglia.data import ImageData
-from microglia.methods import ChannelsConfig, UnitConfig, methods
+from microglia.methods import ChannelsConfig, DdnpConfig, UnitConfig, methods
 from microglia.train.image_task import ImageSource
 from microglia.train.run import Run
 from microglia.train.task import CLASSIFICATION, CrossEntropy
@@ -21,12 +21,12 @@ from microglia.train.task import CLASSIFICATION, CrossEntropy
 PATTERNS = ["unstructured", "block:4x2", "block:8x1", "nm:2:4", "channel"]
 DENSITY = 0.4
 SEARCHING = [name for name, method in methods.items() if issubclass(method.config, UnitConfig)]
-REMOVING = [name for name, method in methods.items() if issubclass(method.config, ChannelsConfig)] + SEARCHING
+REMOVING = [n for n, method in methods.items() if issubclass(method.config, ChannelsConfig | DdnpConfig)] + SEARCHING
 MASKING = [
     (name, pattern)
     for name in methods
     for pattern in PATTERNS
-    if not issubclass(methods[name].config, ChannelsConfig)
+    if not issubclass(methods[name].config, ChannelsConfig | DdnpConfig)
     and (name, pattern) != ("pas", "nm:2:4")  # refused: see test_methods_search
     and (name not in SEARCHING or pattern != "channel")  # removes
 ]
@@ -94,9 +94,8 @@ def config_of(name: str, pattern: str) -> object:
     short = {"epochs": 2, "batch_size": 32, "lr": 0.05}
     fixed = parse_pattern(pattern).fixed_density is not None
     fields = {"pattern": pattern, "dense": short, "train": short, "score_batch_size": 32}
-    return TypeAdapter(methods[name].config).validate_python(
-        {**methods[name].defaults, **fields, **({} if fixed else {"density": DENSITY})}
-    )
+    budget = {} if fixed else {"flops": 0.5, "search_epochs": 2} if name == "ddnp" else {"density": DENSITY}
+    return TypeAdapter(methods[name].config).validate_python({**methods[name].defaults, **fields, **budget})
 
 
 def largest_unit(model: nn.Module, pattern: str) -> int:
@@ -163,9 +162,12 @@ def test_method_that_removes(name: str, kind: str, digits: ImageData, tmp_path: 
     if name in SEARCHING:
         freeze = run.observations["search"]["freeze"]
         assert freeze["kept"] == round(DENSITY * freeze["units"])
+    elif name == "ddnp":
+        assert abs(plan.got["flops"] - 0.5) < 0.1  # of networks this small one channel is much
     else:
         assert 0 < plan.got["density"] <= 1
         assert abs(plan.got["density"] - DENSITY) < 0.15
+    if name not in SEARCHING:
         assert run.observations["before"]["parameters"]["all"] < sum(p.numel() for p in dense.parameters())
     assert sum(p.numel() for p in model.parameters()) < sum(p.numel() for p in dense.parameters())
     assert not mg.masks_of(model)

@@ -181,9 +181,7 @@ def test_gates_move_both_networks_and_draw_from_their_own_generator(task: mg.Tas
     found = {}
     for seed in (0, 0, 1):
         ddnp.search(task, Run(seed=seed), config(), build(), Progress(None, lambda state: found.update({seed: state})))  # noqa: B023
-    fresh = Search(
-        CoupledChannels(build(), task.example), config(), torch.ones(72), torch.Generator().manual_seed(0), torch.device("cpu")
-    )
+    fresh = Search(CoupledChannels(build(), task.example), config(), torch.ones(72), torch.Generator().manual_seed(0))
     assert torch.equal(torch.rand(3), expected)
     for name, parameter in fresh.named_parameters():
         assert not torch.equal(found[0]["networks"][name], parameter), name
@@ -224,7 +222,7 @@ def test_the_budget_is_met_by_what_is_measured(task: mg.Task) -> None:
     assert plan.got["flops"] == pytest.approx(before["macs"]["total"] / dense["macs"]["total"], rel=1e-9)
     assert plan.got["flops"] == pytest.approx(0.5, rel=0.01)
     assert before["parameters"]["all"] < dense["parameters"]["all"]
-    counts = own.observations["search"]["counts"]
+    counts = own.observations["widths"]["counts"]
     assert sorted(counts.values()) == sorted([model.stem.weight.shape[0], model.inner.weight.shape[0]])
     assert model.head.weight.shape[0] == 10
 
@@ -264,7 +262,7 @@ def test_a_killed_search_goes_on_from_its_last_pass(task: mg.Task, tmp_path: Pat
     again, other = run(task, config(), tmp_path / "run")
     assert len(passes) == 4  # two, the one that was killed, and that again
     assert_same(whole, again)
-    assert other.observations["search"] == own.observations["search"]
+    assert other.observations["widths"] == own.observations["widths"]
 
 
 @pytest.mark.parametrize(

@@ -134,6 +134,20 @@ def test_channels_shrink_and_stay_equal(kind: type[UnitPruner], build: Any) -> N
     assert not mg.plan_of(small).notes  # every masked channel went
 
 
+def test_a_stream_that_padding_cuts_in_pieces_is_several_groups() -> None:
+    """The shortcuts of CIFAR ResNets pad channels on both sides: one layer makes the units of three groups."""
+    x = torch.randn(2, 3, 16, 16)
+    model = mg.build("resnet8", classes=10, shape=(3, 16, 16)).eval()
+    pruner = Smart(model, pattern="channel", density=0.5, total_steps=4, example_inputs=x)
+    assert len(set(pruner.units.names)) == len(pruner.units.names)
+    assert sum(pruner.units.lengths) == pruner.units.count == int(pruner.units.costs.sum())
+    assert any("#" in name for name in pruner.units.names)
+    pruner.finish()
+    assert pruner.freeze_report["kept"] == round(0.5 * pruner.units.count)
+    small = mg.shrink(model, x)
+    torch.testing.assert_close(small(x), model(x), atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("kind", EVERY)
 def test_nothing_pruned_is_the_dense_network(kind: type[UnitPruner]) -> None:
     x, _ = images()

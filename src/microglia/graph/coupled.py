@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -48,7 +49,7 @@ class CoupledChannels:
         exclude: Names of layers whose channels stay.
 
     Attributes:
-        names: Of the groups: the first weight that makes them.
+        names: Of the groups, each another: the first weight that makes them.
         lengths: Channels in each group.
         count: Channels in all.
         read: Places where a channel is read.
@@ -74,7 +75,8 @@ class CoupledChannels:
         read: dict[tuple[str, int], Place] = {}
         made: dict[tuple[str, int], Place] = {}
         for part, group in found:
-            self.names.append(part.name(next(m.name for m in group.members if (m.name, m.dim) in part.analysis.producers)))
+            maker = next(m.name for m in group.members if (m.name, m.dim) in part.analysis.producers)
+            self.names.append(_unused(part.name(maker), self.names))
             for place, reads in _places(part, group, starts[group.atom], self.count):
                 if place.name in parameters:
                     _merge(read if reads else made, place)
@@ -141,6 +143,11 @@ def _merge(places: dict[tuple[str, int], Place], place: Place) -> None:
     before = places.get((place.name, place.dim))
     units = place.units if before is None else torch.minimum(before.units, place.units)
     places[place.name, place.dim] = Place(place.name, place.dim, units)
+
+
+def _unused(name: str, names: Sequence[str]) -> str:
+    """Returns a name not used yet: one layer makes several groups where padding or concatenation cuts its outputs."""
+    return name if name not in names else next(n for k in itertools.count(2) if (n := f"{name}#{k}") not in names)
 
 
 def _starts(lengths: Sequence[int]) -> list[int]:

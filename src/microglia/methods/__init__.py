@@ -4,6 +4,7 @@ from microglia.methods.acdc import Acdc, AcdcConfig
 from microglia.methods.awg import Awg, AwgConfig
 from microglia.methods.base import Method, MethodConfig, method, methods, preset
 from microglia.methods.channels import ChannelsConfig
+from microglia.methods.ddnp import DdnpConfig
 from microglia.methods.gradual import Gradual, GradualConfig
 from microglia.methods.oneshot import OneShot, OneShotConfig
 from microglia.methods.pas import Pas, PasConfig
@@ -18,6 +19,7 @@ __all__ = [
     "Awg",
     "AwgConfig",
     "ChannelsConfig",
+    "DdnpConfig",
     "Gradual",
     "GradualConfig",
     "Method",

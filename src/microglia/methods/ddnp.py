@@ -128,13 +128,11 @@ def _uniform(like: Tensor, inputs: int, generator: torch.Generator) -> nn.Parame
 class Search(nn.Module):
     """The two networks and the moving average of the importance; everything random is drawn on the CPU."""
 
-    def __init__(
-        self, channels: CoupledChannels, config: DdnpConfig, energy: Tensor, generator: torch.Generator, device: torch.device
-    ) -> None:
+    def __init__(self, channels: CoupledChannels, config: DdnpConfig, energy: Tensor, generator: torch.Generator) -> None:
         super().__init__()
         self.channels, self.config, self.lengths, self.generator = channels, config, channels.lengths, generator
         self.gates: Tensor | None = None
-        groups = len(self.lengths)
+        groups, device = len(self.lengths), energy.device
         self.noise = torch.randn(groups, generator=generator).to(device)
         self.linear = _uniform(torch.empty(groups, groups), groups, generator)
         self.inputs = nn.init.orthogonal_(torch.empty(groups, INPUTS), generator=generator).to(device)
@@ -143,8 +141,7 @@ class Search(nn.Module):
             _uniform(parameter.data, HIDDEN, generator)
         self.norm = nn.LayerNorm(2 * HIDDEN)
         self.heads = nn.ParameterList([_uniform(torch.empty(n, 2 * HIDDEN), 2 * HIDDEN, generator) for n in self.lengths])
-        relative = [part / part.max().clamp_min(1e-300) for part in torch.split(energy, self.lengths)]
-        self.energy = torch.cat(relative).float().to(device)
+        self.energy = torch.cat([part / part.max().clamp_min(1e-30) for part in torch.split(energy, self.lengths)]).float()
         self.average = torch.zeros(channels.count, device=device)
         self.to(device)
 
@@ -222,7 +219,7 @@ def energies(model: nn.Module, channels: CoupledChannels, batches: Iterable[tupl
         model(inputs.to(device))
     for hook in hooks:
         hook.remove()
-    return energy[:-1]
+    return energy[:-1].to(device)
 
 
 def _units(model: nn.Module, task: Task, config: DdnpConfig) -> ChannelUnits:
@@ -242,7 +239,7 @@ def ddnp(task: Task, run: Run, config: DdnpConfig) -> nn.Module:
     model = dense_model(task, run, config.dense)
     teacher = deepcopy(model) if config.train.distill else None
     found = run.stage("search", partial(search, task, run, config, model))
-    run.observations["search"] = found["report"]
+    run.observations["widths"] = found["report"]
     model = cut(task, run, "prune", model, partial(_removed, task, run, config, found["kept"]))
     observe(task, run, "before", model)
     train(task, run, "train", model, config.train, teacher=teacher)
@@ -255,7 +252,7 @@ def search(task: Task, run: Run, config: DdnpConfig, model: nn.Module, progress:
     batches = task.data.batches("train", config.score_batch_size, seed=run.seed, shuffle=True)
     share = max(1, round(config.search_share * len(batches)))
     energy = energies(frozen, units.channels, islice(batches.epoch(0), share), run.device)
-    own = Search(units.channels, config, energy, generator := torch.Generator().manual_seed(run.seed), run.device)
+    own = Search(units.channels, config, energy, generator := torch.Generator().manual_seed(run.seed))
     SoftMasks(frozen, units, lambda: own.gates, None)
     rest = [parameter for parameter in own.parameters() if parameter is not own.linear]
     groups = [{"params": [own.linear], "weight_decay": 0.0}, {"params": rest, "weight_decay": DECAY}]
@@ -268,8 +265,7 @@ def search(task: Task, run: Run, config: DdnpConfig, model: nn.Module, progress:
         rows = list(state["rows"])
     while len(rows) < config.search_epochs:
         optimizer.param_groups[0]["lr"] = config.search_lr * (1 + math.cos(math.pi * len(rows) / config.search_epochs)) / 2
-        loss = _epoch(own, optimizer, frozen, task, islice(batches.epoch(0), share))
-        rows.append({"epoch": len(rows) + 1, "loss": loss})
+        rows.append({"loss": _epoch(own, optimizer, frozen, task, islice(batches.epoch(0), share))})
         state = {"networks": own.state_dict(), "average": own.average, "optimizer": optimizer.state_dict(), "rows": rows}
         progress.save({**state, "generator": generator.get_state()})
     widths = own.widths().detach().cpu()

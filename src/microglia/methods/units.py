@@ -88,7 +88,7 @@ def choose(
     if pattern is not None and pattern.fixed_density is not None:
         by_layer, costs = _rows(by_layer, pattern), _rows(costs, pattern)
     elif least > 0:
-        by_layer = {name: _raised(values, math.ceil(least * len(values))) for name, values in by_layer.items()}
+        by_layer = {name: _raised(values, math.ceil(least * len(values) - 1e-9)) for name, values in by_layer.items()}
     density = pattern.fixed_density if pattern is not None else None
     kept = keep_units(by_layer, costs, keep, density=density, allow_empty=allow_empty)
     return torch.cat([kept[name].flatten() for name in units.names])

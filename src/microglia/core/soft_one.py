@@ -1,10 +1,16 @@
-"""The threshold of one soft top-k over many scores: solved, applied and differentiated in chunks."""
+"""One soft top-k over many scores: solved, applied and differentiated in pieces that stay in the cache.
+
+theta is the root of a monotone function, found by Newton's method and secants within a bracket that holds it for certain:
+
+    min(m) - tau a <= theta <= max(m) - tau a,   a = ln(K / (sum c - K)),   d(sum c f) / d(theta) = -(sum c v) / tau
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,147 +18,199 @@ from torch import Tensor
 from microglia.core.errors import BudgetError, ScoreError
 from microglia.core.order import CHUNK
 
-SAMPLE = 1 << 16
-"""Above this many scores, a cold start solves a strided sample of about so many first."""
-FINE = {torch.float32: 1e-7, torch.float64: 1e-14}
-"""Relative error of the sum that a solve stops at, near what its rounding allows."""
-COARSE = 1e-3
-"""The same where a sample only gives the first guess."""
-TURNS = 200
-"""More evaluations than bisection alone can need."""
+SAMPLE = 1 << 14  # scores that a first guess is solved for where there are many more
+TURNS = 200  # more evaluations than bisection alone takes
+COMPUTE = {torch.float64: torch.float64, **dict.fromkeys((torch.float32, torch.bfloat16, torch.float16), torch.float32)}
+FINE = {torch.float32: 2e-7, torch.float64: 1e-14}  # relative error of a sum at which only its rounding is left
+COARSE = 1e-3  # the same where a sample gives the first guess
+LIMIT = {torch.float32: 43.0, torch.float64: 350.0}  # logits beyond are as good as infinite, and many times slower:
+NOTHING = {torch.float32: 2.2e-19, torch.float64: 1e-152}  # f or 1 - f up to this is 0, as its square is no normal number
+FAR = 2.0**127  # stands for an infinite theta
+Found = TypeVar("Found")
+
+
+class Units(NamedTuple):
+    """What is ranked: scores, what each counts for (None for 1), and the temperature."""
+
+    scores: Tensor
+    sizes: Tensor | None
+    temperature: float
+
+    def at(self, index: Any) -> Units:
+        """Returns the part at an index."""
+        return Units(self.scores[index], None if self.sizes is None else self.sizes[index], self.temperature)
+
+
+class Shift(NamedTuple):
+    """theta in two parts: a score near it differs from the first exactly, even where tau is less than its spacing."""
+
+    high: Tensor
+    rest: Tensor  # divided by tau
+
+
+def shift_of(theta: Tensor, temperature: float, dtype: torch.dtype) -> Shift:
+    """Returns theta (float64, any shape) in two parts of the dtype scores are computed in."""
+    theta = theta.clamp(-FAR, FAR)
+    high = theta.to(dtype)
+    return Shift(high, ((theta - high) / temperature).to(dtype))
+
+
+def logits(scores: Tensor, shift: Shift, temperature: float, out: Tensor) -> Tensor:
+    """Writes (m - theta) / tau, cut where its sigmoid is 0 or 1."""
+    torch.sub(scores, shift.high, out=out).mul_(1 / temperature).sub_(shift.rest)
+    return out.clamp_(-LIMIT[out.dtype], LIMIT[out.dtype])
+
+
+def shares(scores: Tensor, shift: Shift, temperature: float, out: Tensor) -> Tensor:
+    """Writes f, exactly 0 where the logits were cut."""
+    f = logits(scores, shift, temperature, out).sigmoid_()
+    return torch.threshold_(f, NOTHING[f.dtype], 0.0)
+
+
+def slopes(scores: Tensor, shift: Shift, temperature: float, out: Tensor) -> Tensor:
+    """Writes v = f (1 - f), from the smaller of the two, which has all its digits."""
+    smaller = logits(scores, shift, temperature, out).abs_().neg_().sigmoid_()
+    torch.threshold_(smaller, NOTHING[smaller.dtype], 0.0)
+    return smaller.addcmul_(smaller, smaller, value=-1)
+
+
+def share_out(work: Callable[[range], Found], count: int, least: int) -> list[Found]:
+    """Returns what ``work`` makes of consecutive parts of range(count), ``least`` or more each, in order; in threads."""
+    threads = max(1, min(torch.get_num_threads(), count // least))
+
+    def quiet(numbers: range) -> Found:
+        with torch.inference_mode():  # each thread has its own switch
+            return work(numbers)
+
+    bounds = [count * t // threads for t in range(threads + 1)]
+    parts = map(range, bounds, bounds[1:])
+    if threads == 1:
+        return [quiet(part) for part in parts]
+    with ThreadPoolExecutor(threads) as pool:  # torch's own threads wait for one another after every operation
+        return list(pool.map(quiet, parts))
 
 
 class _Problem:
-    """The scores of one problem in chunks, each with its buffer.
+    """One problem in pieces. What is summed does not depend on the threads that share them."""
 
-    float32 scores are near theta to within a few of their own spacings, and tau may be smaller than those: theta is
-    subtracted in two parts, the first of which a score near it differs from exactly.
-    """
+    def __init__(self, units: Units) -> None:
+        self.scores, sizes, self.temperature = units
+        self.length = len(self.scores) if self.scores.is_cuda else CHUNK
+        self.dtype, self.pieces = COMPUTE[self.scores.dtype], self.split(self.scores)
+        self.costs = self.split(sizes) if sizes is not None else (None,) * len(self.pieces)
 
-    def __init__(self, scores: Tensor, temperature: float, sizes: Tensor | None) -> None:
-        size = len(scores) if scores.is_cuda else CHUNK
-        self.temperature, self.scores, self.weights = temperature, scores, sizes
-        self.chunks = torch.split(scores, max(1, size))
-        self.sizes = torch.split(sizes.to(scores), max(1, size)) if sizes is not None else (None,) * len(self.chunks)
-        threads = 1 if scores.is_cuda else min(torch.get_num_threads(), max(1, len(self.chunks) // 4))
-        self.pool = ThreadPoolExecutor(threads) if threads > 1 else None
-        self.share = -(-len(self.chunks) // threads)
+    def split(self, values: Tensor) -> tuple[Tensor, ...]:
+        """Returns views of the pieces of a tensor shaped like the scores."""
+        return torch.split(values, self.length)
 
-    def over_chunks(self, work: Callable[[int, Tensor], tuple[float, float]]) -> list[tuple[float, float]]:
-        """Returns what ``work`` gives for each chunk (its number, a buffer), in order whatever the threads."""
-        with torch.inference_mode():
-            if self.pool is None:
-                return self._share(work, range(len(self.chunks)))
-            starts = range(0, len(self.chunks), self.share)
-            shares = [range(s, min(s + self.share, len(self.chunks))) for s in starts]
-            return [pair for part in self.pool.map(lambda r: self._share(work, r), shares) for pair in part]
+    def shift(self, theta: float) -> Shift:
+        """Returns what `shift_of` does; of one element, not of none, so that half-precision scores are promoted by it."""
+        theta = min(max(theta, -FAR), FAR)
+        high = self.scores.new_tensor([theta], dtype=self.dtype)
+        return Shift(high, high.new_tensor([(theta - high.item()) / self.temperature]))
 
-    def _share(self, work: Callable[[int, Tensor], tuple[float, float]], numbers: range) -> list[tuple[float, float]]:
-        with torch.inference_mode():  # it holds for one thread
-            buffer = torch.empty_like(self.chunks[0])
-            return [work(i, buffer[: len(self.chunks[i])]) for i in numbers]
+    def each(self, work: Callable[[int, Tensor, Tensor], tuple[float, float] | None]) -> tuple[float, float]:
+        """Calls ``work`` with the number of each piece and two buffers for it; returns the sums of what it returns."""
 
-    def logits(self, i: int, theta: float, out: Tensor) -> Tensor:
-        """Writes (m - theta) / tau of a chunk."""
-        high = float(torch.tensor(theta, dtype=out.dtype)) if math.isfinite(theta) else theta
-        torch.sub(self.chunks[i], high, out=out)
-        rest = (theta - high) / self.temperature if math.isfinite(theta) else 0.0
-        return out.mul_(1 / self.temperature).sub_(rest)
+        def part(numbers: range) -> list[tuple[float, float] | None]:
+            buffers = self.scores.new_empty((2, len(self.pieces[0])), dtype=self.dtype)
+            return [work(i, *buffers[:, : len(self.pieces[i])]) for i in numbers]
 
-    def mask(self, theta: float) -> Tensor:
-        """Returns the soft mask."""
-        result = torch.empty_like(self.scores)
-        parts = torch.split(result, len(self.chunks[0]))
-
-        def write(i: int, buffer: Tensor) -> tuple[float, float]:
-            self.logits(i, theta, parts[i]).sigmoid_()
-            return 0.0, 0.0
-
-        self.over_chunks(write)
-        return result
+        found = [pair for pairs in share_out(part, len(self.pieces), 4) for pair in pairs if pair is not None]
+        return math.fsum(a for a, _ in found), math.fsum(b for _, b in found)
 
     def sums(self, theta: float) -> tuple[float, float]:
-        """Returns (sum c f, sum c f (1 - f)); the second steers Newton alone, so its cancellation does no harm."""
+        """Returns (sum c f, sum c v); the second only steers, so what cancels in it does no harm."""
+        shift = self.shift(theta)
 
-        def add(i: int, buffer: Tensor) -> tuple[float, float]:
-            f = self.logits(i, theta, buffer).sigmoid_()
-            c = self.sizes[i]
-            if c is None:
-                return f.sum().item(), -f.square_().sum().item()
-            cf = f * c
-            return cf.sum().item(), -f.mul_(cf).sum().item()
+        def add(i: int, f: Tensor, other: Tensor) -> tuple[float, float]:
+            logits(self.pieces[i], shift, self.temperature, f).sigmoid_()
+            costs = self.costs[i]
+            held = f if costs is None else torch.mul(f, costs, out=other)
+            total = _sum(held)
+            return total, total - _sum(torch.mul(held, f, out=other))
 
-        pairs = self.over_chunks(add)
-        total = math.fsum(a for a, _ in pairs)
-        return total, total + math.fsum(b for _, b in pairs)
+        return self.each(add)
 
 
-def solve(scores: Tensor, keep: float, temperature: float, sizes: Tensor | None, start: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Returns (mask, threshold); see `microglia.core.soft_topk.soft_topk`."""
-    low, high = (v.item() for v in scores.aminmax()) if len(scores) else (0.0, 0.0)
-    if math.isnan(low) or math.isnan(high):
-        raise ScoreError(f"{int(scores.isnan().sum()):,} of {len(scores):,} scores of a soft top-k are NaN.")
-    whole = float(sizes.sum(dtype=torch.float64)) if sizes is not None else float(len(scores))
-    above = below = 0.0  # what is always and what is never kept
-    finite = scores
-    if math.isinf(low) or math.isinf(high):
-        c = sizes.double() if sizes is not None else torch.ones_like(scores, dtype=torch.float64)
-        above, below = float(c[scores == torch.inf].sum()), float(c[scores == -torch.inf].sum())
-        finite = scores[scores.isfinite()]
-    slack = 1e-9 * max(1.0, whole)
-    if not above - slack <= keep <= whole - below + slack:
+def solve(units: Units, keep: float, start: float, mask: Tensor) -> float:
+    """Writes the mask and returns theta; see `microglia.core.soft_topk.soft_topk`. A start of NaN is none."""
+    problem, (scores, sizes, temperature) = _Problem(units), units
+    low, high, least, most = _survey(scores, sizes)
+    if not least * (1 - 1e-6) <= keep <= most * (1 + 1e-6):
         raise BudgetError(
-            f"A soft top-k cannot keep {keep:g}: its scores admit {above:g} to {whole - below:g} (a score of +inf is always "
-            "kept, of -inf never)."
+            f"A soft top-k cannot keep {keep:g}: its scores admit {least:g} to {most:g} (a score of +inf is always kept, one "
+            "of -inf never)."
         )
-    problem = _Problem(scores, temperature, sizes)
-    free, wanted = whole - above - below, keep - above
-    if wanted <= slack or wanted >= free - slack or not len(finite):
-        theta = torch.inf if wanted <= slack else -torch.inf
-        hard = (scores == torch.inf) if wanted <= slack else (scores > -torch.inf)
-        return hard.to(scores.dtype), torch.tensor(theta, dtype=torch.float64, device=scores.device)
-    low, high = (v.item() for v in finite.aminmax()) if finite is not scores else (low, high)
-    offset = temperature * math.log(wanted / (free - wanted))
-    bracket = (low - offset, high - offset)
-    if start is not None and bracket[0] <= float(start) <= bracket[1]:
-        guess = float(start)
+    if keep <= least * (1 + 1e-12):
+        theta = math.inf
+    elif keep >= most * (1 - 1e-12):
+        theta = -math.inf
     else:
-        guess = _sampled(problem, keep / whole, bracket)
-    theta = _root(problem, keep, bracket, guess, FINE[scores.dtype])
-    return problem.mask(theta), torch.tensor(theta, dtype=torch.float64, device=scores.device)
+        offset = temperature * math.log((keep - least) / (most - keep))
+        bracket = (low - offset, high - offset)
+        guess = start if bracket[0] <= start <= bracket[1] else _guess(units, (keep - least) / (most - least), bracket)
+        theta = _root(problem, keep, bracket, guess, FINE[problem.dtype])
+    if low == high and math.isfinite(theta):  # told exactly, where one logit rounded for all would show in the sum
+        mask.copy_(scores > low).masked_fill_(scores == low, (keep - least) / (most - least))
+        return theta
+    shift, parts = problem.shift(theta), problem.split(mask)
+
+    def write(i: int, f: Tensor, other: Tensor) -> None:
+        parts[i].copy_(shares(problem.pieces[i], shift, temperature, f))
+
+    problem.each(write)
+    return theta
 
 
-def _sampled(problem: _Problem, share: float, bracket: tuple[float, float]) -> float:
-    """Returns about where theta is, from a strided sample where there are many scores."""
-    middle = (bracket[0] + bracket[1]) / 2
-    if len(problem.scores) <= SAMPLE:
+def _survey(scores: Tensor, sizes: Tensor | None) -> tuple[float, float, float, float]:
+    """Returns the least and largest finite score, and the least and most a mask may hold."""
+    low, high = (end.item() for end in scores.aminmax())
+    if math.isnan(low):
+        raise ScoreError(
+            f"{int(scores.isnan().sum()):,} of {len(scores):,} scores of a soft top-k are NaN. Scores must be numbers: look "
+            "for a non-finite weight or gradient."
+        )
+    most = float(len(scores)) if sizes is None else sizes.sum(dtype=torch.float64).item()
+    if math.isfinite(low) and math.isfinite(high):
+        return low, high, 0.0, most
+    finite = scores[scores.isfinite()]
+    low, high = (end.item() for end in finite.aminmax()) if len(finite) else (0.0, 0.0)
+    return low, high, _held(scores == torch.inf, sizes), most - _held(scores == -torch.inf, sizes)
+
+
+def _held(chosen: Tensor, sizes: Tensor | None) -> float:
+    return float(chosen.count_nonzero()) if sizes is None else sizes[chosen].sum(dtype=torch.float64).item()
+
+
+def _guess(units: Units, share: float, bracket: tuple[float, float]) -> float:
+    """Returns about where theta is, from a strided sample of the finite scores where there are many."""
+    middle, step = (bracket[0] + bracket[1]) / 2, len(units.scores) // SAMPLE
+    few = units.at(slice(None, None, max(1, step)))
+    few = few.at(few.scores.isfinite()) if step >= 4 else few
+    if step < 4 or not len(few.scores):
         return middle
-    step = len(problem.scores) // SAMPLE + 1
-    few = problem.scores[::step].contiguous()
-    sizes = problem.weights[::step].contiguous() if problem.weights is not None else None
-    held = float(sizes.sum(dtype=torch.float64)) if sizes is not None else float(len(few))
-    return _root(_Problem(few, problem.temperature, sizes), share * held, bracket, middle, COARSE)
+    held = float(len(few.scores)) if few.sizes is None else few.sizes.sum(dtype=torch.float64).item()
+    return _root(_Problem(few), share * held, bracket, middle, COARSE)
 
 
 def _root(problem: _Problem, keep: float, bracket: tuple[float, float], guess: float, tolerance: float) -> float:
-    """Returns theta: by Newton where it stays inside the bracket and halves the error, else by bisection.
-
-    It stops where the sum is right to the tolerance, relative, or only its rounding is left; a flat root is no trouble.
-    """
-    (low, high), theta = bracket, guess
-    least, best, last = math.inf, theta, math.inf
+    """Returns theta; it is told by the sum, for theta itself is free within a gap that is wide beside tau."""
+    (low, high), theta, best, least, last = bracket, guess, guess, math.inf, math.inf
+    before, total = math.nan, math.nan
     for _ in range(TURNS):
-        total, slope = problem.sums(theta)
-        error = total - keep
+        previous, (total, slope) = total, problem.sums(theta)
+        error, moved = total - keep, theta - before
         if abs(error) < least:
-            least, best = abs(error), theta
-        if least <= tolerance * keep or abs(error) <= tolerance * slope:
-            break
+            best, least = theta, abs(error)
         low, high = (theta, high) if error > 0 else (low, theta)
         middle = (low + high) / 2
-        if not low < middle < high:
+        if least <= tolerance * keep or high - low <= tolerance * problem.temperature or not low < middle < high:
             break
+        if abs(moved) > 4 * problem.temperature:  # the slope here says little about such a distance
+            slope = problem.temperature * (previous - total) / moved
         newton = theta + problem.temperature * error / slope if slope > 0 else math.inf
+        before = theta
         if low < newton < high and abs(error) < last / 2:
             theta, last = newton, abs(error)
         else:
@@ -160,33 +218,29 @@ def _root(problem: _Problem, keep: float, bracket: tuple[float, float], guess: f
     return best
 
 
-def gradient_of(gradient: Tensor, scores: Tensor, theta: float, temperature: float, sizes: Tensor | None) -> Tensor:
-    """Returns dL/dm from dL/df."""
-    values = scores.float() if scores.dtype in (torch.float16, torch.bfloat16) else scores
-    result = torch.zeros_like(values)
-    if not math.isfinite(theta):
-        return result.to(scores.dtype)
-    problem = _Problem(values, temperature, sizes)
-    arrived = torch.split(gradient.to(values.dtype), len(problem.chunks[0]))
-    parts = torch.split(result, len(problem.chunks[0]))
+def gradient_of(units: Units, arrived: Tensor, theta: float, result: Tensor) -> None:
+    """Writes dL/dm, given dL/df."""
+    problem, temperature = _Problem(units), units.temperature
+    shift, gradients, parts = problem.shift(theta), problem.split(arrived), problem.split(result)
+    stored = result.dtype == problem.dtype  # else v is computed twice, for it would be rounded
 
-    def slopes(i: int, buffer: Tensor) -> tuple[float, float]:
-        """Writes v of a chunk; as sigmoid(z) sigmoid(-z), for f (1 - f) has no digits left where f is near 1."""
-        z = problem.logits(i, theta, buffer)
-        v = torch.sigmoid(z, out=parts[i]).mul_(z.neg_().sigmoid_())
-        c = problem.sizes[i]
-        of_gradient = torch.mul(v, arrived[i], out=buffer).sum().item()
-        return of_gradient, (v if c is None else torch.mul(v, c, out=buffer)).sum().item()
+    def weigh(i: int, buffer: Tensor, other: Tensor) -> tuple[float, float]:
+        v = slopes(problem.pieces[i], shift, temperature, parts[i] if stored else buffer)
+        costs, moment = problem.costs[i], _sum(torch.mul(v, gradients[i], out=other))
+        return moment, _sum(v if costs is None else torch.mul(v, costs, out=other))
 
-    pairs = problem.over_chunks(slopes)
-    held = math.fsum(b for _, b in pairs)
-    mean = math.fsum(a for a, _ in pairs) / held if held > 0 else 0.0
+    def finish(i: int, buffer: Tensor, other: Tensor) -> None:
+        v = parts[i] if stored else slopes(problem.pieces[i], shift, temperature, buffer)
+        costs = problem.costs[i]
+        other.copy_(gradients[i])
+        other.sub_(mean) if costs is None else other.sub_(costs, alpha=mean)
+        parts[i].copy_(v.mul_(other).mul_(1 / temperature))
 
-    def finish(i: int, buffer: Tensor) -> tuple[float, float]:
-        c = problem.sizes[i]
-        torch.sub(arrived[i], mean, out=buffer) if c is None else torch.sub(arrived[i], c, alpha=mean, out=buffer)
-        parts[i].mul_(buffer).mul_(1 / temperature)
-        return 0.0, 0.0
+    moment, held = problem.each(weigh)
+    mean = moment / held if held > 0 else 0.0
+    problem.each(finish)
 
-    problem.over_chunks(finish)
-    return result.to(scores.dtype)
+
+def _sum(values: Tensor) -> float:
+    """Returns the sum of a piece; on a GPU, where pieces are large, of float64."""
+    return float(values.sum(dtype=torch.float64 if values.is_cuda else None).item())

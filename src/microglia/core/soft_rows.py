@@ -1,84 +1,165 @@
-"""The thresholds of many small soft top-k problems, such as every four weights of 2:4, solved together."""
+"""Many small soft top-k problems, such as one for every four weights of 2:4, solved together."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from microglia.core.errors import BudgetError, ScoreError
 from microglia.core.order import CHUNK
-from microglia.core.soft_one import FINE, TURNS
+from microglia.core.soft_one import COMPUTE, FINE, TURNS, Shift, Units, logits, share_out, shares, shift_of, slopes
+
+LONG = CHUNK // 8
+"""Longest row that is solved together with others."""
 
 
-def solve_rows(values: Tensor, keep: Tensor, temperature: float, start: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Returns (mask, thresholds) of scores (rows, m); see `microglia.core.soft_topk.soft_topk`."""
-    if bool(values.isnan().any()):
-        raise ScoreError(f"{int(values.isnan().sum()):,} of {values.numel():,} scores of a soft top-k are NaN.")
-    wanted = keep.to(values.device).expand(len(values))
-    mask = torch.empty_like(values)
-    threshold = torch.empty(len(values), dtype=torch.float64, device=values.device)
-    rows = len(values) if values.is_cuda else max(1, CHUNK // max(1, values.shape[1]))
-    guesses = torch.split(start, rows) if start is not None else (None,) * -(-len(values) // rows)
-    pieces = zip(*(torch.split(t, rows) for t in (values, wanted, mask, threshold)), guesses, strict=True)
-    for own, count, own_mask, own_threshold, guess in pieces:
-        own_threshold.copy_(_root_rows(own, count, temperature, guess))
-        own_mask.copy_(torch.sigmoid(_logits_rows(own, own_threshold, temperature)))
-    return mask, threshold
+class _Columns(NamedTuple):
+    """Some rows as columns, (m, rows): sums over them run along the memory."""
+
+    scores: Tensor
+    sizes: Tensor | None
+    temperature: float
+
+    @staticmethod
+    def of(rows: Units) -> _Columns:
+        """Returns the columns of rows, in the dtype that they are computed in."""
+        values = rows.scores.t().to(COMPUTE[rows.scores.dtype]).contiguous()
+        return _Columns(values, None if rows.sizes is None else rows.sizes.t().to(values.dtype).contiguous(), rows.temperature)
+
+    def at(self, numbers: Tensor) -> _Columns:
+        """Returns some of the columns."""
+        return self._replace(scores=self.scores[:, numbers], sizes=None if self.sizes is None else self.sizes[:, numbers])
+
+    def shift(self, theta: Tensor) -> Shift:
+        """Returns theta in two parts."""
+        return shift_of(theta, self.temperature, self.scores.dtype)
+
+    def sums(self, theta: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns (sum c f, sum c v) of each column."""
+        f = logits(self.scores, self.shift(theta), self.temperature, torch.empty_like(self.scores)).sigmoid_()
+        held = self.weighted(f)
+        total = held.sum(0).double()
+        return total, total - (held * f).sum(0)
+
+    def weighted(self, values: Tensor) -> Tensor:
+        """Returns the values times the sizes."""
+        return values if self.sizes is None else values * self.sizes
 
 
-def _root_rows(values: Tensor, keep: Tensor, temperature: float, start: Tensor | None) -> Tensor:
-    """Returns theta of each row; infinite where all or none of the finite scores are kept."""
-    finite = values.isfinite()
-    free, above = finite.sum(1).double(), (values == torch.inf).sum(1).double()
-    wanted = keep - above
-    if bool(((wanted < -1e-9) | (wanted > free + 1e-9)).any()):
-        worst = int(((wanted < -1e-9) | (wanted > free + 1e-9)).nonzero()[0])
-        raise BudgetError(
-            f"A soft top-k cannot keep {float(keep[worst]):g} of a row: its scores admit {float(above[worst]):g} to "
-            f"{float(above[worst] + free[worst]):g} (a score of +inf is always kept, of -inf never)."
+def solve_rows(units: Units, keep: Tensor, start: Tensor, mask: Tensor, threshold: Tensor) -> None:
+    """Writes masks (rows, m) and thresholds (rows,); see `microglia.core.soft_topk.soft_topk`. A start of NaN is none."""
+    if (scores := units.scores).aminmax().min.isnan():
+        raise ScoreError(
+            f"{int(scores.isnan().sum()):,} of {scores.numel():,} scores of a soft top-k are NaN. Scores must be numbers: look "
+            "for a non-finite weight or gradient."
         )
-    ends = (wanted <= 1e-9) | (wanted >= free - 1e-9)
-    share = torch.where(ends, 0.5, wanted / (free - wanted).clamp_min(1e-300))
-    offset = temperature * torch.where(ends, 0.0, share.log())
-    low = torch.where(finite, values, torch.inf).amin(1).double() - offset
-    high = torch.where(finite, values, -torch.inf).amax(1).double() - offset
-    low, high = low.masked_fill(ends, 0.0), high.masked_fill(ends, 0.0)
-    theta = (low + high) / 2
-    if start is not None:
-        theta = torch.where((start >= low) & (start <= high), start, theta)
-    tolerance = 2 * FINE[values.dtype] * keep
-    last = torch.full_like(theta, torch.inf)
+
+    def piece(own: slice) -> None:
+        columns = _Columns.of(units.at(own))
+        threshold[own] = theta = _thetas(columns, keep[own], start[own], own.start)
+        mask[own] = shares(columns.scores, columns.shift(theta), units.temperature, torch.empty_like(columns.scores)).t()
+
+    _in_pieces(scores, piece)
+
+
+def gradient_of_rows(units: Units, arrived: Tensor, threshold: Tensor, result: Tensor) -> None:
+    """Writes dL/dm of each row, given dL/df."""
+
+    def piece(own: slice) -> None:
+        columns = _Columns.of(units.at(own))
+        v = slopes(columns.scores, columns.shift(threshold[own]), units.temperature, torch.empty_like(columns.scores))
+        gradient = arrived[own].t().to(v.dtype)
+        mean = (v * gradient).sum(0) / columns.weighted(v).sum(0).clamp_min(torch.finfo(v.dtype).tiny)
+        result[own] = v.mul_(gradient - columns.weighted(mean.expand_as(v))).mul_(1 / units.temperature).t()
+
+    _in_pieces(units.scores, piece)
+
+
+def _in_pieces(scores: Tensor, work: Callable[[slice], None]) -> None:
+    """Calls ``work`` with consecutive rows, as many as stay in the cache."""
+    rows = len(scores) if scores.is_cuda else CHUNK // scores.shape[1]
+
+    def part(numbers: range) -> None:
+        for i in numbers:
+            work(slice(i * rows, min((i + 1) * rows, len(scores))))
+
+    share_out(part, -(-len(scores) // rows), 4)
+
+
+def _thetas(columns: _Columns, keep: Tensor, start: Tensor, first: int) -> Tensor:
+    """Returns theta of each column; infinite where nothing finite is kept, or everything. ``first`` is the row's number."""
+    values, weights = columns.scores, columns.weighted(torch.ones_like(columns.scores))
+    least = (weights * (values == torch.inf)).sum(0, dtype=torch.float64)
+    most = (weights * (values > -torch.inf)).sum(0, dtype=torch.float64)
+    _refuse_impossible(keep, least, most, first)
+    none, every = keep <= least * (1 + 1e-12), keep >= most * (1 - 1e-12)
+    offset = columns.temperature * ((keep - least) / (most - keep)).log().masked_fill(none | every, 0.0)
+    finite = values.isfinite()
+    low = torch.where(finite, values, torch.inf).amin(0) - offset
+    high = torch.where(finite, values, -torch.inf).amax(0) - offset
+    solved = (~(none | every)).nonzero().squeeze(1)
+    theta = torch.where(none, torch.inf, -torch.inf).to(keep)
+    if len(solved):
+        known = start.isfinite() | none | every
+        guess = start if known.all() else torch.where(known, start, _between(values, keep))
+        guess = torch.where((guess >= low) & (guess <= high), guess, (low + high) / 2)
+        own = columns if len(solved) == len(keep) else columns.at(solved)
+        state = torch.stack((guess, low, high, keep))[:, solved]
+        theta[solved] = _roots(own, state)
+    return theta
+
+
+def _between(values: Tensor, keep: Tensor) -> Tensor:
+    """Returns the middle between the last score of each column that is kept and the next: near theta where tau is small."""
+    ranked = values.sort(0, descending=True).values
+    place = keep.round().long()[None]
+    last, following = (ranked.gather(0, p.clamp(0, len(values) - 1)) for p in (place - 1, place))
+    return (last + following)[0].double() / 2
+
+
+def _refuse_impossible(keep: Tensor, least: Tensor, most: Tensor, first: int) -> None:
+    wrong = ~((keep >= least * (1 - 1e-6)) & (keep <= most * (1 + 1e-6)))
+    if wrong.any():
+        row = int(wrong.nonzero()[0])
+        wanted, low, high = (float(t[row]) for t in (keep, least, most))
+        raise BudgetError(
+            f"A soft top-k cannot keep {wanted:g} of a row, number {first + row}: its scores admit {low:g} to {high:g} (a "
+            "score of +inf is always kept, one of -inf never)."
+        )
+
+
+def _roots(columns: _Columns, state: Tensor) -> Tensor:
+    """Returns theta of each column from (guess, low, high, keep), as `microglia.core.soft_one` finds one.
+
+    Columns that are done leave once they are the half of those still there.
+    """
+    tolerance, temperature = FINE[columns.scores.dtype], columns.temperature
+    theta, low, high, keep = state
+    result, there = torch.empty_like(theta), torch.arange(len(theta), device=theta.device)
+    best, least, last = theta, torch.full_like(theta, torch.inf), torch.full_like(theta, torch.inf)
     for _ in range(TURNS):
-        f = torch.sigmoid(_logits_rows(values, theta, temperature))
-        error = f.sum(1, dtype=torch.float64) - keep
-        done = ends | (error.abs() <= tolerance) | ~((low < (low + high) / 2) & ((low + high) / 2 < high))
-        if bool(done.all()):
-            break
+        total, slope = columns.sums(theta)
+        error = total - keep
+        better = error.abs() < least
+        best, least = torch.where(better, theta, best), torch.where(better, error.abs(), least)
         low, high = torch.where(error > 0, theta, low), torch.where(error > 0, high, theta)
-        newton = theta + temperature * error / (f * (1 - f)).sum(1, dtype=torch.float64)
-        use = (newton > low) & (newton < high) & ((error.abs() < 0.5 * last) | last.isinf())
-        last = torch.where(use, error.abs(), torch.inf)
-        theta = torch.where(done, theta, torch.where(use, newton, (low + high) / 2))
-    return torch.where(ends, torch.where(wanted <= 1e-9, torch.inf, -torch.inf).double(), theta)
-
-
-def _logits_rows(values: Tensor, theta: Tensor, temperature: float) -> Tensor:
-    """Returns (m - theta) / tau, theta subtracted in two parts as in `_Problem`; hard rows are +-inf."""
-    high = theta.to(values.dtype)
-    rest = ((theta - high.double()) / temperature).nan_to_num(0.0).to(values.dtype)
-    z = (values - high[:, None]).mul_(1 / temperature).sub_(rest[:, None])
-    return z.nan_to_num_(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)  # -inf - -inf: never kept, whatever theta
-
-
-def gradient_of_rows(gradient: Tensor, scores: Tensor, threshold: Tensor, temperature: float) -> Tensor:
-    """Returns dL/dm from dL/df, row by row."""
-    result = torch.empty_like(scores)
-    rows = len(scores) if scores.is_cuda else max(1, CHUNK // max(1, scores.shape[1]))
-    for own, arrived, theta, out in zip(*(torch.split(t, rows) for t in (scores, gradient, threshold, result)), strict=True):
-        values = own.float() if own.dtype in (torch.float16, torch.bfloat16) else own
-        z = _logits_rows(values, theta, temperature)
-        v = torch.sigmoid(z) * torch.sigmoid(-z)
-        u = arrived.to(values.dtype)
-        mean = (v * u).sum(1, keepdim=True) / v.sum(1, keepdim=True).clamp_min(torch.finfo(v.dtype).tiny)
-        out.copy_(v * (u - mean) / temperature)
+        middle = (low + high) / 2
+        done = (least <= tolerance * keep) | (high - low <= tolerance * temperature) | (middle <= low) | (middle >= high)
+        count = int(done.sum())
+        if 2 * count >= len(done):
+            result[there] = best
+            if count == len(done):
+                break
+        newton = theta + temperature * error / slope
+        use = (newton > low) & (newton < high) & (error.abs() < last / 2)  # a slope of 0 gives infinity, which is not inside
+        theta, last = torch.where(use, newton, middle), torch.where(use, error.abs(), torch.inf)
+        if 2 * count >= len(done):
+            stay = (~done).nonzero().squeeze(1)
+            columns, there = columns.at(stay), there[stay]
+            theta, low, high, keep, best, least, last = (t[stay] for t in (theta, low, high, keep, best, least, last))
+    else:
+        result[there] = best
     return result

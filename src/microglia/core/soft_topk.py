@@ -1,14 +1,14 @@
-"""The differentiable top-k: a soft mask of n scores whose sum is k (SMART, arXiv 2403.19969, section 2; spec 1).
+"""The differentiable top-k: a soft mask of n scores whose sum is k, in time and memory proportional to n.
 
     f_i = sigmoid((m_i - theta) / tau),   theta such that   sum_i c_i f_i = K
 
-with costs c_i of 1 unless sizes are given. As tau falls the mask becomes the indicator of the k largest. theta is the
-root of a monotone function: safeguarded Newton inside a bracket that always holds it. The gradient is closed, with
-v_i = f_i (1 - f_i) and u the gradient that arrives,
+with c_i = 1 unless units differ in size (the sigmoid top-k note; SMART, arXiv 2403.19969, adds tau). As tau falls the mask
+becomes the indicator of the k largest; t tied scores that compete for q places get q/t each. By implicit differentiation,
+with v_i = f_i (1 - f_i) and u the gradient that arrives at the mask,
 
     dL/dm_j = v_j (u_j - c_j (sum_i v_i u_i) / (sum_i c_i v_i)) / tau
 
-so nothing is unrolled, and nothing of size n^2 is ever made.
+so no iteration is unrolled, nothing of size n^2 is made, and the scores and theta are all that is kept for the way back.
 """
 
 from __future__ import annotations
@@ -20,16 +20,17 @@ import torch
 from torch import Tensor
 
 from microglia.core.errors import BudgetError, ScoreError
-from microglia.core.soft_one import gradient_of, solve
-from microglia.core.soft_rows import gradient_of_rows, solve_rows
+from microglia.core.soft_one import COMPUTE, Units, gradient_of, solve
+from microglia.core.soft_rows import LONG, gradient_of_rows, solve_rows
 
 
 class SoftTopK(NamedTuple):
     """A soft mask and its threshold.
 
     Attributes:
-        mask: In [0, 1], like the scores.
-        threshold: theta, float64, () or (rows,); without gradient. The next solve may start from it.
+        mask: In [0, 1], shaped and typed like the scores, differentiable in them.
+        threshold: theta in units of the scores, float64, () or (rows,), without gradient. +inf keeps nothing but scores of
+            +inf, -inf everything but scores of -inf. The next solve may start from it.
     """
 
     mask: Tensor
@@ -39,82 +40,105 @@ class SoftTopK(NamedTuple):
 def soft_topk(
     scores: Tensor,
     keep: float | Tensor,
-    temperature: float,
+    temperature: float | Tensor,
     *,
     sizes: Tensor | None = None,
     start: Tensor | None = None,
 ) -> SoftTopK:
-    """Returns the soft mask whose (weighted) sum is ``keep``; differentiable in the scores.
+    """Returns the soft mask whose sum, weighted with ``sizes`` where given, is ``keep``; differentiable in the scores alone.
 
     Args:
         scores: (n,), or (rows, m) for one problem per row. -inf is never kept and +inf always, both without gradient.
-            bfloat16 and float16 are computed in float32; their mask has their precision.
-        keep: Sum of the mask, from 0 to n (to the sum of sizes); one number, or one per row.
-        temperature: tau > 0, in units of the scores.
-        sizes: What each unit counts for, above 0, shaped (n,); None means 1.
-        start: Threshold of an earlier solve with nearly the same scores.
+            bfloat16 and float16 are computed in float32; the mask is rounded to their precision.
+        keep: Sum of the mask, a real number from 0 to n (to the sum of sizes); for rows one for all, or (rows,).
+        temperature: tau in units of the scores, from 1e-30 to 1e30.
+        sizes: What each unit counts for, above 0, shaped like the scores. None means 1.
+        start: Threshold of an earlier solve of nearly the same problem: saves evaluations, changes nothing else.
 
     Raises:
-        BudgetError: ``keep`` or the temperature is out of range.
-        ScoreError: A score is NaN.
+        BudgetError: ``keep`` cannot be met by the scores, or the temperature is out of range.
+        ScoreError: A score is NaN, or the shapes do not fit together.
 
     Example:
         >>> scores = torch.tensor([-4.5951, -2.1972, -3.1781, 0.0, -1.1527])
-        >>> soft_topk(scores, 3, 1.0).mask.mul(1e4).round().int().tolist()
+        >>> soft_topk(scores, 3, temperature=1.0).mask.mul(1e4).round().int().tolist()
         [1462, 6531, 4139, 9443, 8426]
     """
-    if not (temperature > 0 and math.isfinite(temperature)):
-        raise BudgetError(f"The temperature of a soft top-k is a number above 0; got {temperature}.")
-    if scores.ndim not in (1, 2) or not scores.is_floating_point() or (sizes is not None and scores.ndim == 2):
+    if scores.ndim not in (1, 2) or scores.dtype not in COMPUTE or scores.numel() == 0:
         raise ScoreError(
-            f"A soft top-k takes floating-point scores (n,), with sizes or without, or (rows, m); got {scores.dtype} "
-            f"{tuple(scores.shape)}{' with sizes' if sizes is not None else ''}."
+            "A soft top-k takes floating-point scores shaped (n,), or (rows, m) for one problem per row, at least one; got "
+            f"{tuple(scores.shape)} of {scores.dtype}."
         )
-    wanted = torch.as_tensor(keep, dtype=torch.float64)
-    mask, threshold = _operator(scores, wanted, float(temperature), sizes, start)
-    return SoftTopK(mask, threshold)
+    keeps, rows = keep if isinstance(keep, Tensor) and keep.ndim else None, scores.shape[:-1]
+    for name, given, shape in (("keep", keeps, rows), ("sizes", sizes, scores.shape), ("start", start, rows)):
+        if given is not None and given.shape != shape:
+            raise ScoreError(f"For scores {tuple(scores.shape)}, {name} is shaped {tuple(shape)}; got {tuple(given.shape)}.")
+    zero = torch.zeros((), dtype=torch.float64, device="cpu")
+    # adding makes tensors of numbers in a way that torch.compile follows; it would compile again for each new number
+    return SoftTopK(*_forward(scores, zero + keep, zero + temperature, sizes, start))
 
 
 @torch.library.custom_op("microglia::soft_topk", mutates_args=())
-def _operator(
-    scores: Tensor, keep: Tensor, temperature: float, sizes: Tensor | None, start: Tensor | None
+def _forward(
+    scores: Tensor, keep: Tensor, temperature: Tensor, sizes: Tensor | None, start: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    values = scores.detach()
-    values = values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
-    if values.ndim == 2:
-        mask, threshold = solve_rows(values, keep, temperature, start)
+    tau = temperature.item()
+    if not 1e-30 <= tau <= 1e30:
+        raise BudgetError(f"The temperature of a soft top-k is a number from 1e-30 to 1e30, hence above 0; got {tau:g}.")
+    mask, threshold = _like(scores), scores.new_empty(scores.shape[:-1], dtype=torch.float64)
+    wanted = keep.to(threshold).expand_as(threshold)
+    guess = torch.full_like(threshold, math.nan) if start is None else start.to(threshold)
+    units = Units(scores.detach(), sizes, tau)
+    if _has_short_rows(scores):
+        solve_rows(units, wanted, guess, mask, threshold)
     else:
-        mask, threshold = solve(values.contiguous(), float(keep), temperature, sizes, start)
-    return mask.to(scores.dtype), threshold
+        for row in _rows_of(scores):
+            threshold[row] = solve(units.at(row), wanted[row].item(), guess[row].item(), mask[row])
+    return mask, threshold
 
 
-@_operator.register_fake
-def _(scores: Tensor, keep: Tensor, temperature: float, sizes: Tensor | None, start: Tensor | None) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(scores), scores.new_empty(scores.shape[:-1], dtype=torch.float64)
+@_forward.register_fake
+def _(scores: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return _like(scores), scores.new_empty(scores.shape[:-1], dtype=torch.float64)
 
 
 @torch.library.custom_op("microglia::soft_topk_backward", mutates_args=())
-def _backward_operator(gradient: Tensor, scores: Tensor, threshold: Tensor, temperature: float, sizes: Tensor | None) -> Tensor:
-    if scores.ndim == 2:
-        return gradient_of_rows(gradient, scores, threshold, temperature)
-    return gradient_of(gradient.contiguous(), scores.contiguous(), float(threshold), temperature, sizes)
+def _backward(arrived: Tensor, scores: Tensor, threshold: Tensor, temperature: Tensor, sizes: Tensor | None) -> Tensor:
+    units, given, result = Units(scores.detach(), sizes, temperature.item()), arrived.detach(), _like(scores)
+    if _has_short_rows(scores):
+        gradient_of_rows(units, given, threshold, result)
+    else:
+        for row in _rows_of(scores):
+            gradient_of(units.at(row), given[row], threshold[row].item(), result[row])
+    return result
 
 
-@_backward_operator.register_fake
-def _(gradient: Tensor, scores: Tensor, threshold: Tensor, temperature: float, sizes: Tensor | None) -> Tensor:
-    return torch.empty_like(scores)
+@_backward.register_fake
+def _(arrived: Tensor, scores: Tensor, *_: Any) -> Tensor:
+    return _like(scores)
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     scores, _, temperature, sizes, _ = inputs
-    ctx.save_for_backward(scores, output[1], sizes)
-    ctx.temperature = temperature
+    ctx.save_for_backward(scores, output[1], temperature, sizes)
     ctx.mark_non_differentiable(output[1])
 
 
-def _differentiate(ctx: Any, gradient: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    scores, threshold, sizes = ctx.saved_tensors
-    return _backward_operator(gradient, scores, threshold, ctx.temperature, sizes), None, None, None, None
+def _differentiate(ctx: Any, arrived: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    return _backward(arrived, *ctx.saved_tensors), None, None, None, None
 
 
-_operator.register_autograd(_differentiate, setup_context=_setup)
+_forward.register_autograd(_differentiate, setup_context=_save)
+
+
+def _like(scores: Tensor) -> Tensor:
+    return scores.new_empty(scores.shape)
+
+
+def _has_short_rows(scores: Tensor) -> bool:
+    return scores.ndim == 2 and scores.shape[1] <= LONG
+
+
+def _rows_of(scores: Tensor) -> list[tuple[int, ...]]:
+    """Returns the index of each problem that is solved by itself."""
+    return [()] if scores.ndim == 1 else [(row,) for row in range(len(scores))]

@@ -1,0 +1,95 @@
+"""Choosing r before training, so that a budget of operations is met: one dense pass over training images.
+
+Source: FTWT's estimate before training; spec, section 7.9.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from microglia.core.errors import BudgetError
+from microglia.dynamic.counting import Count, Counter
+from microglia.dynamic.gates import GatePlan, Passage, listening
+from microglia.dynamic.targets import Rule, targets
+
+ROUNDS = 24  # of the bisection: r to less than 1e-6
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a plan is expected to cost.
+
+    Attributes:
+        r: The fraction of the mass to keep.
+        honest: Fraction of the dense model's multiply-accumulates that is left, heads included.
+        paper: The same by the published count.
+        kept: Layer -> mean fraction of its filters that are kept.
+        images: On how many training images it was estimated.
+    """
+
+    r: float
+    honest: float
+    paper: float
+    kept: dict[str, float]
+    images: int
+
+
+@torch.no_grad()
+def shares(model: nn.Module, batches: Iterable[tuple[Any, Any]], count: int, device: torch.device) -> dict[str, Tensor]:
+    """Returns each filter's share of its layer's response, layer -> float32 (images, outputs), as if there were no gates."""
+    found: dict[str, list[Tensor]] = {}
+
+    def hear(passage: Passage) -> None:
+        found.setdefault(passage.gate.site.layer, []).append(passage.share().cpu())
+
+    training, seen = model.training, 0
+    model.eval()
+    with listening(model, hear, fade=0.0):
+        for inputs, _ in islice(batches, count):
+            model(inputs.to(device))
+            seen += len(inputs)
+            if seen >= count:
+                break
+    model.train(training)
+    return {layer: torch.cat(parts)[:count] for layer, parts in found.items()}
+
+
+def estimate(share: dict[str, Tensor], r: float, rule: Rule, counter: Counter) -> Estimate:
+    """Returns what targets of one r for all layers would cost."""
+    masks = {layer: targets(part, r, rule) for layer, part in share.items()}
+    costs = counter(masks)
+    kept = {layer: float(mask.double().mean()) for layer, mask in masks.items()}
+    images = len(next(iter(share.values())))
+    return Estimate(r, float(costs.honest.mean()) / costs.dense, float(costs.paper.mean()) / costs.dense, kept, images)
+
+
+def choose_r(share: dict[str, Tensor], flops: float, rule: Rule, counter: Counter, count: Count = "honest") -> Estimate:
+    """Returns the largest r whose cost is at most ``flops``, a fraction of the dense model's; by bisection, for it is monotone.
+
+    Raises:
+        BudgetError: Even one filter in each layer costs more.
+    """
+    low, high = 0.0, 1.0
+    found = estimate(share, high, rule, counter)
+    if getattr(found, count) <= flops:
+        return found
+    least: Estimate | None = None
+    for _ in range(ROUNDS):
+        middle = (low + high) / 2
+        tried = estimate(share, middle, rule, counter)
+        if getattr(tried, count) <= flops:
+            low, least = middle, tried
+        else:
+            high = middle
+    if least is None:
+        raise BudgetError(
+            f"The gates cannot bring the {count} operations to {flops:g} of the dense model: with one filter left in each layer "
+            f"they are {getattr(estimate(share, high, rule, counter), count):.3g}. Gate more layers, or ask for more."
+        )
+    return least

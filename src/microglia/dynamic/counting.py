@@ -1,0 +1,100 @@
+"""What each input costs a gated model: multiply-accumulates by the published count and by an honest one.
+
+The published count takes heads and depthwise convolutions for free, and a residual sum for as wide as the branch added last
+(spec, section 7.8). The honest one counts what is computed: heads, the channels that really arrive, depthwise layers, and every
+layer without a gate. Neither counts norms, activations, pooling and biases; both divide by the same dense model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from microglia.dynamic.flow import Convolution, Flow
+from microglia.dynamic.gates import GatePlan
+from microglia.measure import count_macs
+
+Count = Literal["honest", "paper"]
+COUNTS = ("honest", "paper")
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Multiply-accumulates of each input of a batch.
+
+    Attributes:
+        honest: Of all that is computed, float64 (batch,).
+        paper: By the published count, float64 (batch,).
+        layers: Convolution -> honest multiply-accumulates, float64 (batch,); without its head.
+        heads: Of all heads together, the same for every input.
+        dense: Of the model without gates.
+    """
+
+    honest: Tensor
+    paper: Tensor
+    layers: dict[str, Tensor]
+    heads: int
+    dense: int
+
+    def of(self, count: Count) -> Tensor:
+        """Returns one of the two counts."""
+        return self.honest if count == "honest" else self.paper
+
+
+class Counter:
+    """Counts the multiply-accumulates of the inputs of a gated model from their masks.
+
+    Args:
+        model: The model without gates.
+        flow: Of it.
+        plan: Of the gates; sites are all it is asked for.
+        example_inputs: One batch of inputs.
+    """
+
+    def __init__(self, model: nn.Module, flow: Flow, plan: GatePlan, example_inputs: Any) -> None:
+        counted = count_macs(model, example_inputs)
+        self.flow, self.dense = flow, counted.total
+        self.macs = {layer: counted.layers[f"{layer}.weight"] for layer in flow.convolutions}
+        self.rest = counted.total - sum(self.macs.values())
+        self.heads = sum(site.inputs * site.outputs for site in plan.sites)
+
+    def __call__(self, masks: Mapping[str, Tensor]) -> Costs:
+        """Returns the costs of the inputs that have these masks: layer -> boolean (batch, outputs)."""
+        batch = len(next(iter(masks.values())))
+        arriving = self.flow.supports(masks)
+        published = self.flow.supports(masks, published=True)
+        layers, paper = {}, torch.full((batch,), float(self.rest), dtype=torch.float64)
+        for layer, step in self.flow.convolutions.items():
+            assert step.convolution is not None
+            kept, dense = masks.get(layer), self.macs[layer]
+            source = step.sources[0]
+            layers[layer] = dense * computed(step.convolution, kept, arriving.get(source), batch)
+            paper += dense * _as_published(step.convolution, kept, published.get(source), batch)
+        honest = torch.stack(list(layers.values())).sum(0) + self.rest + self.heads
+        return Costs(honest, paper, layers, self.heads, self.dense)
+
+
+def computed(c: Convolution, kept: Tensor | None, arriving: Tensor | None, batch: int) -> Tensor:
+    """Returns the fraction of a convolution's products that are computed for each input, float64 (batch,)."""
+    if c.depthwise:
+        both = [mask for mask in (kept, arriving) if mask is not None]
+        return torch.stack(both).all(0).double().mean(1) if both else torch.ones(batch, dtype=torch.float64)
+    if c.groups > 1:  # runs whole
+        return torch.ones(batch, dtype=torch.float64)
+    return _share(kept, batch) * _share(arriving, batch)
+
+
+def _as_published(c: Convolution, kept: Tensor | None, arriving: Tensor | None, batch: int) -> Tensor:
+    """Returns |kept| floor(|arriving| / groups) over its dense value: of a depthwise layer 0 unless every channel arrives."""
+    if arriving is None:
+        return _share(kept, batch)
+    each = torch.div(arriving.sum(1), c.groups, rounding_mode="floor").double() / (c.inputs // c.groups)
+    return _share(kept, batch) * each
+
+
+def _share(mask: Tensor | None, batch: int) -> Tensor:
+    return torch.ones(batch, dtype=torch.float64) if mask is None else mask.double().mean(1)

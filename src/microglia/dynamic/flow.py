@@ -1,0 +1,270 @@
+"""The flow of channels through a traced model: which steps keep zero channels zero, and where they come from.
+
+The same steps serve to find where gates can hang, to count what each input needs, and to compute only that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
+
+from microglia.graph.trace import Trace, named_arguments, operator_name, shape_of, trace
+
+CHANNELWISE = frozenset(
+    {
+        "max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d",
+        "adaptive_avg_pool2d", "adaptive_avg_pool3d", "adaptive_max_pool2d", "dropout", "feature_dropout", "contiguous", "clone",
+        "detach", "alias", "to", "upsample_nearest2d", "upsample_bilinear2d", "neg", "abs",
+    }
+)  # fmt: skip
+"""Operators on each channel by itself that leave a channel of zeros one of zeros."""
+
+ACTIVATION_OF = {
+    "relu": "relu", "relu6": "relu6", "silu": "silu", "hardswish": "hardswish", "gelu": "gelu", "leaky_relu": "leaky_relu",
+    "elu": "elu", "mish": "mish", "tanh": "tanh",
+}  # fmt: skip
+"""Operator -> its name in `microglia.dynamic.gates.ACTIVATIONS`, where it has its default arguments."""
+
+ADDITIONS = frozenset({"add", "sub"})
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """A convolution with what was fused into it.
+
+    Attributes:
+        layer: Name of the module.
+        weight: With the norm's scale folded in, (outputs, inputs / groups, *kernel).
+        bias: With the norm's shift folded in, (outputs,); None where there is none.
+        settings: stride, padding, dilation and groups, as `torch.conv2d` takes them.
+        carrier: Name of the norm, or of the convolution itself.
+        norm: Whether a batch norm was fused.
+        activation: Name of the activation that was fused, ``identity`` without one.
+    """
+
+    layer: str
+    weight: Tensor
+    bias: Tensor | None
+    settings: dict[str, Any]
+    carrier: str
+    norm: bool
+    activation: str
+
+    @property
+    def groups(self) -> int:
+        """Groups of channels that do not see each other."""
+        return int(self.settings["groups"])
+
+    @property
+    def outputs(self) -> int:
+        """Channels it writes."""
+        return self.weight.shape[0]
+
+    @property
+    def inputs(self) -> int:
+        """Channels it reads, all groups together."""
+        return self.weight.shape[1] * self.groups
+
+    @property
+    def depthwise(self) -> bool:
+        """Whether each output channel reads the one input channel of the same number."""
+        return self.groups == self.weight.shape[0] > 1 and self.weight.shape[1] == 1
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of the forward pass.
+
+    Attributes:
+        node: Its value; of a fused chain the last one.
+        kind: ``convolution``; ``keep`` (channels stay what they are), ``add``, ``cat`` and ``pad`` over channels; ``plain``
+            for all else, after which no channel is known to be zero.
+        sources: Values it reads, in order.
+        convolution: Of a convolution.
+        amount: Of ``pad`` (before, after).
+    """
+
+    node: fx.Node
+    kind: str
+    sources: tuple[fx.Node, ...]
+    convolution: Convolution | None = None
+    amount: tuple[int, ...] = ()
+
+
+class Flow:
+    """The steps of a model without gates, in order.
+
+    Args:
+        model: Any model `torch.export` can trace, in evaluation mode; left as it is.
+        example_inputs: One batch of inputs.
+
+    Attributes:
+        trace: The traced forward pass.
+        steps: In order.
+        depth: Value -> convolutions on the longest way to it.
+
+    Raises:
+        TraceError: It cannot be traced.
+    """
+
+    def __init__(self, model: nn.Module, example_inputs: Any) -> None:
+        self.trace: Trace = trace(model, example_inputs)
+        self._modules = dict(model.named_modules())
+        self.steps: list[Step] = []
+        self.depth: dict[fx.Node, int] = {}
+        fused: dict[fx.Node, fx.Node] = {}
+        for node in self.trace.graph.nodes:
+            if node.op != "call_function" or node in fused:
+                continue
+            step = self._step(node, fused)
+            self.steps.append(step)
+            below = [self.depth.get(source, 0) for source in step.sources]
+            self.depth[step.node] = max(below, default=0) + (step.kind == "convolution")
+
+    @property
+    def convolutions(self) -> dict[str, Step]:
+        """The steps that are convolutions of a module of their own, by its name."""
+        return {step.convolution.layer: step for step in self.steps if step.convolution is not None}
+
+    # ------------------------------------------------------------------------------------------------------- reading
+    def _step(self, node: fx.Node, fused: dict[fx.Node, fx.Node]) -> Step:
+        sources = tuple(n for n in node.all_input_nodes if isinstance(n.meta.get("val"), Tensor))
+        name = operator_name(node).rstrip("_")
+        if name in ("conv1d", "conv2d", "conv3d"):
+            found = self._convolution(node)
+            if found is not None:
+                convolution, chain = found
+                fused.update(dict.fromkeys(chain, node))
+                return Step(chain[-1], "convolution", (sources[0],), convolution)
+        return Step(node, *self._kind(node, name, sources))
+
+    def _kind(self, node: fx.Node, name: str, sources: tuple[fx.Node, ...]) -> tuple[Any, ...]:
+        """Returns kind, sources and, where it has one, the amount of any other step."""
+        rank = len(shape_of(node)) if isinstance(node.meta.get("val"), Tensor) else 0
+        if rank < 2:
+            return "plain", sources
+        if name in CHANNELWISE or activation_of(node) is not None:
+            return "keep", sources
+        a = named_arguments(node) if isinstance(node.target, torch._ops.OpOverload) else {}
+        if name == "mean" and all(d % len(shape_of(sources[0])) > 1 for d in a.get("dim") or (0,)):
+            return "keep", sources
+        if name == "slice" and (a["dim"] % rank > 1 or shape_of(node) == shape_of(sources[0])):
+            return "keep", sources
+        if name in ADDITIONS and len(sources) == 2 and shape_of(sources[0]) == shape_of(sources[1]):
+            return "add", sources
+        if name == "cat" and a["dim"] % rank == 1:
+            return "cat", sources
+        if name in ("pad", "constant_pad_nd") and a.get("mode", "constant") == "constant" and not a.get("value"):
+            ahead = 2 * (rank - 2)
+            space, channels = a["pad"][:ahead], tuple(a["pad"][ahead : ahead + 2])
+            if not any(channels):
+                return "keep", sources
+            if not any(space) and len(a["pad"]) == ahead + 2:
+                return "pad", sources, None, channels
+        return "plain", sources
+
+    def _convolution(self, node: fx.Node) -> tuple[Convolution, list[fx.Node]] | None:
+        """Returns a convolution that a module of its own makes once, and the chain of nodes fused with it."""
+        a = named_arguments(node)
+        layer = self._holder(a["weight"], "weight")
+        if layer is None or not isinstance(self._modules[layer], nn.Conv1d | nn.Conv2d | nn.Conv3d):
+            return None
+        weight, bias = self._tensor(a["weight"]), self._tensor(a["bias"])
+        chain, carrier, normed = [node], layer, False
+        norm = _only_user(node)
+        if norm is not None and operator_name(norm) == "batch_norm" and weight is not None:
+            n = named_arguments(norm)
+            holder = next((h for k in ("running_mean", "weight") if (h := self._holder(n[k], k)) is not None), None)
+            if holder is not None and n["running_mean"] is not None:
+                mean, variance, scale, shift = (self._tensor(n[k]) for k in ("running_mean", "running_var", "weight", "bias"))
+                assert mean is not None and variance is not None
+                weight, bias = fuse_conv_bn_weights(weight, bias, mean, variance, n["eps"], scale, shift)  # type: ignore[arg-type]
+                chain.append(norm)
+                carrier, normed = holder, True
+        activation = "identity"
+        following = _only_user(chain[-1])
+        if following is not None and (found := activation_of(following)) is not None:
+            chain.append(following)
+            activation = found
+        assert weight is not None
+        settings = {k: a[k] for k in ("stride", "padding", "dilation", "groups")}
+        shift = None if bias is None else bias.detach()
+        return Convolution(layer, weight.detach(), shift, settings, carrier, normed, activation), chain
+
+    def _holder(self, value: Any, attribute: str) -> str | None:
+        """Returns the name of the module whose attribute a value is, if it is read once."""
+        if not isinstance(value, fx.Node) or len(value.users) != 1:
+            return None
+        module, _, name = self.trace.name_of.get(value.name, "").rpartition(".")
+        return module if name == attribute and module in self._modules else None
+
+    def _tensor(self, value: Any) -> Tensor | None:
+        return self.trace.tensors[self.trace.name_of[value.name]] if isinstance(value, fx.Node) else None
+
+    # -------------------------------------------------------------------------------------------------------- supports
+    def supports(self, masks: Mapping[str, Tensor], *, published: bool = False) -> dict[fx.Node, Tensor | None]:
+        """Returns for every value which channels can be other than zero, boolean (batch, channels); None for all.
+
+        Args:
+            masks: Layer -> what its gate keeps, boolean (batch, outputs).
+            published: Take a sum for as narrow as the branch added last, as the published operation counts do, instead of
+                for what it is: as wide as the identity.
+        """
+        known: dict[fx.Node, Tensor | None] = {}
+        for step in self.steps:
+            below = [known.get(source) for source in step.sources]
+            known[step.node] = self._support(step, below, masks, published)
+        return known
+
+    def _support(
+        self, step: Step, below: list[Tensor | None], masks: Mapping[str, Tensor], published: bool
+    ) -> Tensor | None:
+        if step.kind == "convolution":
+            assert step.convolution is not None
+            return masks.get(step.convolution.layer)
+        if step.kind == "keep":
+            return below[0]
+        if step.kind == "add":
+            latest = max(range(len(below)), key=lambda i: self.depth.get(step.sources[i], 0))
+            return below[latest] if published else None
+        if step.kind == "cat":
+            return _side_by_side(step, below)
+        if below and below[0] is not None and step.kind == "pad":
+            return torch.nn.functional.pad(below[0], step.amount)
+        return None
+
+
+def _side_by_side(step: Step, below: list[Tensor | None]) -> Tensor | None:
+    known = next((b for b in below if b is not None), None)
+    if known is None:
+        return None
+    widths = [shape_of(source)[1] for source in step.sources]
+    parts = [known.new_ones(len(known), w) if b is None else b for b, w in zip(below, widths, strict=True)]
+    return torch.cat(parts, dim=1)
+
+
+def activation_of(node: fx.Node) -> str | None:
+    """Returns the name of an activation that leaves 0 as it is, in the form that has a name; None for all else."""
+    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+        return None
+    name = operator_name(node).rstrip("_")
+    if name == "hardtanh":
+        a = named_arguments(node)
+        return "relu6" if (a["min_val"], a["max_val"]) == (0, 6) else None
+    plain = len(node.args) == 1 and not any(v != d for v, d in _changed(node))
+    return ACTIVATION_OF.get(name) if plain else None
+
+
+def _changed(node: fx.Node) -> list[tuple[Any, Any]]:
+    """Returns (value, default) of every argument given by name."""
+    defaults = {a.name: a.default_value for a in node.target._schema.arguments if a.has_default_value()}  # type: ignore[union-attr]
+    return [(v, defaults.get(k)) for k, v in node.kwargs.items()]
+
+
+def _only_user(node: fx.Node) -> fx.Node | None:
+    return next(iter(node.users)) if len(node.users) == 1 else None

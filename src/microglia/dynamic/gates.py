@@ -1,0 +1,294 @@
+"""Gates: small heads inside a model that decide, for each input and layer, which output channels count.
+
+A gate hangs on a module of the user's own model, on the convolution or on the batch norm behind it, and multiplies what comes
+out of it by a mask of zeros and ones. So the norm sees all filters, as FTWT asks, and an activation with f(0) = 0 that follows,
+also a functional one, leaves the zeros zero. Source: FTWT; spec, sections 7.2, 7.4 and 7.6.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from microglia.core.errors import FileError, MicrogliaError
+from microglia.dynamic.targets import RULES, Rule, mass, targets
+
+Pool = Literal["avg", "max"]
+GATES = "microglia_gates"
+"""Attribute under which a model notes the plan of its gates."""
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "identity": lambda x: x,
+    "relu": functional.relu,
+    "relu6": functional.relu6,
+    "silu": functional.silu,
+    "hardswish": functional.hardswish,
+    "gelu": functional.gelu,
+    "leaky_relu": functional.leaky_relu,
+    "elu": functional.elu,
+    "mish": functional.mish,
+    "tanh": torch.tanh,
+}
+"""Activations that leave 0 as it is, so that a gate may stand in front of them."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """A convolution whose output channels a gate can switch off.
+
+    Attributes:
+        layer: Name of the convolution.
+        carrier: Name of the module whose output is masked: its batch norm, or itself.
+        activation: What follows, by its name in `ACTIVATIONS`; the target is the mass behind it.
+        inputs: Channels the convolution reads, all groups together.
+        outputs: Channels it writes.
+    """
+
+    layer: str
+    carrier: str
+    activation: str
+    inputs: int
+    outputs: int
+
+
+@dataclass(frozen=True)
+class GatePlan:
+    """What a gated model is, beside its weights; plain values, saved as JSON.
+
+    Attributes:
+        sites: Where the gates are, in the order of the network.
+        pool: How a head sees its input: ``avg`` as in the code that made the published numbers, or ``max`` as in the figures.
+        softmax: Whether the pooled input goes through a softmax over channels.
+        rule: Of the targets.
+        r: Layer -> fraction of the mass that its target keeps.
+        keep: Layer -> how many filters stay whatever the input, those of the largest logits; for random gates.
+    """
+
+    sites: tuple[Site, ...]
+    pool: Pool = "avg"
+    softmax: bool = True
+    rule: Rule = "prefix_le"
+    r: Mapping[str, float] = field(default_factory=dict)
+    keep: Mapping[str, int] = field(default_factory=dict)
+
+    def with_r(self, r: float | Mapping[str, float]) -> GatePlan:
+        """Returns the plan with one r for all layers, or one for each."""
+        each = r if isinstance(r, Mapping) else dict.fromkeys((site.layer for site in self.sites), r)
+        return replace(self, r=dict(each))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns it as JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Any) -> GatePlan:
+        """Returns the plan that `to_dict` wrote.
+
+        Raises:
+            FileError: It is none.
+        """
+        try:
+            sites = tuple(Site(**site) for site in values["sites"])
+            plan = cls(**{**values, "sites": sites})
+            known = plan.pool in ("avg", "max") and plan.rule in RULES and all(s.activation in ACTIVATIONS for s in sites)
+        except (TypeError, KeyError, ValueError) as error:
+            raise FileError(f"The plan of the gates is damaged ({error}).") from error
+        if not known:
+            raise FileError("The plan of the gates is damaged, or of a newer version: it names what this one does not know.")
+        return plan
+
+
+@dataclass(frozen=True)
+class Passage:
+    """One batch going through a gate.
+
+    Attributes:
+        gate: Which.
+        logits: Of its head, (batch, outputs); positive = keep.
+        mask: What was kept, boolean, (batch, outputs).
+        response: Feature maps behind norm and activation, before the mask, without gradient.
+    """
+
+    gate: Gate
+    logits: Tensor
+    mask: Tensor
+    response: Tensor
+
+    def share(self) -> Tensor:
+        """Returns each filter's share of the response, (batch, outputs)."""
+        return mass(self.response)
+
+    def target(self) -> Tensor:
+        """Returns the filters to keep by the layer's own r, boolean, (batch, outputs)."""
+        gate = self.gate
+        return targets(self.share(), gate.r, gate.rule)
+
+
+Listener = Callable[[Passage], None]
+
+
+class _Wire:
+    """What passes between a gate's two ends in one call, and who listens; a copied model has wires of its own."""
+
+    def __init__(self) -> None:
+        self.arriving: Tensor | None = None
+        self.listener: Listener | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Wire:
+        return _Wire()
+
+    def take(self) -> Tensor:
+        arriving, self.arriving = self.arriving, None
+        if arriving is None:
+            raise MicrogliaError("A gate was reached without its convolution: the model runs its layers in another order now.")
+        return arriving
+
+
+class Gate(nn.Module):
+    """The head of one layer: pooled input, softmax over channels, one affine map; an output above 0 keeps the filter.
+
+    Source: FTWT; spec, section 7.2.
+
+    Args:
+        site: Where it is.
+        plan: Of all gates.
+        generator: Draws the initial weights as those of a 1x1 convolution, uniform within 1 / sqrt(inputs).
+
+    Attributes:
+        fade: How much of the mask acts, in [0, 1]: the factor of a channel switched off is 1 - fade.
+        detached: Whether the head looks at its input without a gradient to it (decoupled training).
+    """
+
+    def __init__(self, site: Site, plan: GatePlan, generator: torch.Generator | None = None) -> None:
+        super().__init__()
+        bound = site.inputs**-0.5
+        weight, bias = torch.empty(site.outputs, site.inputs), torch.empty(site.outputs)
+        self.weight = nn.Parameter(weight.uniform_(-bound, bound, generator=generator))
+        self.bias = nn.Parameter(bias.uniform_(-bound, bound, generator=generator))
+        self.site, self.pool, self.softmax, self.rule = site, plan.pool, plan.softmax, plan.rule
+        self.r: float = plan.r.get(site.layer, 1.0)
+        self.keep: int | None = plan.keep.get(site.layer)
+        self.fade, self.detached = 1.0, True
+        self._wire = _Wire()
+
+    def extra_repr(self) -> str:
+        """Returns what is special of it."""
+        return f"{self.site.inputs} -> {self.site.outputs}, r={self.r:g}"
+
+    def embed(self, arriving: Tensor) -> Tensor:
+        """Returns what the head sees of its input, (batch, inputs)."""
+        space = arriving.flatten(2)
+        pooled = space.mean(2) if self.pool == "avg" else space.amax(2)
+        return pooled.softmax(1) if self.softmax else pooled
+
+    def logits(self, embedded: Tensor) -> Tensor:
+        """Returns the head's output for an embedded input, (batch, outputs)."""
+        return functional.linear(embedded, self.weight, self.bias)
+
+    @torch.no_grad()
+    def decide(self, logits: Tensor) -> Tensor:
+        """Returns the mask, boolean, (batch, outputs): sigmoid(logit) > 0.5, or the ``keep`` largest logits."""
+        if self.keep is None:
+            return logits > 0
+        best = logits.sort(dim=1, descending=True, stable=True).indices[:, : self.keep]
+        return torch.zeros_like(logits, dtype=torch.bool).scatter_(1, best, True)
+
+    def listen(self, listener: Listener | None) -> None:
+        """Calls ``listener`` at every passage from here on; None ends it."""
+        self._wire.listener = listener
+
+    def _arrive(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        self._wire.arriving = args[0]
+
+    def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        arriving = self._wire.take()
+        if self.fade == 0 and self._wire.listener is None:
+            return output
+        logits = self.logits(self.embed(arriving.detach() if self.detached else arriving))
+        mask = self.decide(logits)
+        if self._wire.listener is not None:
+            with torch.no_grad():
+                response = ACTIVATIONS[self.site.activation](output.detach())
+            self._wire.listener(Passage(self, logits, mask, response))
+        if self.fade == 0:
+            return output
+        factor = mask.to(output.dtype)
+        factor = factor if self.fade == 1 else 1 - self.fade * (1 - factor)
+        return output * factor.reshape(*factor.shape, *[1] * (output.ndim - 2))
+
+
+# ----------------------------------------------------------------------------------------------------------- of a model
+def attach_gates(model: nn.Module, plan: GatePlan, generator: torch.Generator | None = None) -> nn.Module:
+    """Hangs gates on a model, in place, as a plan says; returns it.
+
+    Raises:
+        MicrogliaError: It has gates already, or a layer of the plan is not there.
+    """
+    if gate_plan(model) is not None:
+        raise MicrogliaError(f"{type(model).__name__} has gates already; microglia.dynamic.detach_gates removes them.")
+    modules = dict(model.named_modules())
+    missing = next((n for s in plan.sites for n in (s.layer, s.carrier) if n not in modules), None)
+    if missing is not None:
+        raise MicrogliaError(f"The gates belong to another model: {type(model).__name__} has no layer {missing!r}.")
+    for site in plan.sites:
+        layer, carrier = modules[site.layer], modules[site.carrier]
+        gate = Gate(site, plan, generator).to(next(layer.parameters()).device)
+        carrier.add_module("gate", gate)
+        layer.register_forward_pre_hook(gate._arrive)
+        carrier.register_forward_hook(gate._leave)
+    object.__setattr__(model, GATES, plan)
+    return model
+
+
+def detach_gates(model: nn.Module) -> nn.Module:
+    """Removes all gates from a model, in place; returns it as it was before they came, with the weights it has now."""
+    for module in list(model.modules()):
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            for key in [k for k, hook in hooks.items() if isinstance(getattr(hook, "__self__", None), Gate)]:
+                del hooks[key]
+        if isinstance(getattr(module, "gate", None), Gate):
+            del module.gate
+    if gate_plan(model) is not None:
+        object.__delattr__(model, GATES)
+    return model
+
+
+def gate_plan(model: nn.Module) -> GatePlan | None:
+    """Returns the plan of a model's gates, None where it has none."""
+    return getattr(model, GATES, None)
+
+
+def note_plan(model: nn.Module, plan: GatePlan) -> None:
+    """Gives a gated model another r, rule or number of filters to keep."""
+    for layer, gate in gates_of(model).items():
+        gate.rule, gate.r, gate.keep = plan.rule, plan.r.get(layer, 1.0), plan.keep.get(layer)
+    object.__setattr__(model, GATES, plan)
+
+
+def gates_of(model: nn.Module) -> dict[str, Gate]:
+    """Returns the gates by the name of their convolution, in the order of the network."""
+    found = {m.site.layer: m for m in model.modules() if isinstance(m, Gate)}
+    plan = gate_plan(model)
+    return found if plan is None else {site.layer: found[site.layer] for site in plan.sites}
+
+
+@contextmanager
+def listening(model: nn.Module, listener: Listener, *, fade: float | None = None) -> Iterator[None]:
+    """Within it a listener hears every passage; with ``fade`` 0 the model computes as if it had no gates."""
+    gates = list(gates_of(model).values())
+    before = [(gate._wire.listener, gate.fade) for gate in gates]
+    for gate in gates:
+        gate.listen(listener)
+        gate.fade = gate.fade if fade is None else fade
+    try:
+        yield
+    finally:
+        for gate, (previous, faded) in zip(gates, before, strict=True):
+            gate.listen(previous)
+            gate.fade = faded

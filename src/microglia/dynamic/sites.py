@@ -1,0 +1,107 @@
+"""Finding where gates can hang: every convolution whose skipped filters are exactly zeros for what follows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from torch import fx, nn
+
+from microglia.core.errors import SelectorError
+from microglia.core.layers import matches
+from microglia.dynamic.flow import Flow, Step
+from microglia.dynamic.gates import Site
+from microglia.graph.trace import operator_name, shape_of
+
+MIXING = frozenset({"group_norm", "layer_norm", "instance_norm", "rms_norm", "batch_norm", "softmax", "log_softmax", "sigmoid"})
+"""What must not follow a gate: these make something of a zero channel, or let it change the others."""
+
+
+@dataclass(frozen=True)
+class Sites:
+    """Where gates can hang.
+
+    Attributes:
+        sites: In the order of the network.
+        left_out: Convolution -> why it has none.
+    """
+
+    sites: tuple[Site, ...]
+    left_out: dict[str, str] = field(default_factory=dict)
+
+
+def find_sites(flow: Flow, model: nn.Module, layers: Sequence[str] = ("*",), exclude: Sequence[str] = ()) -> Sites:
+    """Returns the sites of a model.
+
+    Gated is, as FTWT gates (spec 7.5), every convolution together with its batch norm and activation; in a residual block
+    also the last one, before the addition. Not gated are projection shortcuts, convolutions that make the model's output,
+    grouped ones that are not depthwise, and those on 1x1 maps: there the head costs as much as the layer.
+
+    Args:
+        flow: Of the model.
+        model: The model.
+        layers: Selectors of the convolutions to gate (see `microglia.core.layers.matches`).
+        exclude: Selectors of those not to gate.
+
+    Raises:
+        SelectorError: Nothing can be gated.
+    """
+    found, left_out = [], {}
+    shortcuts = _shortcuts(flow)
+    modules = dict(model.named_modules())
+    for layer, step in flow.convolutions.items():
+        chosen = matches(f"{layer}.weight", modules[layer], layers) and not (
+            exclude and matches(f"{layer}.weight", modules[layer], exclude)
+        )
+        reason = (_obstacle(step) or shortcuts.get(step.node)) if chosen else "not selected"
+        if reason is not None:
+            left_out[layer] = reason
+            continue
+        c = step.convolution
+        assert c is not None
+        found.append(Site(layer, c.carrier, c.activation, c.inputs, c.outputs))
+    if not found:
+        reasons = "; ".join(f"{layer}: {reason}" for layer, reason in list(left_out.items())[:4]) or "it has no convolutions"
+        raise SelectorError(f"{type(model).__name__} has no convolution to gate ({reasons}).")
+    return Sites(tuple(found), left_out)
+
+
+def _obstacle(step: Step) -> str | None:
+    """Returns why a convolution cannot be gated by what is seen at it, None where it can."""
+    c = step.convolution
+    assert c is not None
+    if c.groups > 1 and not c.depthwise:
+        return "its groups are not single channels"
+    shape = shape_of(step.node)
+    if all(size == 1 for size in shape[2:]):
+        return "it works on 1x1 maps, where its head costs as much"
+    for user in step.node.users:
+        if user.op == "output":
+            return "it makes the model's output"
+        name = operator_name(user).rstrip("_")
+        if name in MIXING:
+            return f"{name} follows it"
+        if _reaches_output(user):
+            return "it makes the model's output"
+    return None
+
+
+def _reaches_output(node: fx.Node) -> bool:
+    """Tells whether a value becomes the model's output through nothing but views, as a detector's maps do."""
+    if node.op == "output":
+        return True
+    if operator_name(node).rstrip("_") not in ("view", "reshape", "permute", "transpose", "flatten", "contiguous", "cat"):
+        return False
+    return any(_reaches_output(user) for user in node.users)
+
+
+def _shortcuts(flow: Flow) -> dict[fx.Node, str]:
+    """Returns the convolutions that project a block's identity: all they do is to be the shorter summand of an addition."""
+    own = {step.node for step in flow.convolutions.values()}
+    found = {}
+    for step in flow.steps:
+        if step.kind == "add" and all(source in own for source in step.sources):
+            shorter, longer = sorted(step.sources, key=flow.depth.__getitem__)
+            if flow.depth[shorter] < flow.depth[longer] and list(shorter.users) == [step.node]:
+                found[shorter] = "it is a shortcut"
+    return found

@@ -1,0 +1,72 @@
+"""Targets of the gates: which filters of a layer carry the mass of its response to one input.
+
+Source: FTWT (Elkerdawy et al. 2022), "Fire Together Wire Together"; spec, section 7.3. Nothing here has a gradient.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from microglia.core.errors import BudgetError
+from microglia.core.registry import unknown_name
+
+Rule = Literal["prefix_le", "cover_ge", "uniform"]
+RULES = ("prefix_le", "cover_ge", "uniform")
+TOLERANCE = 1e-5
+"""Mass by which a prefix may exceed r, and below which a filter does not fire at all (both of the released code)."""
+
+
+@torch.no_grad()
+def mass(response: Tensor) -> Tensor:
+    """Returns each filter's share of a layer's response, (batch, channels), float32; rows sum to 1, or to 0 in a dead layer.
+
+    The response of a filter to an input is the largest absolute value in its feature map.
+
+    Args:
+        response: Feature maps before the mask, (batch, channels, *space), in float32 or wider for exact sums.
+    """
+    peaks = response.detach().abs().flatten(2).amax(2) if response.ndim > 2 else response.detach().abs()
+    peaks = peaks.double()
+    total = peaks.sum(1, keepdim=True)
+    return torch.where(total > 0, peaks / total.clamp_min(torch.finfo(torch.float64).tiny), 0.0).float()
+
+
+@torch.no_grad()
+def targets(share: Tensor, r: float, rule: Rule = "prefix_le", *, least: int = 1) -> Tensor:
+    """Returns the filters to keep for each input, boolean, shaped like ``share``.
+
+    - ``prefix_le``: the largest set of leading filters whose mass does not exceed ``r``; with r = 1 all that fire. It is the
+      rule of the published numbers, and keeps one filter fewer than
+    - ``cover_ge``: the smallest set of leading filters that has at least the mass ``r``.
+    - ``uniform``: the ``ceil(r C)`` strongest of those that fire; the released code asks for the fraction that goes instead.
+
+    Ties go to the lower index. A share of 1e-5 or less counts as no response where r = 1 and with ``uniform``.
+
+    Args:
+        share: Of every filter, as `mass` returns it, (batch, channels).
+        r: Fraction of the mass (of the filters with ``uniform``) to keep, in (0, 1].
+        rule: One of the three.
+        least: Filters kept at least, also in a dead layer.
+
+    Raises:
+        BudgetError: r is not in (0, 1].
+        UnknownNameError: A rule of another name.
+    """
+    if not 0 < r <= 1:
+        raise BudgetError(f"r is the fraction to keep, in (0, 1]; got {r}.")
+    ordered, order = share.double().sort(dim=1, descending=True, stable=True)
+    total = ordered.cumsum(1)
+    if rule == "prefix_le":
+        kept = ordered > TOLERANCE if r == 1 else total <= r + TOLERANCE
+    elif rule == "cover_ge":
+        kept = (total - ordered < r - TOLERANCE) & (ordered > 0)
+    elif rule == "uniform":
+        places = torch.arange(share.shape[1], device=share.device)
+        kept = (places < share.shape[1] - int((1 - r) * share.shape[1] + TOLERANCE)) & (ordered > TOLERANCE)
+    else:
+        raise unknown_name("rule of the targets", rule, RULES)
+    kept[:, :least] = True
+    return torch.zeros_like(kept).scatter_(1, order, kept)

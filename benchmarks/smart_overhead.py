@@ -4,8 +4,8 @@ A training step with SMART (blocks of 16x8, every layer, in the middle of the se
 exact masks, interleaved in one process, medians: ResNet-50 at 64x64 with batch 32, and ResNet-56 on 32x32 with batch 128.
 Last line: SMART / dense of ResNet-50; goal <= 1.05.
 
-Numbers below float32's normal range are flushed to zero for all three: an untrained network that fits one batch soon has gradients
-there, on which a processor is ten times slower, whatever the step.
+Numbers below float32's normal range are flushed to zero for all three: an untrained network that fits one batch soon has
+gradients there, on which a processor is ten times slower, whatever the step.
 """
 
 from __future__ import annotations

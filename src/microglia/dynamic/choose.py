@@ -5,7 +5,7 @@ Source: FTWT's estimate before training; spec, section 7.9.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from microglia.core.errors import BudgetError
 from microglia.dynamic.counting import Count, Counter
-from microglia.dynamic.gates import GatePlan, Passage, listening
+from microglia.dynamic.gates import Passage, listening
 from microglia.dynamic.targets import Rule, targets
 
 ROUNDS = 24  # of the bisection: r to less than 1e-6
@@ -26,14 +26,14 @@ class Estimate:
     """What a plan is expected to cost.
 
     Attributes:
-        r: The fraction of the mass to keep.
+        r: The fraction of the mass to keep, of all layers or by layer.
         honest: Fraction of the dense model's multiply-accumulates that is left, heads included.
         paper: The same by the published count.
         kept: Layer -> mean fraction of its filters that are kept.
         images: On how many training images it was estimated.
     """
 
-    r: float
+    r: float | dict[str, float]
     honest: float
     paper: float
     kept: dict[str, float]
@@ -60,16 +60,18 @@ def shares(model: nn.Module, batches: Iterable[tuple[Any, Any]], count: int, dev
     return {layer: torch.cat(parts)[:count] for layer, parts in found.items()}
 
 
-def estimate(share: dict[str, Tensor], r: float, rule: Rule, counter: Counter) -> Estimate:
-    """Returns what targets of one r for all layers would cost."""
-    masks = {layer: targets(part, r, rule) for layer, part in share.items()}
+def estimate(share: Mapping[str, Tensor], r: float | Mapping[str, float], rule: Rule, counter: Counter) -> Estimate:
+    """Returns what targets of one r for all layers, or of one for each, would cost."""
+    each = r if isinstance(r, Mapping) else dict.fromkeys(share, r)
+    masks = {layer: targets(part, each[layer], rule) for layer, part in share.items()}
     costs = counter(masks)
     kept = {layer: float(mask.double().mean()) for layer, mask in masks.items()}
     images = len(next(iter(share.values())))
-    return Estimate(r, float(costs.honest.mean()) / costs.dense, float(costs.paper.mean()) / costs.dense, kept, images)
+    said = dict(r) if isinstance(r, Mapping) else r
+    return Estimate(said, float(costs.honest.mean()) / costs.dense, float(costs.paper.mean()) / costs.dense, kept, images)
 
 
-def choose_r(share: dict[str, Tensor], flops: float, rule: Rule, counter: Counter, count: Count = "honest") -> Estimate:
+def choose_r(share: Mapping[str, Tensor], flops: float, rule: Rule, counter: Counter, count: Count = "honest") -> Estimate:
     """Returns the largest r whose cost is at most ``flops``, a fraction of the dense model's; by bisection, for it is monotone.
 
     Raises:
@@ -89,7 +91,7 @@ def choose_r(share: dict[str, Tensor], flops: float, rule: Rule, counter: Counte
             high = middle
     if least is None:
         raise BudgetError(
-            f"The gates cannot bring the {count} operations to {flops:g} of the dense model: with one filter left in each layer "
+            f"The gates cannot bring the {count} operations to {flops:g} of the dense model: with one filter a layer "
             f"they are {getattr(estimate(share, high, rule, counter), count):.3g}. Gate more layers, or ask for more."
         )
     return least

@@ -18,8 +18,8 @@ from microglia.graph.trace import Trace, named_arguments, operator_name, shape_o
 CHANNELWISE = frozenset(
     {
         "max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d",
-        "adaptive_avg_pool2d", "adaptive_avg_pool3d", "adaptive_max_pool2d", "dropout", "feature_dropout", "contiguous", "clone",
-        "detach", "alias", "to", "upsample_nearest2d", "upsample_bilinear2d", "neg", "abs",
+        "adaptive_avg_pool2d", "adaptive_avg_pool3d", "adaptive_max_pool2d", "dropout", "feature_dropout", "contiguous",
+        "clone", "detach", "alias", "to", "upsample_nearest2d", "upsample_bilinear2d", "neg", "abs",
     }
 )  # fmt: skip
 """Operators on each channel by itself that leave a channel of zeros one of zeros."""
@@ -30,7 +30,7 @@ ACTIVATION_OF = {
 }  # fmt: skip
 """Operator -> its name in `microglia.dynamic.gates.ACTIVATIONS`, where it has its default arguments."""
 
-ADDITIONS = frozenset({"add", "sub"})
+ADDITIONS, PADS = frozenset({"add", "sub"}), frozenset({"pad", "constant_pad_nd"})
 
 
 @dataclass(frozen=True)
@@ -146,26 +146,17 @@ class Flow:
     def _kind(self, node: fx.Node, name: str, sources: tuple[fx.Node, ...]) -> tuple[Any, ...]:
         """Returns kind, sources and, where it has one, the amount of any other step."""
         rank = len(shape_of(node)) if isinstance(node.meta.get("val"), Tensor) else 0
+        a = named_arguments(node) if isinstance(node.target, torch._ops.OpOverload) else {}
         if rank < 2:
             return "plain", sources
-        if name in CHANNELWISE or activation_of(node) is not None:
-            return "keep", sources
-        a = named_arguments(node) if isinstance(node.target, torch._ops.OpOverload) else {}
-        if name == "mean" and all(d % len(shape_of(sources[0])) > 1 for d in a.get("dim") or (0,)):
-            return "keep", sources
-        if name == "slice" and (a["dim"] % rank > 1 or shape_of(node) == shape_of(sources[0])):
+        if name in CHANNELWISE or activation_of(node) is not None or _within_channels(name, a, node, sources):
             return "keep", sources
         if name in ADDITIONS and len(sources) == 2 and shape_of(sources[0]) == shape_of(sources[1]):
             return "add", sources
         if name == "cat" and a["dim"] % rank == 1:
             return "cat", sources
-        if name in ("pad", "constant_pad_nd") and a.get("mode", "constant") == "constant" and not a.get("value"):
-            ahead = 2 * (rank - 2)
-            space, channels = a["pad"][:ahead], tuple(a["pad"][ahead : ahead + 2])
-            if not any(channels):
-                return "keep", sources
-            if not any(space) and len(a["pad"]) == ahead + 2:
-                return "pad", sources, None, channels
+        if name in PADS and _zeros(a) and len(a["pad"]) == 2 * (rank - 1) and not any(a["pad"][:-2]):
+            return "pad", sources, None, tuple(a["pad"][-2:])
         return "plain", sources
 
     def _convolution(self, node: fx.Node) -> tuple[Convolution, list[fx.Node]] | None:
@@ -182,7 +173,8 @@ class Flow:
             holder = next((h for k in ("running_mean", "weight") if (h := self._holder(n[k], k)) is not None), None)
             if holder is not None and n["running_mean"] is not None:
                 mean, variance, scale, shift = (self._tensor(n[k]) for k in ("running_mean", "running_var", "weight", "bias"))
-                assert mean is not None and variance is not None
+                assert mean is not None
+                assert variance is not None
                 weight, bias = fuse_conv_bn_weights(weight, bias, mean, variance, n["eps"], scale, shift)  # type: ignore[arg-type]
                 chain.append(norm)
                 carrier, normed = holder, True
@@ -221,9 +213,7 @@ class Flow:
             known[step.node] = self._support(step, below, masks, published)
         return known
 
-    def _support(
-        self, step: Step, below: list[Tensor | None], masks: Mapping[str, Tensor], published: bool
-    ) -> Tensor | None:
+    def _support(self, step: Step, below: list[Tensor | None], masks: Mapping[str, Tensor], published: bool) -> Tensor | None:
         if step.kind == "convolution":
             assert step.convolution is not None
             return masks.get(step.convolution.layer)
@@ -246,6 +236,20 @@ def _side_by_side(step: Step, below: list[Tensor | None]) -> Tensor | None:
     widths = [shape_of(source)[1] for source in step.sources]
     parts = [known.new_ones(len(known), w) if b is None else b for b, w in zip(below, widths, strict=True)]
     return torch.cat(parts, dim=1)
+
+
+def _within_channels(name: str, a: dict[str, Any], node: fx.Node, sources: tuple[fx.Node, ...]) -> bool:
+    """Tells whether a mean, slice or pad with zeros is over space alone."""
+    before = shape_of(sources[0]) if sources else []
+    if name == "mean":
+        return all(d % len(before) > 1 for d in a.get("dim") or (0,))
+    if name == "slice":
+        return a["dim"] % len(before) > 1 or shape_of(node) == before
+    return name in PADS and _zeros(a) and not any(a["pad"][2 * (len(before) - 2) :])
+
+
+def _zeros(a: dict[str, Any]) -> bool:
+    return a.get("mode", "constant") == "constant" and not a.get("value")
 
 
 def activation_of(node: fx.Node) -> str | None:

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn import functional
 
 from microglia.core.errors import MicrogliaError
 from microglia.dynamic.flow import Convolution, Flow, Step

@@ -12,6 +12,7 @@ from torch import nn
 
 from microglia.core.errors import FileError, MicrogliaError
 from microglia.core.masks import masks_of, restore
+from microglia.dynamic.gates import GatePlan, attach_gates, gate_plan
 from microglia.graph import Plan, replay
 from microglia.graph.plan import PLAN as REMOVED
 from microglia.train.files import VERSION, check_header, read_tensors, write_atomic, write_tensors
@@ -41,10 +42,10 @@ def cut_again(model: nn.Module, plan: Mapping[str, Any]) -> nn.Module:
 
 
 def save(model: nn.Module, directory: str | Path) -> Path:
-    """Writes ``model.safetensors`` (weights, buffers, masks) and ``plan.json`` (how to build it, what is masked or removed).
+    """Writes ``model.safetensors`` (weights, buffers, masks) and ``plan.json`` (how to build it, what was done to it).
 
     Args:
-        model: Any module, masked, folded or shrunk. One that `microglia.build` made can be loaded by its directory alone.
+        model: Any module, masked, folded, shrunk or gated. One that `microglia.build` made needs its directory alone to load.
         directory: Made if it is not there; a model saved there before is replaced, weights and plan each atomically.
 
     Returns:
@@ -56,18 +57,20 @@ def save(model: nn.Module, directory: str | Path) -> Path:
     directory = Path(directory)
     removed = removed_from(model)
     shrunk = removed.to_dict() if removed is not None else None
-    # The weights' header holds a mark of what was removed, so that no other plan is ever replayed under them.
-    mark = write_tensors(directory / WEIGHTS, model.state_dict(), kind="weights", document=_mark(shrunk))
-    plan = {
+    gates = plan.to_dict() if (plan := gate_plan(model)) is not None else None
+    # The weights' header holds a mark of what was removed or gated, so that no other plan is ever replayed under them.
+    mark = write_tensors(directory / WEIGHTS, model.state_dict(), kind="weights", document=_mark(shrunk, gates))
+    content = {
         "format": "microglia.model",
         "version": VERSION,
         "source": getattr(model, SOURCE, None),
         "class": type(model).__name__,
         "masks": {name: {"shape": list(m.shape), "kept": int(m.sum())} for name, m in masks_of(model).items()},
         "shrunk": shrunk,
+        "gates": gates,
         "digest": mark,
     }
-    write_atomic(directory / PLAN, json.dumps(plan, indent=None if shrunk else 2) + "\n")  # indices by the thousand
+    write_atomic(directory / PLAN, json.dumps(content, indent=None if shrunk else 2) + "\n")  # indices by the thousand
     return directory
 
 
@@ -88,21 +91,24 @@ def load(directory: str | Path, model: nn.Module | None = None) -> nn.Module:
     plan = read_json(directory / PLAN)
     check_header(directory / PLAN, plan, "model")
     state, removed, mark = read_tensors(directory / WEIGHTS, kind="weights")
-    if mark != plan.get("digest") or removed != _mark(plan.get("shrunk")):
+    if mark != plan.get("digest") or removed != _mark(plan.get("shrunk"), plan.get("gates")):
         raise FileError(f"{directory}: {WEIGHTS} and {PLAN} do not belong together; one of them was replaced.")
     model = model if model is not None else _build(directory, plan)
     model = _cut(model, plan.get("shrunk"), directory)
     try:
+        if plan.get("gates") is not None:
+            attach_gates(model, GatePlan.from_dict(plan["gates"]))
         return restore(model, state)
     except (RuntimeError, MicrogliaError) as error:
         raise FileError(f"The weights in {directory} do not fit {type(model).__name__}: {error}") from error
 
 
-def _mark(shrunk: Any) -> str | None:
-    """Returns a digest of what was removed from a model; None where nothing was."""
-    if shrunk is None:
+def _mark(shrunk: Any, gates: Any) -> str | None:
+    """Returns a digest of what was removed from a model or gated in it; None where nothing was."""
+    changes = {name: value for name, value in (("shrunk", shrunk), ("gates", gates)) if value is not None}
+    if not changes:
         return None
-    return hashlib.blake2b(json.dumps(shrunk, sort_keys=True).encode(), digest_size=16).hexdigest()
+    return hashlib.blake2b(json.dumps(changes, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def _cut(model: nn.Module, shrunk: Any, directory: Path) -> nn.Module:

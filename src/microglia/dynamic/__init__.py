@@ -1,0 +1,52 @@
+"""Dynamic pruning: gates inside a model that choose, for every input, which channels are computed (FTWT)."""
+
+from microglia.dynamic.choose import Estimate, choose_r, estimate, shares
+from microglia.dynamic.counting import COUNTS, Costs, Count, Counter
+from microglia.dynamic.flow import Flow
+from microglia.dynamic.gates import (
+    Gate,
+    GatePlan,
+    Passage,
+    Site,
+    attach_gates,
+    detach_gates,
+    gate_plan,
+    gates_of,
+    listening,
+)
+from microglia.dynamic.gathered import Gathered
+from microglia.dynamic.routes import Routes, frequencies, record, statistics
+from microglia.dynamic.sites import Sites, find_sites
+from microglia.dynamic.targets import RULES, Rule, mass, targets
+
+__all__ = [
+    "COUNTS",
+    "RULES",
+    "Costs",
+    "Count",
+    "Counter",
+    "Estimate",
+    "Flow",
+    "Gate",
+    "GatePlan",
+    "Gathered",
+    "Passage",
+    "Routes",
+    "Rule",
+    "Site",
+    "Sites",
+    "attach_gates",
+    "choose_r",
+    "detach_gates",
+    "estimate",
+    "find_sites",
+    "frequencies",
+    "gate_plan",
+    "gates_of",
+    "listening",
+    "mass",
+    "record",
+    "shares",
+    "statistics",
+    "targets",
+]

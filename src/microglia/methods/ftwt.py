@@ -1,0 +1,329 @@
+"""FTWT, fire together wire together (CVPR 2022): per input, small heads predict which filters will matter; only these count.
+
+The algorithm (spec: 7, after the authors' code). Per gated layer with input I and response O = act(norm(conv(I))):
+    prediction  P = A softmax(pool(I)) + b;  M = [P > 0];  the layer passes on M O
+    target      a_c = max |O_c|, p = a / sum a;  g = the leading filters whose mass is at most r
+    loss        L(f(x; W), y) + lambda (1 / layers) sum over layers of mean over inputs of sum over filters of BCE(P, g)
+lambda is 1 until the cool-down, then 0: the heads rest and the network adapts to them. Decoupled, the heads see I without a
+gradient to it. No gradient of the task's loss reaches a head, for M has none. Targets are those of the masked network itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from copy import deepcopy
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from microglia.core.budget import Budget
+from microglia.core.errors import BudgetError, MicrogliaError, PatternError, SelectorError
+from microglia.dynamic import (
+    COUNTS,
+    RULES,
+    Count,
+    Counter,
+    Flow,
+    GatePlan,
+    Passage,
+    Rule,
+    attach_gates,
+    choose_r,
+    estimate,
+    find_sites,
+    gate_plan,
+    gates_of,
+    record,
+    shares,
+    statistics,
+)
+from microglia.methods.base import MethodConfig, method
+from microglia.methods.procedure import dense_model, train
+from microglia.train.engine import device_of
+from microglia.train.optim import epoch_length
+from microglia.train.run import Progress, Run
+from microglia.train.task import Task
+
+Mode = Literal["decoupled", "joint", "heads", "random"]
+
+
+@dataclass(frozen=True)
+class FtwtConfig(MethodConfig):
+    """FTWT; the budget is ``flops``, the mean fraction of the operations computed, or ``r`` itself.
+
+    Attributes:
+        pattern: Always ``channel``.
+        layers: Selectors of the convolutions to gate; those that cannot be are left out.
+        exclude: Selectors of convolutions not to gate.
+        mode: ``decoupled``; ``joint``, where the loss of the heads trains the network too; ``heads``, where the network rests;
+            ``random``, the baseline whose heads are never trained and keep as many filters of each layer as the targets do.
+        r: Fraction of a layer's mass that its target keeps, in (0, 1], for all layers or by layer; instead of ``flops``.
+        rule: Of the targets; see `microglia.dynamic.targets`.
+        count: What ``flops`` counts: ``honest``, all that is computed, or ``paper``, as published (heads for free).
+        images: Training images on which r is chosen before the training.
+        pool: What a head sees of its input: the average of each channel (the authors' code) or its maximum (their figures).
+        softmax: Whether that goes through a softmax over channels.
+        head_lr: Constant learning rate of the heads, which have momentum 0.9 with ``sgd`` and no weight decay.
+        cooldown: Fraction of the training after which the heads rest.
+        soften: Fraction of the training over which the masks come in, from no effect at all to all of it; 0 as in the paper,
+            where half the filters go at the first step.
+    """
+
+    pattern: str = "channel"
+    mode: Mode = "decoupled"
+    r: float | dict[str, float] | None = None
+    rule: Rule = "prefix_le"
+    count: Count = "honest"
+    images: int = 2048
+    pool: Literal["avg", "max"] = "avg"
+    softmax: bool = True
+    head_lr: float = 0.1
+    cooldown: float = 0.5
+    soften: float = 0.0
+
+    def __post_init__(self) -> None:  # here, so that it shows before the dense model is trained
+        if self.pattern != "channel":
+            raise PatternError(f"The method 'ftwt' gates whole channels: its pattern is channel, not {self.pattern}.")
+        if self.protect or self.allow_empty or self.scope != "global":
+            raise SelectorError("The method 'ftwt' takes layers and exclude, and not protect, allow_empty or scope.")
+        if (self.density, self.params, self.ms) != (None, None, None):
+            raise BudgetError("The method 'ftwt' takes flops or r, and not density, params or ms: all weights stay.")
+        if self.mode not in ("decoupled", "joint", "heads", "random") or self.rule not in RULES or self.count not in COUNTS:
+            raise BudgetError(f"There is no mode {self.mode!r}, rule {self.rule!r} or count {self.count!r}.")
+        if not (0 <= self.cooldown <= 1 and 0 <= self.soften <= 1 and self.head_lr > 0 and self.images > 0):
+            raise BudgetError("cooldown and soften are fractions of the training; head_lr and images are above 0.")
+
+    def check_budget(self) -> None:
+        """Raises `BudgetError` unless there is one of flops and r, in range."""
+        if (self.flops is None) == (self.r is None):
+            raise BudgetError(
+                "The method 'ftwt' takes one of flops, the mean fraction of the operations such as 0.5, and r, the fraction of "
+                f"the mass such as 0.9; got flops={self.flops} and r={self.r}."
+            )
+        if self.flops is not None:
+            Budget(flops=self.flops)
+        for value in self.r.values() if isinstance(self.r, dict) else (() if self.r is None else (self.r,)):
+            if not 0 < value <= 1:
+                raise BudgetError(f"r is the fraction of the mass to keep, in (0, 1]; got {value}.")
+
+
+def plan_gates(model: nn.Module, flow: Flow, config: FtwtConfig) -> GatePlan:
+    """Returns the plan of a model's gates, with the config's r where it has one.
+
+    Raises:
+        SelectorError: No convolution can be gated, or r names one that is not.
+    """
+    sites = find_sites(flow, model, config.layers, config.exclude).sites
+    plan = GatePlan(sites, pool=config.pool, softmax=config.softmax, rule=config.rule)
+    layers = [site.layer for site in sites]
+    if isinstance(config.r, dict):
+        wrong = next((name for name in (*config.r, *layers) if (name in config.r) != (name in layers)), None)
+        if wrong is not None:
+            raise SelectorError(
+                f"r by layer needs every gated layer and no other; look at {wrong!r}. Gated: {', '.join(layers)}."
+            )
+    return plan if config.r is None else plan.with_r(config.r)
+
+
+class Ftwt:
+    """The heads of a model and their loss, to be stepped inside anybody's training loop.
+
+    Example:
+        >>> pruner = mg.Ftwt(model, r=0.9, total_steps=1000, example_inputs=x)      # doctest: +SKIP
+
+    Args:
+        model: With gates, or to be given some, in place.
+        config: See `FtwtConfig`; its training fields are not used here.
+        total_steps: Optimizer steps of the training, over which fractions count.
+        example_inputs: One batch of inputs, where the model has no gates yet.
+        generator: Draws the heads' initial weights.
+        **settings: The fields of the config by keyword instead.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: FtwtConfig | None = None,
+        *,
+        total_steps: int,
+        example_inputs: Any = None,
+        generator: torch.Generator | None = None,
+        **settings: Any,
+    ) -> None:
+        self.model, self.config = model, config if config is not None else FtwtConfig(**settings)
+        self.total_steps, self.steps = max(1, total_steps), 0
+        if gate_plan(model) is None:
+            if self.config.r is None or example_inputs is None:
+                raise MicrogliaError(
+                    "Ftwt needs r, the fraction of the mass to keep such as 0.9, and example_inputs; a budget of flops is met "
+                    "by microglia.dynamic.choose_r or the method 'ftwt'."
+                )
+            attach_gates(model, plan_gates(model, Flow(model, example_inputs), self.config), generator)
+        self.gates = gates_of(model)
+        self._losses: list[Tensor] = []
+        self._rested: list[nn.Parameter] = []
+        own = {id(p) for p in self.parameters()}
+        if self.config.mode == "heads":
+            self._rest([p for p in model.parameters() if id(p) not in own])
+            self._norms = model.register_forward_pre_hook(_norms_rest)
+        elif self.config.mode == "random":
+            self._rest(self.parameters())
+        for gate in self.gates.values():
+            gate.detached = self.config.mode != "joint"
+            gate.listen(self._hear)
+        self._fade()
+
+    def _rest(self, parameters: list[nn.Parameter]) -> None:
+        self._rested = [p for p in parameters if p.requires_grad]
+        for parameter in self._rested:
+            parameter.requires_grad_(False)
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Returns the parameters of all heads."""
+        return [p for gate in self.gates.values() for p in gate.parameters()]
+
+    @property
+    def progress(self) -> float:
+        """Fraction of the training that is over."""
+        return self.steps / self.total_steps
+
+    @property
+    def learning(self) -> bool:
+        """Whether the heads learn now."""
+        return self.config.mode == "heads" or (self.config.mode != "random" and self.progress < self.config.cooldown)
+
+    def _hear(self, passage: Passage) -> None:
+        if passage.gate.training and self.learning:
+            wanted = passage.target().to(passage.logits.dtype)
+            loss = functional.binary_cross_entropy_with_logits(passage.logits, wanted, reduction="sum")
+            self._losses.append(loss / len(wanted))
+
+    # -------------------------------------------------------------------------------------------- what the loop asks
+    def penalty(self) -> Tensor | float:
+        """Returns the loss of the heads in the last forward pass, mean over layers; 0 when they rest."""
+        losses, self._losses = self._losses, []
+        if losses:
+            return torch.stack(losses).sum() / len(self.gates)
+        if self.config.mode != "random" and torch.distributed.is_initialized():  # every parameter needs a gradient there
+            return 0.0 * torch.stack([p.sum() for p in self.parameters()]).sum()
+        return 0.0
+
+    def step(self, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Goes on by one optimizer step."""
+        self.steps += 1
+        self._fade()
+
+    def _fade(self) -> None:
+        soften = self.config.soften
+        for gate in self.gates.values():
+            gate.fade = min(1.0, self.progress / soften) if soften else 1.0
+
+    def param_groups(self) -> list[dict[str, Any]]:
+        """Returns the heads' group: a constant learning rate, no weight decay."""
+        if self.config.mode == "random":
+            return []
+        return [
+            {"params": self.parameters(), "constant_lr": self.config.head_lr, "lr": self.config.head_lr, "weight_decay": 0.0}
+        ]
+
+    def finish(self) -> nn.Module:
+        """Ends the training of the heads; returns the gated model."""
+        for gate in self.gates.values():
+            gate.listen(None)
+            gate.fade = 1.0
+        if self.config.mode == "heads":
+            self._norms.remove()
+        for parameter in self._rested:
+            parameter.requires_grad_(True)
+        return self.model
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns where it stands; the heads are in the model's state."""
+        return {"steps": self.steps}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from a state."""
+        self.steps = int(state["steps"])
+        self._fade()
+
+    def report(self) -> dict[str, Any]:
+        """Returns what to tell of it."""
+        return {"steps": self.steps, "rested_after": None if self.learning else round(self.config.cooldown * self.total_steps)}
+
+
+def _norms_rest(module: nn.Module, args: Any) -> None:
+    """Keeps batch norms in evaluation mode, so that a network at rest keeps its statistics too."""
+    for norm in module.modules():
+        if isinstance(norm, nn.modules.batchnorm._BatchNorm):
+            norm.eval()
+
+
+# --------------------------------------------------------------------------------------------------------- the procedure
+def fits(task: Task, config: FtwtConfig) -> None:
+    """Raises unless the task's model has convolutions to gate and the config a budget."""
+    config.check_budget()
+    model = task.build().eval()
+    plan_gates(model, Flow(model, task.example), config)
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What is known before the training.
+
+    Attributes:
+        plan: Of the gates.
+        counter: Of operations.
+        estimate: What the targets would cost.
+    """
+
+    plan: GatePlan
+    counter: Counter
+    estimate: dict[str, Any] = field(default_factory=dict)
+
+
+@method("ftwt", FtwtConfig, check=fits)
+def ftwt(task: Task, run: Run, config: FtwtConfig) -> nn.Module:
+    """Heads predict per input which channels to compute, trained on each layer's own activation mass."""
+    model = dense_model(task, run, config.dense)
+    teacher = deepcopy(model) if config.train.distill else None
+    planned = plan_before(task, run, config, model)
+    run.observations["estimate"] = planned.estimate
+    attach_gates(model, planned.plan, torch.Generator().manual_seed(run.seed))
+    steps = config.train.epochs * epoch_length(config.train, len(task.data.batches("train", config.train.batch_size)))
+    train(task, run, "train", model, config.train, pruner=partial(Ftwt, model, config, total_steps=steps), teacher=teacher)
+
+    def observe_routes(progress: Progress) -> dict[str, Any]:
+        routes = record(model, task.data.batches("test", 256).epoch(0), run.device)
+        return {"routes": statistics(routes, planned.counter)}
+
+    run.observations["routes"] = run.stage("routes", observe_routes)["routes"]
+    return model
+
+
+def plan_before(task: Task, run: Run, config: FtwtConfig, model: nn.Module) -> Planned:
+    """Returns the gates and their r, chosen as a stage on training images for the budget asked."""
+    config.check_budget()
+    plain = task.build().eval()
+    flow = Flow(plain, task.example)
+    plan = plan_gates(plain, flow, config)
+    counter = Counter(plain, flow, plan, task.example)
+
+    def work(progress: Progress) -> dict[str, Any]:
+        trial = attach_gates(deepcopy(model), plan)
+        batches = task.data.batches("train", 128, seed=run.seed, shuffle=True).epoch(0)
+        share = shares(trial, batches, config.images, device_of(model))
+        if config.flops is not None:
+            return asdict(choose_r(share, config.flops, config.rule, counter, config.count))
+        return asdict(estimate(share, plan.r, config.rule, counter))
+
+    found: dict[str, Any] = run.stage("estimate", work)
+    if config.flops is not None:
+        plan = plan.with_r(found["r"])
+    if config.mode == "random":
+        keep = {site.layer: max(1, round(found["kept"][site.layer] * site.outputs)) for site in plan.sites}
+        plan = replace(plan, keep=keep)
+    return Planned(plan, counter, found)

@@ -1,27 +1,26 @@
-"""The command line: `microglia prune | shrink | eval | measure | sweep | report | demo | methods | recipe`."""
+"""The command line, `microglia COMMAND`: prune, shrink, eval, measure, routes, shifts, sweep, report, demo, methods, recipe."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
 from dataclasses import fields
-from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 import yaml
-from rich.console import Console
 from rich.table import Table
 
-from microglia.core.errors import MicrogliaError
+from microglia.cli_base import Checkpoint, Data, Device, Json, Shown, SplitName, Target, app, command
 from microglia.core.patterns import PATTERN_FORMS
 from microglia.lab.execute import execute
 from microglia.lab.recipe import Recipe, RecipeError, as_dict, override, put, read_yaml, resolve, schema
 from microglia.lab.report import collect
 from microglia.lab.report import export as export_records
 from microglia.lab.report import report as write_report
+from microglia.lab.routes_view import Viewing, layer_table, summary_table, view_routes
+from microglia.lab.shifts import Shifting, compare_shifts, shifts_table
 from microglia.lab.shrink_view import PICTURE, removal_table
 from microglia.lab.shrinking import Shrinking, shrink_saved
 from microglia.lab.summary import comparison_table, measurement_table, result_table
@@ -32,51 +31,8 @@ from microglia.measure import measure as measure_model
 from microglia.methods import methods as known_methods
 from microglia.scores import scores
 from microglia.train.archive import removed_from
-from microglia.train.engine import rank_and_world
 from microglia.train.evaluate import evaluate
-
-app = typer.Typer(
-    help="Prune any PyTorch model, see it get measurably faster and smaller, and load the result anywhere.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
-
-Shown = tuple[Any, list[Any]]
-"""What a command returns: a JSON-ready value, and what a person sees instead."""
-
-Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs instead of tables.")]
-Data = Annotated[str | None, typer.Option(help="digits, cifar10, mnist, hf:NAME or a folder.")]
-Checkpoint = Annotated[str | None, typer.Option(help="File with trained weights.")]
-Target = Annotated[str, typer.Argument(help="A run directory, a saved model's directory, or a model's name.")]
-
-
-def command(function: Callable[..., Shown]) -> Callable[..., Any]:
-    """Registers a command that prints what it returns; errors of the user's making end in one sentence and status 1."""
-
-    @wraps(function)
-    def printed(*args: Any, **kwargs: Any) -> None:
-        as_json = kwargs["json_"]
-        try:
-            value, shown = function(*args, **kwargs)
-        except MicrogliaError as error:
-            if as_json:
-                typer.echo(json.dumps({"error": str(error)}))
-            typer.echo(f"error: {error}", err=True)
-            raise typer.Exit(1) from None
-        except KeyboardInterrupt:
-            typer.echo("interrupted; start the same command again to go on.", err=True)
-            raise typer.Exit(130) from None
-        if rank_and_world()[0] != 0:
-            return
-        if as_json:
-            typer.echo(json.dumps(value))
-            return
-        console = Console()
-        for thing in shown:
-            console.print(thing, highlight=False, soft_wrap=isinstance(thing, str))
-
-    return app.command()(printed)
+from microglia.train.task import Split
 
 
 @command
@@ -151,14 +107,12 @@ def eval(
     target: Target,
     data: Data = None,
     checkpoint: Checkpoint = None,
-    split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
+    split: SplitName = "test",
     json_: Json = False,
 ) -> Shown:
     """Evaluate a run, a saved model or a checkpoint."""
-    if split not in ("train", "validation", "test"):
-        raise RecipeError(f"The split is train, validation or test; got {split!r}.")
     model, task = open_target(target, data, checkpoint)
-    metrics = evaluate(model, task, split)  # type: ignore[arg-type]
+    metrics = evaluate(model, task, _split(split))
     table = Table("metric", split, title=task.name)
     for name, value in metrics.items():
         table.add_row(name, f"{value:.4f}")
@@ -179,6 +133,41 @@ def measure(
     if (removed := removed_from(model)) is not None:
         measured["shrunk_from"] = {"parameters": list(removed.parameters), "MACs": list(removed.macs)}
     return measured, [measurement_table(task.name, measured)]
+
+
+@command
+def routes(
+    target: Annotated[str, typer.Argument(help="A run of the method ftwt, or a saved gated model's directory.")],
+    data: Data = None,
+    split: SplitName = "test",
+    layer: Annotated[str | None, typer.Option(help="Layer of the heat maps; default at two thirds of the depth.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Where the pictures go; default RUN/routes.")] = None,
+    device: Device = "cpu",
+    json_: Json = False,
+) -> Shown:
+    """Show which filters each input uses in a dynamically pruned network: tables and pictures."""
+    told = view_routes(Viewing(target, _split(split), data, out, layer, device))
+    pictures = "\n".join(f"Picture: {path}" for path in told["pictures"] if path.endswith(".png"))
+    return told, [layer_table(told), summary_table(told), pictures]
+
+
+@command
+def shifts(
+    targets: Annotated[list[str], typer.Argument(help="Runs, saved models or names of networks, on the same data.")],
+    data: Data = None,
+    checkpoint: Checkpoint = None,
+    severity: Annotated[str, typer.Option(help="From 1 (mild) to 5, such as 1,3,5.")] = "1,3,5",
+    limit: Annotated[int | None, typer.Option(help="Test images to use; default all.")] = None,
+    device: Device = "cpu",
+    json_: Json = False,
+) -> Shown:
+    """Compare accuracy and operations on clean and on noisy, blurred, compressed and pale test images."""
+    try:
+        severities = tuple(int(word) for word in severity.split(","))
+    except ValueError:
+        raise RecipeError(f"The severities are whole numbers from 1 to 5 such as 1,3,5; got {severity!r}.") from None
+    compared = compare_shifts(Shifting(targets, severities, limit, data, checkpoint, device))
+    return compared, [shifts_table(compared)]
 
 
 @command
@@ -269,6 +258,13 @@ def recipe(
         return found, [json.dumps(found, indent=2)]
     resolved = as_dict(resolve(source))
     return resolved, [yaml.safe_dump(resolved, sort_keys=False)]
+
+
+def _split(name: str) -> Split:
+    for split in get_args(Split):
+        if split == name:
+            return split  # type: ignore[no-any-return]
+    raise RecipeError(f"The split is train, validation or test; got {name!r}.")
 
 
 def _defaults(config: type) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from microglia.dynamic.gates import (
     gate_plan,
     gates_of,
     listening,
+    note_plan,
 )
 from microglia.dynamic.gathered import Gathered
 from microglia.dynamic.routes import Routes, frequencies, record, statistics
@@ -45,6 +46,7 @@ __all__ = [
     "gates_of",
     "listening",
     "mass",
+    "note_plan",
     "record",
     "shares",
     "statistics",

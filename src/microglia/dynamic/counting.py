@@ -80,10 +80,9 @@ class Counter:
 
 def computed(c: Convolution, kept: Tensor | None, arriving: Tensor | None, batch: int) -> Tensor:
     """Returns the fraction of a convolution's products that are computed for each input, float64 (batch,)."""
-    if c.depthwise:
-        both = [mask for mask in (kept, arriving) if mask is not None]
-        return torch.stack(both).all(0).double().mean(1) if both else torch.ones(batch, dtype=torch.float64)
-    if c.groups > 1:  # runs whole
+    if c.depthwise and kept is not None:
+        return _share(kept if arriving is None else kept & arriving, batch)
+    if c.groups > 1:  # runs whole, as do depthwise layers without a gate
         return torch.ones(batch, dtype=torch.float64)
     return _share(kept, batch) * _share(arriving, batch)
 

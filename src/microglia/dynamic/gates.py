@@ -97,10 +97,12 @@ class GatePlan:
             sites = tuple(Site(**site) for site in values["sites"])
             plan = cls(**{**values, "sites": sites})
             known = plan.pool in ("avg", "max") and plan.rule in RULES and all(s.activation in ACTIVATIONS for s in sites)
-        except (TypeError, KeyError, ValueError) as error:
+            known &= bool(sites) and all(min(s.inputs, s.outputs) > 0 for s in sites)
+            known &= all(0 < r <= 1 for r in plan.r.values()) and all(kept >= 1 for kept in plan.keep.values())
+        except (AttributeError, TypeError, KeyError, ValueError) as error:
             raise FileError(f"The plan of the gates is damaged ({error}).") from error
         if not known:
-            raise FileError("The plan of the gates is damaged, or of a newer version: it names what this one does not know.")
+            raise FileError("The plan of the gates is damaged, or of a newer version: it holds what this one does not know.")
         return plan
 
 
@@ -238,7 +240,8 @@ def attach_gates(model: nn.Module, plan: GatePlan, generator: torch.Generator | 
         raise MicrogliaError(f"The gates belong to another model: {type(model).__name__} has no layer {missing!r}.")
     for site in plan.sites:
         layer, carrier = modules[site.layer], modules[site.carrier]
-        gate = Gate(site, plan, generator).to(next(layer.parameters()).device)
+        like = next(layer.parameters())
+        gate = Gate(site, plan, generator).to(like.device, like.dtype).train(carrier.training)
         carrier.add_module("gate", gate)
         layer.register_forward_pre_hook(gate._arrive)
         carrier.register_forward_hook(gate._leave)

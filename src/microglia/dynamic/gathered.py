@@ -2,13 +2,14 @@
 
 Between a gate and the next convolution a map holds the kept channels alone; the convolution gathers the columns of its weight
 that arrive and the rows its own gate keeps, and runs dense on these. A residual sum scatters them into the full width again.
-Spec, section 7.7. Gathering weights and running them is the one step that a kernel with a block list can replace: `run_part`.
+Spec, section 7.7.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,12 +17,13 @@ from torch import Tensor, fx, nn
 
 from microglia.core.errors import MicrogliaError
 from microglia.dynamic.flow import Convolution, Flow, Step
-from microglia.dynamic.gates import ACTIVATIONS, Gate, detach_gates, gate_plan, gates_of
+from microglia.dynamic.gates import Gate, detach_gates, gate_plan, gates_of
+from microglia.dynamic.kernels import prepacked, run_depthwise, run_part, silent
 from microglia.graph.trace import concrete, shape_of
 from microglia.measure.running import twin
 
-MANY = 0.9
-"""Above this fraction of its channels a convolution runs whole and is masked: gathering would cost more than it saves."""
+AT_ONCE = 10_000
+"""Kernels from which on both sides of a weight are gathered in one pass."""
 
 
 @dataclass(frozen=True)
@@ -53,36 +55,6 @@ def whole(value: Any) -> Any:
     return value.whole() if isinstance(value, Channels) else value
 
 
-def run_part(x: Tensor, c: Convolution, rows: Tensor | None, columns: Tensor | None) -> Tensor:
-    """Returns a convolution of some input channels to some output channels, without its activation.
-
-    Args:
-        x: The channels ``columns`` of the input, or all of them where that is None.
-        c: The convolution.
-        rows: Output channels to compute, None for all.
-        columns: Input channels given, None for all.
-    """
-    weight, bias = c.weight, c.bias
-    if rows is not None:
-        weight = weight.index_select(0, rows)
-        bias = None if bias is None else bias.index_select(0, rows)
-    if columns is not None:
-        weight = weight.index_select(1, columns)
-    s = c.settings
-    return torch.convolution(
-        x, weight, bias, s["stride"], _padding(c, x), s["dilation"], False, [0] * (x.ndim - 2), s["groups"]
-    )
-
-
-def _padding(c: Convolution, x: Tensor) -> list[int]:
-    padding = c.settings["padding"]
-    if padding == "valid":
-        return [0] * (x.ndim - 2)
-    if padding == "same":
-        return [d * (k - 1) // 2 for d, k in zip(c.settings["dilation"], c.weight.shape[2:], strict=True)]
-    return list(padding) if len(padding) == x.ndim - 2 else list(padding) * (x.ndim - 2)
-
-
 class Gathered:
     """A gated model, compiled into steps that compute what each input needs; equal to the masked model's outputs.
 
@@ -96,6 +68,8 @@ class Gathered:
 
     Attributes:
         macs: Multiply-accumulates of the last call, heads included, all inputs together.
+        limits: Layer -> fraction of its products above which it runs whole and is masked, for that is faster (see `tune`); no
+            entry: it is always gathered.
 
     Raises:
         MicrogliaError: The model has no gates.
@@ -110,6 +84,8 @@ class Gathered:
         plain = detach_gates(own).eval()
         self.flow = Flow(plain, example_inputs)
         self.macs = 0
+        self.limits: dict[str, float] = {}
+        self._packed: dict[str, Callable[[Tensor], Tensor]] = {}
         self._last_use = _last_uses(self.flow)
         self._inputs = [n for n in self.flow.trace.graph.nodes if n.name in self.flow.trace.inputs]
         self._constants = {
@@ -132,6 +108,7 @@ class Gathered:
         return torch.cat(parts)
 
     def _one(self, x: Tensor) -> Any:
+        x = x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
         values: Environment = {**self._constants, self._inputs[0]: x}
         for step in self.flow.steps:
             values[step.node] = self._works[step.node](values)
@@ -162,26 +139,39 @@ class Gathered:
 
     def _convolution(self, step: Step, c: Convolution) -> Callable[[Environment], Any]:
         source, gate = step.sources[0], self._gates.get(c.layer)
-        activation = ACTIVATIONS[c.activation]
-        pixels = int(torch.tensor(shape_of(step.node)[2:]).prod()) * c.weight[0, 0].numel()
+        area = math.prod(shape_of(step.node)[2:]) * c.weight[0, 0].numel()  # products of one kernel
+        products = c.outputs * c.weight.shape[1]
 
-        def dense(values: Environment) -> Value:
+        def ungated(values: Environment) -> Value:
             x = values[source]
-            if isinstance(x, Channels) and c.groups == 1:
-                self.macs += pixels * c.outputs * len(x.index)
-                return activation(run_part(x.values, c, None, x.index))
-            self.macs += pixels * c.outputs * c.weight.shape[1]
-            return activation(run_part(whole(x), c, None, None))
+            columns = x.index if isinstance(x, Channels) and c.groups == 1 else None
+            if columns is None or len(columns) * c.outputs > self._limit(c) * products:
+                self.macs += area * products
+                return self._whole(c, whole(x))
+            self.macs += area * c.outputs * len(columns)
+            return run_part(x.values, c, None, columns) if len(columns) else silent(c, x.values, torch.arange(c.outputs))
 
         def gated(values: Environment) -> Value:
             assert gate is not None
             x = values[source]
-            kept = gate.decide(gate.logits(self._embed(gate, x)))[0].nonzero()[:, 0]
+            mask = gate.decide(gate.logits(self._embed(gate, x)))
             self.macs += gate.weight.numel()
-            part = self._depthwise(c, x, kept, pixels) if c.depthwise else self._gather(c, x, kept, pixels)
-            return replace(part, values=activation(part.values))
+            kept = mask[0].nonzero()[:, 0]
+            arriving = len(x.index) if isinstance(x, Channels) else c.inputs
+            if len(kept) * (1 if c.depthwise else arriving) > self._limit(c) * products:
+                self.macs += area * products
+                return self._whole(c, whole(x)).mul_(mask.to(c.weight.dtype).reshape(1, -1, *[1] * (c.weight.ndim - 2)))
+            return self._depthwise(c, x, kept, area) if c.depthwise else self._gather(c, x, kept, area)
 
-        return dense if gate is None else gated
+        return ungated if gate is None else gated
+
+    def _limit(self, c: Convolution) -> float:
+        return self.limits.get(c.layer, 1.0)
+
+    def _whole(self, c: Convolution, x: Tensor) -> Tensor:
+        if c.layer not in self._packed:
+            self._packed[c.layer] = prepacked(c, x)
+        return self._packed[c.layer](x)
 
     def _embed(self, gate: Gate, x: Value) -> Tensor:
         """Returns what a head sees: channels that did not arrive are pooled to 0."""
@@ -192,43 +182,30 @@ class Gathered:
         full = pooled.new_zeros(1, x.width).index_copy_(1, x.index, pooled)
         return full.softmax(1) if gate.softmax else full
 
-    def _gather(self, c: Convolution, x: Value, kept: Tensor, pixels: int) -> Channels:
+    def _gather(self, c: Convolution, x: Value, kept: Tensor, area: int) -> Channels:
         columns = x.index if isinstance(x, Channels) else None
         arriving = x.values if isinstance(x, Channels) else x
-        self.macs += pixels * len(kept) * arriving.shape[1]
-        if not len(kept) or not arriving.shape[1]:
-            return Channels(self._constant(c, arriving, kept), kept, c.outputs)
-        return Channels(run_part(arriving, c, kept, columns), kept, c.outputs)
-
-    def _depthwise(self, c: Convolution, x: Value, kept: Tensor, pixels: int) -> Channels:
-        """Filters whose input did not arrive are constant, not zero: their bias."""
-        if not isinstance(x, Channels):
-            part, present = x.index_select(1, kept), torch.ones(len(kept), dtype=torch.bool)
-        else:
-            place = torch.full((x.width,), -1).scatter_(0, x.index, torch.arange(len(x.index)))[kept]
-            present = place >= 0
-            part = x.values.index_select(1, place[present])
-        rows = kept[present]
-        self.macs += pixels * len(rows)
-        out = self._constant(c, part, kept)
-        if len(rows):
-            own = replace(c, settings={**c.settings, "groups": len(rows)})
-            computed = run_part(part, own, rows, None)
-            out = computed if len(rows) == len(kept) else out.index_copy_(1, present.nonzero()[:, 0], computed)
+        self.macs += area * len(kept) * arriving.shape[1]
+        nothing = not len(kept) or not arriving.shape[1]
+        out = silent(c, arriving, kept) if nothing else run_part(arriving, c, kept, columns)
         return Channels(out, kept, c.outputs)
 
-    @staticmethod
-    def _constant(c: Convolution, x: Tensor, kept: Tensor) -> Tensor:
-        """Returns what filters without any input make: their bias at every pixel."""
-        padding = _padding(c, x)
-        space = [
-            (size + 2 * p - d * (k - 1) - 1) // s + 1
-            for size, p, d, k, s in zip(
-                x.shape[2:], padding, c.settings["dilation"], c.weight.shape[2:], c.settings["stride"], strict=True
-            )
-        ]
-        shift = c.weight.new_zeros(len(kept)) if c.bias is None else c.bias.index_select(0, kept)
-        return shift.reshape(1, -1, *[1] * len(space)).expand(len(x), -1, *space).clone()
+    def _depthwise(self, c: Convolution, x: Value, kept: Tensor, area: int) -> Channels:
+        """Filters whose input did not arrive are constant, not zero."""
+        if isinstance(x, Channels):
+            places = torch.full((x.width,), -1).scatter_(0, x.index, torch.arange(len(x.index)))[kept]
+            present = (places >= 0).nonzero()[:, 0]
+            arriving = x.values.index_select(1, places[present])
+        else:
+            present, arriving = torch.arange(len(kept)), x.index_select(1, kept)
+        rows = kept[present]
+        self.macs += area * len(rows)
+        if len(rows) == len(kept) > 0:
+            return Channels(run_depthwise(arriving, c, rows), kept, c.outputs)
+        out = silent(c, arriving, kept)
+        if len(rows):
+            out.index_copy_(1, present, run_depthwise(arriving, c, rows))
+        return Channels(out, kept, c.outputs)
 
 
 def _sum(step: Step) -> Callable[[Environment], Any]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from torch import fx, nn
 
 from microglia.core.errors import SelectorError
-from microglia.core.layers import matches
+from microglia.core.layers import check_selectors, matches, prunable_layers
 from microglia.dynamic.flow import Flow, Step
 from microglia.dynamic.gates import Site
 from microglia.graph.trace import operator_name, shape_of
@@ -44,8 +44,9 @@ def find_sites(flow: Flow, model: nn.Module, layers: Sequence[str] = ("*",), exc
         exclude: Selectors of those not to gate.
 
     Raises:
-        SelectorError: Nothing can be gated.
+        SelectorError: Nothing can be gated, or a selector meets no layer.
     """
+    check_selectors(prunable_layers(model), [*layers, *exclude])
     found, left_out = [], {}
     shortcuts = _shortcuts(flow)
     modules = dict(model.named_modules())

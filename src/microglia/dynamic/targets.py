@@ -38,12 +38,12 @@ def mass(response: Tensor) -> Tensor:
 def targets(share: Tensor, r: float, rule: Rule = "prefix_le", *, least: int = 1) -> Tensor:
     """Returns the filters to keep for each input, boolean, shaped like ``share``.
 
-    - ``prefix_le``: the largest set of leading filters whose mass does not exceed ``r``; with r = 1 all that fire. It is the
-      rule of the published numbers, and keeps one filter fewer than
+    - ``prefix_le``: of the filters that fire, the largest set of leading ones whose mass does not exceed ``r``; with r = 1 all.
+      It is the rule of the published numbers, and keeps one filter fewer than
     - ``cover_ge``: the smallest set of leading filters that has at least the mass ``r``.
     - ``uniform``: the ``ceil(r C)`` strongest of those that fire; the released code asks for the fraction that goes instead.
 
-    Ties go to the lower index. A share of 1e-5 or less counts as no response where r = 1 and with ``uniform``.
+    Ties go to the lower index. A share of 1e-5 or less counts as no response, but not with ``cover_ge``.
 
     Args:
         share: Of every filter, as `mass` returns it, (batch, channels).
@@ -60,7 +60,7 @@ def targets(share: Tensor, r: float, rule: Rule = "prefix_le", *, least: int = 1
     ordered, order = share.double().sort(dim=1, descending=True, stable=True)
     total = ordered.cumsum(1)
     if rule == "prefix_le":
-        kept = ordered > TOLERANCE if r == 1 else total <= r + TOLERANCE
+        kept = (total <= r + TOLERANCE) & (ordered > TOLERANCE)  # the code asks for the latter at r = 1 alone: not nested in r
     elif rule == "cover_ge":
         kept = (total - ordered < r - TOLERANCE) & (ordered > 0)
     elif rule == "uniform":

@@ -37,6 +37,7 @@ from microglia.dynamic import (
     find_sites,
     gate_plan,
     gates_of,
+    note_plan,
     record,
     shares,
     statistics,
@@ -119,14 +120,18 @@ def plan_gates(model: nn.Module, flow: Flow, config: FtwtConfig) -> GatePlan:
     """
     sites = find_sites(flow, model, config.layers, config.exclude).sites
     plan = GatePlan(sites, pool=config.pool, softmax=config.softmax, rule=config.rule)
-    layers = [site.layer for site in sites]
-    if isinstance(config.r, dict):
-        wrong = next((name for name in (*config.r, *layers) if (name in config.r) != (name in layers)), None)
+    return plan if config.r is None else _with_r(plan, config.r)
+
+
+def _with_r(plan: GatePlan, r: float | dict[str, float]) -> GatePlan:
+    layers = [site.layer for site in plan.sites]
+    if isinstance(r, dict):
+        wrong = next((name for name in (*r, *layers) if (name in r) != (name in layers)), None)
         if wrong is not None:
             raise SelectorError(
                 f"r by layer needs every gated layer and no other; look at {wrong!r}. Gated: {', '.join(layers)}."
             )
-    return plan if config.r is None else plan.with_r(config.r)
+    return plan.with_r(r)
 
 
 class Ftwt:
@@ -136,7 +141,7 @@ class Ftwt:
         >>> pruner = mg.Ftwt(model, r=0.9, total_steps=1000, example_inputs=x)      # doctest: +SKIP
 
     Args:
-        model: With gates, or to be given some, in place.
+        model: With gates, which a new r reaches, or to be given some, in place.
         config: See `FtwtConfig`; its training fields are not used here.
         total_steps: Optimizer steps of the training, over which fractions count.
         example_inputs: One batch of inputs, where the model has no gates yet.
@@ -156,13 +161,18 @@ class Ftwt:
     ) -> None:
         self.model, self.config = model, config if config is not None else FtwtConfig(**settings)
         self.total_steps, self.steps = max(1, total_steps), 0
-        if gate_plan(model) is None:
+        plan = gate_plan(model)
+        if plan is None:
             if self.config.r is None or example_inputs is None:
                 raise MicrogliaError(
                     "Ftwt needs r, the fraction of the mass to keep such as 0.9, and example_inputs; a budget of flops is met "
                     "by microglia.dynamic.choose_r or the method 'ftwt'."
                 )
+            self.config.check_budget()
             attach_gates(model, plan_gates(model, Flow(model, example_inputs), self.config), generator)
+        elif self.config.r is not None:
+            self.config.check_budget()
+            note_plan(model, _with_r(plan, self.config.r))
         self.gates = gates_of(model)
         self._losses: list[Tensor] = []
         self._rested: list[nn.Parameter] = []
@@ -213,9 +223,14 @@ class Ftwt:
         return 0.0
 
     def step(self, optimizer: torch.optim.Optimizer | None = None) -> None:
-        """Goes on by one optimizer step."""
+        """Goes on by one optimizer step; given the optimizer, heads that rest do not drift on their momentum either."""
         self.steps += 1
         self._fade()
+        if optimizer is not None and not self.learning:  # under DDP they go on getting gradients, of zeros
+            own = {id(p) for p in self.parameters()}
+            for group in optimizer.param_groups:
+                if any(id(p) in own for p in group["params"]):
+                    group["constant_lr"] = group["lr"] = 0.0
 
     def _fade(self) -> None:
         soften = self.config.soften
@@ -259,7 +274,7 @@ def _norms_rest(module: nn.Module, args: Any) -> None:
     """Keeps batch norms in evaluation mode, so that a network at rest keeps its statistics too."""
     for norm in module.modules():
         if isinstance(norm, nn.modules.batchnorm._BatchNorm):
-            norm.eval()
+            norm.training = False  # not eval(): a gate that hangs on it goes on
 
 
 # --------------------------------------------------------------------------------------------------------- the procedure

@@ -1,0 +1,118 @@
+"""Running a convolution, or the part of it that an input needs: the seam where a kernel with a block list fits in.
+
+Here the part of the weight is gathered and run densely. On a CPU oneDNN takes it as it is and reorders it at every call, which
+costs about as much as gathering it; a whole convolution is packed once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from microglia.dynamic.flow import Convolution
+from microglia.dynamic.gates import ACTIVATIONS
+
+mkldnn = torch.ops.mkldnn
+
+AT_ONCE = 10_000
+"""Kernels from which on both sides of a weight are gathered in one pass."""
+FUSED: dict[str, tuple[str, list[float], str]] = {
+    "identity": ("none", [], ""),
+    "relu": ("relu", [], ""),
+    "relu6": ("hardtanh", [0.0, 6.0], ""),
+    "silu": ("swish", [], ""),
+    "hardswish": ("hardswish", [], ""),
+    "gelu": ("gelu", [], "none"),
+    "tanh": ("tanh", [], ""),
+}
+"""Activation -> how oneDNN's operators spell it."""
+
+
+def run_part(x: Tensor, c: Convolution, rows: Tensor | None, columns: Tensor | None) -> Tensor:
+    """Returns some output channels of a convolution and its activation, from some input channels.
+
+    Args:
+        x: The channels ``columns`` of the input, or all of them where that is None.
+        c: The convolution.
+        rows: Output channels to compute, None for all.
+        columns: Input channels given, None for all.
+    """
+    bias = c.bias if rows is None or c.bias is None else c.bias.index_select(0, rows)
+    weight = _part_of(c.weight, rows, columns)
+    if fusible(x, c):
+        return _fused(x, weight, bias, c)
+    s = c.settings
+    out = torch.convolution(x, weight, bias, s["stride"], padding_of(c), s["dilation"], False, [0] * (x.ndim - 2), s["groups"])
+    return ACTIVATIONS[c.activation](out)
+
+
+def run_depthwise(x: Tensor, c: Convolution, rows: Tensor) -> Tensor:
+    """Returns the output channels ``rows`` of a depthwise convolution and its activation, from the same input channels."""
+    return run_part(x, replace(c, settings={**c.settings, "groups": len(rows)}), rows, None)
+
+
+def prepacked(c: Convolution, x: Tensor) -> Callable[[Tensor], Tensor]:
+    """Returns the whole convolution with its activation, its weight packed once for inputs like ``x``."""
+    if not fusible(x, c):
+        return lambda given: run_part(given, c, None, None)
+    s = c.settings
+    order = (padding_of(c), s["stride"], s["dilation"], s["groups"])
+    packed = mkldnn._reorder_convolution_weight(c.weight, *order, list(x.shape))
+    return lambda given: _fused(given, packed, c.bias, c)
+
+
+def _fused(x: Tensor, weight: Tensor, bias: Tensor | None, c: Convolution) -> Tensor:
+    s = c.settings
+    out: Tensor = mkldnn._convolution_pointwise(
+        x, weight, bias, padding_of(c), s["stride"], s["dilation"], s["groups"], *FUSED[c.activation]
+    )
+    return out
+
+
+def fusible(x: Tensor, c: Convolution) -> bool:
+    """Tells whether oneDNN's operators take an input to a convolution and its activation."""
+    plain = x.ndim == 4 and x.device.type == "cpu" and x.dtype == c.weight.dtype == torch.float32
+    return plain and c.activation in FUSED and x.numel() > 0 and torch.backends.mkldnn.is_available()
+
+
+def _part_of(weight: Tensor, rows: Tensor | None, columns: Tensor | None) -> Tensor:
+    """Returns some rows and columns of a weight; many of them in one pass, as kernels by their place, which is faster."""
+    if rows is not None and columns is not None and len(rows) * len(columns) > AT_ONCE:
+        places = (rows[:, None] * weight.shape[1] + columns).flatten()
+        return weight.flatten(2).flatten(0, 1).index_select(0, places).reshape(len(rows), len(columns), *weight.shape[2:])
+    weight = weight if rows is None else weight.index_select(0, rows)
+    return weight if columns is None else weight.index_select(1, columns)
+
+
+def padding_of(c: Convolution) -> list[int]:
+    """Returns the zeros on either side of each dimension of space."""
+    padding, rank = c.settings["padding"], c.weight.ndim - 2
+    if padding == "valid":
+        return [0] * rank
+    if padding == "same":
+        return [d * (k - 1) // 2 for d, k in zip(c.settings["dilation"], c.weight.shape[2:], strict=True)]
+    return list(padding) if len(padding) == rank else list(padding) * rank
+
+
+def silent(c: Convolution, x: Tensor, rows: Tensor) -> Tensor:
+    """Returns what filters without any input make: their bias behind the activation, at every pixel.
+
+    Args:
+        c: The convolution.
+        x: The input, of any channels.
+        rows: The filters.
+    """
+    pairs = zip(x.shape[2:], padding_of(c), c.settings["dilation"], c.weight.shape[2:], c.settings["stride"], strict=True)
+    space = [(size + 2 * p - d * (k - 1) - 1) // s + 1 for size, p, d, k, s in pairs]
+    shift = c.weight.new_zeros(len(rows)) if c.bias is None else ACTIVATIONS[c.activation](c.bias.index_select(0, rows))
+    return shift.reshape(1, -1, *[1] * len(space)).expand(len(x), -1, *space).clone()
+
+
+def settings_key(c: Convolution, space: Any) -> tuple[Any, ...]:
+    """Returns what two convolutions that take the same time have in common."""
+    s = c.settings
+    return (tuple(c.weight.shape), tuple(space), tuple(s["stride"]), str(s["padding"]), tuple(s["dilation"]), s["groups"])

@@ -1,0 +1,107 @@
+"""Where gathering pays: each convolution is timed whole and in parts on this machine, and runs the faster way.
+
+A gated model never runs slower than it must: a layer gathers only below the fraction of its products at which that was measured
+to be faster than running it whole, packed, and masking the result.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from microglia.dynamic.flow import Convolution
+from microglia.dynamic.gathered import Gathered
+from microglia.dynamic.kernels import prepacked, run_depthwise, run_part, settings_key
+from microglia.graph.trace import shape_of
+from microglia.measure.latency import time_interleaved
+
+FRACTIONS = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875)
+"""Of the channels on each side that are kept, tried in turn."""
+
+
+@dataclass(frozen=True)
+class Crossover:
+    """What was measured of one shape of convolution.
+
+    Attributes:
+        layers: Convolutions of this shape.
+        shape: Of the weight.
+        space: Of the input.
+        whole: Milliseconds of the whole convolution, packed, with its mask.
+        parts: Fraction of the products -> milliseconds gathered.
+        limit: Largest fraction of the products, between those measured, at which gathering is faster; 0 for none.
+    """
+
+    layers: tuple[str, ...]
+    shape: tuple[int, ...]
+    space: tuple[int, ...]
+    whole: float
+    parts: dict[float, float]
+    limit: float
+
+
+def tune(gathered: Gathered, *, rounds: int = 7, seed: int = 0) -> list[Crossover]:
+    """Sets the limits of a gathered model by timing, in place; returns what was measured, one entry for each shape."""
+    alike: dict[tuple[Any, ...], list[tuple[Convolution, tuple[int, ...]]]] = {}
+    for step in gathered.flow.convolutions.values():
+        c = step.convolution
+        assert c is not None
+        if c.groups == 1 or c.depthwise:
+            space = tuple(shape_of(step.sources[0])[2:])
+            alike.setdefault(settings_key(c, space), []).append((c, space))
+    generator = torch.Generator().manual_seed(seed)
+    found = [_measure([c.layer for c, _ in same], *same[0], generator, rounds) for same in alike.values()]
+    for crossover in found:
+        gathered.limits.update(dict.fromkeys(crossover.layers, crossover.limit))
+    return found
+
+
+@torch.no_grad()
+def _measure(
+    layers: list[str], c: Convolution, space: tuple[int, ...], generator: torch.Generator, rounds: int
+) -> Crossover:
+    x = torch.randn(1, c.inputs, *space, generator=generator).to(c.weight.dtype)
+    x = x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
+    run = prepacked(c, x)
+    mask = torch.ones(1, c.outputs, *[1] * len(space), dtype=x.dtype)
+    calls: dict[str, Any] = {"whole": lambda: run(x).mul_(mask)}
+    for fraction in FRACTIONS:
+        calls[str(fraction)] = _part(x, c, fraction, generator)
+    times = time_interleaved(calls, rounds=rounds, warmup=2, min_round_seconds=0.002, seed=0)
+    first = c.inputs <= 4  # nothing before it is gated
+    parts = {f if first or c.depthwise else f * f: times[str(f)].median for f in FRACTIONS}
+    whole = times["whole"].median
+    return Crossover(tuple(layers), tuple(c.weight.shape), space, whole, parts, _limit(parts, whole))
+
+
+def _part(x: Tensor, c: Convolution, fraction: float, generator: torch.Generator) -> Any:
+    """Returns the gathered run of a random fraction of the channels; of the first layer's input nothing is left out."""
+    rows = _some(c.outputs, fraction, generator)
+    if c.depthwise:
+        given = x.index_select(1, rows)
+        return lambda: run_depthwise(given, c, rows)
+    if c.inputs <= 4:
+        return lambda: run_part(x, c, rows, None)
+    columns = _some(c.inputs, fraction, generator)
+    given = x.index_select(1, columns)
+    return lambda: run_part(given, c, rows, columns)
+
+
+def _some(count: int, fraction: float, generator: torch.Generator) -> Tensor:
+    return torch.randperm(count, generator=generator)[: max(1, round(fraction * count))].sort().values
+
+
+def _limit(parts: dict[float, float], whole: float) -> float:
+    """Returns where the times of parts cross that of the whole, linear between the fractions measured."""
+    before = (0.0, 0.0)
+    for fraction, time in sorted(parts.items()):
+        if time >= whole:
+            if before == (0.0, 0.0):
+                return 0.0
+            share = (whole - before[1]) / (time - before[1])
+            return before[0] + share * (fraction - before[0])
+        before = (fraction, time)
+    return 1.0

@@ -47,7 +47,7 @@ def core_figure(layers: Sequence[Mapping[str, Any]], title: str) -> Figure:
 
     Source: FTWT, figure of the core filters.
     """
-    figure = Figure(figsize=(max(6.0, min(18.0, 2 + 0.3 * len(layers))), 4.8), layout="constrained")
+    figure = Figure(figsize=(max(7.5, min(18.0, 2 + 0.3 * len(layers))), 4.8), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     places = range(len(layers))
@@ -70,9 +70,9 @@ def core_figure(layers: Sequence[Mapping[str, Any]], title: str) -> Figure:
 
 
 def heat_figure(heat: Heat, title: str) -> Figure:
-    """Returns a row for each image: the image, its dense heat map and its masked one, both on one scale of colours."""
+    """Returns a row for each image: the image, its dense heat map and its masked one, each on its own scale of colours."""
     rows = len(heat.images)
-    figure = Figure(figsize=(6.6, 0.8 + 2.2 * rows), layout="constrained")
+    figure = Figure(figsize=(7.2, 0.8 + 2.3 * rows), layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(f"{title}\nmean |response| of {heat.layer}")
     panels = figure.subplots(rows, 3, squeeze=False)
@@ -81,12 +81,11 @@ def heat_figure(heat: Heat, title: str) -> Figure:
         pixels = image.permute(1, 2, 0).numpy()
         left.imshow(pixels if pixels.shape[-1] == 3 else pixels.mean(-1), cmap="gray", vmin=0, vmax=255)
         left.set_title("input", fontsize="small")
-        highest = max(float(dense.max()), float(masked.max()))
         for axes, values in ((middle, dense), (right, masked)):
-            axes.imshow(values.numpy(), cmap="viridis", vmin=0, vmax=highest or 1.0)
+            axes.imshow(values.numpy(), cmap="viridis", vmin=0, vmax=float(values.max()) or 1.0)
         middle.set_title("dense: all gates open", fontsize="small")
-        kept = f"{int(heat.kept[number])} of {heat.filters} filters"
-        right.set_title(f"{kept}, cosine {float(heat.cosine[number]):.3f}", fontsize="small")
+        alike = f"cosine {float(heat.cosine[number]):.3f}, correlation {float(heat.correlation[number]):.3f}"
+        right.set_title(f"{int(heat.kept[number])} of {heat.filters} filters\n{alike}", fontsize="small")
     for axes in panels.flat:
         axes.set_xticks([])
         axes.set_yticks([])

@@ -84,7 +84,8 @@ class Heat:
         images: The inputs as bytes, uint8 (images, channels, height, width).
         dense: Mean over channels of the absolute response of the same weights with all gates open, (images, h, w).
         masked: The same of what the gated model passes on.
-        cosine: Similarity of the two maps of each image, (images,).
+        cosine: Similarity of the two maps of each image, (images,); of maps without a negative value it is near 1 anyway.
+        correlation: The same of the maps less their means, (images,), which tells more.
         kept: Filters its gate kept for each image, int64 (images,).
         filters: Of how many.
     """
@@ -94,6 +95,7 @@ class Heat:
     dense: Tensor
     masked: Tensor
     cosine: Tensor
+    correlation: Tensor
     kept: Tensor
     filters: int
 
@@ -102,8 +104,8 @@ def view_routes(asked: Viewing) -> Json:
     """Records the routes of a split through a gated model, draws them and returns what they tell.
 
     The result is that of `microglia.dynamic.statistics`, with ``task``, ``split``, ``estimate`` (``r``, ``honest`` and
-    ``paper`` as predicted before the training; None without a run), ``heat`` (``layer`` and ``cosine`` of each image drawn)
-    and ``pictures``.
+    ``paper`` as predicted before the training; None without a run), ``heat`` (``layer``,
+    ``cosine`` and ``correlation`` of each image drawn) and ``pictures``.
 
     Raises:
         MicrogliaError: There is no finished gated model, the split is empty, or no gate has the layer asked for.
@@ -128,7 +130,7 @@ def view_routes(asked: Viewing) -> Json:
         "split": asked.split,
         **told,
         "estimate": _estimate(asked.run),
-        "heat": {"layer": layer, "cosine": heat.cosine.tolist()},
+        "heat": {"layer": layer, "cosine": heat.cosine.tolist(), "correlation": heat.correlation.tolist()},
     }
     used = (widest, frequencies(routes)[widest], data.classes)
     pictures = draw(result, heat, used, asked.directory)
@@ -192,8 +194,14 @@ def heat_maps(model: nn.Module, data: ImageData, split: Split, layer: str, devic
     opened, gated = passages
     dense = opened.response.abs().mean(1).cpu()
     masked = (gated.response * gated.mask[:, :, None, None]).abs().mean(1).cpu()
-    cosine = functional.cosine_similarity(dense.flatten(1), masked.flatten(1))
-    return Heat(layer, shown, dense, masked, cosine, gated.mask.sum(1).cpu(), gated.mask.shape[1])
+    cosine, correlation = _alike(dense.flatten(1), masked.flatten(1))
+    return Heat(layer, shown, dense, masked, cosine, correlation, gated.mask.sum(1).cpu(), gated.mask.shape[1])
+
+
+def _alike(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns cosine similarity and correlation of the rows, (rows,) each."""
+    apart = (rows - rows.mean(1, keepdim=True) for rows in (one, other))
+    return functional.cosine_similarity(one, other), functional.cosine_similarity(next(apart), next(apart))
 
 
 def _layer(model: nn.Module, asked: str | None) -> str:
@@ -213,7 +221,7 @@ def _estimate(run: Path | None) -> Json | None:
 def layer_table(told: Mapping[str, Any]) -> Table:
     """Returns the table of what each layer's gate does, narrow enough for 80 columns."""
     title = f"{told['task']}: routes of {told['inputs']:,} inputs, {told['split']} split"
-    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = Table(title=title, box=SIMPLE_HEAD, padding=0, show_edge=False)
     table.add_column("layer", no_wrap=True, overflow="fold")
     for name in ("all", "kept, %", "core", "dead", "diver-\nsity", "MACs,\n%", "preci-\nsion", "recall", "with-\nin", "across"):
         table.add_column(name, justify="right", no_wrap=True)

@@ -185,7 +185,7 @@ def test_demo(tmp_path):
     assert set(result["latency"]["timings"]) == {"dense", "pruned"}
 
 
-COMMANDS = ("prune", "shrink", "eval", "measure", "sweep", "report", "demo", "methods", "recipe")
+COMMANDS = ("prune", "shrink", "eval", "measure", "routes", "shifts", "sweep", "report", "demo", "methods", "recipe")
 
 
 @pytest.mark.parametrize("words", [(), ("--help",), *((name, "--help") for name in COMMANDS)])

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from microglia.dynamic import Counter, Flow, GatePlan, attach_gates, find_sites, gates_of
+from microglia.dynamic import Counter, Flow, GatePlan, Site, attach_gates, find_sites, gates_of
 from microglia.zoo import build
 
 SHAPE = (3, 12, 12)
@@ -88,8 +90,9 @@ def depthwise() -> nn.Module:
 def signals() -> nn.Module:
     """Convolutions over one dimension."""
     return nn.Sequential(
-        nn.Flatten(2), nn.Conv1d(3, 8, 5, stride=2), nn.BatchNorm1d(8), nn.ReLU(), nn.Conv1d(8, 8, 3, padding=1, groups=8), nn.ReLU(),
-        nn.Conv1d(8, 10, 3, padding="same", dilation=2), nn.ReLU(), nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(10, 5),
+        nn.Flatten(2), nn.Conv1d(3, 8, 5, stride=2), nn.BatchNorm1d(8), nn.ReLU(),
+        nn.Conv1d(8, 8, 3, padding=1, groups=8), nn.ReLU(), nn.Conv1d(8, 10, 3, padding="same", dilation=2), nn.ReLU(),
+        nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(10, 5),
     )  # fmt: skip
 
 
@@ -119,16 +122,22 @@ def images(count: int = 4, seed: int = 0, shape: tuple[int, ...] = SHAPE) -> Ten
     return torch.randn(count, *shape, generator=torch.Generator().manual_seed(seed))
 
 
-def network(name: str, seed: int = 0, inputs: Tensor | None = None) -> nn.Module:
+def network(name: str, seed: int = 0) -> nn.Module:
     """Returns a network in evaluation mode whose norms do something to every channel."""
+    return copy.deepcopy(_made(name, seed))
+
+
+@functools.cache
+def _made(name: str, seed: int) -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = NETWORKS[name]().eval()
         with torch.no_grad():
-            model(images(2) if inputs is None else inputs)  # fills lazy layers
+            model(images(2))  # fills lazy layers
         for module in model.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 shake(module)
+    model.kind = name  # type: ignore[assignment]
     return model
 
 
@@ -145,7 +154,13 @@ def shake(norm: nn.modules.batchnorm._BatchNorm) -> None:
 
 
 def plan_of(model: nn.Module, x: Tensor, r: float = 0.8, **settings: object) -> GatePlan:
-    return GatePlan(find_sites(Flow(model, x), model).sites, **settings).with_r(r)  # type: ignore[arg-type]
+    found = find_sites(Flow(model, x), model).sites if not hasattr(model, "kind") else _sites(str(model.kind))
+    return GatePlan(found, **settings).with_r(r)  # type: ignore[arg-type]
+
+
+@functools.cache
+def _sites(name: str) -> tuple[Site, ...]:  # a trace takes long
+    return find_sites(Flow(_made(name, 0), images(1)), _made(name, 0)).sites
 
 
 def gated(model: nn.Module, x: Tensor, r: float = 0.8, seed: int = 0, plan: GatePlan | None = None) -> nn.Module:

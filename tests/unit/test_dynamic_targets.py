@@ -13,12 +13,14 @@ from microglia.dynamic import RULES, Rule, mass, targets
 from microglia.dynamic.targets import TOLERANCE
 
 POSTER = torch.tensor([[5.5, 7.9, 0.3, 8.6, 2.2, 3.1, 0.9]])
-PEAKS = st.lists(st.one_of(st.just(0.0), st.integers(1, 12).map(float), st.floats(2.0**-23, 100, width=32)), min_size=1, max_size=8)
+PEAKS = st.lists(
+    st.one_of(st.just(0.0), st.integers(1, 12).map(float), st.floats(2.0**-23, 100, width=32)), min_size=1, max_size=8
+)
 R = st.one_of(st.floats(0.01, 1), st.sampled_from([0.25, 0.5, 0.75, 0.999, 0.99999, 0.9999999, 1.0]))
 
 
-def share_of(peaks: list[float] | Tensor) -> Tensor:
-    return mass(torch.as_tensor(peaks, dtype=torch.float32).reshape(-1 if isinstance(peaks, Tensor) else 1, len(peaks), 1, 1))
+def share_of(peaks: list[float]) -> Tensor:
+    return mass(torch.tensor([peaks])[:, :, None, None])
 
 
 def ranked(share: list[float]) -> list[int]:

@@ -19,6 +19,7 @@ from microglia.dynamic.gathered import Gathered
 from microglia.dynamic.routes import Routes, frequencies, record, statistics
 from microglia.dynamic.sites import Sites, find_sites
 from microglia.dynamic.targets import RULES, Rule, mass, targets
+from microglia.dynamic.tuning import Crossover, tune
 
 __all__ = [
     "COUNTS",
@@ -26,6 +27,7 @@ __all__ = [
     "Costs",
     "Count",
     "Counter",
+    "Crossover",
     "Estimate",
     "Flow",
     "Gate",
@@ -51,4 +53,5 @@ __all__ = [
     "shares",
     "statistics",
     "targets",
+    "tune",
 ]

@@ -260,14 +260,10 @@ def activation_of(node: fx.Node) -> str | None:
     if name == "hardtanh":
         a = named_arguments(node)
         return "relu6" if (a["min_val"], a["max_val"]) == (0, 6) else None
-    plain = len(node.args) == 1 and not any(v != d for v, d in _changed(node))
-    return ACTIVATION_OF.get(name) if plain else None
-
-
-def _changed(node: fx.Node) -> list[tuple[Any, Any]]:
-    """Returns (value, default) of every argument given by name."""
-    defaults = {a.name: a.default_value for a in node.target._schema.arguments if a.has_default_value()}  # type: ignore[union-attr]
-    return [(v, defaults.get(k)) for k, v in node.kwargs.items()]
+    if name not in ACTIVATION_OF:
+        return None
+    given, settings = named_arguments(node), node.target._schema.arguments[1:]
+    return ACTIVATION_OF[name] if all(given[a.name] == a.default_value for a in settings) else None
 
 
 def _only_user(node: fx.Node) -> fx.Node | None:

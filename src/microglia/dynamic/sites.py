@@ -62,7 +62,8 @@ def find_sites(flow: Flow, model: nn.Module, layers: Sequence[str] = ("*",), exc
         assert c is not None
         found.append(Site(layer, c.carrier, c.activation, c.inputs, c.outputs))
     if not found:
-        reasons = "; ".join(f"{layer}: {reason}" for layer, reason in list(left_out.items())[:4]) or "it has no convolutions"
+        telling = sorted(left_out.items(), key=lambda item: item[1] == "not selected")[:4]
+        reasons = "; ".join(f"{layer}: {reason}" for layer, reason in telling) or "it has no convolutions"
         raise SelectorError(f"{type(model).__name__} has no convolution to gate ({reasons}).")
     return Sites(tuple(found), left_out)
 

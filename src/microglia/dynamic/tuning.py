@@ -60,9 +60,7 @@ def tune(gathered: Gathered, *, rounds: int = 7, seed: int = 0) -> list[Crossove
 
 
 @torch.no_grad()
-def _measure(
-    layers: list[str], c: Convolution, space: tuple[int, ...], generator: torch.Generator, rounds: int
-) -> Crossover:
+def _measure(layers: list[str], c: Convolution, space: tuple[int, ...], generator: torch.Generator, rounds: int) -> Crossover:
     x = torch.randn(1, c.inputs, *space, generator=generator).to(c.weight.dtype)
     x = x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
     run = prepacked(c, x)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import platform
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -16,13 +18,14 @@ from torch import nn
 
 from microglia.core.errors import FileError
 from microglia.core.masks import masks_of
+from microglia.dynamic import Gathered, gate_plan, tune
 from microglia.lab.recipe import Recipe, as_dict, method_config
 from microglia.lab.shrink_view import PICTURE, draw, removal
 from microglia.measure import measure_latency
-from microglia.methods import methods
+from microglia.methods import MethodConfig, methods
 from microglia.methods.procedure import observe
 from microglia.train.archive import load, removed_from, save
-from microglia.train.engine import accelerator
+from microglia.train.engine import accelerator, device_of
 from microglia.train.files import write_atomic
 from microglia.train.image_task import ImageSource, image_task
 from microglia.train.run import Run
@@ -31,6 +34,8 @@ from microglia.train.task import Task
 Result = dict[str, Any]
 BUDGET = ("density", "params", "flops", "ms")
 """Terms of a budget; masks know the first two."""
+ROUTED = 32
+"""Test images over which a gated model is timed, for each takes its own time."""
 
 
 def make_task(recipe: Recipe) -> Task:
@@ -55,7 +60,8 @@ def execute(recipe: Recipe, directory: Path | None = None) -> Result:
     ``densities`` (kept fraction of each masked layer); ``search`` (how a method that learns its masks came to them);
     ``removed`` (what went of a shrunk model, layer by layer; None for a masked one); ``dense``, ``before`` and ``pruned``
     (each with ``metrics`` on the test split, ``parameters``, ``macs``, ``bytes``; ``before`` is the pruned model before
-    recovery, where the method has such a moment); ``latency``; ``seconds``.
+    recovery, where the method has such a moment); of a gated model ``estimate`` and ``routes`` (what was expected of the
+    gates, and `microglia.dynamic.statistics` on the test split); ``latency``; ``seconds``.
 
     Raises:
         MicrogliaError: Anything the user can mend; the text says how.
@@ -103,7 +109,7 @@ def _execute(recipe: Recipe, run: Run, task: Task) -> Result:
         "task": task.name,
         "headline": task.headline,
         "normalization": asdict(task.data.images.normalization) if isinstance(task.data, ImageSource) else None,
-        "asked": {term: getattr(config, term) for term in (BUDGET if removed is not None else BUDGET[:2])},
+        "asked": _asked(config, masked=removed is None and gate_plan(model) is None),
         "masks": {"kept": masks.kept, "total": masks.total},
         "densities": {name: float(mask.float().mean()) for name, mask in masks.items()},
         "removed": removed,
@@ -124,6 +130,12 @@ def prove_equal(model: nn.Module, directory: Path, fresh: nn.Module) -> None:
         raise FileError(f"The model saved in {directory} does not read back bit for bit ({different[0]}); check the disk.")
 
 
+def _asked(config: MethodConfig, *, masked: bool) -> dict[str, Any]:
+    asked = {term: getattr(config, term) for term in (BUDGET[:2] if masked else BUDGET)}
+    r = getattr(config, "r", None)
+    return {**asked, "r": r} if isinstance(r, float) else asked
+
+
 def _latency(recipe: Recipe, task: Task, model: nn.Module) -> dict[str, Any]:
     device = next(model.parameters()).device
     example = task.example.repeat(recipe.measure.batch, *[1] * (task.example.ndim - 1)).to(device)
@@ -132,9 +144,20 @@ def _latency(recipe: Recipe, task: Task, model: nn.Module) -> dict[str, Any]:
         {"dense": dense, "pruned": model},
         example,
         executions=recipe.measure.executions,
+        ready={"pruned": {"gathered": _gathered(model, task, recipe.measure.batch)}} if gate_plan(model) is not None else None,
         rounds=recipe.measure.rounds,
     )
     return report.to_dict()
+
+
+def _gathered(model: nn.Module, task: Task, batch: int) -> Callable[[], object]:
+    """Returns the gathered execution of a gated model on one batch of test images after the other."""
+    fast = Gathered(model, task.example.to(device_of(model)))
+    if device_of(model).type == "cpu":
+        tune(fast)
+    images, _ = next(iter(task.data.batches("test", max(ROUTED, batch)).epoch(0)))
+    rounds = itertools.cycle(images.to(device_of(model)).split(batch)[: max(1, len(images) // batch)])
+    return lambda: fast(next(rounds))
 
 
 def environment() -> dict[str, Any]:

@@ -12,7 +12,10 @@ Json = Mapping[str, Any]
 
 def result_table(result: Json) -> Table:
     """Returns the table of a run's result (see `microglia.lab.execute.execute`)."""
-    columns = {name: result[name] for name in ("dense", "before", "pruned") if name in result}
+    columns = {name: dict(result[name]) for name in ("dense", "before", "pruned") if name in result}
+    if routes := result.get("routes"):
+        columns["dense"]["computed"] = dict.fromkeys(("honest", "paper"), routes["dense"])
+        columns["pruned"]["computed"] = {count: routes[count]["mean"] * routes["dense"] for count in ("honest", "paper")}
     asked = ", ".join(f"{k} {v:g}" for k, v in result["asked"].items() if v is not None) or "the pattern's own"
     recipe = result["recipe"]
     return comparison_table(
@@ -27,6 +30,13 @@ def _kept(result: Json) -> str:
     if removed := result.get("removed"):
         got = ", ".join(f"{term} {value:.4g}" for term, value in removed["got"].items() if term != "round_to")
         return f"got {got}, the channels removed physically"
+    if routes := result.get("routes"):
+        spread, expected = routes["honest"], result["estimate"]
+        return (
+            f"computed {_percent(spread['mean'])} of the MACs by the honest count ({_percent(spread['min'])} to "
+            f"{_percent(spread['max'])}; expected {_percent(expected['honest'])}), {_percent(routes['paper']['mean'])} by the "
+            "published one"
+        )
     masks = result["masks"]
     part = f"{masks['kept']:,} of {masks['total']:,} = {masks['kept'] / masks['total']:.6g}" if masks["total"] else "none"
     return f"kept {part} of the prunable weights"
@@ -88,6 +98,10 @@ def _at(group: str, name: str) -> Callable[[Json], Any]:
     return lambda column: column[group][name]
 
 
+def _computed(count: str) -> Callable[[Json], Any]:
+    return lambda column: column.get("computed", {}).get(count)
+
+
 def _percent(value: float) -> str:
     return f"{100 * value:.2f} %"
 
@@ -106,11 +120,20 @@ _ROWS: list[tuple[str, Callable[[Json], Any], Callable[[Any], str]]] = [
     ("compression (all / left)", _at("parameters", "compression"), lambda v: f"{v:.2f}x"),
     ("MACs, all", _at("macs", "total"), _count),
     ("MACs of kept weights", _at("macs", "effective"), _count),
+    ("MACs per input, honest count", _computed("honest"), _count),
+    ("MACs per input, paper's count", _computed("paper"), _count),
     ("bytes on disk, raw", _at("bytes", "raw"), _count),
     ("bytes on disk, zipped", _at("bytes", "zipped"), _count),
 ]
 _PHYSICAL = {"parameters", "MACs, all"}
-_RATIOS = {"  not zero", "MACs of kept weights", "bytes on disk, raw", "bytes on disk, zipped"}
+_RATIOS = {
+    "  not zero",
+    "MACs of kept weights",
+    "MACs per input, honest count",
+    "MACs per input, paper's count",
+    "bytes on disk, raw",
+    "bytes on disk, zipped",
+}
 
 
 def _add_latency(table: Table, latency: Json | None, columns: list[str]) -> None:
@@ -118,8 +141,8 @@ def _add_latency(table: Table, latency: Json | None, columns: list[str]) -> None
         table.add_row("latency", *["not measured"] * len(columns), "")
         return
     timings, best = latency["timings"], latency["best"]
-    for execution in timings["dense"]:
-        row = [timings.get(c, {}).get(execution) for c in columns]
+    for execution in dict.fromkeys(name for own in timings.values() for name in own):
+        row = [timings.get(c, {}).get(execution) for c in columns]  # a gated model has one of its own
         ratio = row[0]["median"] / row[-1]["median"] if row[0] and row[-1] else None
         label = f"latency, {execution}, batch {latency['batch']} (ms)"
         table.add_row(label, *("" if t is None else _time(t) for t in row), "" if ratio is None else f"{ratio:.2f}x")

@@ -161,6 +161,7 @@ def measure_latency(
     example_inputs: Any,
     *,
     executions: Sequence[str] = ("eager", "packed", "compiled"),
+    ready: Mapping[str, Mapping[str, Callable[[], object]]] | None = None,
     rounds: int = 15,
     warmup: int = 3,
     min_round_seconds: float = 0.02,
@@ -175,6 +176,7 @@ def measure_latency(
         example_inputs: A tensor, a tuple of arguments, or a mapping of keyword arguments, of the batch size to time.
         executions: Ways to run each model (see `microglia.measure.executions`); one that does not work here is left out
             and named in the notes.
+        ready: Name of a model -> further executions of it, by name, that are ready to be called.
         rounds: Rounds, as are the following arguments, of `time_interleaved`.
         warmup: Calls before the first round.
         min_round_seconds: Least time of one turn, in seconds.
@@ -191,11 +193,12 @@ def measure_latency(
     calls: dict[tuple[str, str], Callable[[], object]] = {}
     for name, model in models.items():
         own: list[str] = []
-        ready = prepare_executions(model, example, executions, notes=own)
+        prepared: dict[str, Callable[[], object]] = prepare_executions(model, example, executions, notes=own)
         notes += [f"{name}: {note}" for note in own]
-        if not ready:
+        prepared = {**prepared, **(ready or {}).get(name, {})}
+        if not prepared:
             raise MicrogliaError(f"None of {list(executions)} works for the model {name!r}. {' '.join(own)}")
-        calls.update({(name, kind): execution for kind, execution in ready.items()})
+        calls.update({(name, kind): execution for kind, execution in prepared.items()})
     keys = {str(index): key for index, key in enumerate(calls)}
     times = time_interleaved(
         {index: calls[key] for index, key in keys.items()},

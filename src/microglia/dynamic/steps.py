@@ -1,0 +1,128 @@
+"""Steps of a forward pass on maps that hold some of their channels; all but the convolutions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from microglia.dynamic.flow import Step
+from microglia.graph.trace import concrete, shape_of
+
+
+@dataclass(frozen=True)
+class Channels:
+    """A map that holds some of its channels, the same of every input; the others are zero.
+
+    Attributes:
+        values: (batch, kept, *space).
+        index: Which channels, ascending, int64 (kept,).
+        width: Of how many.
+    """
+
+    values: Tensor
+    index: Tensor
+    width: int
+
+    def whole(self) -> Tensor:
+        """Returns the map with its zeros."""
+        full = self.values.new_zeros(self.values.shape[0], self.width, *self.values.shape[2:])
+        return full.index_copy_(1, self.index, self.values)
+
+
+Value = Tensor | Channels
+Environment = dict[fx.Node, Any]
+
+
+def whole(value: Any) -> Any:
+    """Returns a value with all its channels."""
+    return value.whole() if isinstance(value, Channels) else value
+
+
+def compile_step(step: Step) -> Callable[[Environment], Any]:
+    """Returns what computes the value of a step that is no convolution from those before it."""
+    if step.kind == "keep":
+        return _channelwise(step)
+    if step.kind == "add" and _is_sum(step.node):
+        return _sum(step)
+    if step.kind == "cat":
+        return _side_by_side(step)
+    return _padded(step) if step.kind == "pad" else _plain(step)
+
+
+def _sum(step: Step) -> Callable[[Environment], Any]:
+    left, right = step.sources
+
+    def work(values: Environment) -> Tensor:
+        a, b = values[left], values[right]
+        if isinstance(a, Channels):
+            a, b = (a.whole(), b) if isinstance(b, Channels) else (b, a)
+        if isinstance(b, Channels):
+            return a.index_add(1, b.index, b.values)  # type: ignore[no-any-return]
+        return a + b  # type: ignore[no-any-return]
+
+    return work
+
+
+def _side_by_side(step: Step) -> Callable[[Environment], Any]:
+    widths = [shape_of(source)[1] for source in step.sources]
+    starts = [sum(widths[:i]) for i in range(len(widths))]
+    run = _plain(step)
+
+    def work(values: Environment) -> Any:
+        parts = [values[source] for source in step.sources]
+        if not any(isinstance(part, Channels) for part in parts):
+            return run(values)
+        maps = [part.values if isinstance(part, Channels) else part for part in parts]
+        indices = [part.index if isinstance(part, Channels) else torch.arange(part.shape[1]) for part in parts]
+        placed = torch.cat([index + start for index, start in zip(indices, starts, strict=True)])
+        return Channels(torch.cat(maps, 1), placed, sum(widths))
+
+    return work
+
+
+def _padded(step: Step) -> Callable[[Environment], Any]:
+    run, (source,), (before, after) = _plain(step), step.sources, step.amount
+
+    def work(values: Environment) -> Any:
+        x = values[source]
+        return Channels(x.values, x.index + before, x.width + before + after) if isinstance(x, Channels) else run(values)
+
+    return work
+
+
+def _channelwise(step: Step) -> Callable[[Environment], Any]:
+    run, source = _plain(step), step.sources[0]
+
+    def work(values: Environment) -> Any:
+        x = values[source]
+        if not isinstance(x, Channels) or not len(x.index):
+            return run(values)
+        return Channels(run(values, x.values), x.index, x.width)
+
+    return work
+
+
+def _plain(step: Step) -> Callable[..., Any]:
+    """Returns what calls the operator itself, on maps with all their channels or on a given one."""
+    node = step.node
+    target: Any = node.target
+
+    def work(values: Environment, given: Tensor | None = None) -> Any:
+        def value(n: fx.Node) -> Any:
+            if given is not None and n is step.sources[0]:
+                return given
+            return whole(values[n]) if n in values else concrete(n.meta["val"])
+
+        args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), value)
+        return target(*args, **kwargs)
+
+    return work
+
+
+def _is_sum(node: fx.Node) -> bool:
+    scaled = any(v not in (1, None) for v in node.kwargs.values()) or len(node.args) != 2
+    return str(node.target).startswith("aten.add") and not scaled

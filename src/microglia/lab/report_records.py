@@ -12,6 +12,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from microglia.lab.report_routing import Predicted, Routing
 from microglia.train.files import write_atomic
 
 Curves = dict[str, dict[str, list[float]]]
@@ -161,6 +162,8 @@ class Record:
         curves: What its trainings logged.
         densities: Kept fraction of each masked layer.
         search: How the masks were found, where a method learns them.
+        estimate: What the gates of a dynamic model were expected to cost, before the training.
+        routes: What they came to on the test split.
         source: Where it was read.
     """
 
@@ -177,6 +180,8 @@ class Record:
     curves: Curves = field(default_factory=dict)
     densities: dict[str, float] = field(default_factory=dict)
     search: Search | None = None
+    estimate: Predicted | None = None
+    routes: Routing | None = None
     source: str = ""
 
     def __post_init__(self) -> None:
@@ -187,6 +192,19 @@ class Record:
             value = observed.metrics.get(self.headline)
             if value is None or not math.isfinite(value):
                 raise ValueError(f"{self.headline} is {value}")
+
+    @property
+    def dynamic(self) -> bool:
+        """Whether gates choose for each input what is computed."""
+        return self.routes is not None
+
+    @property
+    def left(self) -> float | None:
+        """Fraction of the dense multiply-accumulates that is computed (of masked weights: kept); None where that is 0."""
+        if self.routes is not None:
+            return self.routes.honest.mean
+        kept = self.pruned.macs.effective / self.dense.macs.total if self.dense.macs.total else 1.0
+        return kept or None
 
     def value(self, observed: Observed) -> float:
         """Returns the headline metric of one of the models."""

@@ -10,21 +10,22 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, TypeVar
 
+from microglia.lab.report_labels import (
+    DENSE,
+    asked_of,
+    fraction_of,
+    method_of,
+    named_elsewhere,
+    pattern_of,
+    scope_of,
+    settings_of,
+    text_of,
+    varying_of,
+)
 from microglia.lab.report_records import Latency, Observed, Record
 from microglia.train.run import flatten
 
 T = TypeVar("T")
-SHOWN = {
-    "model",
-    "data",
-    "method",
-    "seed",
-    "prune.pattern",
-    *(f"prune.{term}" for term in ("density", "params", "flops", "ms")),
-}
-"""Recipe keys that a table shows anyway; the others are named where they differ between runs of one method."""
-DENSE = ("checkpoint", "normalize", "image_size", "label_smoothing", "dense.")
-"""Recipe keys, or beginnings of them, that the dense model depends on."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Row:
     """Runs that differ in their seed alone.
 
     Attributes:
-        method: As in the recipe; ``dense`` for the baseline.
+        method: As in the recipe, of a dynamic one with its mode and rule; ``dense`` for the baseline.
         pattern: What is kept or removed together.
         scope: Within what units compete.
         asked: The budget.
@@ -66,6 +67,17 @@ class Row:
     def baseline(self) -> bool:
         """Whether this is a dense model."""
         return self.method == "dense"
+
+    @property
+    def dynamic(self) -> bool:
+        """Whether gates choose for each input what is computed."""
+        return not self.baseline and all(record.dynamic for record in self.records)
+
+    @property
+    def reduction(self) -> Spread | None:
+        """Fraction of the dense multiply-accumulates that is saved, in the honest count; None where nothing is left."""
+        left = [record.left for record in self.records]
+        return None if None in left else Spread.of(1 - value for value in left if value is not None)
 
     @property
     def line(self) -> str:
@@ -109,9 +121,11 @@ class Row:
 
     @property
     def theoretical(self) -> float | None:
-        """Theoretical speed-up, MACs of the dense model over those left, mean over the runs."""
+        """Theoretical speed-up, MACs of the dense model over those left (of gates: computed on average), mean over the runs."""
         if self.baseline:
             return _mean(self.records, lambda r: r.dense.macs.speedup)
+        if self.dynamic:
+            return _mean(self.records, lambda r: 1 / r.left if r.left else None)
         return _mean(self.records, lambda r: _times(r.pruned.macs.speedup, r.dense.macs.total, r.pruned.macs.total))
 
     @property
@@ -188,7 +202,7 @@ class Group:
     def lines(self) -> dict[str, list[Row]]:
         """Rows of each line of a figure, least compressed first."""
         lines: dict[str, list[Row]] = {}
-        for row in sorted(self.rows, key=lambda row: (row.line, row.compression or math.inf)):
+        for row in sorted(self.rows, key=lambda row: (row.line, row.compression or math.inf, row.theoretical or math.inf)):
             lines.setdefault(row.line, []).append(row)
         return lines
 
@@ -197,7 +211,7 @@ class Group:
         flat = [flatten(record.recipe) for record in self.records]
         texts = []
         for key in keys:
-            values = {_text(recipe.get(key)) for recipe in flat}
+            values = {text_of(recipe.get(key)) for recipe in flat}
             if not values <= {"none", "[]"}:
                 texts.append(f"{key} {values.pop() if len(values) == 1 else 'varies'}")
         return ", ".join(texts)
@@ -220,69 +234,28 @@ def groups(records: Sequence[Record]) -> list[Group]:
 
 
 def _rows(records: Sequence[Record]) -> tuple[Row, ...]:
-    by_method = _by(records, lambda r: str(r.recipe["method"]))
+    by_method = _by(records, method_of)
     return tuple(row for method, same in by_method for row in _rows_of(method, same))
 
 
 def _rows_of(method: str, records: Sequence[Record]) -> Iterable[Row]:
-    varying = _varying(records, lambda key: key not in SHOWN and not _is_scope(key))
+    varying = varying_of(records, lambda key: not named_elsewhere(key))
 
     def key(record: Record) -> tuple[str, str, str, float, str]:
-        return _pattern(record), _scope(record), _settings(record, varying), _fraction(record), _asked(record)
+        return pattern_of(record), scope_of(record), settings_of(record, varying), fraction_of(record), asked_of(record)
 
     for (pattern, scope, settings, _, asked), runs in _by(records, key):
         yield Row(method, pattern, scope, asked, settings, tuple(runs))
 
 
 def _baselines(records: Sequence[Record]) -> tuple[Row, ...]:
-    varying = _varying(records, lambda key: key.startswith(DENSE))
-    by_settings = _by(records, lambda r: _settings(r, varying))
+    varying = varying_of(records, lambda key: key.startswith(DENSE))
+    by_settings = _by(records, lambda r: settings_of(r, varying))
     return tuple(Row("dense", "", "", "", settings, tuple(runs)) for settings, runs in by_settings)
 
 
 def _by(records: Iterable[Record], key: Callable[[Record], Any]) -> list[tuple[Any, list[Record]]]:
     return [(value, list(part)) for value, part in groupby(sorted(records, key=key), key)]
-
-
-def _varying(records: Iterable[Record], wanted: Callable[[str], bool]) -> list[str]:
-    """Returns the wanted recipe keys in which records differ."""
-    flat = [flatten(record.recipe) for record in records]
-    keys = sorted({key for recipe in flat for key in recipe if wanted(key)})
-    return [key for key in keys if len({_text(recipe.get(key)) for recipe in flat}) > 1]
-
-
-def _settings(record: Record, keys: Iterable[str]) -> str:
-    flat = flatten(record.recipe)
-    return ", ".join(f"{key}={_text(flat.get(key))}" for key in keys)
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, list | tuple):
-        return "[" + ", ".join(map(_text, value)) + "]"
-    return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _pattern(record: Record) -> str:
-    return str(record.recipe["prune"].get("pattern", "unstructured"))
-
-
-def _is_scope(key: str) -> bool:
-    return key == "prune.scope" or key.startswith("prune.scope.")
-
-
-def _scope(record: Record) -> str:
-    scope = record.recipe["prune"].get("scope", "global")
-    return ", ".join(f"{k}={v:g}" for k, v in sorted(scope.items())) if isinstance(scope, dict) else str(scope)
-
-
-def _asked(record: Record) -> str:
-    return ", ".join(f"{k} {v:g}" for k, v in sorted(record.asked.items()) if v is not None) or "the pattern's own"
-
-
-def _fraction(record: Record) -> float:
-    """Returns what sorts budgets from weak to strong."""
-    given = {k: v for k, v in record.asked.items() if v is not None}
-    return -min((v for k, v in given.items() if k != "ms" or len(given) == 1), default=1.0)
 
 
 def _times(ratio: float | None, dense: int, now: int) -> float | None:

@@ -207,8 +207,8 @@ def _taken(values: Environment, constants: Environment, index: Tensor) -> Enviro
             return value
         if not isinstance(value, Tensor | Channels):  # a size, which depends on the batch if on anything
             size = node.meta.get("val")
-            free = size.node.expr.free_symbols if isinstance(size, torch.SymInt) else ()
-            return int(size.node.expr.subs(dict.fromkeys(free, len(index)))) if free else value
+            expression = size.node.expr if isinstance(size, torch.SymInt) else None
+            return value if expression is None else int(expression.subs(dict.fromkeys(expression.free_symbols, len(index))))
         if isinstance(value, Channels):
             return replace(value, values=value.values.index_select(0, index))
         return value.index_select(0, index)

@@ -76,7 +76,7 @@ def _fused(x: Tensor, weight: Tensor, bias: Tensor | None, c: Convolution) -> Te
 def fusible(x: Tensor, c: Convolution) -> bool:
     """Tells whether oneDNN's operators take an input to a convolution and its activation."""
     plain = x.ndim == 4 and x.device.type == "cpu" and x.dtype == c.weight.dtype == torch.float32
-    return plain and c.activation in FUSED and x.numel() > 0 and torch.backends.mkldnn.enabled
+    return plain and c.activation in FUSED and x.numel() > 0 and bool(torch.backends.mkldnn.enabled)
 
 
 def _part_of(weight: Tensor, rows: Tensor | None, columns: Tensor | None) -> Tensor:

@@ -12,6 +12,7 @@ from microglia.core.patterns import NM, Block, Channel, Unstructured
 from microglia.core.selection import select
 from microglia.core.soft_topk import soft_topk
 from microglia.data import load_data
+from microglia.dynamic import Gathered
 from microglia.graph import plan_of, prune_channels, shrink
 from microglia.lab.execute import execute
 from microglia.lab.recipe import Recipe, resolve
@@ -37,6 +38,7 @@ __all__ = [
     "Evidence",
     "FitConfig",
     "Ftwt",
+    "Gathered",
     "Gradual",
     "MaskSet",
     "MicrogliaError",

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from microglia.core.errors import UnknownNameError
 from microglia.lab.recipe import Recipe, RecipeError, as_dict, merge, method_config, override, put, read_yaml, resolve, schema
 from microglia.methods import methods
+from microglia.train.optim import learning_rate
 from microglia.train.task import Task
 from microglia.zoo import build
 
@@ -136,6 +137,26 @@ def test_the_recipes_of_smart_are_valid_and_say_what_the_paper_says(path: Path) 
     assert path.stem.startswith("cifar10") or said == published[path.stem]
     if path.stem.startswith("cifar10"):
         methods["smart"].check(_small_task(recipe), method_config(recipe))
+
+
+@pytest.mark.parametrize("path", sorted((Path(__file__).parents[2] / "recipes" / "ftwt").glob("*.yaml")), ids=lambda p: p.stem)
+def test_the_recipes_of_ftwt_are_valid_and_say_what_the_paper_says(path: Path) -> None:
+    recipe = resolve(read_yaml(path))
+    published = {  # spec, 7.11: r and mode; 7.10: epochs, rates, decay
+        "cifar10_vgg16bn": (0.92, "decoupled"),
+        "cifar10_vgg16bn_joint": (0.92, "joint"),
+        "cifar10_resnet56": (0.8, "decoupled"),
+        "cifar10_resnet56_joint": (0.88, "joint"),
+        "cifar10_mobilenetv1": (1.0, "decoupled"),
+    }
+    methods["ftwt"].check(_small_task(recipe), method_config(recipe))
+    if path.stem in published:
+        assert (recipe.prune["r"], recipe.prune["mode"]) == published[path.stem]
+        train, prune = recipe.train, recipe.prune
+        assert (train.epochs, train.lr, train.weight_decay, train.batch_size) == (200, 0.01, 5e-4, 128)
+        assert (prune["head_lr"], prune["cooldown"], prune["softmax"], prune["rule"]) == (0.1, 0.5, True, "prefix_le")
+        steps = [learning_rate(train, epoch, 1) for epoch in (80, 81, 121, 122, 150, 151)]
+        assert steps == pytest.approx([1e-2, 1e-3, 1e-3, 1e-4, 1e-4, 1e-5])
 
 
 def _small_task(recipe: Recipe) -> Task:

@@ -91,15 +91,15 @@ class FtwtConfig(MethodConfig):
             raise PatternError(f"The method 'ftwt' gates whole channels: its pattern is channel, not {self.pattern}.")
         if self.protect or self.allow_empty or self.scope != "global":
             raise SelectorError("The method 'ftwt' takes layers and exclude, and not protect, allow_empty or scope.")
-        if (self.density, self.params, self.ms) != (None, None, None):
-            raise BudgetError("The method 'ftwt' takes flops or r, and not density, params or ms: all weights stay.")
         if self.mode not in ("decoupled", "joint", "heads", "random") or self.rule not in RULES or self.count not in COUNTS:
             raise BudgetError(f"There is no mode {self.mode!r}, rule {self.rule!r} or count {self.count!r}.")
         if not (0 <= self.cooldown <= 1 and 0 <= self.soften <= 1 and self.head_lr > 0 and self.images > 0):
             raise BudgetError("cooldown and soften are fractions of the training; head_lr and images are above 0.")
 
     def check_budget(self) -> None:
-        """Raises `BudgetError` unless there is one of flops and r, in range."""
+        """Raises `BudgetError` unless there is one of flops and r, in range, and nothing else."""
+        if (self.density, self.params, self.ms) != (None, None, None):
+            raise BudgetError("The method 'ftwt' takes flops or r, and not density, params or ms: all weights stay.")
         if (self.flops is None) == (self.r is None):
             raise BudgetError(
                 "The method 'ftwt' takes one of flops, the mean fraction of the operations such as 0.5, and r, the fraction of "

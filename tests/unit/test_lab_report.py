@@ -8,6 +8,7 @@ import re
 import statistics
 import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from microglia.lab.execute import execute
 from microglia.lab.recipe import as_dict, resolve
 from microglia.lab.report import collect, export, read_results, report
 from microglia.lab.report_rows import Spread, groups
+from microglia.lab.report_savings import gates_figure, lines_of, savings_figure
 from microglia.lab.report_tables import markdown, table
 from microglia.measure import measure, measure_latency
 
@@ -704,3 +706,199 @@ class TestSearches:
     def test_without_a_search_there_are_no_such_figures(self, runs, written):
         assert not any("search" in figure.name or "layers" in figure.name for figure in written.figures)
         assert "The freeze" not in written.tables.read_text()
+
+
+def gated(mode="decoupled", *, honest=0.5, seed=0, accuracy=0.9, flops=0.5, **prune):
+    """Returns the result of a run with gates; ``honest`` is the fraction of the operations that it computes."""
+    made = result("ftwt", seed=seed, accuracy=accuracy, before=None, prune={"flops": flops, "mode": mode, **prune})
+
+    def spread(mean):
+        return {"mean": mean, "std": 0.01, "min": mean - 0.05, "max": mean + 0.1}
+
+    layers = [
+        {"layer": f"conv{i}", "filters": 16, "kept": 0.5 + i / 10, "core": 4 + i, "dead": 1, "std": 0.1, "macs": 0.3,
+         "diversity": 0.4, "within": 0.9, "across": None, "accuracy": 0.8, "precision": 0.7, "recall": 0.6}
+        for i in range(4)
+    ]  # fmt: skip
+    routes = {"inputs": 10_000, "dense": 4000, "heads": 40, "honest": spread(honest), "paper": spread(honest - 0.1)}
+    routes |= {"agreement": {"accuracy": 0.8, "precision": 0.75, "recall": 0.85}, "routes": 1234, "signatures": 99}
+    estimate = {"r": 0.8125, "honest": 0.48, "paper": 0.4, "kept": dict.fromkeys("abcd", 0.5), "images": 2048}
+    return {**made, "asked": {"density": None, "params": None}, "estimate": estimate, "routes": {**routes, "layers": layers}}
+
+
+@pytest.fixture(scope="module")
+def dynamic(tmp_path_factory):
+    """Two modes, two budgets, two seeds; one of another rule; one static run at half of the operations."""
+    root = tmp_path_factory.mktemp("dynamic") / "runs"
+    for mode in ("decoupled", "joint"):
+        for flops in (0.5, 0.3):
+            for seed in (0, 1):
+                accuracy = 0.9 + 0.01 * seed - (0.02 if mode == "joint" else 0) - (0.03 if flops < 0.5 else 0)
+                content = gated(mode, honest=flops + 0.02 * seed, flops=flops, seed=seed, accuracy=accuracy)
+                save(root / f"{mode}-{flops}-{seed}", content)
+    save(root / "cover", gated(rule="cover_ge"))
+    static = result("channels", accuracy=0.88, before=None, prune={"flops": 0.5})
+    static["asked"] = {"density": None, "params": None, "flops": 0.5, "ms": None}
+    static["pruned"]["macs"] |= {"total": 2000, "effective": 2000.0, "speedup": 1.0}
+    save(root / "static", static)
+    return root
+
+
+@pytest.fixture(scope="module")
+def dynamic_report(dynamic, tmp_path_factory):
+    return report([dynamic], tmp_path_factory.mktemp("dynamic-report"))
+
+
+class TestDynamic:
+    def rows(self, text):
+        return table_of("|" + text.partition("Gates choose for each input")[2].partition("|")[2].partition("## Made")[0])
+
+    def test_a_row_by_hand(self, dynamic_report):
+        rows = self.rows(dynamic_report.tables.read_text())
+        assert list(rows[0].items()) == [
+            ("method", "ftwt decoupled"),
+            ("rule", "prefix_le"),
+            ("asked", "flops 0.5"),
+            ("n", "2"),
+            ("r", "0.8125"),
+            ("predicted (honest), %", "48.00 ± 0.00"),
+            ("computed (honest), %", "51.00 ± 1.41"),  # 50 and 52: deviations 1 and 1, root of 2
+            ("± over inputs", "1.00"),
+            ("least to most, %", "45.0 to 62.0"),
+            ("predicted (paper), %", "40.00 ± 0.00"),
+            ("computed (paper), %", "41.00 ± 1.41"),
+            ("accuracy, %", "90.50 ± 0.71"),
+            ("precision, %", "75.00 ± 0.00"),
+            ("recall, %", "85.00 ± 0.00"),
+            ("routes", "1,234 of 10,000"),
+        ]
+
+    def test_modes_and_rules_have_rows_of_their_own(self, dynamic_report, dynamic):
+        rows = self.rows(dynamic_report.tables.read_text())
+        assert [(row["method"], row["rule"], row["asked"]) for row in rows] == [
+            ("ftwt decoupled", "prefix_le", "flops 0.5"),
+            ("ftwt decoupled", "prefix_le", "flops 0.3"),
+            ("ftwt decoupled cover_ge", "cover_ge", "flops 0.5"),
+            ("ftwt joint", "prefix_le", "flops 0.5"),
+            ("ftwt joint", "prefix_le", "flops 0.3"),
+        ]
+        (group,) = groups(collect([dynamic]))
+        assert {row.method for row in group.rows} == {row["method"] for row in rows} | {"channels"}
+
+    @pytest.mark.parametrize(
+        ("prune", "asked"),
+        [
+            ({"flops": None, "r": 0.9}, "r 0.9"),
+            ({"count": "paper"}, "flops 0.5 by the paper count"),
+            ({"flops": None, "r": {"a": 0.5, "b": 0.75}}, "r by layer, mean 0.625 (plan "),
+        ],
+    )
+    def test_budgets_are_named(self, tmp_path, prune, asked):
+        save(tmp_path / "a", gated(**prune))
+        save(tmp_path / "b", gated(**{"flops": None, "r": {"a": 0.75, "b": 0.5}}))
+        (group,) = groups(collect([tmp_path]))
+        assert len(group.rows) == 2
+        assert [row.settings for row in group.rows] == ["", ""]
+        assert any(row.asked.startswith(asked) for row in group.rows)
+
+    def test_the_main_table_counts_what_gates_compute(self, dynamic_report):
+        rows = table_of(dynamic_report.tables.read_text().partition("Gates choose")[0])
+        row = next(row for row in rows if row["method"] == "ftwt decoupled" and row["kept (asked)"] == "flops 0.5")
+        assert row["theoretical speed-up"] == f"{(1 / 0.5 + 1 / 0.52) / 2:.2f}x"
+        assert row["compression"] == "2.00x"  # of the made-up result, as for any other
+
+    def test_the_figure_has_dynamic_and_static_lines_with_bars_over_seeds(self, dynamic):
+        (group,) = groups(collect([dynamic]))
+        lines = lines_of(group)
+        assert list(lines) == ["channels channel uniform", "ftwt decoupled", "ftwt decoupled cover_ge", "ftwt joint"]
+        assert [x.mean for x, _, _ in lines["ftwt joint"]] == pytest.approx([0.49, 0.69])
+        assert [y.mean for _, y, _ in lines["ftwt joint"]] == pytest.approx([0.885, 0.855])
+        assert [(x.mean, y.mean) for x, y, _ in lines["channels channel uniform"]] == [(0.5, 0.88)]
+        (axes,) = savings_figure(group).axes
+        drawn = {bars.get_label(): bars for bars in axes.containers}
+        data, _, bars = drawn["ftwt joint"].lines
+        assert data.get_xdata() == pytest.approx([49, 69])
+        assert data.get_ydata() == pytest.approx([88.5, 85.5])
+        assert len(bars) == 2  # across and up
+        up = bars[1].get_segments()[0]
+        assert up[1][1] - up[0][1] == pytest.approx(2 * 100 * statistics.stdev([0.88, 0.89]))
+        assert data.get_linestyle() == "-"
+        assert drawn["channels channel uniform"].lines[0].get_linestyle() == "--"
+        assert len(drawn["channels channel uniform"].lines[2]) == 0  # one seed has no deviation
+        assert [line.get_ydata()[0] for line in axes.lines if line.get_label() == "dense"] == [92]
+
+    def test_layers_are_drawn_as_means_over_seeds(self, dynamic):
+        (group,) = groups(collect([dynamic]))
+        first, second = gates_figure(group).axes
+        assert (first.get_title(), second.get_title()) == ("flops 0.5", "flops 0.3")
+        lines = {line.get_label(): line.get_ydata() for line in second.lines}
+        assert lines["ftwt joint: kept"] == pytest.approx([0.5, 0.6, 0.7, 0.8])
+        assert lines["ftwt joint: core"] == pytest.approx([4 / 16, 5 / 16, 6 / 16, 7 / 16])
+
+    def test_pictures_and_page(self, dynamic, dynamic_report, tmp_path):
+        names = {figure.name.removeprefix("resnet20-on-cifar10-") for figure in dynamic_report.figures}
+        assert {"flops.png", "flops.svg", "gates.png", "gates.svg"} <= names
+        text = dynamic_report.tables.read_text()
+        assert "(figures/resnet20-on-cifar10-flops.png)" in text
+        page = Page(dynamic_report.page.read_text())
+        traces = next(found for found in map(data, plots(page)) if any(trace["name"] == "ftwt joint" for trace in found)
+                      and "error_x" in found[0])  # fmt: skip
+        joint = next(trace for trace in traces if trace["name"] == "ftwt joint")
+        assert joint["x"] == pytest.approx([49, 69])
+        assert joint["error_y"]["array"] == pytest.approx([100 * statistics.stdev([0, 0.01])] * 2)
+        rows = [a["data-method"] for tag, a in page.tags if tag == "tr" and "data-method" in a]
+        assert rows.count("ftwt joint") == 2 * 2  # in both tables
+        assert "computed (honest), %" in page.texts
+        again = report([dynamic], tmp_path)
+        assert [one.read_bytes() for one in again.figures] == [one.read_bytes() for one in dynamic_report.figures]
+
+    def test_an_export_keeps_what_the_tables_and_figures_need_and_no_more(self, dynamic, dynamic_report, tmp_path):
+        records = collect([dynamic])
+        path = export(records, tmp_path / "all.json")
+        again = collect([path])
+        assert [(one.routes, one.estimate) for one in again] == [(one.routes, one.estimate) for one in records]
+        for word in ('"within"', '"dead"', '"diversity"', '"heads"', '"dense": 4000'):
+            assert word not in path.read_text()
+        made = report([path], tmp_path / "again")
+        parts = [one.tables.read_text().partition("## Made from")[0] for one in (made, dynamic_report)]
+        assert parts[0] == parts[1]
+
+    def test_without_gates_there_is_nothing_of_them(self, written):
+        assert "Gates choose" not in written.tables.read_text()
+        assert not any(figure.stem.endswith(("flops", "gates")) for figure in written.figures)
+
+    def test_damaged_routes_are_named(self, tmp_path):
+        content = gated()
+        del content["routes"]["honest"]["mean"]
+        save(tmp_path / "a", content)
+        content = gated(seed=1)
+        content["recipe"]["prune"]["flops"] = None
+        save(tmp_path / "b", content)
+        reasons = read_results([tmp_path]).left_out
+        assert "routes.honest.mean is missing" in reasons[0]
+        assert "neither flops nor r" in reasons[1]
+
+    def test_a_real_run_ends_in_the_table_as_it_was_measured(self, tmp_path):
+        recipe = {
+            "model": "resnet8",
+            "data": "digits",
+            "method": "ftwt",
+            "prune": {"r": 0.8, "mode": "random", "layers": ["layer3.*"]},
+            "dense": {"epochs": 0},
+            "train": {"epochs": 0},
+            "measure": {"latency": False},
+        }
+        found = execute(resolve(recipe), tmp_path / "runs" / "a")
+        (row,) = self.rows(report([tmp_path / "runs"], tmp_path / "out").tables.read_text())
+        assert (row["method"], row["asked"], row["r"]) == ("ftwt random", "r 0.8", "0.8000")
+        assert row["computed (honest), %"] == f"{100 * found['routes']['honest']['mean']:.2f}"
+        assert row["predicted (paper), %"] == f"{100 * found['estimate']['paper']:.2f}"
+        assert row["routes"] == f"{found['routes']['routes']:,} of {found['routes']['inputs']:,}"
+
+
+def test_results_kept_in_the_repository_are_still_read():
+    kept = sorted((Path(__file__).parents[2] / "results").glob("*.json"))
+    assert kept
+    found = read_results(kept)
+    assert found.left_out == ()
+    assert len(found.records) == sum(len(json.loads(path.read_text())) for path in kept)

@@ -13,10 +13,13 @@ from plotly.io import to_html
 from plotly.offline import get_plotlyjs
 from plotly.subplots import make_subplots
 
+from microglia.lab.report_cells import Entry
+from microglia.lab.report_dynamic import EXPLAINED, dynamic_table
 from microglia.lab.report_figures import COLORS, FIGURES, Panel, limits, points
 from microglia.lab.report_read import Collected
-from microglia.lab.report_rows import Group
-from microglia.lab.report_tables import Entry, table, what_ran
+from microglia.lab.report_rows import Group, Row
+from microglia.lab.report_savings import savings
+from microglia.lab.report_tables import table, what_ran
 
 SYMBOLS = ("circle", "square", "triangle-up", "diamond", "triangle-down", "cross", "x", "star", "triangle-left")
 DASHES = ("solid", "dash", "dashdot", "dot")
@@ -96,17 +99,22 @@ def page(found: Collected, tasks: Sequence[Group]) -> str:
 
 def _section(group: Group) -> str:
     figures = [_ratios(group, panels) for panels in FIGURES.values()]
+    figures += [savings(group)] if group.dynamic else []
     figures += [_curves(group)] if any(record.curves for record in group.records) else []
     plots = (
         to_html(figure, full_html=False, include_plotlyjs=False, div_id=f"plot-{group.slug}-{number}", config=CONFIG)
         for number, figure in enumerate(figures)
     )
     facts = "".join(f"<li>{_safe(sentence)}</li>" for sentence in what_ran(group))
-    return f"<section>\n<h2>{_safe(group.title)}</h2>\n<ul>{facts}</ul>\n{_table(group)}\n{''.join(plots)}\n</section>"
+    tables = f"{_table(*table(group))}\n{_gates(group)}"
+    return f"<section>\n<h2>{_safe(group.title)}</h2>\n<ul>{facts}</ul>\n{tables}{''.join(plots)}\n</section>"
 
 
-def _table(group: Group) -> str:
-    titles, rows = table(group)
+def _gates(group: Group) -> str:
+    return f"<p>{_safe(EXPLAINED)}</p>\n{_table(*dynamic_table(group))}\n" if group.dynamic else ""
+
+
+def _table(titles: Sequence[str], rows: Sequence[tuple[Row, list[Entry]]]) -> str:
     head = "".join(f'<th scope="col"><button type="button">{_safe(title)}</button></th>' for title in titles)
     body = []
     for row, entries in rows:

@@ -188,6 +188,8 @@ class Record:
         missing = [key for key in ("model", "data", "method", "prune", "seed") if key not in self.recipe]
         if missing or not isinstance(self.recipe["prune"], dict):
             raise ValueError(f"the recipe lacks {', '.join(missing) or 'the settings of prune'}")
+        if self.dynamic and self.recipe["prune"].get("flops") is None and self.recipe["prune"].get("r") is None:
+            raise ValueError("the recipe of a run with routes has neither flops nor r")
         for observed in filter(None, (self.dense, self.before, self.pruned)):
             value = observed.metrics.get(self.headline)
             if value is None or not math.isfinite(value):

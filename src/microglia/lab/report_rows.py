@@ -82,7 +82,7 @@ class Row:
     @property
     def line(self) -> str:
         """What a figure's line of several budgets is called."""
-        plain = self.pattern in ("unstructured", "")
+        plain = self.pattern in ("unstructured", "") or self.dynamic  # gates know no other pattern than channels
         return " ".join(filter(None, (self.method, "" if plain else self.pattern, self._odd_scope, self.settings)))
 
     @property
@@ -186,6 +186,11 @@ class Group:
     def records(self) -> list[Record]:
         """Every run."""
         return [record for row in self.rows for record in row.records]
+
+    @property
+    def dynamic(self) -> list[Row]:
+        """Rows of models whose gates choose for each input what is computed."""
+        return [row for row in self.rows if row.dynamic]
 
     @property
     def scale(self) -> float:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import PurePath
 from statistics import fmean
 
+from microglia.lab.report_cells import Entry, count_runs, escaped, markdown_table, of_count, of_ratio, of_spread, of_words
+from microglia.lab.report_dynamic import dynamic_lines
 from microglia.lab.report_read import Collected
-from microglia.lab.report_rows import Group, Row, Spread
+from microglia.lab.report_rows import Group, Row
 
 UNMEASURED = "not measured"
 SETTINGS = (
@@ -30,18 +31,10 @@ LEGEND = """\
   seeds the deviation says little. Of *dense*, n counts the models: a checkpoint is one, whatever the seed.
 - *change*: against the dense model of the same run, in points. *compression*: all parameters over those left, biases,
   norms and layers left dense included.
-- *theoretical speed-up*: multiply-accumulates of the dense model over those of the kept weights. It is no time: beside it
-  stands the measured one, the fastest execution of the dense model over the fastest of the pruned one, both timed interleaved
-  in one process; over several seeds, the median of each.
+- *theoretical speed-up*: multiply-accumulates of the dense model over those of the kept weights, or over those that gates
+  compute on average. It is no time: beside it stands the measured one, the fastest execution of the dense model over the
+  fastest of the pruned one, both timed interleaved in one process; over several seeds, the median of each.
 - *bytes*: of the safetensors file of the weights, and of the same file after zlib."""
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One cell of a table: the text, and the number or text that it is sorted by."""
-
-    text: str
-    order: float | str
 
 
 def table(group: Group) -> tuple[list[str], list[tuple[Row, list[Entry]]]]:
@@ -70,20 +63,20 @@ def table(group: Group) -> tuple[list[str], list[tuple[Row, list[Entry]]]]:
 
 
 def _entries(row: Row, scale: float) -> list[Entry]:
-    words = [_word(text) for text in (row.method, row.pattern, row.scope)]
+    words = [of_words(text) for text in (row.method, row.pattern, row.scope)]
     return [
         *words,
         Entry(row.asked, row.compression or 0.0),
-        _word(row.settings),
+        of_words(row.settings),
         Entry(str(row.after.n), row.after.n),
-        _spread(row.before, scale),
-        _spread(row.after, scale),
-        _spread(row.change, scale, signed=True),
-        _ratio(row.compression),
-        _ratio(row.theoretical),
+        of_spread(row.before, scale),
+        of_spread(row.after, scale),
+        of_spread(row.change, scale, signed=True),
+        of_ratio(row.compression),
+        of_ratio(row.theoretical),
         *_times(row),
-        _count(row.raw),
-        _count(row.zipped),
+        of_count(row.raw),
+        of_count(row.zipped),
     ]
 
 
@@ -101,32 +94,11 @@ def _times(row: Row) -> list[Entry]:
         return [several, Entry("", 0.0), Entry("", 1.0)] if row.baseline else [several, several, span]
     if row.baseline:
         return [_time(dense, note), Entry("", 0.0), Entry("1.00x", 1.0)]
-    return [_time(dense, note), _time(pruned, note), _ratio(ratio)]
+    return [_time(dense, note), _time(pruned, note), of_ratio(ratio)]
 
 
 def _time(best: tuple[str, float] | None, note: str) -> Entry:
     return Entry(UNMEASURED, 0.0) if best is None else Entry(f"{best[1]:.3f} ({best[0]}{note})", best[1])
-
-
-def _word(text: str) -> Entry:
-    return Entry(text, text)
-
-
-def _spread(spread: Spread | None, scale: float, signed: bool = False) -> Entry:
-    if spread is None:
-        return Entry("", float("-inf"))
-    places = 2 if scale == 100 else 4
-    sign = "+" if signed else ""
-    deviation = "" if spread.deviation is None else f" ± {spread.deviation * scale:.{places}f}"
-    return Entry(f"{spread.mean * scale:{sign}.{places}f}{deviation}", spread.mean)
-
-
-def _ratio(value: float | None) -> Entry:
-    return Entry("infinite", float("inf")) if value is None else Entry(f"{value:.2f}x", value)
-
-
-def _count(value: float) -> Entry:
-    return Entry(f"{value:,.0f}", value)
 
 
 def what_ran(group: Group) -> list[str]:
@@ -142,7 +114,7 @@ def what_ran(group: Group) -> list[str]:
         cores = f"{e.cores} cores, " if e.cores else ""
         gpu = f", {e.gpu}" if e.gpu else ""
         sentences.append(
-            f"{_runs(count)} on {e.processor}{gpu} ({cores}{e.threads} threads): torch {e.torch}, Python {e.python}, "
+            f"{count_runs(count)} on {e.processor}{gpu} ({cores}{e.threads} threads): torch {e.torch}, Python {e.python}, "
             f"microglia {e.microglia}, {e.platform}."
         )
     timed = [record.latency for record in records if record.latency is not None]
@@ -150,11 +122,16 @@ def what_ran(group: Group) -> list[str]:
     for batch, device, threads in sorted({(latency.batch, latency.device, latency.threads) for latency in timed}):
         sentences.append(f"Timed on {device}, {threads} threads, batch {batch}, best of: {', '.join(kinds)}.")
     notes = Counter(note for latency in timed for note in latency.notes)
-    return [*sentences, *(f"{note} ({_runs(count)})" for note, count in sorted(notes.items()))]
+    return [*sentences, *(f"{note} ({count_runs(count)})" for note, count in sorted(notes.items()))]
 
 
-OTHER = {"layers": "density of each layer", "search": "masks and temperature over the search"}
-"""What the pictures of a search show."""
+OTHER = {
+    "layers": "density of each layer",
+    "search": "masks and temperature over the search",
+    "flops": "the metric against FLOPs reduction, dynamic and static",
+    "gates": "kept and core filters of each layer",
+}
+"""What the pictures that are no ratio show."""
 
 
 def freeze_lines(group: Group) -> list[str]:
@@ -168,7 +145,7 @@ def freeze_lines(group: Group) -> list[str]:
         f"The freeze, when soft masks become exact, means over the runs; {group.headline} on the validation split with the "
         "soft and with the exact masks.",
         "",
-        f"| {' | '.join(_cell(title) for title in titles)} |",
+        f"| {' | '.join(escaped(title) for title in titles)} |",
         "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     for row, found in rows:
@@ -177,7 +154,7 @@ def freeze_lines(group: Group) -> list[str]:
         )
         cells = [row.method, row.pattern, row.asked, f"{found[0].units:,}", f"{fmean(f.undecided for f in found):,.1f}"]
         cells += [f"{fmean(f.mean for f in found):.2g}", f"{soft:.2f}{group.unit}", f"{hard:.2f}{group.unit}"]
-        lines.append(f"| {' | '.join(_cell(cell) for cell in cells)} |")
+        lines.append(f"| {' | '.join(escaped(text) for text in cells)} |")
     return [*lines, ""]
 
 
@@ -198,31 +175,20 @@ def markdown(found: Collected, tasks: Sequence[Group], figures: Iterable[PurePat
     ]
     lines += [LEGEND, ""]
     for group in tasks:
-        lines += [f"## {_cell(group.title)}", "", *(f"- {_cell(sentence)}" for sentence in what_ran(group)), ""]
+        lines += [f"## {escaped(group.title)}", "", *(f"- {escaped(sentence)}" for sentence in what_ran(group)), ""]
         lines += [*_table_lines(group), ""]
         for picture in pictures:
             if picture.name.rpartition("-")[0] == group.slug:
                 kind = picture.stem.rpartition("-")[2]
                 lines += [f"![{OTHER.get(kind, f'{group.headline} against {kind}')}]({picture.as_posix()})", ""]
-        lines += freeze_lines(group)
+        lines += [*freeze_lines(group), *dynamic_lines(group)]
     if found.left_out:
-        lines += ["## Left out", "", *(f"- {_cell(line)}" for line in found.left_out), ""]
+        lines += ["## Left out", "", *(f"- {escaped(line)}" for line in found.left_out), ""]
     sources = Counter(record.source.partition("#")[0] for record in found.records)
-    lines += ["## Made from", "", *(f"- `{name}` ({_runs(count)})" for name, count in sorted(sources.items()))]
+    lines += ["## Made from", "", *(f"- `{name}` ({count_runs(count)})" for name, count in sorted(sources.items()))]
     return "\n".join(lines) + "\n"
 
 
 def _table_lines(group: Group) -> list[str]:
     titles, rows = table(group)
-    right = ["---" if title in ("method", "pattern", "scope", "kept (asked)", "settings") else "---:" for title in titles]
-    body = [[_cell(entry.text) for entry in entries] for _, entries in rows]
-    return [f"| {' | '.join(cells)} |" for cells in ([_cell(title) for title in titles], right, *body)]
-
-
-def _cell(text: str) -> str:
-    """Returns a text that cannot break a Markdown table or page."""
-    return " ".join(text.split()).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("`", "'")
-
-
-def _runs(count: int) -> str:
-    return f"{count} run" if count == 1 else f"{count} runs"
+    return markdown_table(titles, [entries for _, entries in rows], ("method", "pattern", "scope", "kept (asked)", "settings"))

@@ -99,9 +99,10 @@ def _channelwise(step: Step) -> Callable[[Environment], Any]:
 
     def work(values: Environment) -> Any:
         x = values[source]
-        if not isinstance(x, Channels) or not len(x.index):
+        if not isinstance(x, Channels):
             return run(values)
-        return Channels(run(values, x.values), x.index, x.width)
+        out = run(values, x.values) if len(x.index) else run(values)[:, :0]  # operators on no channels may fail
+        return Channels(out, x.index, x.width)
 
     return work
 

@@ -71,6 +71,54 @@ def assert_equivalent(run, other):
         assert row["validation_loss"] == pytest.approx(twin["validation_loss"], rel=1e-3)
 
 
+GATED = ("conv-2", "--data", "digits", "--method", "ftwt", "--seed", "3", "dense.epochs=1", "train.epochs=2", "train.lr=0.02")
+GATED += ("prune.flops=0.5", "dense.max_batches=6", "train.max_batches=6", "measure.latency=false", "threads=1")
+
+
+def test_two_ranks_gate_as_one(tmp_path):
+    """Heads learn, then rest: under DDP too they stay where they were, though their gradients there are zeros, not none."""
+    outcome = microglia("prune", *GATED, "--out", tmp_path / "one", folder=tmp_path / "work")
+    assert outcome.status == 0, outcome.err
+    both = on_ranks("prune", *GATED, "--out", tmp_path / "two", folder=tmp_path / "work")
+    assert [each.status for each in both] == [0, 0], both
+    assert_equivalent(tmp_path / "two", tmp_path / "one")
+    results = [json.loads((tmp_path / name / "result.json").read_text()) for name in ("one", "two")]
+    assert results[0]["estimate"] == results[1]["estimate"]
+    for mine, theirs in zip(*(result["routes"]["layers"] for result in results), strict=True):
+        assert mine["kept"] == pytest.approx(theirs["kept"], abs=1e-3)
+
+
+def gates_trained(rank):
+    """All parameters after each step of a decoupled training on this rank's half of the images."""
+    model = network()
+    pruner = mg.Ftwt(model, r=0.8, total_steps=6, example_inputs=torch.zeros(1, 1, 8, 8), cooldown=0.5,
+                     generator=torch.Generator().manual_seed(0))  # fmt: skip
+    heads = {id(p) for p in pruner.parameters()}
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if id(p) not in heads], lr=0.05, momentum=0.9)
+    optimizer.add_param_group(*pruner.param_groups())
+    steps = []
+    for x, y in batches(*[8] * 6):
+        part = slice(rank * 4, rank * 4 + 4)
+        loss = nn.functional.cross_entropy(wrapped(x[part]), y[part]) + pruner.penalty()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        pruner.step(optimizer)
+        steps.append({n: p.tolist() for n, p in model.named_parameters()})
+    return steps
+
+
+def test_gates_agree_on_all_ranks_and_rest_after_the_cool_down():
+    first, second = every_rank(gates_trained)
+    assert first == second
+    heads = [{n: v for n, v in step.items() if ".gate." in n} for step in first]
+    assert heads[0]
+    assert heads[0] != heads[1] != heads[2]
+    assert heads[2] == heads[3] == heads[5]
+    assert first[2] != first[3]
+
+
 @pytest.mark.parametrize("method", ["gradient", "magnitude", "gradual", "channels", "smart"])
 def test_two_ranks_prune_as_one(tmp_path, alone, method):
     words = ("prune", *TINY, "--method", method, "--out", tmp_path / "run")

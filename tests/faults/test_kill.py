@@ -23,6 +23,12 @@ METHODS = {
     "smart": SMART,
     "smart-channels": SMART_CHANNELS,
 }
+GATED = ("resnet8", "--data", "digits", "--method", "ftwt", "--seed", "3", "dense.epochs=1", "train.epochs=3", "prune.r=0.8")
+GATED += ("prune.images=64", "dense.max_batches=4", "train.max_batches=4", "measure.latency=false", "threads=1")
+
+
+def words_of(method):
+    return GATED if method == "ftwt" else (*TINY, *METHODS[method])
 
 
 @pytest.fixture(scope="session")
@@ -32,7 +38,7 @@ def reference(tmp_path_factory):
     @functools.cache
     def run(method):
         folder = tmp_path_factory.mktemp("uninterrupted")
-        outcome = microglia("prune", *TINY, *METHODS[method], "--out", folder / "run", folder=folder / "work")
+        outcome = microglia("prune", *words_of(method), "--out", folder / "run", folder=folder / "work")
         assert outcome.status == 0, outcome.err
         return folder / "run"
 
@@ -44,7 +50,7 @@ def assert_same_run(run, other):
     assert weights(run) == weights(other)
     assert (run / "model" / "plan.json").read_bytes() == (other / "model" / "plan.json").read_bytes()
     results = [json.loads((directory / "result.json").read_text()) for directory in (run, other)]
-    for name in ("dense", "before", "pruned", "masks", "removed", "search"):
+    for name in ("dense", "before", "pruned", "masks", "removed", "search", "estimate", "routes"):
         assert results[0].get(name) == results[1].get(name)
     assert curves(run) == curves(other)
     assert not list(run.rglob("*.part")), "debris of a killed write"
@@ -72,10 +78,13 @@ def curves(run):
         ("smart", "stages/train.partial.safetensors"),  # in the middle of the search
         ("smart-channels", "stages/train.partial.safetensors"),
         ("smart-channels", "stages/shrink.safetensors"),
+        ("ftwt", "stages/estimate.safetensors"),
+        ("ftwt", "stages/train.partial.safetensors"),  # one epoch with heads that learn, one in which they come to rest
+        ("ftwt", "stages/routes.safetensors"),
     ],
 )
 def test_killed_when_a_file_appears(tmp_path, reference, method, file):
-    words = ("prune", *TINY, *METHODS[method], "--out", tmp_path / "run")
+    words = ("prune", *words_of(method), "--out", tmp_path / "run")
     first = start(*words, folder=tmp_path / "work")
     first.wait_for(tmp_path / "run" / file)
     assert first.kill().status in (-signal.SIGKILL, 0)

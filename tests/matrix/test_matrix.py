@@ -11,9 +11,11 @@ from pydantic import TypeAdapter
 from torch import Tensor, nn
 
 import microglia as mg
+from microglia.core.errors import SelectorError
 from microglia.core.patterns import parse_pattern
 from microglia.data import ImageData
-from microglia.methods import ChannelsConfig, DdnpConfig, UnitConfig, methods
+from microglia.dynamic import gate_plan, gates_of
+from microglia.methods import ChannelsConfig, DdnpConfig, FtwtConfig, UnitConfig, methods
 from microglia.train.image_task import ImageSource
 from microglia.train.run import Run
 from microglia.train.task import CLASSIFICATION, CrossEntropy
@@ -21,12 +23,13 @@ from microglia.train.task import CLASSIFICATION, CrossEntropy
 PATTERNS = ["unstructured", "block:4x2", "block:8x1", "nm:2:4", "channel"]
 DENSITY = 0.4
 SEARCHING = [name for name, method in methods.items() if issubclass(method.config, UnitConfig)]
+GATING = [name for name, method in methods.items() if issubclass(method.config, FtwtConfig)]
 REMOVING = [n for n, method in methods.items() if issubclass(method.config, ChannelsConfig | DdnpConfig)] + SEARCHING
 MASKING = [
     (name, pattern)
     for name in methods
     for pattern in PATTERNS
-    if not issubclass(methods[name].config, ChannelsConfig | DdnpConfig)
+    if not issubclass(methods[name].config, ChannelsConfig | DdnpConfig | FtwtConfig)
     and (name, pattern) != ("pas", "nm:2:4")  # refused: see test_methods_search
     and (name not in SEARCHING or pattern != "channel")  # removes
 ]
@@ -95,6 +98,7 @@ def config_of(name: str, pattern: str) -> object:
     fixed = parse_pattern(pattern).fixed_density is not None
     fields = {"pattern": pattern, "dense": short, "train": short, "score_batch_size": 32}
     budget = {} if fixed else {"flops": 0.5, "search_epochs": 2} if name == "ddnp" else {"density": DENSITY}
+    budget = {"flops": 0.8, "images": 64} if name in GATING else budget
     return TypeAdapter(methods[name].config).validate_python({**methods[name].defaults, **fields, **budget})
 
 
@@ -188,3 +192,41 @@ def test_method_that_removes(name: str, kind: str, digits: ImageData, tmp_path: 
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run" / "stages").iterdir()} == before
     assert all(torch.equal(value, resumed.state_dict()[key]) for key, value in model.state_dict().items())
     assert mg.plan_of(resumed).kept == plan.kept
+
+
+@pytest.mark.parametrize("kind", [kind for kind in NETWORKS if kind != "mlp"])
+@pytest.mark.parametrize("name", GATING)
+def test_method_that_gates(name: str, kind: str, digits: ImageData, tmp_path: Path) -> None:
+    task, config = make_task(kind, digits), config_of(name, "channel")
+    run = Run(tmp_path / "run", {"method": name, "config": asdict(config)})
+    model = methods[name].procedure(task, run, config)
+
+    # The targets fit the budget before the training; all weights stay, beside them are the heads.
+    assert run.observations["estimate"]["honest"] <= 0.8
+    gates = gates_of(model)
+    assert [row["layer"] for row in run.observations["routes"]["layers"]] == list(gates)
+    heads = sum(p.numel() for gate in gates.values() for p in gate.parameters())
+    assert heads > 0
+    assert sum(p.numel() for p in model.parameters()) == heads + sum(p.numel() for p in task.build().parameters())
+    assert 0 <= mg.evaluate(model, task)["accuracy"] <= 1
+
+    # What is saved reads back bit for bit into a freshly built dense model, gates included.
+    mg.save(model, tmp_path / "model")
+    again = mg.load(tmp_path / "model", task.build())
+    assert gate_plan(again) == gate_plan(model)
+    assert all(torch.equal(value, again.state_dict()[key]) for key, value in model.state_dict().items())
+    images = task.example.repeat(3, 1, 1, 1)
+    assert torch.equal(again.eval()(images), model.eval()(images))
+
+    # A finished run only reads its stages.
+    run.close()
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run" / "stages").iterdir()}
+    resumed = methods[name].procedure(task, Run(tmp_path / "run", {"method": name, "config": asdict(config)}), config)
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run" / "stages").iterdir()} == before
+    assert all(torch.equal(value, resumed.state_dict()[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", GATING)
+def test_a_network_without_convolutions_has_nothing_to_gate(name: str, digits: ImageData) -> None:
+    with pytest.raises(SelectorError, match="no convolution to gate"):
+        methods[name].check(make_task("mlp", digits), config_of(name, "channel"))

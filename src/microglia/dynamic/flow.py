@@ -45,6 +45,7 @@ class Convolution:
         carrier: Name of the norm, or of the convolution itself.
         norm: Whether a batch norm was fused.
         activation: Name of the activation that was fused, ``identity`` without one.
+        inner: Whether the activation is part of the carrier itself, as in a norm with an activation of its own.
     """
 
     layer: str
@@ -54,6 +55,7 @@ class Convolution:
     carrier: str
     norm: bool
     activation: str
+    inner: bool
 
     @property
     def groups(self) -> int:
@@ -178,15 +180,15 @@ class Flow:
                 weight, bias = fuse_conv_bn_weights(weight, bias, mean, variance, n["eps"], scale, shift)  # type: ignore[arg-type]
                 chain.append(norm)
                 carrier, normed = holder, True
-        activation = "identity"
+        activation, inner = "identity", False
         following = _only_user(chain[-1])
         if following is not None and (found := activation_of(following)) is not None:
             chain.append(following)
-            activation = found
+            activation, inner = found, carrier in _within(following)
         assert weight is not None
         settings = {k: a[k] for k in ("stride", "padding", "dilation", "groups")}
         shift = None if bias is None else bias.detach()
-        return Convolution(layer, weight.detach(), shift, settings, carrier, normed, activation), chain
+        return Convolution(layer, weight.detach(), shift, settings, carrier, normed, activation, inner), chain
 
     def _holder(self, value: Any, attribute: str) -> str | None:
         """Returns the name of the module whose attribute a value is, if it is read once."""
@@ -264,6 +266,11 @@ def activation_of(node: fx.Node) -> str | None:
         return None
     given, settings = named_arguments(node), node.target._schema.arguments[1:]
     return ACTIVATION_OF[name] if all(given[a.name] == a.default_value for a in settings) else None
+
+
+def _within(node: fx.Node) -> set[str]:
+    """Returns the names of the modules whose forward a node is part of."""
+    return {path for path, _ in node.meta.get("nn_module_stack", {}).values()}
 
 
 def _only_user(node: fx.Node) -> fx.Node | None:

@@ -45,7 +45,7 @@ class Site:
     Attributes:
         layer: Name of the convolution.
         carrier: Name of the module whose output is masked: its batch norm, or itself.
-        activation: What follows, by its name in `ACTIVATIONS`; the target is the mass behind it.
+        activation: What follows the carrier, by its name in `ACTIVATIONS`; the target is the mass behind it.
         inputs: Channels the convolution reads, all groups together.
         outputs: Channels it writes.
     """
@@ -114,13 +114,18 @@ class Passage:
         gate: Which.
         logits: Of its head, (batch, outputs); positive = keep.
         mask: What was kept, boolean, (batch, outputs).
-        response: Feature maps behind norm and activation, before the mask, without gradient.
+        output: Feature maps behind the norm, before activation and mask, without gradient.
     """
 
     gate: Gate
     logits: Tensor
     mask: Tensor
-    response: Tensor
+    output: Tensor
+
+    @property
+    def response(self) -> Tensor:
+        """Feature maps behind norm and activation, before the mask."""
+        return ACTIVATIONS[self.gate.site.activation](self.output)
 
     def share(self) -> Tensor:
         """Returns each filter's share of the response, (batch, outputs)."""
@@ -215,9 +220,7 @@ class Gate(nn.Module):
         logits = self.logits(self.embed(arriving.detach() if self.detached else arriving))
         mask = self.decide(logits)
         if self._wire.listener is not None:
-            with torch.no_grad():
-                response = ACTIVATIONS[self.site.activation](output.detach())
-            self._wire.listener(Passage(self, logits, mask, response))
+            self._wire.listener(Passage(self, logits, mask, output.detach()))
         if self.fade == 0:
             return output
         factor = mask.to(output.dtype)

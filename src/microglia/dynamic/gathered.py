@@ -135,7 +135,7 @@ class Gathered:
             if columns is None or len(columns) > self._limit(c) * c.inputs:
                 return self._whole(c, whole(x), area)
             self.macs += area * c.outputs * len(columns) * len(x.values)
-            return run_part(x.values, c, None, columns) if len(columns) else silent(c, x.values, torch.arange(c.outputs))
+            return run_part(x.values, c, None, columns) if len(columns) else silent(c, x.values, _all(c.outputs, x.values))
 
         return work
 
@@ -174,11 +174,11 @@ class Gathered:
     def _depthwise(self, c: Convolution, x: Value, kept: Tensor, area: int) -> Channels:
         """Filters whose input did not arrive are constant, not zero."""
         if isinstance(x, Channels):
-            places = torch.full((x.width,), -1).scatter_(0, x.index, torch.arange(len(x.index)))[kept]
+            places = torch.full((x.width,), -1, device=kept.device).scatter_(0, x.index, _all(len(x.index), kept))[kept]
             present = (places >= 0).nonzero()[:, 0]
             arriving = x.values.index_select(1, places[present])
         else:
-            present, arriving = torch.arange(len(kept)), x.index_select(1, kept)
+            present, arriving = _all(len(kept), kept), x.index_select(1, kept)
         rows = kept[present]
         self.macs += area * len(rows) * len(arriving)
         if len(rows) == len(kept) > 0:
@@ -214,6 +214,10 @@ def _taken(values: Environment, constants: Environment, index: Tensor) -> Enviro
         return value.index_select(0, index)
 
     return {node: one(node, value) for node, value in values.items()}
+
+
+def _all(count: int, like: Tensor) -> Tensor:
+    return torch.arange(count, device=like.device)
 
 
 def _area(step: Step, c: Convolution) -> int:

@@ -54,13 +54,13 @@ def find_sites(flow: Flow, model: nn.Module, layers: Sequence[str] = ("*",), exc
         chosen = matches(f"{layer}.weight", modules[layer], layers) and not (
             exclude and matches(f"{layer}.weight", modules[layer], exclude)
         )
-        reason = (_obstacle(step) or shortcuts.get(step.node)) if chosen else "not selected"
+        reason = (_obstacle(step, modules[layer]) or shortcuts.get(step.node)) if chosen else "not selected"
         if reason is not None:
             left_out[layer] = reason
             continue
         c = step.convolution
         assert c is not None
-        found.append(Site(layer, c.carrier, c.activation, c.inputs, c.outputs))
+        found.append(Site(layer, c.carrier, "identity" if c.inner else c.activation, c.inputs, c.outputs))
     if not found:
         telling = sorted(left_out.items(), key=lambda item: item[1] == "not selected")[:4]
         reasons = "; ".join(f"{layer}: {reason}" for layer, reason in telling) or "it has no convolutions"
@@ -68,24 +68,20 @@ def find_sites(flow: Flow, model: nn.Module, layers: Sequence[str] = ("*",), exc
     return Sites(tuple(found), left_out)
 
 
-def _obstacle(step: Step) -> str | None:
+def _obstacle(step: Step, module: nn.Module) -> str | None:
     """Returns why a convolution cannot be gated by what is seen at it, None where it can."""
     c = step.convolution
     assert c is not None
     if c.groups > 1 and not c.depthwise:
         return "its groups are not single channels"
-    shape = shape_of(step.node)
-    if all(size == 1 for size in shape[2:]):
+    if getattr(module, "padding_mode", "zeros") != "zeros":
+        return "it pads with other values than zeros"
+    if all(size == 1 for size in shape_of(step.node)[2:]):
         return "it works on 1x1 maps, where its head costs as much"
-    for user in step.node.users:
-        if user.op == "output":
-            return "it makes the model's output"
-        name = operator_name(user).rstrip("_")
-        if name in MIXING:
-            return f"{name} follows it"
-        if _reaches_output(user):
-            return "it makes the model's output"
-    return None
+    if any(_reaches_output(user) for user in step.node.users):
+        return "it makes the model's output"
+    following = [operator_name(user).rstrip("_") for user in step.node.users if user.op == "call_function"]
+    return next((f"{name} follows it" for name in following if name in MIXING), None)
 
 
 def _reaches_output(node: fx.Node) -> bool:

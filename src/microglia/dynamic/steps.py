@@ -77,7 +77,9 @@ def _side_by_side(step: Step) -> Callable[[Environment], Any]:
         if not any(isinstance(part, Channels) for part in parts):
             return run(values)
         maps = [part.values if isinstance(part, Channels) else part for part in parts]
-        indices = [part.index if isinstance(part, Channels) else torch.arange(part.shape[1]) for part in parts]
+        indices = [
+            part.index if isinstance(part, Channels) else torch.arange(part.shape[1], device=part.device) for part in parts
+        ]
         placed = torch.cat([index + start for index, start in zip(indices, starts, strict=True)])
         return Channels(torch.cat(maps, 1), placed, sum(widths))
 

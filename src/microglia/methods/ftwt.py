@@ -68,7 +68,7 @@ class FtwtConfig(MethodConfig):
         images: Training images on which r is chosen before the training.
         pool: What a head sees of its input: the average of each channel (the authors' code) or its maximum (their figures).
         softmax: Whether that goes through a softmax over channels.
-        head_lr: Constant learning rate of the heads, which have momentum 0.9 with ``sgd`` and no weight decay.
+        head_lr: Constant learning rate of the heads, which have SGD with momentum 0.9 and no weight decay.
         cooldown: Fraction of the training after which the heads rest.
         soften: Fraction of the training over which the masks come in, from no effect at all to all of it; 0 as in the paper,
             where half the filters go at the first step.
@@ -238,12 +238,12 @@ class Ftwt:
             gate.fade = min(1.0, self.progress / soften) if soften else 1.0
 
     def param_groups(self) -> list[dict[str, Any]]:
-        """Returns the heads' group: a constant learning rate, no weight decay."""
+        """Returns the heads' group: SGD at a constant learning rate, no weight decay."""
         if self.config.mode == "random":
             return []
-        return [
-            {"params": self.parameters(), "constant_lr": self.config.head_lr, "lr": self.config.head_lr, "weight_decay": 0.0}
-        ]
+        rate = self.config.head_lr
+        own = {"lr": rate, "constant_lr": rate, "momentum": 0.9, "weight_decay": 0.0, "optimizer": "sgd"}
+        return [{"params": self.parameters(), **own}]
 
     def finish(self) -> nn.Module:
         """Ends the training of the heads; returns the gated model."""
@@ -333,7 +333,8 @@ def plan_before(task: Task, run: Run, config: FtwtConfig, model: nn.Module) -> P
         share = shares(trial, batches, config.images, device_of(model))
         if config.flops is not None:
             return asdict(choose_r(share, config.flops, config.rule, counter, config.count))
-        return asdict(estimate(share, plan.r, config.rule, counter))
+        assert config.r is not None
+        return asdict(estimate(share, config.r, config.rule, counter))
 
     found: dict[str, Any] = run.stage("estimate", work)
     if config.flops is not None:

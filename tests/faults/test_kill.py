@@ -80,6 +80,7 @@ def curves(run):
         ("smart-channels", "stages/shrink.safetensors"),
         ("ftwt", "stages/estimate.safetensors"),
         ("ftwt", "stages/train.partial.safetensors"),  # one epoch with heads that learn, one in which they come to rest
+        ("ftwt", "stages/train.safetensors"),  # finished, its partial state perhaps still there
         ("ftwt", "stages/routes.safetensors"),
     ],
 )

@@ -108,7 +108,7 @@ class GatePlan:
 
 @dataclass(frozen=True)
 class Passage:
-    """One batch going through a gate.
+    """One batch going through a gate; to be read within the listener, for what follows may write into the output.
 
     Attributes:
         gate: Which.

@@ -7,7 +7,6 @@ Inputs of a batch go on together as long as the gates keep the same of them. Spe
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -21,7 +20,6 @@ from microglia.dynamic.flow import Convolution, Flow, Step
 from microglia.dynamic.gates import Gate, detach_gates, gate_plan, gates_of
 from microglia.dynamic.kernels import prepacked, run_depthwise, run_part, silent
 from microglia.dynamic.steps import Channels, Environment, Value, compile_step, whole
-from microglia.graph.trace import shape_of
 from microglia.measure.running import twin
 
 Work = Callable[[Environment], Any]
@@ -127,20 +125,23 @@ class Gathered:
 
     # ------------------------------------------------------------------------------------------------------- compiling
     def _ungated(self, step: Step, c: Convolution) -> Work:
-        source, area = step.sources[0], _area(step, c)
+        source = step.sources[0]
 
         def work(values: Environment) -> Value:
             x = values[source]
             columns = x.index if isinstance(x, Channels) and c.groups == 1 else None
             if columns is None or len(columns) > self._limit(c) * c.inputs:
-                return self._whole(c, whole(x), area)
-            self.macs += area * c.outputs * len(columns) * len(x.values)
-            return run_part(x.values, c, None, columns) if len(columns) else silent(c, x.values, _all(c.outputs, x.values))
+                return self._whole(c, whole(x))
+            if not len(columns):
+                return silent(c, x.values, _all(c.outputs, x.values))
+            out = run_part(x.values, c, None, columns)
+            self.macs += _products(c, out, len(columns))
+            return out
 
         return work
 
     def _gated(self, step: Step, c: Convolution) -> Routed:
-        source, area = step.sources[0], _area(step, c)
+        source = step.sources[0]
 
         def work(values: Environment, mask: Tensor) -> Value:
             x = values[source]
@@ -149,29 +150,31 @@ class Gathered:
             share = len(kept) / c.outputs * (1 if c.depthwise else arriving / c.inputs)
             if share > self._limit(c):
                 factor = mask.to(c.weight.dtype).reshape(-1, *[1] * (c.weight.ndim - 2))
-                return self._whole(c, whole(x), area).mul_(factor)
-            return self._depthwise(c, x, kept, area) if c.depthwise else self._gather(c, x, kept, area)
+                return self._whole(c, whole(x)).mul_(factor)
+            return self._depthwise(c, x, kept) if c.depthwise else self._gather(c, x, kept)
 
         return work
 
     def _limit(self, c: Convolution) -> float:
         return self.limits.get(c.layer, 1.0)
 
-    def _whole(self, c: Convolution, x: Tensor, area: int) -> Tensor:
-        self.macs += area * c.outputs * c.weight.shape[1] * len(x)
+    def _whole(self, c: Convolution, x: Tensor) -> Tensor:
         if c.layer not in self._packed:
             self._packed[c.layer] = prepacked(c, x)
-        return self._packed[c.layer](x)
+        out = self._packed[c.layer](x)
+        self.macs += _products(c, out, c.weight.shape[1])
+        return out
 
-    def _gather(self, c: Convolution, x: Value, kept: Tensor, area: int) -> Channels:
+    def _gather(self, c: Convolution, x: Value, kept: Tensor) -> Channels:
         columns = x.index if isinstance(x, Channels) else None
         arriving = x.values if isinstance(x, Channels) else x
-        self.macs += area * len(kept) * arriving.shape[1] * len(arriving)
-        nothing = not len(kept) or not arriving.shape[1]
-        out = silent(c, arriving, kept) if nothing else run_part(arriving, c, kept, columns)
+        if not len(kept) or not arriving.shape[1]:
+            return Channels(silent(c, arriving, kept), kept, c.outputs)
+        out = run_part(arriving, c, kept, columns)
+        self.macs += _products(c, out, arriving.shape[1])
         return Channels(out, kept, c.outputs)
 
-    def _depthwise(self, c: Convolution, x: Value, kept: Tensor, area: int) -> Channels:
+    def _depthwise(self, c: Convolution, x: Value, kept: Tensor) -> Channels:
         """Filters whose input did not arrive are constant, not zero."""
         if isinstance(x, Channels):
             places = torch.full((x.width,), -1, device=kept.device).scatter_(0, x.index, _all(len(x.index), kept))[kept]
@@ -180,13 +183,13 @@ class Gathered:
         else:
             present, arriving = _all(len(kept), kept), x.index_select(1, kept)
         rows = kept[present]
-        self.macs += area * len(rows) * len(arriving)
-        if len(rows) == len(kept) > 0:
-            return Channels(run_depthwise(arriving, c, rows), kept, c.outputs)
-        out = silent(c, arriving, kept)
-        if len(rows):
-            out.index_copy_(1, present, run_depthwise(arriving, c, rows))
-        return Channels(out, kept, c.outputs)
+        if not len(rows):
+            return Channels(silent(c, arriving, kept), kept, c.outputs)
+        computed = run_depthwise(arriving, c, rows)
+        self.macs += _products(c, computed, 1)
+        if len(rows) < len(kept):
+            computed = silent(c, arriving, kept).index_copy_(1, present, computed)
+        return Channels(computed, kept, c.outputs)
 
 
 def _embed(gate: Gate, x: Value) -> Tensor:
@@ -220,9 +223,9 @@ def _all(count: int, like: Tensor) -> Tensor:
     return torch.arange(count, device=like.device)
 
 
-def _area(step: Step, c: Convolution) -> int:
-    """Returns the products of one kernel with one channel of one input."""
-    return math.prod(shape_of(step.node)[2:]) * c.weight[0, 0].numel()
+def _products(c: Convolution, out: Tensor, columns: int) -> int:
+    """Returns the products of so many input channels that made an output."""
+    return out.numel() * columns * c.weight[0, 0].numel()
 
 
 def _last_uses(flow: Flow) -> dict[fx.Node, list[fx.Node]]:

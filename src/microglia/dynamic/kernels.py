@@ -17,6 +17,8 @@ from microglia.dynamic.flow import Convolution
 from microglia.dynamic.gates import ACTIVATIONS
 
 mkldnn = torch.ops.mkldnn
+CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {1: torch.conv1d, 2: torch.conv2d, 3: torch.conv3d}
+"""By the dimensions of space."""
 
 AT_ONCE = 10_000
 """Kernels from which on both sides of a weight are gathered in one pass."""
@@ -46,7 +48,7 @@ def run_part(x: Tensor, c: Convolution, rows: Tensor | None, columns: Tensor | N
     if fusible(x, c):
         return _fused(x, weight, bias, c)
     s = c.settings
-    out = torch.convolution(x, weight, bias, s["stride"], padding_of(c), s["dilation"], False, [0] * (x.ndim - 2), s["groups"])
+    out = CONVOLUTIONS[x.ndim - 2](x, weight, bias, s["stride"], s["padding"], s["dilation"], s["groups"])
     return ACTIVATIONS[c.activation](out)
 
 
@@ -75,7 +77,12 @@ def _fused(x: Tensor, weight: Tensor, bias: Tensor | None, c: Convolution) -> Te
 
 def fusible(x: Tensor, c: Convolution) -> bool:
     """Tells whether oneDNN's operators take an input to a convolution and its activation."""
-    plain = x.ndim == 4 and x.device.type == "cpu" and x.dtype == c.weight.dtype == torch.float32
+    plain = (
+        x.ndim == 4
+        and c.settings["padding"] != "same"
+        and x.device.type == "cpu"
+        and x.dtype == c.weight.dtype == torch.float32
+    )
     return plain and c.activation in FUSED and x.numel() > 0 and bool(torch.backends.mkldnn.enabled)
 
 
@@ -89,12 +96,10 @@ def _part_of(weight: Tensor, rows: Tensor | None, columns: Tensor | None) -> Ten
 
 
 def padding_of(c: Convolution) -> list[int]:
-    """Returns the zeros on either side of each dimension of space."""
+    """Returns the zeros on either side of each dimension of space, where these are the same."""
     padding, rank = c.settings["padding"], c.weight.ndim - 2
     if padding == "valid":
         return [0] * rank
-    if padding == "same":
-        return [d * (k - 1) // 2 for d, k in zip(c.settings["dilation"], c.weight.shape[2:], strict=True)]
     return list(padding) if len(padding) == rank else list(padding) * rank
 
 
@@ -106,8 +111,10 @@ def silent(c: Convolution, x: Tensor, rows: Tensor) -> Tensor:
         x: The input, of any channels.
         rows: The filters.
     """
-    pairs = zip(x.shape[2:], padding_of(c), c.settings["dilation"], c.weight.shape[2:], c.settings["stride"], strict=True)
-    space = [(size + 2 * p - d * (k - 1) - 1) // s + 1 for size, p, d, k, s in pairs]
+    space = list(x.shape[2:])
+    if c.settings["padding"] != "same":
+        pairs = zip(space, padding_of(c), c.settings["dilation"], c.weight.shape[2:], c.settings["stride"], strict=True)
+        space = [(size + 2 * p - d * (k - 1) - 1) // s + 1 for size, p, d, k, s in pairs]
     shift = c.weight.new_zeros(len(rows)) if c.bias is None else ACTIVATIONS[c.activation](c.bias.index_select(0, rows))
     return shift.reshape(1, -1, *[1] * len(space)).expand(len(x), -1, *space).clone()
 

@@ -108,7 +108,8 @@ def _mark(shrunk: Any, gates: Any) -> str | None:
     changes = {name: value for name, value in (("shrunk", shrunk), ("gates", gates)) if value is not None}
     if not changes:
         return None
-    return hashlib.blake2b(json.dumps(changes, sort_keys=True).encode(), digest_size=16).hexdigest()
+    marked = shrunk if gates is None else changes
+    return hashlib.blake2b(json.dumps(marked, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def _cut(model: nn.Module, shrunk: Any, directory: Path) -> nn.Module:

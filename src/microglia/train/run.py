@@ -111,8 +111,8 @@ class Run:
         if state is None:
             state = work(Progress(_read_if_whole(partial), lambda s: self._write(partial, s)))
             self._write(final, state)
-            if self.main:
-                partial.unlink(missing_ok=True)
+        if self.main:  # also one that a process killed between the two left behind
+            partial.unlink(missing_ok=True)
         return state
 
     def _write(self, path: Path, state: State) -> None:

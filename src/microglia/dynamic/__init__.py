@@ -19,7 +19,7 @@ from microglia.dynamic.gathered import Gathered
 from microglia.dynamic.routes import Routes, frequencies, record, statistics
 from microglia.dynamic.sites import Sites, find_sites
 from microglia.dynamic.targets import RULES, Rule, mass, targets
-from microglia.dynamic.tuning import Crossover, tune
+from microglia.dynamic.tuning import Crossover, Fastest, tune
 
 __all__ = [
     "COUNTS",
@@ -29,6 +29,7 @@ __all__ = [
     "Counter",
     "Crossover",
     "Estimate",
+    "Fastest",
     "Flow",
     "Gate",
     "GatePlan",

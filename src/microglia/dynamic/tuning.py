@@ -6,17 +6,22 @@ to be faster than running it whole, packed, and masking the result.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from microglia.dynamic.flow import Convolution
 from microglia.dynamic.gathered import Gathered
 from microglia.dynamic.kernels import prepacked, run_depthwise, run_part, settings_key
 from microglia.graph.trace import shape_of
 from microglia.measure.latency import time_interleaved
+from microglia.measure.packing import pack
+from microglia.measure.running import Example, folded_twin
+
+Call = Callable[[Tensor], Any]
 
 FRACTIONS = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875)
 """Of the channels on each side that are kept, tried in turn."""
@@ -57,6 +62,49 @@ def tune(gathered: Gathered, *, rounds: int = 7, seed: int = 0) -> list[Crossove
     for crossover in found:
         gathered.limits.update(dict.fromkeys(crossover.layers, crossover.limit))
     return found
+
+
+class Fastest:
+    """A gated model that runs the way that is fastest for inputs of a shape: gathered, or masked as a whole.
+
+    The first inputs of each shape are timed both ways, whatever their routes; few inputs are likely to gather, many of
+    different routes to be masked.
+
+    Args:
+        model: A gated model; its weights of this moment are taken.
+        example_inputs: One batch of inputs.
+
+    Attributes:
+        times: Shape of the inputs -> execution -> milliseconds.
+        chosen: Shape of the inputs -> name of the execution that runs them.
+    """
+
+    def __init__(self, model: nn.Module, example_inputs: Tensor) -> None:
+        self.gathered = Gathered(model, example_inputs)
+        if example_inputs.device.type == "cpu":
+            tune(self.gathered)
+        self.masked = folded_twin(model)
+        self.times: dict[tuple[int, ...], dict[str, float]] = {}
+        self.chosen: dict[tuple[int, ...], str] = {}
+        self._calls: dict[tuple[int, ...], Call] = {}
+
+    @torch.no_grad()
+    def __call__(self, x: Tensor) -> Any:
+        """Returns the model's output."""
+        shape = tuple(x.shape)
+        if shape not in self._calls:
+            self._choose(shape, x)
+        return self._calls[shape](x)
+
+    def _choose(self, shape: tuple[int, ...], x: Tensor) -> None:
+        calls: dict[str, Call] = {"gathered": self.gathered, "masked": self.masked}
+        if x.device.type == "cpu" and x.dtype == torch.float32:
+            calls["masked packed"] = pack(self.masked, Example.of(x))
+        timed = {name: (lambda call=call: call(x)) for name, call in calls.items()}
+        times = time_interleaved(timed, rounds=7, warmup=2)  # type: ignore[arg-type]
+        self.times[shape] = {name: time.median for name, time in times.items()}
+        self.chosen[shape] = min(self.times[shape], key=self.times[shape].__getitem__)
+        self._calls[shape] = calls[self.chosen[shape]]
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Where gathering pays: limits by timing, and the choice between gathered and masked; whatever is chosen, the outputs are equal."""
+"""Where gathering pays: limits by timing, the choice between gathered and masked. The outputs are equal in any case."""
 
 from __future__ import annotations
 

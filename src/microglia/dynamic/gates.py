@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from microglia.core.errors import FileError, MicrogliaError
-from microglia.dynamic.targets import RULES, Rule, mass, targets
+from microglia.dynamic.targets import RULES, Rule, highest, mass, share_of, targets
 
 Pool = Literal["avg", "max"]
 GATES = "microglia_gates"
@@ -36,6 +36,8 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "tanh": torch.tanh,
 }
 """Activations that leave 0 as it is, so that a gate may stand in front of them."""
+RECTIFYING = frozenset({"relu", "relu6"})
+"""Those that never fall and are never negative."""
 
 
 @dataclass(frozen=True)
@@ -127,9 +129,15 @@ class Passage:
         """Feature maps behind norm and activation, before the mask."""
         return ACTIVATIONS[self.gate.site.activation](self.output)
 
+    @torch.no_grad()
     def share(self) -> Tensor:
-        """Returns each filter's share of the response, (batch, outputs)."""
-        return mass(self.response)
+        """Returns each filter's share of the response, (batch, outputs).
+
+        An activation that never falls and is never negative takes the largest value to the largest absolute one, so that the
+        peaks of the response are known without computing it.
+        """
+        name = self.gate.site.activation
+        return share_of(ACTIVATIONS[name](highest(self.output))) if name in RECTIFYING else mass(self.response)
 
     def target(self) -> Tensor:
         """Returns the filters to keep by the layer's own r, boolean, (batch, outputs)."""

@@ -528,3 +528,47 @@ def test_supports_of_sums_pads_and_concatenations() -> None:
     masks = {s: torch.rand(2, flow.convolutions[s].convolution.outputs) < 0.5 for s in ("left", "right")}  # type: ignore[union-attr]
     arriving = flow.supports(masks)[flow.convolutions["after"].sources[0]]
     assert torch.equal(arriving, torch.cat([masks["left"], masks["right"], torch.ones(2, 8, dtype=torch.bool)], 1))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("shape", [(3, 5), (3, 5, 7), (3, 5, 4, 6), (3, 5, 2, 3, 4)])
+def test_a_share_is_that_of_the_response(activation: str, shape: tuple[int, ...]) -> None:
+    """Also where the peaks are taken before the activation; a filter that never fires has none."""
+    output = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    output[:, 0] = -output[:, 0].abs()
+    site = networks.Site("layer", "layer", activation, 2, 5)
+    passage = Passage(mg.dynamic.Gate(site, GatePlan((site,))), torch.zeros(3, 5), torch.ones(3, 5).bool(), output)
+    response = ACTIVATIONS[activation](output).flatten(1).reshape(3, 5, -1).abs().amax(2).double()
+    torch.testing.assert_close(passage.share(), (response / response.sum(1, keepdim=True)).float(), rtol=0, atol=0)
+    assert activation not in ("relu", "relu6") or not passage.share()[:, 0].any()
+
+
+class NormWithActivation(nn.BatchNorm2d):
+    """As in timm: the activation is part of the norm."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.silu(super().forward(x))
+
+
+def test_an_activation_inside_the_norm_is_applied_once() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), NormWithActivation(6), nn.Conv2d(6, 4, 3), nn.ReLU()).eval()
+    x = images(2)
+    dense = model(x)
+    inner, outer = sites(model, x, exclude=["2"]).sites[0], sites(nn.Sequential(*model[:2], nn.Flatten()), x).sites[0]
+    (inner,) = sites(model, x, exclude=["2"]).sites
+    assert (inner.carrier, inner.activation) == ("1", "identity")
+    attach_gates(model, GatePlan((inner,)).with_r(0.9))
+    heard = passages(model, x, fade=0.0)
+    torch.testing.assert_close(heard["0"].response, model[:2](x), rtol=0, atol=0)
+    bias(model, 100.0)
+    torch.testing.assert_close(model(x), dense, rtol=0, atol=0)
+
+
+def test_convolutions_that_pad_with_other_values_are_left_alone() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 6, 3, padding=1, padding_mode="reflect"), nn.ReLU(), nn.Conv2d(6, 4, 3), nn.ReLU(), nn.Flatten()
+    )
+    found = sites(model.append(nn.Linear(400, 2)).eval(), images(1))
+    assert [site.layer for site in found.sites] == ["2"]
+    assert "pads with other values" in found.left_out["0"]

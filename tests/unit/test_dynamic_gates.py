@@ -554,13 +554,12 @@ def test_an_activation_inside_the_norm_is_applied_once() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 6, 3), NormWithActivation(6), nn.Conv2d(6, 4, 3), nn.ReLU()).eval()
     x = images(2)
-    dense = model(x)
-    inner, outer = sites(model, x, exclude=["2"]).sites[0], sites(nn.Sequential(*model[:2], nn.Flatten()), x).sites[0]
+    dense, response = model(x), model[:2](x)
     (inner,) = sites(model, x, exclude=["2"]).sites
     assert (inner.carrier, inner.activation) == ("1", "identity")
     attach_gates(model, GatePlan((inner,)).with_r(0.9))
     heard = passages(model, x, fade=0.0)
-    torch.testing.assert_close(heard["0"].response, model[:2](x), rtol=0, atol=0)
+    torch.testing.assert_close(heard["0"].response, response, rtol=0, atol=0)
     bias(model, 100.0)
     torch.testing.assert_close(model(x), dense, rtol=0, atol=0)
 

@@ -7,6 +7,7 @@ Inputs of a batch go on together as long as the gates keep the same of them. Spe
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -65,6 +66,7 @@ class Gathered:
                 f"The gathered execution is for models of one input; {type(model).__name__} has {len(inputs)}."
             )
         self._input = inputs[0]
+        self._results = pytree.tree_leaves(next(n for n in reversed(graph.nodes) if n.op == "output").args[0])
         self._last_use = _last_uses(self.flow)
         self._packed: dict[str, Callable[[Tensor], Tensor]] = {}
         self._routed = {s.node: self._gated(s, s.convolution) for s in self._convolutions(gated=True)}
@@ -99,8 +101,7 @@ class Gathered:
                 values[step.node], mask = routed(values, mask), None
             for node in self._last_use.get(step.node, ()):
                 values.pop(node, None)
-        output = next(n for n in reversed(self.flow.trace.graph.nodes) if n.op == "output")
-        return [whole(values[n]) if isinstance(n, fx.Node) else n for n in pytree.tree_leaves(output.args[0])]
+        return [whole(values[n]) if isinstance(n, fx.Node) else n for n in self._results]
 
     def _split(self, values: Environment, number: int, masks: Tensor) -> list[Any]:
         """Returns the outputs of inputs that go different ways from here on, those of one way together."""
@@ -225,7 +226,7 @@ def _all(count: int, like: Tensor) -> Tensor:
 
 def _products(c: Convolution, out: Tensor, columns: int) -> int:
     """Returns the products of so many input channels that made an output."""
-    return out.numel() * columns * c.weight[0, 0].numel()
+    return out.numel() * columns * math.prod(c.weight.shape[2:])
 
 
 def _last_uses(flow: Flow) -> dict[fx.Node, list[fx.Node]]:

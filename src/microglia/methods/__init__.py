@@ -5,7 +5,8 @@ from microglia.methods.awg import Awg, AwgConfig
 from microglia.methods.base import Method, MethodConfig, method, methods, preset
 from microglia.methods.channels import ChannelsConfig
 from microglia.methods.ddnp import DdnpConfig
-from microglia.methods.ftwt import Ftwt, FtwtConfig
+from microglia.methods.ftwt import Ftwt
+from microglia.methods.ftwt_config import FtwtConfig
 from microglia.methods.gradual import Gradual, GradualConfig
 from microglia.methods.oneshot import OneShot, OneShotConfig
 from microglia.methods.pas import Pas, PasConfig

@@ -43,7 +43,6 @@ class Convolution:
         bias: With the norm's shift folded in, (outputs,); None where there is none.
         settings: stride, padding, dilation and groups, as `torch.conv2d` takes them.
         carrier: Name of the norm, or of the convolution itself.
-        norm: Whether a batch norm was fused.
         activation: Name of the activation that was fused, ``identity`` without one.
         inner: Whether the activation is part of the carrier itself, as in a norm with an activation of its own.
     """
@@ -53,7 +52,6 @@ class Convolution:
     bias: Tensor | None
     settings: dict[str, Any]
     carrier: str
-    norm: bool
     activation: str
     inner: bool
 
@@ -168,7 +166,7 @@ class Flow:
         if layer is None or not isinstance(self._modules[layer], nn.Conv1d | nn.Conv2d | nn.Conv3d):
             return None
         weight, bias = self._tensor(a["weight"]), self._tensor(a["bias"])
-        chain, carrier, normed = [node], layer, False
+        chain, carrier = [node], layer
         norm = _only_user(node)
         if norm is not None and operator_name(norm) == "batch_norm" and weight is not None:
             n = named_arguments(norm)
@@ -179,7 +177,7 @@ class Flow:
                 assert variance is not None
                 weight, bias = fuse_conv_bn_weights(weight, bias, mean, variance, n["eps"], scale, shift)  # type: ignore[arg-type]
                 chain.append(norm)
-                carrier, normed = holder, True
+                carrier = holder
         activation, inner = "identity", False
         following = _only_user(chain[-1])
         if following is not None and (found := activation_of(following)) is not None:
@@ -188,7 +186,7 @@ class Flow:
         assert weight is not None
         settings = {k: a[k] for k in ("stride", "padding", "dilation", "groups")}
         shift = None if bias is None else bias.detach()
-        return Convolution(layer, weight.detach(), shift, settings, carrier, normed, activation, inner), chain
+        return Convolution(layer, weight.detach(), shift, settings, carrier, activation, inner), chain
 
     def _holder(self, value: Any, attribute: str) -> str | None:
         """Returns the name of the module whose attribute a value is, if it is read once."""

@@ -63,3 +63,11 @@ def markdown_table(titles: Sequence[str], rows: Iterable[Sequence[Entry]], words
     sides = ["---" if title in left else "---:" for title in titles]
     body = [[escaped(entry.text) for entry in entries] for entries in rows]
     return [f"| {' | '.join(cells)} |" for cells in ([escaped(title) for title in titles], sides, *body)]
+
+
+def drop_column(titles: list[str], rows: Sequence[list[Entry]], title: str) -> None:
+    """Removes a column from a table, in place."""
+    place = titles.index(title)
+    titles.pop(place)
+    for entries in rows:
+        entries.pop(place)

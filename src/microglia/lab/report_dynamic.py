@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from statistics import fmean
 
-from microglia.lab.report_cells import Entry, markdown_table, of_spread, of_words
+from microglia.lab.report_cells import Entry, drop_column, markdown_table, of_spread, of_words
 from microglia.lab.report_labels import rule_of
 from microglia.lab.report_routing import Routing
 from microglia.lab.report_rows import Group, Row, Spread
@@ -27,10 +27,7 @@ def dynamic_table(group: Group) -> tuple[list[str], list[tuple[Row, list[Entry]]
     titles += ["precision, %", "recall, %", "routes"]
     rows = [(row, _entries(row, group.scale)) for row in group.dynamic]
     if not any(row.settings for row, _ in rows):
-        place = titles.index("settings")
-        titles.pop(place)
-        for _, entries in rows:
-            entries.pop(place)
+        drop_column(titles, [entries for _, entries in rows], "settings")
     return titles, rows
 
 

@@ -8,7 +8,17 @@ from collections.abc import Iterable, Sequence
 from pathlib import PurePath
 from statistics import fmean
 
-from microglia.lab.report_cells import Entry, count_runs, escaped, markdown_table, of_count, of_ratio, of_spread, of_words
+from microglia.lab.report_cells import (
+    Entry,
+    count_runs,
+    drop_column,
+    escaped,
+    markdown_table,
+    of_count,
+    of_ratio,
+    of_spread,
+    of_words,
+)
 from microglia.lab.report_dynamic import dynamic_lines
 from microglia.lab.report_read import Collected
 from microglia.lab.report_rows import Group, Row
@@ -55,10 +65,7 @@ def table(group: Group) -> tuple[list[str], list[tuple[Row, list[Entry]]]]:
     titles += ["measured speed-up", "bytes, raw", "bytes, zipped"]
     rows = [(row, _entries(row, group.scale)) for row in (*group.baselines, *group.rows)]
     if not any(row.settings for row, _ in rows):
-        place = titles.index("settings")
-        titles.pop(place)
-        for _, entries in rows:
-            entries.pop(place)
+        drop_column(titles, [entries for _, entries in rows], "settings")
     return titles, rows
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import islice
+
 import torch
 from torch import Tensor, nn
 
@@ -10,14 +12,32 @@ from microglia.train.task import Split, Task
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, task: Task, split: Split = "test", *, batch_size: int = 256) -> dict[str, float]:
-    """Returns the task's metrics on a split, over all ranks; the model's train or eval mode is left as it was."""
+def evaluate(
+    model: nn.Module,
+    task: Task,
+    split: Split = "test",
+    *,
+    batch_size: int = 256,
+    limit: int | None = None,
+    seed: int = 0,
+) -> dict[str, float]:
+    """Returns the task's metrics on a split, over all ranks; the model's train or eval mode is left as it was.
+
+    Args:
+        model: Anything that maps the task's inputs to its outputs.
+        task: Data and metrics.
+        split: Which part of the data.
+        batch_size: Examples in a forward pass of each rank.
+        limit: Batches to look at, drawn from the split by ``seed``; None for all of it.
+        seed: See ``limit``.
+    """
     rank, world = rank_and_world()
     device = device_of(model)
     training = model.training
     model.eval()
     sums: dict[str, Tensor] = {}
-    for inputs, targets in task.data.batches(split, batch_size * world, rank=rank, world=world).epoch(0):
+    batches = task.data.batches(split, batch_size * world, seed=seed, shuffle=limit is not None, rank=rank, world=world)
+    for inputs, targets in islice(batches.epoch(0), limit):
         if not len(targets):  # the last batch may leave nothing for this rank
             continue
         outputs, targets = model(inputs.to(device)), targets.to(device)  # noqa: PLW2901

@@ -640,3 +640,57 @@ def test_shrink_of_a_model_without_masks_changes_nothing():
     assert shapes(small) == shapes(model)
     assert torch.equal(small(IMAGES), model(IMAGES))
     assert any("No channel is masked whole" in note for note in plan_of(small).notes)
+
+
+class Shared(nn.Module):
+    """One convolution that two blocks hold under their own names, as CoaT does."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, padding=1)
+        self.mix = nn.Conv2d(16, 16, 3, padding=1, groups=16)
+        self.first = nn.ModuleDict({"mix": self.mix, "out": nn.Conv2d(16, 16, 1)})
+        self.second = nn.ModuleDict({"mix": self.mix, "out": nn.Conv2d(16, 16, 1)})
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, x):
+        x = self.stem(x)
+        for block in (self.first, self.second):
+            x = x + block["out"](F.relu(block["mix"](x)))
+        return self.head(x.mean((2, 3)))
+
+
+def test_a_module_held_under_several_names_is_cut_once(tmp_path):
+    torch.manual_seed(0)
+    model = Shared().eval()
+    small = prune_channels(model, torch.randn(2, 3, 8, 8), Budget(density=0.5), round_to=1)
+    assert small.mix is small.first["mix"] is small.second["mix"]
+    assert small.mix.weight.shape[0] == small.mix.groups == 8
+    again = replay(Shared(), Plan.from_dict(json.loads(json.dumps(plan_of(small).to_dict()))))
+    assert [p.shape for p in again.parameters()] == [p.shape for p in small.parameters()]
+
+
+class Lazy(nn.Module):
+    """Makes its table of positions when it first sees how long its input is, as ConViT does."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = torch.zeros(1)
+        self.one = nn.Linear(8, 16)
+        self.two = nn.Linear(16, 8)
+
+    def forward(self, x):
+        if len(self.table) != x.shape[1]:
+            self.table = torch.arange(x.shape[1]) / x.shape[1]
+        return self.two(torch.relu(self.one(x).view(len(x), -1, 16)).mul(1 + self.table[None, :, None]))
+
+
+@pytest.mark.parametrize("ran", [True, False])
+def test_what_a_model_makes_at_its_first_run_does_not_change_the_trace(ran):
+    torch.manual_seed(0)
+    model, x = Lazy().eval(), torch.randn(2, 6, 8)
+    if ran:
+        model(x)
+    one, other = trace(model, x), trace(Lazy().eval(), x)
+    assert one.tensors.keys() == other.tensors.keys()
+    assert [node.name for node in one.graph.nodes] == [node.name for node in other.graph.nodes]

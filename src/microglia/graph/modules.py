@@ -35,7 +35,7 @@ def indices(cut: Cut) -> dict[str, dict[str, list[int]]]:
 
 def attributes(cut: Cut, model: nn.Module) -> dict[str, dict[str, Any]]:
     """Returns the attributes that layers pass to their operators and that the cut changes: groups, normalized shapes."""
-    modules = dict(model.named_modules())
+    modules = dict(model.named_modules(remove_duplicate=False))
     found: dict[str, dict[str, Any]] = {}
     for node in cut.analysis.trace.graph.nodes:
         if node.op != "call_function":
@@ -73,6 +73,7 @@ def apply_indices(model: nn.Module, kept: Indices, changed: Attributes) -> None:
     """Slices tensors of a model in place and mends its layers' attributes. Names that are no tensor of it are left out."""
     modules = dict(model.named_modules(remove_duplicate=False))
     new_of: dict[int, Tensor] = {}
+    held: list[Tensor] = []  # what was replaced lives on, for a new tensor might else get its id
     touched: dict[int, nn.Module] = {}
     for name, by_dim in kept.items():
         path, _, leaf = name.rpartition(".")
@@ -81,7 +82,9 @@ def apply_indices(model: nn.Module, kept: Indices, changed: Attributes) -> None:
         if owner is None or not isinstance(old, Tensor):
             continue
         if id(old) not in new_of:
-            new_of[id(old)] = _sliced(old, by_dim)
+            held.append(old)
+            new_of[id(old)] = new = _sliced(old, by_dim)
+            new_of[id(new)] = new  # a module that is held under several names is cut under the first
         if leaf in owner._parameters:
             owner._parameters[leaf] = new_of[id(old)]  # type: ignore[assignment]
         elif leaf in owner._buffers:

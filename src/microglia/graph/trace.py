@@ -6,7 +6,7 @@ import itertools
 import logging
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,6 +64,8 @@ def trace(model: nn.Module, example_inputs: Any, *, dynamic: Sequence[int] = (0,
     args, kwargs = arguments(example_inputs)
     modes = {module: module.training for module in model.modules()}
     model.train(training)
+    if not training:
+        _run_once(model, args, kwargs)
     hook = model.register_forward_hook(_known_outputs)
     try:
         exported = _export(model, args, kwargs, dynamic)
@@ -74,6 +76,12 @@ def trace(model: nn.Module, example_inputs: Any, *, dynamic: Sequence[int] = (0,
     inline_wrappers(exported.graph_module)
     _refuse_unknown_sizes(exported.graph, model)
     return _as_trace(exported, model)
+
+
+def _run_once(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Lets a model make what it makes in its first forward pass, such as tables of positions: each trace then has the same."""
+    with suppress(Exception), torch.no_grad():  # what is wrong with it, the trace tells
+        model(*args, **kwargs)
 
 
 def _refuse_unknown_sizes(graph: fx.Graph, model: nn.Module) -> None:

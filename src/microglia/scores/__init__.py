@@ -3,20 +3,30 @@
 from microglia.scores.accumulated import accumulated, accumulated_gradient
 from microglia.scores.base import Evidence, Score, score, scores
 from microglia.scores.gradient import gradient_magnitude, loss_gradient
+from microglia.scores.grasp import grasp, grasp_magnitude, hessian_gradient
 from microglia.scores.guard import untouched
 from microglia.scores.magnitude import magnitude
 from microglia.scores.random import random
+from microglia.scores.snip import snip
+from microglia.scores.synflow import effective_masks, shares, synflow
 
 __all__ = [
     "Evidence",
     "Score",
     "accumulated",
     "accumulated_gradient",
+    "effective_masks",
     "gradient_magnitude",
+    "grasp",
+    "grasp_magnitude",
+    "hessian_gradient",
     "loss_gradient",
     "magnitude",
     "random",
     "score",
     "scores",
+    "shares",
+    "snip",
+    "synflow",
     "untouched",
 ]

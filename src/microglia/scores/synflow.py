@@ -1,0 +1,164 @@
+"""SynFlow: the flow of positive signal through a network, without data (Tanaka et al. 2020); which weights lie on a path."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from microglia.core.errors import ScoreError
+from microglia.core.layers import Layer, prunable_layers
+from microglia.core.masks import MaskSet
+from microglia.scores.base import Evidence, score
+from microglia.scores.guard import untouched
+
+PASSED = (
+    *(nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm),
+    *(nn.ReLU6, nn.Hardtanh),
+)
+"""While flow is measured these return their input: norms would divide the signal away, clipped activations cap it."""
+TRIES = ((torch.float32, 2.0**-110, (1e-33, 1e33)), (torch.float64, 2.0**-500, (1e-290, 1e305)))
+"""(dtype, scale of what enters, bounds of the scaled flow). A flow of 1e60 fits float32 when what enters is
+as small as it can be: forward values span scale to scale * R, backward ones 1 / (scale * R) to 1 / scale. The shares do not
+depend on the scale. Beyond, float64 goes on, for which oneDNN has no kernels."""
+ENTERING = ("bias", "token", "embed", "pos")
+"""Parts of the names of parameters that are added to the signal: they are scaled like the input."""
+
+
+@score("synflow")
+def synflow(model: nn.Module, layers: Mapping[str, Layer], evidence: Evidence) -> dict[str, Tensor]:
+    """Returns each weight's share of the flow R: (dR/d|w|) |w| / R (Tanaka et al. 2020, equations 1 and 7).
+
+    R is the sum of the outputs for an input of ones with every parameter replaced by its absolute value and norms passing
+    through. The shares of any layer that cuts a network without biases through add up to 1. Of the batches only the shape of
+    the first input counts (an integer one, such as tokens, is taken as it is).
+
+    Raises:
+        ScoreError: There is no batch to take the shape from, nothing flows, or the flow is beyond float64.
+    """
+    inputs = next(iter(evidence.batches), (None,))[0]
+    if not isinstance(inputs, Tensor):
+        raise ScoreError("SynFlow takes the shape of the input from a batch: give batches=[(inputs, targets)].")
+    return shares(model, layers, inputs[:1])
+
+
+def shares(
+    model: nn.Module, layers: Mapping[str, Layer], example: Tensor, *, dtype: torch.dtype | None = None
+) -> dict[str, Tensor]:
+    """Returns the shares of the flow, see `synflow`; the model is only read.
+
+    Args:
+        model: Masked or dense.
+        layers: Whose weights to score.
+        example: One input, (1, ...).
+        dtype: To compute in; None takes float32 where the flow fits in it.
+
+    Raises:
+        ScoreError: As `synflow`.
+    """
+    flow = 0.0
+    for kind, scale, (least, most) in TRIES:
+        if dtype in (None, kind):
+            found, flow = _shares(model, layers, example, lambda p: p.detach().abs(), kind, scale)
+            if least <= flow <= most:
+                return found
+    if flow > 0:
+        raise ScoreError(f"The flow through this network is {flow:g}: beyond what float64 holds. Scale its weights down.")
+    raise ScoreError(
+        "Nothing flows from the inputs to the outputs: a layer is emptied or every path is cut, so that SynFlow has nothing to "
+        "tell apart. Keep more weights, or prune in more rounds."
+    )
+
+
+def effective_masks(model: nn.Module, example: Tensor) -> MaskSet:
+    """Returns the masks of the weights that lie on a path from input to output: the others are dead, kept or not.
+
+    Source: Frankle et al. 2021, section 4; Vysogorets and Kempe 2021 ("effective sparsity"). A weight that only ever reads
+    zero padding is dead too.
+
+    Args:
+        model: Masked or with zeros in its weights; left as it is.
+        example: One input, (1, ...).
+    """
+    layers = prunable_layers(model)
+
+    with untouched(model):
+        found, _ = _shares(model, layers, example, _averaging, torch.float64, 1.0, biases=False)
+    return MaskSet({n: found[n] > 0 if found else torch.zeros_like(layer.raw, dtype=torch.bool) for n, layer in layers.items()})
+
+
+def _averaging(p: Tensor) -> Tensor:
+    """Returns rows that average the inputs a parameter has: nothing overflows, and what was zero stays zero."""
+    alive = (p.detach() != 0).double()
+    if p.ndim == 1:
+        return torch.ones_like(alive)
+    return alive / alive.flatten(1).sum(1).clamp(min=1).view(-1, *[1] * (p.ndim - 1))
+
+
+def _shares(  # noqa: PLR0917 -- the parts of one computation
+    model: nn.Module,
+    layers: Mapping[str, Layer],
+    example: Tensor,
+    read: Callable[[Tensor], Tensor],
+    dtype: torch.dtype,
+    scale: float,
+    *,
+    biases: bool = True,
+) -> tuple[dict[str, Tensor], float]:
+    """Returns the shares of the flow through ``read`` parameters, and the flow times the scale (0 or infinite: no shares)."""
+    wanted = {id(layer.raw): name for name, layer in layers.items()}
+    weights = {id(layer.raw) for layer in prunable_layers(model).values()}
+    state: dict[str, Tensor] = {}
+    leaves: dict[str, Tensor] = {}
+    for name, p in model.named_parameters(remove_duplicate=False):
+        if (layer := wanted.get(id(p))) in leaves:
+            state[name] = leaves[layer]
+            continue
+        state[name] = read(p).to(dtype)
+        if id(p) not in weights and any(part in name.rpartition(".")[2] for part in ENTERING):
+            state[name] = state[name] * (scale if biases else 0.0)
+        if layer is not None:
+            leaves[layer] = state[name].requires_grad_()
+    state |= {name: b.to(dtype) for name, b in model.named_buffers() if b.is_floating_point()}
+    ones = torch.full_like(example, scale, dtype=dtype) if example.is_floating_point() else example
+    model.eval()
+    with torch.enable_grad(), _passing(model):
+        flow = sum(_outputs(torch.func.functional_call(model, state, (ones,))), torch.zeros((), dtype=dtype))
+        if not (torch.isfinite(flow) and flow > 0):
+            return {}, float(flow.detach().nan_to_num(torch.inf, torch.inf))
+        gradients = torch.autograd.grad(flow.log(), list(leaves.values()), allow_unused=True, materialize_grads=True)
+    by_name = dict(zip(leaves, gradients, strict=True))
+    return {name: by_name[name] * leaves[name].detach() for name in layers}, float(flow.detach())
+
+
+@contextmanager
+def _passing(model: nn.Module) -> Iterator[None]:
+    """Runs its body with norms and clipped activations that return their input."""
+    passed = [module for module in model.modules() if isinstance(module, PASSED)]
+    for module in passed:
+        module.forward = _pass  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for module in passed:
+            del module.forward
+
+
+def _pass(x: Tensor, *rest: Any) -> Tensor:
+    return x
+
+
+def _outputs(output: Any) -> Iterator[Tensor]:
+    """Yields the sum of every floating tensor in an output, however nested."""
+    if isinstance(output, Tensor):
+        if output.is_floating_point():
+            yield output.sum()
+    elif isinstance(output, Mapping):
+        for value in output.values():
+            yield from _outputs(value)
+    elif isinstance(output, list | tuple):
+        for value in output:
+            yield from _outputs(value)

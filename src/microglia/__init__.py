@@ -1,7 +1,8 @@
 """Microglia: prune any PyTorch model, see it get measurably faster and smaller, and load the result anywhere.
 
 `mask` writes zeros; `fold` makes them part of the weights; `save` and `load` keep a model without pickle. A pruner
-(`OneShot`, `Gradual`, `Smart` and its rivals, `Ftwt`) steps inside anybody's loop; `execute` runs a whole `Recipe`.
+(`OneShot`, `Gradual`, `Smart` and its rivals, `SparseTraining`, `Ftwt`) steps inside anybody's loop; `execute` runs a
+whole `Recipe`.
 """
 
 from microglia.core.budget import Budget
@@ -17,7 +18,7 @@ from microglia.graph import plan_of, prune_channels, shrink
 from microglia.lab.execute import execute
 from microglia.lab.recipe import Recipe, resolve
 from microglia.measure import measure, measure_latency
-from microglia.methods import Acdc, Awg, Ftwt, Gradual, OneShot, Pas, Pdp, Smart
+from microglia.methods import Acdc, AtInit, Awg, Ftwt, Gradual, OneShot, Pas, Pdp, Smart, SparseTraining
 from microglia.scores import Evidence, score
 from microglia.train.archive import load, save
 from microglia.train.evaluate import evaluate
@@ -31,6 +32,7 @@ from microglia.train.task import Task
 __all__ = [
     "NM",
     "Acdc",
+    "AtInit",
     "Awg",
     "Block",
     "Budget",
@@ -47,6 +49,7 @@ __all__ = [
     "Pdp",
     "Recipe",
     "Smart",
+    "SparseTraining",
     "Task",
     "Unstructured",
     "build",

@@ -15,15 +15,30 @@ from microglia.core.errors import SelectorError
 from microglia.core.patterns import parse_pattern
 from microglia.data import ImageData
 from microglia.dynamic import gate_plan, gates_of
-from microglia.methods import ChannelsConfig, DdnpConfig, FtwtConfig, UnitConfig, methods
+from microglia.methods import (
+    AtInitConfig,
+    ChannelsConfig,
+    DdnpConfig,
+    FtwtConfig,
+    LotteryConfig,
+    SparseTrainingConfig,
+    UnitConfig,
+    methods,
+)
 from microglia.train.image_task import ImageSource
 from microglia.train.run import Run
 from microglia.train.task import CLASSIFICATION, CrossEntropy
 
 PATTERNS = ["unstructured", "block:4x2", "block:8x1", "nm:2:4", "channel"]
 DENSITY = 0.4
+EXCHANGING = [name for name, method in methods.items() if issubclass(method.config, SparseTrainingConfig)]
 SEARCHING = [name for name, method in methods.items() if issubclass(method.config, UnitConfig)]
 GATING = [name for name, method in methods.items() if issubclass(method.config, FtwtConfig)]
+SCORED = [
+    name
+    for name, method in methods.items()
+    if name not in ("at-init", "tickets") and issubclass(method.config, AtInitConfig | LotteryConfig)
+]
 REMOVING = [n for n, method in methods.items() if issubclass(method.config, ChannelsConfig | DdnpConfig)] + SEARCHING
 MASKING = [
     (name, pattern)
@@ -32,6 +47,8 @@ MASKING = [
     if not issubclass(methods[name].config, ChannelsConfig | DdnpConfig | FtwtConfig)
     and (name, pattern) != ("pas", "nm:2:4")  # refused: see test_methods_search
     and (name not in SEARCHING or pattern != "channel")  # removes
+    and (name not in EXCHANGING or pattern == "unstructured")  # single weights
+    and (name not in SCORED or pattern in ("unstructured", "block:4x2"))  # the others with the method they are names for
 ]
 
 
@@ -99,6 +116,7 @@ def config_of(name: str, pattern: str) -> object:
     fields = {"pattern": pattern, "dense": short, "train": short, "score_batch_size": 32}
     budget = {} if fixed else {"flops": 0.5, "search_epochs": 2} if name == "ddnp" else {"density": DENSITY}
     budget = {"flops": 0.8, "images": 64} if name in GATING else budget
+    budget |= {"every": 2} if name in EXCHANGING else {}
     return TypeAdapter(methods[name].config).validate_python({**methods[name].defaults, **fields, **budget})
 
 
@@ -126,7 +144,7 @@ def test_method(name: str, pattern: str, kind: str, digits: ImageData, tmp_path:
         slack = largest_unit(model, pattern) * (1 if config.scope == "global" else len(layers))
         assert abs(masks.kept - round(DENSITY * masks.total)) <= (0 if pattern == "unstructured" else slack)
     for layer_name, layer in layers.items():
-        assert masks[layer_name].any()
+        assert masks[layer_name].any() or config.allow_empty
         assert not layer.weight[~masks[layer_name]].any()
         assert not layer.raw[~masks[layer_name]].any()  # enforced below the mask too
         units = parse_pattern(pattern).reduce(masks[layer_name].float())

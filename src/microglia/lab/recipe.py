@@ -53,7 +53,7 @@ class Recipe:
         method: A name that ``microglia methods`` lists; ``channels`` by default where the budget has ``flops`` or ``ms``.
         prune: The fields of that method's config, except the trainings below.
         dense: Training of the dense model.
-        train: Training after (or while) pruning.
+        train: Training after (or while) pruning; by default the method's own.
         measure: What to measure.
         seed: Root of every random number.
         device: ``cpu``, ``cuda`` or ``auto``.
@@ -104,7 +104,11 @@ def resolve(source: Mapping[str, Any]) -> Recipe:
     Raises:
         RecipeError: A field is unknown or wrong; the text names it.
     """
-    recipe: Recipe = _validate(_recipe, merge({**as_dict(Recipe()), **_meant(source)}, source), "recipe")
+    defaults = {**as_dict(Recipe()), **_meant(source)}
+    name = source.get("method", defaults["method"])
+    if isinstance(name, str):  # anything else is refused below
+        defaults["train"] = asdict(methods[name].training)
+    recipe: Recipe = _validate(_recipe, merge(defaults, source), "recipe")
     config = asdict(method_config(recipe))
     prune = {key: value for key, value in config.items() if key not in ("dense", "train")}
     return _validate(_recipe, {**asdict(recipe), "prune": prune}, "recipe")  # type: ignore[no-any-return]

@@ -43,7 +43,11 @@ def read_results(paths: Sequence[str | Path]) -> Collected:
         shown = _shown(path)
         if path.is_dir():
             names = [*path.rglob(RESULT), *(path.glob("*.json") if not (path / RECIPE).exists() else [])]
-            left_out += [f"{_shown_below(shown, run.relative_to(path))}: not finished" for run in _unfinished(path)]
+            others = {file.parent: told for file in path.rglob(RECIPE) if (told := _command(file)) is not None}
+            left_out += [f"{_shown_below(shown, run.relative_to(path))}: {told}" for run, told in others.items()]
+            names = [name for name in names if name.parent not in others]
+            unfinished = [run for run in _unfinished(path) if run not in others]
+            left_out += [f"{_shown_below(shown, run.relative_to(path))}: not finished" for run in unfinished]
         elif path.is_file():
             names = [path]
         else:
@@ -54,6 +58,15 @@ def read_results(paths: Sequence[str | Path]) -> Collected:
         read = _read_run if file.name == RESULT else _read_export
         read(file, source, records, left_out)
     return _unique(records, left_out)
+
+
+def _command(recipe: Path) -> str | None:
+    """Returns what to say of a directory that another command keeps, None for a run."""
+    try:
+        first = recipe.read_text().partition("\n")[0]
+    except (OSError, UnicodeDecodeError):
+        return None
+    return f"of {first.removeprefix('command: ')!r}, which draws figures of its own" if first.startswith("command: ") else None
 
 
 def _unfinished(root: Path) -> list[Path]:

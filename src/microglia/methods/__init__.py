@@ -1,6 +1,7 @@
 """Methods: whole procedures by name, and the pruners they are made of. A new method is one file that imports `method`."""
 
 from microglia.methods.acdc import Acdc, AcdcConfig
+from microglia.methods.at_init import AtInit, AtInitConfig
 from microglia.methods.awg import Awg, AwgConfig
 from microglia.methods.base import Method, MethodConfig, method, methods, preset
 from microglia.methods.channels import ChannelsConfig
@@ -8,16 +9,21 @@ from microglia.methods.ddnp import DdnpConfig
 from microglia.methods.ftwt import Ftwt
 from microglia.methods.ftwt_config import FtwtConfig
 from microglia.methods.gradual import Gradual, GradualConfig
+from microglia.methods.lottery import Level, LotteryConfig, Tickets
 from microglia.methods.oneshot import OneShot, OneShotConfig
 from microglia.methods.pas import Pas, PasConfig
 from microglia.methods.pdp import Pdp, PdpConfig
 from microglia.methods.pruner import PruneConfig, Pruner
 from microglia.methods.search import SearchConfig, UnitConfig, UnitPruner
 from microglia.methods.smart import Smart, SmartConfig
+from microglia.methods.sparse_training import SparseTraining
+from microglia.methods.sparse_training_config import SparseTrainingConfig
 
 __all__ = [
     "Acdc",
     "AcdcConfig",
+    "AtInit",
+    "AtInitConfig",
     "Awg",
     "AwgConfig",
     "ChannelsConfig",
@@ -26,6 +32,8 @@ __all__ = [
     "FtwtConfig",
     "Gradual",
     "GradualConfig",
+    "Level",
+    "LotteryConfig",
     "Method",
     "MethodConfig",
     "OneShot",
@@ -39,6 +47,9 @@ __all__ = [
     "SearchConfig",
     "Smart",
     "SmartConfig",
+    "SparseTraining",
+    "SparseTrainingConfig",
+    "Tickets",
     "UnitConfig",
     "UnitPruner",
     "method",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
@@ -53,6 +53,7 @@ class Method:
         description: One line.
         defaults: Config fields this name sets, which a recipe may override.
         check: Raises, before anything is trained, what is wrong with a config for a task.
+        training: The training after (or while) pruning where a recipe says nothing of it.
     """
 
     name: str
@@ -61,17 +62,20 @@ class Method:
     description: str
     defaults: Mapping[str, Any] = field(default_factory=dict)
     check: Check = fits
+    training: FitConfig = RECOVERY
 
 
 methods: Registry[Method] = Registry("method")
 
 
-def method(name: str, config: type[MethodConfig], check: Check = fits) -> Callable[[Procedure], Procedure]:
+def method(
+    name: str, config: type[MethodConfig], check: Check = fits, training: FitConfig = RECOVERY
+) -> Callable[[Procedure], Procedure]:
     """Returns a decorator that registers a procedure; its docstring's first line describes it."""
 
     def register(procedure: Procedure) -> Procedure:
         description = (procedure.__doc__ or "").strip().split("\n")[0]
-        methods.add(name)(Method(name, procedure, config, description, check=check))
+        methods.add(name)(Method(name, procedure, config, description, check=check, training=training))
         return procedure
 
     return register
@@ -80,4 +84,4 @@ def method(name: str, config: type[MethodConfig], check: Check = fits) -> Callab
 def preset(name: str, of: str, description: str, **defaults: Any) -> None:
     """Registers a name for a method with other defaults."""
     original = methods[of]
-    methods.add(name)(Method(name, original.procedure, original.config, description, defaults, original.check))
+    methods.add(name)(replace(original, name=name, description=description, defaults={**original.defaults, **defaults}))

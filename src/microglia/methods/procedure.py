@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from copy import deepcopy
+from itertools import islice
 from typing import Any, Protocol, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from microglia.core.masks import restore
 from microglia.graph import plan_of, shrink
@@ -127,16 +128,39 @@ def observe(task: Task, run: Run, name: str, model: nn.Module) -> None:
     run.observations[name] = run.stage(f"{name}-observed", stage)
 
 
-def evidence(task: Task, run: Run, config: MethodConfig) -> Evidence:
-    """Returns what a score may look at: shuffled training batches without augmentation, loss and a seeded generator."""
+def evidence(task: Task, run: Run, config: MethodConfig, *, per_class: int | None = None) -> Evidence:
+    """Returns what a score may look at: shuffled training batches without augmentation, loss and a seeded generator.
+
+    Args:
+        task: Data and loss.
+        run: Seed and device.
+        config: How many batches of how many examples.
+        per_class: Examples of every class instead, over all ranks, in batches of the same size; of a task of classification.
+    """
     rank, world = rank_and_world()
     batches = task.data.batches("train", config.score_batch_size, seed=run.seed, shuffle=True, rank=rank, world=world)
-    chosen = []
-    for number, (inputs, targets) in enumerate(batches.epoch(0)):
-        if number == config.score_batches:
-            break
-        chosen.append((inputs.to(run.device), targets.to(run.device)))
+    drawn: Iterable[tuple[Tensor, Tensor]] = islice(batches.epoch(0), config.score_batches)
+    if per_class is not None:
+        drawn = _balanced(batches.epoch(0), -(-per_class // world), config.score_batch_size)
+    chosen = [(inputs.to(run.device), targets.to(run.device)) for inputs, targets in drawn]
     return Evidence(chosen, task.loss, torch.Generator().manual_seed(run.seed))
+
+
+def _balanced(batches: Iterable[tuple[Tensor, Tensor]], per_class: int, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yields the first so many examples of every class among batches, again in batches of a size."""
+    found: dict[int, int] = {}
+    kept: list[tuple[Tensor, Tensor]] = []
+    for inputs, targets in batches:
+        take = []
+        for number, target in enumerate(targets.tolist()):
+            found[target] = found.get(target, 0) + 1
+            if found[target] <= per_class:
+                take.append(number)
+        kept.append((inputs[take], targets[take]))
+        if min(found.values()) >= per_class and len(take) == 0:  # a whole batch that brought nothing new
+            break
+    inputs, targets = (torch.cat(parts) for parts in zip(*kept, strict=True))
+    yield from zip(torch.split(inputs, size), torch.split(targets, size), strict=True)
 
 
 def searched(task: Task, run: Run, config: UnitConfig, pruner: type[UnitPruner]) -> nn.Module:

@@ -105,13 +105,15 @@ class Pruner:
         """Scores, keeps the best units holding ``keep`` weights, attaches the masks and clears what they removed."""
         config, layers = self.config, self.layers
         values = self.score(self.model, layers, self.evidence)
+        alive = {n: m for n, m in masks_of(self.model).items() if n in layers}
+        left = sum(int(alive[n].count_nonzero()) if n in alive else layer.raw.numel() for n, layer in layers.items())
         chosen = select(
             values,
             pattern=self.pattern,
-            keep=keep,
+            keep=min(keep, left),  # whole units may have fallen short of an earlier count by more than this one goes down
             scope=config.scope,
             reduction=config.reduction,
-            alive={n: m for n, m in masks_of(self.model).items() if n in layers},
+            alive=alive,
             protect=self.protected,
             allow_empty=config.allow_empty,
         )
@@ -122,6 +124,10 @@ class Pruner:
     def penalty(self) -> Tensor | float:
         """Returns what the training adds to the loss."""
         return 0.0
+
+    def replaces_step(self) -> bool:
+        """Tells whether the optimizer should rest at this step, for the pruner's own takes its place; few pruners do."""
+        return False
 
     def step(self, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Acts after each optimizer step; with the optimizer at hand its state of removed weights is cleared too."""

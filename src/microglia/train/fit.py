@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from accelerate import Accelerator
@@ -51,6 +51,15 @@ class Pruner(Protocol):
         ...
 
 
+@runtime_checkable
+class Replacing(Protocol):
+    """A pruner that at some steps acts instead of the optimizers, as RigL does; others need not say that they never do."""
+
+    def replaces_step(self) -> bool:
+        """Tells, after the backward pass, whether the optimizers rest at this step."""
+        ...
+
+
 def fit(
     model: nn.Module,
     task: Task,
@@ -63,6 +72,7 @@ def fit(
     progress: Progress | None = None,
     log: Callable[[list[Row]], None] | None = None,
     title: str = "training",
+    stop: int | None = None,
 ) -> list[Row]:
     """Trains a model in place and returns one row per epoch (loss, learning rate, validation metrics, seconds).
 
@@ -75,11 +85,12 @@ def fit(
         config: How to train.
         seed: Root of the randomness.
         device: See `microglia.train.engine.accelerator`.
-        pruner: Stepped after every optimizer step.
+        pruner: Stepped after every optimizer step, or in its place (see `Replacing`).
         teacher: Dense model to distil from where ``config.distill`` > 0.
         progress: Where an interrupted training goes on and saves each finished epoch.
         log: Called with all rows after every epoch.
         title: What the progress bar says.
+        stop: Epoch after which to stop, the learning rates being those of the whole training; None for its end.
 
     Raises:
         TrainingError: The loss is not finite; the model holds the weights before that step.
@@ -90,13 +101,14 @@ def fit(
     own = pruner.param_groups() if pruner is not None else []
     theirs = {id(p) for group in own for p in group["params"]}
     parameters = [p for p in model.parameters() if p.requires_grad and id(p) not in theirs]  # theirs may live in the model
-    wrapped = engine.prepare(model)
+    wrapped = engine.prepare(model) if world > 1 else model.to(engine.device)
     optimizers = make_optimizers(config, [{"params": parameters}, *own])
     start, rows = _resume(model, optimizers, pruner, progress)
     loss = _loss(task, config, teacher)
     length = epoch_length(config, len(batches))
-    with torch.random.fork_rng(), Bar(title, total=config.epochs * length, done=start * length) as bar:
-        for epoch in range(start, config.epochs):
+    end = config.epochs if stop is None else min(stop, config.epochs)
+    with torch.random.fork_rng(), Bar(title, total=end * length, done=start * length) as bar:
+        for epoch in range(start, end):
             began = time.perf_counter()
             torch.manual_seed(seed * 1_000_003 + epoch)  # dropout and the like
             wrapped.train()
@@ -109,7 +121,8 @@ def fit(
             if log is not None:  # before the state: a run killed in between repeats the epoch, and its row
                 log(rows)
             _save(model, optimizers, pruner, progress, rows)
-    engine.free_memory()
+    if world > 1:
+        engine.free_memory()
     return rows
 
 
@@ -162,10 +175,15 @@ class _Steps:
         self.engine.backward(value)
         if self.config.clip is not None:
             self.engine.clip_grad_norm_(self.model.parameters(), self.config.clip)
-        for optimizer in self.optimizers:
-            optimizer.step()
+        if not _replaces_step(self.pruner):
+            for optimizer in self.optimizers:
+                optimizer.step()
         if self.pruner is not None:
             self.pruner.step(self.optimizers[0])
+
+
+def _replaces_step(pruner: object) -> bool:
+    return isinstance(pruner, Replacing) and pruner.replaces_step()
 
 
 def _share(examples: int, device: torch.device) -> Tensor | float:
@@ -196,7 +214,16 @@ def _resume(
     model.load_state_dict(state["model"])
     for optimizer, own in zip(optimizers, state["optimizers"], strict=True):
         optimizer.load_state_dict(own)
+        _lay_out(optimizer)
     return len(state["rows"]), list(state["rows"])
+
+
+def _lay_out(optimizer: torch.optim.Optimizer) -> None:
+    """Lays momenta out in memory like their weights: files hold them in another order, and fused steps go by place."""
+    for p, held in optimizer.state.items():
+        for key, value in held.items():
+            if isinstance(value, Tensor) and value.shape == p.shape and value.stride() != p.stride():
+                held[key] = torch.empty_like(p, dtype=value.dtype).copy_(value)
 
 
 def _save(

@@ -76,13 +76,17 @@ def image_task(
     """
     images = data if isinstance(data, ImageData) else load_data(data, image_size=image_size)
 
-    def make() -> nn.Module:
+    def fresh(seed: int) -> nn.Module:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             network = build_noted(model, classes=len(images.classes), shape=images.shape)
+        return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
+
+    def make() -> nn.Module:
+        network = fresh(seed)
         if checkpoint is not None:
             load_checkpoint(network, checkpoint)
-        return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
+        return network
 
     if normalize not in ("auto", "data"):
         images = replace(images, normalization=Normalization.named(normalize))
@@ -92,7 +96,7 @@ def image_task(
     smoothed = CrossEntropy(label_smoothing) if label_smoothing else None
     name = f"{model} on {images.name}"
     trained = checkpoint is not None
-    return Task(name, make, ImageSource(images), CrossEntropy(), CLASSIFICATION, example, smoothed, trained)
+    return Task(name, make, ImageSource(images), CrossEntropy(), CLASSIFICATION, example, smoothed, trained, fresh)
 
 
 def build_noted(model: str, *, classes: int = 10, shape: tuple[int, ...] = (3, 32, 32), **options: Any) -> nn.Module:

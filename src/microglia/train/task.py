@@ -71,6 +71,7 @@ class Task:
         example: One input (batch of 1), for tracing and measuring.
         training_loss: The loss to train with, if another (label smoothing).
         pretrained: Whether `build` returns trained weights, so that dense training is skipped.
+        fresh: Returns a new model with the initial weights of a seed, never a checkpoint's; None where there is no such way.
     """
 
     name: str
@@ -81,6 +82,7 @@ class Task:
     example: Tensor
     training_loss: Callable[[Any, Any], Tensor] | None = None
     pretrained: bool = False
+    fresh: Callable[[int], nn.Module] | None = None
 
     @property
     def headline(self) -> str:

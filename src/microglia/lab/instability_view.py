@@ -1,0 +1,157 @@
+"""Instability against the epoch at which two copies of a network part: dense, and under the masks of a run."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from microglia.core.errors import MicrogliaError
+from microglia.core.masks import MaskSet, masks_of
+from microglia.lab.execute import make_task
+from microglia.lab.recipe import Recipe, as_dict, method_config
+from microglia.landscape.gauge import Gauge
+from microglia.landscape.instability import STABLE, Training, instability, smallest_stable
+from microglia.train.archive import load
+from microglia.train.engine import accelerator
+from microglia.train.run import Run
+
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Sensing:
+    """What to train in two copies, and where they part.
+
+    Attributes:
+        recipe: Whose model, data and training are meant; its pruning is not.
+        at: Epochs of that training, 0 and its last included.
+        directory: Of one run for each seed.
+        masks: A finished run whose masks are put on at the parting, beside the dense network; None for dense alone.
+        seeds: Initializations.
+        pairs: Of noises for each.
+        points: Of the straight line between the copies.
+        recalibrate: Training batches for the batch-norm statistics of every point.
+        limit: Batches of each split to look at; None for all.
+    """
+
+    recipe: Recipe
+    at: tuple[int, ...]
+    directory: Path
+    masks: Path | None = None
+    seeds: int = 1
+    pairs: int = 1
+    points: int = 30
+    recalibrate: int = 100
+    limit: int | None = None
+
+
+def sense(asked: Sensing) -> Json:
+    """Returns the instability of every network, epoch, seed and pair; each training is a stage that is never done twice.
+
+    The result holds ``task``, ``recipe``, ``rows`` (``network``, ``density``, ``seed``, ``pair`` and what
+    `microglia.landscape.instability.instability` returns), ``summary`` (by network and epoch, mean and standard deviation
+    of the instability of each split) and ``stable_from`` (by network, the least epoch from which on the mean is below 2 %).
+
+    Source: Frankle et al. 2020, figures 2-5.
+
+    Raises:
+        MicrogliaError: An epoch is no part of the training, or the masks fit another network.
+    """
+    epochs = asked.recipe.train.epochs
+    if not asked.at or min(asked.at) < 0 or max(asked.at) > epochs:
+        raise MicrogliaError(f"Copies part at epochs of the training, 0 to {epochs}; got {list(asked.at)}.")
+    masks = _masks(asked)
+    rows = [row for number in range(asked.seeds) for row in _of_seed(asked, number, masks)]
+    summary = summarize(rows)
+    return {
+        "task": make_task(asked.recipe).name,
+        "recipe": as_dict(asked.recipe),
+        "rows": rows,
+        "summary": summary,
+        "stable_from": {
+            name: smallest_stable([row for row in summary if row["network"] == name])
+            for name in dict.fromkeys(row["network"] for row in rows)
+        },
+    }
+
+
+def _masks(asked: Sensing) -> MaskSet | None:
+    if asked.masks is None:
+        return None
+    found = masks_of(load(asked.masks / "model", make_task(asked.recipe).build()))
+    if not found:
+        raise MicrogliaError(f"The model of {asked.masks} has no masks; give a run that masks, such as one of tickets.")
+    if asked.seeds > 1:
+        raise MicrogliaError("Masks belong to the initialization they were found for: with a run's masks leave seeds at 1.")
+    return found
+
+
+def _of_seed(asked: Sensing, number: int, masks: MaskSet | None) -> Iterator[Json]:
+    recipe = replace(asked.recipe, seed=asked.recipe.seed + number)
+    task = make_task(recipe)
+    if task.pretrained:
+        raise MicrogliaError("Copies part on the way from the initialization; leave the checkpoint out.")
+    config = method_config(recipe).train
+    record = {"command": "instability", "recipe": as_dict(recipe), "masks": None if masks is None else str(asked.masks)}
+    run = Run(asked.directory / f"seed-{recipe.seed}", record, seed=recipe.seed, device=accelerator(recipe.device).device.type)
+    gauge = Gauge(task, recalibrate=asked.recalibrate, limit=asked.limit, seed=recipe.seed)
+    networks = {"dense": Training(task, run, config)}
+    if masks is not None:
+        networks["masked"] = Training(task, run, config, masks, "masked")
+    try:
+        for name, training in networks.items():
+            density = 1.0 if training.masks is None or masks is None else masks.density
+            for epoch in asked.at:
+                for pair in range(asked.pairs):
+                    found = instability(training, epoch, gauge, points=asked.points, pair=pair)
+                    yield {"network": name, "density": density, "seed": recipe.seed, "pair": pair, **found}
+    finally:
+        run.close()
+
+
+def summarize(rows: Sequence[Json]) -> list[Json]:
+    """Returns mean and standard deviation (None of one) of the instability by network and epoch; stable where means are."""
+    found: dict[tuple[str, int], list[Json]] = {}
+    for row in rows:
+        found.setdefault((row["network"], row["epoch"]), []).append(row)
+    summary = []
+    for (network, epoch), own in found.items():
+        spread = {split: _spread([row["instability"][split] for row in own]) for split in own[0]["instability"]}
+        ends = {split: statistics.fmean(end for row in own for end in row["ends"][split]) for split in spread}
+        stable = all(value["mean"] < STABLE for value in spread.values())
+        summary.append(
+            {
+                "network": network,
+                "density": own[0]["density"],
+                "epoch": epoch,
+                "n": len(own),
+                "instability": spread,
+                "error": ends,
+                "stable": stable,
+            }
+        )
+    return summary
+
+
+def _spread(values: Sequence[float]) -> Json:
+    return {"mean": statistics.fmean(values), "std": statistics.stdev(values) if len(values) > 1 else None}
+
+
+def instability_table(told: Json) -> Table:
+    """Returns the instability of each network by the epoch at which its copies part."""
+    table = Table("network", "parts at epoch", title=f"{told['task']}: rise of the error (%) on the line between two copies")
+    for title in ("train", "test", "error of the copies, test (%)", "stable"):
+        table.add_column(title, justify="right")
+    for row in told["summary"]:
+        cells = []
+        for split in ("train", "test"):
+            value = row["instability"][split]
+            cells.append(f"{100 * value['mean']:.2f}" + ("" if value["std"] is None else f" ± {100 * value['std']:.2f}"))
+        name = row["network"] if row["density"] == 1 else f"{row['network']}, {100 * row['density']:.3g} %"
+        table.add_row(name, str(row["epoch"]), *cells, f"{100 * row['error']['test']:.2f}", "yes" if row["stable"] else "no")
+    return table

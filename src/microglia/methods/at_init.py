@@ -1,0 +1,151 @@
+"""Pruning at initialization, before any training: SNIP, GraSP, SynFlow, their controls, and the ablations of such masks."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from torch import nn
+
+from microglia.core.errors import BudgetError, MicrogliaError
+from microglia.core.masks import MaskSet, enforce, mask
+from microglia.core.schedules import schedules
+from microglia.core.shuffle import shuffled
+from microglia.methods.base import MethodConfig, fits, method, preset
+from microglia.methods.procedure import change, dense_model, evidence, observe, train
+from microglia.methods.pruner import PruneConfig, Pruner
+from microglia.scores import Evidence, effective_masks
+from microglia.train.optim import FitConfig
+from microglia.train.run import Run
+from microglia.train.task import Task
+
+OTHER = 1_000_003
+"""Between the seeds of the initial weights and of those that replace them."""
+Ablation = Literal["none", "shuffle", "reinit", "invert"]
+
+
+@dataclass(frozen=True)
+class AtInitConfig(MethodConfig):
+    """Pruning at initialization.
+
+    Attributes:
+        rounds: How often weights are scored and removed on the way to the density; what went never comes back.
+        schedule: Of the densities over the rounds, ``geometric`` or ``linear`` among others.
+        per_class: Examples of each class to score with, in batches of ``score_batch_size``; None takes ``score_batches`` of
+            them as they come.
+        ablation: What is done to the mask or the scores to see what they are worth (Frankle et al. 2021): ``shuffle`` permutes
+            the mask within each layer, ``reinit`` trains other initial weights of the same distribution under it, ``invert``
+            removes the highest scores instead of the lowest.
+    """
+
+    train: FitConfig = field(default_factory=FitConfig)
+    allow_empty: bool = True
+    rounds: int = 1
+    schedule: str = "geometric"
+    per_class: int | None = None
+    ablation: Ablation = "none"
+
+    def __post_init__(self) -> None:
+        schedules[self.schedule]
+        if self.rounds < 1 or (self.per_class is not None and self.per_class < 1):
+            raise BudgetError(f"rounds and per_class are at least 1; got {self.rounds} and {self.per_class}.")
+        if self.rounds > 1 and not isinstance(self.scope, str):
+            raise BudgetError("Rounds lead from dense to one budget; with densities by layer leave rounds at 1.")
+
+
+class AtInit(Pruner):
+    """Prunes a network that is not trained yet, in rounds, when it is made; then there is nothing left to do but train.
+
+    Args:
+        model: The model to prune, in place.
+        config: See `AtInitConfig`; its training fields are not used here.
+        evidence: What a score may look at.
+        **settings: The fields of the config by keyword instead.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
+        >>> data = Evidence([(torch.randn(2, 8), torch.tensor([0, 1]))])
+        >>> AtInit(model, density=0.25, score="synflow", rounds=100, evidence=data).masks.kept
+        24
+    """
+
+    Config = AtInitConfig
+
+    def __init__(
+        self, model: nn.Module, config: PruneConfig | None = None, *, evidence: Evidence | None = None, **settings: Any
+    ) -> None:
+        super().__init__(model, config, evidence=evidence, **settings)
+        own = self.config
+        assert isinstance(own, AtInitConfig)
+        if own.ablation == "invert":
+            score = self.score
+            self.score = lambda *given: {name: -value for name, value in score(*given).items()}
+        density = schedules[own.schedule]
+        for number in range(1, own.rounds + 1):
+            self.prune_to(round(density(number / own.rounds, self.weights, self.target)))
+
+
+def refuse_trained(task: Task, config: MethodConfig) -> None:
+    """Raises unless a task's network is untrained, its layers fit, and there is a teacher where one is asked for."""
+    if task.pretrained:
+        raise MicrogliaError("This method prunes before any training, but the task brings a checkpoint; leave that out.")
+    if config.train.distill and not config.dense.epochs:
+        raise MicrogliaError("There is no dense model to distil from (dense.epochs=0); set train.distill=0.")
+    fits(task, config)
+
+
+@method("at-init", AtInitConfig, check=refuse_trained, training=FitConfig())
+def at_init(task: Task, run: Run, config: AtInitConfig) -> nn.Module:
+    """Score an untrained network, keep the best, train what is left from its initial weights."""
+    dense = dense_model(task, run, config.dense)  # for comparison; only a teacher has to do with the rest
+    model = task.build().to(run.device)
+
+    def prune(progress: object) -> dict[str, Any]:
+        pruner = AtInit(deepcopy(model), config, evidence=evidence(task, run, config, per_class=config.per_class))
+        masks = shuffled(pruner.masks, pruner.pattern, run.seed) if config.ablation == "shuffle" else pruner.masks
+        if config.ablation == "reinit":
+            model.load_state_dict(other_weights(task, run.seed).state_dict())
+        mask(model, masks)
+        enforce(model)
+        return paths(masks, effective_masks(model, task.example.to(run.device)))
+
+    run.observations["initialization"] = change(run, "prune", model, prune)
+    observe(task, run, "before", model)
+    train(task, run, "train", model, config.train, teacher=dense if config.train.distill else None)
+    return model
+
+
+def other_weights(task: Task, seed: int) -> nn.Module:
+    """Returns the task's network with other initial weights of the same distribution.
+
+    Raises:
+        MicrogliaError: The task knows no way to draw any.
+    """
+    if task.fresh is None:
+        raise MicrogliaError(
+            "This control trains other initial weights, and the task does not say how to draw them: give Task(fresh=...), "
+            "which maps a seed to a new model."
+        )
+    return task.fresh(seed + OTHER)
+
+
+def paths(masks: MaskSet, effective: MaskSet) -> dict[str, Any]:
+    """Returns how many weights masks keep, how many of these lie on a path from input to output, and by layer."""
+    alive = {name: effective[name] & kept.to(effective[name].device) for name, kept in masks.items()}
+    layers = {n: {"total": m.numel(), "kept": int(m.sum()), "effective": int(alive[n].sum())} for n, m in masks.items()}
+    return {
+        "total": masks.total,
+        "kept": masks.kept,
+        "effective": sum(row["effective"] for row in layers.values()),
+        "emptied": [name for name, row in layers.items() if not row["kept"]],
+        "layers": layers,
+    }
+
+
+preset("snip", "at-init", "SNIP: connection sensitivity on one batch (Lee et al. 2019).", score="snip")
+preset("snip-iterative", "at-init", "SNIP in 100 rounds (de Jorge et al. 2021).", score="snip", rounds=100)
+preset("grasp", "at-init", "GraSP: keep what carries gradient flow (Wang et al. 2020).", score="grasp", per_class=10)
+preset("synflow", "at-init", "SynFlow: 100 rounds without data (Tanaka et al. 2020).", score="synflow", rounds=100)
+preset("magnitude-at-init", "at-init", "Initial |w|: a control.", score="magnitude")
+preset("random-at-init", "at-init", "Random weights of a network at initialization: the control.", score="random")

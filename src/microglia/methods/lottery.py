@@ -1,0 +1,261 @@
+"""Lottery tickets: masks found by training, under which early weights train as well as the whole (Frankle and Carbin 2019)."""
+
+from __future__ import annotations
+
+import math
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from microglia.core.errors import BudgetError
+from microglia.core.layers import check_selectors, matches
+from microglia.core.masks import MaskSet, fold, mask, restore
+from microglia.core.selection import select
+from microglia.core.shuffle import shuffled
+from microglia.methods.at_init import other_weights, refuse_trained
+from microglia.methods.base import MethodConfig, method, preset
+from microglia.methods.procedure import observe
+from microglia.methods.pruner import Pruner
+from microglia.scores import Evidence
+from microglia.train.evaluate import evaluate
+from microglia.train.optim import FitConfig, epoch_length
+from microglia.train.rewind import State, advance, fresh_optimizers, start_of, with_masks
+from microglia.train.run import Run
+from microglia.train.task import Task
+
+Rewind = Literal["weights", "learning-rate", "fine-tune"]
+Control = Literal["none", "reinit", "shuffle"]
+FINE_TUNE = 0.01
+"""Of the peak learning rate: what fine-tuning goes on with, constant."""
+TRAIN_BATCHES = 40
+"""Of 256 examples, on which the training accuracy of a level is estimated."""
+
+
+@dataclass(frozen=True)
+class LotteryConfig(MethodConfig):
+    """Lottery tickets and iterative magnitude pruning with rewinding.
+
+    Attributes:
+        rate: Fraction of the weights left that each level removes.
+        half: Selectors of layers pruned at half the rate, the others making up for it; only where the scope is ``layer``. The
+            paper: the output layer.
+        iterative: Whether every level prunes what the level before trained; otherwise each prunes the dense network at once.
+        rewind: Epoch whose weights, momenta, learning rate and place in the data every level goes back to; 0 is the
+            initialization. An epoch is `FitConfig.max_batches` steps where that is set.
+        to: ``weights`` as above; ``learning-rate`` keeps the trained weights and repeats the training from that epoch on;
+            ``fine-tune`` keeps them and goes on with a hundredth of the peak rate for as long.
+        noise: Whether every level has an order of data of its own; otherwise all have the first one's.
+        control: What is trained beside the mask found: ``reinit`` other initial weights, ``shuffle`` a mask of the same layer
+            counts in other places. The masks themselves come from training the true ticket.
+    """
+
+    train: FitConfig = field(default_factory=FitConfig)
+    rate: float = 0.2
+    half: tuple[str, ...] = ()
+    iterative: bool = True
+    rewind: int = 0
+    to: Rewind = "weights"
+    noise: bool = False
+    control: Control = "none"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.rate < 1:
+            raise BudgetError(f"rate is the fraction of the weights that a level removes, in (0, 1); got {self.rate}.")
+        if not 0 <= self.rewind < max(1, self.train.epochs):
+            raise BudgetError(
+                f"rewind is an epoch of the training before its last, 0 to {self.train.epochs - 1}; got {self.rewind}."
+            )
+        if self.scope not in ("global", "layer") or (self.half and self.scope != "layer"):
+            raise BudgetError(
+                f"Tickets compete globally or by layer, and half a rate is one of layers; got scope {self.scope!r} and half "
+                f"{list(self.half)}."
+            )
+        if self.train.distill:
+            raise BudgetError("Tickets are trained like the dense network, without a teacher; set train.distill=0.")
+
+
+@dataclass(frozen=True)
+class Level:
+    """One level of pruning, trained to its end.
+
+    Attributes:
+        name: Of its stage.
+        number: 0 is dense.
+        masks: What is kept.
+        state: Of the finished training.
+    """
+
+    name: str
+    number: int
+    masks: MaskSet
+    state: State
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """What the training logged, epoch by epoch."""
+        return self.state["rows"]  # type: ignore[no-any-return]
+
+
+class Tickets:
+    """The levels of a search for tickets, each a durable stage of a run that is never done twice.
+
+    Args:
+        task: Of an untrained network.
+        run: Where the stages are kept.
+        config: See `LotteryConfig`.
+    """
+
+    def __init__(self, task: Task, run: Run, config: LotteryConfig) -> None:
+        self.task, self.run, self.config = task, run, config
+        self.model = task.build().to(run.device)
+        self.pruner = Pruner(self.model, config, evidence=Evidence(generator=torch.Generator().manual_seed(run.seed)))
+        layers = self.pruner.layers
+        mask(self.model, {n: torch.ones(layer.shape, dtype=torch.bool) for n, layer in layers.items()})
+        check_selectors(layers, config.half)
+        self.slow = [n for n, layer in layers.items() if config.half and matches(n, layer.module, config.half)]
+        self.start = advance(task, run, "start", self.model, config.train, start=start_of(self.model), stop=config.rewind)
+
+    def dense(self) -> Level:
+        """Returns level 0: the whole network, trained to the end."""
+        state = self._train("level-00", self.start, seed=None)
+        ones = {n: torch.ones(layer.shape, dtype=torch.bool) for n, layer in self.pruner.layers.items()}
+        return Level("level-00", 0, MaskSet(ones), state)
+
+    def below(self, level: Level, number: int, *, keep: int | None = None) -> Level:
+        """Returns the ticket of a level, found in what another one trained, trained from the rewound state.
+
+        Args:
+            level: The level above, or the dense one.
+            number: Of the new level: (1 - rate)^number of the weights stay.
+            keep: Weights to keep instead.
+        """
+        masks = self.masks_below(level, number, keep)
+        name = f"{'level' if self.config.iterative else 'once'}-{number:02d}"
+        return Level(name, number, masks, self._train(name, self._rewound(level, masks), self._noise(number)))
+
+    def masks_below(self, level: Level, number: int, keep: int | None = None) -> MaskSet:
+        """Returns the masks that keep the largest trained weights of a level; nested in its own."""
+        restore(self.model, level.state["model"])
+        if keep is None:
+            keep = round(self.pruner.weights * (1 - self.config.rate) ** number)
+        return select(
+            self.pruner.score(self.model, self.pruner.layers, self.pruner.evidence),
+            pattern=self.pruner.pattern,
+            keep=keep,
+            scope=self._densities(number, keep) if self.slow else self.config.scope,
+            reduction=self.config.reduction,
+            alive=level.masks,
+            protect=self.pruner.protected,
+            allow_empty=self.config.allow_empty,
+        )
+
+    def control(self, level: Level, kind: Control, draw: int = 0) -> Level:
+        """Returns a control of a ticket, trained like it: other initial weights, or other places of as many weights.
+
+        Args:
+            level: The ticket.
+            kind: Which.
+            draw: Number of the random draw.
+        """
+        name, seed = f"{level.name}-{kind}-{draw}", self.run.seed * 1_009 + draw
+        masks = level.masks
+        if kind == "shuffle":
+            masks = shuffled(masks, self.pruner.pattern, seed)
+        begin = self.start
+        if kind == "reinit":
+            other = other_weights(self.task, seed).to(self.run.device)
+            mask(other, masks)
+            begin = start_of(other)
+        state = self._train(name, with_masks(self.model, begin, masks), self._noise(level.number))
+        return Level(name, level.number, masks, state)
+
+    def told(self, level: Level) -> dict[str, Any]:
+        """Returns what a level says: density, metrics at its end, and when its validation loss was least; looked at once."""
+        done: dict[str, Any] = self.run.stage(f"{level.name}-told", lambda progress: self._look(level))
+        return done
+
+    def _look(self, level: Level) -> dict[str, Any]:
+        restore(self.model, level.state["model"])
+        steps = epoch_length(self.config.train, len(self.task.data.batches("train", self.config.train.batch_size)))
+        best = min(level.rows, key=lambda row: row["validation_loss"], default=None)
+        headline = f"validation_{self.task.headline}"
+        return {
+            "level": level.number,
+            "kept": level.masks.kept,
+            "density": level.masks.density,
+            "test": evaluate(self.model, self.task, "test"),
+            "train": evaluate(self.model, self.task, "train", limit=TRAIN_BATCHES),
+            "early_stop": None if best is None else {"step": best["epoch"] * steps, headline: best[headline]},
+        }
+
+    def _densities(self, number: int, keep: int) -> dict[str, float]:
+        """Returns the density of every layer where some are pruned at half the rate, adding up to what is kept."""
+        sizes = {name: layer.raw.numel() for name, layer in self.pruner.layers.items()}
+        slow = (1 - self.config.rate / 2) ** number
+        held = sum(round(slow * sizes[name]) for name in self.slow)
+        rest = sum(size for name, size in sizes.items() if name not in self.slow)
+        if not 0 < keep - held <= rest:
+            raise BudgetError(
+                f"After {number} levels the layers pruned at half the rate hold {held:,} weights, which does not go with "
+                f"keeping {keep:,} in all; choose fewer of them."
+            )
+        return {name: slow if name in self.slow else (keep - held) / rest for name in sizes}
+
+    def _noise(self, number: int) -> int | None:
+        return self.run.seed + 7_919 * number if self.config.noise else None
+
+    def _rewound(self, level: Level, masks: MaskSet) -> State:
+        if self.config.to == "weights":
+            return with_masks(self.model, self.start, masks)
+        kept = {**level.state, "rows": self.start["rows"], "optimizers": self.start["optimizers"]}
+        return fresh_optimizers(with_masks(self.model, kept, masks))
+
+    def _train(self, name: str, start: State, seed: int | None) -> State:
+        config = self.config.train
+        if self.config.to == "fine-tune" and name != "level-00":
+            config = replace(config, lr=config.lr * FINE_TUNE, schedule="constant", warmup_epochs=0.0)
+        return advance(self.task, self.run, name, self.model, config, start=start, seed=seed)
+
+
+def levels_to(weights: int, keep: int, rate: float) -> int:
+    """Returns the least number of levels after which no more than ``keep`` of ``weights`` are left."""
+    return max(1, math.ceil(math.log(max(1, keep) / weights) / math.log(1 - rate) - 1e-9))
+
+
+def check(task: Task, config: LotteryConfig) -> None:
+    """Raises unless a task and a config of tickets fit each other."""
+    refuse_trained(task, config)
+    if config.control == "reinit":
+        other_weights(task, 0)
+
+
+@method("tickets", LotteryConfig, check=check, training=FitConfig())
+def tickets(task: Task, run: Run, config: LotteryConfig) -> nn.Module:
+    """Train, remove the smallest weights, go back, train again, level by level down to the density (lottery tickets, IMP)."""
+    search = Tickets(task, run, config)
+    level = dense = search.dense()
+    _observe(search, dense, "dense")
+    total, keep = search.pruner.weights, search.pruner.target
+    numbers = range(1, levels_to(total, keep, config.rate) + 1)
+    told = [search.told(dense)]
+    for number in numbers if config.iterative else numbers[-1:]:
+        level = search.below(level, number, keep=keep if number == numbers[-1] else None)
+        told.append(search.told(level))
+    if config.control != "none":
+        level = search.control(level, config.control)
+        told.append({**search.told(level), "control": config.control})
+    run.observations["levels"] = {"rows": told}
+    restore(search.model, level.state["model"])
+    return search.model
+
+
+def _observe(search: Tickets, level: Level, name: str) -> None:
+    restore(search.model, level.state["model"])
+    observe(search.task, search.run, name, fold(deepcopy(search.model)))
+
+
+preset("tickets-oneshot", "tickets", "Lottery tickets found in one step from the dense network.", iterative=False)
+preset("imp", "tickets", "Iterative magnitude pruning, the learning rate rewound (Renda et al. 2020).", to="learning-rate")

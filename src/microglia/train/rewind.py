@@ -1,0 +1,125 @@
+"""Rewinding: a training as stages that start from any earlier state, to the bit (Frankle et al. 2020)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from microglia.core.layers import prunable_layers
+from microglia.core.masks import MaskSet, enforce, mask, masks_of, restore
+from microglia.train.fit import fit
+from microglia.train.optim import FitConfig
+from microglia.train.run import Progress, Run
+from microglia.train.task import Task
+
+State = dict[str, Any]
+"""A training as `microglia.train.fit.fit` saves it: ``model``, ``optimizers``, and a row of every epoch that is over."""
+
+
+def start_of(model: nn.Module) -> State:
+    """Returns the state of a training that has not begun: fresh optimizers."""
+    return {"model": {name: value.clone() for name, value in model.state_dict().items()}, "optimizers": [], "rows": []}
+
+
+def advance(
+    task: Task,
+    run: Run,
+    name: str,
+    model: nn.Module,
+    config: FitConfig,
+    *,
+    start: State,
+    stop: int | None = None,
+    seed: int | None = None,
+) -> State:
+    """Trains from a state to an epoch, as a stage, and returns the whole state there; the model is left at it.
+
+    Weights, batch norm, momenta, learning rate and the place in the data go on from where the state was taken, so that two
+    stages in a row end in the same bits as one.
+
+    Args:
+        task: Data, loss and metrics.
+        run: Where the stage is kept.
+        name: Of the stage.
+        model: Of the state's architecture and with masks attached if the state has some.
+        config: Of the whole training, from its first epoch.
+        start: Where to start.
+        stop: Epoch to stop after; None for the end.
+        seed: Of the data's order from here on, the noise; None for the run's own.
+    """
+
+    def work(progress: Progress) -> State:
+        reached = progress.state or start
+
+        def save(state: State) -> None:
+            nonlocal reached
+            reached = state
+            progress.save(state)
+
+        restore(model, reached["model"])
+        fit(
+            model,
+            task,
+            config,
+            seed=run.seed if seed is None else seed,
+            device=run.device.type,
+            progress=Progress(reached if reached["rows"] else None, save),
+            log=lambda rows: run.log(name, rows),
+            title=name,
+            stop=stop,
+        )
+        return deepcopy(reached)  # what `fit` hands over are the live tensors
+
+    state: State = run.stage(name, work)
+    restore(model, state["model"])
+    return state
+
+
+@torch.no_grad()
+def with_masks(model: nn.Module, state: State, masks: Mapping[str, Tensor]) -> State:
+    """Returns a state with masks: removed weights and everything the optimizers hold of them are exactly 0.
+
+    Args:
+        model: Of the state's architecture, with masks attached; it is left at the new state.
+        state: Taken with masks attached, as many as ``masks``.
+        masks: By layer; what the state itself has removed may come back.
+    """
+    restore(model, state["model"])
+    mask(model, masks)
+    enforce(model)
+    removed = {
+        number: ~masks[name].to(p.device)
+        for number, p in enumerate(p for p in model.parameters() if p.requires_grad)
+        for name, layer in prunable_layers(model).items()
+        if layer.raw is p and name in masks
+    }
+    optimizers = [_cleared(optimizer, removed) for optimizer in state["optimizers"]]
+    return {**state, "model": start_of(model)["model"], "optimizers": optimizers}
+
+
+def fresh_optimizers(state: State) -> State:
+    """Returns a state whose optimizers remember nothing: learning rates go on, momenta start at 0."""
+    return {**state, "optimizers": [{**optimizer, "state": {}} for optimizer in state["optimizers"]]}
+
+
+def masks_in(model: nn.Module, state: State) -> MaskSet:
+    """Returns the masks of a state; the model is left at it."""
+    restore(model, state["model"])
+    return masks_of(model)
+
+
+def _cleared(optimizer: State, removed: Mapping[int, Tensor]) -> State:
+    own = {
+        number: {
+            key: value.masked_fill(removed[number], 0.0)
+            if isinstance(value, Tensor) and number in removed and value.shape == removed[number].shape
+            else value
+            for key, value in held.items()
+        }
+        for number, held in optimizer["state"].items()
+    }
+    return {**optimizer, "state": own}

@@ -1,4 +1,4 @@
-"""The command line, `microglia COMMAND`: prune, shrink, eval, measure, routes, shifts, sweep, report, demo, methods, recipe."""
+"""The command line `microglia`: prune, shrink, eval, measure, routes, shifts, surface, connect, descent, sweep, tickets ..."""
 
 from __future__ import annotations
 
@@ -12,6 +12,10 @@ import typer
 import yaml
 from rich.table import Table
 
+import microglia.cli_connect  # these register their commands
+import microglia.cli_instability
+import microglia.cli_surface
+import microglia.cli_tickets  # noqa: F401
 from microglia.cli_base import Checkpoint, Data, Device, Json, Shown, SplitName, Target, app, command
 from microglia.core.patterns import PATTERN_FORMS
 from microglia.lab.execute import execute

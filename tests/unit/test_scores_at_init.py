@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional
 
-from microglia.core.errors import ScoreError
+from microglia.core.alive import Alive
+from microglia.core.errors import BudgetError, ScoreError
 from microglia.core.layers import prunable_layers
 from microglia.core.masks import mask
 from microglia.core.patterns import NM, Block, Unstructured
@@ -412,3 +413,39 @@ def test_inverted_and_normal_masks_of_half_are_complements():
     total = made[0].total
     assert made[0].kept == made[1].kept == total // 2
     assert all(torch.equal(made[0][name], ~made[1][name]) for name in made[0])
+
+
+@pytest.mark.parametrize("score", ["synflow", "snip", "random"])
+@pytest.mark.parametrize("norm", [True, False])
+def test_rounds_over_what_is_left_are_rounds_with_masks(score, norm):
+    """The narrowed rounds keep what `prune_to` with masks keeps, round by round."""
+    evidence = data(shape=(6,))
+    fast = mlp(norm=norm, activation=nn.Tanh)
+    narrowed = AtInit(fast, density=0.1, score=score, rounds=7, evidence=evidence)
+    slow = mlp(norm=norm, activation=nn.Tanh)
+    mask(slow, {name: torch.ones(layer.shape) for name, layer in prunable_layers(slow).items()})
+    masked = AtInit(slow, density=0.1, score=score, rounds=7, evidence=data(shape=(6,)))
+    assert narrowed.masks.same(masked.masks)
+    assert all(torch.equal(a, b) for a, b in zip(fast.state_dict().values(), slow.state_dict().values(), strict=True))
+
+
+def test_what_is_left_counts_exactly_with_ties_and_refuses_nonsense():
+    model = mlp()
+    layers = prunable_layers(model)
+    before = {name: layer.raw.detach().clone() for name, layer in layers.items()}
+    left = Alive(layers)
+    equal = {name: torch.ones(layer.shape) for name, layer in layers.items()}
+    total = left.count
+    left.keep(equal, 60)
+    assert left.masks()["0.weight"].all()  # ties by position
+    assert left.masks().kept == left.count == 60
+    left.keep(equal, 7)
+    assert left.masks().nested_in(Alive(layers).masks())
+    for name, kept in left.masks().items():
+        assert torch.equal(layers[name].raw, before[name] * kept)
+    with pytest.raises(BudgetError, match="only 7"):
+        left.keep(equal, total)
+    with pytest.raises(ScoreError, match="NaN"):
+        left.keep({name: value * torch.nan for name, value in equal.items()}, 3)
+    left.keep(equal, 0)
+    assert left.count == 0

@@ -8,8 +8,10 @@ from typing import Any, Literal
 
 from torch import nn
 
+from microglia.core.alive import Alive
 from microglia.core.errors import BudgetError, MicrogliaError
-from microglia.core.masks import MaskSet, enforce, mask
+from microglia.core.masks import MaskSet, enforce, mask, masks_of
+from microglia.core.patterns import Unstructured
 from microglia.core.schedules import schedules
 from microglia.core.shuffle import shuffled
 from microglia.methods.base import MethodConfig, fits, method, preset
@@ -82,8 +84,21 @@ class AtInit(Pruner):
             score = self.score
             self.score = lambda *given: {name: -value for name, value in score(*given).items()}
         density = schedules[own.schedule]
-        for number in range(1, own.rounds + 1):
-            self.prune_to(round(density(number / own.rounds, self.weights, self.target)))
+        counts = [round(density(number / own.rounds, self.weights, self.target)) for number in range(1, own.rounds + 1)]
+        single = isinstance(self.pattern, Unstructured) and own.scope == "global" and own.allow_empty
+        if own.rounds > 1 and single and not self.protected and not masks_of(model):
+            mask(model, self._narrowed(counts))
+        else:
+            for count in counts:
+                self.prune_to(count)
+
+    def _narrowed(self, counts: list[int]) -> MaskSet:
+        """Returns the masks of rounds over single weights, which are prune_to's but cost only what is left."""
+        layers = self.layers
+        left = Alive(layers)
+        for count in counts:
+            left.keep(self.score(self.model, layers, self.evidence), count)
+        return left.masks()
 
 
 def refuse_trained(task: Task, config: MethodConfig) -> None:

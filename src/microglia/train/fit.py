@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from microglia.core.errors import TrainingError
 from microglia.train.engine import accelerator, rank_and_world
 from microglia.train.evaluate import evaluate
-from microglia.train.optim import FitConfig, epoch_length, learning_rate, make_optimizers
+from microglia.train.optim import FitConfig, epoch_length, lay_out, learning_rate, make_optimizers
 from microglia.train.progress import Bar
 from microglia.train.recover import distillation
 from microglia.train.run import Progress
@@ -214,16 +214,8 @@ def _resume(
     model.load_state_dict(state["model"])
     for optimizer, own in zip(optimizers, state["optimizers"], strict=True):
         optimizer.load_state_dict(own)
-        _lay_out(optimizer)
+        lay_out(optimizer)
     return len(state["rows"]), list(state["rows"])
-
-
-def _lay_out(optimizer: torch.optim.Optimizer) -> None:
-    """Lays momenta out in memory like their weights: files hold them in another order, and fused steps go by place."""
-    for p, held in optimizer.state.items():
-        for key, value in held.items():
-            if isinstance(value, Tensor) and value.shape == p.shape and value.stride() != p.stride():
-                held[key] = torch.empty_like(p, dtype=value.dtype).copy_(value)
 
 
 def _save(

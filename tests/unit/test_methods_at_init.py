@@ -1,5 +1,6 @@
 """Pruning before training, and tickets found by it: what is kept, rewound, nested, shuffled, and never done twice."""
 
+from copy import deepcopy
 from dataclasses import replace
 from itertools import pairwise
 
@@ -153,6 +154,19 @@ def test_two_stages_end_in_the_bits_of_one(normed):
     plain = normed.build()
     fit(plain, normed, TRAIN)
     assert all(torch.equal(value, weights(fold(model))[name]) for name, value in weights(plain).items())
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_a_state_is_left_as_it_was_by_what_starts_from_it(normed, optimizer):
+    config = replace(TRAIN, optimizer=optimizer, lr=0.01)
+    model = normed_masked(normed)
+    state = advance(normed, Run(), "a", model, config, start=start_of(model), stop=1)
+    before = deepcopy(state)
+    once = advance(normed, Run(), "b", model, config, start=state)
+    masks = {name: torch.ones(layer.shape) for name, layer in _layers(model).items()}
+    assert _same(state, before)
+    assert _same(advance(normed, Run(), "c", model, config, start=with_masks(model, state, masks)), once)
+    assert _same(state, before)
 
 
 def normed_masked(task):

@@ -131,7 +131,8 @@ def _shares(  # noqa: PLR0917 -- the parts of one computation
             return {}, float(flow.detach().nan_to_num(torch.inf, torch.inf))
         gradients = torch.autograd.grad(flow.log(), list(leaves.values()), allow_unused=True, materialize_grads=True)
     by_name = dict(zip(leaves, gradients, strict=True))
-    return {name: by_name[name] * leaves[name].detach() for name in layers}, float(flow.detach())
+    with torch.no_grad():
+        return {name: by_name[name].mul_(leaves[name]) for name in layers}, float(flow)
 
 
 @contextmanager

@@ -109,8 +109,13 @@ def _make_optimizer(name: str, config: FitConfig, groups: list[dict[str, Any]]) 
 
 
 def lay_out(optimizer: torch.optim.Optimizer) -> None:
-    """Lays momenta out in memory like their weights: files hold them in another order, and fused steps go by place."""
+    """Makes a loaded state the optimizer's own, laid out in memory like the weights.
+
+    Loading shares the state's tensors, which steps then change in place; files hold them in another order than channels-last
+    weights have, and fused steps go by place.
+    """
     for p, held in optimizer.state.items():
         for key, value in held.items():
-            if isinstance(value, Tensor) and value.shape == p.shape and value.stride() != p.stride():
-                held[key] = torch.empty_like(p, dtype=value.dtype).copy_(value)
+            if isinstance(value, Tensor):
+                same = value.shape == p.shape
+                held[key] = torch.empty_like(p, dtype=value.dtype, requires_grad=False).copy_(value) if same else value.clone()

@@ -92,7 +92,7 @@ def with_masks(model: nn.Module, state: State, masks: Mapping[str, Tensor]) -> S
     mask(model, masks)
     enforce(model)
     removed = {
-        number: ~masks[name].to(p.device)
+        number: ~masks[name].bool().to(p.device)
         for number, p in enumerate(p for p in model.parameters() if p.requires_grad)
         for name, layer in prunable_layers(model).items()
         if layer.raw is p and name in masks

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -120,6 +121,12 @@ def test_masked_weights_stay_exactly_zero(task: mg.Task, optimizer: Any) -> None
 def test_an_epoch_may_end_early(task: mg.Task) -> None:
     rows = mg.fit(fresh(), task, mg.FitConfig(epochs=2, batch_size=64, lr=1.0, max_batches=4, schedule="step"))
     assert [row["lr"] for row in rows] == pytest.approx([1.0, 0.01])  # the schedule knows the shorter epochs
+
+
+def test_the_loss_of_a_short_epoch_is_the_mean_over_its_batches(task: mg.Task) -> None:
+    plain = replace(task, loss=lambda outputs, targets: outputs.sum() * 0 + 3.0)
+    rows = mg.fit(fresh(), plain, mg.FitConfig(epochs=1, batch_size=64, max_batches=2))
+    assert rows[0]["loss"] == 3.0
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_step(task: mg.Task) -> None:

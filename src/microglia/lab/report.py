@@ -80,13 +80,14 @@ def report(paths: Sequence[str | Path], out: str | Path) -> Report:
     # Slow to import, and the command line imports this file for every command.
     from microglia.lab.report_figures import draw
     from microglia.lab.report_html import page
+    from microglia.lab.report_paths import draw_paths
     from microglia.lab.report_savings import draw_dynamic
     from microglia.lab.report_search import draw_search
 
     found = read_results(paths)
     _refuse_nothing(found, paths)
     out, tasks = Path(out), groups(found.records)
-    makers = (draw, draw_search, draw_dynamic)
+    makers = (draw, draw_search, draw_dynamic, draw_paths)
     figures = tuple(path for group in tasks for make in makers for path in make(group, out / "figures"))
     tables, html = out / "results.md", out / "report.html"
     write_atomic(tables, markdown(found, tasks, [PurePath("figures") / figure.name for figure in figures]))

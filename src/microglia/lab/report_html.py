@@ -16,6 +16,8 @@ from plotly.subplots import make_subplots
 from microglia.lab.report_cells import Entry
 from microglia.lab.report_dynamic import EXPLAINED, dynamic_table
 from microglia.lab.report_figures import COLORS, FIGURES, Panel, limits, points
+from microglia.lab.report_paths import EXPLAINED as BEFORE
+from microglia.lab.report_paths import paths_table
 from microglia.lab.report_read import Collected
 from microglia.lab.report_rows import Group, Row
 from microglia.lab.report_savings import savings
@@ -106,12 +108,13 @@ def _section(group: Group) -> str:
         for number, figure in enumerate(figures)
     )
     facts = "".join(f"<li>{_safe(sentence)}</li>" for sentence in what_ran(group))
-    tables = f"{_table(*table(group))}\n{_gates(group)}"
+    tables = f"{_table(*table(group))}\n{_further(EXPLAINED, dynamic_table(group))}{_further(BEFORE, paths_table(group))}"
     return f"<section>\n<h2>{_safe(group.title)}</h2>\n<ul>{facts}</ul>\n{tables}{''.join(plots)}\n</section>"
 
 
-def _gates(group: Group) -> str:
-    return f"<p>{_safe(EXPLAINED)}</p>\n{_table(*dynamic_table(group))}\n" if group.dynamic else ""
+def _further(explained: str, table: tuple[Sequence[str], Sequence[tuple[Row, list[Entry]]]]) -> str:
+    """Returns a table that only some runs fill, with what it says, or nothing."""
+    return f"<p>{_safe(explained)}</p>\n{_table(*table)}\n" if table[1] else ""
 
 
 def _table(titles: Sequence[str], rows: Sequence[tuple[Row, list[Entry]]]) -> str:

@@ -131,6 +131,31 @@ class Search:
 
 
 @dataclass(frozen=True)
+class LayerPaths:
+    """Weights of a layer: all, kept, and those of them on a path from input to output."""
+
+    total: int
+    kept: int
+    effective: int
+
+
+@dataclass(frozen=True)
+class Initialization:
+    """A mask made before training."""
+
+    total: int
+    kept: int
+    effective: int
+    emptied: list[str]
+    layers: dict[str, LayerPaths]
+
+    @property
+    def least(self) -> float:
+        """Smallest density of a layer."""
+        return min(layer.kept / layer.total for layer in self.layers.values())
+
+
+@dataclass(frozen=True)
 class Environment:
     """What a run ran on."""
 
@@ -162,6 +187,7 @@ class Record:
         curves: What its trainings logged.
         densities: Kept fraction of each masked layer.
         search: How the masks were found, where a method learns them.
+        initialization: The mask, where it was made before training.
         estimate: What the gates of a dynamic model were expected to cost, before the training.
         routes: What they came to on the test split.
         source: Where it was read.
@@ -180,6 +206,7 @@ class Record:
     curves: Curves = field(default_factory=dict)
     densities: dict[str, float] = field(default_factory=dict)
     search: Search | None = None
+    initialization: Initialization | None = None
     estimate: Predicted | None = None
     routes: Routing | None = None
     source: str = ""

@@ -20,6 +20,7 @@ from microglia.lab.report_cells import (
     of_words,
 )
 from microglia.lab.report_dynamic import dynamic_lines
+from microglia.lab.report_paths import paths_lines
 from microglia.lab.report_read import Collected
 from microglia.lab.report_rows import Group, Row
 
@@ -136,6 +137,7 @@ OTHER = {
     "layers": "density of each layer",
     "search": "masks and temperature over the search",
     "flops": "the metric against FLOPs reduction, dynamic and static",
+    "collapse": "weights on a path, emptied layers and the least density against compression, of masks made before training",
     "gates": "kept and core filters of each layer",
 }
 """What the pictures that are no ratio show."""
@@ -188,7 +190,7 @@ def markdown(found: Collected, tasks: Sequence[Group], figures: Iterable[PurePat
             if picture.name.rpartition("-")[0] == group.slug:
                 kind = picture.stem.rpartition("-")[2]
                 lines += [f"![{OTHER.get(kind, f'{group.headline} against {kind}')}]({picture.as_posix()})", ""]
-        lines += [*freeze_lines(group), *dynamic_lines(group)]
+        lines += [*freeze_lines(group), *dynamic_lines(group), *paths_lines(group)]
     if found.left_out:
         lines += ["## Left out", "", *(f"- {escaped(line)}" for line in found.left_out), ""]
     sources = Counter(record.source.partition("#")[0] for record in found.records)

@@ -139,7 +139,7 @@ class _Steps:
     pruner: Pruner | None
 
     def epoch(self, epoch: int, bar: Bar) -> float:
-        """Trains one epoch; returns the mean loss over its batches."""
+        """Trains one epoch; returns the mean loss over the batches it took."""
         device = self.engine.device
         total = torch.zeros((), device=device)
         length = epoch_length(self.config, len(self.batches))
@@ -161,7 +161,7 @@ class _Steps:
         _, world = rank_and_world()
         if world > 1:
             torch.distributed.all_reduce(total)
-        return float(total / world / max(1, len(self.batches)))
+        return float(total / world / max(1, length))
 
     def _loss(self, inputs: Tensor, targets: Any) -> Tensor:
         bfloat16 = self.config.precision == "bfloat16"

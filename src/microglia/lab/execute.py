@@ -72,6 +72,7 @@ def execute(recipe: Recipe, directory: Path | None = None) -> Result:
     # What is wrong with a new recipe shows before its directory is made; a known directory answers before data is read.
     prepared = None if directory is not None and (directory / "recipe.yaml").exists() else prepare(recipe)
     run = Run(directory, as_dict(recipe), seed=recipe.seed, device=engine.device.type)
+    run.trajectory = recipe.measure.trajectory
     try:
         return run.result or _execute(recipe, run, prepared or make_task(recipe))
     finally:

@@ -28,6 +28,7 @@ class MeasureConfig:
         batch: Examples per timed call.
         rounds: Interleaved rounds.
         executions: Ways to run each model; ``compiled`` takes half a minute to prepare.
+        trajectory: Whether to keep the weights after every epoch of the last training, for ``microglia surface --trajectory``.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -36,6 +37,7 @@ class MeasureConfig:
     batch: int = 1
     rounds: int = 30
     executions: tuple[Literal["eager", "eager-channels-last", "packed", "compiled"], ...] = ("eager", "packed", "compiled")
+    trajectory: bool = False
 
 
 @dataclass(frozen=True)

@@ -21,11 +21,9 @@ from microglia.landscape.trajectory import Plane, principal_plane, project, read
 from microglia.train.engine import accelerator
 from microglia.train.files import digest
 from microglia.train.progress import Bar
-from microglia.train.run import Run
+from microglia.train.run import TRAJECTORY, Run
 from microglia.train.task import Split, Task
 
-TRAJECTORY = "trajectory"
-"""Directory in a run where `microglia.landscape.trajectory.keep_place` keeps the places of its training."""
 MARGIN = 1.1  # how much farther than the farthest place of a trajectory the plane reaches
 Json = dict[str, Any]
 
@@ -149,7 +147,7 @@ def _lie(asked: Surveying, model: nn.Module, notes: list[str]) -> _Plane:
             return _of_trajectory(path if at_the_end else [*path, origin])
         notes.append(
             f"{asked.target} keeps no trajectory of its training ({TRAJECTORY}/ with 3 places or more), so the plane is "
-            "random; call microglia.landscape.trajectory.keep_place after every epoch to have one."
+            "random; runs with measure.trajectory=true keep one."
         )
     one, other = (
         random_direction(origin, seed=2 * asked.seed + number, normalization=asked.normalization, masks=masks)

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from microglia.core.errors import MicrogliaError
 from microglia.landscape.points import Point, check_alike, combine, difference, inner, point_of
 from microglia.train.files import read_tensors, write_tensors
-
-KIND = "place"
+from microglia.train.run import PLACE
 
 
 @dataclass(frozen=True)
@@ -95,7 +94,7 @@ def keep_place(directory: Path, number: int, model: nn.Module) -> Path:
         FileError: It cannot be written.
     """
     path = directory / f"{number:06d}.safetensors"
-    write_tensors(path, point_of(model), kind=KIND, document={"number": number})
+    write_tensors(path, point_of(model), kind=PLACE)
     return path
 
 
@@ -105,4 +104,4 @@ def read_trajectory(directory: Path) -> list[dict[str, Tensor]]:
     Raises:
         FileError: One of them is damaged.
     """
-    return [read_tensors(path, kind=KIND)[0] for path in sorted(directory.glob("*.safetensors"))]
+    return [read_tensors(path, kind=PLACE)[0] for path in sorted(directory.glob("*.safetensors"))]

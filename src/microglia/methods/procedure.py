@@ -10,6 +10,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 
+from microglia.core.layers import effective_state
 from microglia.core.masks import restore
 from microglia.graph import plan_of, shrink
 from microglia.measure import measure
@@ -87,6 +88,12 @@ def train(
     The pruner is made where the stage really runs, for it changes the model; it is finished there too.
     """
 
+    def log(rows: list[dict[str, Any]]) -> None:
+        run.log(name, rows)
+        if run.trajectory and name == "train":
+            own = dict(task.build().named_parameters())
+            run.keep_place(len(rows), {n: v for n, v in effective_state(model).items() if n in own})
+
     def work(progress: Progress) -> dict[str, Any]:
         made = pruner() if pruner is not None else None
         fit(
@@ -98,7 +105,7 @@ def train(
             pruner=made,
             teacher=teacher,
             progress=progress,
-            log=lambda rows: run.log(name, rows),
+            log=log,
             title=name,
         )
         if made is None:

@@ -12,9 +12,15 @@ from typing import Any, TextIO
 
 import torch
 import yaml
+from torch import Tensor
 
 from microglia.core.errors import FileError, RunError
-from microglia.train.files import State, read_state, write_atomic, write_state
+from microglia.train.files import State, read_state, write_atomic, write_state, write_tensors
+
+PLACE = "place"
+"""Kind of file that holds the parameters at one moment of a training."""
+TRAJECTORY = "trajectory"
+"""Directory of a run for those of its last training."""
 
 
 @dataclass
@@ -47,6 +53,7 @@ class Run:
 
     Attributes:
         observations: What was measured of the model on its way, by name (``dense``, ``before`` ...).
+        trajectory: Whether trainings keep their parameters after every epoch.
 
     Raises:
         RunError: The directory belongs to another recipe, or another process works in it.
@@ -58,6 +65,7 @@ class Run:
         self.directory, self.seed, self.device = directory, seed, torch.device(device)
         self.recipe = json.loads(json.dumps(dict(recipe or {})))  # as its file will spell it
         self.observations: dict[str, dict[str, Any]] = {}
+        self.trajectory = False
         self.main = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
         self._lock: TextIO | None = None
         if directory is not None and self.main:
@@ -128,6 +136,11 @@ class Run:
         path = self.directory / "metrics.jsonl"
         kept = [line for line in _read_rows(path) if json.loads(line)["stage"] != stage]
         write_atomic(path, "".join(f"{line}\n" for line in [*kept, *(json.dumps({"stage": stage, **row}) for row in rows)]))
+
+    def keep_place(self, epoch: int, parameters: Mapping[str, Tensor]) -> None:
+        """Keeps the parameters after an epoch, where the run keeps a trajectory."""
+        if self.trajectory and self.directory is not None and self.main:
+            write_tensors(self.directory / TRAJECTORY / f"{epoch:06d}.safetensors", parameters, kind=PLACE)
 
     @property
     def result(self) -> dict[str, Any] | None:

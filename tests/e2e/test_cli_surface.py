@@ -74,7 +74,7 @@ def test_surface_of_a_saved_model_and_of_a_name(run, work, tmp_path):
     out = good(microglia("surface", "lenet-300-100", *SMALL, "--normalization", "layer", "--trajectory", folder=work))
     assert "layer-normalized" in out
     assert "keeps no trajectory of its training" in out
-    assert "keep_place after every epoch" in out
+    assert "measure.trajectory=true" in out
     assert (work / "runs" / "surface-lenet-300-100-digits" / "surface-plane.svg").is_file()
 
 

@@ -89,8 +89,8 @@ class AtInit(Pruner):
         if own.rounds > 1 and single and not self.protected and not masks_of(model):
             mask(model, self._narrowed(counts))
         else:
-            for count in counts:
-                self.prune_to(count)
+            for count in counts:  # whole units may have fallen short of an earlier count by more than this one goes down
+                self.prune_to(min(count, self.masks.kept))
 
     def _narrowed(self, counts: list[int]) -> MaskSet:
         """Returns the masks of rounds over single weights, which are prune_to's but cost only what is left."""

@@ -85,7 +85,8 @@ class Gradual(Pruner):
         """Prunes further when an update is due."""
         self.steps += 1
         if (progress := self._due.get(self.steps)) is not None:
-            self.prune_to(round(self.schedule(progress, self.weights, self.target)), optimizer)
+            count = round(self.schedule(progress, self.weights, self.target))
+            self.prune_to(min(count, self.masks.kept), optimizer)  # whole units may have fallen short of an earlier count
 
     def finish(self) -> MaskSet:
         """Makes sure the final density is reached, also when the training was shorter than announced."""

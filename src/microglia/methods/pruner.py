@@ -105,15 +105,13 @@ class Pruner:
         """Scores, keeps the best units holding ``keep`` weights, attaches the masks and clears what they removed."""
         config, layers = self.config, self.layers
         values = self.score(self.model, layers, self.evidence)
-        alive = {n: m for n, m in masks_of(self.model).items() if n in layers}
-        left = sum(int(alive[n].count_nonzero()) if n in alive else layer.raw.numel() for n, layer in layers.items())
         chosen = select(
             values,
             pattern=self.pattern,
-            keep=min(keep, left),  # whole units may have fallen short of an earlier count by more than this one goes down
+            keep=keep,
             scope=config.scope,
             reduction=config.reduction,
-            alive=alive,
+            alive={n: m for n, m in masks_of(self.model).items() if n in layers},
             protect=self.protected,
             allow_empty=config.allow_empty,
         )

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from microglia.cli_base import Data, Device, Json, Shown, command
+from microglia.cli_base import Data, DeviceName, Json, Shown, command
 from microglia.lab.instability_view import Sensing, instability_table, sense
 from microglia.lab.recipe import RecipeError, override, put, read_yaml, resolve
 
@@ -26,7 +26,7 @@ def instability(
     recalibrate: Annotated[int, typer.Option(help="Batches for the batch-norm statistics of every point.", min=0)] = 100,
     limit: Annotated[int | None, typer.Option(help="Batches of 256 of each split to look at; default all.", min=1)] = None,
     recipe: Annotated[Path | None, typer.Option(help="YAML recipe; options override it.")] = None,
-    device: Device = "cpu",
+    device: DeviceName = None,
     out: Annotated[Path, typer.Option(help="Directory; the same command goes on there.")] = Path("runs/instability"),
     json_: Json = False,
 ) -> Shown:
@@ -37,8 +37,12 @@ def instability(
     except ValueError:
         raise RecipeError(f"The epochs are whole numbers such as 0,1,2,5; got {at!r}.") from None
     source = read_yaml(masks / "recipe.yaml") if masks is not None else {"method": "tickets", "prune": {"density": 1.0}}
-    source = {**source, **(read_yaml(recipe) if recipe is not None else {}), "device": device}
-    for key, value in {"model": words.pop(0) if words and "=" not in words[0] else None, "data": data}.items():
+    source = {**source, **(read_yaml(recipe) if recipe is not None else {})}
+    for key, value in {
+        "model": words.pop(0) if words and "=" not in words[0] else None,
+        "data": data,
+        "device": device,
+    }.items():
         if value is not None:
             source = put(source, key, value)
     from microglia.lab.instability_figures import draw  # slow to import

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from microglia.cli_base import Data, Device, Json, Shown, command
+from microglia.cli_base import Data, DeviceName, Json, Shown, command
 from microglia.lab.recipe import RecipeError, override, put, read_yaml, resolve
 from microglia.lab.tickets_statements import ARMS
 from microglia.lab.tickets_view import Search, arm_table, find_tickets, statement_table
@@ -22,7 +22,7 @@ def tickets(
     draws: Annotated[int, typer.Option(help="Of each random control, at every level and seed.", min=1)] = 1,
     arms: Annotated[str, typer.Option(help="Trained beside dense and iterative tickets.")] = ",".join(ARMS[2:]),
     recipe: Annotated[Path | None, typer.Option(help="YAML recipe of the method tickets; options override it.")] = None,
-    device: Device = "cpu",
+    device: DeviceName = None,
     out: Annotated[Path, typer.Option(help="Directory of the runs and the figure; the same command goes on there.")] = Path(
         "runs/tickets"
     ),
@@ -30,8 +30,13 @@ def tickets(
 ) -> Shown:
     """Find lottery tickets and train their controls: iterative, one-shot, other initial weights, random masks."""
     words = list(words or [])
-    source = {"method": "tickets", **(read_yaml(recipe) if recipe is not None else {}), "device": device}
-    given = {"model": words.pop(0) if words and "=" not in words[0] else None, "data": data, "prune.density": density}
+    source = {"method": "tickets", **(read_yaml(recipe) if recipe is not None else {})}
+    given = {
+        "model": words.pop(0) if words and "=" not in words[0] else None,
+        "data": data,
+        "prune.density": density,
+        "device": device,
+    }
     for key, value in given.items():
         if value is not None:
             source = put(source, key, value)

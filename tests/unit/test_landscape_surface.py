@@ -183,7 +183,7 @@ def test_a_planted_plane_is_recovered():
 def test_explained_variance_is_that_of_the_singular_values():
     points, _, _ = planted(noise=0.3)
     found = principal_plane(points)
-    steps = torch.stack([flat(difference(point, points[-1])) for point in points[:-1]])
+    steps = torch.stack([flat(difference(point, points[-1])) for point in points])
     values = torch.linalg.svdvals(steps - steps.mean(0)).square()
     assert found.explained == pytest.approx((values[:2] / values.sum()).tolist())
     assert sum(found.explained) < 1
@@ -240,3 +240,18 @@ def test_a_run_keeps_its_trajectory_when_asked(tmp_path):
     assert any(not torch.equal(value, path[0][name]) for name, value in path[-1].items())
     mg.execute(mg.resolve({**recipe, "measure": {"latency": False}}), tmp_path / "other")
     assert not (tmp_path / "other" / "trajectory").exists()
+
+
+def test_three_places_span_a_plane():
+    path = [
+        {"w": torch.tensor([[0.0, 0.0, 0.0]])},
+        {"w": torch.tensor([[1.0, 0.0, 0.0]])},
+        {"w": torch.tensor([[0.0, 1.0, 0.0]])},
+    ]
+    plane = principal_plane(path)
+    assert sum(plane.explained) == pytest.approx(1)
+
+
+def test_a_mask_of_no_parameter_is_refused():
+    with pytest.raises(MicrogliaError, match="no parameter of that name"):
+        random_direction({"e.weight": torch.ones(2, 2)}, masks={"h.weight": torch.ones(2, 2)})

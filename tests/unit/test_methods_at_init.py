@@ -304,6 +304,7 @@ def test_finished_levels_are_not_done_twice(task, tmp_path, monkeypatch):
         ({"rewind": 3}, "rewind"),
         ({"half": ("fc3",)}, "half"),
         ({"scope": "row"}, "globally or by layer"),
+        ({"control": "reinit", "to": "fine-tune"}, "goes with to='weights'"),
     ],
 )
 def test_wrong_tickets_are_refused(settings, message):
@@ -327,3 +328,16 @@ def test_a_kept_network_is_an_ordinary_module():
         methods["synflow"].check(
             replace(image_task("lenet-300-100", "digits"), build=lambda: model), methods["synflow"].config()
         )
+
+
+def test_what_cannot_be_is_refused_before_anything_is_trained(task):
+    base = methods["tickets"].config(density=0.3, dense=FitConfig(epochs=0), train=TRAIN)
+    with pytest.raises(BudgetError, match=r"train.epochs=0"):
+        methods["tickets"].check(task, replace(base, train=replace(TRAIN, epochs=0)))
+    with pytest.raises(BudgetError, match="fewer such layers"):
+        methods["tickets"].check(task, replace(base, density=0.05, scope="layer", half=("fc1", "fc2")))
+
+
+def test_tickets_may_be_chosen_by_a_score_of_data(task):
+    search = Tickets(task, Run(), config(score="snip", score_batch_size=16))
+    assert search.below(search.dense(), 1).masks.kept == 40160

@@ -415,7 +415,7 @@ def test_inverted_and_normal_masks_of_half_are_complements():
     assert all(torch.equal(made[0][name], ~made[1][name]) for name in made[0])
 
 
-@pytest.mark.parametrize("score", ["synflow", "snip", "random"])
+@pytest.mark.parametrize("score", ["synflow", "snip", "random", "grasp"])
 @pytest.mark.parametrize("norm", [True, False])
 def test_rounds_over_what_is_left_are_rounds_with_masks(score, norm):
     """The narrowed rounds keep what `prune_to` with masks keeps, round by round."""
@@ -449,3 +449,57 @@ def test_what_is_left_counts_exactly_with_ties_and_refuses_nonsense():
         left.keep({name: value * torch.nan for name, value in equal.items()}, 3)
     left.keep(equal, 0)
     assert left.count == 0
+
+
+@pytest.mark.parametrize("functional_form", [True, False])
+@pytest.mark.parametrize("adaptive", [True, False])
+def test_a_path_through_any_entry_of_a_pooled_window_counts(functional_form, adaptive):
+    class Pooled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(1, 1, 3, padding=1, bias=False)
+            self.pool = nn.AdaptiveMaxPool2d(1) if adaptive else nn.MaxPool2d(2)
+            self.head = nn.Linear(1, 2)
+
+        def forward(self, x):
+            x = self.conv(x)
+            if functional_form:
+                x = functional.adaptive_max_pool2d(x, 1) if adaptive else functional.max_pool2d(x, 2)
+            else:
+                x = self.pool(x)
+            return self.head(x.flatten(1))
+
+    found = effective_masks(Pooled(), torch.zeros(1, 1, 2, 2))
+    assert found["conv.weight"].all()  # each kernel position meets an image of 2 x 2 somewhere
+    assert found["head.weight"].all()
+
+
+def test_dropout_is_off_while_gradients_are_scored():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 20), nn.ReLU(), nn.Dropout(0.5), nn.Linear(20, CLASSES)).double()
+    plain = nn.Sequential(model[0], model[1], nn.Identity(), model[3])
+    for name in ("snip", "grasp", "gradient"):
+        one, other = (scores[name](m, prunable_layers(m), data()) for m in (model, plain))
+        assert all(torch.equal(one[n], other[n]) for n in one)
+
+
+def test_shares_of_tokens_count_biases_like_the_embedding():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(5, 6), nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 3)).double().train()
+    tokens = torch.tensor([[1, 3]])
+    found = shares(model, prunable_layers(model), tokens)
+    assert model.training
+    hidden = model[0].weight.detach().abs()[tokens[0]]
+    into = hidden @ model[1].weight.detach().abs().T
+    after = into + model[1].bias.detach().abs()
+    through = after @ model[3].weight.detach().abs().T
+    flow = float((through + model[3].bias.detach().abs()).sum())
+    assert float(found["3.weight"].sum()) == pytest.approx(float(through.sum()) / flow, rel=1e-5)
+    assert float(found["1.weight"].sum()) == pytest.approx(
+        float((into @ model[3].weight.detach().abs().T).sum()) / flow, rel=1e-5
+    )
+
+
+def test_a_budget_of_no_weight_is_refused():
+    with pytest.raises(BudgetError, match="Nothing would be left"):
+        AtInit(mlp(), density=1e-4, score="snip", evidence=data())

@@ -241,3 +241,12 @@ def test_a_gpu_that_is_not_there_is_named() -> None:
     if not torch.cuda.is_available():
         with pytest.raises(MicrogliaError, match="torch sees no GPU"):
             accelerator("cuda")
+
+
+def test_evaluation_leaves_every_module_in_its_mode(task: mg.Task) -> None:
+    model = fresh().train()
+    frozen = next(module for module in model.modules() if not list(module.children()))
+    frozen.eval()
+    mg.evaluate(model, task)
+    assert model.training
+    assert not frozen.training

@@ -18,7 +18,7 @@ class Alive:
     """The weights of some layers that are left, competing in one ordering.
 
     Removed weights are set to 0 in the layers themselves; masks are made once, at the end. The result is that of `select` with
-    masks in every round.
+    masks in every round where a weight's score does not depend on the gradients of removed ones.
 
     Args:
         layers: By name, without masks.

@@ -80,8 +80,11 @@ def trace(model: nn.Module, example_inputs: Any, *, dynamic: Sequence[int] = (0,
 
 def _run_once(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Lets a model make what it makes in its first forward pass, such as tables of positions: each trace then has the same."""
+    before = [(buffer, buffer.clone()) for buffer in model.buffers()]
     with suppress(Exception), torch.no_grad():  # what is wrong with it, the trace tells
         model(*args, **kwargs)
+    for buffer, value in before:
+        buffer.copy_(value)
 
 
 def _refuse_unknown_sizes(graph: fx.Graph, model: nn.Module) -> None:

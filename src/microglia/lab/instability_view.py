@@ -18,6 +18,7 @@ from microglia.landscape.gauge import Gauge
 from microglia.landscape.instability import STABLE, Training, instability, smallest_stable
 from microglia.train.archive import load
 from microglia.train.engine import accelerator
+from microglia.train.files import digest
 from microglia.train.run import Run
 
 Json = dict[str, Any]
@@ -97,7 +98,9 @@ def _of_seed(asked: Sensing, number: int, masks: MaskSet | None) -> Iterator[Jso
     if task.pretrained:
         raise MicrogliaError("Copies part on the way from the initialization; leave the checkpoint out.")
     config = method_config(recipe).train
-    record = {"command": "instability", "recipe": as_dict(recipe), "masks": None if masks is None else str(asked.masks)}
+    settings = {name: getattr(asked, name) for name in ("points", "recalibrate", "limit")}
+    mark = None if masks is None else digest(masks)
+    record = {"command": "instability", "recipe": as_dict(recipe), "masks": mark, **settings}
     run = Run(asked.directory / f"seed-{recipe.seed}", record, seed=recipe.seed, device=accelerator(recipe.device).device.type)
     gauge = Gauge(task, recalibrate=asked.recalibrate, limit=asked.limit, seed=recipe.seed)
     networks = {"dense": Training(task, run, config)}

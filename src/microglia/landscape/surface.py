@@ -33,12 +33,16 @@ def random_direction(
         masks: Of a pruned network by parameter name: what was pruned gets no direction, for it is no freedom of the network.
 
     Raises:
-        MicrogliaError: The normalization is none of these.
+        MicrogliaError: The normalization is none of these, or a mask is of no parameter.
 
     Source: Li et al. 2018, "Visualizing the loss landscape of neural nets", section 4; survey 1.1.
     """
     if normalization not in get_args(Normalization):
         raise MicrogliaError(f"The normalization is {', '.join(get_args(Normalization))}; got {normalization!r}.")
+    if unknown := sorted((masks or {}).keys() - point.keys()):
+        raise MicrogliaError(
+            f"There is a mask of {unknown[0]!r}, but no parameter of that name; tied weights go by their first name."
+        )
     generator = torch.Generator().manual_seed(seed)
     direction = {}
     for name, value in point.items():

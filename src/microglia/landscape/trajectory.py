@@ -33,7 +33,7 @@ class Plane:
 def principal_plane(path: Sequence[Point]) -> Plane:
     """Returns the first two principal components of a path, seen from its end.
 
-    Of the differences theta_t - theta_T, less their mean. Computed from the T x T matrix of inner products, in float64: no
+    Of the differences theta_t - theta_T, the end's 0 included, less their mean. Computed from the T x T matrix of inner products, in float64: no
     matrix of the size of the network squared is made.
 
     Args:
@@ -48,13 +48,13 @@ def principal_plane(path: Sequence[Point]) -> Plane:
         raise MicrogliaError(f"A plane needs a path of 3 places or more; got {len(path)}.")
     for one in path:
         check_alike(one, path[-1])
-    steps = [{name: value.double() for name, value in difference(one, path[-1]).items()} for one in path[:-1]]
+    steps = [{name: value.double() for name, value in difference(one, path[-1]).items()} for one in path]
     gram = torch.tensor([[inner(one, other) for other in steps] for one in steps], dtype=torch.float64)
     count = len(steps)
     center = torch.eye(count, dtype=torch.float64) - 1 / count
     values, vectors = torch.linalg.eigh(center @ gram @ center)
     total = float(values.clamp(min=0).sum())
-    if count < 2 or float(values[-2]) <= 1e-12 * total:
+    if float(values[-2]) <= 1e-12 * total:
         raise MicrogliaError("The places of this path lie on one line (or are all the same), and span no plane.")
     directions = []
     for number in (-1, -2):

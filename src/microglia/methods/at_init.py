@@ -22,6 +22,8 @@ from microglia.train.optim import FitConfig
 from microglia.train.run import Run
 from microglia.train.task import Task
 
+SEPARATE = ("magnitude", "random", "snip", "gradient", "accumulated-gradient", "synflow")
+"""Scores of a weight that do not look at the gradients of other ones, so that a removed weight is as good as one set to 0."""
 OTHER = 1_000_003
 """Between the seeds of the initial weights and of those that replace them."""
 Ablation = Literal["none", "shuffle", "reinit", "invert"]
@@ -85,8 +87,10 @@ class AtInit(Pruner):
             self.score = lambda *given: {name: -value for name, value in score(*given).items()}
         density = schedules[own.schedule]
         counts = [round(density(number / own.rounds, self.weights, self.target)) for number in range(1, own.rounds + 1)]
+        if self.budget is not None and self.pattern.fixed_density is None and not self.target:
+            raise BudgetError(f"Nothing would be left: the budget rounds to none of {self.weights:,} weights. Keep more.")
         single = isinstance(self.pattern, Unstructured) and own.scope == "global" and own.allow_empty
-        if own.rounds > 1 and single and not self.protected and not masks_of(model):
+        if own.rounds > 1 and single and own.score in SEPARATE and not self.protected and not masks_of(model):
             mask(model, self._narrowed(counts))
         else:
             for count in counts:  # whole units may have fallen short of an earlier count by more than this one goes down

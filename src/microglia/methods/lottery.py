@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -17,9 +18,8 @@ from microglia.core.selection import select
 from microglia.core.shuffle import shuffled
 from microglia.methods.at_init import other_weights, refuse_trained
 from microglia.methods.base import MethodConfig, method, preset
-from microglia.methods.procedure import observe
+from microglia.methods.procedure import evidence, observe
 from microglia.methods.pruner import Pruner
-from microglia.scores import Evidence
 from microglia.train.evaluate import evaluate
 from microglia.train.optim import FitConfig, epoch_length
 from microglia.train.rewind import State, advance, fresh_optimizers, start_of, with_masks
@@ -73,6 +73,11 @@ class LotteryConfig(MethodConfig):
                 f"Tickets compete globally or by layer, and half a rate is one of layers; got scope {self.scope!r} and half "
                 f"{list(self.half)}."
             )
+        if self.control != "none" and self.to != "weights":
+            raise BudgetError(
+                f"Controls start where tickets do, which are rewound weights: control {self.control!r} goes with to='weights', "
+                f"not {self.to!r}."
+            )
         if self.train.distill:
             raise BudgetError("Tickets are trained like the dense network, without a teacher; set train.distill=0.")
 
@@ -111,7 +116,7 @@ class Tickets:
     def __init__(self, task: Task, run: Run, config: LotteryConfig) -> None:
         self.task, self.run, self.config = task, run, config
         self.model = task.build().to(run.device)
-        self.pruner = Pruner(self.model, config, evidence=Evidence(generator=torch.Generator().manual_seed(run.seed)))
+        self.pruner = Pruner(self.model, config, evidence=evidence(task, run, config))
         layers = self.pruner.layers
         mask(self.model, {n: torch.ones(layer.shape, dtype=torch.bool) for n, layer in layers.items()})
         check_selectors(layers, config.half)
@@ -145,7 +150,7 @@ class Tickets:
             self.pruner.score(self.model, self.pruner.layers, self.pruner.evidence),
             pattern=self.pruner.pattern,
             keep=keep,
-            scope=self._densities(number, keep) if self.slow else self.config.scope,
+            scope=self._densities(keep) if self.slow else self.config.scope,
             reduction=self.config.reduction,
             alive=level.masks,
             protect=self.pruner.protected,
@@ -191,18 +196,11 @@ class Tickets:
             "early_stop": None if best is None else {"step": best["epoch"] * steps, headline: best[headline]},
         }
 
-    def _densities(self, number: int, keep: int) -> dict[str, float]:
+    def _densities(self, keep: int) -> dict[str, float]:
         """Returns the density of every layer where some are pruned at half the rate, adding up to what is kept."""
-        sizes = {name: layer.raw.numel() for name, layer in self.pruner.layers.items()}
-        slow = (1 - self.config.rate / 2) ** number
-        held = sum(round(slow * sizes[name]) for name in self.slow)
-        rest = sum(size for name, size in sizes.items() if name not in self.slow)
-        if not 0 < keep - held <= rest:
-            raise BudgetError(
-                f"After {number} levels the layers pruned at half the rate hold {held:,} weights, which does not go with "
-                f"keeping {keep:,} in all; choose fewer of them."
-            )
-        return {name: slow if name in self.slow else (keep - held) / rest for name in sizes}
+        return slow_densities(
+            {n: layer.raw.numel() for n, layer in self.pruner.layers.items()}, self.slow, keep, self.config.rate
+        )
 
     def _noise(self, number: int) -> int | None:
         return self.run.seed + 7_919 * number if self.config.noise else None
@@ -220,6 +218,31 @@ class Tickets:
         return advance(self.task, self.run, name, self.model, config, start=start, seed=seed)
 
 
+def slow_densities(sizes: Mapping[str, int], slow: Sequence[str], keep: int, rate: float) -> dict[str, float]:
+    """Returns densities by layer that add up to what is kept, some layers having lost at half the rate.
+
+    Args:
+        sizes: Weights of each layer.
+        slow: Layers that lose half the rate at every level; so many levels have passed as lead to ``keep``.
+        keep: Weights to keep in all.
+        rate: Of a level.
+
+    Raises:
+        BudgetError: The slow layers hold more than that.
+    """
+    total = sum(sizes.values())
+    passed = math.log(keep / total) / math.log(1 - rate)
+    density = (1 - rate / 2) ** passed
+    held = sum(round(density * sizes[name]) for name in slow)
+    rest = total - sum(sizes[name] for name in slow)
+    if not 0 < keep - held <= rest:
+        raise BudgetError(
+            f"When {keep:,} of {total:,} weights are left, the layers pruned at half the rate would hold {held:,} of them; "
+            "choose fewer such layers, or end at a larger density."
+        )
+    return {name: density if name in slow else (keep - held) / rest for name in sizes}
+
+
 def levels_to(weights: int, keep: int, rate: float) -> int:
     """Returns the least number of levels after which no more than ``keep`` of ``weights`` are left."""
     return max(1, math.ceil(math.log(max(1, keep) / weights) / math.log(1 - rate) - 1e-9))
@@ -228,6 +251,12 @@ def levels_to(weights: int, keep: int, rate: float) -> int:
 def check(task: Task, config: LotteryConfig) -> None:
     """Raises unless a task and a config of tickets fit each other."""
     refuse_trained(task, config)
+    if not config.train.epochs:
+        raise BudgetError("Tickets are found by training; got train.epochs=0.")
+    pruner = Pruner(task.build(), config)
+    slow = [n for n, layer in pruner.layers.items() if config.half and matches(n, layer.module, config.half)]
+    if slow:  # whether it can be had shows at the last level
+        slow_densities({n: layer.raw.numel() for n, layer in pruner.layers.items()}, slow, pruner.target, config.rate)
     if config.control == "reinit":
         other_weights(task, 0)
 

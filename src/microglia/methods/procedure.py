@@ -10,6 +10,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 
+from microglia.core.errors import ScoreError
 from microglia.core.layers import effective_state
 from microglia.core.masks import restore
 from microglia.graph import plan_of, shrink
@@ -87,11 +88,11 @@ def train(
 
     The pruner is made where the stage really runs, for it changes the model; it is finished there too.
     """
+    own = set(dict(task.build().named_parameters())) if run.trajectory and name == "train" else set()
 
     def log(rows: list[dict[str, Any]]) -> None:
         run.log(name, rows)
-        if run.trajectory and name == "train":
-            own = dict(task.build().named_parameters())
+        if own:
             run.keep_place(len(rows), {n: v for n, v in effective_state(model).items() if n in own})
 
     def work(progress: Progress) -> dict[str, Any]:
@@ -158,6 +159,10 @@ def _balanced(batches: Iterable[tuple[Tensor, Tensor]], per_class: int, size: in
     found: dict[int, int] = {}
     kept: list[tuple[Tensor, Tensor]] = []
     for inputs, targets in batches:
+        if targets.ndim != 1:
+            raise ScoreError(
+                f"Examples of each class need one label each; these targets have the shape {tuple(targets.shape)}."
+            )
         take = []
         for number, target in enumerate(targets.tolist()):
             found[target] = found.get(target, 0) + 1
@@ -166,6 +171,8 @@ def _balanced(batches: Iterable[tuple[Tensor, Tensor]], per_class: int, size: in
         kept.append((inputs[take], targets[take]))
         if min(found.values()) >= per_class and len(take) == 0:  # a whole batch that brought nothing new
             break
+    if not kept:
+        raise ScoreError("There are no training examples to score with.")
     inputs, targets = (torch.cat(parts) for parts in zip(*kept, strict=True))
     yield from zip(torch.split(inputs, size), torch.split(targets, size), strict=True)
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from microglia.core.errors import ScoreError
 from microglia.core.layers import Layer
 from microglia.scores.base import Evidence, score
+from microglia.scores.guard import in_training
 
 
 @score("gradient")
@@ -17,9 +18,9 @@ def gradient_magnitude(model: nn.Module, layers: Mapping[str, Layer], evidence: 
     """Returns |w * dL/dw|, the first-order change of the loss when w is removed (Blalock et al. 2020, ShrinkBench).
 
     The gradient is that of the mean loss over all batches, summed with its sign before the absolute value, in train mode as
-    in the paper's code. On several ranks it is the gradient over all their batches together.
+    in the paper's code, without dropout. On several ranks it is the gradient over all their batches together.
     """
-    gradients = loss_gradient(model.train(), layers, evidence)
+    gradients = loss_gradient(in_training(model), layers, evidence)
     return {name: (layer.weight.detach() * gradients[name]).abs() for name, layer in layers.items()}
 
 

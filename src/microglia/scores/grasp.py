@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from microglia.core.errors import ScoreError
 from microglia.core.layers import Layer
 from microglia.scores.base import Evidence, score
+from microglia.scores.guard import in_training
 
 TEMPERATURE = 200.0
 """Logits are divided by it, which suppresses the curvature of the softmax against that of the network (survey 7.2, traps)."""
@@ -19,13 +20,14 @@ TEMPERATURE = 200.0
 def grasp(model: nn.Module, layers: Mapping[str, Layer], evidence: Evidence) -> dict[str, Tensor]:
     """Returns w * Hg: removing w changes |g|^2 by -2 w (Hg) to first order, and what would raise it goes first.
 
-    That is minus the score S of the paper (algorithm 1), for here higher = keep. A batch is a chunk: gradients and
-    Hessian-gradient products add up over chunks, so that memory is that of one. In train mode, as in the authors' code.
+    That is minus the score S of the paper (algorithm 1), for here higher = keep. A batch is a chunk: gradients and Hessian-
+    gradient products add up over chunks, so that memory is that of one. In train mode, as in the authors' code, without
+    dropout.
 
     Raises:
         ScoreError: There are no batches or no loss, the loss is not finite, or a layer has no second derivative.
     """
-    product = hessian_gradient(model.train(), layers, evidence)
+    product = hessian_gradient(in_training(model), layers, evidence)
     return {name: layer.weight.detach() * product[name] for name, layer in layers.items()}
 
 

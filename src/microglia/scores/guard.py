@@ -55,6 +55,15 @@ def untouched(model: nn.Module) -> Iterator[None]:
         raise ScoreError("A score must not leave hooks on the model; remove the handle it registered.")
 
 
+def in_training(model: nn.Module) -> nn.Module:
+    """Puts a model into training mode but for dropout, whose noise would be scored with the weights; returns it."""
+    model.train()
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.eval()
+    return model
+
+
 def _hooks(model: nn.Module) -> int:
     names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     return sum(len(getattr(module, name)) for module in model.modules() for name in names)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
 from microglia.core.errors import ScoreError
 from microglia.core.layers import Layer, prunable_layers
@@ -60,9 +63,11 @@ def shares(
         ScoreError: As `synflow`.
     """
     flow = 0.0
-    for kind, scale, (least, most) in TRIES:
+    for kind, small, (least, most) in TRIES:
         if dtype in (None, kind):
-            found, flow = _shares(model, layers, example, lambda p: p.detach().abs(), kind, scale)
+            scale = small if example.is_floating_point() else 1.0  # tokens enter as they are
+            with untouched(model):
+                found, flow = _shares(model, layers, example, lambda p: p.detach().abs(), kind, scale)
             if least <= flow <= most:
                 return found
     if flow > 0:
@@ -85,9 +90,26 @@ def effective_masks(model: nn.Module, example: Tensor) -> MaskSet:
     """
     layers = prunable_layers(model)
 
-    with untouched(model):
+    with untouched(model), _Averaging():
         found, _ = _shares(model, layers, example, _averaging, torch.float64, 1.0, biases=False)
     return MaskSet({n: found[n] > 0 if found else torch.zeros_like(layer.raw, dtype=torch.bool) for n, layer in layers.items()})
+
+
+class _Averaging(TorchFunctionMode):
+    """Takes the mean where a network takes the maximum of a window: a path through any entry is a path."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if (found := re.fullmatch(r"_?(adaptive_)?max_pool([123])d(_with_indices)?", name)) is not None:
+            adaptive, dimensions, _ = found.groups()
+            x, sizes, *rest = args if len(args) > 1 else (*args, kwargs.pop("output_size" if adaptive else "kernel_size"))
+            if adaptive:
+                return getattr(functional, f"adaptive_avg_pool{dimensions}d")(x, sizes)
+            given = {**dict(zip(("stride", "padding", "dilation", "ceil_mode"), rest, strict=False)), **kwargs}
+            own = {key: given[key] for key in ("padding", "ceil_mode") if key in given}
+            return getattr(functional, f"avg_pool{dimensions}d")(x, sizes, given.get("stride") or sizes, **own)
+        return func(*args, **kwargs)
 
 
 def _averaging(p: Tensor) -> Tensor:

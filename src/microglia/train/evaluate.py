@@ -21,7 +21,7 @@ def evaluate(
     limit: int | None = None,
     seed: int = 0,
 ) -> dict[str, float]:
-    """Returns the task's metrics on a split, over all ranks; the model's train or eval mode is left as it was.
+    """Returns the task's metrics on a split, over all ranks; the modes of the model are left as they were.
 
     Args:
         model: Anything that maps the task's inputs to its outputs.
@@ -33,7 +33,7 @@ def evaluate(
     """
     rank, world = rank_and_world()
     device = device_of(model)
-    training = model.training
+    modes = {module: module.training for module in model.modules()}
     model.eval()
     sums: dict[str, Tensor] = {}
     batches = task.data.batches(split, batch_size * world, seed=seed, shuffle=limit is not None, rank=rank, world=world)
@@ -44,7 +44,8 @@ def evaluate(
         for name, metric in task.metrics.items():
             statistics = metric.statistics(outputs, targets)
             sums[name] = sums[name] + statistics if name in sums else statistics
-    model.train(training)
+    for module, training in modes.items():
+        module.training = training
     if world > 1:
         for total in sums.values():
             torch.distributed.all_reduce(total)

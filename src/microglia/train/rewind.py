@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from microglia.core.layers import prunable_layers
-from microglia.core.masks import MaskSet, enforce, mask, masks_of, restore
+from microglia.core.masks import enforce, mask, restore
 from microglia.train.fit import fit
 from microglia.train.optim import FitConfig
 from microglia.train.run import Progress, Run
@@ -106,16 +106,10 @@ def fresh_optimizers(state: State) -> State:
     return {**state, "optimizers": [{**optimizer, "state": {}} for optimizer in state["optimizers"]]}
 
 
-def masks_in(model: nn.Module, state: State) -> MaskSet:
-    """Returns the masks of a state; the model is left at it."""
-    restore(model, state["model"])
-    return masks_of(model)
-
-
 def _cleared(optimizer: State, removed: Mapping[int, Tensor]) -> State:
     own = {
         number: {
-            key: value.masked_fill(removed[number], 0.0)
+            key: value.masked_fill(removed[number].to(value.device), 0.0)
             if isinstance(value, Tensor) and number in removed and value.shape == removed[number].shape
             else value
             for key, value in held.items()

@@ -3,9 +3,8 @@
 Each model is built with random weights and non-trivial norm statistics (`models.randomize`). Ours: `prune_channels` to half of
 every channel group (no rounding), then
 - equal: the plan's largest error at any node in float64, and, recomputed here on other inputs in float32, that of the final
-  outputs. ``z``: against the user's own model with the removed entries zeroed. ``d``: the same in float64, where float32
-  turns over which boxes a detector keeps. ``r``: where norms or means run over what is left, so that zeroing is another
-  function, against the library's masked reference.
+  outputs. ``z``: against the user's own model with the removed entries zeroed. ``r``: where norms or means run over what is
+  left, so that zeroing is another function, against the library's masked reference.
 - train: forward and backward in training mode, every gradient finite (``-``: the dense model cannot do it alone either);
 - saved: `save`, then `load` into a freshly built model, equal in every bit;
 - compiled: `torch.compile(fullgraph=True)` with equal outputs; not part of OK (``-``: nor does the dense model compile).
@@ -111,7 +110,7 @@ COLUMNS = (
     ("params", 7), ("s", 6),
 )  # fmt: skip
 
-REFERENCES = {"zeroed": "z", "exact": "d", "masked": "r"}
+REFERENCES = {"zeroed": "z", "masked": "r"}
 
 
 def mark(value: Any) -> str:

@@ -63,6 +63,8 @@ def test_instability_of_a_ticket_beside_the_dense_network(work, tmp_path):
         assert (tmp_path / "i" / f"instability-lines.{form}").stat().st_size > 0
     out = good(microglia(*words, "--out", tmp_path / "i", folder=work))
     assert "dense: stable from epoch" in out
+    other = tuple("4" if word == "3" else word for word in words)
+    refused(microglia(*other, "--out", tmp_path / "i", folder=work), "run of another recipe", "points: 3 -> 4")
 
 
 def test_synflow_shows_what_is_on_a_path(work, tmp_path):

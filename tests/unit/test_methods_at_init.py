@@ -130,7 +130,7 @@ def test_wrong_settings_are_refused_in_a_sentence(change, message):
 
 
 def test_a_checkpoint_and_a_missing_teacher_are_refused(task):
-    with pytest.raises(MicrogliaError, match="leave that out"):
+    with pytest.raises(MicrogliaError, match="leave the checkpoint out"):
         methods["snip"].check(replace(task, pretrained=True), methods["snip"].config(density=0.1))
     lost = methods["snip"].config(density=0.1, dense=FitConfig(epochs=0), train=replace(TRAIN, distill=0.5))
     with pytest.raises(MicrogliaError, match="distil"):

@@ -108,9 +108,13 @@ class AtInit(Pruner):
 def refuse_trained(task: Task, config: MethodConfig) -> None:
     """Raises unless a task's network is untrained, its layers fit, and there is a teacher where one is asked for."""
     if task.pretrained:
-        raise MicrogliaError("This method prunes before any training, but the task brings a checkpoint; leave that out.")
+        raise MicrogliaError(
+            "This method starts from initial weights, but the task brings trained weights; leave the checkpoint out."
+        )
     if config.train.distill and not config.dense.epochs:
-        raise MicrogliaError("There is no dense model to distil from (dense.epochs=0); set train.distill=0.")
+        raise MicrogliaError(
+            "There is no dense model to distil from (dense.epochs=0); set train.distill to 0, or dense.epochs above 0."
+        )
     fits(task, config)
 
 

@@ -21,10 +21,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from microglia.core.errors import BudgetError, MicrogliaError, TrainingError
+from microglia.core.errors import BudgetError, TrainingError
 from microglia.core.layers import Layer
 from microglia.core.masks import Masked, MaskSet, enforce, mask
 from microglia.core.selection import keep_best
+from microglia.methods.at_init import refuse_trained
 from microglia.methods.base import method, preset
 from microglia.methods.procedure import dense_model, evidence, train
 from microglia.methods.pruner import PruneConfig, Pruner
@@ -235,23 +236,10 @@ class SparseTraining(Pruner):
 
 def fits(task: Task, config: SparseTrainingConfig) -> None:
     """Raises unless the task begins untrained and layers, budget and length of the training fit its model."""
-    _refuse_trained(task, config)
+    refuse_trained(task, config)
     scores[config.score]
     first = replace(config, score="random")  # another may need batches, which a check does not read
     SparseTraining(task.build(), first, total_steps=_steps(task, config.train))
-
-
-def _refuse_trained(task: Task, config: SparseTrainingConfig) -> None:
-    if task.pretrained:
-        raise MicrogliaError(
-            "Sparse training starts from initial weights, and this task brings trained ones: leave the checkpoint out, or "
-            "take a method that prunes a trained network, such as 'gradual' or 'acdc'."
-        )
-    if config.train.distill and not config.dense.epochs:
-        raise MicrogliaError(
-            f"train.distill={config.train.distill:g} learns from a dense model, and dense.epochs=0 trains none: set "
-            "train.distill to 0, or dense.epochs above 0."
-        )
 
 
 def _steps(task: Task, config: FitConfig) -> int:
@@ -261,7 +249,7 @@ def _steps(task: Task, config: FitConfig) -> int:
 @method("rigl", SparseTrainingConfig, check=fits, training=FitConfig())
 def rigl(task: Task, run: Run, config: SparseTrainingConfig) -> nn.Module:
     """RigL: sparse from scratch; the smallest weights give way where the gradient is largest."""
-    _refuse_trained(task, config)
+    refuse_trained(task, config)  # the masks are made only when the dense network is trained
     dense = dense_model(task, run, config.dense)  # to compare with, and to distil from; nothing else of it is used
     model = task.build().to(run.device)
     steps = _steps(task, config.train)

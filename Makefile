@@ -18,11 +18,11 @@ lint: $(READY)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# torch first and alone: with it in place nothing else asks for another build of it.
-$(READY): pyproject.toml constraints.txt
+# torch first and alone: with it in place nothing else asks for another build of it, and the kernels build against it.
+$(READY): pyproject.toml setup.py constraints.txt $(wildcard src/microglia/runtime/kernels/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[zoo,export,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch 'setuptools>=77'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-build-isolation --editable '.[zoo,export,dev]'
 	touch $(READY)
 
 clean:

@@ -20,7 +20,10 @@ from microglia.measure.running import Example, first_line, folded_twin, run, und
 Execution = Callable[[], object]
 """One forward pass over the example inputs; returns the model's output."""
 
-_BUILDERS: Registry[Callable[[nn.Module, Example], Execution]] = Registry("execution")
+Runner = Callable[..., Any]
+"""A model in one execution, called like the model itself."""
+
+_BUILDERS: Registry[Callable[[nn.Module, Example], Runner]] = Registry("execution")
 _fresh_names = itertools.count()
 
 
@@ -56,56 +59,73 @@ def executions(
         UnknownNameError: A kind of another name.
         MicrogliaError: The model does not run on these inputs.
     """
-    builders = {kind: _BUILDERS[kind] for kind in kinds}
     example = Example.of(example_inputs).copied()
+    images = example.map(lambda t: t.contiguous(memory_format=torch.channels_last) if t.ndim == 4 else t)
+    ready = runners(model, example, kinds, notes=notes)
+    return {kind: bind(runner, images if kind == "eager-channels-last" else example) for kind, runner in ready.items()}
+
+
+def runners(model: nn.Module, example: Example, kinds: Sequence[str], *, notes: list[str] | None = None) -> dict[str, Runner]:
+    """Prepares the same executions as `executions`, to be called with any inputs of the example's shapes.
+
+    Raises:
+        UnknownNameError: A kind of another name.
+        MicrogliaError: The model does not run on these inputs.
+    """
+    builders = {kind: _BUILDERS[kind] for kind in kinds}
     folded = folded_twin(model)
-    ready: dict[str, Execution] = {}
+    ready: dict[str, Runner] = {}
     with undisturbed():
         expected = run(folded, example.copied())
         for kind, builder in builders.items():
             try:
-                execution = builder(folded, example)
-                problem = _difference(expected, execution())
+                runner = builder(folded, example)
+                problem = difference(expected, bind(runner, example)())
             except Exception as error:
                 problem = first_line(error)
             if problem is None:
-                ready[kind] = execution
+                ready[kind] = runner
             elif notes is not None:
                 notes.append(f"{kind} was left out: {problem}")
     return ready
 
 
-@_BUILDERS.add("eager")
-def _eager(model: nn.Module, example: Example) -> Execution:
+def bind(runner: Runner, example: Example) -> Execution:
+    """Returns a function without arguments that calls a runner with the example, without gradients."""
+
     def execute() -> object:
         with torch.no_grad():
-            return model(*example.args, **example.kwargs)
+            return runner(*example.args, **example.kwargs)
 
     return execute
 
 
+@_BUILDERS.add("eager")
+def _eager(model: nn.Module, example: Example) -> Runner:
+    return model
+
+
 @_BUILDERS.add("eager-channels-last")
-def _eager_channels_last(model: nn.Module, example: Example) -> Execution:
+def _eager_channels_last(model: nn.Module, example: Example) -> Runner:
     if not any(tensor.ndim == 4 for tensor in example.tensors):
         raise MicrogliaError("no example input is an image batch (four dimensions).")
     if not any(isinstance(module, nn.Conv2d) for module in model.modules()):
         raise MicrogliaError("the model has no 2-d convolution.")
-    converted = copy.deepcopy(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    images = example.map(lambda t: t.contiguous(memory_format=torch.channels_last) if t.ndim == 4 else t)
-    return _eager(converted, images)
+    converted: nn.Module = copy.deepcopy(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return converted
 
 
 @_BUILDERS.add("packed")
-def _packed(model: nn.Module, example: Example) -> Execution:
+def _packed(model: nn.Module, example: Example) -> Runner:
     if any(tensor.device.type != "cpu" for tensor in example.tensors):
         raise MicrogliaError("oneDNN runs on the CPU.")
     if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         raise MicrogliaError("this build of PyTorch has no oneDNN.")
-    return _eager(pack(model, example), example)
+    return pack(model, example)
 
 
 @_BUILDERS.add("compiled")
-def _compiled(model: nn.Module, example: Example) -> Execution:
+def _compiled(model: nn.Module, example: Example) -> Runner:
     def call(*args: Any, **kwargs: Any) -> object:
         return model(*args, **kwargs)
 
@@ -113,16 +133,11 @@ def _compiled(model: nn.Module, example: Example) -> Execution:
     # own for each execution keeps dozens apart, and the look-up short.
     code = call.__code__.replace(co_name=f"execution_{next(_fresh_names)}")
     own = types.FunctionType(code, call.__globals__, code.co_name, None, call.__closure__)
-    compiled = torch.compile(own, dynamic=False, options={"freezing": True})
-
-    def execute() -> object:
-        with torch.no_grad():
-            return compiled(*example.args, **example.kwargs)
-
-    return execute
+    compiled: Runner = torch.compile(own, dynamic=False, options={"freezing": True})
+    return compiled
 
 
-def _difference(expected: object, actual: object) -> str | None:
+def difference(expected: object, actual: object) -> str | None:
     """Returns what is different about two outputs, None when they agree."""
     left = [leaf for leaf in tree_leaves(expected) if isinstance(leaf, Tensor)]
     right = [leaf for leaf in tree_leaves(actual) if isinstance(leaf, Tensor)]

@@ -222,6 +222,11 @@ def _device(example: Example) -> str:
         return torch.cuda.get_device_name(device)
     if device.type != "cpu":
         return str(device)
+    return processor_name()
+
+
+def processor_name() -> str:
+    """Returns the name of this machine's CPU."""
     described = Path("/proc/cpuinfo")
     lines = described.read_text(errors="replace").splitlines() if described.is_file() else []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))

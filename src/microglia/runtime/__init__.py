@@ -1,0 +1,8 @@
+"""The runtime: sparse weights that are fast on this machine, and never slower than dense ones."""
+
+from microglia.runtime.accelerate import Accelerated, accelerate
+from microglia.runtime.library import level
+from microglia.runtime.report import AccelerationReport, LayerChoice
+from microglia.runtime.sparse import BlockConv2d, BlockLinear, RowConv2d
+
+__all__ = ["Accelerated", "AccelerationReport", "BlockConv2d", "BlockLinear", "LayerChoice", "RowConv2d", "accelerate", "level"]

@@ -1,0 +1,222 @@
+"""`accelerate`: the fastest exact execution of sparse weights on this machine, chosen layer by layer by timing.
+
+Never slower than dense: what comes back was timed as a whole against the best dense executions, and is the best of these
+where it lost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from microglia.core.errors import MicrogliaError
+from microglia.measure.execution import Runner, bind, difference, runners
+from microglia.measure.fusion import Site, fuse
+from microglia.measure.latency import time_interleaved
+from microglia.measure.running import Example, folded_twin, run, undisturbed
+from microglia.runtime.candidates import Candidate, candidates
+from microglia.runtime.choices import Choices, Times, default_cache
+from microglia.runtime.library import level
+from microglia.runtime.report import AccelerationReport, LayerChoice
+
+DENSE = ("eager", "eager-channels-last", "packed", "compiled")
+"""The dense executions that are timed against, as `microglia.measure.executions` names them."""
+CONTIGUOUS = ("rows 4x1", "unstructured")
+"""Ways to run a layer that take and give contiguous images; all others keep channels last."""
+Measured = tuple[Site, dict[str, tuple[Candidate, float]]]
+"""A layer and, by name, each way to run it and its milliseconds."""
+Progress = Callable[[int, int], None]
+"""Told after each layer how many of how many are timed."""
+
+
+class Accelerated(nn.Module):
+    """A model in the fastest execution that was found for inputs of one shape, for inference.
+
+    Inputs of other shapes run in the plain dense model, with equal outputs.
+
+    Attributes:
+        fast: The chosen execution, called like the model.
+        dense: The model with its masks folded in.
+    """
+
+    def __init__(self, fast: Runner, dense: nn.Module, example: Example, report: AccelerationReport) -> None:
+        super().__init__()
+        self.fast, self.dense, self._report = fast, dense, report
+        self._shapes = _shapes(example.args, example.kwargs)
+        self.training = False
+
+    def report(self) -> AccelerationReport:
+        """Returns per layer what was chosen, all times, and why; and the times of the whole."""
+        return self._report
+
+    def train(self, mode: bool = True) -> Accelerated:
+        """Refuses training.
+
+        Raises:
+            MicrogliaError: ``mode`` is true.
+        """
+        if mode:
+            raise MicrogliaError("An accelerated model is for inference: train the masked model, then accelerate it again.")
+        return self
+
+    @torch.no_grad()
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Returns the model's output."""
+        return (self.fast if _shapes(args, kwargs) == self._shapes else self.dense)(*args, **kwargs)
+
+
+def accelerate(
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    against: Sequence[str] = DENSE,
+    cache: Path | str | None = "default",
+    rounds: int = 9,
+    progress: Progress | None = None,
+    notes: list[str] | None = None,
+) -> Accelerated:
+    """Returns a masked or shrunk model in the fastest exact execution on this machine.
+
+    Batch norms are folded, activations and residual additions fused, and every convolution and linear layer is timed in
+    each way that could be fastest: dense (oneDNN with a packed weight), without its rows and columns of zeros, in blocks of
+    16 outputs x 1 to 8 inputs, in groups of rows, or by single weights. Then the whole is timed.
+
+    Example:
+        >>> fast = mg.accelerate(model, images)               # doctest: +SKIP
+        >>> print(fast.report())                              # doctest: +SKIP
+
+    Args:
+        model: Any model that torch.export can trace, on the CPU in float32; stays as it is.
+        example_inputs: Inputs of the shape to serve: a tensor, a tuple of arguments, or a mapping of keyword arguments.
+        against: The dense executions that it must not be slower than; the fastest of them is returned if it is.
+        cache: Folder of times measured earlier on this machine; ``"default"`` for `default_cache`, None for none.
+        rounds: Of every timing.
+        progress: Called after each layer with how many of how many are timed.
+        notes: A list to which is added what could not be timed.
+
+    Raises:
+        MicrogliaError: The model is not on the CPU, cannot be traced, has no convolution or linear layer in float32, or
+            does not run on these inputs.
+    """
+    example = Example.of(example_inputs).copied()
+    if any(tensor.device.type != "cpu" for tensor in [*example.tensors, *model.parameters()]):
+        raise MicrogliaError("accelerate runs on the CPU; move the model and its inputs there with .cpu().")
+    folder = default_cache() if cache == "default" else None if cache is None else Path(cache)
+    own = notes if notes is not None else []
+    dense = folded_twin(model)
+    with undisturbed():
+        run(dense, example.copied())
+        measured = _measure(_sites(dense, example), Choices(folder), rounds, progress)
+        ready = runners(dense, example, against, notes=own)
+        ready.update(_plans(dense, example, measured, own))
+        times = time_interleaved({name: bind(runner, example) for name, runner in ready.items()}, rounds=rounds, warmup=2)
+    best = min(times, key=lambda name: times[name].median)
+    report = AccelerationReport(
+        layers=tuple(_choice(site, found, best) for site, found in measured),
+        times={name: time.median for name, time in times.items()},
+        chosen=best,
+        level=level(),
+        threads=torch.get_num_threads(),
+        notes=tuple(own),
+    )
+    return Accelerated(ready[best], dense, example, report)
+
+
+def _sites(dense: nn.Module, example: Example) -> list[Site]:
+    sites: list[Site] = []
+
+    def note(site: Site) -> nn.Module:
+        sites.append(site)
+        return nn.Identity()
+
+    fuse(dense, example, note)
+    if not sites:
+        raise MicrogliaError("There is no 2-d convolution or linear layer in float32 that could be accelerated.")
+    return sites
+
+
+def _measure(sites: list[Site], choices: Choices, rounds: int, progress: Progress | None) -> list[Measured]:
+    measured = []
+    for done, site in enumerate(sites, 1):
+        ways = {candidate.name: candidate for candidate in candidates(site)}
+        times = choices.get(site, list(ways))
+        if times is None:
+            times = _time(site, ways, rounds)
+            choices.put(site, times)
+        measured.append((site, {name: (ways[name], time) for name, time in times.items()}))
+        if progress is not None:
+            progress(done, len(sites))
+    choices.save()
+    return measured
+
+
+def _time(site: Site, ways: dict[str, Candidate], rounds: int) -> Times:
+    """Returns the time of each way to run a layer, in milliseconds; one whose outputs differ is an error of ours."""
+    generator = torch.Generator().manual_seed(0)
+    x, other = torch.randn(site.input_shape, generator=generator), torch.randn(site.output_shape, generator=generator)
+    calls: dict[str, Callable[[], object]] = {}
+    expected: Tensor | None = None
+    for name, candidate in ways.items():
+        module = candidate.make()
+        given = [_laid_out(t, name) for t in ((x, other) if site.residual else (x,))]
+        out = module(*given)
+        expected = out if expected is None else expected
+        if (problem := difference(expected, out)) is not None:
+            raise MicrogliaError(f"The layer {site.name!r} as {name!r} is wrong on this machine: {problem} Please report it.")
+        calls[name] = lambda module=module, given=given: module(*given)  # type: ignore[misc]
+    times = time_interleaved(calls, rounds=rounds, warmup=2, min_round_seconds=0.003)
+    return {name: time.median for name, time in times.items()}
+
+
+def _laid_out(t: Tensor, name: str) -> Tensor:
+    """Returns an input as the way to run takes it without a copy."""
+    return t if t.ndim != 4 or name in CONTIGUOUS else t.contiguous(memory_format=torch.channels_last)
+
+
+def _plans(dense: nn.Module, example: Example, measured: list[Measured], notes: list[str]) -> dict[str, Runner]:
+    """Returns the whole model with the fastest way of each layer: of all ways, and of those that keep channels last.
+
+    A layer in the other layout makes its neighbours copy, which only the time of the whole shows.
+    """
+    expected = run(dense, example.copied())
+    plans: dict[str, Runner] = {}
+    names = [_fastest(found) for _, found in measured]
+    kept = [_fastest({n: f for n, f in found.items() if n not in CONTIGUOUS}) for _, found in measured]
+    for title, chosen in {"sparse": kept, "sparse, mixed layouts": names}.items():
+        if title != "sparse" and chosen == kept:
+            continue
+        ways = iter([found[name][0] for (_, found), name in zip(measured, chosen, strict=True)])
+        plan = fuse(dense, example, lambda site: next(ways).make())  # noqa: B023
+        problem = difference(expected, run(plan, example.copied()))
+        if problem is None:
+            plans[title] = plan
+        else:
+            notes.append(f"{title} was left out: {problem}")
+    return plans
+
+
+def _fastest(found: dict[str, tuple[Candidate, float]]) -> str:
+    return min(found, key=lambda name: found[name][1])
+
+
+def _choice(site: Site, found: dict[str, tuple[Candidate, float]], best: str) -> LayerChoice:
+    times = {name: time for name, (_, time) in found.items()}
+    if best.startswith("sparse"):
+        left = {n: t for n, t in times.items() if best != "sparse" or n not in CONTIGUOUS}
+        chosen = min(left, key=left.__getitem__)
+        faster = min(time for name, time in times.items() if name.startswith("dense")) / times[chosen]
+        why = "dense is the fastest way" if chosen.startswith("dense") else f"{faster:.2f}x as fast as dense"
+    else:
+        chosen, why = "dense", f"as a whole the model is fastest as {best!r}"
+    density = int(site.weight.count_nonzero()) / site.weight.numel()
+    return LayerChoice(site.name, site.kind, tuple(site.weight.shape), density, chosen, times, why)
+
+
+def _shapes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[tuple[int, ...], torch.dtype] | None]:
+    leaves = tree_leaves((args, kwargs))
+    return [(tuple(leaf.shape), leaf.dtype) if isinstance(leaf, Tensor) else None for leaf in leaves]

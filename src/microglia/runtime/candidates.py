@@ -1,0 +1,179 @@
+"""The ways to run one fused layer, all with the same outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from microglia.measure.fusion import Activation, Site
+from microglia.measure.packing import Packed, apply_activation
+from microglia.runtime.library import ACTIVATIONS, level
+from microglia.runtime.places import one_group, to_blocks, to_rows
+from microglia.runtime.sparse import BlockConv2d, BlockLinear, RowConv2d
+
+WASTE = 1.15
+"""A wider block is worth trying where it stores at most so many times what blocks of one input store."""
+SPARSEST = 0.5
+"""Density up to which single weights in NCHW are worth trying."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to run a layer.
+
+    Attributes:
+        name: ``dense`` (packed oneDNN), ``dense, eager`` (PyTorch's own operators), ``compact`` (rows and columns of zeros
+            left out, then dense), ``block 16x1`` up to ``block 16x8``, ``rows 4x1`` or ``unstructured``.
+        make: Makes its module.
+        stored: Fraction of the weight that it holds and multiplies by.
+    """
+
+    name: str
+    make: Callable[[], nn.Module]
+    stored: float
+
+
+def candidates(site: Site) -> Iterator[Candidate]:
+    """Returns the ways worth timing for a layer, the dense one first."""
+    yield Candidate("dense", lambda: Packed(site), 1.0)
+    yield Candidate("dense, eager", lambda: Plain(site), 1.0)
+    kept = _kept(site)
+    if kept is not None:
+        yield Candidate(
+            "compact", lambda: Compact(site), len(kept[0]) * len(kept[1]) / (site.weight.shape[0] * site.weight.shape[1])
+        )
+    if level() == "torch":
+        return
+    bare, after = _without_activation(site)
+    weight = one_group(site.weight, site.groups)
+    narrow = to_blocks(weight, 1).stored
+    widths = [width for width in (8, 4, 2) if to_blocks(weight, width).stored <= WASTE * narrow]
+    block = BlockLinear if site.kind == "linear" else BlockConv2d
+    for width in [1, *widths[:1]]:
+        yield Candidate(
+            f"block 16x{width}",
+            lambda width=width: _then(block.of(bare, width), after),  # type: ignore[misc]
+            to_blocks(weight, width).stored / site.weight.numel(),
+        )
+    if site.kind == "linear":
+        return
+    entries = int(weight.count_nonzero())
+    if entries <= SPARSEST * site.weight.numel():
+        rows = 4 if to_rows(weight, 4).stored <= WASTE * entries else 1
+        name = "rows 4x1" if rows == 4 else "unstructured"
+        yield Candidate(name, lambda: _then(RowConv2d.of(bare, rows), after), entries / site.weight.numel())
+
+
+class Plain(nn.Module):
+    """A layer by PyTorch's own operators: the least overhead, which decides where a layer is small."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(self, site: Site) -> None:
+        super().__init__()
+        self.register_buffer("weight", site.weight)
+        self.register_buffer("bias", site.bias)
+        self.site = site
+
+    def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
+        """Returns activation(layer(x) + other)."""
+        s = self.site
+        if s.kind == "linear":
+            out = functional.linear(x, self.weight, self.bias)
+        else:
+            out = functional.conv2d(x, self.weight, self.bias, s.stride, s.padding, s.dilation, s.groups)
+        return apply_activation(out if other is None else out + other, s.activation)
+
+
+class Then(nn.Module):
+    """A layer and an activation that it does not fuse."""
+
+    def __init__(self, layer: nn.Module, activation: Activation) -> None:
+        super().__init__()
+        self.layer, self.activation = layer, activation
+
+    def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
+        """Returns activation(layer(x) + other)."""
+        return apply_activation(self.layer(x, other), self.activation)
+
+
+class Compact(nn.Module):
+    """A convolution or linear layer without its outputs and inputs of zeros; the rest is dense.
+
+    Args:
+        site: A layer of one group with at least one output and one input that are all zero or not, but not only zeros.
+    """
+
+    rows: Tensor | None
+    columns: Tensor | None
+    rest: Tensor
+
+    def __init__(self, site: Site) -> None:
+        super().__init__()
+        kept = _kept(site)
+        assert kept is not None
+        rows, columns = kept
+        every = (len(rows) == site.output_shape[_axis(site)], len(columns) == site.input_shape[_axis(site)])
+        self.axis = _axis(site)
+        self.register_buffer("rows", None if every[0] else rows)
+        self.register_buffer("columns", None if every[1] else columns)
+        bias = None if site.bias is None else site.bias[rows]
+        small = replace(
+            site,
+            weight=site.weight[rows][:, columns].contiguous(),
+            bias=bias,
+            input_shape=_resized(site.input_shape, self.axis, len(columns)),
+            output_shape=_resized(site.output_shape, self.axis, len(rows)),
+            activation=Activation(),
+            residual=False,
+        )
+        self.layer, self.activation = Packed(small), site.activation
+        rest = torch.zeros(site.weight.shape[0]) if site.bias is None else site.bias.clone()
+        self.register_buffer("rest", rest.reshape(-1, *[1] * (len(site.output_shape) - 1 - self.axis)))
+
+    def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
+        """Returns activation(layer(x) + other)."""
+        out: Tensor = self.layer(x if self.columns is None else x.index_select(self.axis, self.columns))
+        if self.rows is not None:
+            shape = list(out.shape)
+            shape[self.axis] = self.rest.shape[0]
+            out = self.rest.expand(shape).clone(memory_format=_format(out)).index_copy_(self.axis, self.rows, out)
+        return apply_activation(out if other is None else out.add_(other), self.activation)
+
+
+def _kept(site: Site) -> tuple[Tensor, Tensor] | None:
+    """Returns the outputs and inputs that are not all zero; None where that is all of them, or none, or in groups."""
+    if site.groups != 1:
+        return None
+    alive = site.weight.flatten(2) if site.weight.ndim > 2 else site.weight[..., None]
+    rows, columns = alive.ne(0).any(-1).any(1).nonzero()[:, 0], alive.ne(0).any(-1).any(0).nonzero()[:, 0]
+    whole = len(rows) == site.weight.shape[0] and len(columns) == site.weight.shape[1]
+    return None if whole or not len(rows) or not len(columns) else (rows, columns)
+
+
+def _axis(site: Site) -> int:
+    return 1 if site.kind == "conv2d" else len(site.input_shape) - 1
+
+
+def _resized(shape: tuple[int, ...], axis: int, size: int) -> tuple[int, ...]:
+    return (*shape[:axis], size, *shape[axis + 1 :])
+
+
+def _format(like: Tensor) -> torch.memory_format:
+    return torch.channels_last if like.ndim == 4 else torch.contiguous_format
+
+
+def _without_activation(site: Site) -> tuple[Site, Activation]:
+    """Returns the site as the kernels can fuse it, and the activation that is left to do."""
+    if site.activation.name in ACTIVATIONS:
+        return site, Activation()
+    return replace(site, activation=Activation()), site.activation
+
+
+def _then(layer: nn.Module, activation: Activation) -> nn.Module:
+    return layer if activation.name == "none" else Then(layer, activation)

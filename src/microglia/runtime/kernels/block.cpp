@@ -1,0 +1,251 @@
+// The block-sparse and the gated convolution: check everything, make the list of places, plan, run.
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+
+#include "block_level.h"
+#include "block_plan.h"
+#include "block_run.h"
+#include "kernels.h"
+
+#define MG_EXPORT extern "C" __attribute__((visibility("default")))
+
+namespace microglia::block {
+namespace {
+
+constexpr int64_t cold_value_bytes = 512 << 10;  // more weights than this are prefetched
+constexpr int64_t locate_grain = 16384;          // blocks
+
+thread_local Scratch place_scratch;
+
+const Level& current_level() {
+  switch (mg_level()) {
+#if defined(__x86_64__)
+    case MG_AVX512: return avx512_level();
+    case MG_AVX2: return avx2_level();
+#endif
+    default: return generic_level();
+  }
+}
+
+// ---- Checks ----
+
+bool sizes_are_sane(const mg_conv2d& conv) {
+  const int64_t positive[] = {conv.batch,         conv.in_channels,   conv.height,        conv.width,
+                              conv.out_channels,  conv.kernel_height, conv.kernel_width,  conv.stride_height,
+                              conv.stride_width,  conv.dilation_height, conv.dilation_width};
+  for (int64_t size : positive) {
+    if (size < 1 || size > INT32_MAX) return false;
+  }
+  const int64_t paddings[] = {conv.padding_height, conv.padding_width};
+  for (int64_t padding : paddings) {
+    if (padding < 0 || padding > INT32_MAX / 4) return false;
+  }
+  if (conv.kernel_height * conv.kernel_width > INT32_MAX) return false;
+  return conv.height + 2 * conv.padding_height > conv.dilation_height * (conv.kernel_height - 1) &&
+         conv.width + 2 * conv.padding_width > conv.dilation_width * (conv.kernel_width - 1);
+}
+
+// Whether batch * height * width * step floats can be counted in bytes.
+bool fits(int64_t batch, int64_t height, int64_t width, int64_t step) {
+  int64_t product;
+  return !__builtin_mul_overflow(batch, height, &product) && !__builtin_mul_overflow(product, width, &product) &&
+         !__builtin_mul_overflow(product, step, &product) && product <= INT64_MAX / 256;
+}
+
+int check(const mg_conv2d* conv, const float* x, int64_t x_stride, const Output& output) {
+  if (!conv) return MG_BAD_POINTER;
+  if (!sizes_are_sane(*conv) || x_stride < conv->in_channels || output.y_stride < conv->out_channels ||
+      (output.residual && output.residual_stride < conv->out_channels)) {
+    return MG_BAD_SIZE;
+  }
+  // An output dimension is at most the input and its padding.
+  const int64_t high = conv->height + 2 * conv->padding_height, wide = conv->width + 2 * conv->padding_width;
+  const int64_t longest = std::max({x_stride, output.y_stride, output.residual ? output.residual_stride : 0, int64_t{16}});
+  if (!fits(conv->batch, high, wide, longest)) return MG_BAD_SIZE;
+  if (conv->activation < MG_NONE || conv->activation > MG_SILU) return MG_BAD_ACTIVATION;
+  return x && output.y ? MG_OK : MG_BAD_POINTER;
+}
+
+int check_blocks(const mg_conv2d& conv, const mg_blocks* blocks) {
+  if (!blocks || !blocks->row_pointer) return MG_BAD_POINTER;
+  const int64_t inputs = blocks->block_inputs, stripes = divide_up(conv.out_channels, stripe_outputs);
+  if (inputs != 1 && inputs != 2 && inputs != 4 && inputs != 8) return MG_BAD_BLOCK;
+  if (blocks->blocks < 0 || blocks->blocks > INT32_MAX) return MG_BAD_SIZE;
+  const bool one_tap = conv.kernel_height == 1 && conv.kernel_width == 1;
+  if (blocks->blocks > 0 && (!blocks->values || !blocks->channel || (!blocks->tap && !one_tap))) return MG_BAD_POINTER;
+  const int32_t* row_pointer = blocks->row_pointer;
+  if (row_pointer[0] != 0 || row_pointer[stripes] != blocks->blocks) return MG_BAD_ROW_POINTER;
+  for (int64_t stripe = 0; stripe < stripes; ++stripe) {
+    if (row_pointer[stripe] > row_pointer[stripe + 1]) return MG_BAD_ROW_POINTER;
+  }
+  return MG_OK;
+}
+
+int check_list(const int32_t* list, int64_t count, int64_t limit) {
+  if (count < 0) return MG_BAD_SIZE;
+  if (count > 0 && !list) return MG_BAD_POINTER;
+  for (int64_t index = 0; index < count; ++index) {
+    if (list[index] < 0 || list[index] >= limit || (index > 0 && list[index] <= list[index - 1])) return MG_BAD_LIST;
+  }
+  return MG_OK;
+}
+
+// ---- Places of blocks ----
+
+struct Locating {
+  const Plan* plan;
+  const mg_blocks* blocks;
+  PlaceTable table;
+  uint32_t* places;
+  std::atomic<uint32_t> faults{0};
+};
+
+bool blocks_are_aligned(const mg_blocks& blocks) {
+  int32_t bits = 0;
+  for (int64_t index = 0; index < blocks.blocks; ++index) bits |= blocks.channel[index];
+  return (bits & (blocks.block_inputs - 1)) == 0;
+}
+
+// The places of a block's inputs from that of its first.
+void spread(const Locating& work, const uint32_t* first, int64_t begin, int64_t count) {
+  const uint32_t inputs = static_cast<uint32_t>(work.blocks->block_inputs);
+  uint32_t* places = work.places + begin * inputs;
+  for (int64_t index = 0; index < count; ++index) {
+    const uint32_t channel = static_cast<uint32_t>(work.blocks->channel[begin + index]);
+    const uint32_t tap = first[index] - work.table.of_channel(channel);
+    for (uint32_t input = 0; input < inputs; ++input) *places++ = tap + work.table.of_channel(channel + input);
+  }
+}
+
+void locate(int64_t begin, int64_t end, void* context) {
+  Locating& work = *static_cast<Locating*>(context);
+  const mg_blocks& blocks = *work.blocks;
+  const auto some = [&](int64_t from, int64_t count, uint32_t* places) {
+    return work.plan->level->locate(work.table, blocks.channel + from, blocks.tap ? blocks.tap + from : nullptr, count, places);
+  };
+  uint32_t faults = 0, first[256];
+  if (blocks.block_inputs == 1) {
+    faults = some(begin, end - begin, work.places + begin);
+  } else {
+    for (int64_t at = begin; at < end; at += 256) {
+      const int64_t count = std::min<int64_t>(256, end - at);
+      faults |= some(at, count, first);
+      spread(work, first, at, count);
+    }
+  }
+  work.faults.fetch_or(faults);
+}
+
+int locate_blocks(const Plan& plan, const mg_blocks& blocks, mg_parallel parallel, uint32_t* places) {
+  Locating work{&plan, &blocks, {}, places};
+  const int64_t taps = plan.rows.taps * plan.columns.taps;
+  work.table.taps = static_cast<uint32_t>(taps);
+  work.table.channels = static_cast<uint32_t>(plan.channels);
+  work.table.group_bytes = static_cast<uint32_t>(plan.group_bytes);
+  for (int64_t tap = 0; tap < std::min<int64_t>(taps, 256); ++tap) {
+    work.table.tap_offset[tap] = static_cast<uint32_t>(tap_place(plan, tap));
+  }
+  in_parallel(blocks.blocks > 2 * locate_grain ? parallel : nullptr, blocks.blocks, locate_grain, locate, &work);
+  const uint32_t faults = work.faults.load();
+  return faults & channel_fault ? MG_BAD_CHANNEL : faults & tap_fault ? MG_BAD_TAP : MG_OK;
+}
+
+// ---- The gate's list ----
+
+// One list for all stripes, by groups of 16 channels, so that the lines of a group stay in L1 over all taps.
+int64_t list_places(const Plan& plan, const int32_t* channels, int64_t count, uint32_t* places, uint32_t* value_offsets) {
+  const int64_t taps = plan.rows.taps * plan.columns.taps;
+  int64_t made = 0;
+  for (int64_t begin = 0, end; begin < count; begin = end) {
+    const int64_t group = channels[begin] / line_floats;
+    for (end = begin; end < count && channels[end] / line_floats == group;) ++end;
+    for (int64_t tap = 0; tap < taps; ++tap) {
+      const int64_t place = group * plan.group_bytes + tap_place(plan, tap);
+      for (int64_t index = begin; index < end; ++index, ++made) {
+        places[made] = static_cast<uint32_t>(place + channels[index] % line_floats * 4);
+        value_offsets[made] = static_cast<uint32_t>((tap * plan.channels + channels[index]) * line_bytes);
+      }
+    }
+  }
+  return made;
+}
+
+struct Clearing {
+  const mg_conv2d* conv;
+  const Output* output;
+  const int32_t* stripes;
+  int64_t stripe_count;
+};
+
+void clear_other_stripes(int64_t begin, int64_t end, void* context) {
+  const Clearing& work = *static_cast<Clearing*>(context);
+  const Output& output = *work.output;
+  for (int64_t pixel = begin; pixel < end; ++pixel) {
+    float* y = output.y + pixel * output.y_stride;
+    int64_t from = 0;
+    for (int64_t index = 0; index <= work.stripe_count; ++index) {
+      const int64_t to = index < work.stripe_count ? work.stripes[index] * stripe_outputs : output.channels;
+      if (from < to) std::memset(y + from, 0, static_cast<size_t>(to - from) * sizeof(float));
+      from = to + stripe_outputs;
+    }
+  }
+}
+
+}  // namespace
+}  // namespace microglia::block
+
+using namespace microglia::block;
+
+MG_EXPORT int mg_block_conv2d(const mg_conv2d* conv, const mg_blocks* blocks, const float* x, int64_t x_stride, float* y,
+                              int64_t y_stride, const float* residual, int64_t residual_stride, const float* bias,
+                              mg_parallel parallel) {
+  Output output{y, y_stride, residual, residual_stride, bias, conv ? conv->out_channels : 0, conv ? conv->activation : 0};
+  if (int code = check(conv, x, x_stride, output)) return code;
+  if (int code = check_blocks(*conv, blocks)) return code;
+  const int64_t inputs = blocks->block_inputs, places_count = blocks->blocks * inputs;
+  const bool aligned = inputs == 1 || blocks_are_aligned(*blocks);
+  Run run;
+  const int64_t reached = aligned ? divide_up(conv->in_channels, inputs) * inputs : conv->in_channels + inputs - 1;
+  const int64_t value_bytes = places_count * line_bytes;
+  if (int code = make_plan(*conv, current_level(), reached, value_bytes, run.plan)) return code;
+  run.plan.x = x, run.plan.x_stride = x_stride;
+  uint32_t* places = reinterpret_cast<uint32_t*>(place_scratch.reserve((places_count + places_ahead) * 4));
+  if (!places) return MG_NO_MEMORY;
+  std::fill_n(places + places_count, places_ahead, 0u);
+  if (int code = locate_blocks(run.plan, *blocks, parallel, places)) return code;
+  const Weights kind = value_bytes > cold_value_bytes ? Weights::cold : Weights::warm;
+  const int64_t stripes = divide_up(conv->out_channels, stripe_outputs);
+  run.weights = {kind, blocks->values, places, nullptr, inputs, blocks->row_pointer, 0, 0, nullptr, stripes};
+  run.output = output, run.parallel = parallel;
+  return execute(run, std::max(1, conv->threads));
+}
+
+MG_EXPORT int mg_gated_conv2d(const mg_conv2d* conv, const float* values, const int32_t* channels, int64_t channel_count,
+                              const int32_t* stripes, int64_t stripe_count, const float* x, int64_t x_stride, float* y,
+                              int64_t y_stride, const float* bias, mg_parallel parallel) {
+  Output output{y, y_stride, nullptr, 0, bias, conv ? conv->out_channels : 0, conv ? conv->activation : 0};
+  if (int code = check(conv, x, x_stride, output)) return code;
+  if (int code = check_list(channels, channel_count, conv->in_channels)) return code;
+  if (int code = check_list(stripes, stripe_count, divide_up(conv->out_channels, stripe_outputs))) return code;
+  if (!values) return MG_BAD_POINTER;
+  const int64_t taps = conv->kernel_height * conv->kernel_width, stripe_places = taps * conv->in_channels;
+  if (taps > INT32_MAX / conv->in_channels || stripe_places > UINT32_MAX / line_bytes) return MG_BAD_SIZE;
+  Run run;
+  const int64_t count = taps * channel_count, value_bytes = count * stripe_count * line_bytes;
+  if (int code = make_plan(*conv, current_level(), conv->in_channels, value_bytes, run.plan)) return code;
+  run.plan.x = x, run.plan.x_stride = x_stride;
+  uint32_t* places = reinterpret_cast<uint32_t*>(place_scratch.reserve((count + places_ahead) * 8));
+  if (!places) return MG_NO_MEMORY;
+  uint32_t* value_offsets = places + count + places_ahead;
+  list_places(run.plan, channels, channel_count, places, value_offsets);
+  std::fill_n(places + count, places_ahead, 0u);
+  std::fill_n(value_offsets + count, places_ahead, 0u);
+  const int64_t stripe_values = stripe_places * line_floats;
+  run.weights = {Weights::listed, values, places, value_offsets, 1, nullptr, count, stripe_values, stripes, stripe_count};
+  run.output = output, run.parallel = parallel;
+  Clearing clearing{conv, &output, stripes, stripe_count};
+  const int64_t pixels = run.plan.space.images * run.plan.space.rows * run.plan.space.columns;
+  in_parallel(parallel, pixels, 256, clear_other_stripes, &clearing);
+  return execute(run, std::max(1, conv->threads));
+}

@@ -1,0 +1,177 @@
+// Cutting a convolution into chunks and tiles, and copying a chunk's input to lines.
+#include "block_plan.h"
+
+#include <algorithm>
+#include <cstring>
+
+namespace microglia::block {
+namespace {
+
+// Of a level-2 cache of 1 MiB, which holds a chunk's lines beside the weights that they meet.
+constexpr int64_t near_bytes = 64 << 10, chunk_bytes = 192 << 10, deep_chunk_bytes = 512 << 10, warm_value_bytes = 512 << 10;
+
+// The work of covering the output with tiles: pixels, but a tile of few cannot hide the latency of an addition, and each
+// has its own loads of weights and places; then the lines that it reads, which is what prefers square tiles.
+double cover_cost(const Plan& plan, int64_t rows, int64_t columns) {
+  const Chunk& space = plan.space;
+  const double tiles = static_cast<double>(divide_up(space.rows, rows) * divide_up(space.columns, columns));
+  const double pixels = std::max(static_cast<double>(space.rows * space.columns), tiles * plan.level->pixels * 0.3);
+  const Axis down = plan.pointwise ? Axis{1, 1, 1, 0, 1, 1, 1} : plan.rows, across = plan.pointwise ? down : plan.columns;
+  return pixels + tiles * (2.0 + 0.02 * static_cast<double>(down.lines(rows) * across.lines(columns)));
+}
+
+void choose_tile(Plan& plan) {
+  double least = 0;
+  for (int64_t rows = 1; rows <= std::min<int64_t>({4, plan.space.rows, plan.level->pixels}); ++rows) {
+    for (int64_t columns = 1; columns <= std::min(plan.space.columns, plan.level->pixels / rows); ++columns) {
+      const double cost = cover_cost(plan, rows, columns);
+      if (least != 0 && cost >= least) continue;
+      least = cost, plan.tile_rows = rows, plan.tile_columns = columns;
+    }
+  }
+}
+
+int64_t even_share(int64_t total, int64_t most, int64_t multiple) {
+  const int64_t pieces = divide_up(total, std::max(most, multiple));
+  return std::min(total, divide_up(divide_up(total, pieces), multiple) * multiple);
+}
+
+void choose_pointwise_chunk(Plan& plan, int64_t budget, int64_t threads) {
+  const int64_t fitting = budget / (plan.groups * line_bytes), fair = divide_up(plan.space.columns, threads);
+  plan.chunk = {0, 1, 0, 1, 0, even_share(plan.space.columns, std::min(fitting, fair), plan.tile_columns)};
+}
+
+void choose_image_chunk(Plan& plan, int64_t budget, int64_t threads) {
+  const int64_t line = plan.row_bytes * plan.groups, lines = budget / line, whole = plan.rows.lines(plan.space.rows);
+  plan.chunk = plan.space;
+  if (whole <= lines && plan.space.images >= threads) {
+    plan.chunk.images = std::min(divide_up(plan.space.images, threads), lines / whole);
+    return;
+  }
+  const int64_t fitting = (lines - plan.rows.lines(1)) / plan.rows.step + 1;
+  plan.chunk.images = 1;
+  plan.chunk.rows = even_share(plan.space.rows, std::max<int64_t>(1, fitting), plan.tile_rows);
+}
+
+Axis make_axis(int64_t input, int64_t taps, int64_t stride, int64_t padding, int64_t dilation) {
+  const int64_t output = (input + 2 * padding - dilation * (taps - 1) - 1) / stride + 1;
+  return {input, output, taps, padding, dilation, taps == 1 ? 1 : stride, taps == 1 ? stride : 1};
+}
+
+}  // namespace
+
+int make_plan(const mg_conv2d& conv, const Level& level, int64_t channels, int64_t value_bytes, Plan& plan) {
+  plan.level = &level;
+  plan.rows = make_axis(conv.height, conv.kernel_height, conv.stride_height, conv.padding_height, conv.dilation_height);
+  plan.columns = make_axis(conv.width, conv.kernel_width, conv.stride_width, conv.padding_width, conv.dilation_width);
+  plan.pointwise = conv.kernel_height == 1 && conv.kernel_width == 1;
+  plan.channels = conv.in_channels;
+  plan.groups = divide_up(channels, line_floats);
+  plan.space = {0, conv.batch, 0, plan.rows.output, 0, plan.columns.output};
+  if (plan.pointwise) plan.space = {0, 1, 0, 1, 0, conv.batch * plan.rows.output * plan.columns.output};
+  choose_tile(plan);
+  const int64_t threads = std::max<int64_t>(1, conv.threads);
+  const bool deep = value_bytes > warm_value_bytes;
+  if (plan.pointwise) {
+    choose_pointwise_chunk(plan, deep ? deep_chunk_bytes : near_bytes, threads);
+    plan.row_bytes = plan.image_bytes = plan.chunk.columns * line_bytes;
+  } else {
+    const int64_t phase_lines = divide_up(plan.columns.lines(plan.space.columns), plan.columns.step);
+    plan.row_bytes = phase_lines * plan.columns.step * line_bytes;
+    choose_image_chunk(plan, deep ? deep_chunk_bytes : chunk_bytes, threads);
+    plan.image_bytes = plan.rows.lines(plan.chunk.rows) * plan.row_bytes;
+  }
+  // An odd number of lines, so that the groups of one pixel do not all fall into the same set of the cache.
+  plan.group_bytes = (plan.chunk.images * plan.image_bytes) | line_bytes;
+  return plan.scratch_bytes() < (int64_t{1} << 32) ? MG_OK : MG_BAD_SIZE;
+}
+
+int64_t tap_place(const Plan& plan, int64_t tap) {
+  const int64_t down = tap / plan.columns.taps * plan.rows.dilation, across = tap % plan.columns.taps * plan.columns.dilation;
+  const int64_t phase_bytes = plan.row_bytes / plan.columns.step;
+  return down * plan.row_bytes + across % plan.columns.step * phase_bytes + across / plan.columns.step * line_bytes;
+}
+
+int64_t Plan::chunks() const {
+  return divide_up(space.images, chunk.images) * divide_up(space.rows, chunk.rows) * divide_up(space.columns, chunk.columns);
+}
+
+Chunk Plan::chunk_at(int64_t index) const {
+  const int64_t across = divide_up(space.columns, chunk.columns), down = divide_up(space.rows, chunk.rows);
+  Chunk part;
+  part.column = index % across * chunk.columns;
+  part.row = index / across % down * chunk.rows;
+  part.image = index / across / down * chunk.images;
+  part.columns = std::min(chunk.columns, space.columns - part.column);
+  part.rows = std::min(chunk.rows, space.rows - part.row);
+  part.images = std::min(chunk.images, space.images - part.image);
+  return part;
+}
+
+int64_t Plan::copy_units(const Chunk& part) const { return pointwise ? part.columns : part.images * rows.lines(part.rows); }
+
+void Plan::copy(const Chunk& part, int64_t begin, int64_t end, char* scratch) const {
+  if (pointwise) return copy_pixels(part, begin, end, scratch);
+  const int64_t lines = rows.lines(part.rows);
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const int64_t row = (part.row * rows.step + unit % lines) * rows.scale - rows.padding;
+    const float* image = x + (part.image + unit / lines) * rows.input * columns.input * x_stride;
+    copy_row(image, row, scratch + unit / lines * image_bytes + unit % lines * row_bytes);
+  }
+}
+
+void Plan::copy_row(const float* image, int64_t row, char* lines) const {
+  const int64_t phase_bytes = row_bytes / columns.step, phase_lines = phase_bytes / line_bytes;
+  if (row < 0 || row >= rows.input) return clear(lines, 0, row_bytes / line_bytes);
+  for (int64_t phase = 0; phase < columns.step; ++phase) {
+    copy_valid(image + row * columns.input * x_stride, phase * columns.scale - columns.padding, phase_lines,
+               lines + phase * phase_bytes);
+  }
+}
+
+// `count` lines of one input row, from position `first` in steps of the stride; zeros where that lies outside the row.
+void Plan::copy_valid(const float* row, int64_t first, int64_t count, char* lines) const {
+  const int64_t stride = columns.step * columns.scale;
+  const int64_t begin = first < 0 ? std::min(count, divide_up(-first, stride)) : 0;
+  const int64_t end = first < columns.input ? std::clamp(divide_up(columns.input - first, stride), begin, count) : begin;
+  clear(lines, 0, begin);
+  if (begin < end) {
+    char* inside = lines + begin * line_bytes;
+    copy_run(row + (first + begin * stride) * x_stride, stride * x_stride, end - begin, inside);
+  }
+  clear(lines + end * line_bytes, 0, count - end);
+}
+
+void Plan::copy_pixels(const Chunk& part, int64_t begin, int64_t end, char* scratch) const {
+  const bool plain = rows.scale == 1 && columns.scale == 1 && rows.padding == 0 && columns.padding == 0;
+  const int64_t width = plain ? space.columns : columns.output;
+  for (int64_t pixel = begin; pixel < end;) {
+    const int64_t at = part.column + pixel, column = at % width, count = std::min(end - pixel, width - column);
+    char* lines = scratch + pixel * line_bytes;
+    pixel += count;
+    if (plain) {
+      copy_run(x + at * x_stride, x_stride, count, lines);
+      continue;
+    }
+    const int64_t image = at / width / rows.output, row = at / width % rows.output * rows.scale - rows.padding;
+    if (row < 0 || row >= rows.input) {
+      clear(lines, 0, count);
+    } else {
+      const float* start = x + (image * rows.input + row) * columns.input * x_stride;
+      copy_valid(start, column * columns.scale - columns.padding, count, lines);
+    }
+  }
+}
+
+void Plan::copy_run(const float* source, int64_t pixel_step, int64_t pixels, char* lines) const {
+  level->copy(source, pixel_step, channels, pixels, lines, group_bytes);
+  clear(lines, divide_up(channels, line_floats), pixels);
+}
+
+void Plan::clear(char* lines, int64_t first_group, int64_t pixels) const {
+  for (int64_t group = first_group; group < groups && pixels > 0; ++group) {
+    std::memset(lines + group * group_bytes, 0, static_cast<size_t>(pixels * line_bytes));
+  }
+}
+
+}  // namespace microglia::block

@@ -1,0 +1,66 @@
+// How one convolution is cut into chunks whose lines are copied to scratch memory, and each chunk into tiles. Internal.
+#ifndef MICROGLIA_BLOCK_PLAN_H
+#define MICROGLIA_BLOCK_PLAN_H
+
+#include <cstdint>
+
+#include "block_level.h"
+#include "kernels.h"
+
+namespace microglia::block {
+
+constexpr int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
+
+// One dimension of the image. The copy has a line for each input position that some tap of some output reads: where the
+// kernel is one tap wide it has only every stride-th position, so that outputs follow each other.
+struct Axis {
+  int64_t input, output, taps, padding, dilation;
+  int64_t step;   // lines of the copy between neighbouring outputs
+  int64_t scale;  // input positions between neighbouring lines of the copy
+
+  int64_t lines(int64_t outputs) const { return (outputs - 1) * step + (taps - 1) * dilation + 1; }
+};
+
+// A box of outputs. Of a pointwise convolution (a 1x1 kernel) all pixels of the batch are one row.
+struct Chunk {
+  int64_t image, images, row, rows, column, columns;
+};
+
+struct Plan {
+  const Level* level;
+  Axis rows, columns;
+  bool pointwise;
+  const float* x;
+  int64_t x_stride, channels;
+  int64_t groups;  // of 16 channels, in the copy
+  Chunk space;                         // all outputs
+  Chunk chunk;                         // the size of a chunk; the last ones are smaller
+  int64_t tile_rows, tile_columns;
+  int64_t row_bytes, image_bytes, group_bytes;  // steps in the copy; a row holds its lines by their phase of the step
+
+  int64_t chunks() const;
+  Chunk chunk_at(int64_t index) const;
+  int64_t scratch_bytes() const { return group_bytes * groups; }
+
+  // What is copied independently: pixels of a pointwise chunk, input rows of another.
+  int64_t copy_units(const Chunk& part) const;
+  void copy(const Chunk& part, int64_t begin, int64_t end, char* scratch) const;
+
+ private:
+  void copy_pixels(const Chunk& part, int64_t begin, int64_t end, char* scratch) const;
+  void copy_row(const float* image, int64_t row, char* lines) const;
+  void copy_valid(const float* row, int64_t first, int64_t count, char* lines) const;
+  void copy_run(const float* source, int64_t pixel_step, int64_t pixels, char* lines) const;
+  void clear(char* lines, int64_t first_group, int64_t pixels) const;
+};
+
+// Fills in everything but x, for blocks that reach `channels` of them; MG_OK, or MG_BAD_SIZE for a
+// problem whose scratch offsets would not fit 32 bits.
+int make_plan(const mg_conv2d& conv, const Level& level, int64_t channels, int64_t value_bytes, Plan& plan);
+
+// The place of each tap in the copy; for taps past the table, tap_place alone is to be used.
+int64_t tap_place(const Plan& plan, int64_t tap);
+
+}  // namespace microglia::block
+
+#endif

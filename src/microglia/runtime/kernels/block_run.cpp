@@ -1,0 +1,162 @@
+// Chunk by chunk: copy the input to lines, then let the level's kernels run over tiles and stripes.
+#include "block_run.h"
+
+#include <algorithm>
+#include <cstring>
+
+namespace microglia::block {
+namespace {
+
+// Weights that stay in L2 over all tiles of a chunk: all of them up to the first bound, else runs of stripes of the second.
+constexpr int64_t resident_value_bytes = 640 << 10, stripe_run_bytes = 384 << 10;
+
+thread_local Scratch line_scratch;
+
+}  // namespace
+
+void in_parallel(mg_parallel parallel, int64_t count, int64_t grain, mg_body body, void* context) {
+  if (parallel) return parallel(0, count, grain, body, context);
+  body(0, count, context);
+}
+
+namespace {
+
+// The last stripe where it is narrower than the kernels write: computed in a buffer of its own.
+void run_narrow(const Tile& tile, TileKernel kernel, int64_t rows, int64_t columns, size_t width) {
+  float target[most_pixels * line_floats], residual[most_pixels * line_floats] = {}, bias[line_floats] = {};
+  Tile whole = tile;
+  if (tile.bias) std::memcpy(bias, tile.bias, width * sizeof(float)), whole.bias = bias;
+  for (int64_t pixel = 0; tile.residual && pixel < rows * columns; ++pixel) {
+    const float* from = tile.residual + pixel / columns * tile.residual_row + pixel % columns * tile.residual_pixel;
+    std::memcpy(residual + pixel * line_floats, from, width * sizeof(float));
+    whole.residual = residual;
+  }
+  whole.target = target;
+  whole.target_pixel = whole.residual_pixel = line_floats;
+  whole.target_row = whole.residual_row = columns * line_floats;
+  kernel(whole);
+  for (int64_t pixel = 0; pixel < rows * columns; ++pixel) {
+    float* to = tile.target + pixel / columns * tile.target_row + pixel % columns * tile.target_pixel;
+    std::memcpy(to, target + pixel * line_floats, width * sizeof(float));
+  }
+}
+
+// All stripes from `first` to `last` of one tile, whose pixels `tile` knows already.
+void run_stripes(const Run& run, Tile tile, int64_t pixel, int64_t rows, int64_t columns, int64_t first, int64_t last) {
+  const Output& output = run.output;
+  const TileKernel kernel = run.plan.level->kernel(rows, columns, run.weights.kind);
+  for (int64_t index = first; index < last; ++index) {
+    const int64_t channel = run.weights.stripe(index) * stripe_outputs;
+    run.weights.fill(index, tile);
+    tile.target = output.y + pixel * output.y_stride + channel;
+    tile.residual = output.residual ? output.residual + pixel * output.residual_stride + channel : nullptr;
+    tile.bias = output.bias ? output.bias + channel : nullptr;
+    if (channel + stripe_outputs <= output.channels) {
+      kernel(tile);
+    } else {
+      run_narrow(tile, kernel, rows, columns, static_cast<size_t>(output.channels - channel));
+    }
+  }
+}
+
+void run_tiles(const Run& run, const Chunk& part, const char* lines, int64_t first, int64_t last) {
+  const Plan& plan = run.plan;
+  const int64_t down = divide_up(part.rows, plan.tile_rows), across = divide_up(part.columns, plan.tile_columns);
+  Tile tile{};
+  tile.activation = run.output.activation;
+  tile.source_row = plan.rows.step * plan.row_bytes;
+  tile.target_pixel = run.output.y_stride, tile.target_row = plan.space.columns * run.output.y_stride;
+  tile.residual_pixel = run.output.residual_stride, tile.residual_row = plan.space.columns * run.output.residual_stride;
+  for (int64_t index = 0; index < part.images * down * across; ++index) {
+    const int64_t image = index / across / down, vertical = index / across % down, horizontal = index % across;
+    const int64_t row = part.rows * vertical / down, rows = part.rows * (vertical + 1) / down - row;
+    const int64_t column = part.columns * horizontal / across, columns = part.columns * (horizontal + 1) / across - column;
+    tile.source = lines + image * plan.image_bytes + row * tile.source_row + column * line_bytes;
+    const int64_t output_row = (part.image + image) * plan.space.rows + part.row + row;
+    run_stripes(run, tile, output_row * plan.space.columns + part.column + column, rows, columns, first, last);
+  }
+}
+
+// Stripes go in runs whose weights stay in L2 while all tiles of the chunk pass.
+void run_chunk(const Run& run, const Chunk& part, const char* lines, int64_t first, int64_t last) {
+  const int64_t total = (run.weights.places_before(last) - run.weights.places_before(first)) * line_bytes;
+  const int64_t limit = (total <= resident_value_bytes ? resident_value_bytes : stripe_run_bytes) / line_bytes;
+  while (first < last) {
+    int64_t end = first + 1;
+    while (end < last && run.weights.places_before(end + 1) - run.weights.places_before(first) <= limit) ++end;
+    run_tiles(run, part, lines, first, end);
+    first = end;
+  }
+}
+
+void run_chunks(int64_t begin, int64_t end, void* context) {
+  Run& run = *static_cast<Run*>(context);
+  char* lines = line_scratch.reserve(run.plan.scratch_bytes());
+  if (!lines) return run.status.store(MG_NO_MEMORY);
+  for (int64_t index = begin; index < end; ++index) {
+    const Chunk part = run.plan.chunk_at(index);
+    run.plan.copy(part, 0, run.plan.copy_units(part), lines);
+    run_chunk(run, part, lines, 0, run.weights.stripe_count);
+  }
+}
+
+// One chunk whose stripes are shared out: all threads copy, then all compute from the same lines.
+struct SharedChunk {
+  const Run* run;
+  Chunk part;
+  char* lines;
+  int64_t pieces;
+
+  // The first stripe of a piece, such that pieces have about the same number of places (a stripe alone counts as one).
+  int64_t boundary(int64_t piece) const {
+    const Weighting& weights = run->weights;
+    if (piece <= 0) return 0;
+    if (piece >= pieces) return weights.stripe_count;
+    const auto work = [&](int64_t stripe) { return weights.places_before(stripe) + stripe; };
+    const int64_t wanted = work(weights.stripe_count) * piece / pieces;
+    int64_t low = 0, high = weights.stripe_count;
+    while (low < high) {
+      const int64_t middle = (low + high) / 2;
+      if (work(middle) < wanted) low = middle + 1; else high = middle;
+    }
+    return low;
+  }
+};
+
+void copy_shared(int64_t begin, int64_t end, void* context) {
+  const SharedChunk& shared = *static_cast<SharedChunk*>(context);
+  shared.run->plan.copy(shared.part, begin, end, shared.lines);
+}
+
+void run_shared(int64_t begin, int64_t end, void* context) {
+  const SharedChunk& shared = *static_cast<SharedChunk*>(context);
+  run_chunk(*shared.run, shared.part, shared.lines, shared.boundary(begin), shared.boundary(end));
+}
+
+// Chunks are shared out where they come out even, and stripes otherwise if there are enough of them.
+bool stripes_balance_better(const Run& run, int64_t threads) {
+  const int64_t chunks = run.plan.chunks(), rounds = divide_up(chunks, threads);
+  const bool even = chunks * 8 >= rounds * threads * 7;
+  return threads > 1 && !even && run.weights.stripe_count >= 2 * threads;
+}
+
+}  // namespace
+
+int execute(Run& run, int64_t threads) {
+  const int64_t chunks = run.plan.chunks();
+  if (!stripes_balance_better(run, threads)) {
+    in_parallel(run.parallel, chunks, 1, run_chunks, &run);
+    return run.status.load();
+  }
+  SharedChunk shared{&run, {}, line_scratch.reserve(run.plan.scratch_bytes()), threads};
+  if (!shared.lines) return MG_NO_MEMORY;
+  for (int64_t index = 0; index < chunks; ++index) {
+    shared.part = run.plan.chunk_at(index);
+    const int64_t units = run.plan.copy_units(shared.part);
+    in_parallel(run.parallel, units, divide_up(units, threads), copy_shared, &shared);
+    in_parallel(run.parallel, shared.pieces, 1, run_shared, &shared);
+  }
+  return MG_OK;
+}
+
+}  // namespace microglia::block

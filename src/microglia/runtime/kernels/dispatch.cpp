@@ -1,0 +1,58 @@
+// Which instruction set runs, and the words for what the kernels return.
+#include <cstdlib>
+#include <cstring>
+
+#include "kernels.h"
+
+#define MG_EXPORT extern "C" __attribute__((visibility("default")))
+
+namespace {
+
+int best_level() {
+#if defined(__x86_64__) || defined(__i386__)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
+                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq");
+  return avx512 ? MG_AVX512 : avx2 ? MG_AVX2 : MG_GENERIC;
+#else
+  return MG_GENERIC;
+#endif
+}
+
+}  // namespace
+
+MG_EXPORT int mg_level(void) {
+  static const int best = best_level();
+  const char* wanted = std::getenv("MICROGLIA_ISA");
+  if (!wanted) return best;
+  for (int level = MG_GENERIC; level <= best; ++level) {
+    if (std::strcmp(wanted, mg_level_name(level)) == 0) return level;
+  }
+  return best;
+}
+
+MG_EXPORT const char* mg_level_name(int level) {
+  switch (level) {
+    case MG_GENERIC: return "generic";
+    case MG_AVX2: return "avx2";
+    case MG_AVX512: return "avx512";
+    default: return "unknown";
+  }
+}
+
+MG_EXPORT const char* mg_error_text(int code) {
+  switch (code) {
+    case MG_OK: return "no error";
+    case MG_BAD_SIZE: return "a size, stride or dilation is below 1, a padding is below 0, or a product overflows";
+    case MG_BAD_BLOCK: return "the block has a shape that the kernels do not know";
+    case MG_BAD_ROW_POINTER: return "the row pointers do not start at 0, rise, and end at the number of blocks";
+    case MG_BAD_CHANNEL: return "a block reads an input channel that the input does not have";
+    case MG_BAD_TAP: return "a block reads a position outside the kernel";
+    case MG_BAD_ACTIVATION: return "the activation is unknown";
+    case MG_BAD_POINTER: return "a pointer is null where there must be data";
+    case MG_NO_MEMORY: return "no memory for the kernels' working copy of the input";
+    case MG_BAD_LIST: return "a list of channels or stripes does not strictly rise";
+    default: return "an unknown error";
+  }
+}

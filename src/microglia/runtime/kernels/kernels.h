@@ -1,0 +1,94 @@
+// The plain C interface of Microglia's sparse kernels: no torch, no exceptions, no allocation visible to the caller.
+//
+// Every function checks its whole problem, index arrays included, before it reads or writes a single activation, and
+// returns MG_OK or the code of what is wrong (see mg_error_text). Activations and weights are float32.
+#ifndef MICROGLIA_KERNELS_H
+#define MICROGLIA_KERNELS_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum {
+  MG_OK = 0,
+  MG_BAD_SIZE = 1,          // a size, stride or dilation is below 1, padding below 0, or a product overflows
+  MG_BAD_BLOCK = 2,         // block_inputs is none of 1, 2, 4, 8 (or rows none of 1, 2, 4)
+  MG_BAD_ROW_POINTER = 3,   // not 0 at the start, falling, or not the number of blocks at the end
+  MG_BAD_CHANNEL = 4,       // an input channel outside the input
+  MG_BAD_TAP = 5,           // a position outside the kernel
+  MG_BAD_ACTIVATION = 6,
+  MG_BAD_POINTER = 7,       // a null pointer where there must be data
+  MG_NO_MEMORY = 8,
+  MG_BAD_LIST = 9           // a list of channels or stripes that is not strictly rising
+};
+
+enum { MG_NONE = 0, MG_RELU = 1, MG_RELU6 = 2, MG_SILU = 3 };
+
+enum { MG_GENERIC = 0, MG_AVX2 = 1, MG_AVX512 = 2 };
+
+// Runs body over [begin, end) in pieces, as at::parallel_for does; null means: on the calling thread alone.
+typedef void (*mg_body)(int64_t begin, int64_t end, void* context);
+typedef void (*mg_parallel)(int64_t begin, int64_t end, int64_t grain, mg_body body, void* context);
+
+// A 2-d convolution, cross-correlation as in torch. A linear layer is a 1x1 convolution over width = rows, height = 1.
+// Groups need no field: `channel` counts all input channels.
+typedef struct {
+  int64_t batch, in_channels, height, width, out_channels;
+  int64_t kernel_height, kernel_width, stride_height, stride_width;
+  int64_t padding_height, padding_width, dilation_height, dilation_width;
+  int32_t activation;  // applied last: activation(convolution + bias + residual)
+  int32_t threads;     // how many the parallel function has; only a hint for cutting the work
+} mg_conv2d;
+
+// Vector block-sparse convolution, NHWC. A stripe is 16 output channels (the last one may be narrower), a block is 16
+// outputs x block_inputs consecutive input channels at one tap (kernel position, row major). A block may reach past the
+// last input channel: what it holds there must be zero, and nothing is read there.
+typedef struct {
+  int64_t block_inputs;        // 1, 2, 4 or 8
+  int64_t blocks;              // how many
+  const float* values;         // [blocks][block_inputs][16]; rows of outputs past out_channels are zero
+  const int32_t* row_pointer;  // [ceil(out_channels / 16) + 1]: the blocks of stripe s are row_pointer[s] .. row_pointer[s + 1]
+  const int32_t* channel;      // [blocks]: first input channel of the block
+  const uint8_t* tap;          // [blocks], or null where the kernel is 1x1
+} mg_blocks;
+
+// Activations: element (n, h, w, c) of x lies at x[((n * height + h) * width + w) * x_stride + c]; x_stride >= in_channels.
+// y and residual (null for none) likewise with out_channels and the output's height and width. They do not overlap x;
+// residual may be y itself. bias has out_channels entries, or is null.
+int mg_block_conv2d(const mg_conv2d* conv, const mg_blocks* blocks, const float* x, int64_t x_stride, float* y, int64_t y_stride,
+                    const float* residual, int64_t residual_stride, const float* bias, mg_parallel parallel);
+
+// The same convolution of all blocks (a dense weight packed as blocks with block_inputs = 1, stripe by stripe, in each
+// tap-major: block (tap * in_channels + channel) of a stripe), computed from the input channels in `channels` (rising; the
+// others count as zero) for the stripes of outputs in `stripes` (rising) alone: the run-time block list of a dynamic gate.
+// What lies in y outside those stripes is set to zero.
+int mg_gated_conv2d(const mg_conv2d* conv, const float* values, const int32_t* channels, int64_t channel_count,
+                    const int32_t* stripes, int64_t stripe_count, const float* x, int64_t x_stride, float* y, int64_t y_stride,
+                    const float* bias, mg_parallel parallel);
+
+// Row-sparse convolution, NCHW: a row group is `rows` consecutive output channels (the last one may be narrower) that share
+// the places of their weights; rows = 1 is unstructured sparsity.
+typedef struct {
+  int64_t rows;                // 1, 2 or 4
+  int64_t entries;             // how many places
+  const float* values;         // [entries][rows]
+  const int32_t* row_pointer;  // [ceil(out_channels / rows) + 1]
+  const int32_t* channel;      // [entries]
+  const uint8_t* tap;          // [entries], or null where the kernel is 1x1
+} mg_rows;
+
+// Activations are contiguous NCHW; residual (null for none) has the shape of y and may be y itself.
+int mg_row_conv2d(const mg_conv2d* conv, const mg_rows* rows, const float* x, float* y, const float* residual, const float* bias,
+                  mg_parallel parallel);
+
+int mg_level(void);             // the best level of this machine, or MICROGLIA_ISA (generic, avx2, avx512) where it can run
+const char* mg_level_name(int level);
+const char* mg_error_text(int code);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

@@ -1,0 +1,136 @@
+"""The sparse operators, ``torch.ops.microglia.*``: compiled kernels where they were built, pure PyTorch everywhere else.
+
+The schemas, the shapes (for ``torch.compile`` and ``torch.export``) and a reference in pure PyTorch are defined here; the
+compiled library, an optional part of the installation, adds the CPU implementation. ``MICROGLIA_ISA`` forces a level:
+``torch`` (no compiled kernels), ``generic``, ``avx2`` or ``avx512``.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from microglia.core.errors import MicrogliaError
+from microglia.runtime.places import STRIPE, Places, dense_of_blocks, dense_of_rows
+
+LEVELS = ("torch", "generic", "avx2", "avx512")
+ACTIVATIONS = ("none", "relu", "relu6", "silu")
+"""By the number that the operators take."""
+
+_PLACES = "Tensor values, Tensor row_pointer, Tensor channel"
+_REST = "Tensor? bias, Tensor? residual, int outputs"
+_GEOMETRY = "int[2] kernel, int[2] stride, int[2] padding, int[2] dilation, int activation"
+_SCHEMAS = {
+    "block_conv2d": f"(Tensor x, {_PLACES}, Tensor? tap, {_REST}, {_GEOMETRY}) -> Tensor",
+    "row_conv2d": f"(Tensor x, {_PLACES}, Tensor? tap, {_REST}, {_GEOMETRY}) -> Tensor",
+    "block_linear": f"(Tensor x, {_PLACES}, {_REST}, int activation) -> Tensor",
+    "gated_conv2d": "(Tensor x, Tensor values, Tensor channels, Tensor stripes, Tensor? bias, int outputs, "
+    f"{_GEOMETRY}) -> Tensor",
+}
+_library = torch.library.Library("microglia", "DEF")  # type: ignore[no-untyped-call]
+
+
+def level() -> str:
+    """Returns the level of the kernels that run in this process: one of `LEVELS`.
+
+    Raises:
+        MicrogliaError: ``MICROGLIA_ISA`` names a level that does not exist or that this machine or build does not have.
+    """
+    return _load()
+
+
+@functools.cache
+def _load() -> str:
+    """Loads the compiled kernels, once in a process, and returns the level."""
+    asked = os.environ.get("MICROGLIA_ISA", "")
+    if asked and asked not in LEVELS:
+        raise MicrogliaError(f"MICROGLIA_ISA is {asked!r}; it can be one of {', '.join(LEVELS)}.")
+    if asked == "torch":
+        return "torch"
+    built = sorted(Path(__file__).parent.glob("_kernels*.so"))
+    if not built:
+        return _without_kernels(asked, "they were not built at installation (no C++ compiler)")
+    try:
+        library = ctypes.CDLL(str(built[0]))
+        torch.ops.load_library(str(built[0]))  # type: ignore[no-untyped-call]
+    except OSError as error:
+        return _without_kernels(asked, str(error).splitlines()[0])
+    library.mg_level_name.restype = ctypes.c_char_p
+    found = library.mg_level_name(library.mg_level()).decode()
+    if asked and found != asked:
+        raise MicrogliaError(f"MICROGLIA_ISA asks for {asked!r}, but the best that this machine can run is {found!r}.")
+    return str(found)
+
+
+def _without_kernels(asked: str, reason: str) -> str:
+    if asked:
+        raise MicrogliaError(f"MICROGLIA_ISA asks for {asked!r}, but there are no compiled kernels: {reason}.")
+    warnings.warn(
+        f"Microglia runs without its compiled kernels: {reason}. Everything works, sparse layers run as dense ones. "
+        "To build them install a C++17 compiler, then this package again with --no-build-isolation.",
+        stacklevel=2,
+    )
+    return "torch"
+
+
+# ------------------------------------------------------------------------------------------------- references and shapes
+def activate(x: Tensor, activation: int) -> Tensor:
+    """Returns an activation by its number."""
+    return x if activation == 0 else (functional.relu, functional.relu6, functional.silu)[activation - 1](x)
+
+
+def _convolution(decode: Callable[..., Tensor], x: Tensor, *rest: Any) -> Tensor:
+    values, row_pointer, channel, tap, bias, residual, outputs, kernel, stride, padding, dilation, activation = rest
+    weight = decode(Places(values, row_pointer, channel, tap), outputs, x.shape[1], kernel)
+    out = functional.conv2d(x, weight, bias, stride, padding, dilation)
+    return activate(out if residual is None else out + residual, activation)
+
+
+def _linear(x: Tensor, *rest: Any) -> Tensor:
+    values, row_pointer, channel, bias, residual, outputs, activation = rest
+    weight = dense_of_blocks(Places(values, row_pointer, channel, None), outputs, x.shape[-1], ())
+    out = functional.linear(x, weight, bias)
+    return activate(out if residual is None else out + residual, activation)
+
+
+def _gated(x: Tensor, *rest: Any) -> Tensor:
+    values, channels, stripes, bias, outputs, kernel, stride, padding, dilation, activation = rest
+    weight = values.reshape(len(values), kernel[0] * kernel[1], x.shape[1], STRIPE).permute(0, 3, 2, 1)
+    weight = weight.reshape(-1, x.shape[1], *kernel)[:outputs]
+    columns = x.new_zeros(x.shape[1]).index_fill(0, channels.long(), 1)
+    kept = x.new_zeros(len(values)).index_fill(0, stripes.long(), 1).repeat_interleave(STRIPE)[:outputs]
+    out = functional.conv2d(x, weight * columns[:, None, None], bias, stride, padding, dilation)
+    return torch.where(kept[:, None, None] > 0, activate(out, activation), 0.0)
+
+
+def _convolved(x: Tensor, outputs: int, *geometry: Any) -> Tensor:
+    """Returns an empty tensor of the output's shape."""
+    kernel, stride, padding, dilation = geometry[:4]
+    sides = zip(x.shape[2:], padding, dilation, kernel, stride, strict=True)
+    return x.new_empty([x.shape[0], outputs, *((size + 2 * p - d * (k - 1) - 1) // s + 1 for size, p, d, k, s in sides)])
+
+
+def _define() -> None:
+    blocks, rows = functools.partial(_convolution, dense_of_blocks), functools.partial(_convolution, dense_of_rows)
+    operators: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {  # name -> reference, shape
+        "block_conv2d": (blocks, lambda x, *a: _convolved(x, *a[6:]).to(memory_format=torch.channels_last)),
+        "row_conv2d": (rows, lambda x, *a: _convolved(x, *a[6:])),
+        "block_linear": (_linear, lambda x, *a: x.new_empty([*x.shape[:-1], a[5]])),
+        "gated_conv2d": (_gated, lambda x, *a: _convolved(x, *a[4:]).to(memory_format=torch.channels_last)),
+    }
+    for name, (reference, shape) in operators.items():
+        _library.define(name + _SCHEMAS[name])  # type: ignore[no-untyped-call]
+        _library.impl(name, reference, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+        torch.library.register_fake(f"microglia::{name}", shape, lib=_library)
+
+
+_define()

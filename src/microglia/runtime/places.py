@@ -1,0 +1,135 @@
+"""What is left of a sparse weight and where: blocks of 16 outputs, or groups of rows, to and from the dense weight."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from microglia.core.errors import MicrogliaError
+
+STRIPE = 16
+"""Outputs of a block: the lanes of one AVX-512 register."""
+LINE = 16
+"""Channels of a pixel in one cache line: blocks are sorted so that all taps of a line follow each other, while it is near."""
+
+
+class Places(NamedTuple):
+    """What is left of a weight, and where.
+
+    Attributes:
+        values: (blocks, inputs of a block, 16) of blocks, (entries, rows of a group) of rows.
+        row_pointer: int32; the blocks of stripe s, or entries of row group s, are those from row_pointer[s] to [s + 1].
+        channel: int32, the first input channel of each.
+        tap: uint8, its position in the kernel, row major; None of a 1x1 kernel or a linear layer.
+    """
+
+    values: Tensor
+    row_pointer: Tensor
+    channel: Tensor
+    tap: Tensor | None
+
+    @property
+    def stored(self) -> int:
+        """Weights that are held, zeros inside blocks among them."""
+        return self.values.numel()
+
+
+def to_blocks(weight: Tensor, width: int = 1) -> Places:
+    """Returns the blocks of 16 outputs x ``width`` inputs of a weight that hold anything but zeros.
+
+    Args:
+        weight: (outputs, inputs, *kernel), of one group.
+        width: 1, 2, 4 or 8.
+    """
+    if width not in (1, 2, 4, 8):
+        raise MicrogliaError(f"A block has 1, 2, 4 or 8 inputs, not {width}.")
+    outputs, inputs = weight.shape[:2]
+    matrix = functional.pad(weight.detach().reshape(outputs, inputs, -1), (0, 0, 0, -inputs % LINE, 0, -outputs % STRIPE))
+    taps = matrix.shape[2]
+    grid = matrix.reshape(-1, STRIPE, matrix.shape[1] // LINE, LINE // width, width, taps)
+    grid = grid.permute(0, 2, 5, 3, 4, 1)  # stripe, line, tap, block, input, output
+    stripe, line, tap, block = (grid != 0).any(-1).any(-1).nonzero(as_tuple=True)
+    return Places(
+        grid[stripe, line, tap, block].contiguous(),
+        _pointer(stripe, len(grid)),
+        (line * LINE + block * width).int(),
+        tap.to(torch.uint8) if taps > 1 else None,
+    )
+
+
+def every_block(weight: Tensor) -> Tensor:
+    """Returns all blocks of 16 outputs x 1 input, for gates that pick some: (stripes, taps * inputs, 16), taps outside."""
+    outputs, inputs = weight.shape[:2]
+    matrix = functional.pad(weight.detach().reshape(outputs, inputs, -1), (0, 0, 0, 0, 0, -outputs % STRIPE))
+    return matrix.reshape(-1, STRIPE, inputs, matrix.shape[2]).permute(0, 3, 2, 1).flatten(1, 2).contiguous()
+
+
+def to_rows(weight: Tensor, rows: int = 1) -> Places:
+    """Returns the weights that are not zero, in groups of outputs that share their places.
+
+    Args:
+        weight: (outputs, inputs, height, width), of one group of channels.
+        rows: Outputs of a group: 1, 2 or 4.
+    """
+    if rows not in (1, 2, 4):
+        raise MicrogliaError(f"Rows share their places by 1, 2 or 4, not {rows}.")
+    outputs, inputs = weight.shape[:2]
+    matrix = functional.pad(weight.detach().reshape(outputs, inputs, -1), (0, 0, 0, 0, 0, -outputs % rows))
+    taps = matrix.shape[2]
+    # Channels rise within a group, and taps within a channel: the kernel goes through the input a panel of channels at a time.
+    grid = matrix.reshape(-1, rows, inputs, taps).permute(0, 2, 3, 1)  # group, channel, tap, row
+    group, channel, tap = (grid != 0).any(-1).nonzero(as_tuple=True)
+    return Places(
+        grid[group, channel, tap].contiguous(),
+        _pointer(group, len(grid)),
+        channel.int(),
+        tap.to(torch.uint8) if taps > 1 else None,
+    )
+
+
+def one_group(weight: Tensor, groups: int) -> Tensor:
+    """Returns the weight of a convolution with groups as that of one without, zero between the groups."""
+    if groups == 1:
+        return weight
+    parts = weight.reshape(groups, weight.shape[0] // groups, *weight.shape[1:])
+    full = weight.new_zeros(groups, parts.shape[1], groups, *weight.shape[1:])
+    index = torch.arange(groups, device=weight.device)
+    full[index, :, index] = parts
+    return full.reshape(weight.shape[0], groups * weight.shape[1], *weight.shape[2:])
+
+
+def dense_of_blocks(places: Places, outputs: int, inputs: int, kernel: Sequence[int]) -> Tensor:
+    """Returns the dense weight, (outputs, inputs, *kernel), of blocks; ``kernel`` is empty for a linear layer."""
+    values, row_pointer, channel, tap = places
+    count, width = values.shape[:2]
+    taps = kernel[0] * kernel[1] if kernel else 1
+    stripes = row_pointer.numel() - 1
+    dense = values.new_zeros(stripes, taps, inputs + width, STRIPE)
+    stripe = torch.repeat_interleave(torch.arange(stripes, device=values.device), row_pointer.diff().long(), output_size=count)
+    where = channel.new_zeros(count).long() if tap is None else tap.long()
+    columns = channel.long()[:, None] + torch.arange(width, device=values.device)
+    dense.index_put_((stripe[:, None], where[:, None], columns), values, accumulate=True)
+    weight = dense[:, :, :inputs].permute(0, 3, 2, 1).reshape(stripes * STRIPE, inputs, taps)[:outputs]
+    return weight.reshape(outputs, inputs, *kernel)
+
+
+def dense_of_rows(places: Places, outputs: int, inputs: int, kernel: Sequence[int]) -> Tensor:
+    """Returns the dense weight, (outputs, inputs, *kernel), of rows that share their places in groups."""
+    values, row_pointer, channel, tap = places
+    count, rows = values.shape
+    taps, groups = kernel[0] * kernel[1], row_pointer.numel() - 1
+    dense = values.new_zeros(groups, inputs, taps, rows)
+    group = torch.repeat_interleave(torch.arange(groups, device=values.device), row_pointer.diff().long(), output_size=count)
+    where = channel.new_zeros(count).long() if tap is None else tap.long()
+    dense.index_put_((group, channel.long(), where), values, accumulate=True)
+    return dense.permute(0, 3, 1, 2).reshape(groups * rows, inputs, taps)[:outputs].reshape(outputs, inputs, *kernel)
+
+
+def _pointer(rows: Tensor, count: int) -> Tensor:
+    """Returns where each row begins in a list that is sorted by rows, int32 (count + 1)."""
+    counts = torch.bincount(rows, minlength=count)
+    return functional.pad(counts.cumsum(0), (1, 0)).int()

@@ -1,0 +1,89 @@
+"""What `accelerate` chose, and the times it chose by."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+
+@dataclass(frozen=True)
+class LayerChoice:
+    """How one layer runs.
+
+    Attributes:
+        name: Of the layer in the model.
+        kind: ``conv2d`` or ``linear``.
+        shape: Of its weight.
+        density: Fraction of the weight that is not zero.
+        chosen: The way that it runs.
+        times: Way -> milliseconds of this layer alone, measured interleaved.
+        why: In words.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    density: float
+    chosen: str
+    times: dict[str, float]
+    why: str
+
+    @property
+    def dense(self) -> float:
+        """Milliseconds of the fastest dense way."""
+        return min(time for name, time in self.times.items() if name.startswith("dense"))
+
+
+@dataclass(frozen=True)
+class AccelerationReport:
+    """What was chosen for each layer, and the times of the whole model.
+
+    Attributes:
+        layers: In the order of the forward pass.
+        times: Execution of the whole -> milliseconds of one batch, measured interleaved.
+        chosen: The execution that runs.
+        level: Of the kernels: torch, generic, avx2 or avx512.
+        threads: CPU threads that it was timed with.
+        notes: What was left out, and why.
+    """
+
+    layers: tuple[LayerChoice, ...]
+    times: dict[str, float]
+    chosen: str
+    level: str
+    threads: int
+    notes: tuple[str, ...] = ()
+
+    @property
+    def best_dense(self) -> str:
+        """The fastest dense execution."""
+        return min((name for name in self.times if not name.startswith("sparse")), key=self.times.__getitem__)
+
+    @property
+    def speedup(self) -> float:
+        """Time of the best dense execution over that of the chosen one; never below 1 in the measurement itself."""
+        return self.times[self.best_dense] / self.times[self.chosen]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns everything, JSON-ready."""
+        return {**asdict(self), "best_dense": self.best_dense, "speedup": self.speedup}
+
+    def __str__(self) -> str:
+        """Returns tables for a reader: the layers, then the whole."""
+        layers = Table("layer", "weight", "density", "runs as", "ms", "dense ms", "why", title="Layers")
+        for layer in self.layers:
+            ms = layer.times[layer.chosen]
+            shape = " x ".join(map(str, layer.shape))
+            numbers = (f"{layer.density:.3f}", layer.chosen, f"{ms:.3f}", f"{layer.dense:.3f}")
+            layers.add_row(layer.name, shape, *numbers, layer.why)
+        whole = Table("execution", "ms", "", title=f"The whole model, {self.threads} thread(s), kernels: {self.level}")
+        for name, time in sorted(self.times.items(), key=lambda item: item[1]):
+            mark = f"chosen, {self.speedup:.2f}x the best dense" if name == self.chosen else ""
+            whole.add_row(name, f"{time:.3f}", mark)
+        console = Console(width=140, highlight=False)
+        with console.capture() as capture:
+            console.print(layers, whole, *self.notes, sep="\n")
+        return capture.get()

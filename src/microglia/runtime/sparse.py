@@ -1,0 +1,159 @@
+"""Sparse weights as modules with plain tensors: in a state dict, in safetensors, copied and moved like any others."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from microglia.core.errors import MicrogliaError
+from microglia.measure.fusion import Site
+from microglia.runtime.library import ACTIVATIONS, level
+from microglia.runtime.places import Places, dense_of_blocks, dense_of_rows, one_group, to_blocks, to_rows
+
+Pair = tuple[int, int]
+
+
+class _Sparse(nn.Module):
+    """What the sparse layers have in common: the places as buffers, the activation, and the residual."""
+
+    values: Tensor
+    row_pointer: Tensor
+    channel: Tensor
+    tap: Tensor | None
+    bias: Tensor | None
+
+    def __init__(self, places: Places, bias: Tensor | None, inputs: int, outputs: int, activation: str) -> None:
+        super().__init__()
+        if activation not in ACTIVATIONS:
+            raise MicrogliaError(f"A sparse layer fuses one of {', '.join(ACTIVATIONS)}, not {activation!r}.")
+        for name in ("values", "row_pointer", "channel", "tap"):
+            self.register_buffer(name, getattr(places, name))
+        self.register_buffer("bias", bias)
+        self.inputs, self.outputs, self.activation = inputs, outputs, activation
+        self._code = ACTIVATIONS.index(activation)
+        level()
+
+    @property
+    def places(self) -> Places:
+        """What is left of the weight, and where."""
+        return Places(self.values, self.row_pointer, self.channel, self.tap)
+
+    def extra_repr(self) -> str:
+        """Returns sizes and density, for the printed form."""
+        return f"{self.inputs}, {self.outputs}, {self.values.shape[0]} x {tuple(self.values.shape[1:])}, {self.activation}"
+
+
+class BlockConv2d(_Sparse):
+    """A convolution of blocks of 16 outputs x 1, 2, 4 or 8 inputs, with activation and residual fused; channels last.
+
+    Args:
+        places: Its blocks, of `to_blocks`.
+        bias: (outputs,) or None.
+        inputs: Input channels, all groups together.
+        outputs: Output channels.
+        kernel: Height and width, as the three following pairs.
+        stride: Of the output's pixels.
+        padding: Zeros on either side.
+        dilation: Between the taps.
+        activation: Applied last, one of none, relu, relu6, silu.
+    """
+
+    decode = staticmethod(dense_of_blocks)
+
+    def __init__(
+        self,
+        places: Places,
+        bias: Tensor | None,
+        inputs: int,
+        outputs: int,
+        kernel: Pair,
+        *,
+        stride: Pair = (1, 1),
+        padding: Pair = (0, 0),
+        dilation: Pair = (1, 1),
+        activation: str = "none",
+    ) -> None:
+        super().__init__(places, bias, inputs, outputs, activation)
+        self.geometry = (list(kernel), list(stride), list(padding), list(dilation))
+
+    @classmethod
+    def of(cls, site: Site, width: int) -> BlockConv2d:
+        """Returns the sparse form of a fused layer."""
+        return cls(to_blocks(one_group(site.weight, site.groups), width), **_settings(site))
+
+    def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
+        """Returns activation(convolution(x) + bias + other), (batch, outputs, height, width) in channels last."""
+        out: Tensor = torch.ops.microglia.block_conv2d(x, *self._operands(other))
+        return out
+
+    def _operands(self, other: Tensor | None) -> tuple[Any, ...]:
+        return (*self.places, self.bias, other, self.outputs, *self.geometry, self._code)
+
+    def dense(self) -> Tensor:
+        """Returns the weight with its zeros, (outputs, inputs, *kernel)."""
+        return self.decode(self.places, self.outputs, self.inputs, self.geometry[0])
+
+
+class RowConv2d(BlockConv2d):
+    """A convolution whose outputs share the places of their weights by 1 (unstructured), 2 or 4; contiguous layout."""
+
+    decode = staticmethod(dense_of_rows)
+
+    @classmethod
+    def of(cls, site: Site, width: int) -> RowConv2d:
+        """Returns the sparse form of a fused layer, its outputs in groups of ``width``."""
+        return cls(to_rows(one_group(site.weight, site.groups), width), **_settings(site))
+
+    def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
+        """Returns activation(convolution(x) + bias + other), (batch, outputs, height, width), contiguous."""
+        out: Tensor = torch.ops.microglia.row_conv2d(x, *self._operands(other))
+        return out
+
+
+class BlockLinear(_Sparse):
+    """A linear layer of blocks of 16 outputs x 1, 2, 4 or 8 inputs, with activation and residual fused.
+
+    Args:
+        places: Its blocks, of `to_blocks`.
+        bias: (outputs,) or None.
+        inputs: Features read.
+        outputs: Features written.
+        activation: Applied last, one of none, relu, relu6, silu.
+    """
+
+    def __init__(self, places: Places, bias: Tensor | None, inputs: int, outputs: int, *, activation: str = "none") -> None:
+        super().__init__(places, bias, inputs, outputs, activation)
+
+    @classmethod
+    def of(cls, site: Site, width: int) -> BlockLinear:
+        """Returns the sparse form of a fused layer."""
+        outputs, inputs = site.weight.shape
+        activation = site.activation.name
+        return cls(to_blocks(site.weight, width), site.bias, inputs, outputs, activation=activation)
+
+    def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
+        """Returns activation(linear(x) + bias + other), (..., outputs)."""
+        operands = (*self.places[:3], self.bias, other, self.outputs, self._code)
+        out: Tensor = torch.ops.microglia.block_linear(x, *operands)
+        return out
+
+    def dense(self) -> Tensor:
+        """Returns the weight with its zeros, (outputs, inputs)."""
+        return dense_of_blocks(self.places, self.outputs, self.inputs, ())
+
+
+def _settings(site: Site) -> dict[str, Any]:
+    kernel: Sequence[int] = site.weight.shape[2:]
+    return {
+        "bias": site.bias,
+        "inputs": site.weight.shape[1] * site.groups,
+        "outputs": site.weight.shape[0],
+        "kernel": (kernel[0], kernel[1]),
+        "stride": site.stride,
+        "padding": site.padding,
+        "dilation": site.dilation,
+        "activation": site.activation.name,
+    }

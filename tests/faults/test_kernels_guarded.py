@@ -1,0 +1,55 @@
+"""The kernels never touch a byte outside their arrays: guard pages at every level, and a build with sanitizers."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import microglia.runtime
+from microglia.runtime.library import LEVELS, level
+
+SCRIPT = Path(__file__).with_name("guarded_kernels.py")
+RUNTIME = Path(microglia.runtime.__file__).parent
+HERE = LEVELS[1 : LEVELS.index(level()) + 1]
+
+
+def run(library, count, **environment):
+    own = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    words = [sys.executable, str(SCRIPT), str(library), str(count)]
+    done = subprocess.run(words, env=own, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    return done.stdout.split()[0]
+
+
+@pytest.mark.parametrize("isa", HERE)
+def test_no_byte_outside_the_arrays_is_touched(isa):
+    assert run(next(RUNTIME.glob("_kernels*.so")), 400, MICROGLIA_ISA=isa) == isa
+
+
+@pytest.fixture(scope="module")
+def sanitized(tmp_path_factory):
+    """The kernels, without the part that speaks to torch, built with both sanitizers."""
+    compiler = shutil.which("g++") or shutil.which("c++")
+    assert compiler, "the sanitizers need the C++ compiler that built the kernels"
+    folder = tmp_path_factory.mktemp("sanitized")
+    sources = sorted(file for file in RUNTIME.glob("kernels/*.cpp") if file.name != "register.cpp")
+    flags = ["-O1", "-g1", "-std=c++17", "-fPIC", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    building = [
+        subprocess.Popen([compiler, *flags, "-c", str(source), "-o", str(folder / f"{source.stem}.o")]) for source in sources
+    ]
+    assert all(process.wait(300) == 0 for process in building)
+    library = folder / "kernels.so"
+    objects = [str(folder / f"{source.stem}.o") for source in sources]
+    subprocess.run([compiler, *flags, "-shared", *objects, "-o", str(library)], check=True)
+    preloaded = subprocess.run([compiler, "-print-file-name=libasan.so"], capture_output=True, text=True, check=True)
+    return library, preloaded.stdout.strip()
+
+
+@pytest.mark.parametrize("isa", HERE)
+def test_address_and_undefined_behaviour_sanitizers_find_nothing(sanitized, isa):
+    library, runtime = sanitized
+    settings = {"LD_PRELOAD": runtime, "ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"}
+    assert run(library, 150, MICROGLIA_ISA=isa, **settings) == isa

@@ -1,0 +1,153 @@
+"""Random problems through every sparse operator against dense float64; a script, for a process has one level of kernels.
+
+Prints one JSON object: the level, the number of problems, and those whose result was wrong.
+"""
+
+import json
+import sys
+
+import torch
+from torch.nn import functional as F
+
+from microglia.measure.fusion import Activation, Site
+from microglia.runtime import BlockConv2d, BlockLinear, RowConv2d, level
+from microglia.runtime.places import every_block
+
+ACTIVATIONS = {"none": lambda x: x, "relu": torch.relu, "relu6": F.relu6, "silu": F.silu}
+OUTPUTS, INPUTS = (1, 15, 16, 17, 33, 64), (1, 3, 8, 16, 17, 40)
+KERNELS = ((1, 1), (3, 3), (1, 1), (3, 3), (5, 1), (7, 7), (2, 4))
+SIDES = ((7, 7), (14, 14), (1, 1), (5, 9), (8, 8), (3, 30), (28, 9))
+DENSITIES = (0.0, 0.05, 0.3, 0.3, 1.0)
+
+
+class Draw:
+    """One random problem after the other, all from one seed."""
+
+    def __init__(self, seed):
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def one(self, choices):
+        return choices[int(torch.randint(len(choices), (), generator=self.generator))]
+
+    def tensor(self, *shape):
+        return torch.randn(shape, generator=self.generator)
+
+    def weight(self, *shape):
+        """Returns a weight, unstructured or in stripes of 16 or of 4 with some of them empty."""
+        tall, density = self.one((1, 4, 16)), self.one(DENSITIES)
+        kept = torch.rand(-(-shape[0] // tall), *shape[1:], generator=self.generator) < density
+        return self.tensor(*shape) * kept.repeat_interleave(tall, 0)[: shape[0]]
+
+    def laid_out(self, x):
+        """Returns the same values in another layout: contiguous, channels last, a slice of more, or expanded."""
+        how = self.one(("contiguous", "channels last", "slice", "transposed"))
+        if how == "channels last":
+            return x.contiguous(memory_format=torch.channels_last)
+        if how == "slice":
+            return torch.cat([x, x], 1)[:, : x.shape[1]]
+        return x.transpose(2, 3).contiguous().transpose(2, 3) if how == "transposed" else x
+
+
+def convolution(draw):
+    """Draws a convolution that has an output; returns it with its input and residual."""
+    while True:
+        kernel, side, stride = draw.one(KERNELS), draw.one(SIDES), draw.one(((1, 1), (1, 1), (2, 2), (3, 1)))
+        padding, dilation = (
+            draw.one(((0, 0), (1, 1), (kernel[0] // 2, kernel[1] // 2), (3, 4))),
+            draw.one(((1, 1), (1, 1), (2, 3))),
+        )
+        sides = zip(side, padding, dilation, kernel, stride, strict=True)
+        space = [(s + 2 * p - d * (k - 1) - 1) // t + 1 for s, p, d, k, t in sides]
+        if min(space) > 0:
+            break
+    groups = draw.one((1, 1, 1, 2))
+    outputs, inputs = (draw.one(sizes) * groups for sizes in (OUTPUTS, INPUTS))
+    weight = draw.weight(outputs, inputs // groups, *kernel)
+    bias = draw.one((None, draw.tensor(outputs)))
+    batch = draw.one((1, 1, 3))
+    x = draw.laid_out(draw.tensor(batch, inputs, *side))
+    other = draw.one((None, draw.laid_out(draw.tensor(batch, outputs, *space))))
+    activation = Activation(draw.one(tuple(ACTIVATIONS)))
+    shapes = tuple(x.shape), (batch, outputs, *space)
+    return (
+        Site("c", "conv2d", weight, bias, *shapes, activation, other is not None, stride, padding, dilation, groups),
+        x,
+        other,
+    )
+
+
+def reference(site, x, other):
+    """Returns the result in float64, and the sum of the magnitudes that went into each entry."""
+    bias = torch.zeros(site.weight.shape[0]).double() if site.bias is None else site.bias.double()
+    rest = torch.zeros(()).double() if other is None else other.double()
+    w = site.weight.double()
+    if site.kind == "linear":
+        exact, size = F.linear(x.double(), w, bias), F.linear(x.double().abs(), w.abs(), bias.abs())
+    else:
+        settings = (site.stride, site.padding, site.dilation, site.groups)
+        exact = F.conv2d(x.double(), w, bias, *settings)
+        size = F.conv2d(x.double().abs(), w.abs(), bias.abs(), *settings)
+    return ACTIVATIONS[site.activation.name](exact + rest), size + rest.abs()
+
+
+def wrong(module, site, x, other):
+    """Returns what is wrong with a module's output, None if nothing is."""
+    got, (expected, size) = module(x, other), reference(site, x, other)
+    if got.shape != expected.shape:
+        return f"shape {tuple(got.shape)} instead of {tuple(expected.shape)}"
+    worst = float(((got.double() - expected).abs() / (size + 1e-3)).max())
+    return None if worst < 3e-6 else f"off by {worst:.1e} of the summed magnitudes"
+
+
+def linear(draw):
+    outputs, inputs, rows = draw.one(OUTPUTS), draw.one(INPUTS), draw.one(((1,), (7,), (2, 5), (3, 1, 11)))
+    weight, bias = draw.weight(outputs, inputs), draw.one((None, draw.tensor(outputs)))
+    x, other = draw.tensor(*rows, inputs), draw.one((None, draw.tensor(*rows, outputs)))
+    x = draw.one((x, draw.tensor(*rows, 2 * inputs)[..., ::2]))
+    activation = Activation(draw.one(tuple(ACTIVATIONS)))
+    return Site("l", "linear", weight, bias, tuple(x.shape), (*rows, outputs), activation, other is not None), x, other
+
+
+def gated(draw):
+    """Draws a gated convolution; returns what is wrong with it."""
+    site, x, _ = convolution(draw)
+    while site.groups > 1:
+        site, x, _ = convolution(draw)
+    dense = site.weight
+    outputs, inputs = dense.shape[:2]
+    values = every_block(dense)
+    channels = torch.rand(inputs, generator=draw.generator).lt(0.5).nonzero()[:, 0]
+    stripes = torch.rand(len(values), generator=draw.generator).lt(0.6).nonzero()[:, 0]
+    geometry = (list(dense.shape[2:]), list(site.stride), list(site.padding), list(site.dilation))
+    code = tuple(ACTIVATIONS).index(site.activation.name)
+    got = torch.ops.microglia.gated_conv2d(x, values, channels.int(), stripes.int(), site.bias, outputs, *geometry, code)
+    columns = torch.zeros(inputs).index_fill(0, channels, 1)
+    rows = torch.zeros(len(values)).index_fill(0, stripes, 1).repeat_interleave(16)[:outputs]
+    kept = Site("g", "conv2d", dense * columns[:, None, None], site.bias, site.input_shape, site.output_shape,
+                site.activation, False, site.stride, site.padding, site.dilation)  # fmt: skip
+    expected, size = reference(kept, x, None)
+    worst = float(((got.double() - expected * rows[:, None, None]).abs() / (size + 1e-3)).max())
+    return None if worst < 3e-6 else f"off by {worst:.1e}"
+
+
+def main(count, threads):
+    torch.set_num_threads(threads)
+    draw, failures = Draw(count), {}
+    for index in range(count):
+        site, x, other = convolution(draw)
+        for width in (1, 2, 4, 8):
+            if problem := wrong(BlockConv2d.of(site, width), site, x, other):
+                failures[f"block 16x{width} {index}: {site.weight.shape} {site}"[:400]] = problem
+        for rows in (1, 2, 4):
+            if problem := wrong(RowConv2d.of(site, rows), site, x, other):
+                failures[f"rows {rows}x1 {index}: {site.weight.shape} {site}"[:400]] = problem
+        site, x, other = linear(draw)
+        if problem := wrong(BlockLinear.of(site, draw.one((1, 2, 4, 8))), site, x, other):
+            failures[f"linear {index}: {site}"[:400]] = problem
+        if problem := gated(draw):
+            failures[f"gated {index}"] = problem
+    print(json.dumps({"level": level(), "problems": 9 * count, "failures": failures}))
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]))

@@ -1,0 +1,214 @@
+"""`accelerate`: exact, never slower than dense by its own times, and honest about what it chose."""
+
+import copy
+import importlib
+import json
+
+import pytest
+import torch
+from torch import nn
+
+import microglia as mg
+from microglia.core.errors import MicrogliaError
+from microglia.measure.fusion import fuse
+from microglia.measure.latency import Timing
+from microglia.measure.running import Example, folded_twin
+from microglia.runtime import BlockConv2d, RowConv2d, accelerate, level
+from microglia.runtime import choices as choices_module
+from microglia.runtime.candidates import Compact, candidates
+from microglia.runtime.choices import Choices
+
+module = importlib.import_module("microglia.runtime.accelerate")
+FAST = ("eager", "packed")
+
+
+class Net(nn.Module):
+    """Residual, grouped, activations that fuse and others that do not, images and tokens."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32)
+        self.first, self.first_norm = nn.Conv2d(32, 32, 3, padding=1), nn.BatchNorm2d(32)
+        self.down = nn.Conv2d(32, 48, 1, stride=2)
+        self.grouped = nn.Conv2d(48, 48, 3, padding=1, groups=4)
+        self.inner, self.head = nn.Linear(48, 40), nn.Linear(40, 10)
+
+    def forward(self, x):
+        x = torch.relu(self.norm(self.stem(x)))
+        x = torch.relu(self.first_norm(self.first(x)) + x)
+        x = nn.functional.silu(self.down(x))
+        x = nn.functional.hardswish(self.grouped(x))
+        return self.head(nn.functional.gelu(self.inner(x.mean((2, 3)))))
+
+
+def net(pattern, density=0.3):
+    torch.manual_seed(0)
+    model = Net()
+    for layer in model.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            nn.init.uniform_(layer.weight, 0.5, 1.5)
+            layer.running_mean.normal_()
+            layer.running_var.uniform_(0.5, 2)
+    mg.OneShot(model, pattern=pattern, density=density, scope="layer").finish()
+    return model.eval()
+
+
+@pytest.fixture
+def prefer(monkeypatch):
+    """Makes the timing find one way the fastest wherever it is offered, so that a test sees it run."""
+
+    def patch(*favourites):
+        def times(calls, **settings):
+            for call in calls.values():
+                call()
+            return {n: Timing(*[1.0 + i - 100 * any(n.startswith(f) for f in favourites)] * 3, 1) for i, n in enumerate(calls)}
+
+        monkeypatch.setattr(module, "time_interleaved", times)
+
+    return patch
+
+
+WAYS = {
+    "block 16x1": (mg.Block(16, 1), BlockConv2d),
+    "block 16x8": (mg.Block(16, 8), BlockConv2d),
+    "rows 4x1": (mg.Block(4, 1), RowConv2d),
+    "unstructured": (mg.Unstructured(), RowConv2d),
+    "compact": (mg.Channel(), Compact),
+    "dense": (mg.Block(16, 1), nn.Module),
+    "dense, eager": (mg.Block(16, 1), nn.Module),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_gives_the_masked_models_outputs(way, prefer):
+    pattern, kind = WAYS[way]
+    model, x = net(pattern), torch.randn(2, 3, 12, 12)
+    before = copy.deepcopy(model.state_dict())
+    prefer("sparse, mixed" if kind is RowConv2d else "sparse", way)
+    fast = accelerate(model, x, against=FAST, cache=None)
+    assert sum(layer.chosen == way for layer in fast.report().layers) >= 2
+    assert any(isinstance(part, kind) for part in fast.fast.modules())
+    torch.testing.assert_close(fast(x), model(x), rtol=1e-5, atol=1e-6)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_the_report_names_every_layer_in_order_and_all_times():
+    model, x = net(mg.Block(16, 1)), torch.randn(1, 3, 12, 12)
+    report = accelerate(model, x, against=FAST, cache=None).report()
+    assert [layer.name for layer in report.layers] == ["stem", "first", "down", "grouped", "inner", "head"]
+    assert report.layers[1].density == pytest.approx(0.3, abs=0.01)
+    for layer in report.layers:
+        assert {"dense", "dense, eager", "block 16x1"} <= set(layer.times)
+        assert layer.chosen in layer.times
+    assert report.chosen == min(report.times, key=report.times.__getitem__)
+    assert report.times[report.chosen] <= report.times[report.best_dense]
+    assert report.speedup >= 1
+    assert (report.level, report.threads) == (level(), torch.get_num_threads())
+    text = str(report)
+    assert "grouped" in text
+    assert "the best dense" in text
+    assert json.loads(json.dumps(report.to_dict()))["chosen"] == report.chosen
+
+
+def test_what_lost_as_a_whole_falls_back_to_the_best_dense_execution(prefer):
+    model, x = net(mg.Block(16, 1)), torch.randn(2, 3, 12, 12)
+    prefer("block", "packed")  # each layer alone wins, the whole does not
+    fast = accelerate(model, x, against=FAST, cache=None)
+    assert fast.report().chosen == "packed"
+    assert all(layer.chosen == "dense" and "as a whole" in layer.why for layer in fast.report().layers)
+    torch.testing.assert_close(fast(x), model(x), rtol=1e-5, atol=1e-6)
+
+
+def test_other_shapes_run_in_the_dense_model():
+    model, x = net(mg.Block(16, 1)), torch.randn(2, 3, 12, 12)
+    fast = accelerate(model, x, against=FAST, cache=None)
+    for other in (torch.randn(5, 3, 12, 12), torch.randn(2, 3, 20, 16)):
+        torch.testing.assert_close(fast(other), model(other), rtol=1e-5, atol=1e-6)
+
+
+def test_it_is_for_inference_and_can_be_copied():
+    model, x = net(mg.Block(16, 1)), torch.randn(2, 3, 12, 12)
+    fast = accelerate(model, x, against=FAST, cache=None)
+    assert not fast(x).requires_grad
+    assert fast.eval() is fast
+    with pytest.raises(MicrogliaError, match="inference"):
+        fast.train()
+    torch.testing.assert_close(copy.deepcopy(fast)(x), fast(x))
+
+
+def test_times_are_kept_for_a_machine_and_measured_anew_for_another_layer(tmp_path, monkeypatch):
+    model, x = net(mg.Block(16, 1)), torch.randn(2, 3, 12, 12)
+    first = accelerate(model, x, against=FAST, cache=tmp_path).report()
+    calls = []
+    timed = module._time
+    monkeypatch.setattr(module, "_time", lambda site, *rest: calls.append(site.name) or timed(site, *rest))
+    again = accelerate(model, x, against=FAST, cache=tmp_path).report()
+    assert not calls
+    assert [layer.times for layer in again.layers] == [layer.times for layer in first.layers]
+    model.first.parametrizations.weight[0].mask[:16] = 0
+    accelerate(model, x, against=FAST, cache=tmp_path)
+    assert calls == ["first"]
+    calls.clear()
+    monkeypatch.setattr(choices_module, "processor_name", lambda: "another processor")
+    accelerate(model, x, against=FAST, cache=tmp_path)
+    assert len(calls) == 6
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b'{"a": 1}', b'{"a": {"b": "c"}}', b"\xff\x00"])
+def test_a_damaged_cache_counts_as_empty(tmp_path, content):
+    model, x = net(mg.Block(16, 1)), torch.randn(1, 3, 8, 8)
+    Choices(tmp_path).save()
+    (file,) = tmp_path.iterdir()
+    file.write_bytes(content)
+    accelerate(model, x, against=FAST, cache=tmp_path)
+    assert len(json.loads(file.read_text())) == 6
+
+
+def test_a_cache_that_cannot_be_written_is_no_obstacle(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    accelerate(net(mg.Block(16, 1)), torch.randn(1, 3, 8, 8), against=FAST, cache=tmp_path / "file")
+
+
+def test_an_empty_layer_and_a_model_without_zeros_are_exact(prefer):
+    x = torch.randn(1, 3, 12, 12)
+    prefer("sparse", "block", "rows")
+    for density in (1.0, 0.02):
+        model = net(mg.Block(16, 1), density)
+        with torch.no_grad():
+            model.first.parametrizations.weight[0].mask.zero_()
+        torch.testing.assert_close(accelerate(model, x, against=FAST, cache=None)(x), model(x), rtol=1e-5, atol=1e-6)
+
+
+def test_wrong_input_is_refused_in_words():
+    model = net(mg.Block(16, 1))
+    with pytest.raises(MicrogliaError, match="does not run on the example inputs"):
+        accelerate(model, torch.randn(1, 4, 12, 12), cache=None)
+    with pytest.raises(MicrogliaError, match="no 2-d convolution or linear layer"):
+        accelerate(nn.Sequential(nn.ReLU()), torch.randn(2, 3), cache=None)
+    with pytest.raises(MicrogliaError, match="float32"):
+        accelerate(nn.Sequential(nn.Linear(4, 4).double()), torch.randn(2, 4).double(), cache=None)
+    with pytest.raises(MicrogliaError, match="execution"):
+        accelerate(model, torch.randn(1, 3, 12, 12), against=("tvm",), cache=None)
+
+
+def test_a_shrunk_and_masked_model_is_accelerated_too():
+    model, x = net(mg.Channel(), 0.5), torch.randn(2, 3, 12, 12)
+    small = mg.prune_channels(net(mg.Block(16, 1), 1.0), x, mg.Budget(density=0.5))
+    torch.testing.assert_close(accelerate(small, x, against=FAST, cache=None)(x), small(x), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(accelerate(model, x, against=FAST, cache=None)(x), model(x), rtol=1e-5, atol=1e-6)
+
+
+def test_wider_blocks_are_offered_only_where_they_fit():
+    def names(pattern):
+        found = []
+
+        def note(site):
+            found.append([candidate.name for candidate in candidates(site)])
+            return nn.Identity()
+
+        fuse(folded_twin(net(pattern)), Example.of(torch.randn(1, 3, 12, 12)), note)
+        return found[1]
+
+    assert names(mg.Block(16, 8)) == ["dense", "dense, eager", "block 16x1", "block 16x8", "rows 4x1"]
+    assert names(mg.Block(16, 1)) == ["dense", "dense, eager", "block 16x1", "rows 4x1"]
+    assert names(mg.Unstructured())[-1] == "unstructured"

@@ -1,0 +1,242 @@
+"""The sparse operators: every level against dense float64, hostile indices, compilers, copies, threads and forks."""
+
+import copy
+import ctypes
+import io
+import json
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load, save
+from torch import nn
+
+import microglia.runtime
+from microglia.core.errors import MicrogliaError
+from microglia.measure.fusion import Activation, Site
+from microglia.runtime import BlockConv2d, BlockLinear, RowConv2d, level
+from microglia.runtime.library import LEVELS
+from microglia.runtime.places import dense_of_blocks, dense_of_rows, one_group, to_blocks, to_rows
+
+MATRIX = Path(__file__).with_name("kernel_matrix.py")
+HERE = LEVELS[: LEVELS.index(level()) + 1]
+"""The levels that this machine and this build have."""
+
+
+def process(code, **environment):
+    """Runs Python code in a process of its own; returns it finished."""
+    settings = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.run([sys.executable, "-c", code], env=settings, capture_output=True, text=True, timeout=300, check=False)
+
+
+def site(weight, x, *, bias=None, activation="none", **settings):
+    kind = "conv2d" if weight.ndim == 4 else "linear"
+    out = torch.conv2d(x, weight, None, *settings.values()) if kind == "conv2d" else nn.functional.linear(x, weight)
+    return Site("layer", kind, weight, bias, tuple(x.shape), tuple(out.shape), Activation(activation), **settings)
+
+
+def sparse(*shape, tall=16, density=0.3, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    kept = torch.rand(-(-shape[0] // tall), *shape[1:], generator=generator) < density
+    return torch.randn(shape, generator=generator) * kept.repeat_interleave(tall, 0)[: shape[0]]
+
+
+def test_the_kernels_are_built_where_there_is_a_compiler():
+    assert level() != "torch", "no compiled kernels: is there a C++ compiler, and was the package built without isolation?"
+
+
+@pytest.mark.parametrize(("isa", "threads"), [*((isa, 1) for isa in HERE), (HERE[-1], 2)])
+def test_every_operator_equals_dense_at_every_level(isa, threads):
+    count = 20 if isa == "torch" else 120
+    done = subprocess.run(
+        [sys.executable, str(MATRIX), str(count), str(threads)],
+        env={**os.environ, "MICROGLIA_ISA": isa, "OMP_NUM_THREADS": str(threads)},
+        capture_output=True, text=True, timeout=500, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout)
+    assert (found["level"], found["problems"]) == (isa, 9 * count)
+    assert not found["failures"], json.dumps(found["failures"], indent=1)[:3000]
+
+
+def test_a_level_that_is_not_there_is_refused():
+    done = process("import microglia.runtime as r; r.level()", MICROGLIA_ISA="sse9")
+    assert done.returncode != 0
+    assert "one of torch, generic, avx2, avx512" in done.stderr
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (17, 5), (40, 8, 3, 3), (16, 3, 1, 1), (33, 7, 2, 5)])
+@pytest.mark.parametrize("width", [1, 2, 4, 8])
+def test_blocks_hold_the_weight_exactly(shape, width):
+    weight = sparse(*shape)
+    places = to_blocks(weight, width)
+    assert torch.equal(dense_of_blocks(places, *shape[:2], shape[2:]), weight)
+    assert places.row_pointer[-1] == len(places.values) == len(places.channel)
+    assert (places.channel % width == 0).all()
+    assert places.values.flatten(1).ne(0).any(1).all(), "a block of zeros is stored"
+
+
+@pytest.mark.parametrize("rows", [1, 2, 4])
+def test_rows_hold_the_weight_exactly(rows):
+    weight = sparse(18, 5, 3, 3, tall=1)
+    assert torch.equal(dense_of_rows(to_rows(weight, rows), 18, 5, (3, 3)), weight)
+    assert rows > 1 or to_rows(weight, 1).stored == int(weight.count_nonzero())
+
+
+def test_groups_become_blocks_of_one_group():
+    weight, x = sparse(12, 2, 3, 3, tall=1), torch.randn(2, 8, 6, 6)
+    torch.testing.assert_close(torch.conv2d(x, one_group(weight, 4)), torch.conv2d(x, weight, groups=4))
+
+
+BAD = {
+    "a channel below zero": {"channel": (0, -1)},
+    "a channel past the input": {"channel": (3, 32)},
+    "a channel far past the input": {"channel": (0, 2**31 - 1)},
+    "a tap past the kernel": {"tap": (1, 9)},
+    "a row pointer that falls": {"row_pointer": (1, 10**6)},
+    "a row pointer that begins late": {"row_pointer": (0, 3)},
+    "a row pointer below zero": {"row_pointer": (1, -5)},
+    "a row pointer that ends early": {"row_pointer": (-1, 0)},
+}
+
+
+@pytest.mark.parametrize("bad", BAD.values(), ids=BAD)
+@pytest.mark.parametrize("kind", [BlockConv2d, RowConv2d])
+def test_hostile_indices_are_refused(kind, bad):
+    x = torch.randn(1, 32, 7, 7)
+    module = kind.of(site(sparse(48, 32, 3, 3), x, padding=(1, 1)), 1)
+    (name, (place, value)), *_ = bad.items()
+    getattr(module, name)[place] = value
+    with pytest.raises(RuntimeError, match=r"block_conv2d|row_conv2d"):
+        module(x)
+
+
+def test_tensors_of_another_kind_or_length_are_refused():
+    x = torch.randn(1, 32, 7, 7)
+    for name, value in {
+        "values": torch.zeros(3, 1, 16), "row_pointer": torch.zeros(3, dtype=torch.int64), "channel": torch.zeros(4),
+        "bias": torch.zeros(5), "tap": torch.zeros(1, dtype=torch.uint8),
+    }.items():  # fmt: skip
+        module = BlockConv2d.of(site(sparse(48, 32, 3, 3), x, bias=torch.zeros(48), padding=(1, 1)), 1)
+        setattr(module, name, value)
+        with pytest.raises(RuntimeError, match="microglia"):
+            module(x)
+    module = BlockConv2d.of(site(sparse(48, 32, 3, 3), x, padding=(1, 1)), 1)
+    for given in (x.double(), x[0], x[:, :, :0]):
+        with pytest.raises(RuntimeError, match="microglia"):
+            module(given)
+    with pytest.raises(RuntimeError, match="residual"):
+        module(x, torch.zeros(1, 48, 6, 7))
+
+
+def test_other_activations_and_widths_are_refused_in_words():
+    with pytest.raises(MicrogliaError, match="relu6"):
+        BlockLinear(to_blocks(torch.ones(16, 4)), None, 4, 16, activation="gelu")
+    with pytest.raises(MicrogliaError, match="1, 2, 4 or 8"):
+        to_blocks(torch.ones(16, 4), 3)
+
+
+def test_not_a_number_passes_through_relu():
+    x = torch.randn(1, 16, 5, 5)
+    x[0, 3, 2, 2] = torch.nan
+    weight = sparse(16, 16, 1, 1, density=1.0)
+    for kind in (BlockConv2d, RowConv2d):
+        out = kind.of(site(weight, x, activation="relu"), 1)(x)
+        assert out[0, :, 2, 2].isnan().all()
+        assert not out[0, :, 0].isnan().any()
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        x = torch.zeros(2, 8, 6, 6)
+        self.first = BlockConv2d.of(site(sparse(24, 8, 3, 3), x, activation="relu", padding=(1, 1)), 1)
+        self.second = RowConv2d.of(site(sparse(24, 24, 1, 1, tall=4), torch.zeros(2, 24, 6, 6)), 4)
+        self.last = BlockLinear.of(site(sparse(10, 24), torch.zeros(2, 24), bias=torch.ones(10)), 2)
+
+    def forward(self, x):
+        y = self.first(x)
+        return self.last(self.second(y, y).mean((2, 3)))
+
+
+def test_a_sparse_model_compiles_whole_and_exports():
+    model, x = Net().eval(), torch.randn(2, 8, 6, 6)
+    expected = model(x)
+    torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="aot_eager")(x), expected)
+    torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), expected)
+
+
+def test_the_operators_keep_the_rules_of_custom_operators():
+    x = torch.randn(2, 8, 6, 6)
+    block, row = (kind.of(site(sparse(24, 8, 3, 3), x, padding=(1, 1)), 1) for kind in (BlockConv2d, RowConv2d))
+    tests = ("test_schema", "test_faketensor")
+    torch.library.opcheck(torch.ops.microglia.block_conv2d.default, (x, *block._operands(None)), test_utils=tests)
+    torch.library.opcheck(torch.ops.microglia.row_conv2d.default, (x, *row._operands(None)), test_utils=tests)
+    linear = BlockLinear.of(site(sparse(10, 8), torch.zeros(3, 8)), 1)
+    given = (torch.randn(3, 8), *linear.places[:3], None, None, 10, 1)
+    torch.library.opcheck(torch.ops.microglia.block_linear.default, given, test_utils=tests)
+
+
+def test_sparse_weights_are_plain_tensors():
+    model, x = Net().eval(), torch.randn(2, 8, 6, 6)
+    expected = model(x)
+    state = load(save({name: tensor.contiguous() for name, tensor in model.state_dict().items()}))
+    fresh = Net().eval()
+    for tensor in fresh.state_dict().values():
+        tensor.zero_()
+    fresh.load_state_dict(state)
+    assert torch.equal(fresh(x), expected)
+    assert torch.equal(copy.deepcopy(model).to("cpu")(x), expected)
+    assert torch.equal(pickle.loads(pickle.dumps(model))(x), expected)
+    assert torch.equal(model.first.dense(), sparse(24, 8, 3, 3))
+    buffer = io.BytesIO()
+    torch.save(model.state_dict(), buffer)
+    assert buffer.tell() > 0
+
+
+def test_two_threads_and_forked_workers_give_the_same_bits():
+    code = """
+import os, sys, torch
+sys.path.insert(0, {folder!r})
+from test_runtime_kernels import Net
+model, x = Net().eval(), torch.randn(8, 8, 6, 6, generator=torch.Generator().manual_seed(0))
+torch.set_num_threads(1); one = model(x)
+child = os.fork()
+if child == 0:
+    os._exit(0 if torch.equal(model(x), one) else 3)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+torch.set_num_threads(2)
+assert torch.equal(model(x), one)
+loader = torch.utils.data.DataLoader([0, 1, 2], num_workers=2, collate_fn=lambda _: model(x), multiprocessing_context="fork")
+assert all(torch.equal(out, one) for out in loader)
+print("same")
+"""
+    done = process(code.format(folder=str(Path(__file__).parent)), OMP_NUM_THREADS="2")
+    assert done.stdout.strip().endswith("same"), done.stderr[-2000:]
+
+
+def test_without_compiled_kernels_it_says_so_once_and_goes_on(tmp_path):
+    package = tmp_path / "microglia"
+    source = Path(microglia.runtime.__file__).parents[1]
+    subprocess.run(["cp", "-r", str(source), str(package)], check=True)
+    for built in package.glob("runtime/_kernels*"):
+        built.unlink()
+    code = "import warnings, torch; from microglia.runtime import *; from microglia.runtime.places import to_blocks\n"
+    code += "with warnings.catch_warnings(record=True) as said:\n    warnings.simplefilter('always')\n"
+    code += "    for _ in range(2): print(BlockLinear(to_blocks(torch.eye(20)), None, 20, 20)(torch.ones(20)).sum().item())\n"
+    code += "print(sum('without its compiled kernels' in str(w.message) for w in said), level())"
+    done = process(code, PYTHONPATH=str(tmp_path))
+    assert done.stdout.split() == ["20.0", "20.0", "1", "torch"], done.stderr[-2000:]
+
+
+def test_the_c_interface_says_what_is_wrong():
+    built = next(Path(microglia.runtime.__file__).parent.glob("_kernels*.so"))
+    library = ctypes.CDLL(str(built))
+    library.mg_error_text.restype = library.mg_level_name.restype = ctypes.c_char_p
+    texts = {library.mg_error_text(code) for code in range(10)}
+    assert len(texts) == 10
+    assert library.mg_level_name(library.mg_level()).decode() in LEVELS

@@ -2,7 +2,7 @@
 
 `mask` writes zeros; `fold` makes them part of the weights; `save` and `load` keep a model without pickle. A pruner
 (`OneShot`, `Gradual`, `Smart` and its rivals, `SparseTraining`, `Ftwt`) steps inside anybody's loop; `execute` runs a
-whole `Recipe`.
+whole `Recipe`. `accelerate` finds the fastest exact execution on this machine.
 """
 
 from microglia.core.budget import Budget
@@ -14,11 +14,12 @@ from microglia.core.selection import select
 from microglia.core.soft_topk import soft_topk
 from microglia.data import load_data
 from microglia.dynamic import Gathered
-from microglia.graph import plan_of, prune_channels, shrink
+from microglia.graph import permutation_of, permute_channels, plan_of, prune_channels, shrink
 from microglia.lab.execute import execute
 from microglia.lab.recipe import Recipe, resolve
 from microglia.measure import measure, measure_latency
 from microglia.methods import Acdc, AtInit, Awg, Ftwt, Gradual, OneShot, Pas, Pdp, Smart, SparseTraining
+from microglia.runtime import Accelerated, accelerate
 from microglia.scores import Evidence, score
 from microglia.train.archive import load, save
 from microglia.train.evaluate import evaluate
@@ -31,6 +32,7 @@ from microglia.train.task import Task
 
 __all__ = [
     "NM",
+    "Accelerated",
     "Acdc",
     "AtInit",
     "Awg",
@@ -52,6 +54,7 @@ __all__ = [
     "SparseTraining",
     "Task",
     "Unstructured",
+    "accelerate",
     "build",
     "enforce",
     "evaluate",
@@ -65,6 +68,8 @@ __all__ = [
     "masks_of",
     "measure",
     "measure_latency",
+    "permutation_of",
+    "permute_channels",
     "plan_of",
     "prunable_layers",
     "prune_channels",

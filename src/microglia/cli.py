@@ -18,6 +18,7 @@ import microglia.cli_surface
 import microglia.cli_tickets  # noqa: F401
 from microglia.cli_base import Checkpoint, Data, Device, Json, Shown, SplitName, Target, app, command
 from microglia.core.patterns import PATTERN_FORMS
+from microglia.lab.accelerating import accelerated, acceleration_tables
 from microglia.lab.execute import execute
 from microglia.lab.recipe import Recipe, RecipeError, as_dict, override, put, read_yaml, resolve, schema
 from microglia.lab.report import collect
@@ -52,11 +53,13 @@ def prune(
     flops: Annotated[float | None, typer.Option(help="Fraction of the operations to keep: removes channels.")] = None,
     ms: Annotated[float | None, typer.Option(help="Milliseconds per example, measured here: removes channels.")] = None,
     round_to: Annotated[int | None, typer.Option(help="Widths in multiples of this, where channels are removed.")] = None,
+    permute: Annotated[bool | None, typer.Option(help="First order the channels so that blocks keep more.")] = None,
     layers: Annotated[list[str] | None, typer.Option(help="Layers to prune (name globs, type:Conv2d, !not).")] = None,
     exclude: Annotated[list[str] | None, typer.Option(help="Layers neither pruned nor counted.")] = None,
     protect: Annotated[list[str] | None, typer.Option(help="Layers kept dense but counted.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Epochs of training after (or while) pruning.")] = None,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate of that training.")] = None,
+    accelerate: Annotated[bool | None, typer.Option("--accelerate", help="Time its fastest execution, layer by layer.")] = None,
     seed: Annotated[int | None, typer.Option(help="Root of every random number.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or auto.")] = None,
     recipe: Annotated[Path | None, typer.Option(help="YAML recipe; options and KEY=VALUE override it.")] = None,
@@ -69,8 +72,8 @@ def prune(
         "model": words.pop(0) if words and "=" not in words[0] else None,
         "data": data, "checkpoint": checkpoint, "method": method, "seed": seed, "device": device,
         "train.epochs": epochs, "train.lr": lr, "prune.pattern": pattern, "prune.scope": scope, "prune.density": density,
-        "prune.params": params, "prune.flops": flops, "prune.ms": ms, "prune.round_to": round_to,
-        "prune.layers": layers, "prune.exclude": exclude, "prune.protect": protect,
+        "prune.params": params, "prune.flops": flops, "prune.ms": ms, "prune.round_to": round_to, "prune.permute": permute,
+        "prune.layers": layers, "prune.exclude": exclude, "prune.protect": protect, "measure.accelerate": accelerate,
     }  # fmt: skip
     source: dict[str, Any] = read_yaml(recipe) if recipe is not None else {}
     for key, value in given.items():
@@ -80,6 +83,8 @@ def prune(
     directory = out if out is not None else _own_directory(resolved)
     result = execute(resolved, directory)
     shown: list[Any] = [f"Run: {directory}\nModel: {directory / 'model'}"]
+    if result.get("accelerated"):
+        shown = [*acceleration_tables(result["accelerated"]), *shown]
     if result.get("removed"):
         shown = [removal_table(result["removed"]), f"Picture: {directory / PICTURE}", *shown]
     return result, [result_table(result), *shown]
@@ -129,14 +134,21 @@ def measure(
     data: Data = None,
     checkpoint: Checkpoint = None,
     latency: Annotated[bool, typer.Option(help="Whether to time it.")] = True,
+    accelerate: Annotated[bool, typer.Option("--accelerate", help="Choose its fastest execution, layer by layer.")] = False,
+    batch: Annotated[int, typer.Option(min=1, help="Examples per timed call.")] = 1,
     json_: Json = False,
 ) -> Shown:
     """Measure a run, a saved model or a network: parameters, MACs, latency, bytes."""
     model, task = open_target(target, data, checkpoint)
-    measured = measure_model(model, task.example, latency=latency).to_dict()
+    example = task.example.repeat(batch, *[1] * (task.example.ndim - 1))
+    measured = measure_model(model, example, latency=latency).to_dict()
+    shown: list[Any] = []
+    if accelerate:
+        measured["accelerated"] = accelerated(model, task, batch)[1]
+        shown = acceleration_tables(measured["accelerated"])
     if (removed := removed_from(model)) is not None:
         measured["shrunk_from"] = {"parameters": list(removed.parameters), "MACs": list(removed.macs)}
-    return measured, [measurement_table(task.name, measured)]
+    return measured, [measurement_table(task.name, measured), *shown]
 
 
 @command

@@ -19,9 +19,11 @@ from torch import nn
 from microglia.core.errors import FileError
 from microglia.core.masks import masks_of
 from microglia.dynamic import Gathered, gate_plan, tune
+from microglia.lab.accelerating import accelerated
 from microglia.lab.recipe import Recipe, as_dict, method_config
 from microglia.lab.shrink_view import PICTURE, draw, removal
 from microglia.measure import measure_latency
+from microglia.measure.latency import processor_name
 from microglia.methods import MethodConfig, methods
 from microglia.methods.procedure import observe
 from microglia.train.archive import load, removed_from, save
@@ -115,7 +117,7 @@ def _execute(recipe: Recipe, run: Run, task: Task) -> Result:
         "densities": {name: float(mask.float().mean()) for name, mask in masks.items()},
         "removed": removed,
         **run.observations,
-        "latency": _latency(recipe, task, model) if recipe.measure.latency and run.main else None,
+        **_times(recipe, task, model, run.main),
         "seconds": round(time.perf_counter() - began, 2),
     }
     run.finish(result)
@@ -137,18 +139,26 @@ def _asked(config: MethodConfig, *, masked: bool) -> dict[str, Any]:
     return {**asked, "r": r} if isinstance(r, float) else asked
 
 
-def _latency(recipe: Recipe, task: Task, model: nn.Module) -> dict[str, Any]:
-    device = next(model.parameters()).device
-    example = task.example.repeat(recipe.measure.batch, *[1] * (task.example.ndim - 1)).to(device)
-    dense = task.build().to(device)
-    report = measure_latency(
-        {"dense": dense, "pruned": model},
-        example,
-        executions=recipe.measure.executions,
-        ready={"pruned": {"gathered": _gathered(model, task, recipe.measure.batch)}} if gate_plan(model) is not None else None,
-        rounds=recipe.measure.rounds,
-    )
-    return report.to_dict()
+def _times(recipe: Recipe, task: Task, model: nn.Module, main: bool) -> dict[str, Any]:
+    """Returns what was timed: dense beside pruned, and, when asked for, the record of the accelerated model."""
+    asked = recipe.measure
+    if not main or not (asked.latency or asked.accelerate):
+        return {"latency": None}
+    device = device_of(model)
+    example = task.example.repeat(asked.batch, *[1] * (task.example.ndim - 1)).to(device)
+    ready: dict[str, Callable[[], object]] = {}
+    record: dict[str, Any] = {}
+    if gate_plan(model) is not None:
+        ready["gathered"] = _gathered(model, task, asked.batch)
+    if asked.accelerate:
+        fast, record["accelerated"] = accelerated(model, task, asked.batch, against=asked.executions)
+        ready["accelerated"] = lambda: fast(example)
+    if not asked.latency:
+        return {"latency": None, **record}
+    models = {"dense": task.build().to(device), "pruned": model}
+    executions, rounds = asked.executions, asked.rounds
+    report = measure_latency(models, example, executions=executions, ready={"pruned": ready}, rounds=rounds)
+    return {"latency": report.to_dict(), **record}
 
 
 def _gathered(model: nn.Module, task: Task, batch: int) -> Callable[[], object]:
@@ -168,16 +178,8 @@ def environment() -> dict[str, Any]:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "processor": _processor(),
+        "processor": processor_name(),
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())

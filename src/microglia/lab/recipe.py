@@ -28,6 +28,8 @@ class MeasureConfig:
         batch: Examples per timed call.
         rounds: Interleaved rounds.
         executions: Ways to run each model; ``compiled`` takes half a minute to prepare.
+        accelerate: Whether to choose the fastest exact execution of the pruned model by timing (CPU), and to prove on the
+            test images that no prediction changed.
         trajectory: Whether to keep the weights after every epoch of the last training, for ``microglia surface --trajectory``.
     """
 
@@ -37,6 +39,7 @@ class MeasureConfig:
     batch: int = 1
     rounds: int = 30
     executions: tuple[Literal["eager", "eager-channels-last", "packed", "compiled"], ...] = ("eager", "packed", "compiled")
+    accelerate: bool = False
     trajectory: bool = False
 
 

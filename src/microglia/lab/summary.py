@@ -39,7 +39,9 @@ def _kept(result: Json) -> str:
         )
     masks = result["masks"]
     part = f"{masks['kept']:,} of {masks['total']:,} = {masks['kept'] / masks['total']:.6g}" if masks["total"] else "none"
-    return f"kept {part} of the prunable weights"
+    order = result.get("permutation")
+    gained = f"; permuted, blocks hold {_percent(order['after'])} of |w|, not {_percent(order['before'])}" if order else ""
+    return f"kept {part} of the prunable weights{gained}"
 
 
 def comparison_table(columns: Mapping[str, Json], latency: Json | None, *, title: str, caption: str) -> Table:

@@ -39,6 +39,10 @@ class Bar:
         """Counts one step."""
         self._bar.advance(self._task)
 
+    def at(self, done: int, total: int) -> None:
+        """Shows how many of how many steps are done."""
+        self._bar.update(self._task, completed=done, total=total)
+
     def say(self, text: str) -> None:
         """Shows a word beside the bar."""
         self._bar.update(self._task, said=text)

@@ -1,0 +1,51 @@
+"""`--accelerate` as a user runs it: while pruning and afterwards, in words and as JSON."""
+
+import json
+
+import pytest
+
+from commands import microglia
+
+NET = ("lenet-5", "--data", "digits", "--pattern", "block:16x1", "--density", "0.3", "--seed", "3", "threads=1")
+SHORT = ("dense.epochs=2", "train.epochs=2", "measure.executions=[eager,packed]", "measure.rounds=3", "measure.batch=2")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("accelerated")
+
+
+@pytest.fixture(scope="module")
+def result(folder):
+    own = {"MICROGLIA_CACHE": str(folder / "cache")}
+    outcome = microglia(
+        "prune", *NET, *SHORT, "--accelerate", "--out", folder / "run", "--json", folder=folder / "work", environment=own
+    )
+    assert outcome.status == 0, outcome.err
+    return json.loads(outcome.out)
+
+
+def test_pruning_ends_with_the_fastest_exact_execution(result, folder):
+    record = result["accelerated"]
+    assert [layer["name"] for layer in record["layers"]]
+    assert {"eager", "packed", "sparse"} <= set(record["times"])
+    assert record["times"][record["chosen"]] == min(record["times"].values())
+    assert record["speedup"] >= 1
+    assert record["batch"] == 2
+    agreed = record["agreement"]
+    assert agreed["images"] == agreed["equal"] == 358  # whole batches of two of 359 digits
+    assert agreed["correct"][0] == agreed["correct"][1]
+    assert agreed["difference"] < 1e-4
+    assert "accelerated" in result["latency"]["timings"]["pruned"]
+    assert result["recipe"]["measure"]["accelerate"] is True
+    assert list((folder / "cache").glob("times-*.json"))
+
+
+def test_a_finished_run_is_measured_in_words(result, folder):
+    own = {"MICROGLIA_CACHE": str(folder / "cache")}
+    outcome = microglia(
+        "measure", folder / "run", "--accelerate", "--batch", "4", "--no-latency", folder=folder / "work", environment=own
+    )
+    assert outcome.status == 0, outcome.err
+    assert "layers run as" in outcome.out
+    assert "The same class on 356 of 356 test images" in outcome.out.replace("\n", " ")

@@ -321,3 +321,26 @@ def test_errors_as_json(work):
     outcome = microglia("prune", "resnet21x", "--density", "0.5", "--json", folder=work)
     refused(outcome, "There is no model named")
     assert json.loads(outcome.out)["error"].startswith("There is no model named 'resnet21x'")
+
+
+def test_channels_are_permuted_before_masks_are_attached(work):
+    words = (*TINY, "--pattern", "block:16x1", "--permute")
+    result = json.loads(good(microglia("prune", *words, "--out", "run", "--json", folder=work)))
+    order = result["permutation"]
+    assert result["recipe"]["prune"]["permute"] is True
+    assert order["after"] > order["before"]
+    assert order["error"] < 1e-9
+    assert sorted(order["layers"]) == sorted(result["densities"])
+    assert all(0 < layer["after"] <= layer["total"] for layer in order["layers"].values())
+    kept = mg.masks_of(mg.load(work / "run" / "model"))
+    assert kept.kept == result["masks"]["kept"]
+    evaluated = json.loads(good(microglia("eval", "run", "--json", folder=work)))
+    assert evaluated == result["pruned"]["metrics"]
+    assert "of |w|, not" in good(microglia("prune", *words, "--out", "run", folder=work))
+
+
+def test_permuting_is_refused_where_it_means_nothing(work):
+    refused(microglia("prune", *TINY, "--permute", folder=work), "such as block:16x1", "unstructured does not ask")
+    words = ("prune", *TINY, "--method", "channels", "--permute")
+    refused(microglia(*words, folder=work), "permute: there is no such field")
+    assert not (work / "runs").exists()

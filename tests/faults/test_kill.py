@@ -16,8 +16,10 @@ GRADUAL = ("--method", "gradual", "train.optimizer=adam", "train.lr=0.003", "pru
 CHANNELS = ("--method", "channels", "prune.recalibrate=2")
 SMART = ("--method", "smart", "--pattern", "block:8x4", "prune.search=0.7")
 SMART_CHANNELS = ("--method", "smart", "--pattern", "channel", "prune.search=0.4", "prune.recalibrate=2")
+PERMUTED = ("--method", "magnitude", "--pattern", "block:16x1", "--permute")
 METHODS = {
     "magnitude": ("--method", "magnitude"),
+    "permuted": PERMUTED,
     "gradual": GRADUAL,
     "channels": CHANNELS,
     "smart": SMART,
@@ -50,7 +52,7 @@ def assert_same_run(run, other):
     assert weights(run) == weights(other)
     assert (run / "model" / "plan.json").read_bytes() == (other / "model" / "plan.json").read_bytes()
     results = [json.loads((directory / "result.json").read_text()) for directory in (run, other)]
-    for name in ("dense", "before", "pruned", "masks", "removed", "search", "estimate", "routes"):
+    for name in ("dense", "before", "pruned", "masks", "removed", "search", "permutation", "estimate", "routes"):
         assert results[0].get(name) == results[1].get(name)
     assert curves(run) == curves(other)
     assert not list(run.rglob("*.part")), "debris of a killed write"
@@ -69,6 +71,9 @@ def curves(run):
         ("magnitude", "stages/prune.safetensors"),
         ("magnitude", "stages/train.partial.safetensors"),
         ("magnitude", "model/plan.json"),
+        ("permuted", "stages/dense-observed.safetensors"),  # while it looks for an order
+        ("permuted", "stages/permute.safetensors"),
+        ("permuted", "stages/train.partial.safetensors"),
         ("gradual", "stages/train.partial.safetensors"),
         ("channels", "stages/dense-observed.safetensors"),  # while it scores and cuts
         ("channels", "stages/prune.safetensors"),

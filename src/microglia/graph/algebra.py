@@ -367,6 +367,18 @@ class Algebra:
             parts.append(place)
         return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64)
 
+    def order(self, dim: Dim, orders: Mapping[int, Tensor]) -> Tensor:
+        """Returns which entry of a Dim comes to each place, int64 (size,), given which unit does in some atoms."""
+        parts, start = [], 0
+        for segment in self.normal(dim):
+            place = torch.zeros(1, dtype=torch.int64)
+            for f in segment:
+                below = self.order(f, orders) if not isinstance(f, int) else orders.get(f, torch.arange(self.sizes[f]))
+                place = (place[:, None] * len(below) + below[None, :]).reshape(-1)
+            parts.append(place + start)
+            start += len(place)
+        return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64)
+
     def show(self, dim: Dim) -> str:
         """Returns a Dim for people: ``a3:12 x (a4:64 + a5:32!)``; ``!`` is frozen, ``~`` renormalized."""
 

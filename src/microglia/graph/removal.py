@@ -17,6 +17,7 @@ from microglia.graph.cut import Cut
 from microglia.graph.modules import attributes, cut_module, indices
 from microglia.graph.parts import Part, find_parts, to_double
 from microglia.graph.plan import Plan, attach, cut_again, graph_model, place, refuse_graph, shapes, write_example
+from microglia.graph.trace import Trace
 from microglia.graph.verify import ShrinkError, Verification, difference, run_patched, verify
 
 EXACT, SINGLE = 1e-9, 1e-4
@@ -141,11 +142,27 @@ def _carry_notes(model: nn.Module, small: nn.Module) -> None:
             object.__setattr__(small, name, value)
 
 
-@torch.no_grad()
 def model_outputs(model: nn.Module, cut: Cut) -> list[Any]:
-    """Returns a model's flat outputs on the inputs the cut's graph was traced with."""
-    args, kwargs = pytree.tree_unflatten(list(cut.analysis.trace.example), cut.analysis.trace.in_spec)
+    """Returns a model's flat outputs on the inputs the cut's graph was traced with; it is put into evaluation mode."""
+    return _outputs(model, cut.analysis.trace, cut.analysis.trace.example)
+
+
+def outputs_of(model: nn.Module, trace: Trace, inputs: Sequence[Any]) -> list[Any]:
+    """Returns the flat outputs of a model's copy in float64 on flat inputs of a trace."""
+    return _outputs(to_double(deepcopy(model)), trace, inputs)
+
+
+@torch.no_grad()
+def _outputs(model: nn.Module, trace: Trace, inputs: Sequence[Any]) -> list[Any]:
+    args, kwargs = pytree.tree_unflatten(list(inputs), trace.in_spec)
     return pytree.tree_leaves(model.eval()(*args, **kwargs))
+
+
+def noise(value: Any, generator: torch.Generator) -> Any:
+    """Returns random numbers in the place of an input of them; other inputs as they are."""
+    if isinstance(value, Tensor) and value.is_floating_point():
+        return torch.randn(value.shape, generator=generator, dtype=torch.float64).to(value)
+    return value
 
 
 def outputs_difference(got: Sequence[Any], wanted: Sequence[Any]) -> float:

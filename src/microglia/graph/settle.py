@@ -21,7 +21,7 @@ from microglia.graph.modules import indices
 from microglia.graph.parts import Part, to_double
 from microglia.graph.plan import after, attach, give_biases, kept_units, plan_of
 from microglia.graph.prune import totals
-from microglia.graph.removal import EXACT, Subject, model_outputs, outputs_difference, remove
+from microglia.graph.removal import EXACT, Subject, model_outputs, noise, outputs_difference, remove
 from microglia.graph.trace import named_arguments, operator_name
 from microglia.graph.verify import ShrinkError
 from microglia.graph.widths import Costs
@@ -136,7 +136,7 @@ def _constants(analysis: Analysis, cut: Cut) -> Iterator[tuple[Consumer, Tensor]
     """Yields for each weight that reads removed channels their values, 0 for those kept, NaN for those not constant."""
     generator = torch.Generator().manual_seed(0)
     inputs = analysis.trace.example
-    other = tuple(_noise(v, generator) for v in inputs)
+    other = tuple(noise(v, generator) for v in inputs)
     consumers = [c for c in analysis.consumers if cut.changes(analysis.dims[c.source][c.dim])]
     first, second = (_values(analysis, {c.source for c in consumers}, given) for given in (inputs, other))
     for consumer in consumers:
@@ -146,12 +146,6 @@ def _constants(analysis: Analysis, cut: Cut) -> Iterator[tuple[Consumer, Tensor]
         constant = (high - low) <= 1e-12 * (1 + high.abs())
         values = torch.where(constant, rows[:, 0], torch.nan)
         yield consumer, torch.where(removed.to(values.device), values, 0.0)
-
-
-def _noise(value: Any, generator: torch.Generator) -> Any:
-    if isinstance(value, Tensor) and value.is_floating_point():
-        return torch.randn(value.shape, generator=generator, dtype=torch.float64).to(value)
-    return value
 
 
 def _values(analysis: Analysis, wanted: set[fx.Node], inputs: tuple[Any, ...]) -> dict[fx.Node, Tensor]:

@@ -8,7 +8,9 @@ from typing import Any
 
 from torch import nn
 
+from microglia.core.patterns import parse_pattern
 from microglia.core.registry import Registry
+from microglia.graph.permute import check_permutable
 from microglia.methods.pruner import PruneConfig, Pruner
 from microglia.train.optim import RECOVERY, FitConfig
 from microglia.train.run import Run
@@ -32,6 +34,18 @@ class MethodConfig(PruneConfig):
     score_batch_size: int = 128
 
 
+@dataclass(frozen=True)
+class MaskConfig(MethodConfig):
+    """Methods that mask a trained network.
+
+    Attributes:
+        permute: Whether to put the channels of the dense network, whose function stays, in an order in which blocks of
+            several outputs (or inputs) keep more of its magnitude; see `microglia.permute_channels`.
+    """
+
+    permute: bool = False
+
+
 Procedure = Callable[[Task, Run, Any], nn.Module]
 Check = Callable[[Task, Any], object]
 """(task, config): raises what is wrong with them, before anything is trained."""
@@ -39,7 +53,10 @@ Check = Callable[[Task, Any], object]
 
 def fits(task: Task, config: PruneConfig) -> None:
     """Raises unless layers, pattern and budget of masks fit the task's model."""
-    Pruner(task.build(), config)
+    model = task.build()
+    Pruner(model, config)
+    if isinstance(config, MaskConfig) and config.permute:
+        check_permutable(parse_pattern(config.pattern), model, task.example)
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from torch import nn
 from microglia.core.errors import BudgetError
 from microglia.core.masks import MaskSet, mask
 from microglia.core.schedules import schedules
-from microglia.methods.base import MethodConfig, method
-from microglia.methods.procedure import dense_model, evidence, train
+from microglia.methods.base import MaskConfig, method
+from microglia.methods.procedure import dense_in_order, evidence, train
 from microglia.methods.pruner import PruneConfig, Pruner
 from microglia.scores import Evidence
 from microglia.train.optim import epoch_length
@@ -24,7 +24,7 @@ from microglia.train.task import Task
 
 
 @dataclass(frozen=True)
-class GradualConfig(MethodConfig):
+class GradualConfig(MaskConfig):
     """Gradual pruning.
 
     Attributes:
@@ -107,7 +107,7 @@ class Gradual(Pruner):
 @method("gradual", GradualConfig)
 def gradual(task: Task, run: Run, config: GradualConfig) -> nn.Module:
     """Prune along a schedule (cubic) while training, then recover in the rest of the same training."""
-    model = dense_model(task, run, config.dense)
+    model = dense_in_order(task, run, config)
     teacher = deepcopy(model) if config.train.distill else None
     steps = config.train.epochs * epoch_length(config.train, len(task.data.batches("train", config.train.batch_size)))
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from microglia.methods.base import MethodConfig, method, preset
-from microglia.methods.procedure import change, dense_model, evidence, observe, train
+from microglia.methods.base import MaskConfig, method, preset
+from microglia.methods.procedure import change, dense_in_order, evidence, observe, train
 from microglia.methods.pruner import PruneConfig, Pruner
 from microglia.scores import Evidence
 from microglia.train.recover import recalibrate
@@ -34,7 +34,7 @@ class OneShot(Pruner):
 
 
 @dataclass(frozen=True)
-class OneShotConfig(MethodConfig):
+class OneShotConfig(MaskConfig):
     """One-shot pruning.
 
     Attributes:
@@ -47,7 +47,7 @@ class OneShotConfig(MethodConfig):
 @method("oneshot", OneShotConfig)
 def oneshot(task: Task, run: Run, config: OneShotConfig) -> nn.Module:
     """Score the dense model once, keep the best, recover by training."""
-    model = dense_model(task, run, config.dense)
+    model = dense_in_order(task, run, config)
     teacher = deepcopy(model) if config.train.distill else None
 
     def prune(progress: object) -> None:

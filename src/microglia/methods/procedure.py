@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from copy import deepcopy
+from dataclasses import fields
 from itertools import islice
 from typing import Any, Protocol, cast
 
@@ -13,9 +14,12 @@ from torch import Tensor, nn
 from microglia.core.errors import ScoreError
 from microglia.core.layers import effective_state
 from microglia.core.masks import restore
-from microglia.graph import plan_of, shrink
+from microglia.core.patterns import parse_pattern
+from microglia.graph import permutation_of, permute_channels, plan_of, shrink
 from microglia.measure import measure
-from microglia.methods.base import MethodConfig
+from microglia.methods.base import MaskConfig, MethodConfig
+from microglia.methods.pruner import PruneConfig
+from microglia.methods.pruner import Pruner as Masks
 from microglia.methods.search import UnitConfig, UnitPruner
 from microglia.scores import Evidence
 from microglia.train.archive import cut_again
@@ -126,6 +130,34 @@ def dense_model(task: Task, run: Run, config: FitConfig) -> nn.Module:
     return model
 
 
+def dense_in_order(task: Task, run: Run, config: MaskConfig) -> nn.Module:
+    """Returns the task's dense model, its channels permuted for the pattern where the config says so, as a stage."""
+    model = dense_model(task, run, config.dense)
+
+    def work(progress: Progress) -> dict[str, Any]:
+        permuted = permute_channels(
+            model,
+            task.example.to(run.device),
+            parse_pattern(config.pattern),
+            density=_densities(model, config),
+            generator=torch.Generator().manual_seed(run.seed),
+        )
+        model.load_state_dict(permuted.state_dict())
+        return permutation_of(permuted).to_dict()
+
+    if config.permute:
+        run.observations["permutation"] = change(run, "permute", model, work)
+    return model
+
+
+def _densities(model: nn.Module, config: MaskConfig) -> dict[str, float]:
+    """Returns what the scope leaves of each layer when the magnitude decides; protected layers stay whole in any order."""
+    shared = {f.name: getattr(config, f.name) for f in fields(PruneConfig)}
+    pruner = Masks(deepcopy(model), PruneConfig(**shared | {"score": "magnitude"}))
+    found = {name: float(kept.float().mean()) for name, kept in pruner.prune_to(pruner.target).items()}
+    return {name: density for name, density in found.items() if name not in pruner.protected}
+
+
 def observe(task: Task, run: Run, name: str, model: nn.Module) -> None:
     """Measures a model as it is now, once: metrics on the test split, parameters, MACs, bytes."""
 
@@ -179,7 +211,7 @@ def _balanced(batches: Iterable[tuple[Tensor, Tensor]], per_class: int, size: in
 
 def searched(task: Task, run: Run, config: UnitConfig, pruner: type[UnitPruner]) -> nn.Module:
     """Returns the dense model trained with a pruner that searches within the training; channels are removed at the end."""
-    model = dense_model(task, run, config.dense)
+    model = dense_in_order(task, run, config)
     teacher = deepcopy(model) if config.train.distill else None
     steps = config.train.epochs * epoch_length(config.train, len(task.data.batches("train", config.train.batch_size)))
 

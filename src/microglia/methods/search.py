@@ -13,7 +13,8 @@ from microglia.core.errors import BudgetError, PatternError, SelectorError
 from microglia.core.layers import Layer, prunable_layers
 from microglia.core.masks import MaskSet, enforce, mask, masks_of
 from microglia.core.patterns import Channel
-from microglia.methods.base import MethodConfig
+from microglia.graph.permute import check_permutable
+from microglia.methods.base import MaskConfig
 from microglia.methods.pruner import Pruner
 from microglia.methods.soft import SoftMasks
 from microglia.methods.units import Cost, Units, choose, keep_count, make_units, split
@@ -32,7 +33,7 @@ Moment = Callable[[str], Report]
 
 
 @dataclass(frozen=True)
-class UnitConfig(MethodConfig):
+class UnitConfig(MaskConfig):
     """Methods that choose among all units of a model while it trains.
 
     Attributes:
@@ -92,6 +93,8 @@ def fits(task: Task, config: UnitConfig) -> None:
     pruner = Pruner(model, config)
     if isinstance(pruner.pattern, Channel):
         make_units(model, pruner.pattern, pruner.layers, cost=config.cost, example_inputs=task.example, exclude=config.exclude)
+    if config.permute:
+        check_permutable(pruner.pattern, model, task.example)
 
 
 class UnitPruner(Pruner):

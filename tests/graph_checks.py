@@ -47,15 +47,15 @@ def random_units(size, count, seed):
     return torch.zeros(size, dtype=torch.bool).index_fill_(0, order[: max(1, count)], True)
 
 
-def masked(model, cut):
-    """The model with zeros where the cut removes."""
+def masked(model, cut, whole=()):
+    """The model with zeros where the cut removes, but in the tensors left whole."""
     model = deepcopy(model)
     with torch.no_grad():
         for name, tensor in model.named_parameters():
-            if name in cut.analysis.parameter_dims:
+            if name in cut.analysis.parameter_dims and name not in whole:
                 tensor.copy_(cut.zero(name, tensor))
         for name, tensor in model.named_buffers():
-            if name in cut.analysis.parameter_dims:
+            if name in cut.analysis.parameter_dims and name not in whole:
                 tensor.copy_(cut.zero(name, tensor))
     return model
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from microglia import Budget, plan_of, prune_channels
+from microglia import Budget, load, plan_of, prune_channels, save
 from microglia.core.errors import BudgetError, FileError, MicrogliaError, ScoreError, SelectorError
 from microglia.graph import Plan, ShrinkError, replay, shrink
 from microglia.graph import prune as prune_room
@@ -694,3 +694,30 @@ def test_what_a_model_makes_at_its_first_run_does_not_change_the_trace(ran):
     one, other = trace(model, x), trace(Lazy().eval(), x)
     assert one.tensors.keys() == other.tensors.keys()
     assert [node.name for node in one.graph.nodes] == [node.name for node in other.graph.nodes]
+
+
+class Divided(nn.Module):
+    """Channels divided by learned scales and by periods that a buffer holds; zero in their place is not a number."""
+
+    def __init__(self):
+        super().__init__()
+        self.one = nn.Linear(6, 16)
+        self.scale = nn.Parameter(torch.linspace(0.5, 1.5, 16))
+        self.register_buffer("periods", torch.linspace(1, 9, 16), persistent=False)
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, x):
+        return self.head(self.one(x) / self.scale * (1 / self.periods).sin())
+
+
+def test_what_divides_channels_goes_with_them(tmp_path):
+    torch.manual_seed(0)
+    model, x = Divided().eval(), torch.randn(7, 6)
+    small = prune_channels(model, x, Budget(density=0.5), round_to=1)
+    stay = plan_of(small).kept["one.weight"]["0"]
+    assert len(stay) == len(small.scale) == len(small.periods) == 8
+    with torch.no_grad():
+        head = (model.one(x) / model.scale * (1 / model.periods).sin())[:, stay] @ model.head.weight[:, stay].T
+        assert torch.allclose(small(x), head + model.head.bias, atol=1e-6)
+    again = load(save(small, tmp_path / "small"), Divided()).eval()
+    assert torch.equal(again(x), small(x))

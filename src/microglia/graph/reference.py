@@ -1,8 +1,9 @@
 """The reference: what the masked model computes, so that every value of the pruned graph can be held against it.
 
 Parameters are zeroed where they were cut, and the unpruned graph runs on them. Zero is not absent for reductions over a pruned
-dimension (a norm, a mean, a softmax): those run over the kept entries only. Nowhere else are activations masked, or the
-analysis would prove itself.
+dimension (a norm, a mean, a softmax): those run over the kept entries only. Nor where a zero makes a value undefined, as a
+divisor does: no zeroed weight takes NaN out again, so removed entries that are not finite are set to zero. Nowhere else are
+activations masked, or the analysis would prove itself.
 """
 
 from __future__ import annotations
@@ -46,6 +47,9 @@ class Reference:
 
     def run(self, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
         """Returns a node's value, given those of its inputs."""
+        return self._defined(node, self._value(node, values))
+
+    def _value(self, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
         if isinstance(node.target, torch._ops.OpOverload) and (found := HANDLERS.get(operator_name(node))):
             a = {key: fx.node.map_arg(v, values.__getitem__) for key, v in named_arguments(node).items()}
             result = found(self, node, a)
@@ -54,6 +58,16 @@ class Reference:
         args = fx.node.map_arg(node.args, values.__getitem__)
         kwargs = fx.node.map_arg(node.kwargs, values.__getitem__)
         return node.target(*args, **kwargs)  # type: ignore[operator]
+
+    def _defined(self, node: fx.Node, value: Any) -> Any:
+        """Returns a value with the removed entries zero that are not finite: x / 0, or the sine of that."""
+        if not isinstance(value, Tensor) or not value.is_floating_point() or not value.dim():
+            return value
+        mask = self.over(node, range(value.dim()))
+        if mask is None or bool((finite := value.isfinite()).all()):
+            return value
+        undefined = ~(finite | mask.to(value.device))
+        return value.masked_fill_(undefined, 0) if _writes(node) else value.masked_fill(undefined, 0)
 
     def over(self, node: Any, dims: Iterable[int]) -> Tensor | None:
         """Returns the mask of some dimensions of a node's value, shaped for broadcasting; None if all of them is kept."""
@@ -71,6 +85,11 @@ class Reference:
         dims = a.get("dim")
         dims = list(range(rank)) if dims is None or dims == [] else [dims] if isinstance(dims, int) else list(dims)
         return dims, self.over(node.args[0], dims)
+
+
+def _writes(node: fx.Node) -> bool:
+    """Tells whether an operator works in place, so that views of its input hold its result too."""
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
 def _moments(x: Tensor, mask: Tensor, dims: list[int]) -> tuple[Tensor, Tensor, Tensor]:
@@ -160,12 +179,8 @@ def _softmax(r: Reference, n: fx.Node, a: dict[str, Any]) -> Any:
     mask = r.over(n.args[0], [a["dim"]])
     if mask is None:
         return None
-    return torch.softmax(_input(a).masked_fill(~mask, -math.inf), a["dim"]) if "log" not in operator_name(n) else _log(a, mask)
-
-
-def _log(a: dict[str, Any], mask: Tensor) -> Tensor:
-    values = torch.log_softmax(_input(a).masked_fill(~mask, -math.inf), a["dim"])
-    return values.masked_fill(~mask, 0)  # absent, not -inf: that times the zero weights of the readers is NaN
+    softmax = torch.log_softmax if "log" in operator_name(n) else torch.softmax
+    return softmax(_input(a).masked_fill(~mask, -math.inf), a["dim"])
 
 
 @handler("amax", "amin", "logsumexp", "prod", "any", "all")

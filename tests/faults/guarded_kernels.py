@@ -4,6 +4,7 @@ Usage: guarded_kernels.py LIBRARY COUNT. One byte past an array kills the proces
 """
 
 import ctypes
+import itertools
 import mmap
 import sys
 
@@ -25,6 +26,17 @@ class Places(ctypes.Structure):
 
     _fields_ = [("width", ctypes.c_int64), ("count", ctypes.c_int64)]
     _fields_ += [(name, ctypes.c_void_p) for name in ("values", "row_pointer", "channel", "tap")]
+
+
+BODY = ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p)
+
+
+@ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, BODY, ctypes.c_void_p)
+def IN_PIECES(begin, end, grain, body, context):
+    """Runs a range in three pieces, the last one first."""
+    edges = sorted({begin, end, *(begin + (end - begin) * k // 3 for k in (1, 2))})
+    for piece in reversed(list(itertools.pairwise(edges))):
+        body(*piece, context)
 
 
 class Guarded:
@@ -99,7 +111,8 @@ def packed(weight, tall, width):
 def solve(library, random, activation):
     """Solves one problem in one way; returns the largest error against the size of the numbers."""
     sizes, weight, x, bias, other, space = draw(random)
-    conv = Convolution(*sizes, activation, 1)
+    parallel = IN_PIECES if random.random() < 0.5 else None
+    conv = Convolution(*sizes, activation, 3 if parallel else 1)
     rows = random.random() < 0.4
     tall, width = (int(random.choice([1, 2, 4])), 1) if rows else (16, int(random.choice([1, 2, 4, 8])))
     values, pointer, channel, tap = packed(weight, tall, width)
@@ -112,12 +125,13 @@ def solve(library, random, activation):
     pointers = [address(given[0]), address(y), address(given[1]), address(shift)]
     big = ctypes.c_int64
     if rows:
-        code = library.mg_row_conv2d(ctypes.byref(conv), ctypes.byref(places), *map(ctypes.c_void_p, pointers), None)
+        code = library.mg_row_conv2d(ctypes.byref(conv), ctypes.byref(places), *map(ctypes.c_void_p, pointers), parallel)
     else:
         strides = big(sizes[1]), big(sizes[4]), big(sizes[4])
         mixed = [part for pair in zip(map(ctypes.c_void_p, pointers[:3]), strides, strict=True) for part in pair]
-        code = library.mg_block_conv2d(ctypes.byref(conv), ctypes.byref(places), *mixed, ctypes.c_void_p(pointers[3]), None)
+        code = library.mg_block_conv2d(ctypes.byref(conv), ctypes.byref(places), *mixed, ctypes.c_void_p(pointers[3]), parallel)
     assert code == 0, code
+    assert np.isfinite(y.array).all(), "an output was not written"
     got = y.array.transpose(0, 2, 3, 1) if rows else y.array
     expected = reference(sizes, weight, x, bias, other, space, activation)
     return float(np.abs(got - expected).max() / (1 + np.abs(expected).max()))

@@ -130,9 +130,59 @@ def gated(draw):
     return None if worst < 3e-6 else f"off by {worst:.1e}"
 
 
+def part(draw):
+    """Draws some outputs of a convolution from some of its input channels; returns what is wrong with them."""
+    site, x, _ = convolution(draw)
+    while site.groups > 1:
+        site, x, _ = convolution(draw)
+    rows, columns = (some(draw, size) for size in site.weight.shape[:2])
+    geometry = (list(site.weight.shape[2:]), list(site.stride), list(site.padding), list(site.dilation))
+    code = tuple(ACTIVATIONS).index(site.activation.name)
+    given = x if columns is None else draw.laid_out(x[:, columns])
+    values, outputs = every_block(site.weight), len(site.weight)
+    got = torch.ops.microglia.part_conv2d(given, values, rows, columns, site.bias, outputs, *geometry, code)
+    weight = site.weight if rows is None else site.weight[rows]
+    bias = site.bias if rows is None or site.bias is None else site.bias[rows]
+    weight = weight if columns is None else weight[:, columns]
+    kept = Site("p", "conv2d", weight, bias, tuple(given.shape), tuple(got.shape), site.activation, False,
+                site.stride, site.padding, site.dilation)  # fmt: skip
+    expected, size = reference(kept, given, None)
+    if got.shape != expected.shape:
+        return f"shape {tuple(got.shape)} instead of {tuple(expected.shape)}"
+    worst = float(((got.double() - expected).abs() / (size + 1e-3)).max())
+    return None if worst < 3e-6 else f"off by {worst:.1e}"
+
+
+def some(draw, count):
+    """Returns a rising list of some of so many channels, one at least, or None for all of them."""
+    drawn = torch.rand(count, generator=draw.generator)
+    return draw.one(
+        (None, *((drawn < max(share, float(drawn.min()) + 1e-6)).nonzero()[:, 0].int() for share in (0.1, 0.5, 0.9)))
+    )
+
+
+def large(draw):
+    """Returns what is wrong with layers whose weights fill the caches, which takes other roads through the kernels."""
+    found = {}
+    for outputs, inputs, kernel, side, density in ((256, 256, 3, 14, 0.6), (512, 1024, 1, 7, 1.0), (96, 384, 3, 5, 1.0)):
+        tall = draw.tensor(-(-outputs // 16), inputs, kernel, kernel).abs() < density * 1.5
+        weight = draw.tensor(outputs, inputs, kernel, kernel) * tall.repeat_interleave(16, 0)[:outputs]
+        x, padding = draw.tensor(2, inputs, side, side), (kernel // 2, kernel // 2)
+        site = Site("c", "conv2d", weight, draw.tensor(outputs), tuple(x.shape), (2, outputs, side, side), padding=padding)
+        for name, module in {"block": BlockConv2d.of(site, 1), "rows": RowConv2d.of(site, 4)}.items():
+            if problem := wrong(module, site, x, None):
+                found[f"large {name} {outputs} {inputs} {kernel}"] = problem
+    x, weight = draw.tensor(300, 1024), draw.tensor(2048, 1024)  # 131,072 blocks
+    site = Site("l", "linear", weight, None, tuple(x.shape), (300, 2048))
+    if problem := wrong(BlockLinear.of(site, 1), site, x, None):
+        found["large linear"] = problem
+    return found
+
+
 def main(count, threads):
     torch.set_num_threads(threads)
-    draw, failures = Draw(count), {}
+    draw = Draw(count)
+    failures = large(draw)
     for index in range(count):
         site, x, other = convolution(draw)
         for width in (1, 2, 4, 8):
@@ -146,7 +196,9 @@ def main(count, threads):
             failures[f"linear {index}: {site}"[:400]] = problem
         if problem := gated(draw):
             failures[f"gated {index}"] = problem
-    print(json.dumps({"level": level(), "problems": 9 * count, "failures": failures}))
+        if problem := part(draw):
+            failures[f"part {index}"] = problem
+    print(json.dumps({"level": level(), "problems": 10 * count, "failures": failures}))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ The same steps serve to find where gates can hang, to count what each input need
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from microglia.graph.trace import Trace, named_arguments, operator_name, shape_of, trace
+from microglia.runtime.places import every_block
 
 CHANNELWISE = frozenset(
     {
@@ -69,6 +71,11 @@ class Convolution:
     def inputs(self) -> int:
         """Channels it reads, all groups together."""
         return self.weight.shape[1] * self.groups
+
+    @functools.cached_property
+    def blocks(self) -> Tensor:
+        """The weight of a convolution of one group as kernels that compute parts of it take it, made once."""
+        return every_block(self.weight)
 
     @property
     def depthwise(self) -> bool:

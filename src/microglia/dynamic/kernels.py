@@ -1,7 +1,8 @@
-"""Running a convolution, or the part of it that an input needs: the seam where a kernel with a block list fits in.
+"""Running a convolution, or the part of it that an input needs.
 
-Here the part of the weight is gathered and run densely. On a CPU oneDNN takes it as it is and reorders it at every call, which
-costs about as much as gathering it; a whole convolution is packed once.
+On a CPU with compiled kernels one of these puts the part of the weight together and convolves. Elsewhere the part is gathered
+and run densely; oneDNN takes it as it is and reorders it at every call, which costs about as much as gathering it. A whole
+convolution is packed once.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from microglia.dynamic.flow import Convolution
 from microglia.dynamic.gates import ACTIVATIONS
+from microglia.runtime import library
 
 mkldnn = torch.ops.mkldnn
 CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {1: torch.conv1d, 2: torch.conv2d, 3: torch.conv3d}
@@ -33,6 +35,11 @@ FUSED: dict[str, tuple[str, list[float], str]] = {
 }
 """Activation -> how oneDNN's operators spell it."""
 
+FEW = 8
+"""Input channels up to which oneDNN is faster: the kernels read them by 16, and so small a weight is soon reordered."""
+KERNELS = {"identity": 0, "relu": 1, "relu6": 2, "silu": 3}
+"""Activation -> its number in Microglia's own kernels, where they have it."""
+
 
 def run_part(x: Tensor, c: Convolution, rows: Tensor | None, columns: Tensor | None) -> Tensor:
     """Returns some output channels of a convolution and its activation, from some input channels.
@@ -43,6 +50,11 @@ def run_part(x: Tensor, c: Convolution, rows: Tensor | None, columns: Tensor | N
         rows: Output channels to compute, None for all.
         columns: Input channels given, None for all.
     """
+    if has_kernel(x, c):
+        given = (None if rows is None else rows.int(), None if columns is None else columns.int(), c.bias, c.outputs)
+        s = c.settings
+        geometry = (list(c.weight.shape[2:]), s["stride"], padding_of(c), s["dilation"], KERNELS[c.activation])
+        return torch.ops.microglia.part_conv2d(x, c.blocks, *given, *geometry)  # type: ignore[no-any-return]
     bias = c.bias if rows is None or c.bias is None else c.bias.index_select(0, rows)
     weight = _part_of(c.weight, rows, columns)
     if fusible(x, c):
@@ -75,15 +87,24 @@ def _fused(x: Tensor, weight: Tensor, bias: Tensor | None, c: Convolution) -> Te
     return out
 
 
+def has_kernel(x: Tensor, c: Convolution) -> bool:
+    """Tells whether a compiled kernel computes parts of a convolution from such an input."""
+    return c.groups == 1 and c.inputs > FEW and c.activation in KERNELS and _plain(x, c) and library.level() != "torch"
+
+
 def fusible(x: Tensor, c: Convolution) -> bool:
     """Tells whether oneDNN's operators take an input to a convolution and its activation."""
-    plain = (
+    return _plain(x, c) and c.activation in FUSED and bool(torch.backends.mkldnn.enabled)
+
+
+def _plain(x: Tensor, c: Convolution) -> bool:
+    return (
         x.ndim == 4
         and c.settings["padding"] != "same"
         and x.device.type == "cpu"
         and x.dtype == c.weight.dtype == torch.float32
+        and x.numel() > 0
     )
-    return plain and c.activation in FUSED and x.numel() > 0 and bool(torch.backends.mkldnn.enabled)
 
 
 def _part_of(weight: Tensor, rows: Tensor | None, columns: Tensor | None) -> Tensor:

@@ -9,8 +9,10 @@ import torch
 from rich.table import Table
 from torch import Tensor, nn
 
+from microglia.measure.running import evaluating
 from microglia.runtime import Accelerated, accelerate
 from microglia.runtime.accelerate import DENSE
+from microglia.runtime.report import is_dense
 from microglia.train.progress import Bar
 from microglia.train.task import Task
 
@@ -39,29 +41,28 @@ def accelerated(
     return fast, {**fast.report().to_dict(), "batch": batch, "agreement": agreement(model, fast, task, batch)}
 
 
-@torch.no_grad()
 def agreement(model: nn.Module, fast: nn.Module, task: Task, batch: int) -> Json | None:
     """Returns how many images of the test split both models put in the same class; None where they do not classify.
 
-    Whole batches alone: what is left over at the end of the split would run in the dense model.
+    The last images are repeated to fill their batch, for a smaller one would run in the dense model.
 
     Returns:
         ``images``, ``equal``, ``correct`` (of the first and of the second model) and the largest ``difference`` of outputs.
     """
     images = equal = 0
     correct, difference = [0, 0], 0.0
-    model.eval()
-    for inputs, targets in task.data.batches("test", batch).epoch(0):
-        if len(inputs) != batch:
-            continue
-        outputs = model(inputs), fast(inputs)
-        if not all(isinstance(out, Tensor) and out.ndim == 2 for out in outputs) or targets.ndim != 1:
-            return None
-        classes = [out.argmax(1) for out in outputs]
-        images += batch
-        equal += int((classes[0] == classes[1]).sum())
-        correct = [count + int((own == targets).sum()) for count, own in zip(correct, classes, strict=True)]
-        difference = max(difference, float((outputs[0] - outputs[1]).abs().max()))
+    with evaluating(model):
+        for inputs, targets in task.data.batches("test", batch).epoch(0):
+            count = len(inputs)
+            filled = inputs[torch.arange(batch) % count]
+            outputs = [one(filled) for one in (model, fast)]
+            if not all(isinstance(out, Tensor) and out.ndim == 2 for out in outputs) or targets.ndim != 1:
+                return None
+            classes = [out[:count].argmax(1) for out in outputs]
+            images += count
+            equal += int((classes[0] == classes[1]).sum())
+            correct = [right + int((own == targets).sum()) for right, own in zip(correct, classes, strict=True)]
+            difference = max(difference, float((outputs[0] - outputs[1]).abs().max()))
     return {"images": images, "equal": equal, "correct": correct, "difference": difference}
 
 
@@ -72,7 +73,7 @@ def acceleration_tables(record: Json) -> list[Any]:
         ways.setdefault(layer["chosen"], []).append(layer)
     layers = Table("layers run as", "how many", "ms", "dense, ms", title="Accelerated")
     for way, own in sorted(ways.items()):
-        dense = sum(min(time for name, time in layer["times"].items() if name.startswith("dense")) for layer in own)
+        dense = sum(min(time for name, time in layer["times"].items() if is_dense(name)) for layer in own)
         layers.add_row(way, str(len(own)), f"{sum(layer['times'][way] for layer in own):.3f}", f"{dense:.3f}")
     title = f"The whole model, batch {record['batch']}, {record['threads']} thread(s), kernels: {record['level']}"
     whole = Table("execution", "ms", "", title=title)
@@ -85,7 +86,7 @@ def acceleration_tables(record: Json) -> list[Any]:
 def _agreed(found: Json | None) -> list[str]:
     if found is None:
         return []
-    accuracy = [f"{100 * count / max(1, found['images']):.2f} %" for count in found["correct"]]
+    accuracy = [f"{100 * count / found['images']:.2f} %" for count in found["correct"]]
     return [
         f"The same class on {found['equal']:,} of {found['images']:,} test images; accuracy {accuracy[0]} before and "
         f"{accuracy[1]} accelerated; outputs differ by {found['difference']:.1e} at most."

@@ -80,7 +80,7 @@ def runners(model: nn.Module, example: Example, kinds: Sequence[str], *, notes: 
         for kind, builder in builders.items():
             try:
                 runner = builder(folded, example)
-                problem = difference(expected, bind(runner, example)())
+                problem = difference(expected, bind(runner, example.copied())())
             except Exception as error:
                 problem = first_line(error)
             if problem is None:

@@ -5,6 +5,7 @@ The one finder behind every execution that replaces layers: what stands in the l
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,8 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torch.nn.utils.fusion import fuse_conv_bn_weights
+from torch.utils._pytree import tree_leaves
 
-from microglia.measure.running import Example
+from microglia.core.errors import MicrogliaError
+from microglia.measure.running import Example, first_line
 
 aten = torch.ops.aten
 
@@ -86,9 +89,11 @@ def fuse(model: nn.Module, example: Example, engine: Engine) -> GraphModule:
         model: A folded model in evaluation mode, such as `folded_twin` returns; shares its other weights.
         example: What it is called with: the graph is for inputs of exactly these shapes.
         engine: Called with every site, in the order of the graph.
+
+    Raises:
+        MicrogliaError: torch.export cannot trace it.
     """
-    exported = torch.export.export(model, example.args, example.kwargs, strict=False).module()
-    assert isinstance(exported, GraphModule)
+    exported = _export(model, example)
     fuser = _Fuser(exported, engine)
     for node in list(exported.graph.nodes):
         if node.target is aten.conv2d.default:
@@ -97,9 +102,41 @@ def fuse(model: nn.Module, example: Example, engine: Engine) -> GraphModule:
             fuser.fuse_linear(node)
         elif node.target == "_guards_fn":  # checks the input's shape on each call
             exported.graph.erase_node(node)
+        elif node.target is aten.view.default:  # an output in channels last can be reshaped, not viewed
+            node.target = aten.reshape.default
     exported.graph.eliminate_dead_code()
     exported.recompile()
     return exported
+
+
+def _export(model: nn.Module, example: Example) -> GraphModule:
+    """Returns the model's graph, in which no step writes into something that another name stands for."""
+    try:
+        program = torch.export.export(model, example.args, example.kwargs, strict=False)
+        if any(_writes_through_a_view(node) for node in program.graph.nodes):
+            program = program.run_decompositions({})
+    except Exception as error:
+        raise MicrogliaError(f"{type(model).__name__} cannot be traced by torch.export: {first_line(error)}") from error
+    exported = program.module()
+    assert isinstance(exported, GraphModule)
+    return exported
+
+
+def _writes_through_a_view(node: Node) -> bool:
+    """Tells whether a step writes into a view, or into what has a view: in another layout that view would be a copy."""
+    schema = getattr(node.target, "_schema", None)
+    if node.op != "call_function" or schema is None or not schema.is_mutable:
+        return False
+    written = [a for a, kind in zip(node.args, schema.arguments, strict=False) if kind.alias_info and kind.alias_info.is_write]
+    nodes = [leaf for leaf in tree_leaves(written) if isinstance(leaf, Node)]
+    return any(_is_view(found) or any(map(_is_view, found.users)) for found in nodes)
+
+
+def _is_view(node: Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    if node.target is operator.getitem:
+        return isinstance(node.args[0], Node) and _is_view(node.args[0])
+    return schema is not None and not schema.is_mutable and any(r.alias_info is not None for r in schema.returns)
 
 
 class _Fuser:
@@ -237,6 +274,7 @@ def _fusible(source: Any, weight: Tensor | None, dimensions: int | None = None) 
         and (value.ndim >= 2 if dimensions is None else value.ndim == dimensions)
         and value.numel() > 0
         and weight is not None
+        and weight.numel() > 0
         and value.dtype == weight.dtype == torch.float32
         and value.device.type == weight.device.type == "cpu"
     )
@@ -272,7 +310,7 @@ def _activation(chain: list[Node]) -> Activation:
 
 
 def _mutates(node: Node) -> bool:
-    if node.op == "call_module":  # a fused layer writes into nothing it was given
+    if node.op == "call_module" or node.target is operator.getitem:  # a fused layer writes into nothing it was given
         return False
     schema = getattr(node.target, "_schema", None)
     return node.op == "call_function" and (schema is None or schema.is_mutable)

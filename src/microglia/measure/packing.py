@@ -66,7 +66,6 @@ class Packed(nn.Module):
         self.register_buffer("weight", site.weight)
         self.register_buffer("bias", site.bias)
         self.site = site
-        self._packed: Tensor | None = None
         self._call = self._prepare()
 
     def _prepare(self) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
@@ -12,7 +13,7 @@ from torch.nn import functional
 from microglia.measure.fusion import Activation, Site
 from microglia.measure.packing import Packed, apply_activation
 from microglia.runtime.library import ACTIVATIONS, level
-from microglia.runtime.places import one_group, to_blocks, to_rows
+from microglia.runtime.places import STRIPE, TAPS, one_group, to_blocks, to_rows
 from microglia.runtime.sparse import BlockConv2d, BlockLinear, RowConv2d
 
 WASTE = 1.15
@@ -26,46 +27,35 @@ class Candidate:
     """One way to run a layer.
 
     Attributes:
-        name: ``dense`` (packed oneDNN), ``dense, eager`` (PyTorch's own operators), ``compact`` (rows and columns of zeros
+        name: ``dense, eager`` (PyTorch's own operators), ``dense`` (packed oneDNN), ``compact`` (rows and columns of zeros
             left out, then dense), ``block 16x1`` up to ``block 16x8``, ``rows 4x1`` or ``unstructured``.
         make: Makes its module.
-        stored: Fraction of the weight that it holds and multiplies by.
     """
 
     name: str
     make: Callable[[], nn.Module]
-    stored: float
 
 
 def candidates(site: Site) -> Iterator[Candidate]:
-    """Returns the ways worth timing for a layer, the dense one first."""
-    yield Candidate("dense", lambda: Packed(site), 1.0)
-    yield Candidate("dense, eager", lambda: Plain(site), 1.0)
-    kept = _kept(site)
-    if kept is not None:
-        yield Candidate(
-            "compact", lambda: Compact(site), len(kept[0]) * len(kept[1]) / (site.weight.shape[0] * site.weight.shape[1])
-        )
-    if level() == "torch":
-        return
+    """Returns the ways worth timing for a layer, PyTorch's own first: what the others are compared with."""
+    yield Candidate("dense, eager", lambda: Plain(site))
+    if torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        yield Candidate("dense", lambda: Packed(site))
+        if _kept(site) is not None:
+            yield Candidate("compact", lambda: Compact(site))
+    if level() == "torch" or math.prod(site.weight.shape[2:]) > TAPS or site.weight.shape[0] < STRIPE * site.groups > STRIPE:
+        return  # blocks of 16 outputs would reach over several groups, and hold little but zeros
     bare, after = _without_activation(site)
     weight = one_group(site.weight, site.groups)
     narrow = to_blocks(weight, 1).stored
-    widths = [width for width in (8, 4, 2) if to_blocks(weight, width).stored <= WASTE * narrow]
+    wider = next((width for width in (8, 4, 2) if to_blocks(weight, width).stored <= WASTE * narrow), None)
     block = BlockLinear if site.kind == "linear" else BlockConv2d
-    for width in [1, *widths[:1]]:
-        yield Candidate(
-            f"block 16x{width}",
-            lambda width=width: _then(block.of(bare, width), after),  # type: ignore[misc]
-            to_blocks(weight, width).stored / site.weight.numel(),
-        )
-    if site.kind == "linear":
-        return
+    for width in (1,) if wider is None else (1, wider):
+        yield Candidate(f"block 16x{width}", lambda width=width: _then(block.of(bare, width), after))  # type: ignore[misc]
     entries = int(weight.count_nonzero())
-    if entries <= SPARSEST * site.weight.numel():
+    if site.kind == "conv2d" and entries <= SPARSEST * site.weight.numel():
         rows = 4 if to_rows(weight, 4).stored <= WASTE * entries else 1
-        name = "rows 4x1" if rows == 4 else "unstructured"
-        yield Candidate(name, lambda: _then(RowConv2d.of(bare, rows), after), entries / site.weight.numel())
+        yield Candidate("rows 4x1" if rows == 4 else "unstructured", lambda: _then(RowConv2d.of(bare, rows), after))
 
 
 class Plain(nn.Module):

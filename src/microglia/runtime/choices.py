@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import math
 import os
 import tempfile
 from pathlib import Path
@@ -42,7 +43,7 @@ class Choices:
         self._times: dict[str, Times] = {}
         if self.file is not None and self.file.is_file():
             try:
-                self._times = {k: {n: float(t) for n, t in v.items()} for k, v in json.loads(self.file.read_text()).items()}
+                self._times = {k: _sound(v) for k, v in json.loads(self.file.read_text()).items()}
             except (ValueError, AttributeError, TypeError, OSError):
                 self._times = {}
 
@@ -63,7 +64,10 @@ class Choices:
             self.file.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.NamedTemporaryFile("w", dir=self.file.parent, delete=False) as file:
                 json.dump(self._times, file)
-            Path(file.name).replace(self.file)
+            try:
+                Path(file.name).replace(self.file)
+            finally:
+                Path(file.name).unlink(missing_ok=True)
         except OSError:
             return
 
@@ -93,6 +97,13 @@ def _key(site: Site) -> str:
     mask = (site.weight != 0).flatten().to(torch.uint8).numpy().tobytes()
     shapes = (site.kind, site.input_shape, tuple(site.weight.shape), site.stride, site.padding, site.dilation, site.groups)
     return _digest([*map(str, shapes), str(site.activation), site.residual, hashlib.sha256(mask).hexdigest()])
+
+
+def _sound(times: dict[str, Any]) -> Times:
+    found = {name: float(time) for name, time in times.items()}
+    if not all(math.isfinite(time) and time > 0 for time in found.values()):
+        raise ValueError("a time is no time")
+    return found
 
 
 def _digest(value: Any) -> str:

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from microglia.core.errors import MicrogliaError
-from microglia.runtime.places import STRIPE, Places, dense_of_blocks, dense_of_rows
+from microglia.runtime.places import STRIPE, Places, dense_of_blocks, dense_of_every_block, dense_of_rows
 
 LEVELS = ("torch", "generic", "avx2", "avx512")
 ACTIVATIONS = ("none", "relu", "relu6", "silu")
@@ -34,6 +34,8 @@ _SCHEMAS = {
     "row_conv2d": f"(Tensor x, {_PLACES}, Tensor? tap, {_REST}, {_GEOMETRY}) -> Tensor",
     "block_linear": f"(Tensor x, {_PLACES}, {_REST}, int activation) -> Tensor",
     "gated_conv2d": "(Tensor x, Tensor values, Tensor channels, Tensor stripes, Tensor? bias, int outputs, "
+    f"{_GEOMETRY}) -> Tensor",
+    "part_conv2d": "(Tensor x, Tensor values, Tensor? rows, Tensor? columns, Tensor? bias, int outputs, "
     f"{_GEOMETRY}) -> Tensor",
 }
 _library = torch.library.Library("microglia", "DEF")  # type: ignore[no-untyped-call]
@@ -104,12 +106,24 @@ def _linear(x: Tensor, *rest: Any) -> Tensor:
 
 def _gated(x: Tensor, *rest: Any) -> Tensor:
     values, channels, stripes, bias, outputs, kernel, stride, padding, dilation, activation = rest
-    weight = values.reshape(len(values), kernel[0] * kernel[1], x.shape[1], STRIPE).permute(0, 3, 2, 1)
-    weight = weight.reshape(-1, x.shape[1], *kernel)[:outputs]
+    weight = dense_of_every_block(values, outputs, kernel)
     columns = x.new_zeros(x.shape[1]).index_fill(0, channels.long(), 1)
     kept = x.new_zeros(len(values)).index_fill(0, stripes.long(), 1).repeat_interleave(STRIPE)[:outputs]
     out = functional.conv2d(x, weight * columns[:, None, None], bias, stride, padding, dilation)
     return torch.where(kept[:, None, None] > 0, activate(out, activation), 0.0)
+
+
+def _part(x: Tensor, *rest: Any) -> Tensor:
+    values, rows, columns, bias, outputs, kernel, stride, padding, dilation, activation = rest
+    weight = dense_of_every_block(values, outputs, kernel)
+    weight = weight if columns is None else weight.index_select(1, columns)
+    if rows is not None:
+        weight, bias = weight.index_select(0, rows), None if bias is None else bias.index_select(0, rows)
+    return activate(functional.conv2d(x, weight, bias, stride, padding, dilation), activation)
+
+
+def _laid_out(reference: Callable[..., Tensor], layout: torch.memory_format, *args: Any) -> Tensor:
+    return reference(*args).contiguous(memory_format=layout)
 
 
 def _convolved(x: Tensor, outputs: int, *geometry: Any) -> Tensor:
@@ -119,17 +133,25 @@ def _convolved(x: Tensor, outputs: int, *geometry: Any) -> Tensor:
     return x.new_empty([x.shape[0], outputs, *((size + 2 * p - d * (k - 1) - 1) // s + 1 for size, p, d, k, s in sides)])
 
 
+def _part_shape(x: Tensor, values: Tensor, rows: Tensor | None, columns: Tensor | None, *rest: Any) -> Tensor:
+    outputs = rest[1] if rows is None else rows.shape[0]
+    return _convolved(x, outputs, *rest[2:]).to(memory_format=torch.channels_last)
+
+
 def _define() -> None:
     blocks, rows = functools.partial(_convolution, dense_of_blocks), functools.partial(_convolution, dense_of_rows)
+    of_layout = {"row_conv2d": torch.contiguous_format, "block_linear": torch.contiguous_format}
     operators: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {  # name -> reference, shape
         "block_conv2d": (blocks, lambda x, *a: _convolved(x, *a[6:]).to(memory_format=torch.channels_last)),
         "row_conv2d": (rows, lambda x, *a: _convolved(x, *a[6:])),
         "block_linear": (_linear, lambda x, *a: x.new_empty([*x.shape[:-1], a[5]])),
         "gated_conv2d": (_gated, lambda x, *a: _convolved(x, *a[4:]).to(memory_format=torch.channels_last)),
+        "part_conv2d": (_part, _part_shape),
     }
     for name, (reference, shape) in operators.items():
         _library.define(name + _SCHEMAS[name])  # type: ignore[no-untyped-call]
-        _library.impl(name, reference, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+        layout = of_layout.get(name, torch.channels_last)
+        _library.impl(name, functools.partial(_laid_out, reference, layout), "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
         torch.library.register_fake(f"microglia::{name}", shape, lib=_library)
 
 

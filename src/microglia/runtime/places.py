@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -13,6 +14,8 @@ from microglia.core.errors import MicrogliaError
 
 STRIPE = 16
 """Outputs of a block: the lanes of one AVX-512 register."""
+TAPS = 256
+"""Positions that a kernel of a sparse weight can have: a tap is a byte."""
 LINE = 16
 """Channels of a pixel in one cache line: blocks are sorted so that all taps of a line follow each other, while it is near."""
 
@@ -47,6 +50,7 @@ def to_blocks(weight: Tensor, width: int = 1) -> Places:
     """
     if width not in (1, 2, 4, 8):
         raise MicrogliaError(f"A block has 1, 2, 4 or 8 inputs, not {width}.")
+    _check_taps(weight)
     outputs, inputs = weight.shape[:2]
     matrix = functional.pad(weight.detach().reshape(outputs, inputs, -1), (0, 0, 0, -inputs % LINE, 0, -outputs % STRIPE))
     taps = matrix.shape[2]
@@ -62,10 +66,15 @@ def to_blocks(weight: Tensor, width: int = 1) -> Places:
 
 
 def every_block(weight: Tensor) -> Tensor:
-    """Returns all blocks of 16 outputs x 1 input, for gates that pick some: (stripes, taps * inputs, 16), taps outside."""
+    """Returns all blocks of 16 outputs x 1 input, of which an input needs some: (stripes, taps * inputs, 16), taps outside."""
     outputs, inputs = weight.shape[:2]
     matrix = functional.pad(weight.detach().reshape(outputs, inputs, -1), (0, 0, 0, 0, 0, -outputs % STRIPE))
     return matrix.reshape(-1, STRIPE, inputs, matrix.shape[2]).permute(0, 3, 2, 1).flatten(1, 2).contiguous()
+
+
+def _check_taps(weight: Tensor) -> None:
+    if math.prod(weight.shape[2:]) > TAPS:
+        raise MicrogliaError(f"A sparse kernel has at most {TAPS} positions, not {' x '.join(map(str, weight.shape[2:]))}.")
 
 
 def to_rows(weight: Tensor, rows: int = 1) -> Places:
@@ -77,6 +86,7 @@ def to_rows(weight: Tensor, rows: int = 1) -> Places:
     """
     if rows not in (1, 2, 4):
         raise MicrogliaError(f"Rows share their places by 1, 2 or 4, not {rows}.")
+    _check_taps(weight)
     outputs, inputs = weight.shape[:2]
     matrix = functional.pad(weight.detach().reshape(outputs, inputs, -1), (0, 0, 0, 0, 0, -outputs % rows))
     taps = matrix.shape[2]
@@ -115,6 +125,13 @@ def dense_of_blocks(places: Places, outputs: int, inputs: int, kernel: Sequence[
     dense.index_put_((stripe[:, None], where[:, None], columns), values, accumulate=True)
     weight = dense[:, :, :inputs].permute(0, 3, 2, 1).reshape(stripes * STRIPE, inputs, taps)[:outputs]
     return weight.reshape(outputs, inputs, *kernel)
+
+
+def dense_of_every_block(values: Tensor, outputs: int, kernel: Sequence[int]) -> Tensor:
+    """Returns the dense weight, (outputs, inputs, *kernel), of what `every_block` made."""
+    stripes, taps = len(values), math.prod(kernel)
+    grid = values.reshape(stripes, taps, values.shape[1] // taps, STRIPE).permute(0, 3, 2, 1)
+    return grid.reshape(stripes * STRIPE, values.shape[1] // taps, *kernel)[:outputs]
 
 
 def dense_of_rows(places: Places, outputs: int, inputs: int, kernel: Sequence[int]) -> Tensor:

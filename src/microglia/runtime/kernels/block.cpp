@@ -18,6 +18,8 @@ constexpr int64_t locate_grain = 16384;          // blocks
 
 thread_local Scratch place_scratch;
 
+}  // namespace
+
 const Level& current_level() {
   switch (mg_level()) {
 #if defined(__x86_64__)
@@ -29,6 +31,8 @@ const Level& current_level() {
 }
 
 // ---- Checks ----
+
+namespace {
 
 bool sizes_are_sane(const mg_conv2d& conv) {
   const int64_t positive[] = {conv.batch,         conv.in_channels,   conv.height,        conv.width,
@@ -53,6 +57,8 @@ bool fits(int64_t batch, int64_t height, int64_t width, int64_t step) {
          !__builtin_mul_overflow(product, step, &product) && product <= INT64_MAX / 256;
 }
 
+}  // namespace
+
 int check(const mg_conv2d* conv, const float* x, int64_t x_stride, const Output& output) {
   if (!conv) return MG_BAD_POINTER;
   if (!sizes_are_sane(*conv) || x_stride < conv->in_channels || output.y_stride < conv->out_channels ||
@@ -67,6 +73,17 @@ int check(const mg_conv2d* conv, const float* x, int64_t x_stride, const Output&
   return x && output.y ? MG_OK : MG_BAD_POINTER;
 }
 
+int check_list(const int32_t* list, int64_t count, int64_t limit) {
+  if (count < 0) return MG_BAD_SIZE;
+  if (count > 0 && !list) return MG_BAD_POINTER;
+  for (int64_t index = 0; index < count; ++index) {
+    if (list[index] < 0 || list[index] >= limit || (index > 0 && list[index] <= list[index - 1])) return MG_BAD_LIST;
+  }
+  return MG_OK;
+}
+
+namespace {
+
 int check_blocks(const mg_conv2d& conv, const mg_blocks* blocks) {
   if (!blocks || !blocks->row_pointer) return MG_BAD_POINTER;
   const int64_t inputs = blocks->block_inputs, stripes = divide_up(conv.out_channels, stripe_outputs);
@@ -78,15 +95,6 @@ int check_blocks(const mg_conv2d& conv, const mg_blocks* blocks) {
   if (row_pointer[0] != 0 || row_pointer[stripes] != blocks->blocks) return MG_BAD_ROW_POINTER;
   for (int64_t stripe = 0; stripe < stripes; ++stripe) {
     if (row_pointer[stripe] > row_pointer[stripe + 1]) return MG_BAD_ROW_POINTER;
-  }
-  return MG_OK;
-}
-
-int check_list(const int32_t* list, int64_t count, int64_t limit) {
-  if (count < 0) return MG_BAD_SIZE;
-  if (count > 0 && !list) return MG_BAD_POINTER;
-  for (int64_t index = 0; index < count; ++index) {
-    if (list[index] < 0 || list[index] >= limit || (index > 0 && list[index] <= list[index - 1])) return MG_BAD_LIST;
   }
   return MG_OK;
 }

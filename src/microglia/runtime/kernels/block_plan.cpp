@@ -10,6 +10,9 @@ namespace {
 // Of a level-2 cache of 1 MiB, which holds a chunk's lines beside the weights that they meet.
 constexpr int64_t near_bytes = 64 << 10, chunk_bytes = 192 << 10, deep_chunk_bytes = 512 << 10, warm_value_bytes = 512 << 10;
 
+// Places are 32-bit offsets into a chunk's lines.
+constexpr int64_t max_scratch_bytes = int64_t{1} << 32;
+
 // The work of covering the output with tiles: pixels, but a tile of few cannot hide the latency of an addition, and each
 // has its own loads of weights and places; then the lines that it reads, which is what prefers square tiles.
 double cover_cost(const Plan& plan, int64_t rows, int64_t columns) {
@@ -55,6 +58,7 @@ void choose_image_chunk(Plan& plan, int64_t budget, int64_t threads) {
 
 Axis make_axis(int64_t input, int64_t taps, int64_t stride, int64_t padding, int64_t dilation) {
   const int64_t output = (input + 2 * padding - dilation * (taps - 1) - 1) / stride + 1;
+  if (output == 1 && taps > 1) stride = 1;  // where to go from the only output does not matter, and may be further than memory
   return {input, output, taps, padding, dilation, taps == 1 ? 1 : stride, taps == 1 ? stride : 1};
 }
 
@@ -78,12 +82,17 @@ int make_plan(const mg_conv2d& conv, const Level& level, int64_t channels, int64
   } else {
     const int64_t phase_lines = divide_up(plan.columns.lines(plan.space.columns), plan.columns.step);
     plan.row_bytes = phase_lines * plan.columns.step * line_bytes;
+    int64_t least;  // what one output row needs of all channels
+    if (__builtin_mul_overflow(plan.row_bytes, plan.rows.lines(1), &least) ||
+        __builtin_mul_overflow(least, plan.groups, &least) || least >= max_scratch_bytes) {
+      return MG_BAD_SIZE;
+    }
     choose_image_chunk(plan, deep ? deep_chunk_bytes : chunk_bytes, threads);
     plan.image_bytes = plan.rows.lines(plan.chunk.rows) * plan.row_bytes;
   }
   // An odd number of lines, so that the groups of one pixel do not all fall into the same set of the cache.
   plan.group_bytes = (plan.chunk.images * plan.image_bytes) | line_bytes;
-  return plan.scratch_bytes() < (int64_t{1} << 32) ? MG_OK : MG_BAD_SIZE;
+  return plan.scratch_bytes() < max_scratch_bytes ? MG_OK : MG_BAD_SIZE;
 }
 
 int64_t tap_place(const Plan& plan, int64_t tap) {

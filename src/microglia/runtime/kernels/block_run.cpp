@@ -10,7 +10,7 @@ namespace {
 // Weights that stay in L2 over all tiles of a chunk: all of them up to the first bound, else runs of stripes of the second.
 constexpr int64_t resident_value_bytes = 640 << 10, stripe_run_bytes = 384 << 10;
 
-thread_local Scratch line_scratch;
+thread_local Scratch line_scratch, value_scratch;
 
 }  // namespace
 
@@ -42,12 +42,13 @@ void run_narrow(const Tile& tile, TileKernel kernel, int64_t rows, int64_t colum
 }
 
 // All stripes from `first` to `last` of one tile, whose pixels `tile` knows already.
-void run_stripes(const Run& run, Tile tile, int64_t pixel, int64_t rows, int64_t columns, int64_t first, int64_t last) {
+void run_stripes(const Run& run, const Weighting& weights, Tile tile, int64_t pixel, int64_t rows, int64_t columns,
+                 int64_t first, int64_t last) {
   const Output& output = run.output;
-  const TileKernel kernel = run.plan.level->kernel(rows, columns, run.weights.kind);
+  const TileKernel kernel = run.plan.level->kernel(rows, columns, weights.kind);
   for (int64_t index = first; index < last; ++index) {
-    const int64_t channel = run.weights.stripe(index) * stripe_outputs;
-    run.weights.fill(index, tile);
+    const int64_t channel = weights.stripe(index) * stripe_outputs;
+    weights.fill(index, tile);
     tile.target = output.y + pixel * output.y_stride + channel;
     tile.residual = output.residual ? output.residual + pixel * output.residual_stride + channel : nullptr;
     tile.bias = output.bias ? output.bias + channel : nullptr;
@@ -59,7 +60,7 @@ void run_stripes(const Run& run, Tile tile, int64_t pixel, int64_t rows, int64_t
   }
 }
 
-void run_tiles(const Run& run, const Chunk& part, const char* lines, int64_t first, int64_t last) {
+void run_tiles(const Run& run, const Weighting& weights, const Chunk& part, const char* lines, int64_t first, int64_t last) {
   const Plan& plan = run.plan;
   const int64_t down = divide_up(part.rows, plan.tile_rows), across = divide_up(part.columns, plan.tile_columns);
   Tile tile{};
@@ -73,8 +74,29 @@ void run_tiles(const Run& run, const Chunk& part, const char* lines, int64_t fir
     const int64_t column = part.columns * horizontal / across, columns = part.columns * (horizontal + 1) / across - column;
     tile.source = lines + image * plan.image_bytes + row * tile.source_row + column * line_bytes;
     const int64_t output_row = (part.image + image) * plan.space.rows + part.row + row;
-    run_stripes(run, tile, output_row * plan.space.columns + part.column + column, rows, columns, first, last);
+    run_stripes(run, weights, tile, output_row * plan.space.columns + part.column + column, rows, columns, first, last);
   }
+}
+
+// Packs the stripes from `first` to `last`, of one list, into memory of the calling thread.
+bool pack_stripes(const Run& run, int64_t first, int64_t last, mg_parallel parallel, Weighting& weights) {
+  const int64_t floats = (last - first) * weights.stripe_values;
+  struct Packer {
+    const Packing* packing;
+    int64_t first, stripe_values;
+    float* values;
+  } work{run.weights.packing, first, weights.stripe_values, nullptr};
+  work.values = reinterpret_cast<float*>(value_scratch.reserve(floats * static_cast<int64_t>(sizeof(float))));
+  if (!work.values) return false;
+  const auto pack = [](int64_t begin, int64_t end, void* context) {
+    const Packer& packer = *static_cast<Packer*>(context);
+    for (int64_t index = begin; index < end; ++index) {
+      packer.packing->pack(*packer.packing, packer.first + index, packer.values + index * packer.stripe_values);
+    }
+  };
+  in_parallel(parallel, last - first, 1, pack, &work);
+  weights.values = work.values, weights.first_packed = first, weights.packing = nullptr;
+  return true;
 }
 
 // Stripes go in runs whose weights stay in L2 while all tiles of the chunk pass.
@@ -84,7 +106,9 @@ void run_chunk(const Run& run, const Chunk& part, const char* lines, int64_t fir
   while (first < last) {
     int64_t end = first + 1;
     while (end < last && run.weights.places_before(end + 1) - run.weights.places_before(first) <= limit) ++end;
-    run_tiles(run, part, lines, first, end);
+    Weighting weights = run.weights;
+    if (weights.packing && !pack_stripes(run, first, end, nullptr, weights)) return run.status.store(MG_NO_MEMORY);
+    run_tiles(run, weights, part, lines, first, end);
     first = end;
   }
 }
@@ -144,6 +168,10 @@ bool stripes_balance_better(const Run& run, int64_t threads) {
 
 int execute(Run& run, int64_t threads) {
   const int64_t chunks = run.plan.chunks();
+  // One chunk packs each run of stripes when its turn comes, so that it is still in L2; several need all of them.
+  if (run.weights.packing && chunks > 1 && !pack_stripes(run, 0, run.weights.stripe_count, run.parallel, run.weights)) {
+    return MG_NO_MEMORY;
+  }
   if (!stripes_balance_better(run, threads)) {
     in_parallel(run.parallel, chunks, 1, run_chunks, &run);
     return run.status.load();
@@ -156,7 +184,7 @@ int execute(Run& run, int64_t threads) {
     in_parallel(run.parallel, units, divide_up(units, threads), copy_shared, &shared);
     in_parallel(run.parallel, shared.pieces, 1, run_shared, &shared);
   }
-  return MG_OK;
+  return run.status.load();
 }
 
 }  // namespace microglia::block

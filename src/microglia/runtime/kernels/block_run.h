@@ -22,6 +22,7 @@ class Scratch {
 
   // Null if there is none.
   char* reserve(int64_t bytes) {
+    if (bytes < 0) return nullptr;
     if (bytes <= size_) return static_cast<char*>(data_);
     std::free(data_);
     const size_t rounded = (static_cast<size_t>(bytes) + 4095) / 4096 * 4096;
@@ -35,6 +36,11 @@ class Scratch {
   int64_t size_ = 0;
 };
 
+// Weights that are put together just before their use: stripe by stripe, as the kernels read them.
+struct Packing {
+  void (*pack)(const Packing& packing, int64_t stripe, float* values);
+};
+
 // The places of every stripe's weights: stripe by stripe (row_pointer), or one list for all of them (stripes).
 struct Weighting {
   Weights kind;
@@ -46,6 +52,8 @@ struct Weighting {
   int64_t list_count, stripe_values;  // of one list, and floats between stripes
   const int32_t* stripes;       // the stripes computed; null for all
   int64_t stripe_count;
+  const Packing* packing = nullptr;  // null where values are there already
+  int64_t first_packed = 0;          // the stripe that values begin with, of one list
 
   int64_t stripe(int64_t index) const { return stripes ? stripes[index] : index; }
   int64_t places_before(int64_t index) const { return row_pointer ? row_pointer[index] * inputs : index * list_count; }
@@ -54,7 +62,7 @@ struct Weighting {
     tile.count = places_before(index + 1) - places_before(index);
     const int64_t before = row_pointer ? places_before(index) : 0;
     tile.places = places + before;
-    tile.values = tile.count ? values + (row_pointer ? before * line_floats : stripe(index) * stripe_values) : values;
+    tile.values = tile.count ? values + (row_pointer ? before * line_floats : (stripe(index) - first_packed) * stripe_values) : values;
     tile.value_offsets = value_offsets;
   }
 };
@@ -74,8 +82,16 @@ struct Run {
   Weighting weights;
   Output output;
   mg_parallel parallel;
-  std::atomic<int> status{MG_OK};
+  mutable std::atomic<int> status{MG_OK};
 };
+
+// ---- What the convolutions of blocks share (block.cpp) ----
+
+const Level& current_level();
+
+// What is wrong with a problem and its activations, and with a list that must rise below a limit.
+int check(const mg_conv2d* conv, const float* x, int64_t x_stride, const Output& output);
+int check_list(const int32_t* list, int64_t count, int64_t limit);
 
 void in_parallel(mg_parallel parallel, int64_t count, int64_t grain, mg_body body, void* context);
 

@@ -20,16 +20,21 @@ int best_level() {
 #endif
 }
 
-}  // namespace
-
-MG_EXPORT int mg_level(void) {
-  static const int best = best_level();
+int wanted_level() {
+  const int best = best_level();
   const char* wanted = std::getenv("MICROGLIA_ISA");
   if (!wanted) return best;
   for (int level = MG_GENERIC; level <= best; ++level) {
     if (std::strcmp(wanted, mg_level_name(level)) == 0) return level;
   }
   return best;
+}
+
+}  // namespace
+
+MG_EXPORT int mg_level(void) {
+  static const int level = wanted_level();  // once in a process: what was reported is what runs
+  return level;
 }
 
 MG_EXPORT const char* mg_level_name(int level) {
@@ -52,7 +57,7 @@ MG_EXPORT const char* mg_error_text(int code) {
     case MG_BAD_ACTIVATION: return "the activation is unknown";
     case MG_BAD_POINTER: return "a pointer is null where there must be data";
     case MG_NO_MEMORY: return "no memory for the kernels' working copy of the input";
-    case MG_BAD_LIST: return "a list of channels or stripes does not strictly rise";
+    case MG_BAD_LIST: return "a list of channels or stripes does not strictly rise, or leaves its range";
     default: return "an unknown error";
   }
 }

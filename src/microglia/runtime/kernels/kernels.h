@@ -22,7 +22,7 @@ enum {
   MG_BAD_ACTIVATION = 6,
   MG_BAD_POINTER = 7,       // a null pointer where there must be data
   MG_NO_MEMORY = 8,
-  MG_BAD_LIST = 9           // a list of channels or stripes that is not strictly rising
+  MG_BAD_LIST = 9           // a list of channels or stripes that is not strictly rising, or leaves its range
 };
 
 enum { MG_NONE = 0, MG_RELU = 1, MG_RELU6 = 2, MG_SILU = 3 };
@@ -68,6 +68,18 @@ int mg_block_conv2d(const mg_conv2d* conv, const mg_blocks* blocks, const float*
 int mg_gated_conv2d(const mg_conv2d* conv, const float* values, const int32_t* channels, int64_t channel_count,
                     const int32_t* stripes, int64_t stripe_count, const float* x, int64_t x_stride, float* y, int64_t y_stride,
                     const float* bias, mg_parallel parallel);
+
+// The part of a convolution that an input needs: some outputs, new for every input, from some of the input channels.
+typedef struct {
+  int64_t inputs, outputs;  // of the whole convolution
+  const float* values;      // all its blocks, as mg_gated_conv2d takes them: [ceil(outputs / 16)][taps * inputs][16]
+  const int32_t* rows;      // [conv.out_channels], rising: the outputs computed, side by side in y; null for all
+  const int32_t* columns;   // [conv.in_channels], rising: the input channels that x holds side by side; null for all
+} mg_part;
+
+// `conv` is the problem of the part: in_channels of x, out_channels of y. bias has part->outputs entries, or is null.
+int mg_part_conv2d(const mg_conv2d* conv, const mg_part* part, const float* x, int64_t x_stride, float* y, int64_t y_stride,
+                   const float* bias, mg_parallel parallel);
 
 // Row-sparse convolution, NCHW: a row group is `rows` consecutive output channels (the last one may be narrower) that share
 // the places of their weights; rows = 1 is unstructured sparsity.

@@ -142,7 +142,7 @@ Tensor block_linear(const Tensor& x_, const Tensor& values, const Tensor& row_po
   Optional r;
   if (residual) {
     check_same_shape(*residual, y);
-    r.held = torch::stable::contiguous(*residual);
+    r.held = plain(*residual, ScalarType::Float, x.dim(), "the residual");
   }
   mg_blocks blocks{p.values.size(1), p.values.size(0), p.value_data(), p.row_data(), p.channel_data(), nullptr};
   check(mg_block_conv2d(&c, &blocks, static_cast<const float*>(x.const_data_ptr()), features,
@@ -196,6 +196,28 @@ Tensor gated_conv2d(const Tensor& x_, const Tensor& values_, const Tensor& chann
   return y;
 }
 
+Tensor part_conv2d(const Tensor& x_, const Tensor& values_, const std::optional<Tensor>& rows_,
+                   const std::optional<Tensor>& columns_, const std::optional<Tensor>& bias, int64_t outputs, const Sizes kernel,
+                   const Sizes stride, const Sizes padding, const Sizes dilation, int64_t activation) {
+  Tensor x = channels_last(x_, "the input");
+  STD_TORCH_CHECK(!rows_ || rows_->dim() == 1, "microglia: rows must be a list");
+  mg_conv2d c = problem(x, rows_ ? rows_->size(0) : outputs, kernel, stride, padding, dilation, activation);
+  Tensor values = plain(values_, ScalarType::Float, 3, "values");
+  const int64_t taps = kernel[0] * kernel[1];
+  STD_TORCH_CHECK(taps > 0 && values.size(0) == (outputs + 15) / 16 && values.size(1) % taps == 0 && values.size(2) == 16,
+                  "microglia: values must be (stripes, taps * input channels, 16)");
+  Optional rows = optional_plain(rows_, ScalarType::Int, c.out_channels, "rows");
+  Optional columns = optional_plain(columns_, ScalarType::Int, c.in_channels, "columns");
+  Optional b = optional_plain(bias, ScalarType::Float, outputs, "bias");
+  mg_part part{values.size(1) / taps, outputs, static_cast<const float*>(values.const_data_ptr()), rows.data<int32_t>(),
+               columns.data<int32_t>()};
+  Tensor y = output_of(c, MemoryFormat::ChannelsLast);
+  check(mg_part_conv2d(&c, &part, static_cast<const float*>(x.const_data_ptr()), c.in_channels,
+                       static_cast<float*>(y.mutable_data_ptr()), c.out_channels, b.data<float>(), parallel),
+        "part_conv2d");
+  return y;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(microglia, CPU, m) {
@@ -203,4 +225,5 @@ STABLE_TORCH_LIBRARY_IMPL(microglia, CPU, m) {
   m.impl("block_linear", TORCH_BOX(&block_linear));
   m.impl("row_conv2d", TORCH_BOX(&row_conv2d));
   m.impl("gated_conv2d", TORCH_BOX(&gated_conv2d));
+  m.impl("part_conv2d", TORCH_BOX(&part_conv2d));
 }

@@ -1,0 +1,139 @@
+// The part of a convolution that an input needs: check everything, then run it as blocks whose weights are packed on the way.
+#include "part_level.h"
+
+#include <algorithm>
+
+#include "block_level.h"
+#include "block_plan.h"
+#include "block_run.h"
+#include "kernels.h"
+
+#define MG_EXPORT extern "C" __attribute__((visibility("default")))
+
+namespace microglia::part {
+namespace {
+
+using block::divide_up;
+using block::line_bytes;
+using block::line_floats;
+using block::stripe_outputs;
+
+thread_local block::Scratch list_scratch;
+
+void pack_plainly(const Sources& sources, const Move* moves, int64_t count, char* values) {
+  const char* first[line_floats] = {};  // of each output
+  for (int64_t source = 0; source < sources.count; ++source) {
+    for (int lane = 0; lane < line_floats; ++lane) {
+      if (sources.mask[source] >> lane & 1) first[lane] = sources.stripe[source] + sources.lane[lane] * 4;
+    }
+  }
+  for (int64_t index = 0; index < count; ++index) {
+    float* line = reinterpret_cast<float*>(values + moves[index].to);
+    for (int lane = 0; lane < line_floats; ++lane) {
+      line[lane] = first[lane] ? *reinterpret_cast<const float*>(first[lane] + moves[index].from) : 0.0f;
+    }
+  }
+}
+
+Pack current_pack() {
+#if defined(__x86_64__)
+  if (mg_level() == MG_AVX512) return avx512_pack();
+#endif
+  return pack_plainly;
+}
+
+struct PartPacking : block::Packing {
+  const mg_part* part;
+  int64_t outputs;           // of the part
+  int64_t stripe_bytes;      // of the whole weight
+  const Move* moves;         // of each place's line
+  int64_t count;
+  Pack kernel;
+
+  Sources sources(int64_t stripe) const {
+    Sources found{};
+    int64_t last = -1;
+    for (int64_t output = stripe * stripe_outputs; output < std::min(outputs, (stripe + 1) * stripe_outputs); ++output) {
+      const int64_t row = part->rows ? part->rows[output] : output, from = row / stripe_outputs;
+      if (from != last) found.stripe[found.count++] = reinterpret_cast<const char*>(part->values) + from * stripe_bytes;
+      last = from;
+      found.mask[found.count - 1] |= static_cast<uint16_t>(1u << output % stripe_outputs);
+      found.lane[output % stripe_outputs] = static_cast<int32_t>(row % stripe_outputs);
+    }
+    return found;
+  }
+
+  static void run(const block::Packing& packing, int64_t stripe, float* values) {
+    const PartPacking& self = static_cast<const PartPacking&>(packing);
+    self.kernel(self.sources(stripe), self.moves, self.count, reinterpret_cast<char*>(values));
+  }
+};
+
+int check_part(const mg_conv2d& conv, const mg_part* part) {
+  if (!part || !part->values) return MG_BAD_POINTER;
+  if (part->inputs < 1 || part->inputs > INT32_MAX || part->outputs < 1 || part->outputs > INT32_MAX) return MG_BAD_SIZE;
+  if (!part->rows && conv.out_channels != part->outputs) return MG_BAD_SIZE;
+  if (!part->columns && conv.in_channels != part->inputs) return MG_BAD_SIZE;
+  const int64_t taps = conv.kernel_height * conv.kernel_width;
+  if (taps > INT32_MAX / part->inputs || taps * part->inputs > UINT32_MAX / line_bytes) return MG_BAD_SIZE;
+  for (int64_t index = 0; part->columns && index < conv.in_channels; ++index) {
+    if (part->columns[index] < 0 || part->columns[index] >= part->inputs) return MG_BAD_CHANNEL;
+  }
+  if (int code = part->columns ? block::check_list(part->columns, conv.in_channels, part->inputs) : MG_OK) return code;
+  return part->rows ? block::check_list(part->rows, conv.out_channels, part->outputs) : MG_OK;
+}
+
+// Places go by groups of 16 channels of x, so that the lines of a group stay in L1 over all taps; the weights are moved in the
+// order in which they lie, so that they are read in few streams.
+void list_part(const block::Plan& plan, const mg_part& part, uint32_t* places, Move* moves) {
+  const int64_t taps = plan.rows.taps * plan.columns.taps;
+  for (int64_t tap = 0; tap < taps; ++tap) {
+    for (int64_t begin = 0; begin < plan.channels; begin += line_floats) {
+      const int64_t width = std::min<int64_t>(plan.channels - begin, line_floats), first = begin * taps + tap * width;
+      const int64_t place = begin / line_floats * plan.group_bytes + block::tap_place(plan, tap);
+      for (int64_t channel = 0; channel < width; ++channel) {
+        const int64_t input = part.columns ? part.columns[begin + channel] : begin + channel;
+        places[first + channel] = static_cast<uint32_t>(place + channel * 4);
+        *moves++ = {static_cast<uint32_t>((tap * part.inputs + input) * line_bytes),
+                    static_cast<uint32_t>((first + channel) * line_bytes)};
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace microglia::part
+
+using namespace microglia;
+using namespace microglia::part;
+
+MG_EXPORT int mg_part_conv2d(const mg_conv2d* conv, const mg_part* part, const float* x, int64_t x_stride, float* y,
+                             int64_t y_stride, const float* bias, mg_parallel parallel) {
+  block::Output output{y, y_stride, nullptr, 0, nullptr, conv ? conv->out_channels : 0, conv ? conv->activation : 0};
+  if (int code = block::check(conv, x, x_stride, output)) return code;
+  if (int code = check_part(*conv, part)) return code;
+  const int64_t taps = conv->kernel_height * conv->kernel_width, count = taps * conv->in_channels;
+  const int64_t stripes = divide_up(conv->out_channels, stripe_outputs), value_bytes = stripes * count * line_bytes;
+  block::Run run;
+  if (int code = block::make_plan(*conv, block::current_level(), conv->in_channels, value_bytes, run.plan)) return code;
+  run.plan.x = x, run.plan.x_stride = x_stride;
+  char* lists = list_scratch.reserve(count * 8 + (count + block::places_ahead + conv->out_channels) * 4);
+  if (!lists) return MG_NO_MEMORY;
+  Move* moves = reinterpret_cast<Move*>(lists);
+  uint32_t* places = reinterpret_cast<uint32_t*>(moves + count);
+  std::fill_n(places + count, block::places_ahead, 0u);
+  list_part(run.plan, *part, places, moves);
+  if (bias) {
+    float* own = reinterpret_cast<float*>(places + count + block::places_ahead);
+    for (int64_t index = 0; index < conv->out_channels; ++index) own[index] = bias[part->rows ? part->rows[index] : index];
+    output.bias = own;
+  }
+  PartPacking packing;
+  packing.pack = &PartPacking::run;
+  packing.part = part, packing.outputs = conv->out_channels, packing.stripe_bytes = taps * part->inputs * line_bytes;
+  packing.moves = moves, packing.count = count, packing.kernel = current_pack();
+  run.weights = {block::Weights::warm, nullptr, places, nullptr, 1, nullptr, count, count * line_floats, nullptr, stripes};
+  run.weights.packing = &packing;
+  run.output = output, run.parallel = parallel;
+  return block::execute(run, std::max(1, conv->threads));
+}

@@ -19,7 +19,7 @@ SETS = {
     "vit": "The linear layers of a ViT-B block (768 <-> 3072), 197 tokens",
 }
 FORMS = {
-    "channels": "whole output channels, removed (dense)", "1x1": "single weights (unstructured), NCHW",
+    "channels": "whole output channels, left out of the layer alone (dense)", "1x1": "single weights (unstructured), NCHW",
     "2x1": "2 outputs x 1 input, NCHW", "4x1": "4 outputs x 1 input, NCHW",
     "16x1": "16 outputs x 1 input", "16x2": "16 outputs x 2 inputs", "16x4": "16 outputs x 4 inputs",
     "16x8": "16 outputs x 8 inputs",

@@ -173,7 +173,11 @@ def test_a_damaged_cache_counts_as_empty(tmp_path, content):
 
 def test_a_cache_that_cannot_be_written_is_no_obstacle(tmp_path):
     (tmp_path / "file").write_text("in the way")
-    accelerate(net(mg.Block(16, 1)), torch.randn(1, 3, 8, 8), against=FAST, cache=tmp_path / "file")
+    model, x = net(mg.Block(16, 1)), torch.randn(1, 3, 8, 8)
+    fast = accelerate(model, x, against=FAST, cache=tmp_path / "file")
+    torch.testing.assert_close(fast(x), model(x), rtol=1e-5, atol=1e-6)
+    assert [file.name for file in tmp_path.iterdir()] == ["file"]
+    assert (tmp_path / "file").read_text() == "in the way"
 
 
 def test_an_empty_layer_and_a_model_without_zeros_are_exact(prefer):

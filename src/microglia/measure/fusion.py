@@ -96,10 +96,8 @@ def fuse(model: nn.Module, example: Example, engine: Engine) -> GraphModule:
     exported = _export(model, example)
     fuser = _Fuser(exported, engine)
     for node in list(exported.graph.nodes):
-        if node.target is aten.conv2d.default:
-            fuser.fuse_convolution(node)
-        elif node.target is aten.linear.default:
-            fuser.fuse_linear(node)
+        if node.target in (aten.conv2d.default, aten.linear.default):
+            fuser.fuse(node)
         elif node.target == "_guards_fn":  # checks the input's shape on each call
             exported.graph.erase_node(node)
         elif node.target is aten.view.default:  # an output in channels last can be reshaped, not viewed
@@ -151,25 +149,26 @@ class _Fuser:
         self.engine = engine
         self.made: set[Node] = set()
 
-    def fuse_convolution(self, node: Node) -> None:
-        """Replaces a 2-d convolution and the batch norm, residual addition and activation that alone read it."""
+    def fuse(self, node: Node) -> None:
+        """Replaces a 2-d convolution or linear layer and what alone reads it: batch norm, residual addition, activation."""
+        convolution = node.target is aten.conv2d.default
         defaults = (None, None, None, [1, 1], [0, 0], [1, 1], 1)
         arguments: list[Any] = [*node.args, *defaults[len(node.args) :]]
         source, weight_node, bias_node, stride, padding, dilation, groups = arguments
         weight, bias = self._constant(weight_node), self._constant(bias_node)
-        if node.kwargs or not _fusible(source, weight, 4) or (bias_node is not None and bias is None):
+        if node.kwargs or not _fusible(source, weight, convolution) or (bias_node is not None and bias is None):
             return
         assert isinstance(source, Node)
         assert weight is not None
         chain = [node]
-        folded = self._folded_norm(_only_reader(node), weight, bias)
+        folded = self._folded_norm(_only_reader(node), weight, bias) if convolution else None
         if folded is not None:
             weight, bias = folded
             chain.extend(node.users)
         other = self._residual(chain)
         site = Site(
             name=str(weight_node.target).rpartition(".")[0],
-            kind="conv2d",
+            kind="conv2d" if convolution else "linear",
             weight=weight,
             bias=bias,
             input_shape=tuple(source.meta["val"].shape),
@@ -180,29 +179,6 @@ class _Fuser:
             padding=_pair(padding),
             dilation=_pair(dilation),
             groups=groups,
-        )
-        self._replace(chain, site, (source,) if other is None else (source, other))
-
-    def fuse_linear(self, node: Node) -> None:
-        """Replaces a linear layer and the residual addition and activation that alone read it."""
-        arguments: list[Any] = [*node.args, None]
-        source, weight_node, bias_node = arguments[:3]
-        weight, bias = self._constant(weight_node), self._constant(bias_node)
-        if node.kwargs or not _fusible(source, weight) or (bias_node is not None and bias is None):
-            return
-        assert isinstance(source, Node)
-        assert weight is not None
-        chain = [node]
-        other = self._residual(chain)
-        site = Site(
-            name=str(weight_node.target).rpartition(".")[0],
-            kind="linear",
-            weight=weight,
-            bias=bias,
-            input_shape=tuple(source.meta["val"].shape),
-            output_shape=tuple(node.meta["val"].shape),
-            activation=_activation(chain),
-            residual=other is not None,
         )
         self._replace(chain, site, (source,) if other is None else (source, other))
 
@@ -267,11 +243,11 @@ class _Fuser:
         self.made.add(fused)
 
 
-def _fusible(source: Any, weight: Tensor | None, dimensions: int | None = None) -> bool:
+def _fusible(source: Any, weight: Tensor | None, image: bool) -> bool:
     value = source.meta.get("val") if isinstance(source, Node) else None
     return (
         isinstance(value, Tensor)
-        and (value.ndim >= 2 if dimensions is None else value.ndim == dimensions)
+        and (value.ndim == 4 if image else value.ndim >= 2)
         and value.numel() > 0
         and weight is not None
         and weight.numel() > 0

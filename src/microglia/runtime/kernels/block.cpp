@@ -162,7 +162,7 @@ int locate_blocks(const Plan& plan, const mg_blocks& blocks, mg_parallel paralle
 // ---- The gate's list ----
 
 // One list for all stripes, by groups of 16 channels, so that the lines of a group stay in L1 over all taps.
-int64_t list_places(const Plan& plan, const int32_t* channels, int64_t count, uint32_t* places, uint32_t* value_offsets) {
+void list_places(const Plan& plan, const int32_t* channels, int64_t count, uint32_t* places, uint32_t* value_offsets) {
   const int64_t taps = plan.rows.taps * plan.columns.taps;
   int64_t made = 0;
   for (int64_t begin = 0, end; begin < count; begin = end) {
@@ -176,7 +176,6 @@ int64_t list_places(const Plan& plan, const int32_t* channels, int64_t count, ui
       }
     }
   }
-  return made;
 }
 
 struct Clearing {

@@ -127,15 +127,14 @@ def accelerate(
         ready.update(_plans(dense, example, measured, own))
         fast = {name: Accelerated(runner, dense, example) for name, runner in ready.items()}
         calls = {name: bind(ready[name] if is_dense(name) else fast[name], example) for name in ready}
-        times = {name: time.median for name, time in time_interleaved(calls, rounds=rounds, warmup=2).items()}
-        # The least of many medians is too small by chance: the best of either kind are timed again, against each other.
-        sides = [[name for name in times if is_dense(name) == side] for side in (True, False)]
-        last = [min(side, key=times.__getitem__) for side in sides if side]
-        again = time_interleaved({name: calls[name] for name in last}, rounds=2 * rounds, warmup=1)
-    times.update({name: time.median for name, time in again.items()})
-    best = min(last, key=times.__getitem__)
+        # The least of many medians is too small by chance: one timing says which sparse way to take, another one whether.
+        first, second = (time_interleaved(calls, rounds=rounds, warmup=2) for _ in range(2))
+    times = {name: time.median for name, time in second.items()}
+    best_dense = min(filter(is_dense, times), key=times.__getitem__)
+    sparse = min((name for name in times if not is_dense(name)), key=lambda name: first[name].median, default=best_dense)
+    best = min(best_dense, sparse, key=times.__getitem__)
     layers = tuple(_choice(site, found, best) for site, found in measured)
-    fast[best]._report = AccelerationReport(layers, times, best, last[0], level(), torch.get_num_threads(), tuple(own))
+    fast[best]._report = AccelerationReport(layers, times, best, best_dense, level(), torch.get_num_threads(), tuple(own))
     return fast[best]
 
 

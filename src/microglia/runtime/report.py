@@ -50,7 +50,7 @@ class AccelerationReport:
         layers: In the order of the forward pass.
         times: Execution of the whole -> milliseconds of one batch, measured interleaved.
         chosen: The execution that runs.
-        best_dense: The fastest dense execution; it and the fastest sparse one were timed a second time, against each other.
+        best_dense: The fastest dense execution.
         level: Of the kernels: torch, generic, avx2 or avx512.
         threads: CPU threads that it was timed with.
         notes: What was left out, and why.

@@ -1,5 +1,6 @@
 """Dynamic pruning: gates inside a model that choose, for every input, which channels are computed (FTWT)."""
 
+from microglia.dynamic.calibrate import calibrate
 from microglia.dynamic.choose import Estimate, choose_r, estimate, shares
 from microglia.dynamic.counting import COUNTS, Costs, Count, Counter
 from microglia.dynamic.flow import Flow
@@ -40,6 +41,7 @@ __all__ = [
     "Site",
     "Sites",
     "attach_gates",
+    "calibrate",
     "choose_r",
     "detach_gates",
     "estimate",

@@ -10,10 +10,11 @@ gradient to it. No gradient of the task's loss reaches a head, for M has none. T
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from microglia.dynamic import (
     GatePlan,
     Passage,
     attach_gates,
+    calibrate,
     choose_r,
     estimate,
     gate_plan,
@@ -57,6 +59,7 @@ class Ftwt:
         total_steps: Optimizer steps of the training, over which fractions count.
         example_inputs: One batch of inputs, where the model has no gates yet.
         generator: Draws the heads' initial weights.
+        at_rest: Called when the heads come to rest, and again at the end, to calibrate them.
         **settings: The fields of the config by keyword instead.
     """
 
@@ -68,10 +71,12 @@ class Ftwt:
         total_steps: int,
         example_inputs: Any = None,
         generator: torch.Generator | None = None,
+        at_rest: Callable[[], float] | None = None,
         **settings: Any,
     ) -> None:
         self.model, self.config = model, config if config is not None else FtwtConfig(**settings)
         self.total_steps, self.steps = max(1, total_steps), 0
+        self._at_rest, self._moved = at_rest, 0.0
         plan = gate_plan(model)
         if plan is None:
             if self.config.r is None or example_inputs is None:
@@ -135,13 +140,20 @@ class Ftwt:
 
     def step(self, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Goes on by one optimizer step; given the optimizer, heads that rest do not drift on their momentum either."""
+        learned = self.learning
         self.steps += 1
         self._fade()
+        if learned and not self.learning:
+            self._calibrate()
         if optimizer is not None and not self.learning:  # under DDP they go on getting gradients, of zeros
             own = {id(p) for p in self.parameters()}
             for group in optimizer.param_groups:
                 if any(id(p) in own for p in group["params"]):
                     group["constant_lr"] = group["lr"] = 0.0
+
+    def _calibrate(self) -> None:
+        if self._at_rest is not None:
+            self._moved += self._at_rest()
 
     def _fade(self) -> None:
         soften = self.config.soften
@@ -161,6 +173,7 @@ class Ftwt:
         for gate in self.gates.values():
             gate.listen(None)
             gate.fade = 1.0
+        self._calibrate()
         if self.config.mode == "heads":
             self._norms.remove()
         for parameter in self._rested:
@@ -169,16 +182,17 @@ class Ftwt:
 
     def state_dict(self) -> dict[str, Any]:
         """Returns where it stands; the heads are in the model's state."""
-        return {"steps": self.steps}
+        return {"steps": self.steps, "moved": self._moved}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on from a state."""
-        self.steps = int(state["steps"])
+        self.steps, self._moved = int(state["steps"]), float(state["moved"])
         self._fade()
 
     def report(self) -> dict[str, Any]:
         """Returns what to tell of it."""
-        return {"steps": self.steps, "rested_after": None if self.learning else round(self.config.cooldown * self.total_steps)}
+        rested = None if self.learning else round(self.config.cooldown * self.total_steps)
+        return {"steps": self.steps, "rested_after": rested, "moved": self._moved}
 
 
 def _norms_rest(module: nn.Module, args: Any) -> None:
@@ -220,7 +234,9 @@ def ftwt(task: Task, run: Run, config: FtwtConfig) -> nn.Module:
     run.observations["estimate"] = planned.estimate
     attach_gates(model, planned.plan, torch.Generator().manual_seed(run.seed))
     steps = config.train.epochs * epoch_length(config.train, len(task.data.batches("train", config.train.batch_size)))
-    train(task, run, "train", model, config.train, pruner=partial(Ftwt, model, config, total_steps=steps), teacher=teacher)
+    at_rest = calibration(task, run, config, model, planned.counter)
+    make = partial(Ftwt, model, config, total_steps=steps, at_rest=at_rest)
+    run.observations["heads"] = train(task, run, "train", model, config.train, pruner=make, teacher=teacher)
 
     def observe_routes(progress: Progress) -> dict[str, Any]:
         routes = record(model, task.data.batches("test", 256).epoch(0), run.device)
@@ -228,6 +244,15 @@ def ftwt(task: Task, run: Run, config: FtwtConfig) -> nn.Module:
 
     run.observations["routes"] = run.stage("routes", observe_routes)["routes"]
     return model
+
+
+def calibration(task: Task, run: Run, config: FtwtConfig, model: nn.Module, counter: Counter) -> Callable[[], float] | None:
+    """Returns what calibrates the heads of a model to the operations asked, None where nothing is to be met."""
+    asked = config.flops
+    if asked is None or not config.calibrate or config.mode == "random":
+        return None
+    batches = task.data.batches("train", 128, seed=run.seed, shuffle=True)
+    return lambda: calibrate(model, islice(batches.epoch(0), -(-config.images // 128)), counter, asked, config.count)
 
 
 def plan_before(task: Task, run: Run, config: FtwtConfig, model: nn.Module) -> Planned:

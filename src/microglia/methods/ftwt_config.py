@@ -35,6 +35,8 @@ class FtwtConfig(MethodConfig):
         cooldown: Fraction of the training after which the heads rest.
         soften: Fraction of the training over which the masks come in, from no effect at all to all of it; 0 as in the paper,
             where half the filters go at the first step.
+        calibrate: Whether, with ``flops``, the heads' common threshold is moved so that the masks cost what was asked: when
+            the heads rest, and at the end. With ``r`` the threshold is the paper's, a probability of one half.
     """
 
     pattern: str = "channel"
@@ -48,6 +50,7 @@ class FtwtConfig(MethodConfig):
     head_lr: float = 0.1
     cooldown: float = 0.5
     soften: float = 0.0
+    calibrate: bool = True
 
     def __post_init__(self) -> None:  # here, so that it shows before the dense model is trained
         if self.pattern != "channel":

@@ -153,12 +153,37 @@ def part(draw):
     return None if worst < 3e-6 else f"off by {worst:.1e}"
 
 
+def gate(draw):
+    """Draws the head of a gate; returns what is wrong with what it keeps, where that is not a matter of rounding."""
+    outputs, inputs, side = draw.one(OUTPUTS), draw.one(INPUTS), draw.one(SIDES)
+    weight, bias, columns = draw.tensor(outputs, inputs), draw.tensor(outputs), some(draw, inputs)
+    x = draw.tensor(1, inputs, *side)
+    given = draw.laid_out(x if columns is None else x[:, columns])
+    softmax, maximum = draw.one((True, False)), draw.one((True, False))
+    rows = torch.ops.microglia.gate_rows(given, columns, weight, bias, softmax, maximum)
+    pooled = given.double().amax((2, 3)) if maximum else given.double().mean((2, 3))
+    if columns is not None:
+        pooled = pooled.new_zeros(1, inputs).index_copy(1, columns, pooled)
+    logits = F.linear(pooled.softmax(1) if softmax else pooled, weight.double(), bias.double())[0]
+    got = torch.zeros(outputs, dtype=torch.bool).index_fill(0, rows, True)
+    sure = logits.abs() > 1e-4
+    right = torch.equal(got[sure], logits[sure] > 0) and torch.equal(rows, got.nonzero()[:, 0])
+    return None if right else f"keeps {rows.tolist()}, with logits {logits.tolist()}"
+
+
+def sum_of_a_part(draw):
+    """Draws a map and some channels to add to it; returns what is wrong with the sum."""
+    channels, side, batch = draw.one(INPUTS), draw.one(SIDES), draw.one((1, 3))
+    rows = torch.rand(channels, generator=draw.generator).lt(draw.one((0.0, 0.5, 1.0))).nonzero()[:, 0]
+    x, part = draw.laid_out(draw.tensor(batch, channels, *side)), draw.laid_out(draw.tensor(batch, len(rows), *side))
+    got = torch.ops.microglia.add_rows(x, part, rows)
+    return None if torch.equal(got, x.index_add(1, rows, part)) else "another sum"
+
+
 def some(draw, count):
     """Returns a rising list of some of so many channels, one at least, or None for all of them."""
     drawn = torch.rand(count, generator=draw.generator)
-    return draw.one(
-        (None, *((drawn < max(share, float(drawn.min()) + 1e-6)).nonzero()[:, 0].int() for share in (0.1, 0.5, 0.9)))
-    )
+    return draw.one((None, *((drawn < max(share, float(drawn.min()) + 1e-6)).nonzero()[:, 0] for share in (0.1, 0.5, 0.9))))
 
 
 def large(draw):
@@ -198,6 +223,10 @@ def main(count, threads):
             failures[f"gated {index}"] = problem
         if problem := part(draw):
             failures[f"part {index}"] = problem
+        if problem := gate(draw):
+            failures[f"gate {index}"] = problem
+        if problem := sum_of_a_part(draw):
+            failures[f"sum {index}"] = problem
     print(json.dumps({"level": level(), "problems": 10 * count, "failures": failures}))
 
 

@@ -132,6 +132,7 @@ LISTS = {
     "an output below zero": ((-1, 3), (0, 5)),
     "an output past the weight": ((3, 40), (0, 5)),
     "an output far past the weight": ((3, 2**31 - 1), (0, 5)),
+    "an output past 32 bits": ((3, 2**32 + 4), (0, 5)),
     "outputs that fall": ((3, 1), (0, 5)),
     "an output twice": ((3, 3), (0, 5)),
     "an input below zero": ((3, 4), (-1, 5)),
@@ -147,21 +148,52 @@ LISTS = {
 
 @pytest.mark.parametrize(("rows", "columns"), LISTS.values(), ids=LISTS)
 def test_hostile_lists_of_a_part_are_refused(rows, columns):
-    lists = [None if given is None else torch.tensor(given, dtype=torch.int32) for given in (rows, columns)]
+    lists = [None if given is None else torch.tensor(given, dtype=torch.int64) for given in (rows, columns)]
     values, geometry = every_block(torch.randn(40, 32, 3, 3)), ([3, 3], [1, 1], [1, 1], [1, 1], 0)
     with pytest.raises(RuntimeError, match=r"part_conv2d|microglia"):
         torch.ops.microglia.part_conv2d(torch.randn(1, 2, 7, 7), values, *lists, None, 40, *geometry)
 
 
+COLUMNS = {"below zero": [-1, 5], "past the input": [0, 8], "falling": [5, 0], "twice": [5, 5], "too many": [0, 1, 2]}
+
+
+@pytest.mark.parametrize("columns", COLUMNS.values(), ids=COLUMNS)
+def test_hostile_lists_of_a_gate_and_of_a_sum_are_refused(columns):
+    x, hostile = torch.randn(1, 2, 7, 7), torch.tensor(columns)
+    with pytest.raises(RuntimeError, match=r"gate_rows|microglia"):
+        torch.ops.microglia.gate_rows(x, hostile, torch.randn(4, 8), torch.randn(4), True, False)
+    with pytest.raises(RuntimeError, match=r"add_rows|microglia"):
+        torch.ops.microglia.add_rows(torch.randn(1, 8, 7, 7), x, hostile)
+
+
+def test_gates_and_sums_refuse_what_does_not_belong_together():
+    x, weight, bias = torch.randn(1, 8, 7, 7), torch.randn(4, 8), torch.randn(4)
+    gate, add = torch.ops.microglia.gate_rows, torch.ops.microglia.add_rows
+    for given in ((x[:, :7], None, weight, bias), (torch.cat([x, x]), None, weight, bias), (x, None, weight, bias[:3]),
+                  (x.double(), None, weight, bias), (x, None, weight.double(), bias), (x, None, weight[0], bias)):  # fmt: skip
+        with pytest.raises(RuntimeError, match="microglia"):
+            gate(*given, True, False)
+    rows = torch.tensor([0, 3])
+    for part, where in ((x[:, :3], rows), (x[:, :2, :6], rows), (x[:, :2], rows.int()), (torch.cat([x, x])[:, :2], rows)):
+        with pytest.raises(RuntimeError, match="microglia"):
+            add(x, part, where)
+
+
+@pytest.mark.parametrize("maximum", [True, False])
+def test_a_gate_that_sees_no_number_keeps_nothing(maximum):
+    x = torch.full((1, 8, 7, 7), float("nan"))
+    assert not len(torch.ops.microglia.gate_rows(x, None, torch.randn(4, 8), torch.ones(4), False, maximum))
+
+
 def test_a_weight_of_another_size_is_no_weight_of_a_part():
     x, geometry = torch.randn(1, 32, 7, 7), ([3, 3], [1, 1], [1, 1], [1, 1], 0)
-    values, rows = every_block(torch.randn(40, 32, 3, 3)), torch.tensor([3, 4], dtype=torch.int32)
+    values, rows = every_block(torch.randn(40, 32, 3, 3)), torch.tensor([3, 4])
     run = torch.ops.microglia.part_conv2d
     for given, outputs in ((values, 50), (values[:, :-1], 40), (values[:, :-9], 40), (values[..., :8], 40), (values[:1], 40)):
         with pytest.raises(RuntimeError, match="microglia"):
             run(x, given, rows, None, None, outputs, *geometry)
     with pytest.raises(RuntimeError, match="rows"):
-        run(x, values, rows.long(), None, None, 40, *geometry)
+        run(x, values, rows.int(), None, None, 40, *geometry)
     with pytest.raises(RuntimeError, match="bias"):
         run(x, values, rows, None, torch.zeros(2), 40, *geometry)
 
@@ -247,10 +279,15 @@ def test_the_operators_keep_the_rules_of_custom_operators():
     tests = ("test_schema", "test_faketensor")
     torch.library.opcheck(torch.ops.microglia.block_conv2d.default, (x, *block._operands(None)), test_utils=tests)
     torch.library.opcheck(torch.ops.microglia.row_conv2d.default, (x, *row._operands(None)), test_utils=tests)
-    rows, columns, geometry = torch.tensor([1, 20]).int(), torch.arange(0, 8, 2).int(), ([3, 3], [1, 1], [1, 1], [1, 1], 1)
+    rows, columns, geometry = torch.tensor([1, 20]), torch.arange(0, 8, 2), ([3, 3], [1, 1], [1, 1], [1, 1], 1)
     values = every_block(sparse(24, 8, 3, 3))
     for given in ((x, values, None, None), (x[:, ::2].contiguous(), values, rows, columns)):
         torch.library.opcheck(torch.ops.microglia.part_conv2d.default, (*given, None, 24, *geometry), test_utils=tests)
+    gate = (x[:1], None, torch.randn(24, 8), torch.randn(24), True, False)
+    torch.library.opcheck(torch.ops.microglia.gate_rows.default, gate, test_utils=tests)
+    torch.library.opcheck(
+        torch.ops.microglia.add_rows.default, (x, x[:, :2].contiguous(), rows[:1].repeat(2).cumsum(0)), test_utils=tests
+    )
     linear = BlockLinear.of(site(sparse(10, 8), torch.zeros(3, 8)), 1)
     given = (torch.randn(3, 8), *linear.places[:3], None, None, 10, 1)
     torch.library.opcheck(torch.ops.microglia.block_linear.default, given, test_utils=tests)

@@ -19,13 +19,13 @@ from torch.utils import _pytree as pytree
 from microglia.core.errors import MicrogliaError
 from microglia.dynamic.flow import Convolution, Flow, Step
 from microglia.dynamic.gates import Gate, detach_gates, gate_plan, gates_of
-from microglia.dynamic.kernels import prepacked, run_depthwise, run_part, silent
+from microglia.dynamic.kernels import choose_rows, prepacked, run_depthwise, run_part, silent
 from microglia.dynamic.steps import Channels, Environment, Value, compile_step, whole
 from microglia.measure.running import twin
 
 Work = Callable[[Environment], Any]
 Routed = Callable[[Environment, Tensor], Any]
-"""Computes a step from the values before it and the mask of its gate, (outputs,)."""
+"""Computes a step from the values before it and the output channels that its gate keeps, rising."""
 
 
 class Gathered:
@@ -85,20 +85,20 @@ class Gathered:
         return pytree.tree_unflatten(leaves, self.flow.trace.out_spec)
 
     # ------------------------------------------------------------------------------------------------------- executing
-    def _run(self, values: Environment, start: int, batch: int, mask: Tensor | None = None) -> list[Any]:
-        """Returns the outputs of inputs that went together up to step ``start``, whose mask may be known."""
+    def _run(self, values: Environment, start: int, batch: int, kept: Tensor | None = None) -> list[Any]:
+        """Returns the outputs of inputs that went together up to step ``start``, whose kept channels may be known."""
         for number in range(start, len(self.flow.steps)):
             step = self.flow.steps[number]
             routed = self._routed.get(step.node)
             if routed is None:
                 values[step.node] = self._works[step.node](values)
             else:
-                if mask is None:
-                    masks = self._decide(step, values)
-                    if batch > 1 and not bool((masks == masks[0]).all()):
-                        return self._split(values, number, masks)
-                    mask = masks[0]
-                values[step.node], mask = routed(values, mask), None
+                if kept is None:
+                    found = self._choose(step, values, batch)
+                    if found.dtype == torch.bool:
+                        return self._split(values, number, found)
+                    kept = found
+                values[step.node], kept = routed(values, kept), None
             for node in self._last_use.get(step.node, ()):
                 values.pop(node, None)
         return [whole(values[n]) if isinstance(n, fx.Node) else n for n in self._results]
@@ -108,7 +108,7 @@ class Gathered:
         ways, way = torch.unique(masks, dim=0, return_inverse=True)
         members = [(way == k).nonzero()[:, 0] for k in range(len(ways))]
         parts = [
-            self._run(_taken(values, self._constants, index), number, len(index), mask)
+            self._run(_taken(values, self._constants, index), number, len(index), mask.nonzero()[:, 0])
             for mask, index in zip(ways, members, strict=True)
         ]
         order = torch.cat(members).argsort()
@@ -117,12 +117,18 @@ class Gathered:
             for leaves in zip(*parts, strict=True)
         ]
 
-    def _decide(self, step: Step, values: Environment) -> Tensor:
+    def _choose(self, step: Step, values: Environment, batch: int) -> Tensor:
+        """Returns the channels that all inputs keep, int64; where they differ all masks, boolean (batch, outputs)."""
         assert step.convolution is not None
         gate = self._gates[step.convolution.layer]
         x = values[step.sources[0]]
-        self.macs += gate.weight.numel() * (x.values if isinstance(x, Channels) else x).shape[0]
-        return gate.decide(gate.logits(_embed(gate, x)))
+        self.macs += gate.weight.numel() * batch
+        if batch == 1:
+            kept = choose_rows(gate, x.values, x.index) if isinstance(x, Channels) else choose_rows(gate, x, None)
+            if kept is not None:
+                return kept
+        masks = gate.decide(gate.logits(_embed(gate, x)))
+        return masks[0].nonzero()[:, 0] if batch == 1 or bool((masks == masks[0]).all()) else masks
 
     # ------------------------------------------------------------------------------------------------------- compiling
     def _ungated(self, step: Step, c: Convolution) -> Work:
@@ -144,14 +150,13 @@ class Gathered:
     def _gated(self, step: Step, c: Convolution) -> Routed:
         source = step.sources[0]
 
-        def work(values: Environment, mask: Tensor) -> Value:
+        def work(values: Environment, kept: Tensor) -> Value:
             x = values[source]
-            kept = mask.nonzero()[:, 0]
             arriving = len(x.index) if isinstance(x, Channels) else c.inputs
             share = len(kept) / c.outputs * (1 if c.depthwise else arriving / c.inputs)
             if share > self._limit(c):
-                factor = mask.to(c.weight.dtype).reshape(-1, *[1] * (c.weight.ndim - 2))
-                return self._whole(c, whole(x)).mul_(factor)
+                mask = c.weight.new_zeros(c.outputs).index_fill_(0, kept, 1)
+                return self._whole(c, whole(x)).mul_(mask.reshape(-1, *[1] * (c.weight.ndim - 2)))
             return self._depthwise(c, x, kept) if c.depthwise else self._gather(c, x, kept)
 
         return work

@@ -1,4 +1,4 @@
-"""Running a convolution, or the part of it that an input needs.
+"""Running a convolution, or the part of it that an input needs, and deciding which part that is.
 
 On a CPU with compiled kernels one of these puts the part of the weight together and convolves. Elsewhere the part is gathered
 and run densely; oneDNN takes it as it is and reorders it at every call, which costs about as much as gathering it. A whole
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from microglia.dynamic.flow import Convolution
-from microglia.dynamic.gates import ACTIVATIONS
+from microglia.dynamic.gates import ACTIVATIONS, Gate
 from microglia.runtime import library
 
 mkldnn = torch.ops.mkldnn
@@ -51,10 +51,11 @@ def run_part(x: Tensor, c: Convolution, rows: Tensor | None, columns: Tensor | N
         columns: Input channels given, None for all.
     """
     if has_kernel(x, c):
-        given = (None if rows is None else rows.int(), None if columns is None else columns.int(), c.bias, c.outputs)
         s = c.settings
         geometry = (list(c.weight.shape[2:]), s["stride"], padding_of(c), s["dilation"], KERNELS[c.activation])
-        return torch.ops.microglia.part_conv2d(x, c.blocks, *given, *geometry)  # type: ignore[no-any-return]
+        return torch.ops.microglia.part_conv2d(  # type: ignore[no-any-return]
+            x, c.blocks, rows, columns, c.bias, c.outputs, *geometry
+        )
     bias = c.bias if rows is None or c.bias is None else c.bias.index_select(0, rows)
     weight = _part_of(c.weight, rows, columns)
     if fusible(x, c):
@@ -98,13 +99,26 @@ def fusible(x: Tensor, c: Convolution) -> bool:
 
 
 def _plain(x: Tensor, c: Convolution) -> bool:
-    return (
-        x.ndim == 4
-        and c.settings["padding"] != "same"
-        and x.device.type == "cpu"
-        and x.dtype == c.weight.dtype == torch.float32
-        and x.numel() > 0
-    )
+    return is_image(x) and c.settings["padding"] != "same" and c.weight.dtype == torch.float32
+
+
+def is_image(x: Tensor) -> bool:
+    """Tells whether Microglia's own operators take a map: images in float32 on the CPU."""
+    return x.ndim == 4 and x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() > 0
+
+
+def choose_rows(gate: Gate, x: Tensor, columns: Tensor | None) -> Tensor | None:
+    """Returns which output channels a gate keeps for one input, rising; None where no operator decides as this gate does.
+
+    Args:
+        gate: The gate.
+        x: The channels ``columns`` of its input, or all of them where that is None, (1, channels, height, width).
+        columns: Input channels given, None for all.
+    """
+    if gate.keep is not None or not is_image(x) or gate.weight.dtype != torch.float32:
+        return None
+    settings = (gate.softmax, gate.pool == "max")
+    return torch.ops.microglia.gate_rows(x, columns, gate.weight, gate.bias, *settings)  # type: ignore[no-any-return]
 
 
 def _part_of(weight: Tensor, rows: Tensor | None, columns: Tensor | None) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from microglia.dynamic.flow import Step
+from microglia.dynamic.kernels import is_image
 from microglia.graph.trace import concrete, shape_of
 
 
@@ -70,11 +71,10 @@ def _sum(step: Step) -> Callable[[Environment], Any]:
 
 
 def _scattered(a: Tensor, b: Channels) -> Tensor:
-    """Returns the sum of a map and one that holds some of its channels; pixels of channels are faster as a matrix."""
-    if a.ndim != 4 or not a.is_contiguous(memory_format=torch.channels_last):
-        return a.index_add(1, b.index, b.values)
-    pixels, some = a.permute(0, 2, 3, 1), b.values.permute(0, 2, 3, 1)
-    return pixels.flatten(0, 2).index_add(1, b.index, some.flatten(0, 2)).view(pixels.shape).permute(0, 3, 1, 2)
+    """Returns the sum of a map and one that holds some of its channels."""
+    if is_image(a):
+        return torch.ops.microglia.add_rows(a, b.values, b.index)  # type: ignore[no-any-return]
+    return a.index_add(1, b.index, b.values)
 
 
 def _side_by_side(step: Step) -> Callable[[Environment], Any]:

@@ -37,6 +37,8 @@ _SCHEMAS = {
     f"{_GEOMETRY}) -> Tensor",
     "part_conv2d": "(Tensor x, Tensor values, Tensor? rows, Tensor? columns, Tensor? bias, int outputs, "
     f"{_GEOMETRY}) -> Tensor",
+    "gate_rows": "(Tensor x, Tensor? columns, Tensor weight, Tensor bias, bool softmax, bool maximum) -> Tensor",
+    "add_rows": "(Tensor x, Tensor part, Tensor rows) -> Tensor",
 }
 _library = torch.library.Library("microglia", "DEF")  # type: ignore[no-untyped-call]
 
@@ -122,6 +124,21 @@ def _part(x: Tensor, *rest: Any) -> Tensor:
     return activate(functional.conv2d(x, weight, bias, stride, padding, dilation), activation)
 
 
+def _gate_rows(x: Tensor, columns: Tensor | None, *head: Any) -> Tensor:
+    weight, bias, softmax, maximum = head
+    seen = x.amax((2, 3)) if maximum else x.mean((2, 3))
+    if columns is not None:
+        seen = seen.new_zeros(1, weight.shape[1]).index_copy(1, columns, seen)
+    logits = functional.linear(seen.softmax(1) if softmax else seen, weight, bias)
+    rows: Tensor = (logits[0] > 0).nonzero()[:, 0]
+    return rows
+
+
+def _add_rows(x: Tensor, part: Tensor, rows: Tensor) -> Tensor:
+    pixels, some = x.permute(0, 2, 3, 1), part.permute(0, 2, 3, 1)  # pixels of channels are faster as a matrix
+    return pixels.flatten(0, 2).index_add(1, rows, some.flatten(0, 2)).view(pixels.shape).permute(0, 3, 1, 2)
+
+
 def _laid_out(reference: Callable[..., Tensor], layout: torch.memory_format, *args: Any) -> Tensor:
     return reference(*args).contiguous(memory_format=layout)
 
@@ -140,13 +157,15 @@ def _part_shape(x: Tensor, values: Tensor, rows: Tensor | None, columns: Tensor 
 
 def _define() -> None:
     blocks, rows = functools.partial(_convolution, dense_of_blocks), functools.partial(_convolution, dense_of_rows)
-    of_layout = {"row_conv2d": torch.contiguous_format, "block_linear": torch.contiguous_format}
+    of_layout = dict.fromkeys(("row_conv2d", "block_linear", "gate_rows"), torch.contiguous_format)
     operators: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {  # name -> reference, shape
         "block_conv2d": (blocks, lambda x, *a: _convolved(x, *a[6:]).to(memory_format=torch.channels_last)),
         "row_conv2d": (rows, lambda x, *a: _convolved(x, *a[6:])),
         "block_linear": (_linear, lambda x, *a: x.new_empty([*x.shape[:-1], a[5]])),
         "gated_conv2d": (_gated, lambda x, *a: _convolved(x, *a[4:]).to(memory_format=torch.channels_last)),
         "part_conv2d": (_part, _part_shape),
+        "gate_rows": (_gate_rows, lambda x, *a: x.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.int64)),
+        "add_rows": (_add_rows, lambda x, *a: torch.empty_like(x, memory_format=torch.channels_last)),
     }
     for name, (reference, shape) in operators.items():
         _library.define(name + _SCHEMAS[name])  # type: ignore[no-untyped-call]

@@ -81,6 +81,24 @@ typedef struct {
 int mg_part_conv2d(const mg_conv2d* conv, const mg_part* part, const float* x, int64_t x_stride, float* y, int64_t y_stride,
                    const float* bias, mg_parallel parallel);
 
+// The head of a gate: the mean (or maximum) of each input channel, perhaps its softmax over channels, one affine map.
+typedef struct {
+  int64_t inputs, outputs;
+  const float* weight;  // [outputs][inputs]
+  const float* bias;    // [outputs]
+  int32_t maximum, softmax;
+} mg_gate;
+
+// Which outputs the head of a gate wants for one input: those above 0, rising, in `rows`, which has room for all of them.
+// x holds `column_count` channels of `pixels` pixels, x_stride floats apart: the input channels in `columns` (rising; the
+// others are pooled to 0), or all of them where that is null.
+int mg_gate_rows(const mg_gate* gate, const float* x, int64_t pixels, int64_t x_stride, const int64_t* columns,
+                 int64_t column_count, int64_t* rows, int64_t* row_count);
+
+// y = x, and in the channels `rows` (rising) x plus the channels that `part` holds side by side; pixel by pixel.
+int mg_add_rows(int64_t pixels, int64_t channels, const float* x, int64_t x_stride, const float* part, int64_t part_stride,
+                const int64_t* rows, int64_t row_count, float* y, int64_t y_stride);
+
 // Row-sparse convolution, NCHW: a row group is `rows` consecutive output channels (the last one may be narrower) that share
 // the places of their weights; rows = 1 is unstructured sparsity.
 typedef struct {

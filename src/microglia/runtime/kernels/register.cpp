@@ -8,6 +8,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <optional>
 #include <vector>
@@ -54,6 +55,20 @@ Optional optional_plain(const std::optional<Tensor>& t, ScalarType type, int64_t
   STD_TORCH_CHECK(held.size(0) == length, "microglia: ", what, " must have ", length, " entries, not ", held.size(0));
   return {held};
 }
+
+// A list of channels as torch indexes by them, int64, for kernels that take int32; what does not fit becomes -1: refused there.
+struct List {
+  bool given;
+  std::vector<int32_t> entries;
+  List(const std::optional<Tensor>& t, int64_t length, const char* what) : given(t.has_value()) {
+    const Optional held = optional_plain(t, ScalarType::Long, length, what);
+    for (int64_t index = 0; given && index < length; ++index) {
+      const int64_t entry = held.data<int64_t>()[index];
+      entries.push_back(entry == static_cast<int32_t>(entry) ? static_cast<int32_t>(entry) : -1);
+    }
+  }
+  const int32_t* data() const { return given ? entries.data() : nullptr; }
+};
 
 int64_t outputs_of(int64_t size, int64_t kernel, int64_t stride, int64_t padding, int64_t dilation) {
   return stride < 1 ? 0 : (size + 2 * padding - dilation * (kernel - 1) - 1) / stride + 1;
@@ -206,15 +221,47 @@ Tensor part_conv2d(const Tensor& x_, const Tensor& values_, const std::optional<
   const int64_t taps = kernel[0] * kernel[1];
   STD_TORCH_CHECK(taps > 0 && values.size(0) == (outputs + 15) / 16 && values.size(1) % taps == 0 && values.size(2) == 16,
                   "microglia: values must be (stripes, taps * input channels, 16)");
-  Optional rows = optional_plain(rows_, ScalarType::Int, c.out_channels, "rows");
-  Optional columns = optional_plain(columns_, ScalarType::Int, c.in_channels, "columns");
+  List rows(rows_, c.out_channels, "rows"), columns(columns_, c.in_channels, "columns");
   Optional b = optional_plain(bias, ScalarType::Float, outputs, "bias");
-  mg_part part{values.size(1) / taps, outputs, static_cast<const float*>(values.const_data_ptr()), rows.data<int32_t>(),
-               columns.data<int32_t>()};
+  mg_part part{values.size(1) / taps, outputs, static_cast<const float*>(values.const_data_ptr()), rows.data(), columns.data()};
   Tensor y = output_of(c, MemoryFormat::ChannelsLast);
   check(mg_part_conv2d(&c, &part, static_cast<const float*>(x.const_data_ptr()), c.in_channels,
                        static_cast<float*>(y.mutable_data_ptr()), c.out_channels, b.data<float>(), parallel),
         "part_conv2d");
+  return y;
+}
+
+Tensor gate_rows(const Tensor& x_, const std::optional<Tensor>& columns_, const Tensor& weight_, const Tensor& bias,
+                 bool softmax, bool maximum) {
+  Tensor x = channels_last(x_, "the input"), weight = plain(weight_, ScalarType::Float, 2, "weight");
+  STD_TORCH_CHECK(x.size(0) == 1, "microglia: a gate chooses for one input at a time, not for ", x.size(0));
+  Optional columns = optional_plain(columns_, ScalarType::Long, x.size(1), "columns");
+  Optional b = optional_plain(bias, ScalarType::Float, weight.size(0), "bias");
+  mg_gate gate{weight.size(1), weight.size(0), static_cast<const float*>(weight.const_data_ptr()), b.data<float>(), maximum,
+               softmax};
+  Sizes kept(static_cast<size_t>(gate.outputs));
+  int64_t count = 0;
+  check(mg_gate_rows(&gate, static_cast<const float*>(x.const_data_ptr()), x.size(2) * x.size(3), x.size(1),
+                     columns.data<int64_t>(), x.size(1), kept.data(), &count),
+        "gate_rows");
+  Tensor rows = torch::stable::empty({count}, ScalarType::Long);
+  std::copy_n(kept.data(), count, static_cast<int64_t*>(rows.mutable_data_ptr()));
+  return rows;
+}
+
+Tensor add_rows(const Tensor& x_, const Tensor& part_, const Tensor& rows_) {
+  Tensor x = channels_last(x_, "the input"), part = channels_last(part_, "the part");
+  Tensor rows = plain(rows_, ScalarType::Long, 1, "rows");
+  STD_TORCH_CHECK(x.size(0) == part.size(0) && x.size(2) == part.size(2) && x.size(3) == part.size(3) &&
+                      part.size(1) == rows.size(0),
+                  "microglia: a part must have the images and pixels of what it is added to, and a channel for each row");
+  Tensor y = torch::stable::empty({x.size(0), x.size(1), x.size(2), x.size(3)}, ScalarType::Float, std::nullopt, std::nullopt,
+                                  std::nullopt, MemoryFormat::ChannelsLast);
+  check(mg_add_rows(x.size(0) * x.size(2) * x.size(3), x.size(1), static_cast<const float*>(x.const_data_ptr()), x.size(1),
+                    static_cast<const float*>(part.const_data_ptr()), part.size(1),
+                    static_cast<const int64_t*>(rows.const_data_ptr()), rows.size(0), static_cast<float*>(y.mutable_data_ptr()),
+                    x.size(1)),
+        "add_rows");
   return y;
 }
 
@@ -226,4 +273,6 @@ STABLE_TORCH_LIBRARY_IMPL(microglia, CPU, m) {
   m.impl("row_conv2d", TORCH_BOX(&row_conv2d));
   m.impl("gated_conv2d", TORCH_BOX(&gated_conv2d));
   m.impl("part_conv2d", TORCH_BOX(&part_conv2d));
+  m.impl("gate_rows", TORCH_BOX(&gate_rows));
+  m.impl("add_rows", TORCH_BOX(&add_rows));
 }

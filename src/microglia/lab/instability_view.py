@@ -14,6 +14,7 @@ from microglia.core.errors import MicrogliaError
 from microglia.core.masks import MaskSet, masks_of
 from microglia.lab.execute import make_task
 from microglia.lab.recipe import Recipe, as_dict, method_config
+from microglia.lab.report_rows import Spread
 from microglia.landscape.gauge import Gauge
 from microglia.landscape.instability import STABLE, Training, instability, smallest_stable
 from microglia.train.archive import load
@@ -124,7 +125,7 @@ def summarize(rows: Sequence[Json]) -> list[Json]:
         found.setdefault((row["network"], row["epoch"]), []).append(row)
     summary = []
     for (network, epoch), own in found.items():
-        spread = {split: _spread([row["instability"][split] for row in own]) for split in own[0]["instability"]}
+        spread = {split: Spread.of([row["instability"][split] for row in own]).to_dict() for split in own[0]["instability"]}
         ends = {split: statistics.fmean(end for row in own for end in row["ends"][split]) for split in spread}
         stable = all(value["mean"] < STABLE for value in spread.values())
         summary.append(
@@ -139,10 +140,6 @@ def summarize(rows: Sequence[Json]) -> list[Json]:
             }
         )
     return summary
-
-
-def _spread(values: Sequence[float]) -> Json:
-    return {"mean": statistics.fmean(values), "std": statistics.stdev(values) if len(values) > 1 else None}
 
 
 def instability_table(told: Json) -> Table:

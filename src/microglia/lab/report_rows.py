@@ -42,6 +42,10 @@ class Spread:
         found = list(values)
         return cls(statistics.fmean(found), statistics.stdev(found) if len(found) > 1 else None, len(found))
 
+    def to_dict(self) -> dict[str, Any]:
+        """Returns mean and deviation as JSON values."""
+        return {"mean": self.mean, "std": self.deviation}
+
 
 @dataclass(frozen=True)
 class Row:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +12,7 @@ from rich.table import Table
 from microglia.core.errors import MicrogliaError
 from microglia.lab.execute import make_task
 from microglia.lab.recipe import Recipe, RecipeError, as_dict, method_config
+from microglia.lab.report_rows import Spread
 from microglia.lab.tickets_statements import ARMS, statements
 from microglia.methods import LotteryConfig, methods
 from microglia.methods.lottery import Level, Tickets, levels_to
@@ -119,16 +119,12 @@ def summarize(rows: Sequence[Json]) -> list[Json]:
             "level": level,
             "density": own[0]["density"],
             "n": len(own),
-            "accuracy": _spread([row["test"]["accuracy"] for row in own]),
-            "early_stop": _spread([row["early_stop"]["step"] for row in own]),
-            "early_stop_accuracy": _spread([row["early_stop"]["validation_accuracy"] for row in own]),
+            "accuracy": Spread.of([row["test"]["accuracy"] for row in own]).to_dict(),
+            "early_stop": Spread.of([row["early_stop"]["step"] for row in own]).to_dict(),
+            "early_stop_accuracy": Spread.of([row["early_stop"]["validation_accuracy"] for row in own]).to_dict(),
         }
         for (arm, level), own in sorted(found.items(), key=lambda item: (ARMS.index(item[0][0]), item[0][1]))
     ]
-
-
-def _spread(values: Sequence[float]) -> Json:
-    return {"mean": statistics.fmean(values), "std": statistics.stdev(values) if len(values) > 1 else None}
 
 
 def arm_table(told: Json) -> Table:

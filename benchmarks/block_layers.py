@@ -8,6 +8,10 @@ of a layer are timed interleaved in one process, median of the rounds. Share of 
 Last line: geometric mean of the first form at density 0.3 with the first number of threads; goal >= 3.0 for 16x1 on the 11
 layers (>= 8 at 0.1, >= 0.95 at 1.0). Run: ``python benchmarks/block_layers.py``; ``--threads 1 2``; ``--forms 4x1 1x1`` for
 rows that share their places and for single weights, in NCHW; ``--forms channels`` for whole outputs, removed.
+
+``--precision bf16``: blocks in bfloat16 over the best dense in bfloat16 (goal >= 2.5 for 16x2 at density 0.3) and, in one more
+row, over the best dense in float32 (goal >= 4.8). On a processor without the instruction vdpbf16ps this times an emulation by
+shifts, which says nothing about the goal: the title and the line before the last say so.
 """
 
 from __future__ import annotations
@@ -32,6 +36,7 @@ from microglia.measure.latency import processor_name
 from microglia.measure.packing import Packed
 from microglia.runtime import BlockConv2d, BlockLinear, RowConv2d, level
 from microglia.runtime.candidates import Compact
+from microglia.runtime.lowered import lowered_site
 
 Layer = tuple[str, int, int, int, int]
 SETS: dict[str, tuple[int, tuple[Layer, ...]]] = {  # batch; name, inputs, outputs, kernel (0 for linear), side (or tokens)
@@ -91,19 +96,33 @@ def sparse(site: Site, form: str) -> nn.Module:
     return (BlockLinear if site.kind == "linear" else BlockConv2d).of(site, width)
 
 
-def times_of(layer: Layer, cases: list[tuple[str, float]], batch: int, rounds: int) -> dict[str, float]:
-    """Returns the milliseconds of the layer dense and in each case."""
-    generator = torch.Generator().manual_seed(0)
+def dense_calls(site: Site, x: Tensor, name: str) -> dict[str, Callable[[], object]]:
+    """Returns the packed dense layer on its input in both layouts."""
+    packed, last = Packed(site), channels_last(x)
+    return {f"{name}, NCHW": lambda: packed(x), f"{name}, NHWC": lambda: packed(last)}
+
+
+def channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
+
+
+def times_of(layer: Layer, cases: list[tuple[str, float]], batch: int, rounds: int, precision: str) -> dict[str, float]:
+    """Returns the milliseconds of the layer dense, in float32 and in the precision, and in each case."""
+    half, generator = precision == "bf16", torch.Generator().manual_seed(0)
     site = site_of(layer, batch, generator)
     x = torch.randn(site.input_shape, generator=generator)
-    last = x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
-    packed = Packed(site)
-    calls: dict[str, Callable[[], object]] = {"dense, NCHW": lambda: packed(x), "dense, NHWC": lambda: packed(last)}
+    calls = dense_calls(site, x, "float32" if half else "dense")
+    if half:
+        x, tolerance = x.bfloat16(), 2e-2
+        calls |= dense_calls(lowered_site(site), x, "dense")
+    else:
+        tolerance = 1e-4
     for form, density in cases:
         own = replace(site, weight=pruned(site.weight, form, density, generator))
+        own = lowered_site(own) if half else own
         module = sparse(own, form)
-        given = x if isinstance(module, RowConv2d) else last
-        torch.testing.assert_close(module(given), Packed(own)(given), rtol=1e-4, atol=1e-4)
+        given = x if isinstance(module, RowConv2d) else channels_last(x)
+        torch.testing.assert_close(module(given), Packed(own)(given), rtol=tolerance, atol=tolerance)
         calls[f"{form} {density:g}"] = lambda module=module, given=given: module(given)
     with torch.no_grad():
         times = time_interleaved(calls, rounds=rounds, min_round_seconds=0.01)
@@ -114,13 +133,20 @@ def measured(cases: list[tuple[str, float]], arguments: argparse.Namespace, cons
     """Prints one table; returns the times of each layer and the geometric mean of the speed-ups of each case."""
     batch, layers = SETS[arguments.set]
     names = [f"{form} {density:g}" for form, density in cases]
-    title = f"speed-up over the best dense, batch {batch}, {torch.get_num_threads()} thread(s), {level()}, {processor_name()}"
+    half = arguments.precision == "bf16"
+    how = f"{'bf16' if native() else 'bf16 EMULATED'}, " if half else ""
+    title = (
+        f"speed-up over the best dense, {how}batch {batch}, {torch.get_num_threads()} thread(s), {level()}, {processor_name()}"
+    )
     table = Table("layer", "dense ms", "GFLOP/s", *names, title=title)
     ratios: dict[str, list[float]] = {name: [] for name in names}
+    advantages = []  # of the dense layer, over itself in float32
     rows = []
     for layer in layers:
-        times = times_of(layer, cases, batch, arguments.rounds)
+        times = times_of(layer, cases, batch, arguments.rounds, arguments.precision)
         dense = min(time for name, time in times.items() if name.startswith("dense"))
+        single = min((time for name, time in times.items() if name.startswith("float32")), default=dense)
+        advantages.append(single / dense)
         name, inputs, outputs, kernel, side = layer
         pixels = side**2 if kernel else side
         work = 2 * batch * inputs * outputs * max(kernel, 1) ** 2 * pixels / dense / 1e6
@@ -129,31 +155,50 @@ def measured(cases: list[tuple[str, float]], arguments: argparse.Namespace, cons
             ratios[case].append(ratio)
         rows.append({"layer": name, "dense": dense, "gflops": work, "times": times, "speedups": speedups})
         table.add_row(name, f"{dense:.3f}", f"{work:.0f}", *(f"{ratio:.2f}" for ratio in speedups.values()))
-    means = {name: math.exp(sum(map(math.log, values)) / len(values)) for name, values in ratios.items()}
+    means, advantage = {name: mean_of(values) for name, values in ratios.items()}, mean_of(advantages)
     table.add_section()
     table.add_row("geometric mean", "", "", *(f"{mean:.2f}" for mean in means.values()))
+    if half:
+        table.add_row("over float32 dense", f"x {advantage:.2f}", "", *(f"{mean * advantage:.2f}" for mean in means.values()))
     shares = (mean * density for mean, (_, density) in zip(means.values(), cases, strict=True))
     table.add_row("share of the ideal", "", "", *(f"{100 * share:.0f} %" for share in shares))
     console.print(table)
-    return {"batch": batch, "threads": torch.get_num_threads(), "rows": rows, "means": means}
+    return {"batch": batch, "threads": torch.get_num_threads(), "rows": rows, "means": means, "dense_over_float32": advantage}
+
+
+def mean_of(values: list[float]) -> float:
+    """Returns the geometric mean."""
+    return math.exp(sum(map(math.log, values)) / len(values))
+
+
+def native() -> bool:
+    """Tells whether the kernels multiply in bfloat16 by an instruction."""
+    return level() == "avx512bf16"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--set", choices=SETS, default="layers")
-    parser.add_argument("--forms", nargs="+", choices=FORMS, default=["16x1", "16x8"])
+    parser.add_argument("--precision", choices=("float32", "bf16"), default="float32")
+    parser.add_argument("--forms", nargs="+", choices=FORMS, help="default 16x1 16x8; 16x2 16x1 in bf16")
     parser.add_argument("--densities", nargs="+", type=float, default=[1.0, 0.7, 0.5, 0.3, 0.1])
     parser.add_argument("--threads", nargs="+", type=int, default=[1])
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--json", type=Path, metavar="FILE")
     arguments = parser.parse_args()
+    half = arguments.precision == "bf16"
+    arguments.forms = arguments.forms or (["16x2", "16x1"] if half else ["16x1", "16x8"])
+    if half and (refused := [form for form in arguments.forms if not form.startswith("16x")]):
+        parser.error(f"in bf16 there are only blocks of 16 outputs, not {', '.join(refused)}")
     cases = [(form, density) for form in arguments.forms for density in arguments.densities]
     found = []
     for threads in arguments.threads:
         torch.set_num_threads(threads)
         found.append(measured(cases, arguments, Console(width=200)))
-    records.write(arguments.json, "layers", set=arguments.set, cases=cases, runs=found)
+    records.write(arguments.json, "layers", set=arguments.set, precision=arguments.precision, cases=cases, runs=found)
     density = 0.3 if 0.3 in arguments.densities else arguments.densities[0]
+    if half and not native():
+        print(f"{processor_name()} runs the kernels of {level()}, without vdpbf16ps: blocks were emulated by shifts.")
     print(f"ratio: {found[0]['means'][f'{arguments.forms[0]} {density:g}']:.3f}")
 
 

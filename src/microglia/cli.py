@@ -135,6 +135,7 @@ def measure(
     checkpoint: Checkpoint = None,
     latency: Annotated[bool, typer.Option(help="Whether to time it.")] = True,
     accelerate: Annotated[bool, typer.Option("--accelerate", help="Choose its fastest execution, layer by layer.")] = False,
+    precision: Annotated[str, typer.Option(help="Of the accelerated model: float32, or bf16, which rounds.")] = "float32",
     batch: Annotated[int, typer.Option(min=1, help="Examples per timed call.")] = 1,
     json_: Json = False,
 ) -> Shown:
@@ -144,7 +145,7 @@ def measure(
     measured = measure_model(model, example, latency=latency).to_dict()
     shown: list[Any] = []
     if accelerate:
-        measured["accelerated"] = accelerated(model, task, batch)[1]
+        measured["accelerated"] = accelerated(model, task, batch, precision=precision)[1]
         shown = acceleration_tables(measured["accelerated"])
     if (removed := removed_from(model)) is not None:
         measured["shrunk_from"] = {"parameters": list(removed.parameters), "MACs": list(removed.macs)}

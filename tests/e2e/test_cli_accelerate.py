@@ -29,7 +29,9 @@ def test_pruning_ends_with_the_fastest_exact_execution(result, folder):
     record = result["accelerated"]
     assert [layer["name"] for layer in record["layers"]]
     assert {"eager", "packed", "sparse"} <= set(record["times"])
-    assert record["times"][record["chosen"]] == min(record["times"].values())
+    # Not the least of all: which sparse way it is was said by an earlier timing.
+    assert record["times"][record["chosen"]] <= record["times"][record["best_dense"]]
+    assert record["best_dense"] in ("eager", "packed", "dense, layer by layer")
     assert record["speedup"] >= 1
     assert record["batch"] == 2
     agreed = record["agreement"]
@@ -49,3 +51,17 @@ def test_a_finished_run_is_measured_in_words(result, folder):
     assert outcome.status == 0, outcome.err
     assert "layers run as" in outcome.out
     assert "The same class on 359 of 359 test images" in outcome.out.replace("\n", " ")
+
+
+def test_a_finished_run_is_measured_in_bfloat16_when_asked(result, folder):
+    own = {"MICROGLIA_CACHE": str(folder / "cache")}
+    words = ("measure", folder / "run", "--accelerate", "--batch", "4", "--no-latency", "--json", "--precision")
+    outcome = microglia(*words, "bf16", folder=folder / "work", environment=own)
+    assert outcome.status == 0, outcome.err
+    record = json.loads(outcome.out)["accelerated"]
+    assert record["precision"] == "bf16"
+    assert {"eager", "bf16 eager"} <= {*record["times"]}
+    assert record["agreement"]["images"] == 359
+    outcome = microglia(*words, "fp8", folder=folder / "work", environment=own)
+    assert outcome.status != 0
+    assert "float32 or bf16, not in 'fp8'" in outcome.err.replace("\n", " ")

@@ -108,6 +108,51 @@ def packed(weight, tall, width):
     )
 
 
+def narrowed(array):
+    """Returns the bits of float32 numbers in bfloat16, rounded to the nearest even."""
+    bits = np.ascontiguousarray(array, np.float32).view(np.uint32)
+    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
+
+
+def widened(bits):
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def paired(weight, width, odd):
+    """Returns blocks as `packed` does, in pairs of bfloat16; those that begin at odd channels leave the first one out."""
+    if odd:
+        weight[:, :, 0] = 0
+        weight = np.pad(weight, ((0, 0), (0, 0), (1, 0)))
+    values, pointer, channel, tap = packed(weight, 16, width)
+    pairs = values.reshape(len(values), width // 2, 2, 16).transpose(0, 1, 3, 2)
+    return narrowed(pairs), pointer, (channel - odd).astype(np.int32), tap
+
+
+def solve_bf16(library, random, activation):
+    """Solves one problem of blocks in bfloat16; returns the largest error beyond one rounding, against the numbers."""
+    sizes, weight, x, bias, other, space = draw(random)
+    weight, x, other = (None if a is None else widened(narrowed(a)).astype(np.float64) for a in (weight, x, other))
+    width = int(random.choice([2, 4, 8]))
+    values, pointer, channel, tap = paired(weight, width, odd=int(random.integers(0, 2)) if width == 2 else 0)
+    parallel = IN_PIECES if random.random() < 0.5 else None
+    conv = Convolution(*sizes, activation, 3 if parallel else 1)
+    arrays = [Guarded.of(a) for a in (values, pointer, channel, None if weight.shape[1] == 1 else tap)]
+    places = Places(width, len(channel), *map(address, arrays))
+    given = [None if a is None else Guarded.of(narrowed(a)) for a in (x, other)]
+    shift = None if bias is None else Guarded.of(bias.astype(np.float32))
+    y = Guarded.of(np.full((len(x), *space, len(weight)), 0x7FC0, np.uint16))
+    big, pointer_to = ctypes.c_int64, ctypes.c_void_p
+    code = library.mg_block_conv2d_bf16(
+        ctypes.byref(conv), ctypes.byref(places), pointer_to(address(given[0])), big(sizes[1]), pointer_to(address(y)),
+        big(sizes[4]), pointer_to(address(given[1])), big(sizes[4]), pointer_to(address(shift)), parallel,
+    )  # fmt: skip
+    assert code == 0, code
+    got, expected = widened(y.array), reference(sizes, weight, x, bias, other, space, activation)
+    assert np.isfinite(got).all(), "an output was not written"
+    left = np.maximum(np.abs(got - expected) - 2.0**-8 * np.abs(expected), 0)
+    return float(left.max() / (1 + np.abs(expected).max()))
+
+
 def solve(library, random, activation):
     """Solves one problem in one way; returns the largest error against the size of the numbers."""
     sizes, weight, x, bias, other, space = draw(random)
@@ -145,7 +190,8 @@ def main(path, count):
 
         library = ctypes.CDLL(path)
     random = np.random.default_rng(0)
-    worst = max(solve(library, random, index % 4) for index in range(count))
+    ways = (solve, solve_bf16)
+    worst = max(ways[index // 4 % 2](library, random, index % 4) for index in range(count))
     library.mg_level_name.restype = ctypes.c_char_p
     print(library.mg_level_name(library.mg_level()).decode(), worst)
     sys.exit(0 if worst < 1e-5 else 1)

@@ -1,17 +1,20 @@
 """Random problems through every sparse operator against dense float64; a script, for a process has one level of kernels.
 
+In bfloat16 inputs, residual and weights are rounded first: what is left to differ are sums in float32 and one rounding.
+
 Prints one JSON object: the level, the number of problems, and those whose result was wrong.
 """
 
 import json
 import sys
+from dataclasses import replace
 
 import torch
 from torch.nn import functional as F
 
 from microglia.measure.fusion import Activation, Site
 from microglia.runtime import BlockConv2d, BlockLinear, RowConv2d, level
-from microglia.runtime.places import every_block
+from microglia.runtime.places import every_block, one_group, to_blocks
 
 ACTIVATIONS = {"none": lambda x: x, "relu": torch.relu, "relu6": F.relu6, "silu": F.silu}
 OUTPUTS, INPUTS = (1, 15, 16, 17, 33, 64), (1, 3, 8, 16, 17, 40)
@@ -74,6 +77,36 @@ def convolution(draw):
         x,
         other,
     )
+
+
+HALF_UNIT = 2.0**-8
+"""Half of the distance between two neighbours in bfloat16, against the smaller of them, at most."""
+
+
+def wrong_bf16(module, site, x, other):
+    """Returns what is wrong with a block layer's output in bfloat16, None if nothing is."""
+    module = module.to(torch.bfloat16)
+    if not torch.equal(module.dense(), one_group(site.weight, site.groups).bfloat16()):
+        return "it holds another weight"
+    got, (expected, size) = module(x, other), reference(replace(site, weight=site.weight.bfloat16()), x, other)
+    if (got.shape, got.dtype) != (expected.shape, torch.bfloat16):
+        return f"{tuple(got.shape)} {got.dtype} instead of {tuple(expected.shape)}"
+    allowed = HALF_UNIT * expected.abs() + 4e-6 * (size + 1e-3)
+    worst = float(((got.double() - expected).abs() / allowed).max())
+    return None if worst <= 1 else f"off by {worst:.3f} times what one rounding allows"
+
+
+def wrongly_rounded(draw):
+    """Returns what is wrong with the rounding of numbers of every kind, which come in as the bias of nothing."""
+    some = torch.randint(-(2**31), 2**31, (4000,), generator=draw.generator).int()
+    halfway = some & -65536 | 0x8000
+    edges = torch.tensor([0, torch.inf, -torch.inf, torch.nan, 3.4e38, -3.4028e38, 1e-45, 1.17e-38]).view(torch.int32)
+    bias = torch.cat([some, halfway, halfway + 1, halfway - 1, edges]).view(torch.float32)
+    outputs = len(bias)
+    layer = BlockLinear(to_blocks(torch.zeros(outputs, 2).bfloat16()), bias, 2, outputs)
+    got, expected = layer(torch.ones(2).bfloat16()), bias.bfloat16()
+    wrong = (got.view(torch.int16) != expected.view(torch.int16)) & ~(got.isnan() & expected.isnan())
+    return {"rounding": f"{bias[wrong].tolist()[:5]} became {got[wrong].tolist()[:5]}"} if bool(wrong.any()) else {}
 
 
 def reference(site, x, other):
@@ -197,17 +230,21 @@ def large(draw):
         for name, module in {"block": BlockConv2d.of(site, 1), "rows": RowConv2d.of(site, 4)}.items():
             if problem := wrong(module, site, x, None):
                 found[f"large {name} {outputs} {inputs} {kernel}"] = problem
+        if problem := wrong_bf16(BlockConv2d.of(site, 1), site, x.bfloat16(), None):
+            found[f"large block in bf16 {outputs} {inputs} {kernel}"] = problem
     x, weight = draw.tensor(300, 1024), draw.tensor(2048, 1024)  # 131,072 blocks
     site = Site("l", "linear", weight, None, tuple(x.shape), (300, 2048))
     if problem := wrong(BlockLinear.of(site, 1), site, x, None):
         found["large linear"] = problem
+    if problem := wrong_bf16(BlockLinear.of(site, 1), site, x.bfloat16(), None):
+        found["large linear in bf16"] = problem
     return found
 
 
 def main(count, threads):
     torch.set_num_threads(threads)
     draw = Draw(count)
-    failures = large(draw)
+    failures = large(draw) | wrongly_rounded(draw)
     for index in range(count):
         site, x, other = convolution(draw)
         for width in (1, 2, 4, 8):
@@ -216,9 +253,18 @@ def main(count, threads):
         for rows in (1, 2, 4):
             if problem := wrong(RowConv2d.of(site, rows), site, x, other):
                 failures[f"rows {rows}x1 {index}: {site.weight.shape} {site}"[:400]] = problem
+        narrow = [None if given is None else draw.laid_out(given.bfloat16()) for given in (x, other)]
+        for width in (1, 2, 4, 8):
+            if problem := wrong_bf16(BlockConv2d.of(site, width), site, *narrow):
+                failures[f"block 16x{width} in bf16 {index}: {site.weight.shape} {site}"[:400]] = problem
         site, x, other = linear(draw)
         if problem := wrong(BlockLinear.of(site, draw.one((1, 2, 4, 8))), site, x, other):
             failures[f"linear {index}: {site}"[:400]] = problem
+        narrow = [
+            None if given is None else torch.cat([given, given], -1).bfloat16()[..., : given.shape[-1]] for given in (x, other)
+        ]
+        if problem := wrong_bf16(BlockLinear.of(site, draw.one((1, 2, 4, 8))), site, *narrow):
+            failures[f"linear in bf16 {index}: {site}"[:400]] = problem
         if problem := gated(draw):
             failures[f"gated {index}"] = problem
         if problem := part(draw):
@@ -227,7 +273,7 @@ def main(count, threads):
             failures[f"gate {index}"] = problem
         if problem := sum_of_a_part(draw):
             failures[f"sum {index}"] = problem
-    print(json.dumps({"level": level(), "problems": 10 * count, "failures": failures}))
+    print(json.dumps({"level": level(), "problems": 17 * count, "failures": failures}))
 
 
 if __name__ == "__main__":

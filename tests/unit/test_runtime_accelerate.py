@@ -18,6 +18,7 @@ from microglia.runtime import BlockConv2d, RowConv2d, accelerate, level
 from microglia.runtime import choices as choices_module
 from microglia.runtime.candidates import Compact, candidates
 from microglia.runtime.choices import Choices
+from microglia.runtime.lowered import TOLERANCE, Lowered
 
 module = importlib.import_module("microglia.runtime.accelerate")
 FAST = ("eager", "packed")
@@ -314,3 +315,77 @@ def test_wider_blocks_are_offered_only_where_they_fit():
     assert names(mg.Block(16, 8)) == ["dense, eager", "dense", "block 16x1", "block 16x8", "rows 4x1"]
     assert names(mg.Block(16, 1)) == ["dense, eager", "dense", "block 16x1", "rows 4x1"]
     assert names(mg.Unstructured())[-1] == "unstructured"
+
+
+# ------------------------------------------------------------------------------------------------------------- bfloat16
+BF16_WAYS = {
+    "block 16x2": (mg.Block(16, 1), BlockConv2d),
+    "block 16x8": (mg.Block(16, 8), BlockConv2d),
+    "compact": (mg.Channel(), Compact),
+    "dense, eager": (mg.Block(16, 1), nn.Module),
+}
+
+
+@pytest.mark.parametrize("way", BF16_WAYS)
+def test_every_way_in_bfloat16_is_near_the_masked_model_and_rounds(way, prefer):
+    pattern, kind = BF16_WAYS[way]
+    model, x = net(pattern), torch.randn(2, 3, 12, 12)
+    prefer("sparse, bf16", "dense, layer by layer, bf16", way)
+    fast = accelerate(model, x, against=FAST, precision="bf16", cache=None)
+    report, expected = fast.report(), model(x).detach()
+    assert (report.precision, report.chosen) == ("bf16", f"{'dense, layer by layer' if kind is nn.Module else 'sparse'}, bf16")
+    assert any(layer.chosen == way for layer in report.layers)
+    assert any(isinstance(part, kind) for part in fast.fast.modules())
+    assert all(part.values.dtype == torch.bfloat16 for part in fast.fast.modules() if isinstance(part, BlockConv2d))
+    out = fast(x)
+    assert out.dtype == torch.float32
+    assert 0 < float((out - expected).abs().max()) <= TOLERANCE * float(expected.abs().max())
+    assert torch.equal(fast(x[:1]), fast.dense(x[:1])), "another shape runs in float32"
+
+
+def test_bfloat16_is_timed_against_dense_in_both_precisions():
+    model, x = net(mg.Block(16, 1)), torch.randn(2, 3, 12, 12)
+    report = accelerate(model, x, against=FAST, precision="bf16", cache=None, rounds=1).report()
+    assert {*FAST, "bf16 eager"} <= {*report.times}
+    assert len({"sparse, bf16", "dense, layer by layer, bf16"} & {*report.times}) == 1
+    # oneDNN has no bfloat16 on some processors, which must be said.
+    assert "bf16 packed" in report.times or any("bf16 packed was left out" in note for note in report.notes)
+    assert report.speedup >= 1
+    assert "timed in bf16" in str(report)
+
+
+def test_bfloat16_that_lost_leaves_float32(prefer):
+    model, x = net(mg.Block(16, 1)), torch.randn(2, 3, 12, 12)
+    prefer("packed")
+    fast = accelerate(model, x, against=FAST, precision="bf16", cache=None)
+    assert fast.report().chosen == "packed"
+    torch.testing.assert_close(fast(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_an_execution_too_far_from_float32_is_left_out(monkeypatch):
+    monkeypatch.setattr(importlib.import_module("microglia.runtime.lowered"), "TOLERANCE", 0.0)
+    monkeypatch.setattr(module, "TOLERANCE", 0.0)
+    report = accelerate(
+        net(mg.Block(16, 1)), torch.randn(2, 3, 12, 12), against=FAST, precision="bf16", cache=None, rounds=1
+    ).report()
+    assert {*report.times} == {*FAST}
+    assert len([note for note in report.notes if "bf16" in note and "outputs differ" in note]) >= 3
+
+
+def test_times_in_bfloat16_are_kept_apart(tmp_path):
+    model, x = net(mg.Block(16, 1)), torch.randn(2, 3, 12, 12)
+    for precision, kept in (("float32", 6), ("bf16", 12), ("bf16", 12)):
+        accelerate(model, x, against=("eager",), precision=precision, cache=tmp_path, rounds=1)
+        (file,) = tmp_path.glob("*.json")
+        assert len(json.loads(file.read_text())) == kept
+
+
+def test_another_precision_is_refused_in_words():
+    with pytest.raises(MicrogliaError, match=r"float32 or bf16, not in 'fp8'"):
+        accelerate(net(mg.Block(16, 1)), torch.randn(2, 3, 12, 12), precision="fp8", cache=None)
+
+
+def test_a_lowered_model_leaves_integers_alone():
+    model = Lowered(lambda ids, scale: (ids, scale * 2))
+    ids, doubled = model(torch.arange(3), torch.ones(2))
+    assert (ids.dtype, doubled.dtype) == (torch.int64, torch.float32)

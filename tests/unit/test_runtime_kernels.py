@@ -67,14 +67,14 @@ def test_every_operator_equals_dense_at_every_level(isa, threads):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout)
-    assert (found["level"], found["problems"]) == (isa, 10 * count)
+    assert (found["level"], found["problems"]) == (isa, 17 * count)
     assert not found["failures"], json.dumps(found["failures"], indent=1)[:3000]
 
 
 def test_a_level_that_is_not_there_is_refused():
     done = process("import microglia.runtime as r; r.level()", MICROGLIA_ISA="sse9")
     assert done.returncode != 0
-    assert "one of torch, generic, avx2, avx512" in done.stderr
+    assert "one of torch, generic, avx2, avx512, avx512bf16" in done.stderr
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (17, 5), (40, 8, 3, 3), (16, 3, 1, 1), (33, 7, 2, 5)])
@@ -227,6 +227,128 @@ def test_a_residual_of_another_type_is_refused(dtype):
             module(inputs, torch.ones(shape).to(dtype))
 
 
+# ------------------------------------------------------------------------------------------------------------- bfloat16
+@pytest.mark.parametrize("shape", [(1, 1), (17, 5), (40, 8, 3, 3), (33, 33, 1, 1), (48, 64, 3, 3), (16, 70)])
+@pytest.mark.parametrize("width", [1, 2, 4, 8])
+def test_pairs_hold_the_weight_exactly(shape, width):
+    weight = sparse(*shape).bfloat16()
+    places = to_blocks(weight, width)
+    assert torch.equal(dense_of_blocks(places, *shape[:2], shape[2:]), weight)
+    assert places.values.shape[1:] == (max(width, 2) // 2, 16, 2)
+    assert places.values.flatten(1).ne(0).any(1).all(), "a block of zeros is stored"
+
+
+def test_there_are_as_few_pairs_as_can_be():
+    def pairs(*kept, inputs=64):
+        weight = torch.zeros(16, inputs).index_fill(1, torch.tensor(kept), 1).bfloat16()
+        return to_blocks(weight, 1).channel.tolist()
+
+    assert pairs(0, 1, 2, 3) == [0, 2]
+    assert pairs(1, 2, 5, 6, 7) == [1, 5, 7]
+    assert pairs(31, 32) == [30, 32], "no pair lies in two lines of 32"
+    assert pairs(29, 30, 31) == [29, 30]
+    assert pairs(16, inputs=17) == [16]
+
+
+def test_a_layer_goes_to_bfloat16_and_back():
+    x = torch.randn(2, 8, 6, 6)
+    weight, bias = sparse(24, 8, 3, 3), torch.randn(24)
+    module = BlockConv2d.of(site(weight, x, bias=bias, padding=(1, 1)), 1)
+    assert module.to(torch.bfloat16) is module
+    assert module(x.bfloat16()).dtype == torch.bfloat16
+    assert torch.equal(module.bias, bias), "the bias stays in float32"
+    assert torch.equal(module.dense(), weight.bfloat16())
+    state = load(save({name: tensor.contiguous() for name, tensor in module.state_dict().items()}))
+    fresh = BlockConv2d.of(site(weight.bfloat16(), x.bfloat16(), bias=bias, padding=(1, 1)), 1)
+    fresh.load_state_dict(state)
+    assert torch.equal(fresh(x.bfloat16()), module(x.bfloat16()))
+    back = module.to(torch.float32)
+    assert torch.equal(back.dense(), weight.bfloat16().float())
+    assert back.values.shape == (len(to_blocks(weight).values), 1, 16), "float32 keeps no halves of pairs that are zero"
+    torch.testing.assert_close(back(x), torch.conv2d(x, weight.bfloat16().float(), bias, padding=1))
+
+
+@pytest.mark.parametrize("bad", BAD.values(), ids=BAD)
+def test_hostile_indices_are_refused_in_bfloat16_too(bad):
+    x = torch.randn(1, 32, 7, 7)
+    module = BlockConv2d.of(site(sparse(48, 32, 3, 3), x, padding=(1, 1)), 1).to(torch.bfloat16)
+    (name, (place, value)), *_ = bad.items()
+    getattr(module, name)[place] = value
+    with pytest.raises(RuntimeError, match="block_conv2d"):
+        module(x.bfloat16())
+
+
+@pytest.mark.parametrize(("width", "channel"), [(1, 31), (4, 29), (8, 25), (8, 31)])
+def test_a_pair_across_two_lines_is_refused(width, channel):
+    module = BlockLinear.of(site(sparse(16, 64, density=1.0), torch.zeros(1, 64)), width).to(torch.bfloat16)
+    module(torch.ones(1, 64).bfloat16())
+    module.channel[0] = channel - 2
+    if width < 8:
+        module(torch.ones(1, 64).bfloat16())
+    module.channel[0] = channel
+    with pytest.raises(RuntimeError, match="multiple of 32"):
+        module(torch.ones(1, 64).bfloat16())
+
+
+@pytest.mark.parametrize("isa", [level(), "torch"])
+def test_mixed_types_are_refused_in_words(isa):
+    code = """
+import torch
+from microglia.runtime import BlockConv2d, BlockLinear
+from microglia.runtime.places import to_blocks
+for layer, x in ((BlockLinear(to_blocks(torch.eye(20)), None, 20, 20), torch.ones(3, 20)),
+                 (BlockConv2d(to_blocks(torch.ones(20, 4, 1, 1)), None, 4, 20, (1, 1)), torch.ones(1, 4, 5, 5))):
+    narrow = torch.bfloat16
+    for module_type, x_type, other_type, said in ((torch.float32, narrow, None, "both must be of one type"),
+                                                  (narrow, torch.float32, None, "both must be of one type"),
+                                                  (narrow, narrow, torch.float32, "the residual"),
+                                                  (torch.float32, torch.float32, narrow, "the residual")):
+        layer = layer.to(module_type)
+        other = None if other_type is None else layer(x.to(x_type)).to(other_type)
+        try:
+            layer(x.to(x_type), other)
+        except Exception as error:
+            assert said in str(error) and "float" in str(error), error
+        else:
+            raise SystemExit("mixed types ran")
+print("refused")
+"""
+    done = process(code, MICROGLIA_ISA=isa)
+    assert done.stdout.strip() == "refused", done.stdout + done.stderr[-2000:]
+
+
+def test_a_row_layer_in_bfloat16_is_refused_in_words():
+    x = torch.randn(1, 8, 6, 6)
+    module = RowConv2d.of(site(sparse(24, 8, 3, 3, tall=4), x), 4).to(torch.bfloat16)
+    with pytest.raises(RuntimeError, match="microglia"):
+        module(x.bfloat16())
+
+
+def test_infinity_and_not_a_number_pass_in_bfloat16():
+    weight, x = sparse(16, 16, 1, 1, density=1.0), torch.randn(1, 16, 5, 5).bfloat16()
+    x[0, 3, 2, 2], x[0, 3, 1, 1] = torch.nan, torch.inf
+    out = BlockConv2d.of(site(weight, x.float(), activation="relu"), 1).to(torch.bfloat16)(x)
+    assert out[0, :, 2, 2].isnan().all()
+    assert torch.equal(out[0, :, 1, 1].isinf(), weight[:, 3, 0, 0] > 0)
+    assert out[0, :, 0].isfinite().all()
+
+
+def test_a_model_of_blocks_in_bfloat16_compiles_whole_and_exports():
+    x = torch.randn(2, 8, 6, 6)
+    first = BlockConv2d.of(site(sparse(24, 8, 3, 3), x, activation="silu", padding=(1, 1)), 1)
+    last = BlockLinear.of(site(sparse(10, 24), torch.zeros(2, 24), bias=torch.ones(10)), 2)
+    model = nn.Sequential(first, nn.AdaptiveAvgPool2d(1), nn.Flatten(), last).to(torch.bfloat16).eval()
+    expected = model(x.bfloat16())
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x.bfloat16()), expected)
+    torch.testing.assert_close(torch.export.export(model, (x.bfloat16(),)).module()(x.bfloat16()), expected)
+    for layer, given in ((first, x), (last, torch.randn(3, 24))):
+        operands = layer._operands(None) if layer is first else (*layer.places[:3], layer.bias, None, 10, 0)
+        name = "block_conv2d" if layer is first else "block_linear"
+        operator = getattr(torch.ops.microglia, name).default
+        torch.library.opcheck(operator, (given.bfloat16(), *operands), test_utils=("test_schema", "test_faketensor"))
+
+
 def test_geometries_that_no_memory_holds_are_refused_or_right():
     module = BlockConv2d.of(site(sparse(16, 1, 2, 2, density=1.0), torch.zeros(1, 1, 4, 4)), 1)
     module(torch.zeros(1, 1, 4, 4))  # leaves scratch behind
@@ -345,10 +467,20 @@ def test_without_compiled_kernels_it_says_so_once_and_goes_on(tmp_path):
     assert done.stdout.split() == ["20.0", "20.0", "1", "torch"], done.stderr[-2000:]
 
 
+def test_a_level_that_this_machine_has_not_is_refused():
+    missing = [isa for isa in LEVELS if isa not in HERE]
+    for isa in missing:
+        done = process("import microglia.runtime as r; r.level()", MICROGLIA_ISA=isa)
+        assert done.returncode != 0
+        assert f"asks for {isa!r}, but the best that this machine can run is {level()!r}" in done.stderr
+    flags = Path("/proc/cpuinfo").read_text().split()
+    assert ("avx512bf16" in missing) == ("avx512_bf16" not in flags)
+
+
 def test_the_c_interface_says_what_is_wrong():
     built = next(Path(microglia.runtime.__file__).parent.glob("_kernels*.so"))
     library = ctypes.CDLL(str(built))
     library.mg_error_text.restype = library.mg_level_name.restype = ctypes.c_char_p
-    texts = {library.mg_error_text(code) for code in range(10)}
-    assert len(texts) == 10
+    texts = {library.mg_error_text(code) for code in range(11)}
+    assert len(texts) == 11
     assert library.mg_level_name(library.mg_level()).decode() in LEVELS

@@ -20,7 +20,7 @@ Json = dict[str, Any]
 
 
 def accelerated(
-    model: nn.Module, task: Task, batch: int, *, against: Sequence[str] = DENSE, rounds: int = 9
+    model: nn.Module, task: Task, batch: int, *, against: Sequence[str] = DENSE, precision: str = "float32", rounds: int = 9
 ) -> tuple[Accelerated, Json]:
     """Returns a model in its fastest execution for batches of a size, and the record of it.
 
@@ -29,6 +29,7 @@ def accelerated(
         task: Its data.
         batch: Examples of a call.
         against: The dense executions that it must not be slower than.
+        precision: ``float32``, or ``bf16`` to try that too.
         rounds: Of every timing.
 
     Returns:
@@ -37,7 +38,7 @@ def accelerated(
     """
     example = task.example.repeat(batch, *[1] * (task.example.ndim - 1))
     with Bar("accelerate: layers", 0) as bar:
-        fast = accelerate(model, example, against=against, rounds=rounds, progress=bar.at)
+        fast = accelerate(model, example, against=against, precision=precision, rounds=rounds, progress=bar.at)
     return fast, {**fast.report().to_dict(), "batch": batch, "agreement": agreement(model, fast, task, batch)}
 
 
@@ -75,7 +76,8 @@ def acceleration_tables(record: Json) -> list[Any]:
     for way, own in sorted(ways.items()):
         dense = sum(min(time for name, time in layer["times"].items() if is_dense(name)) for layer in own)
         layers.add_row(way, str(len(own)), f"{sum(layer['times'][way] for layer in own):.3f}", f"{dense:.3f}")
-    title = f"The whole model, batch {record['batch']}, {record['threads']} thread(s), kernels: {record['level']}"
+    how = f"{record.get('precision', 'float32')}, batch {record['batch']}, {record['threads']} thread(s)"
+    title = f"The whole model, {how}, kernels: {record['level']}"
     whole = Table("execution", "ms", "", title=title)
     for name, time in sorted(record["times"].items(), key=lambda item: item[1]):
         mark = f"chosen: {record['speedup']:.2f}x the best dense ({record['best_dense']})" if name == record["chosen"] else ""

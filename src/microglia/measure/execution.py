@@ -137,8 +137,14 @@ def _compiled(model: nn.Module, example: Example) -> Runner:
     return compiled
 
 
-def difference(expected: object, actual: object) -> str | None:
-    """Returns what is different about two outputs, None when they agree."""
+def difference(expected: object, actual: object, tolerance: float | None = None) -> str | None:
+    """Returns what is different about two outputs, None when they agree.
+
+    Args:
+        expected: Tensors in any structure.
+        actual: The same of another execution.
+        tolerance: How far apart they may be, against the largest; 1e-4 by default, 2e-2 where half precision is expected.
+    """
     left = [leaf for leaf in tree_leaves(expected) if isinstance(leaf, Tensor)]
     right = [leaf for leaf in tree_leaves(actual) if isinstance(leaf, Tensor)]
     if not left:
@@ -146,9 +152,9 @@ def difference(expected: object, actual: object) -> str | None:
     if [tensor.shape for tensor in left] != [tensor.shape for tensor in right]:
         return "its outputs have other shapes than the model's."
     for wanted, got in zip(left, right, strict=True):
-        tolerance = 2e-2 if wanted.dtype in (torch.float16, torch.bfloat16) else 1e-4
+        usual = 2e-2 if wanted.dtype in (torch.float16, torch.bfloat16) else 1e-4
         one, other = wanted.detach().double(), got.detach().double()
         scale = float(one[one.isfinite()].abs().max()) if bool(one.isfinite().any()) else 0.0
-        if not torch.allclose(one, other, rtol=0.0, atol=tolerance * scale, equal_nan=True):
+        if not torch.allclose(one, other, rtol=0.0, atol=(usual if tolerance is None else tolerance) * scale, equal_nan=True):
             return f"its outputs differ from the model's by up to {float((one - other).abs().max()):.3g}."
     return None

@@ -64,7 +64,7 @@ class Packed(nn.Module):
     def __init__(self, site: Site) -> None:
         super().__init__()
         self.register_buffer("weight", site.weight)
-        self.register_buffer("bias", site.bias)
+        self.register_buffer("bias", None if site.bias is None else site.bias.to(site.weight.dtype))
         self.site = site
         self._call = self._prepare()
 

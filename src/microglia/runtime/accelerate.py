@@ -22,6 +22,7 @@ from microglia.measure.running import Example, first_line, folded_twin, run, und
 from microglia.runtime.candidates import Candidate, candidates
 from microglia.runtime.choices import Choices, Times, default_cache
 from microglia.runtime.library import level
+from microglia.runtime.lowered import TOLERANCE, dense_lowered, lower, lowered_site
 from microglia.runtime.report import AccelerationReport, LayerChoice, is_dense
 
 DENSE = ("eager", "eager-channels-last", "packed", "compiled")
@@ -30,6 +31,7 @@ CONTIGUOUS = ("rows 4x1", "unstructured")
 """Ways to run a layer that take and give contiguous images; all others keep channels last."""
 Measured = tuple[Site, dict[str, tuple[Candidate, float]]]
 """A layer and, by name, each way to run it and its milliseconds."""
+PRECISIONS = ("float32", "bf16")
 Progress = Callable[[int, int], None]
 """Told after each layer how many of how many are timed."""
 
@@ -86,6 +88,7 @@ def accelerate(
     example_inputs: Any,
     *,
     against: Sequence[str] = DENSE,
+    precision: str = "float32",
     cache: Path | str | None = "default",
     rounds: int = 9,
     progress: Progress | None = None,
@@ -97,6 +100,11 @@ def accelerate(
     each way that could be fastest: dense (oneDNN with a packed weight), without its rows and columns of zeros, in blocks of
     16 outputs x 1 to 8 inputs, in groups of rows, or by single weights. Then the whole is timed.
 
+    In ``bf16``, which is not exact and therefore only done when asked for, weights and everything between the layers are
+    rounded to bfloat16, sums are not. Layers are timed dense and in blocks of pairs, and the whole against the dense
+    executions in bfloat16 and in float32 both: where these are faster, one of them is returned. Inputs and outputs stay
+    float32, and an execution whose outputs are further than 5 % of the largest from the model's is left out.
+
     Example:
         >>> fast = mg.accelerate(model, images)               # doctest: +SKIP
         >>> print(fast.report())                              # doctest: +SKIP
@@ -105,6 +113,7 @@ def accelerate(
         model: Any model that torch.export can trace, on the CPU in float32; stays as it is.
         example_inputs: Inputs of the shape to serve: a tensor, a tuple of arguments, or a mapping of keyword arguments.
         against: The dense executions that it must not be slower than; the fastest of them is returned if it is.
+        precision: ``float32`` or ``bf16``.
         cache: Folder of times measured earlier on this machine; ``"default"`` for `default_cache`, None for none.
         rounds: Of every timing.
         progress: Called after each layer with how many of how many are timed.
@@ -112,8 +121,11 @@ def accelerate(
 
     Raises:
         MicrogliaError: The model is not on the CPU, cannot be traced, has no convolution or linear layer in float32, or
-            does not run on these inputs.
+            does not run on these inputs; or the precision is another.
     """
+    if precision not in PRECISIONS:
+        raise MicrogliaError(f"A model is accelerated in {' or '.join(PRECISIONS)}, not in {precision!r}.")
+    half = precision == "bf16"
     example = Example.of(example_inputs).copied()
     if any(tensor.device.type != "cpu" for tensor in [*example.tensors, *model.parameters()]):
         raise MicrogliaError("accelerate runs on the CPU; move the model and its inputs there with .cpu().")
@@ -122,9 +134,11 @@ def accelerate(
     dense = folded_twin(model)
     with undisturbed():
         run(dense, example.copied())
-        measured = _measure(_sites(dense, example), Choices(folder), rounds, progress, own)
+        sites = [lowered_site(site) if half else site for site in _sites(dense, example)]
+        measured = _measure(sites, Choices(folder), rounds, progress, own)
         ready: dict[str, Runner] = runners(dense, example, against, notes=own) or {"eager": dense}
-        ready.update(_plans(dense, example, measured, own))
+        ready.update(dense_lowered(dense, example, against, own) if half else {})
+        ready.update(_plans(dense, example, measured, own, half))
         fast = {name: Accelerated(runner, dense, example) for name, runner in ready.items()}
         calls = {name: bind(ready[name] if is_dense(name) else fast[name], example) for name in ready}
         # The least of many medians is too small by chance: one timing says which sparse way to take, another one whether.
@@ -134,7 +148,9 @@ def accelerate(
     sparse = min((name for name in times if not is_dense(name)), key=lambda name: first[name].median, default=best_dense)
     best = min(best_dense, sparse, key=times.__getitem__)
     layers = tuple(_choice(site, found, best) for site, found in measured)
-    fast[best]._report = AccelerationReport(layers, times, best, best_dense, level(), torch.get_num_threads(), tuple(own))
+    fast[best]._report = AccelerationReport(
+        layers, times, best, best_dense, level(), torch.get_num_threads(), tuple(own), precision
+    )
     return fast[best]
 
 
@@ -169,7 +185,8 @@ def _measure(sites: list[Site], choices: Choices, rounds: int, progress: Progres
 def _time(site: Site, ways: dict[str, Candidate], rounds: int, notes: list[str]) -> Times:
     """Returns the time of each way to run a layer, in milliseconds, without those that fail or differ from the first."""
     generator = torch.Generator().manual_seed(0)
-    x, other = torch.randn(site.input_shape, generator=generator), torch.randn(site.output_shape, generator=generator)
+    drawn = (torch.randn(shape, generator=generator) for shape in (site.input_shape, site.output_shape))
+    x, other = (tensor.to(site.weight.dtype) for tensor in drawn)
     calls: dict[str, Callable[[], object]] = {}
     expected: Tensor | None = None
     for name, candidate in ways.items():
@@ -194,7 +211,7 @@ def _laid_out(t: Tensor, name: str) -> Tensor:
     return t if t.ndim != 4 or name in CONTIGUOUS else t.contiguous(memory_format=torch.channels_last)
 
 
-def _plans(dense: nn.Module, example: Example, measured: list[Measured], notes: list[str]) -> dict[str, Runner]:
+def _plans(dense: nn.Module, example: Example, measured: list[Measured], notes: list[str], half: bool) -> dict[str, Runner]:
     """Returns the whole model with the fastest way of each layer: of all ways, and of those that keep channels last.
 
     A layer in the other layout makes its neighbours copy, which only the time of the whole shows.
@@ -209,9 +226,10 @@ def _plans(dense: nn.Module, example: Example, measured: list[Measured], notes: 
         ways = iter([found[name][0] for (_, found), name in zip(measured, chosen, strict=True)])
         if all(map(is_dense, chosen)):
             title = "dense, layer by layer"  # noqa: PLW2901
+        title = f"{title}, bf16" if half else title  # noqa: PLW2901
         try:
-            plan = fuse(dense, example, lambda site: next(ways).make())  # noqa: B023
-            problem = difference(expected, run(plan, example.copied()))
+            plan = (lower if half else fuse)(dense, example, lambda site: next(ways).make())  # noqa: B023
+            problem = difference(expected, run(plan, example.copied()), TOLERANCE if half else None)
         except Exception as error:
             problem = first_line(error)
         if problem is None:
@@ -227,7 +245,7 @@ def _fastest(found: dict[str, tuple[Candidate, float]]) -> str:
 
 def _choice(site: Site, found: dict[str, tuple[Candidate, float]], best: str) -> LayerChoice:
     times = {name: time for name, (_, time) in found.items()}
-    if best.startswith("sparse") or best == "dense, layer by layer":
+    if best.startswith(("sparse", "dense, layer by layer")):
         left = {n: t for n, t in times.items() if best == "sparse, mixed layouts" or n not in CONTIGUOUS}
         chosen = min(left, key=left.__getitem__)
         faster = min(time for name, time in times.items() if is_dense(name)) / times[chosen]

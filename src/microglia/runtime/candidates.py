@@ -47,12 +47,16 @@ def candidates(site: Site) -> Iterator[Candidate]:
         return  # blocks of 16 outputs would reach over several groups, and hold little but zeros
     bare, after = _without_activation(site)
     weight = one_group(site.weight, site.groups)
-    narrow = to_blocks(weight, 1).stored
-    wider = next((width for width in (8, 4, 2) if to_blocks(weight, width).stored <= WASTE * narrow), None)
+    paired = weight.dtype == torch.bfloat16  # its narrowest blocks have two inputs
+    narrowest, *others = (2, 8, 4) if paired else (1, 8, 4, 2)
+    narrow = to_blocks(weight, narrowest).stored
+    wider = next((width for width in others if to_blocks(weight, width).stored <= WASTE * narrow), None)
     block = BlockLinear if site.kind == "linear" else BlockConv2d
-    for width in (1,) if wider is None else (1, wider):
+    for width in (narrowest,) if wider is None else (narrowest, wider):
         yield Candidate(f"block 16x{width}", lambda width=width: _then(block.of(bare, width), after))  # type: ignore[misc]
     entries = int(weight.count_nonzero())
+    if paired:
+        return
     if site.kind == "conv2d" and entries <= SPARSEST * site.weight.numel():
         rows = 4 if to_rows(weight, 4).stored <= WASTE * entries else 1
         yield Candidate("rows 4x1" if rows == 4 else "unstructured", lambda: _then(RowConv2d.of(bare, rows), after))
@@ -67,7 +71,7 @@ class Plain(nn.Module):
     def __init__(self, site: Site) -> None:
         super().__init__()
         self.register_buffer("weight", site.weight)
-        self.register_buffer("bias", site.bias)
+        self.register_buffer("bias", None if site.bias is None else site.bias.to(site.weight.dtype))
         self.site = site
 
     def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
@@ -123,7 +127,7 @@ class Compact(nn.Module):
             residual=False,
         )
         self.layer, self.activation = Packed(small), site.activation
-        rest = torch.zeros(site.weight.shape[0]) if site.bias is None else site.bias.clone()
+        rest = site.weight.new_zeros(site.weight.shape[0]) if site.bias is None else site.bias.to(site.weight.dtype, copy=True)
         self.register_buffer("rest", rest.reshape(-1, *[1] * (len(site.output_shape) - 1 - self.axis)))
 
     def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:

@@ -96,7 +96,8 @@ def _key(site: Site) -> str:
         raise MicrogliaError(f"The layer {site.name!r} has no weights.")
     mask = (site.weight != 0).flatten().to(torch.uint8).numpy().tobytes()
     shapes = (site.kind, site.input_shape, tuple(site.weight.shape), site.stride, site.padding, site.dilation, site.groups)
-    return _digest([*map(str, shapes), str(site.activation), site.residual, hashlib.sha256(mask).hexdigest()])
+    parts = [*map(str, shapes), str(site.activation), site.residual, hashlib.sha256(mask).hexdigest()]
+    return _digest(parts if site.weight.dtype == torch.float32 else [*parts, str(site.weight.dtype)])
 
 
 def _sound(times: dict[str, Any]) -> Times:

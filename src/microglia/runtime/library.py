@@ -2,7 +2,7 @@
 
 The schemas, the shapes (for ``torch.compile`` and ``torch.export``) and a reference in pure PyTorch are defined here; the
 compiled library, an optional part of the installation, adds the CPU implementation. ``MICROGLIA_ISA`` forces a level:
-``torch`` (no compiled kernels), ``generic``, ``avx2`` or ``avx512``.
+``torch`` (no compiled kernels), ``generic``, ``avx2``, ``avx512`` or ``avx512bf16``.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch.nn import functional
 from microglia.core.errors import MicrogliaError
 from microglia.runtime.places import STRIPE, Places, dense_of_blocks, dense_of_every_block, dense_of_rows
 
-LEVELS = ("torch", "generic", "avx2", "avx512")
+LEVELS = ("torch", "generic", "avx2", "avx512", "avx512bf16")
 ACTIVATIONS = ("none", "relu", "relu6", "silu")
 """By the number that the operators take."""
 
@@ -94,16 +94,35 @@ def activate(x: Tensor, activation: int) -> Tensor:
 
 def _convolution(decode: Callable[..., Tensor], x: Tensor, *rest: Any) -> Tensor:
     values, row_pointer, channel, tap, bias, residual, outputs, kernel, stride, padding, dilation, activation = rest
-    weight = decode(Places(values, row_pointer, channel, tap), outputs, x.shape[1], kernel)
-    out = functional.conv2d(x, weight, bias, stride, padding, dilation)
-    return activate(out if residual is None else out + residual, activation)
+    x_, values_, residual_ = _widened(x, values, residual)
+    weight = decode(Places(values_, row_pointer, channel, tap), outputs, x.shape[1], kernel)
+    out = functional.conv2d(x_, weight, bias, stride, padding, dilation)
+    return activate(out if residual_ is None else out + residual_, activation).to(x.dtype)
 
 
 def _linear(x: Tensor, *rest: Any) -> Tensor:
     values, row_pointer, channel, bias, residual, outputs, activation = rest
-    weight = dense_of_blocks(Places(values, row_pointer, channel, None), outputs, x.shape[-1], ())
-    out = functional.linear(x, weight, bias)
-    return activate(out if residual is None else out + residual, activation)
+    x_, values_, residual_ = _widened(x, values, residual)
+    weight = dense_of_blocks(Places(values_, row_pointer, channel, None), outputs, x.shape[-1], ())
+    out = functional.linear(x_, weight, bias)
+    return activate(out if residual_ is None else out + residual_, activation).to(x.dtype)
+
+
+def _widened(x: Tensor, values: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Returns what a layer of blocks or rows computes from: bfloat16 in float32, so that only its result is rounded."""
+    for name, other in (("the values of the layer", values), ("the residual", residual)):
+        if other is not None and other.dtype != x.dtype:
+            raise MicrogliaError(
+                f"microglia: the input is {_type(x)} and {name} {_type(other)}: both must be of one type; convert the module "
+                "or what it is given with .to()."
+            )
+    if x.dtype != torch.bfloat16:
+        return x, values, residual
+    return x.float(), values.float(), None if residual is None else residual.float()
+
+
+def _type(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 def _gated(x: Tensor, *rest: Any) -> Tensor:

@@ -16,15 +16,16 @@ STRIPE = 16
 """Outputs of a block: the lanes of one AVX-512 register."""
 TAPS = 256
 """Positions that a kernel of a sparse weight can have: a tap is a byte."""
-LINE = 16
-"""Channels of a pixel in one cache line: blocks are sorted so that all taps of a line follow each other, while it is near."""
+LINE = 64
+"""Bytes of a pixel in one cache line: blocks are sorted so that all taps of a line follow each other, while it is near."""
 
 
 class Places(NamedTuple):
     """What is left of a weight, and where.
 
     Attributes:
-        values: (blocks, inputs of a block, 16) of blocks, (entries, rows of a group) of rows.
+        values: (blocks, inputs of a block, 16) of blocks, or (blocks, inputs / 2, 16, 2) in bfloat16; (entries, rows of a
+            group) of rows.
         row_pointer: int32; the blocks of stripe s, or entries of row group s, are those from row_pointer[s] to [s + 1].
         channel: int32, the first input channel of each.
         tap: uint8, its position in the kernel, row major; None of a 1x1 kernel or a linear layer.
@@ -44,6 +45,9 @@ class Places(NamedTuple):
 def to_blocks(weight: Tensor, width: int = 1) -> Places:
     """Returns the blocks of 16 outputs x ``width`` inputs of a weight that hold anything but zeros.
 
+    A weight in bfloat16 is held in pairs of neighbouring inputs, what one instruction multiplies and adds. Blocks of 1 or 2
+    inputs become as few pairs as can be, which begin at any input: two kept columns share one if they are neighbours.
+
     Args:
         weight: (outputs, inputs, *kernel), of one group.
         width: 1, 2, 4 or 8.
@@ -51,18 +55,44 @@ def to_blocks(weight: Tensor, width: int = 1) -> Places:
     if width not in (1, 2, 4, 8):
         raise MicrogliaError(f"A block has 1, 2, 4 or 8 inputs, not {width}.")
     _check_taps(weight)
+    paired, channels = weight.dtype == torch.bfloat16, LINE // weight.element_size()
     outputs, inputs = weight.shape[:2]
-    matrix = functional.pad(weight.detach().reshape(outputs, inputs, -1), (0, 0, 0, -inputs % LINE, 0, -outputs % STRIPE))
+    matrix = functional.pad(weight.detach().reshape(outputs, inputs, -1), (0, 0, 0, -inputs % channels, 0, -outputs % STRIPE))
     taps = matrix.shape[2]
-    grid = matrix.reshape(-1, STRIPE, matrix.shape[1] // LINE, LINE // width, width, taps)
-    grid = grid.permute(0, 2, 5, 3, 4, 1)  # stripe, line, tap, block, input, output
-    stripe, line, tap, block = (grid != 0).any(-1).any(-1).nonzero(as_tuple=True)
+    grid = matrix.reshape(-1, STRIPE, matrix.shape[1] // channels, channels, taps)
+    grid = grid.permute(0, 2, 4, 3, 1)  # stripe, line, tap, input, output
+    if paired and width <= 2:
+        values, (stripe, line, tap, first) = _pairs(grid)
+    else:
+        grid = grid.reshape(*grid.shape[:3], channels // width, width, STRIPE)
+        stripe, line, tap, block = (grid != 0).any(-1).any(-1).nonzero(as_tuple=True)
+        values, first = grid[stripe, line, tap, block], block * width
     return Places(
-        grid[stripe, line, tap, block].contiguous(),
+        (values.reshape(len(values), (width + 1) // 2, 2, STRIPE).transpose(2, 3) if paired else values).contiguous(),
         _pointer(stripe, len(grid)),
-        (line * LINE + block * width).int(),
+        (line * channels + first).int(),
         tap.to(torch.uint8) if taps > 1 else None,
     )
+
+
+def _pairs(grid: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Returns the fewest pairs of neighbouring inputs that hold all of (stripe, line, tap, input, output), and where they are.
+
+    From the left a pair begins at each input that is kept and not yet in one, which needs the fewest. The last input of a
+    line, for no pair lies in two lines, is held with the one before it, whose weights there are zero.
+    """
+    kept = (grid != 0).any(-1)
+    begins = torch.zeros_like(kept)
+    for index in range(kept.shape[-1]):
+        begins[..., index] = kept[..., index] & ~begins[..., index - 1] if index else kept[..., 0]
+    last = begins[..., -1].clone()
+    begins[..., -1] = False
+    begins[..., -2] |= last
+    where = begins.nonzero(as_tuple=True)
+    values = torch.stack([grid[where], grid[*where[:3], where[3] + 1]], 1)
+    taken = (where[3] == kept.shape[-1] - 2) & last[where[:3]]
+    values[taken, 0] = 0
+    return values, where
 
 
 def every_block(weight: Tensor) -> Tensor:
@@ -115,6 +145,7 @@ def one_group(weight: Tensor, groups: int) -> Tensor:
 def dense_of_blocks(places: Places, outputs: int, inputs: int, kernel: Sequence[int]) -> Tensor:
     """Returns the dense weight, (outputs, inputs, *kernel), of blocks; ``kernel`` is empty for a linear layer."""
     values, row_pointer, channel, tap = places
+    values = values.transpose(2, 3).flatten(1, 2) if values.ndim == 4 else values
     count, width = values.shape[:2]
     taps = kernel[0] * kernel[1] if kernel else 1
     stripes = row_pointer.numel() - 1

@@ -51,9 +51,10 @@ class AccelerationReport:
         times: Execution of the whole -> milliseconds of one batch, measured interleaved.
         chosen: The execution that runs.
         best_dense: The fastest dense execution.
-        level: Of the kernels: torch, generic, avx2 or avx512.
+        level: Of the kernels: torch, generic, avx2, avx512 or avx512bf16.
         threads: CPU threads that it was timed with.
         notes: What was left out, and why.
+        precision: ``float32``, or ``bf16`` where layers in bfloat16 were tried.
     """
 
     layers: tuple[LayerChoice, ...]
@@ -63,6 +64,7 @@ class AccelerationReport:
     level: str
     threads: int
     notes: tuple[str, ...] = ()
+    precision: str = "float32"
 
     @property
     def speedup(self) -> float:
@@ -75,7 +77,8 @@ class AccelerationReport:
 
     def __str__(self) -> str:
         """Returns tables for a reader: the layers, then the whole."""
-        layers = Table("layer", "weight", "density", "runs as", "ms", "dense ms", "why", title="Layers")
+        title = "Layers" if self.precision == "float32" else f"Layers, timed in {self.precision}"
+        layers = Table("layer", "weight", "density", "runs as", "ms", "dense ms", "why", title=title)
         for layer in self.layers:
             ms = layer.times[layer.chosen]
             shape = " x ".join(map(str, layer.shape))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -17,13 +17,19 @@ Pair = tuple[int, int]
 
 
 class _Sparse(nn.Module):
-    """What the sparse layers have in common: the places as buffers, the activation, and the residual."""
+    """What the sparse layers have in common: the places as buffers, the activation, and the residual.
+
+    Blocks run in the type of their values: float32, or bfloat16 after ``.to(torch.bfloat16)``, which also is then the type of
+    input, residual and output. The sums and the bias stay in float32.
+    """
 
     values: Tensor
     row_pointer: Tensor
     channel: Tensor
     tap: Tensor | None
     bias: Tensor | None
+    kernel: Sequence[int] = ()
+    decode = staticmethod(dense_of_blocks)
 
     def __init__(self, places: Places, bias: Tensor | None, inputs: int, outputs: int, activation: str) -> None:
         super().__init__()
@@ -31,7 +37,7 @@ class _Sparse(nn.Module):
             raise MicrogliaError(f"A sparse layer fuses one of {', '.join(ACTIVATIONS)}, not {activation!r}.")
         for name in ("values", "row_pointer", "channel", "tap"):
             self.register_buffer(name, getattr(places, name))
-        self.register_buffer("bias", bias)
+        self.register_buffer("bias", bias.float() if bias is not None and places.values.dtype == torch.bfloat16 else bias)
         self.inputs, self.outputs, self.activation = inputs, outputs, activation
         self._code = ACTIVATIONS.index(activation)
         level()
@@ -40,6 +46,29 @@ class _Sparse(nn.Module):
     def places(self) -> Places:
         """What is left of the weight, and where."""
         return Places(self.values, self.row_pointer, self.channel, self.tap)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        bias = self.bias
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if bias is not None and self.values.dtype == torch.bfloat16:
+            self.bias = bias.to(self.values.device, torch.float32)
+        self._lay_out()
+        return self
+
+    def _lay_out(self) -> None:
+        """Puts blocks that came to another type into the order of that type."""
+        paired = self.values.ndim == 4
+        if self.values.ndim < 3 or paired == (self.values.dtype == torch.bfloat16):
+            return
+        width = self.values.shape[1] * (2 if paired else 1)
+        # Pairs hold zeros beside single inputs, which float32 has no need of.
+        places = to_blocks(self.dense(), 1 if paired and width == 2 else width)
+        for name in Places._fields:
+            setattr(self, name, getattr(places, name))
+
+    def dense(self) -> Tensor:
+        """Returns the weight with its zeros, (outputs, inputs, *kernel)."""
+        return self.decode(self.places, self.outputs, self.inputs, self.kernel)
 
     def extra_repr(self) -> str:
         """Returns sizes and density, for the printed form."""
@@ -61,8 +90,6 @@ class BlockConv2d(_Sparse):
         activation: Applied last, one of none, relu, relu6, silu.
     """
 
-    decode = staticmethod(dense_of_blocks)
-
     def __init__(
         self,
         places: Places,
@@ -77,6 +104,7 @@ class BlockConv2d(_Sparse):
         activation: str = "none",
     ) -> None:
         super().__init__(places, bias, inputs, outputs, activation)
+        self.kernel = kernel
         self.geometry = (list(kernel), list(stride), list(padding), list(dilation))
 
     @classmethod
@@ -91,10 +119,6 @@ class BlockConv2d(_Sparse):
 
     def _operands(self, other: Tensor | None) -> tuple[Any, ...]:
         return (*self.places, self.bias, other, self.outputs, *self.geometry, self._code)
-
-    def dense(self) -> Tensor:
-        """Returns the weight with its zeros, (outputs, inputs, *kernel)."""
-        return self.decode(self.places, self.outputs, self.inputs, self.geometry[0])
 
 
 class RowConv2d(BlockConv2d):
@@ -139,10 +163,6 @@ class BlockLinear(_Sparse):
         operands = (*self.places[:3], self.bias, other, self.outputs, self._code)
         out: Tensor = torch.ops.microglia.block_linear(x, *operands)
         return out
-
-    def dense(self) -> Tensor:
-        """Returns the weight with its zeros, (outputs, inputs)."""
-        return dense_of_blocks(self.places, self.outputs, self.inputs, ())
 
 
 def _settings(site: Site) -> dict[str, Any]:

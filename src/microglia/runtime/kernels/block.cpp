@@ -1,4 +1,4 @@
-// The block-sparse and the gated convolution: check everything, make the list of places, plan, run.
+// The block-sparse convolution: check everything, make the list of places, plan, run.
 #include <algorithm>
 #include <atomic>
 #include <cstring>
@@ -23,12 +23,30 @@ thread_local Scratch place_scratch;
 const Level& current_level() {
   switch (mg_level()) {
 #if defined(__x86_64__)
+    case MG_AVX512BF16:
     case MG_AVX512: return avx512_level();
     case MG_AVX2: return avx2_level();
 #endif
     default: return generic_level();
   }
 }
+
+namespace {
+
+const Level& current_pair_level() {
+  switch (mg_level()) {
+#if defined(__x86_64__)
+#if defined(MICROGLIA_AVX512BF16)
+    case MG_AVX512BF16: return avx512bf16_pair_level();
+#endif
+    case MG_AVX512: return avx512_pair_level();
+    case MG_AVX2: return avx2_pair_level();
+#endif
+    default: return generic_pair_level();
+  }
+}
+
+}  // namespace
 
 // ---- Checks ----
 
@@ -50,7 +68,7 @@ bool sizes_are_sane(const mg_conv2d& conv) {
          conv.width + 2 * conv.padding_width > conv.dilation_width * (conv.kernel_width - 1);
 }
 
-// Whether batch * height * width * step floats can be counted in bytes.
+// Whether the bytes of batch * height * width * step elements can be counted.
 bool fits(int64_t batch, int64_t height, int64_t width, int64_t step) {
   int64_t product;
   return !__builtin_mul_overflow(batch, height, &product) && !__builtin_mul_overflow(product, width, &product) &&
@@ -59,7 +77,7 @@ bool fits(int64_t batch, int64_t height, int64_t width, int64_t step) {
 
 }  // namespace
 
-int check(const mg_conv2d* conv, const float* x, int64_t x_stride, const Output& output) {
+int check(const mg_conv2d* conv, const void* x, int64_t x_stride, const Output& output) {
   if (!conv) return MG_BAD_POINTER;
   if (!sizes_are_sane(*conv) || x_stride < conv->in_channels || output.y_stride < conv->out_channels ||
       (output.residual && output.residual_stride < conv->out_channels)) {
@@ -84,10 +102,29 @@ int check_list(const int32_t* list, int64_t count, int64_t limit) {
 
 namespace {
 
-int check_blocks(const mg_conv2d& conv, const mg_blocks* blocks) {
-  if (!blocks || !blocks->row_pointer) return MG_BAD_POINTER;
-  const int64_t inputs = blocks->block_inputs, stripes = divide_up(conv.out_channels, stripe_outputs);
-  if (inputs != 1 && inputs != 2 && inputs != 4 && inputs != 8) return MG_BAD_BLOCK;
+// Blocks of either type.
+struct Blocks {
+  int64_t inputs, blocks, places;  // places to a block
+  const char* values;
+  const int32_t *row_pointer, *channel;
+  const uint8_t* tap;
+};
+
+// Whether every pair lies in one line: of blocks that begin at an odd channel, none is in the last one.
+bool pairs_are_whole(const Blocks& blocks) {
+  constexpr int32_t pair_line = line_bytes / 2;
+  int32_t across = 0;
+  for (int64_t index = 0; index < blocks.blocks; ++index) {
+    const int32_t in_line = blocks.channel[index] & (pair_line - 1);
+    across |= (in_line & 1) & (in_line > pair_line - blocks.inputs);
+  }
+  return !across;
+}
+
+int check_blocks(const mg_conv2d& conv, const Blocks* blocks) {
+  if (!blocks->row_pointer) return MG_BAD_POINTER;
+  const int64_t inputs = blocks->inputs, stripes = divide_up(conv.out_channels, stripe_outputs);
+  if ((inputs != 1 && inputs != 2 && inputs != 4 && inputs != 8) || blocks->places < 1) return MG_BAD_BLOCK;
   if (blocks->blocks < 0 || blocks->blocks > INT32_MAX) return MG_BAD_SIZE;
   const bool one_tap = conv.kernel_height == 1 && conv.kernel_width == 1;
   if (blocks->blocks > 0 && (!blocks->values || !blocks->channel || (!blocks->tap && !one_tap))) return MG_BAD_POINTER;
@@ -103,37 +140,37 @@ int check_blocks(const mg_conv2d& conv, const mg_blocks* blocks) {
 
 struct Locating {
   const Plan* plan;
-  const mg_blocks* blocks;
+  const Blocks* blocks;
   PlaceTable table;
   uint32_t* places;
   std::atomic<uint32_t> faults{0};
 };
 
-bool blocks_are_aligned(const mg_blocks& blocks) {
+bool blocks_are_aligned(const Blocks& blocks) {
   int32_t bits = 0;
   for (int64_t index = 0; index < blocks.blocks; ++index) bits |= blocks.channel[index];
-  return (bits & (blocks.block_inputs - 1)) == 0;
+  return (bits & (blocks.inputs - 1)) == 0;
 }
 
-// The places of a block's inputs from that of its first.
+// The places of a block from its first.
 void spread(const Locating& work, const uint32_t* first, int64_t begin, int64_t count) {
-  const uint32_t inputs = static_cast<uint32_t>(work.blocks->block_inputs);
-  uint32_t* places = work.places + begin * inputs;
+  const uint32_t count_each = static_cast<uint32_t>(work.blocks->places), inputs = static_cast<uint32_t>(work.blocks->inputs);
+  uint32_t* places = work.places + begin * count_each;
   for (int64_t index = 0; index < count; ++index) {
     const uint32_t channel = static_cast<uint32_t>(work.blocks->channel[begin + index]);
     const uint32_t tap = first[index] - work.table.of_channel(channel);
-    for (uint32_t input = 0; input < inputs; ++input) *places++ = tap + work.table.of_channel(channel + input);
+    for (uint32_t input = 0; input < inputs; input += inputs / count_each) *places++ = tap + work.table.of_channel(channel + input);
   }
 }
 
 void locate(int64_t begin, int64_t end, void* context) {
   Locating& work = *static_cast<Locating*>(context);
-  const mg_blocks& blocks = *work.blocks;
+  const Blocks& blocks = *work.blocks;
   const auto some = [&](int64_t from, int64_t count, uint32_t* places) {
     return work.plan->level->locate(work.table, blocks.channel + from, blocks.tap ? blocks.tap + from : nullptr, count, places);
   };
   uint32_t faults = 0, first[256];
-  if (blocks.block_inputs == 1) {
+  if (blocks.places == 1) {
     faults = some(begin, end - begin, work.places + begin);
   } else {
     for (int64_t at = begin; at < end; at += 256) {
@@ -145,11 +182,12 @@ void locate(int64_t begin, int64_t end, void* context) {
   work.faults.fetch_or(faults);
 }
 
-int locate_blocks(const Plan& plan, const mg_blocks& blocks, mg_parallel parallel, uint32_t* places) {
+int locate_blocks(const Plan& plan, const Blocks& blocks, mg_parallel parallel, uint32_t* places) {
   Locating work{&plan, &blocks, {}, places};
   const int64_t taps = plan.rows.taps * plan.columns.taps;
   work.table.taps = static_cast<uint32_t>(taps);
   work.table.channels = static_cast<uint32_t>(plan.channels);
+  work.table.element_bytes = static_cast<uint32_t>(plan.level->element_bytes);
   work.table.group_bytes = static_cast<uint32_t>(plan.group_bytes);
   for (int64_t tap = 0; tap < std::min<int64_t>(taps, 256); ++tap) {
     work.table.tap_offset[tap] = static_cast<uint32_t>(tap_place(plan, tap));
@@ -159,47 +197,45 @@ int locate_blocks(const Plan& plan, const mg_blocks& blocks, mg_parallel paralle
   return faults & channel_fault ? MG_BAD_CHANNEL : faults & tap_fault ? MG_BAD_TAP : MG_OK;
 }
 
-// ---- The gate's list ----
+// ---- The convolution of blocks of either type ----
 
-// One list for all stripes, by groups of 16 channels, so that the lines of a group stay in L1 over all taps.
-void list_places(const Plan& plan, const int32_t* channels, int64_t count, uint32_t* places, uint32_t* value_offsets) {
-  const int64_t taps = plan.rows.taps * plan.columns.taps;
-  int64_t made = 0;
-  for (int64_t begin = 0, end; begin < count; begin = end) {
-    const int64_t group = channels[begin] / line_floats;
-    for (end = begin; end < count && channels[end] / line_floats == group;) ++end;
-    for (int64_t tap = 0; tap < taps; ++tap) {
-      const int64_t place = group * plan.group_bytes + tap_place(plan, tap);
-      for (int64_t index = begin; index < end; ++index, ++made) {
-        places[made] = static_cast<uint32_t>(place + channels[index] % line_floats * 4);
-        value_offsets[made] = static_cast<uint32_t>((tap * plan.channels + channels[index]) * line_bytes);
-      }
-    }
-  }
+int run_blocks(const mg_conv2d* conv, const Blocks& blocks, const Level& level, const void* x, int64_t x_stride,
+               const Output& output, mg_parallel parallel) {
+  if (int code = check(conv, x, x_stride, output)) return code;
+  if (int code = check_blocks(*conv, &blocks)) return code;
+  const int64_t inputs = blocks.inputs, places_count = blocks.blocks * blocks.places;
+  const bool aligned = inputs == 1 || blocks_are_aligned(blocks);
+  if (level.element_bytes < place_bytes && !aligned && !pairs_are_whole(blocks)) return MG_BAD_PAIR;
+  Run run;
+  const int64_t reached = aligned ? divide_up(conv->in_channels, inputs) * inputs : conv->in_channels + inputs - 1;
+  const int64_t value_bytes = places_count * line_bytes;
+  if (int code = make_plan(*conv, level, reached, value_bytes, run.plan)) return code;
+  run.plan.read(x, x_stride);
+  uint32_t* places = reinterpret_cast<uint32_t*>(place_scratch.reserve((places_count + places_ahead) * 4));
+  if (!places) return MG_NO_MEMORY;
+  std::fill_n(places + places_count, places_ahead, 0u);
+  if (int code = locate_blocks(run.plan, blocks, parallel, places)) return code;
+  const Weights kind = value_bytes > cold_value_bytes ? Weights::cold : Weights::warm;
+  const int64_t stripes = divide_up(conv->out_channels, stripe_outputs);
+  run.weights = {kind, blocks.values, places, nullptr, blocks.places, blocks.row_pointer, 0, 0, nullptr, stripes};
+  run.output = output, run.parallel = parallel;
+  return execute(run, std::max(1, conv->threads));
 }
 
-struct Clearing {
-  const mg_conv2d* conv;
-  const Output* output;
-  const int32_t* stripes;
-  int64_t stripe_count;
-};
-
-void clear_other_stripes(int64_t begin, int64_t end, void* context) {
-  const Clearing& work = *static_cast<Clearing*>(context);
-  const Output& output = *work.output;
-  for (int64_t pixel = begin; pixel < end; ++pixel) {
-    float* y = output.y + pixel * output.y_stride;
-    int64_t from = 0;
-    for (int64_t index = 0; index <= work.stripe_count; ++index) {
-      const int64_t to = index < work.stripe_count ? work.stripes[index] * stripe_outputs : output.channels;
-      if (from < to) std::memset(y + from, 0, static_cast<size_t>(to - from) * sizeof(float));
-      from = to + stripe_outputs;
-    }
-  }
+template <class Given>
+Blocks blocks_of(const Given& given, int64_t inputs_of_a_place) {
+  return {given.block_inputs, given.blocks,  given.block_inputs / inputs_of_a_place, reinterpret_cast<const char*>(given.values),
+          given.row_pointer,  given.channel, given.tap};
 }
 
 }  // namespace
+
+Output output_of(const mg_conv2d* conv, void* y, int64_t y_stride, const void* residual, int64_t residual_stride,
+                 const float* bias) {
+  return {static_cast<char*>(y), y_stride, static_cast<const char*>(residual), residual_stride, bias,
+          conv ? conv->out_channels : 0, conv ? conv->activation : 0};
+}
+
 }  // namespace microglia::block
 
 using namespace microglia::block;
@@ -207,52 +243,15 @@ using namespace microglia::block;
 MG_EXPORT int mg_block_conv2d(const mg_conv2d* conv, const mg_blocks* blocks, const float* x, int64_t x_stride, float* y,
                               int64_t y_stride, const float* residual, int64_t residual_stride, const float* bias,
                               mg_parallel parallel) {
-  Output output{y, y_stride, residual, residual_stride, bias, conv ? conv->out_channels : 0, conv ? conv->activation : 0};
-  if (int code = check(conv, x, x_stride, output)) return code;
-  if (int code = check_blocks(*conv, blocks)) return code;
-  const int64_t inputs = blocks->block_inputs, places_count = blocks->blocks * inputs;
-  const bool aligned = inputs == 1 || blocks_are_aligned(*blocks);
-  Run run;
-  const int64_t reached = aligned ? divide_up(conv->in_channels, inputs) * inputs : conv->in_channels + inputs - 1;
-  const int64_t value_bytes = places_count * line_bytes;
-  if (int code = make_plan(*conv, current_level(), reached, value_bytes, run.plan)) return code;
-  run.plan.x = x, run.plan.x_stride = x_stride;
-  uint32_t* places = reinterpret_cast<uint32_t*>(place_scratch.reserve((places_count + places_ahead) * 4));
-  if (!places) return MG_NO_MEMORY;
-  std::fill_n(places + places_count, places_ahead, 0u);
-  if (int code = locate_blocks(run.plan, *blocks, parallel, places)) return code;
-  const Weights kind = value_bytes > cold_value_bytes ? Weights::cold : Weights::warm;
-  const int64_t stripes = divide_up(conv->out_channels, stripe_outputs);
-  run.weights = {kind, blocks->values, places, nullptr, inputs, blocks->row_pointer, 0, 0, nullptr, stripes};
-  run.output = output, run.parallel = parallel;
-  return execute(run, std::max(1, conv->threads));
+  if (!blocks) return MG_BAD_POINTER;
+  const Output output = output_of(conv, y, y_stride, residual, residual_stride, bias);
+  return run_blocks(conv, blocks_of(*blocks, 1), current_level(), x, x_stride, output, parallel);
 }
 
-MG_EXPORT int mg_gated_conv2d(const mg_conv2d* conv, const float* values, const int32_t* channels, int64_t channel_count,
-                              const int32_t* stripes, int64_t stripe_count, const float* x, int64_t x_stride, float* y,
-                              int64_t y_stride, const float* bias, mg_parallel parallel) {
-  Output output{y, y_stride, nullptr, 0, bias, conv ? conv->out_channels : 0, conv ? conv->activation : 0};
-  if (int code = check(conv, x, x_stride, output)) return code;
-  if (int code = check_list(channels, channel_count, conv->in_channels)) return code;
-  if (int code = check_list(stripes, stripe_count, divide_up(conv->out_channels, stripe_outputs))) return code;
-  if (!values) return MG_BAD_POINTER;
-  const int64_t taps = conv->kernel_height * conv->kernel_width, stripe_places = taps * conv->in_channels;
-  if (taps > INT32_MAX / conv->in_channels || stripe_places > UINT32_MAX / line_bytes) return MG_BAD_SIZE;
-  Run run;
-  const int64_t count = taps * channel_count, value_bytes = count * stripe_count * line_bytes;
-  if (int code = make_plan(*conv, current_level(), conv->in_channels, value_bytes, run.plan)) return code;
-  run.plan.x = x, run.plan.x_stride = x_stride;
-  uint32_t* places = reinterpret_cast<uint32_t*>(place_scratch.reserve((count + places_ahead) * 8));
-  if (!places) return MG_NO_MEMORY;
-  uint32_t* value_offsets = places + count + places_ahead;
-  list_places(run.plan, channels, channel_count, places, value_offsets);
-  std::fill_n(places + count, places_ahead, 0u);
-  std::fill_n(value_offsets + count, places_ahead, 0u);
-  const int64_t stripe_values = stripe_places * line_floats;
-  run.weights = {Weights::listed, values, places, value_offsets, 1, nullptr, count, stripe_values, stripes, stripe_count};
-  run.output = output, run.parallel = parallel;
-  Clearing clearing{conv, &output, stripes, stripe_count};
-  const int64_t pixels = run.plan.space.images * run.plan.space.rows * run.plan.space.columns;
-  in_parallel(parallel, pixels, 256, clear_other_stripes, &clearing);
-  return execute(run, std::max(1, conv->threads));
+MG_EXPORT int mg_block_conv2d_bf16(const mg_conv2d* conv, const mg_blocks_bf16* blocks, const uint16_t* x, int64_t x_stride,
+                                   uint16_t* y, int64_t y_stride, const uint16_t* residual, int64_t residual_stride,
+                                   const float* bias, mg_parallel parallel) {
+  if (!blocks) return MG_BAD_POINTER;
+  const Output output = output_of(conv, y, y_stride, residual, residual_stride, bias);
+  return run_blocks(conv, blocks_of(*blocks, 2), current_pair_level(), x, x_stride, output, parallel);
 }

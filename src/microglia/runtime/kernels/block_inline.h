@@ -38,12 +38,52 @@ inline void silu_line(float* line) {
   for (int i = 0; i < line_floats; ++i) line[i] = line[i] / (1.0f + exponential(-line[i]));
 }
 
+inline float widened(uint16_t value) {
+  const uint32_t bits = static_cast<uint32_t>(value) << 16;
+  float wide;
+  __builtin_memcpy(&wide, &bits, sizeof wide);
+  return wide;
+}
+
+// To the nearest bfloat16, to the even one in the middle: what is cut off is below, at or above half of what stays.
+inline uint16_t rounded(float value) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &value, sizeof bits);
+  const uint32_t nearest = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
+  return static_cast<uint16_t>((bits & 0x7FFFFFFF) > 0x7F800000 ? 0x7FC0 : nearest);
+}
+
 // SiLU is applied to the stored tile, which is in L1: a kernel with it inline would be mostly SiLU.
-__attribute__((noinline)) void silu_tile(const Tile& tile, int rows, int columns) {
+__attribute__((noinline, unused)) void silu_tile(const Tile& tile, int rows, int columns) {
   for (int row = 0; row < rows; ++row) {
     for (int column = 0; column < columns; ++column) {
-      silu_line(tile.target + row * tile.target_row + column * tile.target_pixel);
+      silu_line(reinterpret_cast<float*>(tile.target + row * tile.target_row + column * tile.target_pixel));
     }
+  }
+}
+
+// The same of lines that follow each other, rounded into a tile of bfloat16.
+__attribute__((noinline, unused)) void silu_rounded(float* line, const Tile& tile, int rows, int columns) {
+  for (int row = 0; row < rows; ++row) {
+    for (int column = 0; column < columns; ++column, line += line_floats) {
+      uint16_t* target = reinterpret_cast<uint16_t*>(tile.target + row * tile.target_row + column * tile.target_pixel);
+      silu_line(line);
+      for (int i = 0; i < line_floats; ++i) target[i] = rounded(line[i]);
+    }
+  }
+}
+
+// Where a tile's sums go: Kernel::store<type> adds the residual, activates and stores; SiLU comes behind it, in float32, so that
+// bfloat16 is rounded once.
+template <class Kernel, class Element, int rows, int columns, class Sums>
+inline void finish(const Tile& tile, const Sums& sum) {
+  if (sizeof(Element) == sizeof(float) || tile.activation != MG_SILU) {
+    Kernel::template store<Element>(tile, tile.target, tile.target_row, tile.target_pixel, sum);
+    if (tile.activation == MG_SILU) silu_tile(tile, rows, columns);
+  } else {
+    float lines[rows * columns * line_floats];
+    Kernel::template store<float>(tile, reinterpret_cast<char*>(lines), columns * line_bytes, line_bytes, sum);
+    silu_rounded(lines, tile, rows, columns);
   }
 }
 
@@ -74,10 +114,15 @@ TileKernel find_rows(int64_t rows, int64_t columns) {
 }
 
 template <template <int, int, Weights> class Kernels, int most>
-TileKernel find(int64_t rows, int64_t columns, Weights weights) {
+TileKernel find_in_order(int64_t rows, int64_t columns, Weights weights) {  // there is no listed kernel
   if (weights == Weights::warm) return find_rows<Kernels, most, Weights::warm>(rows, columns);
-  if (weights == Weights::cold) return find_rows<Kernels, most, Weights::cold>(rows, columns);
-  return find_rows<Kernels, most, Weights::listed>(rows, columns);
+  return find_rows<Kernels, most, Weights::cold>(rows, columns);
+}
+
+template <template <int, int, Weights> class Kernels, int most>
+TileKernel find(int64_t rows, int64_t columns, Weights weights) {
+  if (weights == Weights::listed) return find_rows<Kernels, most, Weights::listed>(rows, columns);
+  return find_in_order<Kernels, most>(rows, columns, weights);
 }
 
 // The compiler would otherwise fold a row's pointer into indexed addresses, which cost an extra instruction slot each.
@@ -91,7 +136,7 @@ inline Pointer* keep_in_register(Pointer* pointer) {
 // before the load of its own offset, which waits behind all loads of the place before it: a fifth of the time.
 template <Weights weights>
 struct Ahead {
-  const float* values;
+  const char* values;
   const char* pixel;
 
   inline explicit Ahead(const Tile& tile) : values(tile.values) { advance(tile, 0); }
@@ -99,37 +144,37 @@ struct Ahead {
   inline void advance(const Tile& tile, int64_t index) {
     pixel = keep_in_register(tile.source + tile.places[index]);
     if constexpr (weights == Weights::listed) {
-      values = reinterpret_cast<const float*>(reinterpret_cast<const char*>(tile.values) + tile.value_offsets[index]);
-      const char* later = reinterpret_cast<const char*>(tile.values) + tile.value_offsets[index + places_ahead - 1];
-      __builtin_prefetch(later);
+      values = tile.values + tile.value_offsets[index];
+      __builtin_prefetch(tile.values + tile.value_offsets[index + places_ahead - 1]);
     } else {
-      values = tile.values + index * line_floats;
+      values = tile.values + index * line_bytes;
     }
   }
 };
 
 // Level::copy and Level::locate in plain C++, which the compiler vectorizes as far as the instruction set goes.
-__attribute__((unused)) void copy_plainly(const float* source, int64_t pixel_step, int64_t channels, int64_t pixels, char* lines,
-                                          int64_t group_bytes) {
+template <class Element>
+void copy_plainly(const char* source, int64_t pixel_step, int64_t bytes, int64_t pixels, char* lines, int64_t group_bytes) {
+  constexpr int64_t elements = line_bytes / static_cast<int64_t>(sizeof(Element));
   for (int64_t pixel = 0; pixel < pixels; ++pixel, source += pixel_step, lines += line_bytes) {
     char* line = lines;
-    int64_t channel = 0;
-    for (; channel + line_floats <= channels; channel += line_floats, line += group_bytes) {
-      __builtin_memcpy(line, source + channel, line_bytes);
-    }
-    if (channel == channels) continue;
-    float* rest = reinterpret_cast<float*>(line);
-    for (int i = 0; i < line_floats; ++i) rest[i] = channel + i < channels ? source[channel + i] : 0.0f;
+    int64_t byte = 0;
+    for (; byte + line_bytes <= bytes; byte += line_bytes, line += group_bytes) __builtin_memcpy(line, source + byte, line_bytes);
+    if (byte == bytes) continue;
+    const int64_t left = (bytes - byte) / static_cast<int64_t>(sizeof(Element));
+    const Element* from = reinterpret_cast<const Element*>(source + byte);
+    Element* rest = reinterpret_cast<Element*>(line);
+    for (int64_t i = 0; i < elements; ++i) rest[i] = i < left ? from[i] : Element{0};
   }
 }
 
-__attribute__((unused)) uint32_t locate_plainly(const PlaceTable& table, const int32_t* channel, const uint8_t* tap,
-                                                int64_t count, uint32_t* places) {
+template <class Element>
+uint32_t locate_plainly(const PlaceTable& table, const int32_t* channel, const uint8_t* tap, int64_t count, uint32_t* places) {
   uint32_t faults = 0;
   for (int64_t at = 0; at < count; ++at) {
     const uint32_t first = static_cast<uint32_t>(channel[at]);  // a negative one becomes too large
     faults |= first >= table.channels ? channel_fault : 0u;
-    places[at] = table.of_channel(first);
+    places[at] = table.of_channel(first, sizeof(Element));
   }
   for (int64_t at = 0; tap && at < count; ++at) {
     faults |= tap[at] >= table.taps ? tap_fault : 0u;

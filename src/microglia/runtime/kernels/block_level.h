@@ -1,8 +1,13 @@
 // What the block-sparse convolution asks of an instruction set. Internal: the C interface is kernels.h.
 //
-// Activations are computed from a copy in "lines": 16 consecutive channels of one pixel, 64 bytes. Neighbouring pixels of
-// an output row lie one line apart whatever the stride, so a tile reaches all its pixels by constant displacements: every
+// Activations are computed from a copy in "lines": 64 bytes of consecutive channels of one pixel, 16 of float32 or 32 of
+// bfloat16. Neighbouring pixels of an output row lie one line apart whatever the stride, so a tile reaches all its pixels by constant displacements: every
 // multiply-add takes its activation as a broadcast memory operand without any address arithmetic.
+//
+// A "place" is what one step of a kernel multiplies: 32 bits of a line (one float32 activation or two neighbours in bfloat16)
+// with a line of weights (16, or 16 pairs). So both types share everything but the step itself. Only neighbours make a pair:
+// two channels that lie apart would have to be put together for every pixel, which takes two shuffles where the
+// multiplication that they save takes one instruction.
 #ifndef MICROGLIA_BLOCK_LEVEL_H
 #define MICROGLIA_BLOCK_LEVEL_H
 
@@ -11,24 +16,29 @@
 namespace microglia::block {
 
 constexpr int line_floats = 16;
-constexpr int64_t line_bytes = 64;
+constexpr int64_t line_bytes = 64, place_bytes = 4;
 constexpr int64_t stripe_outputs = 16;
 constexpr int64_t most_pixels = 28;  // of a tile, at any level
 
 // Kernels look ahead in the lists of places, so that many entries past the end are readable (and lead to readable data).
 constexpr int64_t places_ahead = 7;
 
-// One stripe of outputs for rows x columns pixels: what a kernel computes in one call. Steps are in floats unless said.
+// Older compilers do not know the instructions of the level avx512bf16, which is then not there.
+#if defined(__x86_64__) && ((defined(__clang__) && __clang_major__ >= 9) || (!defined(__clang__) && __GNUC__ >= 10))
+#define MICROGLIA_AVX512BF16
+#endif
+
+// One stripe of outputs for rows x columns pixels: what a kernel computes in one call. Steps are in bytes.
 struct Tile {
-  const float* values;             // 16 weights for each place
+  const char* values;              // a line for each place
   const uint32_t* places;          // byte offset of each place's activation from `source`
   const uint32_t* value_offsets;   // where the weights of each place lie, in bytes from `values`; unused unless listed
   int64_t count;
   const char* source;              // the first pixel
-  int64_t source_row;              // bytes between rows
-  float* target;
+  int64_t source_row;
+  char* target;
   int64_t target_row, target_pixel;
-  const float* residual;           // or null
+  const char* residual;            // or null
   int64_t residual_row, residual_pixel;
   const float* bias;               // 16 of them, or null
   int32_t activation;
@@ -42,23 +52,29 @@ enum class Weights { warm, cold, listed };  // in order and in L2; in order and 
 // How blocks become places. A table entry past the taps is never used; it is there so that any uint8 may index it.
 struct PlaceTable {
   uint32_t taps, channels;
-  uint32_t group_bytes;      // between groups of 16 channels
+  uint32_t element_bytes;
+  uint32_t group_bytes;      // between groups of as many channels as a line holds
   uint32_t tap_offset[256];
 
-  uint32_t of_channel(uint32_t channel) const {
-    return channel / line_floats * group_bytes + channel % line_floats * 4;
+  uint32_t of_channel(uint32_t channel) const { return of_channel(channel, element_bytes); }
+
+  uint32_t of_channel(uint32_t channel, uint32_t bytes) const {
+    constexpr uint32_t line = line_bytes;
+    const uint32_t byte = channel * bytes;
+    return byte / line * group_bytes + byte % line;
   }
 };
 
 enum PlaceFault : uint32_t { channel_fault = 1, tap_fault = 2 };
 
 struct Level {
+  int64_t element_bytes;  // of activations, residual and output
   int64_t pixels;  // at most this many in a tile; any rows up to 4 and columns whose product keeps to it has a kernel
   TileKernel (*kernel)(int64_t rows, int64_t columns, Weights weights);
 
-  // Copies pixels of `channels` floats, `pixel_step` floats apart, to lines: those of one group of 16 channels follow each
-  // other, groups lie `group_bytes` apart. The last line is filled with zeros.
-  void (*copy)(const float* source, int64_t pixel_step, int64_t channels, int64_t pixels, char* lines, int64_t group_bytes);
+  // Copies pixels of so many bytes, `pixel_step` bytes apart, to lines: those of one group of channels follow each other,
+  // groups lie `group_bytes` apart. The last line is filled with zeros.
+  void (*copy)(const char* source, int64_t pixel_step, int64_t bytes, int64_t pixels, char* lines, int64_t group_bytes);
 
   // Writes the places of `count` blocks; returns what was wrong with any of them, as PlaceFault bits. tap may be null.
   uint32_t (*locate)(const PlaceTable& table, const int32_t* channel, const uint8_t* tap, int64_t count, uint32_t* places);
@@ -67,6 +83,12 @@ struct Level {
 const Level& generic_level();
 const Level& avx2_level();
 const Level& avx512_level();
+
+// In bfloat16: all but the last widen each half of a pair by a shift or a mask and multiply twice.
+const Level& generic_pair_level();
+const Level& avx2_pair_level();
+const Level& avx512_pair_level();
+const Level& avx512bf16_pair_level();
 
 }  // namespace microglia::block
 

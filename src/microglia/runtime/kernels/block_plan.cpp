@@ -70,7 +70,7 @@ int make_plan(const mg_conv2d& conv, const Level& level, int64_t channels, int64
   plan.columns = make_axis(conv.width, conv.kernel_width, conv.stride_width, conv.padding_width, conv.dilation_width);
   plan.pointwise = conv.kernel_height == 1 && conv.kernel_width == 1;
   plan.channels = conv.in_channels;
-  plan.groups = divide_up(channels, line_floats);
+  plan.groups = divide_up(channels * level.element_bytes, line_bytes);
   plan.space = {0, conv.batch, 0, plan.rows.output, 0, plan.columns.output};
   if (plan.pointwise) plan.space = {0, 1, 0, 1, 0, conv.batch * plan.rows.output * plan.columns.output};
   choose_tile(plan);
@@ -124,29 +124,29 @@ void Plan::copy(const Chunk& part, int64_t begin, int64_t end, char* scratch) co
   const int64_t lines = rows.lines(part.rows);
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t row = (part.row * rows.step + unit % lines) * rows.scale - rows.padding;
-    const float* image = x + (part.image + unit / lines) * rows.input * columns.input * x_stride;
+    const char* image = x + (part.image + unit / lines) * rows.input * columns.input * pixel_step;
     copy_row(image, row, scratch + unit / lines * image_bytes + unit % lines * row_bytes);
   }
 }
 
-void Plan::copy_row(const float* image, int64_t row, char* lines) const {
+void Plan::copy_row(const char* image, int64_t row, char* lines) const {
   const int64_t phase_bytes = row_bytes / columns.step, phase_lines = phase_bytes / line_bytes;
   if (row < 0 || row >= rows.input) return clear(lines, 0, row_bytes / line_bytes);
   for (int64_t phase = 0; phase < columns.step; ++phase) {
-    copy_valid(image + row * columns.input * x_stride, phase * columns.scale - columns.padding, phase_lines,
+    copy_valid(image + row * columns.input * pixel_step, phase * columns.scale - columns.padding, phase_lines,
                lines + phase * phase_bytes);
   }
 }
 
 // `count` lines of one input row, from position `first` in steps of the stride; zeros where that lies outside the row.
-void Plan::copy_valid(const float* row, int64_t first, int64_t count, char* lines) const {
+void Plan::copy_valid(const char* row, int64_t first, int64_t count, char* lines) const {
   const int64_t stride = columns.step * columns.scale;
   const int64_t begin = first < 0 ? std::min(count, divide_up(-first, stride)) : 0;
   const int64_t end = first < columns.input ? std::clamp(divide_up(columns.input - first, stride), begin, count) : begin;
   clear(lines, 0, begin);
   if (begin < end) {
     char* inside = lines + begin * line_bytes;
-    copy_run(row + (first + begin * stride) * x_stride, stride * x_stride, end - begin, inside);
+    copy_run(row + (first + begin * stride) * pixel_step, stride * pixel_step, end - begin, inside);
   }
   clear(lines + end * line_bytes, 0, count - end);
 }
@@ -159,22 +159,23 @@ void Plan::copy_pixels(const Chunk& part, int64_t begin, int64_t end, char* scra
     char* lines = scratch + pixel * line_bytes;
     pixel += count;
     if (plain) {
-      copy_run(x + at * x_stride, x_stride, count, lines);
+      copy_run(x + at * pixel_step, pixel_step, count, lines);
       continue;
     }
     const int64_t image = at / width / rows.output, row = at / width % rows.output * rows.scale - rows.padding;
     if (row < 0 || row >= rows.input) {
       clear(lines, 0, count);
     } else {
-      const float* start = x + (image * rows.input + row) * columns.input * x_stride;
+      const char* start = x + (image * rows.input + row) * columns.input * pixel_step;
       copy_valid(start, column * columns.scale - columns.padding, count, lines);
     }
   }
 }
 
-void Plan::copy_run(const float* source, int64_t pixel_step, int64_t pixels, char* lines) const {
-  level->copy(source, pixel_step, channels, pixels, lines, group_bytes);
-  clear(lines, divide_up(channels, line_floats), pixels);
+void Plan::copy_run(const char* source, int64_t step, int64_t pixels, char* lines) const {
+  const int64_t bytes = channels * level->element_bytes;
+  level->copy(source, step, bytes, pixels, lines, group_bytes);
+  clear(lines, divide_up(bytes, line_bytes), pixels);
 }
 
 void Plan::clear(char* lines, int64_t first_group, int64_t pixels) const {

@@ -30,13 +30,19 @@ struct Plan {
   const Level* level;
   Axis rows, columns;
   bool pointwise;
-  const float* x;
-  int64_t x_stride, channels;
-  int64_t groups;  // of 16 channels, in the copy
+  const char* x;
+  int64_t pixel_step;  // bytes between pixels of x
+  int64_t channels;
+  int64_t groups;  // of as many channels as a line holds, in the copy
   Chunk space;                         // all outputs
   Chunk chunk;                         // the size of a chunk; the last ones are smaller
   int64_t tile_rows, tile_columns;
   int64_t row_bytes, image_bytes, group_bytes;  // steps in the copy; a row holds its lines by their phase of the step
+
+  // Says what is read: element (pixel, channel) is x[pixel * stride + channel], of the level's type.
+  void read(const void* data, int64_t stride) {
+    x = static_cast<const char*>(data), pixel_step = stride * level->element_bytes;
+  }
 
   int64_t chunks() const;
   Chunk chunk_at(int64_t index) const;
@@ -48,9 +54,9 @@ struct Plan {
 
  private:
   void copy_pixels(const Chunk& part, int64_t begin, int64_t end, char* scratch) const;
-  void copy_row(const float* image, int64_t row, char* lines) const;
-  void copy_valid(const float* row, int64_t first, int64_t count, char* lines) const;
-  void copy_run(const float* source, int64_t pixel_step, int64_t pixels, char* lines) const;
+  void copy_row(const char* image, int64_t row, char* lines) const;
+  void copy_valid(const char* row, int64_t first, int64_t count, char* lines) const;
+  void copy_run(const char* source, int64_t step, int64_t pixels, char* lines) const;
   void clear(char* lines, int64_t first_group, int64_t pixels) const;
 };
 

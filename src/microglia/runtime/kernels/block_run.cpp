@@ -22,22 +22,25 @@ void in_parallel(mg_parallel parallel, int64_t count, int64_t grain, mg_body bod
 namespace {
 
 // The last stripe where it is narrower than the kernels write: computed in a buffer of its own.
-void run_narrow(const Tile& tile, TileKernel kernel, int64_t rows, int64_t columns, size_t width) {
-  float target[most_pixels * line_floats], residual[most_pixels * line_floats] = {}, bias[line_floats] = {};
+void run_narrow(const Tile& tile, TileKernel kernel, int64_t rows, int64_t columns, int64_t width, int64_t element) {
+  alignas(line_bytes) char target[most_pixels * line_bytes], residual[most_pixels * line_bytes] = {};
+  float bias[line_floats] = {};
+  const int64_t line = stripe_outputs * element;
+  const size_t bytes = static_cast<size_t>(width * element);
   Tile whole = tile;
-  if (tile.bias) std::memcpy(bias, tile.bias, width * sizeof(float)), whole.bias = bias;
+  if (tile.bias) std::memcpy(bias, tile.bias, static_cast<size_t>(width) * sizeof(float)), whole.bias = bias;
   for (int64_t pixel = 0; tile.residual && pixel < rows * columns; ++pixel) {
-    const float* from = tile.residual + pixel / columns * tile.residual_row + pixel % columns * tile.residual_pixel;
-    std::memcpy(residual + pixel * line_floats, from, width * sizeof(float));
+    const char* from = tile.residual + pixel / columns * tile.residual_row + pixel % columns * tile.residual_pixel;
+    std::memcpy(residual + pixel * line, from, bytes);
     whole.residual = residual;
   }
   whole.target = target;
-  whole.target_pixel = whole.residual_pixel = line_floats;
-  whole.target_row = whole.residual_row = columns * line_floats;
+  whole.target_pixel = whole.residual_pixel = line;
+  whole.target_row = whole.residual_row = columns * line;
   kernel(whole);
   for (int64_t pixel = 0; pixel < rows * columns; ++pixel) {
-    float* to = tile.target + pixel / columns * tile.target_row + pixel % columns * tile.target_pixel;
-    std::memcpy(to, target + pixel * line_floats, width * sizeof(float));
+    char* to = tile.target + pixel / columns * tile.target_row + pixel % columns * tile.target_pixel;
+    std::memcpy(to, target + pixel * line, bytes);
   }
 }
 
@@ -46,16 +49,17 @@ void run_stripes(const Run& run, const Weighting& weights, Tile tile, int64_t pi
                  int64_t first, int64_t last) {
   const Output& output = run.output;
   const TileKernel kernel = run.plan.level->kernel(rows, columns, weights.kind);
+  const int64_t element = run.plan.level->element_bytes;
   for (int64_t index = first; index < last; ++index) {
     const int64_t channel = weights.stripe(index) * stripe_outputs;
     weights.fill(index, tile);
-    tile.target = output.y + pixel * output.y_stride + channel;
-    tile.residual = output.residual ? output.residual + pixel * output.residual_stride + channel : nullptr;
+    tile.target = output.y + (pixel * output.y_stride + channel) * element;
+    tile.residual = output.residual ? output.residual + (pixel * output.residual_stride + channel) * element : nullptr;
     tile.bias = output.bias ? output.bias + channel : nullptr;
     if (channel + stripe_outputs <= output.channels) {
       kernel(tile);
     } else {
-      run_narrow(tile, kernel, rows, columns, static_cast<size_t>(output.channels - channel));
+      run_narrow(tile, kernel, rows, columns, output.channels - channel, element);
     }
   }
 }
@@ -66,8 +70,10 @@ void run_tiles(const Run& run, const Weighting& weights, const Chunk& part, cons
   Tile tile{};
   tile.activation = run.output.activation;
   tile.source_row = plan.rows.step * plan.row_bytes;
-  tile.target_pixel = run.output.y_stride, tile.target_row = plan.space.columns * run.output.y_stride;
-  tile.residual_pixel = run.output.residual_stride, tile.residual_row = plan.space.columns * run.output.residual_stride;
+  tile.target_pixel = run.output.y_stride * plan.level->element_bytes;
+  tile.target_row = plan.space.columns * tile.target_pixel;
+  tile.residual_pixel = run.output.residual_stride * plan.level->element_bytes;
+  tile.residual_row = plan.space.columns * tile.residual_pixel;
   for (int64_t index = 0; index < part.images * down * across; ++index) {
     const int64_t image = index / across / down, vertical = index / across % down, horizontal = index % across;
     const int64_t row = part.rows * vertical / down, rows = part.rows * (vertical + 1) / down - row;
@@ -80,18 +86,17 @@ void run_tiles(const Run& run, const Weighting& weights, const Chunk& part, cons
 
 // Packs the stripes from `first` to `last`, of one list, into memory of the calling thread.
 bool pack_stripes(const Run& run, int64_t first, int64_t last, mg_parallel parallel, Weighting& weights) {
-  const int64_t floats = (last - first) * weights.stripe_values;
   struct Packer {
     const Packing* packing;
-    int64_t first, stripe_values;
-    float* values;
-  } work{run.weights.packing, first, weights.stripe_values, nullptr};
-  work.values = reinterpret_cast<float*>(value_scratch.reserve(floats * static_cast<int64_t>(sizeof(float))));
+    int64_t first, stripe_bytes;
+    char* values;
+  } work{run.weights.packing, first, weights.stripe_bytes, nullptr};
+  work.values = value_scratch.reserve((last - first) * weights.stripe_bytes);
   if (!work.values) return false;
   const auto pack = [](int64_t begin, int64_t end, void* context) {
     const Packer& packer = *static_cast<Packer*>(context);
     for (int64_t index = begin; index < end; ++index) {
-      packer.packing->pack(*packer.packing, packer.first + index, packer.values + index * packer.stripe_values);
+      packer.packing->pack(*packer.packing, packer.first + index, packer.values + index * packer.stripe_bytes);
     }
   };
   in_parallel(parallel, last - first, 1, pack, &work);

@@ -38,18 +38,18 @@ class Scratch {
 
 // Weights that are put together just before their use: stripe by stripe, as the kernels read them.
 struct Packing {
-  void (*pack)(const Packing& packing, int64_t stripe, float* values);
+  void (*pack)(const Packing& packing, int64_t stripe, char* values);
 };
 
 // The places of every stripe's weights: stripe by stripe (row_pointer), or one list for all of them (stripes).
 struct Weighting {
   Weights kind;
-  const float* values;
+  const char* values;
   const uint32_t* places;
   const uint32_t* value_offsets;
   int64_t inputs;               // places to a block
   const int32_t* row_pointer;   // in blocks; null for one list
-  int64_t list_count, stripe_values;  // of one list, and floats between stripes
+  int64_t list_count, stripe_bytes;  // of one list, and between its stripes
   const int32_t* stripes;       // the stripes computed; null for all
   int64_t stripe_count;
   const Packing* packing = nullptr;  // null where values are there already
@@ -62,15 +62,15 @@ struct Weighting {
     tile.count = places_before(index + 1) - places_before(index);
     const int64_t before = row_pointer ? places_before(index) : 0;
     tile.places = places + before;
-    tile.values = tile.count ? values + (row_pointer ? before * line_floats : (stripe(index) - first_packed) * stripe_values) : values;
+    tile.values = tile.count ? values + (row_pointer ? before * line_bytes : (stripe(index) - first_packed) * stripe_bytes) : values;
     tile.value_offsets = value_offsets;
   }
 };
 
-struct Output {
-  float* y;
+struct Output {  // y and residual of the level's type, strides in its elements
+  char* y;
   int64_t y_stride;
-  const float* residual;
+  const char* residual;
   int64_t residual_stride;
   const float* bias;
   int64_t channels;
@@ -87,10 +87,13 @@ struct Run {
 
 // ---- What the convolutions of blocks share (block.cpp) ----
 
-const Level& current_level();
+const Level& current_level();  // of float32
+
+Output output_of(const mg_conv2d* conv, void* y, int64_t y_stride, const void* residual, int64_t residual_stride,
+                 const float* bias);
 
 // What is wrong with a problem and its activations, and with a list that must rise below a limit.
-int check(const mg_conv2d* conv, const float* x, int64_t x_stride, const Output& output);
+int check(const mg_conv2d* conv, const void* x, int64_t x_stride, const Output& output);
 int check_list(const int32_t* list, int64_t count, int64_t limit);
 
 void in_parallel(mg_parallel parallel, int64_t count, int64_t grain, mg_body body, void* context);

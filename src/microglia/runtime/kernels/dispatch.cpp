@@ -2,19 +2,36 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "block_level.h"
 #include "kernels.h"
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 
 #define MG_EXPORT extern "C" __attribute__((visibility("default")))
 
 namespace {
 
+#if defined(__x86_64__)
+bool has_bf16() {
+#if defined(MICROGLIA_AVX512BF16)
+  unsigned int eax = 0, ebx = 0, ecx = 0, edx = 0;
+  return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax >> 5 & 1);
+#else
+  return false;
+#endif
+}
+#endif
+
 int best_level() {
-#if defined(__x86_64__) || defined(__i386__)
+#if defined(__x86_64__)
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq");
-  return avx512 ? MG_AVX512 : avx2 ? MG_AVX2 : MG_GENERIC;
+  if (avx512) return has_bf16() ? MG_AVX512BF16 : MG_AVX512;
+  return avx2 ? MG_AVX2 : MG_GENERIC;
 #else
   return MG_GENERIC;
 #endif
@@ -42,6 +59,7 @@ MG_EXPORT const char* mg_level_name(int level) {
     case MG_GENERIC: return "generic";
     case MG_AVX2: return "avx2";
     case MG_AVX512: return "avx512";
+    case MG_AVX512BF16: return "avx512bf16";
     default: return "unknown";
   }
 }
@@ -58,6 +76,7 @@ MG_EXPORT const char* mg_error_text(int code) {
     case MG_BAD_POINTER: return "a pointer is null where there must be data";
     case MG_NO_MEMORY: return "no memory for the kernels' working copy of the input";
     case MG_BAD_LIST: return "a list of channels or stripes does not strictly rise, or leaves its range";
+    case MG_BAD_PAIR: return "a pair of bfloat16 input channels lies across a multiple of 32";
     default: return "an unknown error";
   }
 }

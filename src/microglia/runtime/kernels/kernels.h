@@ -1,7 +1,8 @@
 // The plain C interface of Microglia's sparse kernels: no torch, no exceptions, no allocation visible to the caller.
 //
 // Every function checks its whole problem, index arrays included, before it reads or writes a single activation, and
-// returns MG_OK or the code of what is wrong (see mg_error_text). Activations and weights are float32.
+// returns MG_OK or the code of what is wrong (see mg_error_text). Activations and weights are float32, except where a name
+// ends in _bf16.
 #ifndef MICROGLIA_KERNELS_H
 #define MICROGLIA_KERNELS_H
 
@@ -22,12 +23,13 @@ enum {
   MG_BAD_ACTIVATION = 6,
   MG_BAD_POINTER = 7,       // a null pointer where there must be data
   MG_NO_MEMORY = 8,
-  MG_BAD_LIST = 9           // a list of channels or stripes that is not strictly rising, or leaves its range
+  MG_BAD_LIST = 9,          // a list of channels or stripes that is not strictly rising, or leaves its range
+  MG_BAD_PAIR = 10          // a pair of bfloat16 input channels on both sides of a multiple of 32
 };
 
 enum { MG_NONE = 0, MG_RELU = 1, MG_RELU6 = 2, MG_SILU = 3 };
 
-enum { MG_GENERIC = 0, MG_AVX2 = 1, MG_AVX512 = 2 };
+enum { MG_GENERIC = 0, MG_AVX2 = 1, MG_AVX512 = 2, MG_AVX512BF16 = 3 };
 
 // Runs body over [begin, end) in pieces, as at::parallel_for does; null means: on the calling thread alone.
 typedef void (*mg_body)(int64_t begin, int64_t end, void* context);
@@ -60,6 +62,24 @@ typedef struct {
 // residual may be y itself. bias has out_channels entries, or is null.
 int mg_block_conv2d(const mg_conv2d* conv, const mg_blocks* blocks, const float* x, int64_t x_stride, float* y, int64_t y_stride,
                     const float* residual, int64_t residual_stride, const float* bias, mg_parallel parallel);
+
+// The same in bfloat16 (the upper half of a float32), in pairs of input channels: what one vdpbf16ps multiplies and adds. A
+// pair may begin at any channel, odd ones too, but not lie across a multiple of 32, where a line of the working copy ends.
+typedef struct {
+  int64_t block_inputs;        // 2, 4 or 8; blocks of one input are given as pairs whose other weights are zero
+  int64_t blocks;
+  const uint16_t* values;      // [blocks][block_inputs / 2][16][2]
+  const int32_t* row_pointer;  // these as in mg_blocks
+  const int32_t* channel;
+  const uint8_t* tap;
+} mg_blocks_bf16;
+
+// As mg_block_conv2d. Sums are float32 and begin with the bias; what is stored, after residual and activation, is rounded
+// once, to the nearest bfloat16, to the even one in the middle. NaN becomes the quiet NaN 0x7FC0. At every level a pair
+// is added odd channel first, as vdpbf16ps does; that instruction alone takes denormal numbers for zero.
+int mg_block_conv2d_bf16(const mg_conv2d* conv, const mg_blocks_bf16* blocks, const uint16_t* x, int64_t x_stride, uint16_t* y,
+                         int64_t y_stride, const uint16_t* residual, int64_t residual_stride, const float* bias,
+                         mg_parallel parallel);
 
 // The same convolution of all blocks (a dense weight packed as blocks with block_inputs = 1, stripe by stripe, in each
 // tap-major: block (tap * in_channels + channel) of a stripe), computed from the input channels in `channels` (rising; the
@@ -114,7 +134,7 @@ typedef struct {
 int mg_row_conv2d(const mg_conv2d* conv, const mg_rows* rows, const float* x, float* y, const float* residual, const float* bias,
                   mg_parallel parallel);
 
-int mg_level(void);             // the best level of this machine, or MICROGLIA_ISA (generic, avx2, avx512) where it can run
+int mg_level(void);             // the best level of this machine, or MICROGLIA_ISA (generic, avx2, avx512, avx512bf16) where it can run
 const char* mg_level_name(int level);
 const char* mg_error_text(int code);
 

@@ -37,7 +37,7 @@ void pack_plainly(const Sources& sources, const Move* moves, int64_t count, char
 
 Pack current_pack() {
 #if defined(__x86_64__)
-  if (mg_level() == MG_AVX512) return avx512_pack();
+  if (mg_level() >= MG_AVX512) return avx512_pack();
 #endif
   return pack_plainly;
 }
@@ -63,9 +63,9 @@ struct PartPacking : block::Packing {
     return found;
   }
 
-  static void run(const block::Packing& packing, int64_t stripe, float* values) {
+  static void run(const block::Packing& packing, int64_t stripe, char* values) {
     const PartPacking& self = static_cast<const PartPacking&>(packing);
-    self.kernel(self.sources(stripe), self.moves, self.count, reinterpret_cast<char*>(values));
+    self.kernel(self.sources(stripe), self.moves, self.count, values);
   }
 };
 
@@ -109,14 +109,14 @@ using namespace microglia::part;
 
 MG_EXPORT int mg_part_conv2d(const mg_conv2d* conv, const mg_part* part, const float* x, int64_t x_stride, float* y,
                              int64_t y_stride, const float* bias, mg_parallel parallel) {
-  block::Output output{y, y_stride, nullptr, 0, nullptr, conv ? conv->out_channels : 0, conv ? conv->activation : 0};
+  block::Output output = block::output_of(conv, y, y_stride, nullptr, 0, nullptr);
   if (int code = block::check(conv, x, x_stride, output)) return code;
   if (int code = check_part(*conv, part)) return code;
   const int64_t taps = conv->kernel_height * conv->kernel_width, count = taps * conv->in_channels;
   const int64_t stripes = divide_up(conv->out_channels, stripe_outputs), value_bytes = stripes * count * line_bytes;
   block::Run run;
   if (int code = block::make_plan(*conv, block::current_level(), conv->in_channels, value_bytes, run.plan)) return code;
-  run.plan.x = x, run.plan.x_stride = x_stride;
+  run.plan.read(x, x_stride);
   char* lists = list_scratch.reserve(count * 8 + (count + block::places_ahead + conv->out_channels) * 4);
   if (!lists) return MG_NO_MEMORY;
   Move* moves = reinterpret_cast<Move*>(lists);
@@ -132,7 +132,7 @@ MG_EXPORT int mg_part_conv2d(const mg_conv2d* conv, const mg_part* part, const f
   packing.pack = &PartPacking::run;
   packing.part = part, packing.outputs = conv->out_channels, packing.stripe_bytes = taps * part->inputs * line_bytes;
   packing.moves = moves, packing.count = count, packing.kernel = current_pack();
-  run.weights = {block::Weights::warm, nullptr, places, nullptr, 1, nullptr, count, count * line_floats, nullptr, stripes};
+  run.weights = {block::Weights::warm, nullptr, places, nullptr, 1, nullptr, count, count * line_bytes, nullptr, stripes};
   run.weights.packing = &packing;
   run.output = output, run.parallel = parallel;
   return block::execute(run, std::max(1, conv->threads));

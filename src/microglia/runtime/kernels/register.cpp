@@ -28,16 +28,26 @@ void check(int code, const char* operation) {
   STD_TORCH_CHECK(code == MG_OK, "microglia::", operation, ": ", mg_error_text(code));
 }
 
+const char* name_of(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float: return "float32";
+    case ScalarType::BFloat16: return "bfloat16";
+    case ScalarType::Int: return "int32";
+    case ScalarType::Byte: return "uint8";
+    default: return "of another type";
+  }
+}
+
 Tensor plain(const Tensor& t, ScalarType type, int64_t dimensions, const char* what) {
   STD_TORCH_CHECK(t.is_cpu() && t.scalar_type() == type && t.dim() == dimensions, "microglia: ", what, " must be a CPU tensor of ",
-                  dimensions, " dimensions and its documented dtype");
+                  dimensions, " dimensions in ", name_of(type));
   return torch::stable::contiguous(t);
 }
 
 // The activations in NHWC order, copied only if they lie otherwise.
-Tensor channels_last(const Tensor& x, const char* what) {
-  STD_TORCH_CHECK(x.is_cpu() && x.scalar_type() == ScalarType::Float && x.dim() == 4, "microglia: ", what,
-                  " must be a float32 CPU tensor (batch, channels, height, width)");
+Tensor channels_last(const Tensor& x, const char* what, ScalarType type = ScalarType::Float) {
+  STD_TORCH_CHECK(x.is_cpu() && x.scalar_type() == type && x.dim() == 4, "microglia: ", what, " must be a ", name_of(type),
+                  " CPU tensor (batch, channels, height, width)");
   return torch::stable::contiguous(x, MemoryFormat::ChannelsLast);
 }
 
@@ -83,12 +93,11 @@ mg_conv2d problem(const Tensor& x, int64_t out_channels, const Sizes& kernel, co
           padding[1], dilation[0], dilation[1], static_cast<int32_t>(activation), static_cast<int32_t>(threads)};
 }
 
-Tensor output_of(const mg_conv2d& c, MemoryFormat format) {
+Tensor output_of(const mg_conv2d& c, MemoryFormat format, ScalarType type = ScalarType::Float) {
   int64_t height = outputs_of(c.height, c.kernel_height, c.stride_height, c.padding_height, c.dilation_height);
   int64_t width = outputs_of(c.width, c.kernel_width, c.stride_width, c.padding_width, c.dilation_width);
   STD_TORCH_CHECK(c.batch > 0 && c.out_channels > 0 && height > 0 && width > 0, "microglia: the output would be empty");
-  return torch::stable::empty({c.batch, c.out_channels, height, width}, ScalarType::Float, std::nullopt, std::nullopt,
-                              std::nullopt, format);
+  return torch::stable::empty({c.batch, c.out_channels, height, width}, type, std::nullopt, std::nullopt, std::nullopt, format);
 }
 
 void check_same_shape(const Tensor& residual, const Tensor& y) {
@@ -101,8 +110,8 @@ struct Places {  // the index arrays that block and row kernels share, checked f
   Tensor values, row_pointer, channel;
   Optional tap;
   Places(const Tensor& values_, const Tensor& row_pointer_, const Tensor& channel_, const std::optional<Tensor>& tap_,
-         int64_t dimensions, int64_t rows)
-      : values(plain(values_, ScalarType::Float, dimensions, "values")),
+         int64_t dimensions, int64_t rows, ScalarType type = ScalarType::Float)
+      : values(plain(values_, type, dimensions, "values")),
         row_pointer(plain(row_pointer_, ScalarType::Int, 1, "row_pointer")),
         channel(plain(channel_, ScalarType::Int, 1, "channel")),
         tap(optional_plain(tap_, ScalarType::Byte, channel.size(0), "tap")) {
@@ -115,55 +124,85 @@ struct Places {  // the index arrays that block and row kernels share, checked f
   const int32_t* channel_data() const { return static_cast<const int32_t*>(channel.const_data_ptr()); }
 };
 
+// The type that a layer of blocks runs in: that of its input and of its values.
+ScalarType block_type(const Tensor& x, const Tensor& values) {
+  const ScalarType type = x.scalar_type();
+  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16,
+                  "microglia: the input of a block layer must be float32 or bfloat16");
+  STD_TORCH_CHECK(values.scalar_type() == type, "microglia: the input is ", name_of(type), " and the values of the blocks are ",
+                  name_of(values.scalar_type()), ": both must be of one type; convert the module or its input with .to()");
+  return type;
+}
+
+struct BlockPlaces : Places {
+  BlockPlaces(const Tensor& values_, const Tensor& row_pointer_, const Tensor& channel_, const std::optional<Tensor>& tap_,
+              int64_t outputs, ScalarType type)
+      : Places(values_, row_pointer_, channel_, tap_, type == ScalarType::Float ? 3 : 4, (outputs + 15) / 16, type) {
+    STD_TORCH_CHECK(values.size(2) == 16 && (type == ScalarType::Float || values.size(3) == 2),
+                    "microglia: values must be (blocks, inputs of a block, 16) in float32, (blocks, pairs of inputs, 16, 2) in "
+                    "bfloat16");
+  }
+
+  void run(const mg_conv2d& c, const Tensor& x, Tensor& y, const Optional& residual, const Optional& bias,
+           const char* operation) const {
+    const int64_t in = c.in_channels, out = c.out_channels, blocks = values.size(0);
+    if (values.scalar_type() == ScalarType::Float) {
+      mg_blocks given{values.size(1), blocks, value_data(), row_data(), channel_data(), tap.data<uint8_t>()};
+      check(mg_block_conv2d(&c, &given, static_cast<const float*>(x.const_data_ptr()), in,
+                            static_cast<float*>(y.mutable_data_ptr()), out, residual.data<float>(), out, bias.data<float>(),
+                            parallel),
+            operation);
+    } else {
+      const uint16_t* pairs = static_cast<const uint16_t*>(values.const_data_ptr());
+      mg_blocks_bf16 given{2 * values.size(1), blocks, pairs, row_data(), channel_data(), tap.data<uint8_t>()};
+      check(mg_block_conv2d_bf16(&c, &given, static_cast<const uint16_t*>(x.const_data_ptr()), in,
+                                 static_cast<uint16_t*>(y.mutable_data_ptr()), out, residual.data<uint16_t>(), out,
+                                 bias.data<float>(), parallel),
+            operation);
+    }
+  }
+};
+
 Tensor block_conv2d(const Tensor& x_, const Tensor& values, const Tensor& row_pointer, const Tensor& channel,
                     const std::optional<Tensor>& tap, const std::optional<Tensor>& bias, const std::optional<Tensor>& residual,
                     int64_t out_channels, const Sizes kernel, const Sizes stride, const Sizes padding, const Sizes dilation,
                     int64_t activation) {
-  Tensor x = channels_last(x_, "the input");
+  const ScalarType type = block_type(x_, values);
+  Tensor x = channels_last(x_, "the input", type);
   mg_conv2d c = problem(x, out_channels, kernel, stride, padding, dilation, activation);
-  Places p(values, row_pointer, channel, tap, 3, (out_channels + 15) / 16);
-  STD_TORCH_CHECK(p.values.size(2) == 16, "microglia: values must be (blocks, inputs of a block, 16)");
+  BlockPlaces p(values, row_pointer, channel, tap, out_channels, type);
   Optional b = optional_plain(bias, ScalarType::Float, out_channels, "bias");
-  Tensor y = output_of(c, MemoryFormat::ChannelsLast);
+  Tensor y = output_of(c, MemoryFormat::ChannelsLast, type);
   Optional r;
   if (residual) {
     check_same_shape(*residual, y);
-    r.held = channels_last(*residual, "the residual");
+    r.held = channels_last(*residual, "the residual", type);
   }
-  mg_blocks blocks{p.values.size(1), p.values.size(0), p.value_data(), p.row_data(), p.channel_data(), p.tap.data<uint8_t>()};
-  check(mg_block_conv2d(&c, &blocks, static_cast<const float*>(x.const_data_ptr()), c.in_channels,
-                        static_cast<float*>(y.mutable_data_ptr()), out_channels, r.data<float>(), out_channels,
-                        b.data<float>(), parallel),
-        "block_conv2d");
+  p.run(c, x, y, r, b, "block_conv2d");
   return y;
 }
 
 Tensor block_linear(const Tensor& x_, const Tensor& values, const Tensor& row_pointer, const Tensor& channel,
                     const std::optional<Tensor>& bias, const std::optional<Tensor>& residual, int64_t out_features,
                     int64_t activation) {
-  STD_TORCH_CHECK(x_.is_cpu() && x_.scalar_type() == ScalarType::Float && x_.dim() >= 1,
-                  "microglia: the input must be a float32 CPU tensor (..., features)");
+  const ScalarType type = block_type(x_, values);
+  STD_TORCH_CHECK(x_.is_cpu() && x_.dim() >= 1, "microglia: the input must be a CPU tensor (..., features)");
   Tensor x = torch::stable::contiguous(x_);
   int64_t features = x.size(x.dim() - 1), rows = features > 0 ? x.numel() / features : 0;
   uint32_t threads = torch::stable::get_num_threads();
   mg_conv2d c{1, features, 1, rows, out_features, 1, 1, 1, 1, 0, 0, 1, 1, static_cast<int32_t>(activation),
               static_cast<int32_t>(threads)};
-  Places p(values, row_pointer, channel, std::nullopt, 3, (out_features + 15) / 16);
-  STD_TORCH_CHECK(p.values.size(2) == 16, "microglia: values must be (blocks, inputs of a block, 16)");
+  BlockPlaces p(values, row_pointer, channel, std::nullopt, out_features, type);
   Optional b = optional_plain(bias, ScalarType::Float, out_features, "bias");
   Sizes shape(x.sizes().begin(), x.sizes().end());
   shape.back() = out_features;
-  Tensor y = torch::stable::empty(shape, ScalarType::Float);
+  Tensor y = torch::stable::empty(shape, type);
   Optional r;
   if (residual) {
     check_same_shape(*residual, y);
-    r.held = plain(*residual, ScalarType::Float, x.dim(), "the residual");
+    r.held = plain(*residual, type, x.dim(), "the residual");
   }
-  mg_blocks blocks{p.values.size(1), p.values.size(0), p.value_data(), p.row_data(), p.channel_data(), nullptr};
-  check(mg_block_conv2d(&c, &blocks, static_cast<const float*>(x.const_data_ptr()), features,
-                        static_cast<float*>(y.mutable_data_ptr()), out_features, r.data<float>(), out_features,
-                        b.data<float>(), parallel),
-        "block_linear");
+  p.run(c, x, y, r, b, "block_linear");
   return y;
 }
 

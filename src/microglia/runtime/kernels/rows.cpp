@@ -41,7 +41,7 @@ size_t aligned(size_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kA
 const RowLevel& row_level() {
 #if defined(__x86_64__)
   const int level = mg_level();
-  if (level == MG_AVX512) return kRowsAvx512;
+  if (level >= MG_AVX512) return kRowsAvx512;
   if (level == MG_AVX2) return kRowsAvx2;
 #endif
   return kRowsGeneric;

@@ -17,7 +17,7 @@ from microglia.graph.cut import Cut
 from microglia.graph.modules import attributes, cut_module, indices
 from microglia.graph.parts import Part, find_parts, to_double
 from microglia.graph.plan import Plan, attach, cut_again, graph_model, place, refuse_graph, shapes, write_example
-from microglia.graph.trace import Trace
+from microglia.graph.trace import Trace, copied
 from microglia.graph.verify import ShrinkError, Verification, difference, run_patched, verify
 
 EXACT, SINGLE = 1e-9, 1e-4
@@ -116,7 +116,7 @@ def _as_graph(part: Part, cut: Cut, checked: Verification, dynamic: tuple[int, .
     """Returns a part as a graph traced in the model's own precision, after holding it against the verified one."""
     small = graph_model(part.module, part.example, indices(cut), dynamic)
     _check_sizes(small, cut)
-    args, kwargs = part.example
+    args, kwargs = pytree.tree_map(copied, part.example)
     with torch.no_grad():
         outputs = pytree.tree_leaves(small.eval()(*args, **kwargs))
     if outputs_difference(outputs, checked.outputs) > SINGLE:
@@ -154,7 +154,7 @@ def outputs_of(model: nn.Module, trace: Trace, inputs: Sequence[Any]) -> list[An
 
 @torch.no_grad()
 def _outputs(model: nn.Module, trace: Trace, inputs: Sequence[Any]) -> list[Any]:
-    args, kwargs = pytree.tree_unflatten(list(inputs), trace.in_spec)
+    args, kwargs = pytree.tree_unflatten([copied(v) for v in inputs], trace.in_spec)
     return pytree.tree_leaves(model.eval()(*args, **kwargs))
 
 

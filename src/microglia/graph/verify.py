@@ -18,7 +18,7 @@ from microglia.core.errors import MicrogliaError
 from microglia.graph.cut import Cut
 from microglia.graph.reference import MissingReference, Reference
 from microglia.graph.surgery import patched
-from microglia.graph.trace import operator_name
+from microglia.graph.trace import copied, operator_name
 
 
 class ShrinkError(MicrogliaError):
@@ -102,9 +102,7 @@ class _Lockstep:
     def _place(self, node: fx.Node, copy: fx.Node) -> None:
         name = self.trace.name_of.get(node.name)
         if name is None:
-            self.wanted[node] = self.got[copy] = self.inputs[node.name]
-            if isinstance(self.wanted[node], Tensor):
-                self.got[copy] = self.wanted[node].clone()
+            self.wanted[node], self.got[copy] = copied(self.inputs[node.name]), copied(self.inputs[node.name])
         elif node.users:
             tensor = self.trace.tensors[name].detach()
             self.wanted[node], self.got[copy] = self.cut.zero(name, tensor), self.cut.slice(name, tensor).clone()

@@ -253,11 +253,23 @@ def test_excluded_layers_stay_whole():
     assert small.one.weight.shape == (12, 16, 3, 3)
 
 
-@pytest.mark.parametrize("pattern", ["two", "two.weight", "*wo*", "one*"])
-def test_a_layer_keeps_its_inputs_too(pattern):
-    """Each of these layers stands between the two groups of the model: excluded, it leaves nothing to prune."""
-    with pytest.raises(BudgetError, match="no channels"):
-        prune_channels(built(Residual), IMAGES, Budget(density=0.5), exclude=[pattern])
+@pytest.mark.parametrize(
+    ("selectors", "widths"),
+    [
+        (["two.bias"], (16, 12)), (["inner_norm"], (8, 24)), (["type:Linear"], (16, 12)),
+        (["stem", "*n*", "!inner_norm", "!one"], (16, 12)),
+    ],
+)  # fmt: skip
+def test_selectors_mean_what_they_mean_elsewhere(selectors, widths):
+    """A bias or a norm alone keeps outputs; classes and negations are understood."""
+    small = prune_channels(built(Residual), IMAGES, Budget(density=0.5), round_to=1, exclude=selectors)
+    assert (small.stem.out_channels, small.one.out_channels) == widths
+
+
+def test_an_excluded_tensor_is_meant_under_all_its_names():
+    small = prune_channels(built(Tied), NUMBERS, Budget(density=0.5), round_to=1, exclude=["head"])
+    assert shapes(small)["embed.weight"] == (11, 16)
+    assert shapes(small)["up.weight"] == (16, 16)
 
 
 def test_a_selector_that_meets_nothing():

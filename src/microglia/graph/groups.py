@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from microglia.core.errors import ScoreError, SelectorError
+from microglia.core.errors import ScoreError
+from microglia.core.layers import Layer, check_selectors, matches
 from microglia.graph.analysis import Analysis
 
 GroupReduction = Literal["sum", "mean", "max", "l2"]
@@ -45,31 +45,40 @@ class ChannelGroup:
     cofactor: int
 
 
-def channel_groups(analysis: Analysis, exclude: Sequence[str] = (), path: str = "") -> list[ChannelGroup]:
+def channel_groups(analysis: Analysis, excluded: Collection[str] = (), path: str = "") -> list[ChannelGroup]:
     """Returns the groups that can lose units, in the order in which the graph uses them.
 
     Args:
         analysis: Of the model.
-        exclude: Globs over parameter or layer names; a group with a member that one of them meets is left out.
+        excluded: Tensors of the model whose groups are left out; see `excluded_tensors`.
         path: Where in the model the analysed part is.
     """
     return [
         group
         for group in (_group(analysis, atom) for atom in analysis.prunable())
-        if not any(_meets(f"{path}.{member.name}".strip("."), exclude) for member in group.members)
+        if not any(f"{path}.{member.name}".strip(".") in excluded for member in group.members)
     ]
 
 
-def check_selectors(names: Sequence[str], selectors: Sequence[str]) -> None:
-    """Raises `SelectorError` for the first selector that meets no parameter or layer."""
-    for selector in selectors:
-        if not any(_meets(name, [selector]) for name in names):
-            shown = ", ".join(names[:6])
-            raise SelectorError(f"The selector {selector!r} meets no parameter of the model; those are {shown}, ...")
+def excluded_tensors(model: nn.Module, selectors: Sequence[str]) -> frozenset[str]:
+    """Returns the parameters and buffers of a model that selectors mean, under every name they have.
 
+    Args:
+        model: Any module.
+        selectors: In the language of `microglia.core.layers.matches`, over all parameters and buffers of all modules.
 
-def _meets(name: str, selectors: Sequence[str]) -> bool:
-    return any(fnmatchcase(name, s) or fnmatchcase(name.rpartition(".")[0], s) for s in selectors)
+    Raises:
+        SelectorError: A selector meets none of them.
+    """
+    held = {
+        f"{path}.{name}".strip("."): (tensor, Layer(f"{path}.{name}".strip("."), ((module, name),)))
+        for path, module in model.named_modules(remove_duplicate=False)
+        for name, tensor in (*module._parameters.items(), *module._buffers.items())
+        if tensor is not None
+    }
+    check_selectors({name: layer for name, (_, layer) in held.items()}, selectors)
+    chosen = {id(t) for name, (t, layer) in held.items() if selectors and matches(name, layer.module, selectors)}
+    return frozenset(name for name, (tensor, _) in held.items() if id(tensor) in chosen)
 
 
 def _group(analysis: Analysis, atom: int) -> ChannelGroup:

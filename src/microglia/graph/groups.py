@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -55,7 +55,7 @@ def channel_groups(analysis: Analysis, excluded: Collection[str] = (), path: str
     """
     return [
         group
-        for group in (_group(analysis, atom) for atom in analysis.prunable())
+        for group in _groups(analysis)
         if not any(f"{path}.{member.name}".strip(".") in excluded for member in group.members)
     ]
 
@@ -81,19 +81,24 @@ def excluded_tensors(model: nn.Module, selectors: Sequence[str]) -> frozenset[st
     return frozenset(name for name, (tensor, _) in held.items() if id(tensor) in chosen)
 
 
-def _group(analysis: Analysis, atom: int) -> ChannelGroup:
-    algebra, members, factor, cofactor = analysis.algebra, [], False, 0
+def _groups(analysis: Analysis) -> Iterator[ChannelGroup]:
+    """Yields the groups of all atoms that can lose units, from one look at each dimension of each parameter."""
+    algebra = analysis.algebra
+    members: dict[int, list[Member]] = {atom: [] for atom in analysis.prunable()}
+    cofactors: dict[int, list[int]] = {atom: [] for atom in members}
+    factors: set[int] = set()
     for name in dict.fromkeys(analysis.used_parameters()):
         for k, dim in enumerate(analysis.parameter_dims[name]):
-            if atom not in set(algebra.leaves(dim)):
-                continue
-            members.append(Member(name, k))
-            held = int((algebra.coordinate(dim, atom) == 0).sum())
-            cofactor = held if cofactor == 0 else min(cofactor, held)
-            factor |= any(atom in segment and len(segment) > 1 for segment in algebra.normal(dim)) or _nested(
-                analysis, dim, atom
-            )
-    return ChannelGroup(atom, algebra.sizes[atom], tuple(members), factor, algebra.renormalized[atom], cofactor)
+            segments = algebra.normal(dim)
+            for atom in dict.fromkeys(algebra.leaves(segments)):
+                if atom in members:
+                    members[atom].append(Member(name, k))
+                    cofactors[atom].append(int((algebra.coordinate(segments, atom) == 0).sum()))
+                    if any(atom in s and len(s) > 1 for s in segments) or _nested(analysis, segments, atom):
+                        factors.add(atom)
+    for atom, own in members.items():
+        cofactor = min(cofactors[atom])
+        yield ChannelGroup(atom, algebra.sizes[atom], tuple(own), atom in factors, algebra.renormalized[atom], cofactor)
 
 
 def _nested(analysis: Analysis, dim: tuple[object, ...], atom: int) -> bool:

@@ -89,9 +89,9 @@ class Reference:
         if not isinstance(value, Tensor) or not value.is_floating_point() or not value.dim():
             return value
         mask = self.over(node, range(value.dim()))
-        if mask is None or bool((finite := value.isfinite()).all()):
+        if mask is None or math.isfinite(float(value.sum())):  # one pass; a sum past the largest number is looked at below
             return value
-        undefined = ~(finite | mask.to(value.device))
+        undefined = ~(value.isfinite() | mask.to(value.device))
         return value.masked_fill_(undefined, 0) if _writes(node) else value.masked_fill(undefined, 0)
 
     def over(self, node: Any, dims: Iterable[int]) -> Tensor | None:

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from microglia.core.masks import fold
 from microglia.graph.cut import Cut
 from microglia.graph.modules import attributes, cut_module, indices
-from microglia.graph.parts import Part, find_parts, to_double
+from microglia.graph.parts import Part, double_copy, find_parts
 from microglia.graph.plan import Plan, attach, cut_again, graph_model, place, refuse_graph, shapes, write_example
 from microglia.graph.trace import Trace, copied
 from microglia.graph.verify import ShrinkError, Verification, difference, run_patched, verify
@@ -45,7 +45,7 @@ class Subject:
         """Traces and analyses a folded copy of a model."""
         refuse_graph(model)
         own = fold(deepcopy(model))
-        parts = find_parts(own, to_double(deepcopy(own)), example_inputs)
+        parts = find_parts(own, double_copy(own), example_inputs)
         return Subject(own, example_inputs, tuple(parts), tuple(dynamic))
 
     def cuts(self, kept: Mapping[int, Tensor]) -> list[tuple[Part, Cut]]:
@@ -103,7 +103,7 @@ def remove(subject: Subject, kept: Mapping[int, Tensor], *, keep_class: bool = F
 def _problem(small: nn.Module, cut: Cut, checked: Verification, exact: float) -> str:
     """Returns why the cut classes are not the cut graph; empty if they are."""
     try:
-        outputs = model_outputs(to_double(deepcopy(small)), cut)
+        outputs = model_outputs(double_copy(small), cut)
     except Exception as error:
         first = str(error).strip().splitlines() or [type(error).__name__]
         return f"its forward does not follow the cut ({first[0]})."
@@ -149,7 +149,7 @@ def model_outputs(model: nn.Module, cut: Cut) -> list[Any]:
 
 def outputs_of(model: nn.Module, trace: Trace, inputs: Sequence[Any]) -> list[Any]:
     """Returns the flat outputs of a model's copy in float64 on flat inputs of a trace."""
-    return _outputs(to_double(deepcopy(model)), trace, inputs)
+    return _outputs(double_copy(model), trace, inputs)
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ from microglia.graph.analysis import Analysis, Consumer
 from microglia.graph.cut import Cut
 from microglia.graph.groups import ChannelGroup, channel_groups
 from microglia.graph.modules import indices
-from microglia.graph.parts import Part, to_double
+from microglia.graph.parts import Part, double_copy
 from microglia.graph.plan import after, attach, give_biases, kept_units, plan_of
 from microglia.graph.prune import totals
 from microglia.graph.reference import Reference
@@ -231,7 +231,7 @@ def _check_settled(subject: Subject, settled: Subject, kept: Mapping[int, Tensor
     for part, (now, cut) in zip(subject.parts, settled.cuts(kept), strict=True):
         before = Cut(part.analysis, {})
         inputs = part.analysis.trace.example
-        wanted = _outputs(before, inputs) if part.narrow else model_outputs(to_double(deepcopy(part.module)), before)
+        wanted = _outputs(before, inputs) if part.narrow else model_outputs(double_copy(part.module), before)
         error = outputs_difference(_outputs(cut, inputs), wanted)
         single = part.narrow or any(p.dtype != torch.float64 for p in now.module.parameters())
         if error > (1e-5 if single else EXACT):  # biases were added in the model's own precision

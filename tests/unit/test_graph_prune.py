@@ -12,7 +12,20 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from microglia import Budget, load, plan_of, prune_channels, save
+from microglia import (
+    Budget,
+    Evidence,
+    Smart,
+    accelerate,
+    fold,
+    load,
+    mask,
+    masks_of,
+    plan_of,
+    prunable_layers,
+    prune_channels,
+    save,
+)
 from microglia.core.errors import BudgetError, FileError, MicrogliaError, ScoreError, SelectorError
 from microglia.graph import Plan, ShrinkError, replay, shrink
 from microglia.graph import prune as prune_room
@@ -22,6 +35,7 @@ from microglia.graph.latency_table import LatencyTable
 from microglia.graph.removal import Subject
 from microglia.graph.trace import TraceError, trace
 from microglia.graph.widths import Costs, choose_widths
+from microglia.scores.inputs import mean_inputs
 
 
 class Residual(nn.Module):
@@ -253,11 +267,23 @@ def test_excluded_layers_stay_whole():
     assert small.one.weight.shape == (12, 16, 3, 3)
 
 
-@pytest.mark.parametrize("pattern", ["two", "two.weight", "*wo*", "one*"])
-def test_a_layer_keeps_its_inputs_too(pattern):
-    """Each of these layers stands between the two groups of the model: excluded, it leaves nothing to prune."""
-    with pytest.raises(BudgetError, match="no channels"):
-        prune_channels(built(Residual), IMAGES, Budget(density=0.5), exclude=[pattern])
+@pytest.mark.parametrize(
+    ("selectors", "widths"),
+    [
+        (["two.bias"], (16, 12)), (["inner_norm"], (8, 24)), (["type:Linear"], (16, 12)),
+        (["stem", "*n*", "!inner_norm", "!one"], (16, 12)),
+    ],
+)  # fmt: skip
+def test_selectors_mean_what_they_mean_elsewhere(selectors, widths):
+    """A bias or a norm alone keeps outputs; classes and negations are understood."""
+    small = prune_channels(built(Residual), IMAGES, Budget(density=0.5), round_to=1, exclude=selectors)
+    assert (small.stem.out_channels, small.one.out_channels) == widths
+
+
+def test_an_excluded_tensor_is_meant_under_all_its_names():
+    small = prune_channels(built(Tied), NUMBERS, Budget(density=0.5), round_to=1, exclude=["head"])
+    assert shapes(small)["embed.weight"] == (11, 16)
+    assert shapes(small)["up.weight"] == (16, 16)
 
 
 def test_a_selector_that_meets_nothing():
@@ -558,6 +584,99 @@ def test_a_graph_learns(as_graph):
 def test_a_model_in_train_mode_comes_back_so():
     assert prune_channels(built(Sized).train(), TOKENS, Budget(density=0.5)).training
     assert not prune_channels(built(Sized).eval(), TOKENS, Budget(density=0.5)).training
+
+
+# ------------------------------------------------------------------------------------------------------ masks on graphs
+def half_masked(model):
+    """A copy with random masks on all layers, and the masks."""
+    model, generator = deepcopy(model), torch.Generator().manual_seed(0)
+    layers = prunable_layers(model)
+    return model, mask(model, {n: torch.rand(layer.shape, generator=generator) < 0.5 for n, layer in layers.items()})
+
+
+def test_a_graph_has_the_layers_of_its_class(as_graph):
+    model, small = as_graph
+    assert list(prunable_layers(small)) == list(prunable_layers(model))
+    assert list(prunable_layers(small, ["type:Linear"], ["type:Linear", "!head"])) == ["head.weight"]
+    with pytest.raises(SelectorError, match="Conv2d"):
+        prunable_layers(small, ["type:Conv2d"])
+
+
+def test_masks_on_a_graph_are_in_its_forward(as_graph):
+    small, masks = half_masked(as_graph[1])
+    zeroed = deepcopy(as_graph[1])
+    with torch.no_grad():
+        for name, kept in masks.items():
+            zeroed.get_parameter(name).mul_(kept)
+    assert torch.equal(small(TOKENS), zeroed(TOKENS))
+    small.train()
+    small(TOKENS).square().sum().backward()
+    for name, layer in prunable_layers(small).items():
+        assert not layer.raw.grad[~masks[name]].any()
+        assert layer.raw.grad[masks[name]].any()
+
+
+def test_copies_and_folds_of_a_masked_graph(as_graph):
+    small, masks = half_masked(as_graph[1])
+    copy = deepcopy(small)
+    assert masks_of(copy).same(masks)
+    with torch.no_grad():
+        prunable_layers(copy)["out.weight"].raw.add_(1)
+    assert not torch.equal(copy(TOKENS), small(TOKENS))
+    folded = fold(deepcopy(small))
+    assert torch.equal(folded(TOKENS), small(TOKENS))
+    assert [n for n, _ in folded.named_parameters()] == [n for n, _ in as_graph[1].named_parameters()]
+    assert list(folded.state_dict()) == list(as_graph[1].state_dict())
+
+
+def test_a_masked_graph_is_saved(as_graph, tmp_path):
+    small, masks = half_masked(as_graph[1])
+    again = load(save(small, tmp_path / "small"), built(Sized, seed=7)).eval()
+    assert masks_of(again).same(masks)
+    assert torch.equal(again(TOKENS), small(TOKENS))
+
+
+def test_a_graph_with_code_of_its_own_for_training():
+    class Random(Sized):
+        def forward(self, x):
+            return super().forward(x * torch.rand(()) if self.training else x)
+
+    small, _ = half_masked(prune_channels(built(Random).eval(), TOKENS, Budget(density=0.5), round_to=1))
+    assert small.microglia_graphs is not None
+    small.train()
+    copy = deepcopy(small)
+    torch.manual_seed(0)
+    wanted = small(TOKENS)
+    assert not torch.equal(small(TOKENS), wanted)
+    torch.manual_seed(0)
+    assert torch.equal(copy(TOKENS), wanted)
+    assert masks_of(copy).same(masks_of(small))
+
+
+def test_smart_goes_on_with_a_graph(as_graph):
+    small = deepcopy(as_graph[1]).train()
+    optimizer = torch.optim.SGD(small.parameters(), 0.01)
+    pruner = Smart(small, pattern="block:4x2", density=0.3, total_steps=4, example_inputs=TOKENS)
+    for group in pruner.param_groups():
+        optimizer.add_param_group(group)
+    for _ in range(4):
+        loss = small(TOKENS).square().mean() + pruner.penalty()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        pruner.step()
+    pruner.finish()
+    assert masks_of(small).density == pytest.approx(0.3, abs=0.01)
+    fast = accelerate(small.eval(), TOKENS, cache=None, rounds=1)
+    assert torch.allclose(fast(TOKENS), small(TOKENS), atol=1e-5)
+
+
+def test_what_a_graph_cannot_do_is_said(as_graph):
+    small, _ = half_masked(as_graph[1])
+    with pytest.raises(ScoreError, match="came back from shrinking as a graph"):
+        mean_inputs(small, prunable_layers(small), Evidence(batches=[(TOKENS, TOKENS)]))
+    with pytest.raises(MicrogliaError, match="cannot be shrunk again"):
+        shrink(small, TOKENS)
 
 
 # --------------------------------------------------------------------------------------------------------------- plans

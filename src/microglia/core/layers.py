@@ -23,6 +23,30 @@ PRUNABLE: dict[type[nn.Module], tuple[str, ...]] = {
 """Module type -> its weights of the form out x in (x kernel). The *prunable set* of the survey, section 0.2."""
 
 
+class GraphLayer(nn.Module):
+    """Holds the tensors of a layer whose operator is called elsewhere: in the traced graph of a model.
+
+    Attributes:
+        kinds: Names of the classes that the layer had, its own first.
+        prunable: Its attributes of the form out x in (x kernel).
+    """
+
+    kinds: tuple[str, ...] = ()
+    prunable: tuple[str, ...] = ()
+
+
+def prunable_attributes(module: nn.Module) -> tuple[str, ...]:
+    """Returns the attributes of a module that can be pruned, had it weights under these names."""
+    if isinstance(module, GraphLayer):
+        return module.prunable
+    return tuple(a for kind, attributes in PRUNABLE.items() if isinstance(module, kind) for a in attributes)
+
+
+def _kinds(module: nn.Module) -> tuple[str, ...]:
+    """Returns the names of a module's classes, by which selectors mean it."""
+    return module.kinds if isinstance(module, GraphLayer) else tuple(base.__name__ for base in type(module).__mro__)
+
+
 @dataclass(frozen=True)
 class Layer:
     """One prunable weight tensor.
@@ -66,11 +90,9 @@ def raw_parameter(module: nn.Module, attribute: str) -> nn.Parameter:
 def _walk(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
     """Yields (name, module, attribute) of every prunable weight, tied ones as often as they are held."""
     for path, module in model.named_modules():
-        for kind, attributes in PRUNABLE.items():
-            if isinstance(module, kind):
-                for attribute in attributes:
-                    if attribute in _own_tensors(module):
-                        yield f"{path}.{attribute}" if path else attribute, module, attribute
+        for attribute in prunable_attributes(module):
+            if attribute in _own_tensors(module):
+                yield f"{path}.{attribute}" if path else attribute, module, attribute
 
 
 def _own_tensors(module: nn.Module) -> list[str]:
@@ -100,7 +122,7 @@ def matches(name: str, module: nn.Module, selectors: Sequence[str]) -> bool:
 
 def _matches_one(name: str, module: nn.Module, selector: str) -> bool:
     if selector.startswith("type:"):
-        return any(fnmatch.fnmatchcase(base.__name__, selector[5:]) for base in type(module).__mro__)
+        return any(fnmatch.fnmatchcase(kind, selector[5:]) for kind in _kinds(module))
     return fnmatch.fnmatchcase(name, selector) or fnmatch.fnmatchcase(name.rpartition(".")[0], selector)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from microglia.core.errors import MicrogliaError
-from microglia.core.layers import PRUNABLE, Layer, prunable_layers
+from microglia.core.layers import Layer, prunable_attributes, prunable_layers
 
 
 class Masked(nn.Module):
@@ -162,7 +162,7 @@ def detach(module: nn.Module, attribute: str) -> None:
         del module.parametrizations
         module.__class__ = type(module).__bases__[0]
     module.register_parameter(attribute, original)  # type: ignore[arg-type]
-    first = [name for kind, names in PRUNABLE.items() if isinstance(module, kind) for name in names]
+    first = prunable_attributes(module)
     for name in [n for n in module._parameters if n not in first]:  # the order of a fresh module, by which optimizers count
         module._parameters[name] = module._parameters.pop(name)
 

@@ -45,6 +45,7 @@ class Algebra:
         self.frozen: list[bool] = []
         self.renormalized: list[bool] = []
         self.reasons: dict[int, str] = {}
+        self._places: dict[tuple[Dim, int], Tensor] = {}
 
     # ------------------------------------------------------------------------------------------------- making dims
     def fresh(self, size: int, frozen: str | None = None) -> Dim:
@@ -354,15 +355,24 @@ class Algebra:
         return torch.cat(parts) if parts else torch.ones(0, dtype=torch.bool)
 
     def coordinate(self, dim: Dim, atom: int) -> Tensor:
-        """Returns for each entry of a Dim which unit of the atom it belongs to, int64 (size,); -1 where to none."""
+        """Returns for each entry of a Dim which unit of the atom it belongs to, int64 (size,); -1 where to none.
+
+        The same tensor each time, for most dimensions of a model are the same Dim: it is not to be written to.
+        """
+        dim = self.normal(dim)
+        if (dim, atom) not in self._places:
+            self._places[dim, atom] = self._coordinate(dim, atom)
+        return self._places[dim, atom]
+
+    def _coordinate(self, dim: Dim, atom: int) -> Tensor:
         parts = []
-        for segment in self.normal(dim):
+        for segment in dim:
             place = torch.full((1,), -1)
             for f in segment:
                 if isinstance(f, int):
                     below = torch.arange(self.sizes[f]) if f == atom else torch.full((self.sizes[f],), -1)
                 else:
-                    below = self.coordinate(f, atom)
+                    below = self._coordinate(f, atom)
                 place = torch.maximum(place[:, None], below[None, :]).reshape(-1)
             parts.append(place)
         return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from microglia.graph.analysis import Analysis
-from microglia.graph.groups import ChannelGroup, channel_groups, independent
+from microglia.graph.groups import ChannelGroup, channel_groups, excluded_tensors, independent
 from microglia.graph.parts import Part
 from microglia.graph.removal import Subject
 from microglia.graph.verify import ShrinkError
@@ -46,7 +46,7 @@ class CoupledChannels:
     Args:
         model: Any model `torch.export` can trace; it is left as it is.
         example_inputs: A tensor, a tuple of arguments, or a mapping of keyword arguments.
-        exclude: Names of layers whose channels stay.
+        exclude: Selectors of layers that stay as they are, inputs and outputs both; see `prune_channels`.
 
     Attributes:
         names: Of the groups, each another: the first weight that makes them.
@@ -56,13 +56,15 @@ class CoupledChannels:
         made: Places that make it.
 
     Raises:
+        SelectorError: A selector meets nothing.
         ShrinkError: No channel can be removed.
         TraceError: The model cannot be traced.
     """
 
     def __init__(self, model: nn.Module, example_inputs: Any, exclude: Sequence[str] = ()) -> None:
         subject = Subject.of(model, example_inputs)
-        found = [(part, group) for part in subject.parts for group in _groups(part, exclude)]
+        excluded = excluded_tensors(subject.model, exclude)
+        found = [(part, group) for part in subject.parts for group in _groups(part, excluded)]
         if not found:
             raise ShrinkError(f"No channels of {type(model).__name__} can be masked and removed.")
         self.groups = [group for _, group in found]
@@ -107,10 +109,10 @@ class CoupledChannels:
         return self._costs.macs(counts) / self._costs.dense["flops"]  # type: ignore[arg-type,return-value]
 
 
-def _groups(part: Part, exclude: Sequence[str]) -> list[ChannelGroup]:
+def _groups(part: Part, excluded: Collection[str]) -> list[ChannelGroup]:
     """Returns the groups in which a mask is a removal, and which some weight reads."""
     analysis = part.analysis
-    own = [g for g in channel_groups(analysis, exclude, part.path) if not g.renormalized]
+    own = [g for g in channel_groups(analysis, excluded, part.path) if not g.renormalized]
     return [
         g
         for g in independent(analysis, own)

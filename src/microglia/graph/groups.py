@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from microglia.core.errors import ScoreError, SelectorError
+from microglia.core.errors import ScoreError
+from microglia.core.layers import Layer, check_selectors, matches
 from microglia.graph.analysis import Analysis
 
 GroupReduction = Literal["sum", "mean", "max", "l2"]
@@ -45,46 +45,60 @@ class ChannelGroup:
     cofactor: int
 
 
-def channel_groups(analysis: Analysis, exclude: Sequence[str] = (), path: str = "") -> list[ChannelGroup]:
+def channel_groups(analysis: Analysis, excluded: Collection[str] = (), path: str = "") -> list[ChannelGroup]:
     """Returns the groups that can lose units, in the order in which the graph uses them.
 
     Args:
         analysis: Of the model.
-        exclude: Globs over parameter or layer names; a group with a member that one of them meets is left out.
+        excluded: Tensors of the model whose groups are left out; see `excluded_tensors`.
         path: Where in the model the analysed part is.
     """
     return [
         group
-        for group in (_group(analysis, atom) for atom in analysis.prunable())
-        if not any(_meets(f"{path}.{member.name}".strip("."), exclude) for member in group.members)
+        for group in _groups(analysis)
+        if not any(f"{path}.{member.name}".strip(".") in excluded for member in group.members)
     ]
 
 
-def check_selectors(names: Sequence[str], selectors: Sequence[str]) -> None:
-    """Raises `SelectorError` for the first selector that meets no parameter or layer."""
-    for selector in selectors:
-        if not any(_meets(name, [selector]) for name in names):
-            shown = ", ".join(names[:6])
-            raise SelectorError(f"The selector {selector!r} meets no parameter of the model; those are {shown}, ...")
+def excluded_tensors(model: nn.Module, selectors: Sequence[str]) -> frozenset[str]:
+    """Returns the parameters and buffers of a model that selectors mean, under every name they have.
+
+    Args:
+        model: Any module.
+        selectors: In the language of `microglia.core.layers.matches`, over all parameters and buffers of all modules.
+
+    Raises:
+        SelectorError: A selector meets none of them.
+    """
+    held = {
+        f"{path}.{name}".strip("."): (tensor, Layer(f"{path}.{name}".strip("."), ((module, name),)))
+        for path, module in model.named_modules(remove_duplicate=False)
+        for name, tensor in (*module._parameters.items(), *module._buffers.items())
+        if tensor is not None
+    }
+    check_selectors({name: layer for name, (_, layer) in held.items()}, selectors)
+    chosen = {id(t) for name, (t, layer) in held.items() if selectors and matches(name, layer.module, selectors)}
+    return frozenset(name for name, (tensor, _) in held.items() if id(tensor) in chosen)
 
 
-def _meets(name: str, selectors: Sequence[str]) -> bool:
-    return any(fnmatchcase(name, s) or fnmatchcase(name.rpartition(".")[0], s) for s in selectors)
-
-
-def _group(analysis: Analysis, atom: int) -> ChannelGroup:
-    algebra, members, factor, cofactor = analysis.algebra, [], False, 0
+def _groups(analysis: Analysis) -> Iterator[ChannelGroup]:
+    """Yields the groups of all atoms that can lose units, from one look at each dimension of each parameter."""
+    algebra = analysis.algebra
+    members: dict[int, list[Member]] = {atom: [] for atom in analysis.prunable()}
+    cofactors: dict[int, list[int]] = {atom: [] for atom in members}
+    factors: set[int] = set()
     for name in dict.fromkeys(analysis.used_parameters()):
         for k, dim in enumerate(analysis.parameter_dims[name]):
-            if atom not in set(algebra.leaves(dim)):
-                continue
-            members.append(Member(name, k))
-            held = int((algebra.coordinate(dim, atom) == 0).sum())
-            cofactor = held if cofactor == 0 else min(cofactor, held)
-            factor |= any(atom in segment and len(segment) > 1 for segment in algebra.normal(dim)) or _nested(
-                analysis, dim, atom
-            )
-    return ChannelGroup(atom, algebra.sizes[atom], tuple(members), factor, algebra.renormalized[atom], cofactor)
+            segments = algebra.normal(dim)
+            for atom in dict.fromkeys(algebra.leaves(segments)):
+                if atom in members:
+                    members[atom].append(Member(name, k))
+                    cofactors[atom].append(int((algebra.coordinate(segments, atom) == 0).sum()))
+                    if any(atom in s and len(s) > 1 for s in segments) or _nested(analysis, segments, atom):
+                        factors.add(atom)
+    for atom, own in members.items():
+        cofactor = min(cofactors[atom])
+        yield ChannelGroup(atom, algebra.sizes[atom], tuple(own), atom in factors, algebra.renormalized[atom], cofactor)
 
 
 def _nested(analysis: Analysis, dim: tuple[object, ...], atom: int) -> bool:

@@ -7,6 +7,7 @@ values. What enters and leaves a part keeps its size; within it channels go as i
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,6 +74,17 @@ def to_double(value: Any) -> Any:
     if isinstance(value, nn.Module):
         return value.double()
     return pytree.tree_map(lambda v: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v, value)
+
+
+def double_copy(model: nn.Module) -> nn.Module:
+    """Returns a copy of a model in float64, whose tensors are written once."""
+    tensors = (*model.parameters(), *model.buffers())
+    doubled: dict[int, Any] = {}
+    for tensor in tensors:
+        if tensor.is_floating_point() and tensor.dtype != torch.float64 and type(tensor) in (Tensor, nn.Parameter):
+            new = tensor.detach().double()
+            doubled[id(tensor)] = nn.Parameter(new, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new
+    return deepcopy(model, doubled).double()
 
 
 def _part(path: str, module: nn.Module, twin: nn.Module, example: Any, algebra: Algebra, *, calls: int = 1) -> Part:

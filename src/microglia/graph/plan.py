@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
@@ -176,14 +177,12 @@ def graph_model(
 ) -> nn.Module:
     """Returns the cut model as its graphs of evaluation and, where it can be traced in that mode, of training."""
     small = cut_graph(cut_again(model, example, kept, dynamic), forward_names(model))
-    if not has_training_code(model):
-        return small
-    try:
-        cut = cut_again(model, example, kept, dynamic, training=True)
-    except TraceError:
-        return small
-    if indices(cut) == {name: dict(by_dim) for name, by_dim in kept.items() if name in cut.analysis.parameter_dims}:
-        small.learn_training(cut)
+    if has_training_code(model):
+        with suppress(TraceError):
+            cut = cut_again(model, example, kept, dynamic, training=True)
+            if indices(cut) == {name: dict(by_dim) for name, by_dim in kept.items() if name in cut.analysis.parameter_dims}:
+                small.learn_training(cut)
+    small.learn_layers(model)
     return small
 
 

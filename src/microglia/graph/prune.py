@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import fields, replace
 from typing import Any
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from microglia.core.budget import Budget
 from microglia.core.layers import prunable_layers
 from microglia.graph.cut import Cut, constants
-from microglia.graph.groups import ChannelGroup, GroupReduction, channel_groups, check_selectors, group_scores, independent
+from microglia.graph.groups import ChannelGroup, GroupReduction, channel_groups, excluded_tensors, group_scores, independent
 from microglia.graph.latency_table import LatencyTable
 from microglia.graph.modules import NOTED, cut_module
 from microglia.graph.parts import Part
@@ -61,7 +61,8 @@ def prune_channels(
         reduction: How the values of a unit's weights, over all its members, become one.
         scope: ``uniform``: the same fraction of every group; ``global``: by normalized score across groups.
         round_to: Widths are kept at multiples of this where wide enough; 1 for none.
-        exclude: Globs over parameter or layer names whose groups stay whole.
+        exclude: Selectors of layers that stay as they are, inputs and outputs both, and with them what is coupled to either.
+            They are met by any parameter: the bias of a layer, or its norm, alone keeps the layer's outputs and not its inputs.
         keep_class: Only what the user's own classes can follow; otherwise a model with sizes written into its forward
             comes back as its traced graph. `plan_of` tells which.
         dynamic: Dimensions of the inputs that may differ later where the result is a graph: the batch; (0, 2, 3) for images
@@ -79,9 +80,10 @@ def prune_channels(
     """
     subject = Subject.of(model, example_inputs, dynamic)
     elements = _elements(subject, score, evidence)
+    excluded = excluded_tensors(subject.model, exclude)
 
     def attempt(reach: Reach) -> nn.Module:
-        groups, ranks = _ranked(subject, elements, reduction, exclude, reach)
+        groups, ranks = _ranked(subject, elements, reduction, excluded, reach)
         chosen = [g for g in groups if g.atom in ranks]
         costs = Costs(subject.parts, chosen, sum(p.numel() for p in subject.model.parameters()))
         timer = LatencyTable(subject.example, _candidates(subject, ranks)) if budget.ms is not None else None
@@ -125,15 +127,14 @@ def _ranked(
     subject: Subject,
     elements: Mapping[str, Tensor],
     reduction: GroupReduction,
-    exclude: Sequence[str],
+    excluded: Collection[str],
     reach: Reach,
 ) -> tuple[list[ChannelGroup], dict[int, Tensor]]:
     """Returns the groups that can be pruned, and the scores by atom of those whose weights the score knows."""
-    check_selectors([p.name(n) for p in subject.parts for n in p.analysis.parameter_dims], exclude)
     groups: list[ChannelGroup] = []
     ranks: dict[int, Tensor] = {}
     for part in subject.parts:
-        own = independent(part.analysis, channel_groups(part.analysis, exclude, part.path))
+        own = independent(part.analysis, channel_groups(part.analysis, excluded, part.path))
         own = [g for g in own if reach(part, g)]
         local = {name: elements[part.name(name)] for name in part.analysis.parameter_dims if part.name(name) in elements}
         scored = [g for g in own if any(m.name in local for m in g.members)]

@@ -9,14 +9,14 @@ activations masked, or the analysis would prove itself.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from microglia.graph.cut import Cut
-from microglia.graph.trace import named_arguments, operator_name
+from microglia.graph.trace import copied, named_arguments, operator_name
 
 Handler = Callable[["Reference", fx.Node, dict[str, Any]], Any]
 
@@ -45,6 +45,31 @@ class Reference:
     def __init__(self, cut: Cut) -> None:
         self.cut = cut
 
+    def walk(self, inputs: Sequence[Any]) -> Iterator[tuple[fx.Node, Any]]:
+        """Yields every operator of the graph with its value, the output node with the flat outputs.
+
+        Args:
+            inputs: The model's own, flat. Values are dropped after their last use; what in-place operators may still change
+                is for the caller to copy.
+        """
+        trace = self.cut.analysis.trace
+        given = dict(zip(trace.inputs, map(copied, inputs), strict=True))
+        last = {source: node for node in trace.graph.nodes for source in node.all_input_nodes}
+        values: dict[fx.Node, Any] = {}
+        for node in trace.graph.nodes:
+            if node.op == "placeholder":
+                name = trace.name_of.get(node.name)
+                values[node] = given[node.name] if name is None else self.cut.zero(name, trace.tensors[name])
+            elif node.op == "output":
+                yield node, tuple(fx.node.map_arg(node.args[0], values.__getitem__))
+            else:
+                values[node] = self.run(node, values)
+            if node in values:
+                yield node, values[node]
+            for source in node.all_input_nodes:
+                if last[source] is node:
+                    values.pop(source, None)
+
     def run(self, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
         """Returns a node's value, given those of its inputs."""
         return self._defined(node, self._value(node, values))
@@ -64,9 +89,9 @@ class Reference:
         if not isinstance(value, Tensor) or not value.is_floating_point() or not value.dim():
             return value
         mask = self.over(node, range(value.dim()))
-        if mask is None or bool((finite := value.isfinite()).all()):
+        if mask is None or math.isfinite(float(value.sum())):  # one pass; a sum past the largest number is looked at below
             return value
-        undefined = ~(finite | mask.to(value.device))
+        undefined = ~(value.isfinite() | mask.to(value.device))
         return value.masked_fill_(undefined, 0) if _writes(node) else value.masked_fill(undefined, 0)
 
     def over(self, node: Any, dims: Iterable[int]) -> Tensor | None:

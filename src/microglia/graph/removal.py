@@ -15,9 +15,9 @@ from torch.utils import _pytree as pytree
 from microglia.core.masks import fold
 from microglia.graph.cut import Cut
 from microglia.graph.modules import attributes, cut_module, indices
-from microglia.graph.parts import Part, find_parts, to_double
+from microglia.graph.parts import Part, double_copy, find_parts
 from microglia.graph.plan import Plan, attach, cut_again, graph_model, place, refuse_graph, shapes, write_example
-from microglia.graph.trace import Trace
+from microglia.graph.trace import Trace, copied
 from microglia.graph.verify import ShrinkError, Verification, difference, run_patched, verify
 
 EXACT, SINGLE = 1e-9, 1e-4
@@ -45,7 +45,7 @@ class Subject:
         """Traces and analyses a folded copy of a model."""
         refuse_graph(model)
         own = fold(deepcopy(model))
-        parts = find_parts(own, to_double(deepcopy(own)), example_inputs)
+        parts = find_parts(own, double_copy(own), example_inputs)
         return Subject(own, example_inputs, tuple(parts), tuple(dynamic))
 
     def cuts(self, kept: Mapping[int, Tensor]) -> list[tuple[Part, Cut]]:
@@ -103,7 +103,7 @@ def remove(subject: Subject, kept: Mapping[int, Tensor], *, keep_class: bool = F
 def _problem(small: nn.Module, cut: Cut, checked: Verification, exact: float) -> str:
     """Returns why the cut classes are not the cut graph; empty if they are."""
     try:
-        outputs = model_outputs(to_double(deepcopy(small)), cut)
+        outputs = model_outputs(double_copy(small), cut)
     except Exception as error:
         first = str(error).strip().splitlines() or [type(error).__name__]
         return f"its forward does not follow the cut ({first[0]})."
@@ -116,7 +116,7 @@ def _as_graph(part: Part, cut: Cut, checked: Verification, dynamic: tuple[int, .
     """Returns a part as a graph traced in the model's own precision, after holding it against the verified one."""
     small = graph_model(part.module, part.example, indices(cut), dynamic)
     _check_sizes(small, cut)
-    args, kwargs = part.example
+    args, kwargs = pytree.tree_map(copied, part.example)
     with torch.no_grad():
         outputs = pytree.tree_leaves(small.eval()(*args, **kwargs))
     if outputs_difference(outputs, checked.outputs) > SINGLE:
@@ -149,12 +149,12 @@ def model_outputs(model: nn.Module, cut: Cut) -> list[Any]:
 
 def outputs_of(model: nn.Module, trace: Trace, inputs: Sequence[Any]) -> list[Any]:
     """Returns the flat outputs of a model's copy in float64 on flat inputs of a trace."""
-    return _outputs(to_double(deepcopy(model)), trace, inputs)
+    return _outputs(double_copy(model), trace, inputs)
 
 
 @torch.no_grad()
 def _outputs(model: nn.Module, trace: Trace, inputs: Sequence[Any]) -> list[Any]:
-    args, kwargs = pytree.tree_unflatten(list(inputs), trace.in_spec)
+    args, kwargs = pytree.tree_unflatten([copied(v) for v in inputs], trace.in_spec)
     return pytree.tree_leaves(model.eval()(*args, **kwargs))
 
 

@@ -6,7 +6,8 @@ A constant can be folded into the biases of the layers that read it, exactly whe
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter, deque
+from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
 from typing import Any, cast
@@ -18,9 +19,10 @@ from microglia.graph.analysis import Analysis, Consumer
 from microglia.graph.cut import Cut
 from microglia.graph.groups import ChannelGroup, channel_groups
 from microglia.graph.modules import indices
-from microglia.graph.parts import Part, to_double
+from microglia.graph.parts import Part, double_copy
 from microglia.graph.plan import after, attach, give_biases, kept_units, plan_of
 from microglia.graph.prune import totals
+from microglia.graph.reference import Reference
 from microglia.graph.removal import EXACT, Subject, model_outputs, noise, outputs_difference, remove
 from microglia.graph.trace import named_arguments, operator_name
 from microglia.graph.verify import ShrinkError
@@ -52,46 +54,47 @@ def shrink(model: nn.Module, example_inputs: Any, *, clear: bool = False, keep_c
     groups: list[ChannelGroup] = []
     kept: dict[int, Tensor] = {}
     biases: dict[str, Tensor] = {}
+    stay: Counter[str] = Counter()
     masked = 0
     for part in subject.parts:
         own = [g for g in channel_groups(part.analysis) if not g.renormalized and not (keep_class and g.factor)]
         dead = {g.atom: alive for g in own if not bool((alive := _alive(part.analysis, g)).all())}
         masked += sum(int((~alive).sum()) for alive in dead.values())
         if not clear:
-            biases.update({part.name(name): delta for name, delta in _fold_constants(part, dead).items()})
+            biases.update({part.name(name): delta for name, delta in _fold_constants(part, dead, stay).items()})
         kept.update({atom: alive for atom, alive in dead.items() if not bool(alive.all())})
         groups += own
-    settled = _settled(subject, kept, biases)
+    settled = Subject.of(_with_biases(subject.model, biases), subject.example)
+    again = _same_units(subject, settled, kept)
     if not clear:
-        _check_settled(subject, settled, kept)
-    small = _removed(subject, settled, kept, keep_class=keep_class)
+        _check_settled(subject, settled, again)
+    small = remove(settled, again, keep_class=keep_class)
     plan = plan_of(small)
-    left = masked - sum(int((~alive).sum()) for alive in kept.values())
     given = tuple(name for name in biases if subject.model.get_submodule(name).bias is None)
     costs = Costs(subject.parts, groups, sum(p.numel() for p in subject.model.parameters()))
-    notes = (*plan.notes, *_notes(masked, left))
+    notes = (*plan.notes, *_notes(masked, stay))
     plan = replace(plan, **totals(costs, kept), biases=given, found=len(groups), notes=notes)
     return attach(small, after(model, plan))
 
 
-def _removed(subject: Subject, settled: nn.Module, kept: dict[int, Tensor], *, keep_class: bool) -> nn.Module:
-    """Cuts the settled model by the indices that were found on the masked one."""
-    after = Subject.of(settled, subject.example)
+def _same_units(subject: Subject, settled: Subject, kept: dict[int, Tensor]) -> dict[int, Tensor]:
+    """Returns the kept units of the masked model by the atoms of the settled one."""
     again: dict[int, Tensor] = {}
-    for part, (_, cut) in zip(after.parts, subject.cuts(kept), strict=True):
+    for part, (_, cut) in zip(settled.parts, subject.cuts(kept), strict=True):
         again.update(kept_units(part.analysis, indices(cut)))
-    return remove(after, again, keep_class=keep_class)
+    return again
 
 
-def _notes(masked: int, left: int) -> list[str]:
+def _notes(masked: int, stay: Mapping[str, int]) -> list[str]:
     if masked == 0:
         return ["No channel is masked whole, so nothing was removed; mask with the pattern 'channel'."]
-    if left:
-        return [
-            f"{left} of {masked} masked channels stay: they are constants read by layers that pad with zeros, where no bias "
-            "equals them. shrink(..., clear=True) sets them to zero and removes them."
-        ]
-    return []
+    if not stay:
+        return []
+    reasons = "; ".join(f"{count} because {reason}" for reason, count in stay.items())
+    return [
+        f"{sum(stay.values())} of {masked} masked channels stay, for what they still add cannot be folded into a bias: "
+        f"{reasons}. shrink(..., clear=True) sets what they add to zero and removes them."
+    ]
 
 
 def _alive(analysis: Analysis, group: ChannelGroup) -> Tensor:
@@ -111,21 +114,22 @@ def _alive(analysis: Analysis, group: ChannelGroup) -> Tensor:
 
 # ------------------------------------------------------------------------------------------------------------- constants
 @torch.no_grad()
-def _fold_constants(part: Part, kept: dict[int, Tensor]) -> dict[str, Tensor]:
+def _fold_constants(part: Part, kept: dict[int, Tensor], stay: Counter[str]) -> dict[str, Tensor]:
     """Returns what to add to the biases of layers that read removed channels; channels that cannot be folded are kept.
 
-    ``kept`` is changed: it gets back the units whose value is not one constant, or is read through zero padding.
+    ``kept`` is changed: it gets back the units whose value is not one constant, or is read through zero padding. ``stay``
+    counts them by reason.
     """
     while True:
         found = list(_constants(part.analysis, Cut(part.analysis, kept)))
-        stubborn = [(consumer, values) for consumer, values in found if not _foldable(part, consumer, values)]
+        stubborn = [(consumer, values, why) for consumer, values in found if (why := _obstacle(part, consumer, values))]
         if not stubborn:
             break
-        for consumer, values in stubborn:
-            _give_back(part.analysis, consumer, values, kept)
+        for consumer, values, why in stubborn:
+            stay[why] += _give_back(part.analysis, consumer, values, kept)
     biases: dict[str, Tensor] = {}
     for consumer, values in found:
-        if bool(values.nan_to_num().any()):
+        if bool(values.any()):
             name = consumer.weight.rpartition(".")[0]
             delta = _contribution(part.analysis, consumer, values)
             biases[name] = biases[name] + delta if name in biases else delta
@@ -133,63 +137,70 @@ def _fold_constants(part: Part, kept: dict[int, Tensor]) -> dict[str, Tensor]:
 
 
 def _constants(analysis: Analysis, cut: Cut) -> Iterator[tuple[Consumer, Tensor]]:
-    """Yields for each weight that reads removed channels their values, 0 for those kept, NaN for those not constant."""
+    """Yields for each weight that reads removed channels their values: 0 for those kept, NaN for those not constant.
+
+    Infinity stands for those that are no numbers in the masked model itself.
+    """
     generator = torch.Generator().manual_seed(0)
     inputs = analysis.trace.example
     other = tuple(noise(v, generator) for v in inputs)
     consumers = [c for c in analysis.consumers if cut.changes(analysis.dims[c.source][c.dim])]
-    first, second = (_values(analysis, {c.source for c in consumers}, given) for given in (inputs, other))
+    first, second = (_values(analysis, consumers, given) for given in (inputs, other))
     for consumer in consumers:
         removed = ~cut.mask(analysis.dims[consumer.source][consumer.dim])
-        rows = torch.cat([v[consumer.source].movedim(consumer.dim, 0).flatten(1) for v in (first, second)], 1)
+        rows = torch.cat([v[consumer].movedim(consumer.dim, 0).flatten(1) for v in (first, second)], 1)
         low, high = rows.aminmax(dim=1)
         constant = (high - low) <= 1e-12 * (1 + high.abs())
-        values = torch.where(constant, rows[:, 0], torch.nan)
+        values = torch.where(constant, rows[:, 0], torch.nan).masked_fill(~rows.isfinite().all(1), torch.inf)
         yield consumer, torch.where(removed.to(values.device), values, 0.0)
 
 
-def _values(analysis: Analysis, wanted: set[fx.Node], inputs: tuple[Any, ...]) -> dict[fx.Node, Tensor]:
-    """Runs the graph and returns the values of some nodes."""
-    trace = analysis.trace
-    given = dict(zip(trace.inputs, inputs, strict=True))
-    last = {source: node for node in trace.graph.nodes for source in node.all_input_nodes}
-    values: dict[fx.Node, Any] = {}
-    found: dict[fx.Node, Tensor] = {}
-    for node in trace.graph.nodes:
-        if node.op == "placeholder":
-            name = trace.name_of.get(node.name)
-            values[node] = given[node.name] if name is None else trace.tensors[name].detach()
-        elif node.op == "call_function":
-            args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
-            values[node] = node.target(*args, **kwargs)
-        if node in wanted:
-            found[node] = values[node].clone()
-        for source in node.all_input_nodes:
-            if last[source] is node:
-                values.pop(source, None)
+def _values(analysis: Analysis, consumers: Sequence[Consumer], inputs: tuple[Any, ...]) -> dict[Consumer, Tensor]:
+    """Runs the graph and returns what each consumer reads, which operators in place may write after it was made."""
+    held: dict[fx.Node, Tensor | None] = {consumer.source: None for consumer in consumers}
+    found: dict[Consumer, Tensor] = {}
+    for node, value in Reference(Cut(analysis, {})).walk(inputs):
+        if node in held:
+            held[node] = value
+        for consumer in consumers:
+            if consumer.node is node:
+                found[consumer] = cast(Tensor, held[consumer.source]).clone()
     return found
 
 
-def _foldable(part: Part, consumer: Consumer, values: Tensor) -> bool:
-    if not bool(values.isnan().any()) and not bool(values.any()):
-        return True
+def _obstacle(part: Part, consumer: Consumer, values: Tensor) -> str:
+    """Returns why what removed channels are where a weight reads them cannot become part of a bias; empty if it can."""
+    if bool(values.isinf().any()):
+        return "the masked model itself makes them infinite or NaN, as a division by a zero does"
+    if bool(values.isnan().any()):
+        return f"they are not constant where {consumer.weight} reads them"
+    if not bool(values.any()):
+        return ""
     layer = part.module.get_submodule(consumer.weight.rpartition(".")[0])
-    plain = operator_name(consumer.node) == "linear" or (
-        operator_name(consumer.node).startswith("conv") and not any(_numbers(named_arguments(consumer.node).get("padding")))
-    )
-    return plain and isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d) and not bool(values.isnan().any())
+    name = operator_name(consumer.node)
+    if name not in ("linear", "conv1d", "conv2d", "conv3d") or not isinstance(layer, _WITH_BIAS):
+        return f"{consumer.weight} is not the weight of a linear layer or convolution, which could take a bias"
+    if name != "linear" and any(_numbers(named_arguments(consumer.node).get("padding"))):
+        return f"they are constants that {consumer.weight} reads behind zero padding, where no bias equals them"
+    return ""
+
+
+_WITH_BIAS = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
 
 
 def _numbers(padding: Any) -> list[Any]:
     return list(padding) if isinstance(padding, list | tuple) else [padding != "valid"]
 
 
-def _give_back(analysis: Analysis, consumer: Consumer, values: Tensor, kept: dict[int, Tensor]) -> None:
+def _give_back(analysis: Analysis, consumer: Consumer, values: Tensor, kept: dict[int, Tensor]) -> int:
+    """Keeps the units that are not zero where a weight reads them; returns how many were to go until now."""
+    before = sum(int(units.sum()) for units in kept.values())
     dim = analysis.dims[consumer.source][consumer.dim]
     entries = values.isnan() | (values != 0)
     for atom in set(analysis.algebra.leaves(dim)) & set(kept):
         place = analysis.algebra.coordinate(dim, atom)
         kept[atom][place[entries.cpu() & (place >= 0)]] = True
+    return sum(int(units.sum()) for units in kept.values()) - before
 
 
 def _contribution(analysis: Analysis, consumer: Consumer, values: Tensor) -> Tensor:
@@ -204,13 +215,9 @@ def _contribution(analysis: Analysis, consumer: Consumer, values: Tensor) -> Ten
 
 
 @torch.no_grad()
-def _settled(subject: Subject, kept: dict[int, Tensor], biases: dict[str, Tensor]) -> nn.Module:
-    """Returns a copy whose removed channels are zero in every tensor and whose readers carry what they added."""
-    model = deepcopy(subject.model)
-    for part, cut in subject.cuts(kept):
-        for name, parameter in model.get_submodule(part.path).named_parameters(remove_duplicate=False):
-            if name in part.analysis.parameter_dims and cut.removed(name):
-                parameter.copy_(cut.zero(name, parameter))
+def _with_biases(model: nn.Module, biases: Mapping[str, Tensor]) -> nn.Module:
+    """Returns a copy whose layers carry what the channels they lose added."""
+    model = deepcopy(model)
     give_biases(model, tuple(biases))
     for name, delta in biases.items():
         bias = cast(nn.Linear, model.get_submodule(name)).bias
@@ -218,12 +225,23 @@ def _settled(subject: Subject, kept: dict[int, Tensor], biases: dict[str, Tensor
     return model
 
 
-def _check_settled(subject: Subject, settled: nn.Module, kept: dict[int, Tensor]) -> None:
-    """Raises unless the settled model computes what the masked one does."""
-    for part, cut in subject.cuts(kept):
-        before = model_outputs(to_double(deepcopy(part.module)), cut)
-        now = settled.get_submodule(part.path)
-        error = outputs_difference(model_outputs(to_double(deepcopy(now)), cut), before)
-        single = part.narrow or any(p.dtype != torch.float64 for p in now.parameters())
+@torch.no_grad()
+def _check_settled(subject: Subject, settled: Subject, kept: Mapping[int, Tensor]) -> None:
+    """Raises unless the settled model without its removed channels computes what the masked one does."""
+    for part, (now, cut) in zip(subject.parts, settled.cuts(kept), strict=True):
+        before = Cut(part.analysis, {})
+        inputs = part.analysis.trace.example
+        wanted = _outputs(before, inputs) if part.narrow else model_outputs(double_copy(part.module), before)
+        error = outputs_difference(_outputs(cut, inputs), wanted)
+        single = part.narrow or any(p.dtype != torch.float64 for p in now.module.parameters())
         if error > (1e-5 if single else EXACT):  # biases were added in the model's own precision
-            raise ShrinkError(f"Folding the constants of masked channels would change the outputs by {error:.1e}.")
+            raise ShrinkError(
+                f"The masked channels of {part.path or 'the model'} add something that no bias can carry: without them the "
+                f"outputs change by {error:.1e}. shrink(..., clear=True) sets what they add to zero and removes them."
+            )
+
+
+def _outputs(cut: Cut, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Returns what the graph returns with the removed channels zero."""
+    last = deque(Reference(cut).walk(inputs), maxlen=1)
+    return last.pop()[1]  # type: ignore[no-any-return]

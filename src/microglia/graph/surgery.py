@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 from torch.utils import _pytree as pytree
 
+from microglia.core.layers import GraphLayer, prunable_attributes
 from microglia.graph.cut import Cut, Scaled, constants
 from microglia.graph.trace import Trace, named_arguments, operator_name, split_dim
 
@@ -36,6 +37,8 @@ class GraphModel(fx.GraphModule):
             copy: GraphModel = super().__deepcopy__(memo)  # type: ignore[assignment]
             own = {k: v for k, v in self.__dict__.items() if k.startswith("microglia_")}
             graphs = {mode: deepcopy(graph) for mode, graph in (self.microglia_graphs or {}).items()}
+        for held in ("_modules", "_parameters", "_buffers"):  # torch rebuilds them without their classes and masks
+            copy.__dict__[held] = deepcopy(self.__dict__[held], memo)
         copy.__dict__.update({**own, "microglia_graphs": graphs or None})
         return copy
 
@@ -44,6 +47,16 @@ class GraphModel(fx.GraphModule):
         training = _named_graph(cut, self, "training_")
         training._codegen = deepcopy(self.graph._codegen)
         self.microglia_graphs = {True: training, False: self.graph}
+
+    def learn_layers(self, model: nn.Module) -> None:
+        """Takes from the traced model which of its tensors are weights of layers, so that masks and selectors find them."""
+        held = dict(self.named_modules())
+        for path, module in model.named_modules(remove_duplicate=False):
+            if path in held and type(held[path]) is nn.Module:
+                layer: Any = held[path]
+                layer.__class__ = GraphLayer
+                layer.kinds = tuple(base.__name__ for base in type(module).__mro__)
+                layer.prunable = prunable_attributes(module)
 
     def train(self, mode: bool = True) -> GraphModel:
         """Tells the operators that know (batch norm, dropout, recurrent nets) and returns itself."""

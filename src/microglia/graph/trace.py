@@ -81,6 +81,7 @@ def trace(model: nn.Module, example_inputs: Any, *, dynamic: Sequence[int] = (0,
 def _run_once(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Lets a model make what it makes in its first forward pass, such as tables of positions: each trace then has the same."""
     before = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    args, kwargs = pytree.tree_map(copied, (args, kwargs))
     with suppress(Exception), torch.no_grad():  # what is wrong with it, the trace tells
         model(*args, **kwargs)
     for buffer, value in before:
@@ -119,6 +120,11 @@ def arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(example_inputs, dict):
         return (), dict(example_inputs)
     return (tuple(example_inputs), {}) if isinstance(example_inputs, tuple | list) else ((example_inputs,), {})
+
+
+def copied(value: Any) -> Any:
+    """Returns a copy of a tensor, which a model may write over; other values as they are."""
+    return value.clone() if isinstance(value, Tensor) else value
 
 
 def as_inputs(example: Any) -> Any:

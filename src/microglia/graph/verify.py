@@ -18,7 +18,7 @@ from microglia.core.errors import MicrogliaError
 from microglia.graph.cut import Cut
 from microglia.graph.reference import MissingReference, Reference
 from microglia.graph.surgery import patched
-from microglia.graph.trace import operator_name
+from microglia.graph.trace import copied, operator_name
 
 
 class ShrinkError(MicrogliaError):
@@ -102,12 +102,12 @@ class _Lockstep:
     def _place(self, node: fx.Node, copy: fx.Node) -> None:
         name = self.trace.name_of.get(node.name)
         if name is None:
-            self.wanted[node] = self.got[copy] = self.inputs[node.name]
-            if isinstance(self.wanted[node], Tensor):
-                self.got[copy] = self.wanted[node].clone()
+            self.wanted[node], self.got[copy] = copied(self.inputs[node.name]), copied(self.inputs[node.name])
         elif node.users:
             tensor = self.trace.tensors[name].detach()
-            self.wanted[node], self.got[copy] = self.cut.zero(name, tensor), self.cut.slice(name, tensor).clone()
+            self.wanted[node], self.got[copy] = self.cut.zero(name, tensor), self.cut.slice(name, tensor)
+            if self.got[copy] is tensor:  # an operator may write over it
+                self.got[copy] = tensor.clone()
 
     def _step(self, node: fx.Node | None, copy: fx.Node) -> None:
         try:
@@ -121,7 +121,7 @@ class _Lockstep:
             except MissingReference as error:
                 raise ShrinkError(f"The cut cannot be verified: {error}.") from error
             if _is_arbitrary(node):  # random or uninitialized: both models go on with the same values
-                self.got[copy] = self._kept(node, self.wanted[node])
+                self.got[copy] = copied(self._kept(node, self.wanted[node]))
             self._compare(node, self.wanted[node], self.got[copy])
             self._drop(self.wanted, self.last_use, node)
         self._drop(self.got, self.extra_use, copy)
@@ -138,7 +138,7 @@ class _Lockstep:
         for k, dim in enumerate(self.cut.analysis.dims[node]):
             if self.cut.changes(dim):
                 value = value.index_select(k, self.cut.mask(dim).nonzero()[:, 0].to(value.device))
-        return value.clone()
+        return value
 
     def _compare(self, node: fx.Node, wanted: Any, got: Any) -> None:
         if not isinstance(wanted, Tensor):
@@ -180,7 +180,7 @@ def difference(got: Tensor, wanted: Tensor) -> float:
     """Returns the largest difference of finite entries, relative to the largest of them; 1.0 where other things differ."""
     if not wanted.is_floating_point() or not wanted.numel():
         return 0.0 if torch.equal(got, wanted) else 1.0
-    error, largest = float((got - wanted).abs_().max()), float(wanted.abs().max())
+    error, largest = _largest(got - wanted), _largest(wanted)
     if math.isfinite(error) and math.isfinite(largest):
         return error / max(largest, 1e-30)
     finite = torch.isfinite(wanted)  # masks hold -inf
@@ -189,3 +189,9 @@ def difference(got: Tensor, wanted: Tensor) -> float:
     if not bool(finite.any()):
         return 0.0
     return float((got - wanted)[finite].abs().max()) / max(float(wanted[finite].abs().max()), 1e-30)
+
+
+def _largest(value: Tensor) -> float:
+    """Returns the largest absolute entry in one pass over them; NaN where any is."""
+    low, high = value.aminmax()
+    return max(-float(low), float(high))

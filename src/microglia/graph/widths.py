@@ -208,13 +208,12 @@ def _steps(groups: Sequence[ChannelGroup], scores: Mapping[int, Tensor], scope: 
         if group.size == 1:
             continue
         step = granularity(group, round_to)
-        ranked = scores[group.atom].sort().values
-        removed, first = 0, group.size % step or step
+        ranked = scores[group.atom].sort().values if scope == "global" else None
+        removed, first, usual = 0, group.size % step or step, Step(group.atom, step)
         while group.size - removed > step:
             units = first if removed == 0 else step
-            worth = float(ranked[removed : removed + units].mean())
-            place = (removed + units / 2) / group.size
-            keyed.append((place if scope == "uniform" else worth, len(keyed), Step(group.atom, units)))
+            worth = (removed + units / 2) / group.size if ranked is None else float(ranked[removed : removed + units].mean())
+            keyed.append((worth, len(keyed), usual if units == step else Step(group.atom, units)))
             removed += units
     for family in families([g for g in groups if g.size == 1]):
         ranked_units = sorted(family, key=lambda g: float(scores[g.atom]))[:-1]  # one of them stays
@@ -223,7 +222,7 @@ def _steps(groups: Sequence[ChannelGroup], scores: Mapping[int, Tensor], scope: 
             keyed.append((place if scope == "uniform" else float(scores[group.atom]), len(keyed), Step(group.atom, 1)))
     if scope == "global":  # within a group the order is by rank, whatever the means say
         return _monotone(keyed)
-    return [step for _, _, step in sorted(keyed, key=lambda item: item[:2])]
+    return [step for _, _, step in sorted(keyed)]  # never by the step itself: no two have one number
 
 
 def families(groups: Sequence[ChannelGroup]) -> list[list[ChannelGroup]]:
@@ -246,7 +245,7 @@ def _monotone(keyed: Sequence[tuple[float, int, Step]]) -> list[Step]:
     for worth, number, step in keyed:
         highest[step.atom] = max(highest.get(step.atom, -math.inf), worth)
         result.append((highest[step.atom], number, step))
-    return [step for _, _, step in sorted(result, key=lambda item: item[:2])]
+    return [step for _, _, step in sorted(result)]
 
 
 def keep_units(scores: Mapping[int, Tensor], counts: Mapping[int, int]) -> dict[int, Tensor]:

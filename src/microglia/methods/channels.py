@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from microglia.core.budget import Budget
 from microglia.core.errors import BudgetError, PatternError, SelectorError
-from microglia.core.layers import prunable_layers
 from microglia.core.registry import unknown_name
 from microglia.graph import ShrinkError, plan_of, prune_channels
 from microglia.graph.plan import attach
@@ -77,7 +76,7 @@ class ChannelsConfig(MethodConfig):
 def fits(task: Task, config: ChannelsConfig) -> None:
     """Raises unless the channels of the task's model can be removed down to the budget."""
     model = task.build()
-    small = prune_channels(model, _batch(task, config), config.budget, verified=False, **_settings(model, config))
+    small = prune_channels(model, _batch(task, config), config.budget, verified=False, **_settings(config))
     if config.rounds > 1 and plan_of(small).kind == "graph":
         raise ShrinkError(
             f"{type(model).__name__} comes back from a cut as a graph, which cannot be cut again: take rounds=1, or "
@@ -113,7 +112,7 @@ def _prune(task: Task, run: Run, config: ChannelsConfig, number: int, model: nn.
         Budget(**left, ms=config.ms),
         score=config.score,
         evidence=evidence(task, run, config),
-        **_settings(model, config),
+        **_settings(config),
     )
     plan = plan_of(small)
     got = {term: value * reached.get(term, 1.0) if term in TERMS else value for term, value in plan.got.items()}
@@ -129,13 +128,13 @@ def _batch(task: Task, config: ChannelsConfig) -> Tensor:
     return task.example.repeat(config.batch, *[1] * (task.example.ndim - 1))
 
 
-def _settings(model: nn.Module, config: ChannelsConfig) -> dict[str, Any]:
-    """Returns the arguments that the cut and its trial have in common; selectors of layers as names."""
+def _settings(config: ChannelsConfig) -> dict[str, Any]:
+    """Returns the arguments that the cut and its trial have in common."""
     return {
         "reduction": config.reduction,
         "scope": config.scope,
         "round_to": config.round_to,
-        "exclude": list(prunable_layers(model, config.exclude)) if config.exclude else [],
+        "exclude": config.exclude,
         "keep_class": config.keep_class,
     }
 

@@ -223,8 +223,8 @@ def energies(model: nn.Module, channels: CoupledChannels, batches: Iterable[tupl
 
 
 def _units(model: nn.Module, task: Task, config: DdnpConfig) -> ChannelUnits:
-    left = list(prunable_layers(model, config.exclude)) if config.exclude else []
-    return ChannelUnits(model, prunable_layers(model), "auto", task.example.to(next(model.parameters()).device), left)
+    example = task.example.to(next(model.parameters()).device)
+    return ChannelUnits(model, prunable_layers(model), "auto", example, config.exclude)
 
 
 def fits(task: Task, config: DdnpConfig) -> None:

@@ -170,7 +170,7 @@ class ChannelUnits:
         layers: Its prunable layers by name.
         cost: What counts; ``auto`` is the number of channels.
         example_inputs: To trace the model with.
-        exclude: Names of layers whose channels stay.
+        exclude: Selectors of layers that stay as they are, inputs and outputs both.
     """
 
     names: Sequence[str]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from microglia.core.errors import ScoreError
-from microglia.core.layers import Layer
+from microglia.core.layers import GraphLayer, Layer
 from microglia.scores.base import Evidence
 from microglia.scores.guard import untouched
 
@@ -21,8 +21,13 @@ def mean_inputs(model: nn.Module, layers: Mapping[str, Layer], evidence: Evidenc
     In evaluation mode; on several ranks over all their batches. A layer that is never called by itself gets ones.
 
     Raises:
-        ScoreError: There are no batches.
+        ScoreError: There are no batches, or the model is a traced graph.
     """
+    if any(isinstance(layer.module, GraphLayer) for layer in layers.values()):
+        raise ScoreError(
+            "The size of activations is measured where a layer is called, and this model came back from shrinking as a graph, "
+            "whose layers are operators: take a score of weights or gradients."
+        )
     sums: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
 

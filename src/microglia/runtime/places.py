@@ -13,7 +13,11 @@ from torch.nn import functional
 from microglia.core.errors import MicrogliaError
 
 STRIPE = 16
-"""Outputs of a block: the lanes of one AVX-512 register."""
+"""Outputs of a block: the lanes of one AVX-512 register. On a GPU also the least of a tensor core's product."""
+STRIPES = (16, 32, 64, 128)
+"""Outputs that a block can have on a GPU: what a program reads serves so many of them."""
+WIDTHS = (1, 2, 4, 8, 16, 32, 64)
+"""Inputs that a block can have; more than 8 on a GPU alone."""
 TAPS = 256
 """Positions that a kernel of a sparse weight can have: a tap is a byte."""
 LINE = 16
@@ -24,7 +28,7 @@ class Places(NamedTuple):
     """What is left of a weight, and where.
 
     Attributes:
-        values: (blocks, inputs of a block, 16) of blocks, (entries, rows of a group) of rows.
+        values: (blocks, inputs of a block, outputs of a block) of blocks, (entries, rows of a group) of rows.
         row_pointer: int32; the blocks of stripe s, or entries of row group s, are those from row_pointer[s] to [s + 1].
         channel: int32, the first input channel of each.
         tap: uint8, its position in the kernel, row major; None of a 1x1 kernel or a linear layer.
@@ -41,27 +45,31 @@ class Places(NamedTuple):
         return self.values.numel()
 
 
-def to_blocks(weight: Tensor, width: int = 1) -> Places:
-    """Returns the blocks of 16 outputs x ``width`` inputs of a weight that hold anything but zeros.
+def to_blocks(weight: Tensor, width: int = 1, stripe: int = STRIPE) -> Places:
+    """Returns the blocks of ``stripe`` outputs x ``width`` inputs of a weight that hold anything but zeros.
 
     Args:
         weight: (outputs, inputs, *kernel), of one group.
-        width: 1, 2, 4 or 8.
+        width: 1, 2, 4 or 8; of a weight that runs on a GPU also 16, 32 or 64.
+        stripe: 16; of a weight that runs on a GPU also 32, 64 or 128.
     """
-    if width not in (1, 2, 4, 8):
-        raise MicrogliaError(f"A block has 1, 2, 4 or 8 inputs, not {width}.")
+    if width not in WIDTHS:
+        raise MicrogliaError(f"A block has 1, 2, 4 or 8 inputs, on a GPU also 16, 32 or 64, not {width}.")
+    if stripe not in STRIPES:
+        raise MicrogliaError(f"A block has 16 outputs, on a GPU also 32, 64 or 128, not {stripe}.")
     _check_taps(weight)
     outputs, inputs = weight.shape[:2]
-    matrix = functional.pad(weight.detach().reshape(outputs, inputs, -1), (0, 0, 0, -inputs % LINE, 0, -outputs % STRIPE))
+    line = max(LINE, width)
+    matrix = functional.pad(weight.detach().reshape(outputs, inputs, -1), (0, 0, 0, -inputs % line, 0, -outputs % stripe))
     taps = matrix.shape[2]
-    grid = matrix.reshape(-1, STRIPE, matrix.shape[1] // LINE, LINE // width, width, taps)
+    grid = matrix.reshape(-1, stripe, matrix.shape[1] // line, line // width, width, taps)
     grid = grid.permute(0, 2, 5, 3, 4, 1)  # stripe, line, tap, block, input, output
-    stripe, line, tap, block = (grid != 0).any(-1).any(-1).nonzero(as_tuple=True)
+    place = (grid != 0).any(-1).any(-1).nonzero(as_tuple=True)
     return Places(
-        grid[stripe, line, tap, block].contiguous(),
-        _pointer(stripe, len(grid)),
-        (line * LINE + block * width).int(),
-        tap.to(torch.uint8) if taps > 1 else None,
+        grid[place].contiguous(),
+        _pointer(place[0], len(grid)),
+        (place[1] * line + place[3] * width).int(),
+        place[2].to(torch.uint8) if taps > 1 else None,
     )
 
 
@@ -115,15 +123,15 @@ def one_group(weight: Tensor, groups: int) -> Tensor:
 def dense_of_blocks(places: Places, outputs: int, inputs: int, kernel: Sequence[int]) -> Tensor:
     """Returns the dense weight, (outputs, inputs, *kernel), of blocks; ``kernel`` is empty for a linear layer."""
     values, row_pointer, channel, tap = places
-    count, width = values.shape[:2]
+    count, width, tall = values.shape
     taps = kernel[0] * kernel[1] if kernel else 1
     stripes = row_pointer.numel() - 1
-    dense = values.new_zeros(stripes, taps, inputs + width, STRIPE)
+    dense = values.new_zeros(stripes, taps, inputs + width, tall)
     stripe = torch.repeat_interleave(torch.arange(stripes, device=values.device), row_pointer.diff().long(), output_size=count)
     where = channel.new_zeros(count).long() if tap is None else tap.long()
     columns = channel.long()[:, None] + torch.arange(width, device=values.device)
     dense.index_put_((stripe[:, None], where[:, None], columns), values, accumulate=True)
-    weight = dense[:, :, :inputs].permute(0, 3, 2, 1).reshape(stripes * STRIPE, inputs, taps)[:outputs]
+    weight = dense[:, :, :inputs].permute(0, 3, 2, 1).reshape(stripes * tall, inputs, taps)[:outputs]
     return weight.reshape(outputs, inputs, *kernel)
 
 

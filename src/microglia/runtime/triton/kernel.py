@@ -34,7 +34,12 @@ def taps_inside(top, left, height, width, dilation_h, dilation_w, KERNEL_H: tl.c
     return bits
 
 
-@triton.jit
+# Sizes for which no other code would be made: otherwise each layer of a network would be compiled anew.
+PLAIN = ("blocks", "stripes", "height", "width", "out_height", "out_width", "stride_h", "stride_w", "padding_h", "padding_w")
+PLAIN += ("dilation_h", "dilation_w")
+
+
+@triton.jit(do_not_specialize=PLAIN)
 def block_kernel(
     x,
     values,  # (blocks, WIDTH, STRIPE): the columns of a stripe lie below each other, as the product takes them

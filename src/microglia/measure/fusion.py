@@ -34,6 +34,8 @@ ACTIVATIONS: dict[Any, str] = {
     aten.tanh.default: "tanh",
 }
 """Operator -> name of the activation; ``hardtanh`` and ``gelu`` have settings and are read apart."""
+FUSED = {"cpu": (torch.float32,), "cuda": (torch.float32, torch.float16, torch.bfloat16)}
+"""Kind of device -> types of the layers that are replaced there."""
 
 
 @dataclass(frozen=True)
@@ -251,8 +253,8 @@ def _fusible(source: Any, weight: Tensor | None, image: bool) -> bool:
         and value.numel() > 0
         and weight is not None
         and weight.numel() > 0
-        and value.dtype == weight.dtype == torch.float32
-        and value.device.type == weight.device.type == "cpu"
+        and (value.dtype, value.device) == (weight.dtype, weight.device)
+        and value.dtype in FUSED.get(value.device.type, ())
     )
 
 

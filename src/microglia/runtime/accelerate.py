@@ -19,9 +19,9 @@ from microglia.measure.execution import Runner, bind, difference, runners
 from microglia.measure.fusion import Site, fuse
 from microglia.measure.latency import time_interleaved
 from microglia.measure.running import Example, first_line, folded_twin, run, undisturbed
-from microglia.runtime.candidates import Candidate, candidates
+from microglia.runtime.candidates import Candidate
 from microglia.runtime.choices import Choices, Times, default_cache
-from microglia.runtime.library import level
+from microglia.runtime.devices import CPU, Device, device_of
 from microglia.runtime.lowered import TOLERANCE, dense_lowered, lower, lowered_site
 from microglia.runtime.report import AccelerationReport, LayerChoice, is_dense
 
@@ -52,6 +52,7 @@ class Accelerated(nn.Module):
         self.fast, self.dense = fast, dense
         self._signature = _signature(example.args, example.kwargs)
         self._report: AccelerationReport | None = None
+        self._like = torch.zeros(1) if (first := next(dense.parameters(), None)) is None else first.new_zeros(1)
         self.training = False
 
     def report(self) -> AccelerationReport:
@@ -72,9 +73,11 @@ class Accelerated(nn.Module):
         raise MicrogliaError("An accelerated model keeps its weights: load them into the model, then accelerate it again.")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Accelerated:
-        probe = fn(torch.zeros(1))
-        if probe.dtype != torch.float32 or probe.device.type != "cpu":
-            raise MicrogliaError("An accelerated model stays in float32 on the CPU: convert the model that it was made of.")
+        probe, like = fn(self._like), self._like
+        if (probe.dtype, probe.device) != (like.dtype, like.device):
+            where = "the CPU" if like.device.type == "cpu" else str(like.device)
+            kind = str(like.dtype).removeprefix("torch.")
+            raise MicrogliaError(f"An accelerated model stays in {kind} on {where}: convert the model that it was made of.")
         return self
 
     @torch.no_grad()
@@ -98,7 +101,8 @@ def accelerate(
 
     Batch norms are folded, activations and residual additions fused, and every convolution and linear layer is timed in
     each way that could be fastest: dense (oneDNN with a packed weight), without its rows and columns of zeros, in blocks of
-    16 outputs x 1 to 8 inputs, in groups of rows, or by single weights. Then the whole is timed.
+    16 outputs x 1 to 8 inputs, in groups of rows, or by single weights. On a CUDA GPU: dense (cuDNN, cuBLAS), without rows
+    and columns of zeros, in blocks of 16 to 128 outputs x 1 to 64 inputs (Triton), or 2:4. Then the whole is timed.
 
     In ``bf16``, which is not exact and therefore only done when asked for, weights and everything between the layers are
     rounded to bfloat16, sums are not. Layers are timed dense and in blocks of pairs, and the whole against the dense
@@ -110,7 +114,8 @@ def accelerate(
         >>> print(fast.report())                              # doctest: +SKIP
 
     Args:
-        model: Any model that torch.export can trace, on the CPU in float32; stays as it is.
+        model: Any model that torch.export can trace, on the CPU in float32 or on one CUDA GPU in float32, float16 or
+            bfloat16; stays as it is.
         example_inputs: Inputs of the shape to serve: a tensor, a tuple of arguments, or a mapping of keyword arguments.
         against: The dense executions that it must not be slower than; the fastest of them is returned if it is.
         precision: ``float32`` or ``bf16``.
@@ -120,22 +125,24 @@ def accelerate(
         notes: A list to which is added what could not be timed.
 
     Raises:
-        MicrogliaError: The model is not on the CPU, cannot be traced, has no convolution or linear layer in float32, or
-            does not run on these inputs; or the precision is another.
+        MicrogliaError: The model is neither on the CPU nor on one CUDA GPU, cannot be traced, has no convolution or linear
+            layer of these types, or does not run on these inputs; or the precision is another.
     """
     if precision not in PRECISIONS:
         raise MicrogliaError(f"A model is accelerated in {' or '.join(PRECISIONS)}, not in {precision!r}.")
     half = precision == "bf16"
     example = Example.of(example_inputs).copied()
-    if any(tensor.device.type != "cpu" for tensor in [*example.tensors, *model.parameters()]):
-        raise MicrogliaError("accelerate runs on the CPU; move the model and its inputs there with .cpu().")
+    device = device_of([*example.tensors, *model.parameters()])
+    if half and device is not CPU:
+        raise MicrogliaError("bf16 is for float32 models on the CPU; on a GPU convert the model with .bfloat16() instead.")
     folder = default_cache() if cache == "default" else None if cache is None else Path(cache)
     own = notes if notes is not None else []
     dense = folded_twin(model)
     with undisturbed():
         run(dense, example.copied())
         sites = [lowered_site(site) if half else site for site in _sites(dense, example)]
-        measured = _measure(sites, Choices(folder), rounds, progress, own)
+        choices = Choices(folder, device.machine())
+        measured = _measure(sites, device, choices, rounds, progress=progress, notes=own)
         ready: dict[str, Runner] = runners(dense, example, against, notes=own) or {"eager": dense}
         ready.update(dense_lowered(dense, example, against, own) if half else {})
         ready.update(_plans(dense, example, measured, own, half))
@@ -148,9 +155,8 @@ def accelerate(
     sparse = min((name for name in times if not is_dense(name)), key=lambda name: first[name].median, default=best_dense)
     best = min(best_dense, sparse, key=times.__getitem__)
     layers = tuple(_choice(site, found, best) for site, found in measured)
-    fast[best]._report = AccelerationReport(
-        layers, times, best, best_dense, level(), torch.get_num_threads(), tuple(own), precision
-    )
+    where = device.level(), torch.get_num_threads()
+    fast[best]._report = AccelerationReport(layers, times, best, best_dense, *where, tuple(own), precision)
     return fast[best]
 
 
@@ -163,17 +169,19 @@ def _sites(dense: nn.Module, example: Example) -> list[Site]:
 
     fuse(dense, example, note)
     if not sites:
-        raise MicrogliaError("There is no 2-d convolution or linear layer in float32 that could be accelerated.")
+        raise MicrogliaError("There is no 2-d convolution or linear layer, on the CPU in float32, that could be accelerated.")
     return sites
 
 
-def _measure(sites: list[Site], choices: Choices, rounds: int, progress: Progress | None, notes: list[str]) -> list[Measured]:
+def _measure(
+    sites: list[Site], device: Device, choices: Choices, rounds: int, *, progress: Progress | None, notes: list[str]
+) -> list[Measured]:
     measured = []
     for done, site in enumerate(sites, 1):
-        ways = {candidate.name: candidate for candidate in candidates(site)}
+        ways = {candidate.name: candidate for candidate in device.candidates(site, notes)}
         times = choices.get(site, list(ways))
         if times is None:
-            times = _time(site, ways, rounds, notes)
+            times = _time(site, ways, device.calls, rounds, notes)
             choices.put(site, times)
         measured.append((site, {name: (ways[name], time) for name, time in times.items()}))
         if progress is not None:
@@ -182,11 +190,10 @@ def _measure(sites: list[Site], choices: Choices, rounds: int, progress: Progres
     return measured
 
 
-def _time(site: Site, ways: dict[str, Candidate], rounds: int, notes: list[str]) -> Times:
+def _time(site: Site, ways: dict[str, Candidate], count: int, rounds: int, notes: list[str]) -> Times:
     """Returns the time of each way to run a layer, in milliseconds, without those that fail or differ from the first."""
     generator = torch.Generator().manual_seed(0)
-    drawn = (torch.randn(shape, generator=generator) for shape in (site.input_shape, site.output_shape))
-    x, other = (tensor.to(site.weight.dtype) for tensor in drawn)
+    x, other = (torch.randn(shape, generator=generator).to(site.weight) for shape in (site.input_shape, site.output_shape))
     calls: dict[str, Callable[[], object]] = {}
     expected: Tensor | None = None
     for name, candidate in ways.items():
@@ -199,11 +206,11 @@ def _time(site: Site, ways: dict[str, Candidate], rounds: int, notes: list[str])
         except Exception as error:
             problem = first_line(error)
         if problem is None:
-            calls[name] = lambda module=module, given=given: module(*given)  # type: ignore[misc]
+            calls[name] = lambda module=module, given=given: [module(*given) for _ in range(count)]  # type: ignore[misc]
         else:
             notes.append(f"{site.name} as {name!r} was left out: {problem}")
     times = time_interleaved(calls, rounds=rounds, warmup=2, min_round_seconds=0.003)
-    return {name: time.median for name, time in times.items()}
+    return {name: time.median / count for name, time in times.items()}
 
 
 def _laid_out(t: Tensor, name: str) -> Tensor:

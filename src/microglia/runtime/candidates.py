@@ -41,11 +41,11 @@ def candidates(site: Site) -> Iterator[Candidate]:
     yield Candidate("dense, eager", lambda: Plain(site))
     if torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         yield Candidate("dense", lambda: Packed(site))
-        if _kept(site) is not None:
+        if kept(site) is not None:
             yield Candidate("compact", lambda: Compact(site))
     if level() == "torch" or math.prod(site.weight.shape[2:]) > TAPS or site.weight.shape[0] < STRIPE * site.groups > STRIPE:
         return  # blocks of 16 outputs would reach over several groups, and hold little but zeros
-    bare, after = _without_activation(site)
+    bare, after = without_activation(site)
     weight = one_group(site.weight, site.groups)
     paired = weight.dtype == torch.bfloat16  # its narrowest blocks have two inputs
     narrowest, *others = (2, 8, 4) if paired else (1, 8, 4, 2)
@@ -53,13 +53,13 @@ def candidates(site: Site) -> Iterator[Candidate]:
     wider = next((width for width in others if to_blocks(weight, width).stored <= WASTE * narrow), None)
     block = BlockLinear if site.kind == "linear" else BlockConv2d
     for width in (narrowest,) if wider is None else (narrowest, wider):
-        yield Candidate(f"block 16x{width}", lambda width=width: _then(block.of(bare, width), after))  # type: ignore[misc]
+        yield Candidate(f"block 16x{width}", lambda width=width: then(block.of(bare, width), after))  # type: ignore[misc]
     entries = int(weight.count_nonzero())
     if paired:
         return
     if site.kind == "conv2d" and entries <= SPARSEST * site.weight.numel():
         rows = 4 if to_rows(weight, 4).stored <= WASTE * entries else 1
-        yield Candidate("rows 4x1" if rows == 4 else "unstructured", lambda: _then(RowConv2d.of(bare, rows), after))
+        yield Candidate("rows 4x1" if rows == 4 else "unstructured", lambda: then(RowConv2d.of(bare, rows), after))
 
 
 class Plain(nn.Module):
@@ -101,17 +101,18 @@ class Compact(nn.Module):
 
     Args:
         site: A layer of one group with at least one output and one input that are all zero or not, but not only zeros.
+        dense: Makes the module of what is left.
     """
 
     rows: Tensor | None
     columns: Tensor | None
     rest: Tensor
 
-    def __init__(self, site: Site) -> None:
+    def __init__(self, site: Site, dense: Callable[[Site], nn.Module] = Packed) -> None:
         super().__init__()
-        kept = _kept(site)
-        assert kept is not None
-        rows, columns = kept
+        found = kept(site)
+        assert found is not None
+        rows, columns = found
         every = (len(rows) == site.output_shape[_axis(site)], len(columns) == site.input_shape[_axis(site)])
         self.axis = _axis(site)
         self.register_buffer("rows", None if every[0] else rows)
@@ -126,7 +127,7 @@ class Compact(nn.Module):
             activation=Activation(),
             residual=False,
         )
-        self.layer, self.activation = Packed(small), site.activation
+        self.layer, self.activation = dense(small), site.activation
         rest = site.weight.new_zeros(site.weight.shape[0]) if site.bias is None else site.bias.to(site.weight.dtype, copy=True)
         self.register_buffer("rest", rest.reshape(-1, *[1] * (len(site.output_shape) - 1 - self.axis)))
 
@@ -140,7 +141,7 @@ class Compact(nn.Module):
         return apply_activation(out if other is None else out.add_(other), self.activation)
 
 
-def _kept(site: Site) -> tuple[Tensor, Tensor] | None:
+def kept(site: Site) -> tuple[Tensor, Tensor] | None:
     """Returns the outputs and inputs that are not all zero; None where that is all of them, or none, or in groups."""
     if site.groups != 1:
         return None
@@ -162,12 +163,13 @@ def _format(like: Tensor) -> torch.memory_format:
     return torch.channels_last if like.ndim == 4 else torch.contiguous_format
 
 
-def _without_activation(site: Site) -> tuple[Site, Activation]:
+def without_activation(site: Site) -> tuple[Site, Activation]:
     """Returns the site as the kernels can fuse it, and the activation that is left to do."""
     if site.activation.name in ACTIVATIONS:
         return site, Activation()
     return replace(site, activation=Activation()), site.activation
 
 
-def _then(layer: nn.Module, activation: Activation) -> nn.Module:
+def then(layer: nn.Module, activation: Activation) -> nn.Module:
+    """Returns a layer followed by an activation."""
     return layer if activation.name == "none" else Then(layer, activation)

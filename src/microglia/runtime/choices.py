@@ -36,10 +36,11 @@ class Choices:
 
     Args:
         folder: Where the file lies; None keeps nothing.
+        where: What the times hold for; None for the CPU, `machine`.
     """
 
-    def __init__(self, folder: Path | None) -> None:
-        self.file = None if folder is None else folder / f"times-{_digest(machine())[:16]}.json"
+    def __init__(self, folder: Path | None, where: dict[str, Any] | None = None) -> None:
+        self.file = None if folder is None else folder / f"times-{_digest(where or machine())[:16]}.json"
         self._times: dict[str, Times] = {}
         if self.file is not None and self.file.is_file():
             try:
@@ -94,10 +95,10 @@ def _key(site: Site) -> str:
     """Returns a digest of what a layer's times depend on: its shapes and where its weights are zero, not their values."""
     if site.weight.numel() == 0:
         raise MicrogliaError(f"The layer {site.name!r} has no weights.")
-    mask = (site.weight != 0).flatten().to(torch.uint8).numpy().tobytes()
+    mask = (site.weight != 0).flatten().to(torch.uint8).cpu().numpy().tobytes()
     shapes = (site.kind, site.input_shape, tuple(site.weight.shape), site.stride, site.padding, site.dilation, site.groups)
-    parts = [*map(str, shapes), str(site.activation), site.residual, hashlib.sha256(mask).hexdigest()]
-    return _digest(parts if site.weight.dtype == torch.float32 else [*parts, str(site.weight.dtype)])
+    half = [] if site.weight.dtype == torch.float32 else [str(site.weight.dtype)]
+    return _digest([*map(str, shapes), str(site.activation), site.residual, hashlib.sha256(mask).hexdigest(), *half])
 
 
 def _sound(times: dict[str, Any]) -> Times:

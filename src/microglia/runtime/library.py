@@ -1,7 +1,8 @@
 """The sparse operators, ``torch.ops.microglia.*``: compiled kernels where they were built, pure PyTorch everywhere else.
 
 The schemas, the shapes (for ``torch.compile`` and ``torch.export``) and a reference in pure PyTorch are defined here; the
-compiled library, an optional part of the installation, adds the CPU implementation. ``MICROGLIA_ISA`` forces a level:
+compiled library, an optional part of the installation, adds the CPU implementation, and `microglia.runtime.triton`, where
+triton is installed, that of the blocks on CUDA. ``MICROGLIA_ISA`` forces a level:
 ``torch`` (no compiled kernels), ``generic``, ``avx2``, ``avx512`` or ``avx512bf16``.
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import importlib.util
 import os
 import warnings
 from collections.abc import Callable
@@ -158,6 +160,26 @@ def _add_rows(x: Tensor, part: Tensor, rows: Tensor) -> Tensor:
     return pixels.flatten(0, 2).index_add(1, rows, some.flatten(0, 2)).view(pixels.shape).permute(0, 3, 1, 2)
 
 
+@functools.cache
+def has_triton() -> bool:
+    """Tells whether the block operators have kernels on a GPU; without triton they run there as dense ones."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def _on_cuda(name: str, reference: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Returns an operator's CUDA implementation; triton is imported when it is first called."""
+
+    def call(*args: Any) -> Tensor:
+        if not has_triton():
+            return reference(*args)
+        from microglia.runtime import triton
+
+        operator: Callable[..., Tensor] = getattr(triton, name)
+        return operator(*args)
+
+    return call
+
+
 def _laid_out(reference: Callable[..., Tensor], layout: torch.memory_format, *args: Any) -> Tensor:
     return reference(*args).contiguous(memory_format=layout)
 
@@ -188,8 +210,10 @@ def _define() -> None:
     }
     for name, (reference, shape) in operators.items():
         _library.define(name + _SCHEMAS[name])  # type: ignore[no-untyped-call]
-        layout = of_layout.get(name, torch.channels_last)
-        _library.impl(name, functools.partial(_laid_out, reference, layout), "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+        laid_out = functools.partial(_laid_out, reference, of_layout.get(name, torch.channels_last))
+        _library.impl(name, laid_out, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+        if name in ("block_conv2d", "block_linear"):
+            _library.impl(name, _on_cuda(name, laid_out), "CUDA")  # type: ignore[no-untyped-call]
         torch.library.register_fake(f"microglia::{name}", shape, lib=_library)
 
 

@@ -13,7 +13,11 @@ from torch.nn import functional
 from microglia.core.errors import MicrogliaError
 
 STRIPE = 16
-"""Outputs of a block: the lanes of one AVX-512 register."""
+"""Outputs of a block: the lanes of one AVX-512 register. On a GPU also the least of a tensor core's product."""
+STRIPES = (16, 32, 64, 128)
+"""Outputs that a block can have on a GPU: what a program reads serves so many of them."""
+WIDTHS = (1, 2, 4, 8, 16, 32, 64)
+"""Inputs that a block can have; more than 8 on a GPU alone."""
 TAPS = 256
 """Positions that a kernel of a sparse weight can have: a tap is a byte."""
 LINE = 64
@@ -24,8 +28,8 @@ class Places(NamedTuple):
     """What is left of a weight, and where.
 
     Attributes:
-        values: (blocks, inputs of a block, 16) of blocks, or (blocks, inputs / 2, 16, 2) in bfloat16; (entries, rows of a
-            group) of rows.
+        values: (blocks, inputs of a block, outputs of a block) of blocks, or (blocks, inputs / 2, 16, 2) in pairs;
+            (entries, rows of a group) of rows.
         row_pointer: int32; the blocks of stripe s, or entries of row group s, are those from row_pointer[s] to [s + 1].
         channel: int32, the first input channel of each.
         tap: uint8, its position in the kernel, row major; None of a 1x1 kernel or a linear layer.
@@ -42,37 +46,48 @@ class Places(NamedTuple):
         return self.values.numel()
 
 
-def to_blocks(weight: Tensor, width: int = 1) -> Places:
-    """Returns the blocks of 16 outputs x ``width`` inputs of a weight that hold anything but zeros.
+def to_blocks(weight: Tensor, width: int = 1, stripe: int = STRIPE, paired: bool | None = None) -> Places:
+    """Returns the blocks of ``stripe`` outputs x ``width`` inputs of a weight that hold anything but zeros.
 
-    A weight in bfloat16 is held in pairs of neighbouring inputs, what one instruction multiplies and adds. Blocks of 1 or 2
-    inputs become as few pairs as can be, which begin at any input: two kept columns share one if they are neighbours.
+    On the CPU a weight in bfloat16 is held in pairs of neighbouring inputs, what one instruction multiplies and adds. Blocks of
+    1 or 2 inputs become as few pairs as can be, which begin at any input: two kept columns share one if they are neighbours.
 
     Args:
         weight: (outputs, inputs, *kernel), of one group.
-        width: 1, 2, 4 or 8.
+        width: 1, 2, 4 or 8; of a weight that runs on a GPU also 16, 32 or 64.
+        stripe: 16; of a weight that runs on a GPU also 32, 64 or 128.
+        paired: Whether in pairs, in stripes of 16; None where the weight is in bfloat16 on the CPU.
     """
-    if width not in (1, 2, 4, 8):
-        raise MicrogliaError(f"A block has 1, 2, 4 or 8 inputs, not {width}.")
+    if width not in WIDTHS:
+        raise MicrogliaError(f"A block has 1, 2, 4 or 8 inputs, on a GPU also 16, 32 or 64, not {width}.")
+    if stripe not in STRIPES:
+        raise MicrogliaError(f"A block has 16 outputs, on a GPU also 32, 64 or 128, not {stripe}.")
     _check_taps(weight)
-    paired, channels = weight.dtype == torch.bfloat16, LINE // weight.element_size()
+    if paired is None:
+        paired = stripe == STRIPE and wants_pairs(weight)
+    channels = max(LINE // weight.element_size(), width)
     outputs, inputs = weight.shape[:2]
-    matrix = functional.pad(weight.detach().reshape(outputs, inputs, -1), (0, 0, 0, -inputs % channels, 0, -outputs % STRIPE))
+    matrix = functional.pad(weight.detach().reshape(outputs, inputs, -1), (0, 0, 0, -inputs % channels, 0, -outputs % stripe))
     taps = matrix.shape[2]
-    grid = matrix.reshape(-1, STRIPE, matrix.shape[1] // channels, channels, taps)
+    grid = matrix.reshape(-1, stripe, matrix.shape[1] // channels, channels, taps)
     grid = grid.permute(0, 2, 4, 3, 1)  # stripe, line, tap, input, output
     if paired and width <= 2:
-        values, (stripe, line, tap, first) = _pairs(grid)
+        values, (row, line, tap, first) = _pairs(grid)
     else:
-        grid = grid.reshape(*grid.shape[:3], channels // width, width, STRIPE)
-        stripe, line, tap, block = (grid != 0).any(-1).any(-1).nonzero(as_tuple=True)
-        values, first = grid[stripe, line, tap, block], block * width
+        grid = grid.reshape(*grid.shape[:3], channels // width, width, stripe)
+        row, line, tap, block = (grid != 0).any(-1).any(-1).nonzero(as_tuple=True)
+        values, first = grid[row, line, tap, block], block * width
     return Places(
-        (values.reshape(len(values), (width + 1) // 2, 2, STRIPE).transpose(2, 3) if paired else values).contiguous(),
-        _pointer(stripe, len(grid)),
+        (values.reshape(len(values), (width + 1) // 2, 2, stripe).transpose(2, 3) if paired else values).contiguous(),
+        _pointer(row, len(grid)),
         (line * channels + first).int(),
         tap.to(torch.uint8) if taps > 1 else None,
     )
+
+
+def wants_pairs(weight: Tensor) -> bool:
+    """Tells whether the kernels take the blocks of a weight, or their values, in pairs of inputs: in bfloat16 on the CPU."""
+    return weight.dtype == torch.bfloat16 and weight.device.type == "cpu"
 
 
 def _pairs(grid: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -146,15 +161,15 @@ def dense_of_blocks(places: Places, outputs: int, inputs: int, kernel: Sequence[
     """Returns the dense weight, (outputs, inputs, *kernel), of blocks; ``kernel`` is empty for a linear layer."""
     values, row_pointer, channel, tap = places
     values = values.transpose(2, 3).flatten(1, 2) if values.ndim == 4 else values
-    count, width = values.shape[:2]
+    count, width, tall = values.shape
     taps = kernel[0] * kernel[1] if kernel else 1
     stripes = row_pointer.numel() - 1
-    dense = values.new_zeros(stripes, taps, inputs + width, STRIPE)
+    dense = values.new_zeros(stripes, taps, inputs + width, tall)
     stripe = torch.repeat_interleave(torch.arange(stripes, device=values.device), row_pointer.diff().long(), output_size=count)
     where = channel.new_zeros(count).long() if tap is None else tap.long()
     columns = channel.long()[:, None] + torch.arange(width, device=values.device)
     dense.index_put_((stripe[:, None], where[:, None], columns), values, accumulate=True)
-    weight = dense[:, :, :inputs].permute(0, 3, 2, 1).reshape(stripes * STRIPE, inputs, taps)[:outputs]
+    weight = dense[:, :, :inputs].permute(0, 3, 2, 1).reshape(stripes * tall, inputs, taps)[:outputs]
     return weight.reshape(outputs, inputs, *kernel)
 
 

@@ -5,13 +5,10 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 
 def is_dense(name: str) -> bool:
     """Tells whether an execution of a layer or of a whole model multiplies by every weight."""
-    return not name.startswith(("sparse", "block", "rows", "unstructured", "compact"))
+    return not name.startswith(("sparse", "block", "rows", "unstructured", "compact", "2:4"))
 
 
 @dataclass(frozen=True)
@@ -51,7 +48,7 @@ class AccelerationReport:
         times: Execution of the whole -> milliseconds of one batch, measured interleaved.
         chosen: The execution that runs.
         best_dense: The fastest dense execution.
-        level: Of the kernels: torch, generic, avx2, avx512 or avx512bf16.
+        level: Of the kernels: torch, generic, avx2, avx512 or avx512bf16; on a GPU triton and its version.
         threads: CPU threads that it was timed with.
         notes: What was left out, and why.
         precision: ``float32``, or ``bf16`` where layers in bfloat16 were tried.
@@ -77,6 +74,9 @@ class AccelerationReport:
 
     def __str__(self) -> str:
         """Returns tables for a reader: the layers, then the whole."""
+        from rich.console import Console
+        from rich.table import Table
+
         title = "Layers" if self.precision == "float32" else f"Layers, timed in {self.precision}"
         layers = Table("layer", "weight", "density", "runs as", "ms", "dense ms", "why", title=title)
         for layer in self.layers:

@@ -11,7 +11,16 @@ from torch import Tensor, nn
 from microglia.core.errors import MicrogliaError
 from microglia.measure.fusion import Site
 from microglia.runtime.library import ACTIVATIONS, level
-from microglia.runtime.places import Places, dense_of_blocks, dense_of_rows, one_group, to_blocks, to_rows
+from microglia.runtime.places import (
+    STRIPE,
+    Places,
+    dense_of_blocks,
+    dense_of_rows,
+    one_group,
+    to_blocks,
+    to_rows,
+    wants_pairs,
+)
 
 Pair = tuple[int, int]
 
@@ -58,7 +67,7 @@ class _Sparse(nn.Module):
     def _lay_out(self) -> None:
         """Puts blocks that came to another type into the order of that type."""
         paired = self.values.ndim == 4
-        if self.values.ndim < 3 or paired == (self.values.dtype == torch.bfloat16):
+        if self.values.ndim < 3 or paired == wants_pairs(self.values) or STRIPE not in self.values.shape[2:3]:
             return
         width = self.values.shape[1] * (2 if paired else 1)
         # Pairs hold zeros beside single inputs, which float32 has no need of.
@@ -77,6 +86,8 @@ class _Sparse(nn.Module):
 
 class BlockConv2d(_Sparse):
     """A convolution of blocks of 16 outputs x 1, 2, 4 or 8 inputs, with activation and residual fused; channels last.
+
+    On a GPU (``.to("cuda")``, also ``.half()`` or ``.bfloat16()``) blocks have 16 to 128 outputs and 1 to 64 inputs.
 
     Args:
         places: Its blocks, of `to_blocks`.
@@ -108,9 +119,9 @@ class BlockConv2d(_Sparse):
         self.geometry = (list(kernel), list(stride), list(padding), list(dilation))
 
     @classmethod
-    def of(cls, site: Site, width: int) -> BlockConv2d:
-        """Returns the sparse form of a fused layer."""
-        return cls(to_blocks(one_group(site.weight, site.groups), width), **_settings(site))
+    def of(cls, site: Site, width: int, stripe: int = STRIPE, paired: bool | None = None) -> BlockConv2d:
+        """Returns the sparse form of a fused layer, in blocks of ``stripe`` outputs x ``width`` inputs; see `to_blocks`."""
+        return cls(to_blocks(one_group(site.weight, site.groups), width, stripe, paired), **_settings(site))
 
     def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
         """Returns activation(convolution(x) + bias + other), (batch, outputs, height, width) in channels last."""
@@ -127,8 +138,8 @@ class RowConv2d(BlockConv2d):
     decode = staticmethod(dense_of_rows)
 
     @classmethod
-    def of(cls, site: Site, width: int) -> RowConv2d:
-        """Returns the sparse form of a fused layer, its outputs in groups of ``width``."""
+    def of(cls, site: Site, width: int, stripe: int = STRIPE, paired: bool | None = None) -> RowConv2d:
+        """Returns the sparse form of a fused layer, its outputs in groups of ``width``; they have no stripes."""
         return cls(to_rows(one_group(site.weight, site.groups), width), **_settings(site))
 
     def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
@@ -139,6 +150,8 @@ class RowConv2d(BlockConv2d):
 
 class BlockLinear(_Sparse):
     """A linear layer of blocks of 16 outputs x 1, 2, 4 or 8 inputs, with activation and residual fused.
+
+    On a GPU blocks have 16 to 128 outputs and 1 to 64 inputs, as those of `BlockConv2d`.
 
     Args:
         places: Its blocks, of `to_blocks`.
@@ -152,11 +165,11 @@ class BlockLinear(_Sparse):
         super().__init__(places, bias, inputs, outputs, activation)
 
     @classmethod
-    def of(cls, site: Site, width: int) -> BlockLinear:
-        """Returns the sparse form of a fused layer."""
+    def of(cls, site: Site, width: int, stripe: int = STRIPE, paired: bool | None = None) -> BlockLinear:
+        """Returns the sparse form of a fused layer, in blocks of ``stripe`` outputs x ``width`` inputs."""
         outputs, inputs = site.weight.shape
         activation = site.activation.name
-        return cls(to_blocks(site.weight, width), site.bias, inputs, outputs, activation=activation)
+        return cls(to_blocks(site.weight, width, stripe, paired), site.bias, inputs, outputs, activation=activation)
 
     def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
         """Returns activation(linear(x) + bias + other), (..., outputs)."""

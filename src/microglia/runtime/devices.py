@@ -1,0 +1,89 @@
+"""What depends on where a model runs: the ways to run a layer, how they are timed, and what the times hold for."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from microglia.core.errors import MicrogliaError
+from microglia.measure.fusion import Site
+from microglia.runtime.candidates import Candidate, candidates
+from microglia.runtime.choices import machine
+from microglia.runtime.cuda_candidates import cuda_candidates
+from microglia.runtime.library import has_triton, level
+
+
+@dataclass(frozen=True)
+class Device:
+    """Where layers run.
+
+    Attributes:
+        candidates: The ways to run a layer; called with it and a list of notes.
+        machine: What times hold for: they are kept by it.
+        level: Of the kernels, for the report.
+        calls: Of a layer in one timing. A GPU is given several at once, as a network gives it: otherwise the time to start
+            one is all that is measured of a small layer.
+    """
+
+    candidates: Callable[[Site, list[str]], Iterable[Candidate]]
+    machine: Callable[[], dict[str, Any]]
+    level: Callable[[], str]
+    calls: int
+
+
+CPU = Device(lambda site, notes: candidates(site), machine, level, 1)
+
+
+def device_of(tensors: Iterable[Tensor]) -> Device:
+    """Returns where a model runs whose parameters, buffers and inputs are given.
+
+    Raises:
+        MicrogliaError: They are on several devices, or on one that is neither the CPU nor a CUDA GPU.
+    """
+    found = {tensor.device for tensor in tensors}
+    if all(device.type == "cpu" for device in found):
+        return CPU
+    (first, *others) = sorted(map(str, found))
+    if others or not first.startswith("cuda"):
+        raise MicrogliaError(
+            f"accelerate runs on the CPU or on one CUDA GPU, not on {', '.join([first, *others])}; move the model and its "
+            "inputs to one of them with .to()."
+        )
+    return Device(cuda_candidates, functools.partial(gpu, torch.device(first)), cuda_level, 8)
+
+
+def cuda_level() -> str:
+    """Returns which block kernels run on a GPU."""
+    return f"triton {version('triton')}" if has_triton() else "none: triton is not installed"
+
+
+def gpu(device: torch.device) -> dict[str, Any]:
+    """Returns what times on a GPU depend on besides the layer."""
+    return {
+        "processor": torch.cuda.get_device_name(device),
+        "level": cuda_level(),
+        "torch": torch.__version__,
+        "cudnn": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]
+        "settings": _settings(),
+        "kernels": _sources(),
+    }
+
+
+def _settings() -> tuple[bool, ...]:
+    cudnn = torch.backends.cudnn
+    return cudnn.benchmark, cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+
+
+@functools.cache
+def _sources() -> str:
+    """Returns a digest of the Triton kernels: new kernels are measured anew."""
+    files = sorted((Path(__file__).parent / "triton").glob("*.py"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]

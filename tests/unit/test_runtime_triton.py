@@ -59,6 +59,7 @@ def test_edges():
     """The first import registers the kernels for the CPU, so that the modules call them."""
     code = """
 import json, torch
+from dataclasses import replace
 import microglia.runtime.triton.check as check, microglia.runtime.triton.launch as launch
 from microglia.core.errors import MicrogliaError
 from microglia.measure.fusion import Activation, Site
@@ -95,6 +96,11 @@ found["not a number"] = [bool(out[0, :, 2, 2].isnan().all()), bool(out[1].isnan(
 x[0, 3, 2, 2] = 0
 half = module.half()(x.half())
 found["half"] = [str(half.dtype), float((half.float() - torch.conv2d(x, weight, padding=1)).abs().max()) < 0.1]
+narrow, bias = site(weight.bfloat16(), x.bfloat16(), padding=(1, 1)), torch.randn(40)
+brief = BlockConv2d.of(replace(narrow, bias=bias), 1, paired=False)  # its bias stays in float32
+out = brief(x.bfloat16())
+wanted = torch.conv2d(x.bfloat16().float(), weight.bfloat16().float(), bias, padding=1)
+found["bfloat16"] = [str(out.dtype), str(brief.bias.dtype), float(((out.float() - wanted).abs() / (1 + wanted.abs())).max())]
 
 # Damaged indices, with the check that refuses them turned off: what lies outside counts as zero.
 launch.check_once = lambda *args: None
@@ -110,6 +116,8 @@ print(json.dumps(found))
 """
     found = interpreted("-c", code)
     assert found["all zero"] == 0
+    assert found["bfloat16"][:2] == ["torch.bfloat16", "torch.float32"]
+    assert found["bfloat16"][2] < 2**-7  # the interpreter cuts off instead of rounding
     assert found["no images"] == [0, 40, 6, 5]
     assert found["not a number"] == [True, False]
     assert found["half"] == ["torch.float16", True]
@@ -194,7 +202,10 @@ def test_stripes_that_share_their_places_become_one():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_the_reference_takes_half_precision(dtype):
-    bound = {"rtol": 1.01 * {torch.float16: 2**-11, torch.bfloat16: 2**-8}[dtype], "atol": 1e-4}  # rounded once, sums in float32
+    bound = {
+        "rtol": 1.01 * {torch.float16: 2**-11, torch.bfloat16: 2**-8}[dtype],
+        "atol": 1e-4,
+    }  # rounded once, sums in float32
     x, weight = torch.randn(2, 32, 5, 5).to(dtype), sparse(64, 32, 3, 3, tall=64).to(dtype)
     site = Site("c", "conv2d", weight, None, tuple(x.shape), (2, 64, 5, 5), padding=(1, 1))
     module = BlockConv2d.of(site, 1, 64)

@@ -75,7 +75,7 @@ def block_conv2d(
         row_pointer: As the two following, of `microglia.runtime.places.Places`.
         channel: First input of each block, a multiple of its inputs.
         tap: None of a 1x1 kernel.
-        bias: (outputs,) of the type of ``x``, or None.
+        bias: (outputs,) of the type of ``x`` or in float32, or None.
         residual: Of the output's shape and type, or None.
         outputs: Output channels.
         kernel: Height and width, as the three following pairs.
@@ -176,7 +176,8 @@ def _check(
         ("bias", bias, (outputs,)),
         ("residual", residual, shape),
     ):
-        if given is not None and (given.dtype != x.dtype or given.shape != expected):
+        exact = name == "bias" and given is not None and given.dtype == torch.float32
+        if given is not None and ((given.dtype != x.dtype and not exact) or given.shape != expected):
             raise MicrogliaError(
                 f"The {name} must be {x.dtype}, as x, of {tuple(expected)}, not {given.dtype} of {tuple(given.shape)}."
             )

@@ -55,6 +55,7 @@ def test_the_figure_and_the_page_show_the_collapse(made):
     root, _ = made
     drawn = sorted((root / "report").rglob("*-collapse.*"))
     assert [path.suffix for path in drawn] == [".png", ".svg"]
+    assert "mathdefault" not in drawn[1].read_text()  # ticks are numbers, not markup
     assert "on a path" in (root / "report" / "report.html").read_text()
     assert "-collapse.png" in (root / "report" / "results.md").read_text()
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
 from microglia.lab.report_cells import Entry, drop_column, markdown_table, of_spread, of_words
 from microglia.lab.report_figures import COLORS, DASHES, MARKERS, save
@@ -101,6 +101,10 @@ def _figure(group: Group, lines: dict[str, list[Row]]) -> Figure:
         axes.set_xscale("log")
         if "density" in title:
             axes.set_yscale("symlog", linthresh=0.01)
+            axes.set_ylim(bottom=0)
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        if "layers" in title:
+            axes.yaxis.set_major_locator(MaxNLocator(integer=True))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}x"))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.set_xlabel("compression of the prunable weights")

@@ -259,8 +259,16 @@ def _rows_of(method: str, records: Sequence[Record]) -> Iterable[Row]:
 
 def _baselines(records: Sequence[Record]) -> tuple[Row, ...]:
     varying = varying_of(records, lambda key: key.startswith(DENSE))
-    by_settings = _by(records, lambda r: settings_of(r, varying))
+    by_settings = _by(
+        records, lambda r: ", ".join(filter(None, (settings_of(r, varying), "" if _trained(r) else "not trained")))
+    )
     return tuple(Row("dense", "", "", "", settings, tuple(runs)) for settings, runs in by_settings)
+
+
+def _trained(record: Record) -> bool:
+    """Tells whether the dense model was trained, here or before; without that it is what pruning began with."""
+    epochs = (record.recipe.get("dense") or {}).get("epochs", 1)
+    return epochs > 0 or bool(record.recipe.get("checkpoint")) or "pretrained" in str(record.recipe["model"])
 
 
 def _by(records: Iterable[Record], key: Callable[[Record], Any]) -> list[tuple[Any, list[Record]]]:

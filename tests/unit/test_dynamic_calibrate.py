@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from microglia.dynamic import Counter, Flow, GatePlan, attach_gates, calibrate, find_sites, gates_of, record
 
 BATCHES = 3
+SHARES = {"layers.0": 0.8, "layers.1": 0.5, "layers.2": 0.6}
 
 
 class Chain(nn.Module):
@@ -58,17 +59,30 @@ def test_the_operations_come_to_what_was_asked(flops: float, bias: float, count:
     model, counter, batches = gated(0, bias)
     assert abs(cost(model, counter, batches, count) - flops) > 0.05
     before = {layer: gate.bias.clone() for layer, gate in gates_of(model).items()}
-    moved = calibrate(model, batches, counter, flops, count)
+    moved = calibrate(model, batches, counter, SHARES, flops=flops, count=count)
     assert cost(model, counter, batches, count) == pytest.approx(flops, abs=0.02)
     for layer, gate in gates_of(model).items():
-        torch.testing.assert_close(gate.bias - before[layer], torch.full_like(gate.bias, moved))
+        torch.testing.assert_close(gate.bias - before[layer], torch.full_like(gate.bias, moved[layer]))
+
+
+def test_each_layer_keeps_its_share_times_one_factor() -> None:
+    model, counter, batches = gated(4, 0.0)
+    for gate in gates_of(model).values():  # as after a short training: all logits of a layer close together
+        with torch.no_grad():
+            gate.weight.mul_(0.01)
+            gate.bias.copy_(0.5 + 0.01 * gate.bias)
+    calibrate(model, batches, counter, SHARES, flops=0.4)
+    found = {layer: float(mask.float().mean()) for layer, mask in record(model, batches).masks.items()}
+    factors = [found[layer] / share for layer, share in SHARES.items()]
+    assert max(factors) - min(factors) < 0.05
+    assert cost(model, counter, batches, "honest") == pytest.approx(0.4, abs=0.02)
 
 
 def test_what_is_met_stays() -> None:
     model, counter, batches = gated(1, 0.0)
-    calibrate(model, batches, counter, 0.5)
+    calibrate(model, batches, counter, SHARES, flops=0.5)
     masks = record(model, batches).masks
-    assert calibrate(model, batches, counter, 0.5) == pytest.approx(0.0, abs=0.01)
+    assert all(abs(step) < 0.01 for step in calibrate(model, batches, counter, SHARES, flops=0.5).values())
     again = record(model, batches).masks
     assert sum(int((again[layer] != mask).sum()) for layer, mask in masks.items()) <= BATCHES * 16
 
@@ -77,7 +91,7 @@ def test_it_leaves_modes_weights_and_statistics_alone() -> None:
     model, counter, batches = gated(2, 0.1)
     model.train()
     before = {name: value.clone() for name, value in model.state_dict().items() if not name.endswith("gate.bias")}
-    calibrate(model, batches, counter, 0.6)
+    calibrate(model, batches, counter, SHARES, flops=0.6)
     assert model.training
     assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
 
@@ -85,6 +99,6 @@ def test_it_leaves_modes_weights_and_statistics_alone() -> None:
 @pytest.mark.parametrize(("flops", "kept"), [(1.1, 1.0), (0.0, 0.0)])
 def test_out_of_reach_keeps_all_or_nothing(flops: float, kept: float) -> None:
     model, counter, batches = gated(3, 0.0)
-    calibrate(model, batches, counter, flops)
+    calibrate(model, batches, counter, SHARES, flops=flops)
     masks = record(model, batches).masks
     assert {float(mask.float().mean()) for mask in masks.values()} == {kept}

@@ -1,8 +1,9 @@
-"""Moving the heads' common threshold so that trained gates meet a budget of operations.
+"""Moving the thresholds of trained heads so that the gates meet a budget of operations.
 
 A head keeps what is more likely than not to be in its target. Where most targets are likely the masks are larger than the
-targets, where few are they are smaller: what is computed differs from what `choose_r` promised. One other threshold for all
-heads, the same in log-odds, gives the budget back and leaves their order alone. It is ours, not the paper's.
+targets, where few are they are smaller, and after a short training all logits of a layer lie close together: what is computed
+differs from what `choose_r` promised. Other thresholds give the budget back and leave the order of a layer's logits alone. It
+is ours, not the paper's.
 """
 
 from __future__ import annotations
@@ -23,35 +24,41 @@ ROUNDS = 30  # of the bisection
 
 @torch.no_grad()
 def calibrate(
-    model: nn.Module, batches: Iterable[tuple[Any, Any]], counter: Counter, flops: float, count: Count = "honest"
-) -> float:
-    """Moves the biases of all heads by one common amount, in place, until the mean operations are ``flops``.
+    model: nn.Module,
+    batches: Iterable[tuple[Any, Any]],
+    counter: Counter,
+    kept: Mapping[str, float],
+    *,
+    flops: float,
+    count: Count = "honest",
+) -> dict[str, float]:
+    """Moves the biases of each head by one amount, in place, until the mean operations are ``flops``.
 
+    Each layer keeps the share of its filters that its targets would, times one factor, common to all, that meets the budget.
     Over several ranks, given the same batches, all move as the first one does.
 
     Args:
         model: With trained gates that choose by threshold.
         batches: Few batches of training inputs; read once, kept in memory.
         counter: Of the model's operations.
+        kept: Layer -> mean fraction of its filters to keep, before the factor.
         flops: Fraction of the dense model's operations to compute, on the mean over inputs.
         count: What of them counts.
 
     Returns:
-        How far the biases moved, in log-odds; positive keeps more.
+        Layer -> how far its biases moved, in log-odds; positive keeps more.
     """
     device, gates = next(model.parameters()).device, gates_of(model)
     inputs = [x.to(device) for x, _ in batches]
-    moved, training = 0.0, model.training
+    moved, training = dict.fromkeys(gates, 0.0), model.training
     model.eval()
     for _ in range(PASSES):
-        step = _step(_logits(model, inputs), counter, flops, count)
+        steps = torch.tensor(_steps(_logits(model, inputs), counter, kept, flops, count), dtype=torch.float64, device=device)
         if torch.distributed.is_initialized():
-            shared = torch.tensor(step, device=device, dtype=torch.float64)
-            torch.distributed.broadcast(shared, src=0)
-            step = float(shared)
-        for gate in gates.values():
+            torch.distributed.broadcast(steps, src=0)
+        for (layer, gate), step in zip(gates.items(), steps.tolist(), strict=True):
             gate.bias.add_(step)
-        moved += step
+            moved[layer] += step
     model.train(training)
     return moved
 
@@ -69,15 +76,26 @@ def _logits(model: nn.Module, inputs: list[Tensor]) -> dict[str, Tensor]:
     return {layer: torch.cat(parts) for layer, parts in found.items()}
 
 
-def _step(logits: Mapping[str, Tensor], counter: Counter, flops: float, count: Count) -> float:
-    """Returns the largest common amount by which these logits cost at most ``flops``; all or nothing bounds it."""
-    reach = 1.0 + max(float(each.abs().max()) for each in logits.values())
-    low, high = -reach, reach
+def _steps(
+    logits: Mapping[str, Tensor], counter: Counter, kept: Mapping[str, float], flops: float, count: Count
+) -> list[float]:
+    """Returns for each layer the amount by which its logits, all of them, keep its share times the largest fitting factor."""
+    ordered = {layer: each.flatten().sort().values for layer, each in logits.items()}
+    low, high = 0.0, 1.0 / min(kept.values())  # nothing, everything
     for _ in range(ROUNDS):
         middle = (low + high) / 2
-        costs = counter({layer: each + middle > 0 for layer, each in logits.items()})
+        steps = {layer: _step(values, middle * kept[layer]) for layer, values in ordered.items()}
+        costs = counter({layer: each + steps[layer] > 0 for layer, each in logits.items()})
         if float(costs.of(count).mean()) / costs.dense <= flops:
             low = middle
         else:
             high = middle
-    return low
+    return [_step(values, low * kept[layer]) for layer, values in ordered.items()]
+
+
+def _step(ordered: Tensor, share: float) -> float:
+    """Returns what to add to logits, given in rising order, so that this share of them is above 0: half way between two."""
+    above = min(len(ordered), round(share * len(ordered)))
+    if above in (0, len(ordered)):
+        return 1.0 - float(ordered[0]) if above else -1.0 - float(ordered[-1])
+    return -float(ordered[-above - 1 : len(ordered) - above + 1].mean())

@@ -71,12 +71,13 @@ class Ftwt:
         total_steps: int,
         example_inputs: Any = None,
         generator: torch.Generator | None = None,
-        at_rest: Callable[[], float] | None = None,
+        at_rest: Callable[[], dict[str, float]] | None = None,
         **settings: Any,
     ) -> None:
         self.model, self.config = model, config if config is not None else FtwtConfig(**settings)
         self.total_steps, self.steps = max(1, total_steps), 0
-        self._at_rest, self._moved = at_rest, 0.0
+        self._at_rest = at_rest
+        self._moved: dict[str, float] = {}
         plan = gate_plan(model)
         if plan is None:
             if self.config.r is None or example_inputs is None:
@@ -153,7 +154,7 @@ class Ftwt:
 
     def _calibrate(self) -> None:
         if self._at_rest is not None:
-            self._moved += self._at_rest()
+            self._moved = {layer: self._moved.get(layer, 0.0) + step for layer, step in self._at_rest().items()}
 
     def _fade(self) -> None:
         soften = self.config.soften
@@ -186,7 +187,7 @@ class Ftwt:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on from a state."""
-        self.steps, self._moved = int(state["steps"]), float(state["moved"])
+        self.steps, self._moved = int(state["steps"]), dict(state["moved"])
         self._fade()
 
     def report(self) -> dict[str, Any]:
@@ -234,7 +235,7 @@ def ftwt(task: Task, run: Run, config: FtwtConfig) -> nn.Module:
     run.observations["estimate"] = planned.estimate
     attach_gates(model, planned.plan, torch.Generator().manual_seed(run.seed))
     steps = config.train.epochs * epoch_length(config.train, len(task.data.batches("train", config.train.batch_size)))
-    at_rest = calibration(task, run, config, model, planned.counter)
+    at_rest = calibration(task, run, config, model, planned)
     make = partial(Ftwt, model, config, total_steps=steps, at_rest=at_rest)
     run.observations["heads"] = train(task, run, "train", model, config.train, pruner=make, teacher=teacher)
 
@@ -246,13 +247,16 @@ def ftwt(task: Task, run: Run, config: FtwtConfig) -> nn.Module:
     return model
 
 
-def calibration(task: Task, run: Run, config: FtwtConfig, model: nn.Module, counter: Counter) -> Callable[[], float] | None:
+def calibration(
+    task: Task, run: Run, config: FtwtConfig, model: nn.Module, planned: Planned
+) -> Callable[[], dict[str, float]] | None:
     """Returns what calibrates the heads of a model to the operations asked, None where nothing is to be met."""
     asked = config.flops
     if asked is None or not config.calibrate or config.mode == "random":
         return None
     batches = task.data.batches("train", 128, seed=run.seed, shuffle=True)
-    return lambda: calibrate(model, islice(batches.epoch(0), -(-config.images // 128)), counter, asked, config.count)
+    few, kept = -(-config.images // 128), planned.estimate["kept"]
+    return lambda: calibrate(model, islice(batches.epoch(0), few), planned.counter, kept, flops=asked, count=config.count)
 
 
 def plan_before(task: Task, run: Run, config: FtwtConfig, model: nn.Module) -> Planned:

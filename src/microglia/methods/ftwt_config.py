@@ -35,8 +35,8 @@ class FtwtConfig(MethodConfig):
         cooldown: Fraction of the training after which the heads rest.
         soften: Fraction of the training over which the masks come in, from no effect at all to all of it; 0 as in the paper,
             where half the filters go at the first step.
-        calibrate: Whether, with ``flops``, the heads' common threshold is moved so that the masks cost what was asked: when
-            the heads rest, and at the end. With ``r`` the threshold is the paper's, a probability of one half.
+        calibrate: Whether, with ``flops``, the heads' thresholds are moved so that the masks cost what was asked: when the
+            heads rest, and at the end. With ``r`` the threshold is the paper's, a probability of one half.
     """
 
     pattern: str = "channel"

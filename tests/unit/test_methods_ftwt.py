@@ -343,8 +343,8 @@ def test_trained_gates_meet_the_budget_that_was_asked(task: mg.Task) -> None:
         _, run = execute(task, config_of(flops=0.6, images=96, softmax=False, **settings))
         return abs(run.observations["routes"]["honest"]["mean"] - 0.6), run.observations["heads"]["moved"]
 
-    met, moved = off()
-    missed, still = off(calibrate=False)
+    met, moved = off(calibrate=True)
+    missed, still = off()
     assert met < 0.05 < missed  # on other images than those of the calibration
     assert moved.keys() == {"stem", "block"}
     assert all(moved.values())
@@ -353,7 +353,7 @@ def test_trained_gates_meet_the_budget_that_was_asked(task: mg.Task) -> None:
 
 @pytest.mark.parametrize("settings", [{"r": 0.8}, {"flops": 0.6, "mode": "random"}])
 def test_the_threshold_stays_where_there_is_nothing_to_meet(task: mg.Task, settings: dict[str, Any]) -> None:
-    _, run = execute(task, config_of(**settings))
+    _, run = execute(task, config_of(**settings, calibrate=True))
     assert run.observations["heads"]["moved"] == {}
 
 
@@ -377,7 +377,10 @@ def test_heads_mode_keeps_the_dense_network(task: mg.Task, tmp_path: Path) -> No
     assert same(parts(trained)[0], dict(dense["model"]))
 
 
-@pytest.mark.parametrize("settings", [{"r": 0.8}, {"flops": 0.6, "mode": "joint", "soften": 0.5}, {"r": 0.8, "mode": "heads"}])
+CALIBRATED = {"flops": 0.6, "mode": "joint", "soften": 0.5, "calibrate": True}
+
+
+@pytest.mark.parametrize("settings", [{"r": 0.8}, CALIBRATED, {"r": 0.8, "mode": "heads"}])
 def test_an_interrupted_training_ends_in_the_same_bits(task: mg.Task, tmp_path: Path, settings: dict[str, Any]) -> None:
     config = config_of(**settings, train=mg.FitConfig(epochs=4, batch_size=32, lr=0.05))
     expected, whole = execute(task, config, tmp_path / "whole")

@@ -36,7 +36,7 @@ class FtwtConfig(MethodConfig):
         soften: Fraction of the training over which the masks come in, from no effect at all to all of it; 0 as in the paper,
             where half the filters go at the first step.
         calibrate: Whether, with ``flops``, the heads' thresholds are moved so that the masks cost what was asked: when the
-            heads rest, and at the end. With ``r`` the threshold is the paper's, a probability of one half.
+            heads rest, and at the end. Otherwise, and with ``r``, they are the paper's, a probability of one half.
     """
 
     pattern: str = "channel"
@@ -50,7 +50,7 @@ class FtwtConfig(MethodConfig):
     head_lr: float = 0.1
     cooldown: float = 0.5
     soften: float = 0.0
-    calibrate: bool = True
+    calibrate: bool = False
 
     def __post_init__(self) -> None:  # here, so that it shows before the dense model is trained
         if self.pattern != "channel":

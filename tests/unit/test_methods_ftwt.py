@@ -351,6 +351,22 @@ def test_trained_gates_meet_the_budget_that_was_asked(task: mg.Task) -> None:
     assert still == {}
 
 
+def test_fitted_heads_agree_and_meet_the_budget_from_the_start(task: mg.Task) -> None:
+    still = mg.FitConfig(epochs=1, batch_size=32, lr=1e-9)
+    settings: dict[str, Any] = {"flops": 0.6, "images": 96, "softmax": False, "head_lr": 1e-9, "train": still, "cooldown": 0.0}
+    _, run = execute(task, config_of(**settings, initial="fitted", calibrate=True))
+    _, plain = execute(task, config_of(**settings))
+    assert run.observations["routes"]["honest"]["mean"] == pytest.approx(0.6, abs=0.05)
+    assert run.observations["fitted"]["moved"].keys() == {"stem", "block"}
+    fitted, random = run.observations["routes"]["agreement"], plain.observations["routes"]["agreement"]
+    assert fitted["accuracy"] > random["accuracy"] + 0.05
+
+
+def test_heads_that_are_never_trained_are_not_fitted() -> None:
+    with pytest.raises(BudgetError, match="fitted where heads are trained"):
+        config_of(r=0.8, mode="random", initial="fitted")
+
+
 @pytest.mark.parametrize("settings", [{"r": 0.8}, {"flops": 0.6, "mode": "random"}])
 def test_the_threshold_stays_where_there_is_nothing_to_meet(task: mg.Task, settings: dict[str, Any]) -> None:
     _, run = execute(task, config_of(**settings, calibrate=True))
@@ -377,7 +393,7 @@ def test_heads_mode_keeps_the_dense_network(task: mg.Task, tmp_path: Path) -> No
     assert same(parts(trained)[0], dict(dense["model"]))
 
 
-CALIBRATED = {"flops": 0.6, "mode": "joint", "soften": 0.5, "calibrate": True}
+CALIBRATED = {"flops": 0.6, "mode": "joint", "soften": 0.5, "calibrate": True, "initial": "fitted"}
 
 
 @pytest.mark.parametrize("settings", [{"r": 0.8}, CALIBRATED, {"r": 0.8, "mode": "heads"}])

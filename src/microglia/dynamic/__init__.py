@@ -3,6 +3,7 @@
 from microglia.dynamic.calibrate import calibrate
 from microglia.dynamic.choose import Estimate, choose_r, estimate, shares
 from microglia.dynamic.counting import COUNTS, Costs, Count, Counter
+from microglia.dynamic.fitting import fit_heads
 from microglia.dynamic.flow import Flow
 from microglia.dynamic.gates import (
     Gate,
@@ -46,6 +47,7 @@ __all__ = [
     "detach_gates",
     "estimate",
     "find_sites",
+    "fit_heads",
     "frequencies",
     "gate_plan",
     "gates_of",

@@ -114,12 +114,14 @@ class Passage:
 
     Attributes:
         gate: Which.
+        embedded: What its head sees, (batch, inputs).
         logits: Of its head, (batch, outputs); positive = keep.
         mask: What was kept, boolean, (batch, outputs).
         output: Feature maps behind the norm, before activation and mask, without gradient.
     """
 
     gate: Gate
+    embedded: Tensor
     logits: Tensor
     mask: Tensor
     output: Tensor
@@ -225,10 +227,11 @@ class Gate(nn.Module):
         arriving = self._wire.take()
         if self.fade == 0 and self._wire.listener is None:
             return output
-        logits = self.logits(self.embed(arriving.detach() if self.detached else arriving))
+        embedded = self.embed(arriving.detach() if self.detached else arriving)
+        logits = self.logits(embedded)
         mask = self.decide(logits)
         if self._wire.listener is not None:
-            self._wire.listener(Passage(self, logits, mask, output.detach()))
+            self._wire.listener(Passage(self, embedded, logits, mask, output.detach()))
         if self.fade == 0:
             return output
         factor = mask.to(output.dtype)

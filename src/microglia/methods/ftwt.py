@@ -15,7 +15,7 @@ from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import islice
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,7 @@ from microglia.dynamic import (
     calibrate,
     choose_r,
     estimate,
+    fit_heads,
     gate_plan,
     gates_of,
     note_plan,
@@ -40,7 +41,7 @@ from microglia.dynamic import (
 )
 from microglia.methods.base import method
 from microglia.methods.ftwt_config import FtwtConfig, plan_gates, with_r_of
-from microglia.methods.procedure import dense_model, train
+from microglia.methods.procedure import change, dense_model, train
 from microglia.train.engine import device_of
 from microglia.train.optim import epoch_length
 from microglia.train.run import Progress, Run
@@ -234,6 +235,8 @@ def ftwt(task: Task, run: Run, config: FtwtConfig) -> nn.Module:
     planned = plan_before(task, run, config, model)
     run.observations["estimate"] = planned.estimate
     attach_gates(model, planned.plan, torch.Generator().manual_seed(run.seed))
+    if config.initial == "fitted":
+        run.observations["fitted"] = fitted(task, run, config, model, planned)
     steps = config.train.epochs * epoch_length(config.train, len(task.data.batches("train", config.train.batch_size)))
     at_rest = calibration(task, run, config, model, planned)
     make = partial(Ftwt, model, config, total_steps=steps, at_rest=at_rest)
@@ -245,6 +248,18 @@ def ftwt(task: Task, run: Run, config: FtwtConfig) -> nn.Module:
 
     run.observations["routes"] = run.stage("routes", observe_routes)["routes"]
     return model
+
+
+def fitted(task: Task, run: Run, config: FtwtConfig, model: nn.Module, planned: Planned) -> dict[str, Any]:
+    """Fits the heads to their targets as a stage, and calibrates them if asked; returns how well they agree, and the moves."""
+    batches = task.data.batches("train", 128, seed=run.seed, shuffle=True)
+    calibrated = calibration(task, run, config, model, planned)
+
+    def work(progress: Progress) -> dict[str, Any]:
+        agreement = fit_heads(model, islice(batches.epoch(0), -(-config.images // 128)))
+        return {"agreement": agreement, "moved": calibrated() if calibrated is not None else {}}
+
+    return cast("dict[str, Any]", change(run, "fit", model, work))
 
 
 def calibration(

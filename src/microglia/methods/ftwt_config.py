@@ -35,8 +35,11 @@ class FtwtConfig(MethodConfig):
         cooldown: Fraction of the training after which the heads rest.
         soften: Fraction of the training over which the masks come in, from no effect at all to all of it; 0 as in the paper,
             where half the filters go at the first step.
+        initial: Heads at the start: ``random``, as in the paper, or ``fitted`` (ours): each the logistic regression of its
+            targets on what it sees of ``images`` training images, so that a short training is not spent on them.
         calibrate: Whether, with ``flops``, the heads' thresholds are moved so that the masks cost what was asked: when the
-            heads rest, and at the end. Otherwise, and with ``r``, they are the paper's, a probability of one half.
+            heads are fitted, when they rest, and at the end. Otherwise, and with ``r``, they are the paper's, a probability of
+            one half.
     """
 
     pattern: str = "channel"
@@ -50,6 +53,7 @@ class FtwtConfig(MethodConfig):
     head_lr: float = 0.1
     cooldown: float = 0.5
     soften: float = 0.0
+    initial: Literal["random", "fitted"] = "random"
     calibrate: bool = False
 
     def __post_init__(self) -> None:  # here, so that it shows before the dense model is trained
@@ -59,6 +63,10 @@ class FtwtConfig(MethodConfig):
             raise SelectorError("The method 'ftwt' takes layers and exclude, and not protect, allow_empty or scope.")
         if self.mode not in ("decoupled", "joint", "heads", "random") or self.rule not in RULES or self.count not in COUNTS:
             raise BudgetError(f"There is no mode {self.mode!r}, rule {self.rule!r} or count {self.count!r}.")
+        if self.initial not in ("random", "fitted") or (self.initial == "fitted" and self.mode == "random"):
+            raise BudgetError(
+                f"initial is random, or fitted where heads are trained; got {self.initial!r} with mode {self.mode!r}."
+            )
         if not (0 <= self.cooldown <= 1 and 0 <= self.soften <= 1 and self.head_lr > 0 and self.images > 0):
             raise BudgetError("cooldown and soften are fractions of the training; head_lr and images are above 0.")
 

@@ -1,0 +1,80 @@
+"""Heads that start as the best affine maps for their targets, instead of at random.
+
+What a head sees of an image and what it should answer are both known before any training, from one pass of the dense network:
+a logistic regression for each layer. Heads so made follow the input from the first step on, so that the training, however
+short, is the network's. It is ours, not the paper's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from microglia.dynamic.gates import Gate, Passage, gates_of, listening
+
+RIDGE = 1e-3
+"""Of the squared weights, beside the mean loss, where every input has unit variance."""
+ITERATIONS = 60  # of L-BFGS; the loss is convex
+
+
+def fit_heads(model: nn.Module, batches: Iterable[tuple[Any, Any]]) -> dict[str, float]:
+    """Makes each head the logistic regression of its targets on what arrives, in place, as if no mask acted.
+
+    Over several ranks, given the same batches, all take the first one's heads.
+
+    Args:
+        model: With gates that have their r.
+        batches: Few batches of training inputs; what heads see of them is kept in memory.
+
+    Returns:
+        Layer -> fraction of these inputs and filters on which the head says what the target does.
+    """
+    device, training = next(model.parameters()).device, model.training
+    seen: dict[str, list[tuple[Tensor, Tensor]]] = {}
+
+    def hear(passage: Passage) -> None:
+        seen.setdefault(passage.gate.site.layer, []).append((passage.embedded.detach(), passage.target()))
+
+    model.eval()
+    with torch.no_grad(), listening(model, hear, fade=0.0):
+        for inputs, _ in batches:
+            model(inputs.to(device))
+    model.train(training)
+    agreement = {}
+    for layer, gate in gates_of(model).items():
+        embedded, wanted = (torch.cat(parts) for parts in zip(*seen.pop(layer), strict=True))
+        _regress(gate, embedded, wanted.to(embedded.dtype))
+        with torch.no_grad():
+            agreement[layer] = float(((gate.logits(embedded) > 0) == wanted).double().mean())
+    return agreement
+
+
+@torch.enable_grad()
+def _regress(gate: Gate, embedded: Tensor, wanted: Tensor) -> None:
+    mean = embedded.mean(0)
+    scale = (embedded - mean).square().mean(0).sqrt()
+    scale = torch.where(scale > 1e-6 * (1e-6 + mean.abs()), scale, torch.inf)  # what never changes tells nothing
+    inputs = (embedded - mean) / scale
+    weight = torch.zeros_like(gate.weight, requires_grad=True)
+    bias = torch.zeros_like(gate.bias, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weight, bias], max_iter=ITERATIONS, history_size=10, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        said = functional.linear(inputs, weight, bias)
+        entropy = functional.binary_cross_entropy_with_logits(said, wanted, reduction="sum") / len(inputs)
+        value = entropy + RIDGE * (weight.square().sum() + bias.square().sum())  # the bias too: filters no image fires
+        value.backward()  # type: ignore[no-untyped-call]
+        return value
+
+    optimizer.step(loss)  # type: ignore[no-untyped-call]
+    with torch.no_grad():
+        gate.weight.copy_(weight / scale)
+        gate.bias.copy_(bias - gate.weight @ mean)
+        if torch.distributed.is_initialized():
+            for parameter in gate.parameters():
+                torch.distributed.broadcast(parameter, src=0)

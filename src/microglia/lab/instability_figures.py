@@ -40,6 +40,12 @@ def _networks(told: Json) -> list[str]:
     return list(dict.fromkeys(row["network"] for row in told["summary"]))
 
 
+def _places(told: Json, row: Json) -> tuple[int, int]:
+    """Returns which network a line belongs to, its dashes, and which epoch its copies part at, its color."""
+    epochs = sorted({each["epoch"] for each in told["rows"]})
+    return _networks(told).index(row["network"]), epochs.index(row["epoch"])
+
+
 def _printed(told: Json) -> Figure:
     figure = Figure(figsize=(12.5, 5.0), layout="constrained")
     FigureCanvasAgg(figure)
@@ -55,10 +61,11 @@ def _printed(told: Json) -> Figure:
     left.axhline(100 * STABLE, color="black", linewidth=1, linestyle=(0, (6, 3)), label="stable below")
     left.set_xlabel("epoch at which the copies part")
     left.set_ylabel("instability: rise of the error (%)")
-    for place, row in enumerate(told["rows"]):
+    for row in told["rows"]:
         label = f"{row['network']}, k = {row['epoch']}" if row["seed"] == told["rows"][0]["seed"] and not row["pair"] else None
-        color = COLORS[place % len(COLORS)]
-        right.plot(row["alphas"], [100 * e for e in row["error"]["test"]], color=color, label=label, linewidth=1.2)
+        network, epoch = _places(told, row)
+        style = {"color": COLORS[epoch % len(COLORS)], "linestyle": DASHES[network % len(DASHES)], "linewidth": 1.2}
+        right.plot(row["alphas"], [100 * e for e in row["error"]["test"]], label=label, **style)
     right.set_xlabel("place on the straight line between the copies")
     right.set_ylabel("test error (%)")
     for axes in (left, right):
@@ -84,7 +91,11 @@ def _interactive(told: Json) -> go.Figure:
     figure.add_hline(100 * STABLE, line={"color": "black", "dash": "dash", "width": 1}, row=1, col=1)
     for row in told["rows"]:
         name = f"{row['network']}, k = {row['epoch']}, seed {row['seed']}, pair {row['pair']}"
-        figure.add_trace(go.Scatter(x=row["alphas"], y=[100 * e for e in row["error"]["test"]], name=name), row=1, col=2)
+        network, epoch = _places(told, row)
+        line = {"color": COLORS[epoch % len(COLORS)], "dash": ("solid", "dash")[network % 2]}
+        figure.add_trace(
+            go.Scatter(x=row["alphas"], y=[100 * e for e in row["error"]["test"]], name=name, line=line), row=1, col=2
+        )
     figure.update_xaxes(title="epoch at which the copies part", row=1, col=1)
     figure.update_yaxes(title="instability (%)", row=1, col=1)
     figure.update_xaxes(title="place on the line", row=1, col=2)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from microglia.core import order
-from microglia.core.order import largest
+from microglia.core.order import largest, zeros
 
 CHUNK = 128  # small enough that a few thousand elements pass through every branch
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -20,6 +20,7 @@ KINDS = ("normal", "few values", "mostly zeros", "constant", "infinite", "sorted
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(order, "CHUNK", CHUNK)
+    monkeypatch.setattr(order, "SMALL", 0)
 
 
 def data_of(kind: str, n: int, dtype: torch.dtype, seed: int) -> Tensor:
@@ -36,7 +37,7 @@ def data_of(kind: str, n: int, dtype: torch.dtype, seed: int) -> Tensor:
     elif kind == "sorted":
         x = x.sort().values
     elif kind == "strided":  # a sample at the stride of the bracket sees one value alone
-        x[:: math.ceil(n ** (1 / 3) / 2)] = 3.0
+        x[:: order._stride(n)] = 3.0
     elif kind == "two values":
         x = (x > 0.3).float()
     return x.to(dtype)
@@ -71,6 +72,7 @@ def test_equals_a_stable_sort(kind: str, dtype: torch.dtype, lengths: list[int],
     tensors = data_of(kind, sum(lengths), dtype, seed).split(lengths)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(order, "CHUNK", chunk)
+        patch.setattr(order, "SMALL", 0)
         assert agrees(tensors, max(1, round(share * sum(lengths))))
 
 
@@ -138,3 +140,30 @@ def test_the_input_stays_as_it_was() -> None:
     before = data.clone()
     largest([data], 30_000)
     assert torch.equal(data, before)
+
+
+@settings(deadline=None)
+@given(st.integers(0, 70), st.integers(0, 2**32 - 1), st.floats(0, 1))
+def test_positions_of_false(length: int, seed: int, share: float) -> None:
+    mask = torch.rand(length, generator=torch.Generator().manual_seed(seed)) < share
+    before = mask.clone()
+    assert zeros(mask).tolist() == [place for place, value in enumerate(mask.tolist()) if not value]
+    assert torch.equal(mask, before)
+    assert torch.equal(zeros(mask[1:]), (~mask[1:]).nonzero().squeeze(1))  # not aligned to eight bytes
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.lists(st.integers(0, 40), min_size=2, max_size=6), st.integers(0, 99))
+def test_small_tensors_are_answered_as_one(lengths: list[int], seed: int) -> None:
+    lengths = [*lengths, 3]
+    tensors = data_of("few values", sum(lengths), torch.float32, seed).split(lengths)
+    for small in (0, order.SMALL):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(order, "SMALL", small)
+            assert all(agrees(tensors, k) for k in range(1, sum(lengths) + 1, 7))
+
+
+def test_a_sample_in_step_with_the_layers_sees_all_of_their_channels() -> None:
+    strides = [order._stride(total) for total in (10**5, 10**6, 14_714_688, 10**8)]
+    assert all(math.gcd(stride, 64 * 9) == 1 for stride in strides)
+    assert strides == sorted(strides)

@@ -433,21 +433,22 @@ def test_what_is_left_counts_exactly_with_ties_and_refuses_nonsense():
     model = mlp()
     layers = prunable_layers(model)
     before = {name: layer.raw.detach().clone() for name, layer in layers.items()}
-    left = Alive(layers)
+    left = Alive({name: layer.raw for name, layer in layers.items()})
     equal = {name: torch.ones(layer.shape) for name, layer in layers.items()}
     total = left.count
-    left.keep(equal, 60)
+    left.keep(left.of(equal), 60)
     assert left.masks()["0.weight"].all()  # ties by position
     assert left.masks().kept == left.count == 60
-    left.keep(equal, 7)
-    assert left.masks().nested_in(Alive(layers).masks())
+    sixty = left.masks()
+    left.keep(left.of(equal), 7)
+    assert left.masks().nested_in(sixty)
     for name, kept in left.masks().items():
         assert torch.equal(layers[name].raw, before[name] * kept)
     with pytest.raises(BudgetError, match="only 7"):
-        left.keep(equal, total)
+        left.keep(left.of(equal), total)
     with pytest.raises(ScoreError, match="NaN"):
-        left.keep({name: value * torch.nan for name, value in equal.items()}, 3)
-    left.keep(equal, 0)
+        left.keep(left.of({name: value * torch.nan for name, value in equal.items()}), 3)
+    left.keep(left.of(equal), 0)
     assert left.count == 0
 
 

@@ -1,4 +1,4 @@
-"""What is left of single weights, as positions: a round of many costs what is left, not what there once was."""
+"""What is left of single weights over many rounds of pruning: a round costs what is left, not what there once was."""
 
 from __future__ import annotations
 
@@ -9,36 +9,49 @@ import torch
 from torch import Tensor
 
 from microglia.core.errors import BudgetError, ScoreError
-from microglia.core.layers import Layer
 from microglia.core.masks import MaskSet
-from microglia.core.order import largest
+from microglia.core.order import Largest, largest, zeros
+
+SPARSE = 0.7
+"""Fraction of the places looked at below which those that are left are collected: more often costs more than it saves."""
 
 
 class Alive:
     """The weights of some layers that are left, competing in one ordering.
 
-    Removed weights are set to 0 in the layers themselves; masks are made once, at the end. The result is that of `select` with
+    Removed weights are set to 0 where they are; masks are made once, at the end. The result is that of `select` with
     masks in every round where a weight's score does not depend on the gradients of removed ones.
 
     Args:
-        layers: By name, without masks.
+        weights: By layer, without masks; of a network, or a copy of them that is scored in their place.
     """
 
-    def __init__(self, layers: Mapping[str, Layer]) -> None:
-        self.layers = layers
-        self.positions = {n: torch.arange(layer.raw.numel(), device=layer.raw.device) for n, layer in layers.items()}
+    def __init__(self, weights: Mapping[str, Tensor]) -> None:
+        self.weights = weights
+        self.count = sum(weight.numel() for weight in weights.values())
+        self._places: dict[str, Tensor] = {}  # positions looked at; of a layer that is not here, all
+        self._stays: dict[str, Tensor] = {}  # which of them are left; of a layer that is not here, all
 
-    @property
-    def count(self) -> int:
-        """How many are left."""
-        return sum(len(places) for places in self.positions.values())
+    @torch.no_grad()
+    def of(self, *factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Returns the product of values, one per weight, where `keep` looks at them, flat; overwrites the first of several."""
+        return {name: self._product(name, [values[name] for values in factors]) for name in self.weights}
+
+    def _product(self, name: str, factors: list[Tensor]) -> Tensor:
+        places = self._places.get(name)
+        first, *others = [f.reshape(-1) if places is None else f.reshape(-1).index_select(0, places) for f in factors]
+        if not others:
+            return first.clone() if places is None else first
+        for other in others:
+            first.mul_(other)
+        return first
 
     @torch.no_grad()
     def keep(self, scores: Mapping[str, Tensor], count: int) -> None:
         """Keeps the best of what is left, ties by position, and sets the others to 0.
 
         Args:
-            scores: One value per weight, by layer, higher = keep.
+            scores: Of all layers, as `of` returns them, higher = keep; overwritten.
             count: How many to keep, from 0 to `count`.
 
         Raises:
@@ -47,26 +60,56 @@ class Alive:
         """
         if not 0 <= count <= self.count:
             raise BudgetError(f"Cannot keep {count:,} weights: only {self.count:,} are still alive.")
-        names = [name for name, places in self.positions.items() if len(places)]
-        values = [scores[name].reshape(-1).index_select(0, self.positions[name]) for name in names]
-        if count in (0, self.count):
-            kept = [torch.full_like(value, count > 0, dtype=torch.bool) for value in values]
-        else:
-            kept, value = largest(values, count)
-            if math.isnan(value):
-                raise ScoreError("A score is NaN. Scores must be numbers: look for a non-finite weight or gradient.")
+        if count == self.count:
+            return
+        names = [name for name, value in scores.items() if len(value)]
+        kept, value = self._best(scores, names, max(1, count))
+        if math.isnan(value):
+            raise ScoreError("A score is NaN. Scores must be numbers: look for a non-finite weight or gradient.")
         for name, mask in zip(names, kept, strict=True):
-            places, raw = self.positions[name], self.layers[name].raw
-            flat = raw.view(-1) if raw.is_contiguous() else raw.reshape(-1)
-            flat.index_fill_(0, places[~mask], 0.0)
-            if not raw.is_contiguous():  # in channels-last layout the flat weights are a copy
-                raw.copy_(flat.view(raw.shape))
-            self.positions[name] = places[mask]
+            self._remove(name, mask if count else torch.zeros_like(mask))
+        self.count = count
+        if count < SPARSE * sum(map(len, scores.values())):
+            for name in names:
+                self._collect(name)
+
+    def _best(self, scores: Mapping[str, Tensor], names: list[str], count: int) -> Largest:
+        """Returns the best of what is left; where all these are above 0, which is usual, zeros stand for what is removed."""
+        for lowest in (0.0, -torch.inf):
+            for name, stays in self._stays.items():
+                if lowest:
+                    scores[name].masked_fill_(~stays, lowest)
+                else:
+                    scores[name].mul_(stays.view(torch.int8))  # six times as fast
+            found = largest([scores[name] for name in names], count)
+            if found.value > lowest or not self._stays or math.isnan(found.value):
+                break
+        return found
+
+    def _remove(self, name: str, stays: Tensor) -> None:
+        places, weight, before = self._places.get(name), self.weights[name], self._stays.get(name)
+        self._stays[name] = stays
+        if places is None:
+            weight.mul_(stays.view(torch.int8).view(weight.shape))
+        else:
+            flat = weight.view(-1) if weight.is_contiguous() else weight.reshape(-1)
+            flat.index_fill_(0, places.index_select(0, zeros(stays if before is None else stays == before)), 0.0)
+            if not weight.is_contiguous():  # in channels-last layout the flat weights are a copy
+                weight.copy_(flat.view(weight.shape))
+
+    def _collect(self, name: str) -> None:
+        left = self._stays.pop(name).nonzero().squeeze(1)
+        self._places[name] = self._places[name].index_select(0, left) if name in self._places else left
 
     def masks(self) -> MaskSet:
         """Returns the masks of what is left."""
         made = {}
-        for name, layer in self.layers.items():
-            flat = torch.zeros(layer.raw.numel(), dtype=torch.bool, device=layer.raw.device)
-            made[name] = flat.index_fill_(0, self.positions[name], True).view(layer.shape)  # type: ignore[call-overload]
+        for name, weight in self.weights.items():
+            places, stays = self._places.get(name), self._stays.get(name)
+            flat = torch.full((weight.numel(),), places is None, device=weight.device)
+            if places is not None:
+                flat[places if stays is None else places[stays]] = True
+            elif stays is not None:
+                flat = stays
+            made[name] = flat.view(weight.shape)
         return MaskSet(made)

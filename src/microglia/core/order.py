@@ -12,6 +12,7 @@ from torch import Tensor
 
 CHUNK = 31 << 10  # elements of one operation: stays in the cache; from 2^15 on torch would call in its own threads
 GPU_CHUNK = 1 << 24  # the same on a GPU, where few large operations are best
+SMALL = 1 << 20  # elements of all tensors together that are better copied into one
 DEVIATIONS = 3  # half-width of the bracket; the sample misjudges about once in 400 times, which costs one more pass
 
 
@@ -50,6 +51,9 @@ def largest(tensors: Sequence[Tensor], k: int) -> Largest:
         k: Rank, 1 <= k <= total number of elements.
     """
     total = sum(len(t) for t in tensors)
+    if len(tensors) > 1 and total <= SMALL:  # of small tensors the calls cost more than the elements
+        whole = largest([torch.cat(list(tensors))], k)
+        return Largest(list(torch.split(whole.masks[0], [len(t) for t in tensors])) if whole.masks else [], whole.value)
     masks = [torch.empty_like(t, dtype=torch.bool) for t in tensors]
     blocks = [block for t, m in zip(tensors, masks, strict=True) for block in _blocks(t, m)]
     low, high = _bracket(tensors, total, k)
@@ -88,13 +92,21 @@ def _bracket(tensors: Sequence[Tensor], total: int, k: int) -> tuple[float, floa
     if total <= CHUNK:
         value = torch.cat(list(tensors)).kthvalue(total - k + 1).values.item()
         return value, value
-    sample = torch.cat([t[:: math.ceil(total ** (1 / 3) / 2)] for t in tensors])
+    sample = torch.cat([t[:: _stride(total)] for t in tensors])
     count, share = len(sample), k / total
     margin = DEVIATIONS * math.sqrt(share * (1 - share) * count) + 2
     first, last = math.floor(share * count - margin), math.ceil(share * count + margin)
     high = largest([sample], first).value if first > 0 else math.inf
     low = largest([sample], last).value if last <= count else -math.inf
     return low, high
+
+
+def _stride(total: int) -> int:
+    """Returns a stride without small factors: one in step with the sizes of layers would see some of their channels alone."""
+    stride: int = math.ceil(total ** (1 / 3) / 2)
+    while stride > 10 and math.gcd(stride, 2 * 3 * 5 * 7) > 1:  # of few elements more have to be looked at
+        stride += 1
+    return stride
 
 
 def _look(blocks: Sequence[_Block], low: float, high: float) -> list[_Sides]:
@@ -134,6 +146,18 @@ def _zeros(flags: Tensor, others: Tensor) -> Tensor:
     groups = words.nonzero().squeeze(1)
     hits = flags.view(-1, 8).index_select(0, groups).view(-1).nonzero().squeeze(1)
     return groups.index_select(0, hits >> 3).mul_(8).add_(hits & 7)
+
+
+def zeros(mask: Tensor) -> Tensor:
+    """Returns the positions at which a boolean vector is false; where few are, faster than through ``nonzero``."""
+    whole = len(mask) // 8 * 8
+    if not whole or mask.storage_offset() % 8:
+        return mask.logical_not().nonzero().squeeze(1)
+    words = mask[:whole].view(torch.int64).ne(0x0101010101010101)
+    groups = words.nonzero().squeeze(1)
+    hits = mask[:whole].view(-1, 8).index_select(0, groups).logical_not_().view(-1).nonzero().squeeze(1)
+    found = groups.index_select(0, hits >> 3).mul_(8).add_(hits & 7)
+    return torch.cat([found, mask[whole:].logical_not().nonzero().squeeze(1) + whole]) if whole < len(mask) else found
 
 
 def _drop_last_equal(blocks: Sequence[_Block], value: float, count: int) -> None:

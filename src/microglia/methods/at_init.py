@@ -17,7 +17,7 @@ from microglia.core.shuffle import shuffled
 from microglia.methods.base import MethodConfig, fits, method, preset
 from microglia.methods.procedure import change, dense_model, evidence, observe, train
 from microglia.methods.pruner import PruneConfig, Pruner
-from microglia.scores import Evidence, effective_masks
+from microglia.scores import Evidence, PositiveFlow, effective_masks, example_of
 from microglia.train.optim import FitConfig
 from microglia.train.run import Run
 from microglia.train.task import Task
@@ -92,16 +92,24 @@ class AtInit(Pruner):
         single = isinstance(self.pattern, Unstructured) and own.scope == "global" and own.allow_empty
         if own.rounds > 1 and single and own.score in SEPARATE and not self.protected and not masks_of(model):
             mask(model, self._narrowed(counts))
+            enforce(model)
         else:
             for count in counts:  # whole units may have fallen short of an earlier count by more than this one goes down
                 self.prune_to(min(count, self.masks.kept))
 
     def _narrowed(self, counts: list[int]) -> MaskSet:
         """Returns the masks of rounds over single weights, which are prune_to's but cost only what is left."""
-        layers = self.layers
-        left = Alive(layers)
-        for count in counts:
-            left.keep(self.score(self.model, layers, self.evidence), count)
+        layers, own = self.layers, self.config
+        assert isinstance(own, AtInitConfig)
+        if own.score == "synflow" and own.ablation != "invert":
+            flow = PositiveFlow(self.model, layers, example_of(self.evidence))
+            left = Alive(flow.weights)
+            for count in counts:
+                left.keep(left.of(*flow.slopes()), count)
+        else:
+            left = Alive({name: layer.raw for name, layer in layers.items()})
+            for count in counts:
+                left.keep(left.of(self.score(self.model, layers, self.evidence)), count)
         return left.masks()
 
 

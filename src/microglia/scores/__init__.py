@@ -8,14 +8,16 @@ from microglia.scores.guard import untouched
 from microglia.scores.magnitude import magnitude
 from microglia.scores.random import random
 from microglia.scores.snip import snip
-from microglia.scores.synflow import effective_masks, shares, synflow
+from microglia.scores.synflow import PositiveFlow, effective_masks, example_of, shares, synflow
 
 __all__ = [
     "Evidence",
+    "PositiveFlow",
     "Score",
     "accumulated",
     "accumulated_gradient",
     "effective_masks",
+    "example_of",
     "gradient_magnitude",
     "grasp",
     "grasp_magnitude",

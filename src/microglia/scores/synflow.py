@@ -42,10 +42,19 @@ def synflow(model: nn.Module, layers: Mapping[str, Layer], evidence: Evidence) -
     Raises:
         ScoreError: There is no batch to take the shape from, nothing flows, or the flow is beyond float64.
     """
+    return shares(model, layers, example_of(evidence))
+
+
+def example_of(evidence: Evidence) -> Tensor:
+    """Returns the first input of a batch, (1, ...).
+
+    Raises:
+        ScoreError: There is no batch.
+    """
     inputs = next(iter(evidence.batches), (None,))[0]
     if not isinstance(inputs, Tensor):
         raise ScoreError("SynFlow takes the shape of the input from a batch: give batches=[(inputs, targets)].")
-    return shares(model, layers, inputs[:1])
+    return inputs[:1]
 
 
 def shares(
@@ -62,12 +71,55 @@ def shares(
     Raises:
         ScoreError: As `synflow`.
     """
+    return _multiplied(_slopes(model, layers, example, lambda p: p.detach().abs(), dtype))
+
+
+class PositiveFlow:
+    """The flow through a network over many rounds of pruning, each of which costs little more than what is left.
+
+    Args:
+        model: Without masks; only read.
+        layers: Whose weights to score.
+        example: One input, (1, ...).
+
+    Attributes:
+        weights: Layer -> absolute weights, a copy; those set to 0 are removed.
+    """
+
+    def __init__(self, model: nn.Module, layers: Mapping[str, Layer], example: Tensor) -> None:
+        self.model, self.layers, self.example = model, layers, example
+        self.weights = {name: layer.raw.detach().abs() for name, layer in layers.items()}
+        self._own = {id(layer.raw): self.weights[name] for name, layer in layers.items()}
+
+    def slopes(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Returns the two factors of `shares` through what is left, by layer: dR/d|w| / R and |w|.
+
+        Raises:
+            ScoreError: As `synflow`.
+        """
+        return _slopes(self.model, self.layers, self.example, self._read)
+
+    def _read(self, parameter: Tensor) -> Tensor:
+        own = self._own.get(id(parameter))
+        return parameter.detach().abs() if own is None else own.detach()
+
+
+Factors = tuple[dict[str, Tensor], dict[str, Tensor]]
+
+
+def _slopes(
+    model: nn.Module,
+    layers: Mapping[str, Layer],
+    example: Tensor,
+    read: Callable[[Tensor], Tensor],
+    dtype: torch.dtype | None = None,
+) -> Factors:
     flow = 0.0
     for kind, small, (least, most) in TRIES:
         if dtype in (None, kind):
             scale = small if example.is_floating_point() else 1.0  # tokens enter as they are
             with untouched(model):
-                found, flow = _shares(model, layers, example, lambda p: p.detach().abs(), kind, scale)
+                found, flow = _passed(model, layers, example, read, kind, scale)
             if least <= flow <= most:
                 return found
     if flow > 0:
@@ -91,7 +143,8 @@ def effective_masks(model: nn.Module, example: Tensor) -> MaskSet:
     layers = prunable_layers(model)
 
     with untouched(model), _Averaging():
-        found, _ = _shares(model, layers, example, _averaging, torch.float64, 1.0, biases=False)
+        slopes, _ = _passed(model, layers, example, _averaging, torch.float64, 1.0, biases=False)
+    found = _multiplied(slopes)
     return MaskSet({n: found[n] > 0 if found else torch.zeros_like(layer.raw, dtype=torch.bool) for n, layer in layers.items()})
 
 
@@ -120,7 +173,11 @@ def _averaging(p: Tensor) -> Tensor:
     return alive / alive.flatten(1).sum(1).clamp(min=1).view(-1, *[1] * (p.ndim - 1))
 
 
-def _shares(  # noqa: PLR0917 -- the parts of one computation
+def _multiplied(factors: Factors) -> dict[str, Tensor]:
+    return {name: slope.mul_(factors[1][name]) for name, slope in factors[0].items()}
+
+
+def _passed(  # noqa: PLR0917 -- the parts of one computation
     model: nn.Module,
     layers: Mapping[str, Layer],
     example: Tensor,
@@ -129,8 +186,8 @@ def _shares(  # noqa: PLR0917 -- the parts of one computation
     scale: float,
     *,
     biases: bool = True,
-) -> tuple[dict[str, Tensor], float]:
-    """Returns the shares of the flow through ``read`` parameters, and the flow times the scale (0 or infinite: no shares)."""
+) -> tuple[Factors, float]:
+    """Returns the factors of the shares for ``read`` parameters, and the flow times the scale (0 or infinite: no factors)."""
     wanted = {id(layer.raw): name for name, layer in layers.items()}
     weights = {id(layer.raw) for layer in prunable_layers(model).values()}
     state: dict[str, Tensor] = {}
@@ -150,11 +207,12 @@ def _shares(  # noqa: PLR0917 -- the parts of one computation
     with torch.enable_grad(), _passing(model):
         flow = sum(_outputs(torch.func.functional_call(model, state, (ones,))), torch.zeros((), dtype=dtype))
         if not (torch.isfinite(flow) and flow > 0):
-            return {}, float(flow.detach().nan_to_num(torch.inf, torch.inf))
+            return ({}, {}), float(flow.detach().nan_to_num(torch.inf, torch.inf))
         gradients = torch.autograd.grad(flow.log(), list(leaves.values()), allow_unused=True, materialize_grads=True)
     by_name = dict(zip(leaves, gradients, strict=True))
-    with torch.no_grad():
-        return {name: by_name[name].mul_(leaves[name]) for name in layers}, float(flow)
+    return ({name: by_name[name] for name in layers}, {name: leaf.detach() for name, leaf in leaves.items()}), float(
+        flow.detach()
+    )
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """SNIP, GraSP and SynFlow: closed forms, identities and finite differences; paths from input to output (survey T7.1-T7.4)."""
 
+import importlib
 from itertools import pairwise
 
 import pytest
@@ -16,7 +17,7 @@ from microglia.core.masks import mask
 from microglia.core.patterns import NM, Block, Unstructured
 from microglia.core.shuffle import shuffled
 from microglia.methods import AtInit
-from microglia.scores import Evidence, effective_masks, hessian_gradient, scores, shares
+from microglia.scores import Evidence, PositiveFlow, effective_masks, hessian_gradient, scores, shares
 from microglia.zoo import build
 
 BATCH, CLASSES = 12, 4
@@ -504,3 +505,33 @@ def test_shares_of_tokens_count_biases_like_the_embedding():
 def test_a_budget_of_no_weight_is_refused():
     with pytest.raises(BudgetError, match="Nothing would be left"):
         AtInit(mlp(), density=1e-4, score="snip", evidence=data())
+
+
+def test_a_type_that_overflowed_is_not_tried_again_until_the_flow_fits(monkeypatch):
+    """A deep network of large weights flows beyond float32; once enough is gone it fits, and hardly a try is in vain."""
+    model = nn.Sequential(*(nn.Linear(12, 12, bias=False) for _ in range(40)))
+    with torch.no_grad():
+        for layer in model:
+            layer.weight.copy_(torch.rand(12, 12, generator=torch.Generator().manual_seed(0)) * 8)
+    own = importlib.import_module("microglia.scores.synflow")
+    passed, tried = own._passed, []
+
+    def counted(*given, **more):
+        found = passed(*given, **more)
+        tried.append((given[4], found[1] <= {kind: most for kind, _, (_, most) in own.TRIES}[given[4]]))
+        return found
+
+    monkeypatch.setattr(own, "_passed", counted)
+    flow = PositiveFlow(model, prunable_layers(model), torch.ones(1, 12))
+    left = Alive(flow.weights)
+    total = left.count
+    for share in (0.9, 0.8, 0.6, 0.4, 0.25, 0.25):
+        factors = flow.slopes()
+        of_layers = [float((slope * weight).sum()) for slope, weight in zip(*(each.values() for each in factors), strict=True)]
+        assert of_layers == pytest.approx([of_layers[0]] * len(of_layers), rel=1e-3)
+        left.keep(left.of(*factors), round(share * total))
+    assert tried[0] == (torch.float32, False)
+    types = [kind for kind, fits in tried if fits]
+    assert types == [torch.float64] * types.count(torch.float64) + [torch.float32] * types.count(torch.float32)
+    assert 2 <= types.count(torch.float64) <= len(types) - 1 == 5
+    assert sum(not fits for _, fits in tried[1:]) <= 1

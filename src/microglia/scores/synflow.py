@@ -27,6 +27,8 @@ TRIES = ((torch.float32, 2.0**-110, (1e-33, 1e33)), (torch.float64, 2.0**-500, (
 """(dtype, scale of what enters, bounds of the scaled flow). A flow of 1e60 fits float32 when what enters is
 as small as it can be: forward values span scale to scale * R, backward ones 1 / (scale * R) to 1 / scale. The shares do not
 depend on the scale. Beyond, float64 goes on, for which oneDNN has no kernels."""
+MARGIN = 3.0
+"""How far above the most that a type holds the flow of the round before may be for it to be tried: a round removes some."""
 ENTERING = ("bias", "token", "embed", "pos")
 """Parts of the names of parameters that are added to the signal: they are scaled like the input."""
 
@@ -71,7 +73,7 @@ def shares(
     Raises:
         ScoreError: As `synflow`.
     """
-    return _multiplied(_slopes(model, layers, example, lambda p: p.detach().abs(), dtype))
+    return _multiplied(_slopes(model, layers, example, lambda p: p.detach().abs(), dtype=dtype)[0])
 
 
 class PositiveFlow:
@@ -90,6 +92,7 @@ class PositiveFlow:
         self.model, self.layers, self.example = model, layers, example
         self.weights = {name: layer.raw.detach().abs() for name, layer in layers.items()}
         self._own = {id(layer.raw): self.weights[name] for name, layer in layers.items()}
+        self._flow = 0.0
 
     def slopes(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Returns the two factors of `shares` through what is left, by layer: dR/d|w| / R and |w|.
@@ -97,7 +100,8 @@ class PositiveFlow:
         Raises:
             ScoreError: As `synflow`.
         """
-        return _slopes(self.model, self.layers, self.example, self._read)
+        found, self._flow = _slopes(self.model, self.layers, self.example, self._read, known=self._flow)
+        return found
 
     def _read(self, parameter: Tensor) -> Tensor:
         own = self._own.get(id(parameter))
@@ -112,16 +116,19 @@ def _slopes(
     layers: Mapping[str, Layer],
     example: Tensor,
     read: Callable[[Tensor], Tensor],
+    *,
     dtype: torch.dtype | None = None,
-) -> Factors:
+    known: float = 0.0,
+) -> tuple[Factors, float]:
+    """Returns the factors of the shares, and the flow R; one that is ``known`` to be about as large saves a try in vain."""
     flow = 0.0
     for kind, small, (least, most) in TRIES:
-        if dtype in (None, kind):
-            scale = small if example.is_floating_point() else 1.0  # tokens enter as they are
+        scale = small if example.is_floating_point() else 1.0  # tokens enter as they are
+        if dtype in (None, kind) and known * scale <= most * MARGIN:
             with untouched(model):
                 found, flow = _passed(model, layers, example, read, kind, scale)
             if least <= flow <= most:
-                return found
+                return found, flow / scale
     if flow > 0:
         raise ScoreError(f"The flow through this network is {flow:g}: beyond what float64 holds. Scale its weights down.")
     raise ScoreError(

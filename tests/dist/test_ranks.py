@@ -109,6 +109,21 @@ def gates_trained(rank):
     return steps
 
 
+def heads_fitted(rank):
+    """The heads that this rank has after fitting them to images of its own."""
+    model = network()
+    mg.Ftwt(model, r=0.8, total_steps=6, example_inputs=torch.zeros(1, 1, 8, 8), generator=torch.Generator().manual_seed(0))
+    mine = batches(8, 8)[rank : rank + 1]
+    mg.dynamic.fit_heads(model, mine)
+    return {n: p.tolist() for n, p in model.named_parameters() if ".gate." in n}
+
+
+def test_fitted_heads_are_the_first_rank_s_everywhere():
+    first, second = every_rank(heads_fitted)
+    assert first
+    assert first == second
+
+
 def test_gates_agree_on_all_ranks_and_rest_after_the_cool_down():
     first, second = every_rank(gates_trained)
     assert first == second

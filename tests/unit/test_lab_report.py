@@ -276,6 +276,19 @@ class TestNumbers:
         assert sorted(group.lines) == sorted({f"{method} {settings}" for method, settings, _ in found})
         assert len(group.baselines) == 1  # the dense model does not depend on the recovery
 
+    def test_fields_that_came_later_are_at_their_defaults_in_an_older_recipe(self, tmp_path):
+        save(tmp_path / "new", result(seed=0, accuracy=0.90))
+        older = result(seed=1, accuracy=0.92)
+        del older["recipe"]["measure"]["accelerate"], older["recipe"]["prune"]["permute"], older["recipe"]["train"]["momentum"]
+        save(tmp_path / "old", older)
+        (row,) = groups(collect([tmp_path]))[0].rows
+        assert (row.settings, row.after.n, row.after.mean) == ("", 2, pytest.approx(0.91))
+        save(tmp_path / "other", result(seed=2, measure={"accelerate": True}))
+        assert {row.settings for row in groups(collect([tmp_path]))[0].rows} == {
+            "measure.accelerate=False",
+            "measure.accelerate=True",
+        }
+
     def test_a_dense_model_for_each_checkpoint(self, tmp_path):
         for number, name in enumerate(["/a/one.th", "/a/two.th"]):
             save(tmp_path / name[3:], result(checkpoint=name, dense=0.9 + number / 100, accuracy=0.9))

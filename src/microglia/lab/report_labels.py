@@ -5,9 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from statistics import fmean
 from typing import Any
 
+from microglia.core.errors import MicrogliaError
+from microglia.lab.recipe import as_dict, resolve
 from microglia.lab.report_records import Record
 from microglia.train.run import flatten
 
@@ -49,15 +52,23 @@ def named_elsewhere(key: str) -> bool:
 
 def varying_of(records: Iterable[Record], wanted: Callable[[str], bool]) -> list[str]:
     """Returns the wanted recipe keys in which records differ."""
-    flat = [flatten(record.recipe) for record in records]
+    flat = [_whole(record) for record in records]
     keys = sorted({key for recipe in flat for key in recipe if wanted(key)})
     return [key for key in keys if len({text_of(recipe.get(key)) for recipe in flat}) > 1]
 
 
 def settings_of(record: Record, keys: Iterable[str]) -> str:
     """Returns ``key=value`` of recipe keys."""
-    flat = flatten(record.recipe)
+    flat = _whole(record)
     return ", ".join(f"{key}={text_of(flat.get(key))}" for key in keys)
+
+
+def _whole(record: Record) -> dict[str, Any]:
+    """Returns a run's recipe, flat, with the fields that came after it at their defaults: these leave a run as it was."""
+    own = flatten(record.recipe)
+    with suppress(MicrogliaError, ValueError, TypeError):
+        return {**flatten(as_dict(resolve(record.recipe))), **own}
+    return own
 
 
 def text_of(value: Any) -> str:

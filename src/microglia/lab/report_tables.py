@@ -28,7 +28,9 @@ UNMEASURED = "not measured"
 SETTINGS = (
     "checkpoint",
     "dense.epochs",
+    "dense.max_batches",
     "train.epochs",
+    "train.max_batches",
     "train.optimizer",
     "train.lr",
     "train.schedule",

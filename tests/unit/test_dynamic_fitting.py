@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
 
+from microglia.core.errors import MicrogliaError
 from microglia.dynamic import Flow, GatePlan, Passage, attach_gates, find_sites, fit_heads, gates_of, listening
 from microglia.dynamic.fitting import RIDGE
 
@@ -110,6 +111,11 @@ def test_filters_that_never_fire_are_switched_off_and_stay_finite() -> None:
     assert not wanted[:, 3].any()
     assert not (gate.logits(embedded)[:, 3] > 0).any()
     assert all(torch.isfinite(p).all() for g in gates_of(model).values() for p in g.parameters())
+
+
+def test_no_batch_is_refused() -> None:
+    with pytest.raises(MicrogliaError, match="at least one batch"):
+        fit_heads(gated(3)[0], [])
 
 
 def test_it_changes_heads_alone_and_repeats_itself() -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from microglia.core.errors import MicrogliaError
 from microglia.dynamic.gates import Gate, Passage, gates_of, listening
 
 RIDGE = 1e-3
@@ -30,6 +31,9 @@ def fit_heads(model: nn.Module, batches: Iterable[tuple[Any, Any]]) -> dict[str,
         model: With gates that have their r.
         batches: Few batches of training inputs; what heads see of them is kept in memory.
 
+    Raises:
+        MicrogliaError: There is no batch.
+
     Returns:
         Layer -> fraction of these inputs and filters on which the head says what the target does.
     """
@@ -44,6 +48,8 @@ def fit_heads(model: nn.Module, batches: Iterable[tuple[Any, Any]]) -> dict[str,
         for inputs, _ in batches:
             model(inputs.to(device))
     model.train(training)
+    if not seen:
+        raise MicrogliaError("Heads are fitted to images of the training data: give at least one batch.")
     agreement = {}
     for layer, gate in gates_of(model).items():
         embedded, wanted = (torch.cat(parts) for parts in zip(*seen.pop(layer), strict=True))

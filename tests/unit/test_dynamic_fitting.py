@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -113,9 +115,29 @@ def test_filters_that_never_fire_are_switched_off_and_stay_finite() -> None:
     assert all(torch.isfinite(p).all() for g in gates_of(model).values() for p in g.parameters())
 
 
-def test_no_batch_is_refused() -> None:
+@pytest.mark.parametrize("batches", [[], [(torch.zeros(0, 3, 6, 6), None)]])
+def test_no_image_is_refused(batches: list[tuple[Tensor, Any]]) -> None:
     with pytest.raises(MicrogliaError, match="at least one batch"):
-        fit_heads(gated(3)[0], [])
+        fit_heads(gated(3)[0], batches)
+
+
+def test_heads_of_half_precision_are_fitted_as_well() -> None:
+    model, batches = gated(0, width=24)
+    half = copy.deepcopy(model).bfloat16()
+    fine, coarse = fit_heads(model, batches), fit_heads(half, [(x.bfloat16(), y) for x, y in batches])
+    assert all(coarse[layer] > agreement - 0.06 for layer, agreement in fine.items())
+    assert all(p.dtype == torch.bfloat16 for p in half.parameters())
+
+
+def test_every_module_is_in_its_own_mode_again() -> None:
+    model, batches = gated(0)
+    model.train()
+    model.get_submodule("norm").eval()
+    fit_heads(model, batches)
+    with pytest.raises(AttributeError):
+        fit_heads(model, [(object(), None)])
+    assert model.training
+    assert not model.get_submodule("norm").training
 
 
 def test_it_changes_heads_alone_and_repeats_itself() -> None:

@@ -535,3 +535,23 @@ def test_a_type_that_overflowed_is_not_tried_again_until_the_flow_fits(monkeypat
     assert types == [torch.float64] * types.count(torch.float64) + [torch.float32] * types.count(torch.float32)
     assert 2 <= types.count(torch.float64) <= len(types) - 1 == 5
     assert sum(not fits for _, fits in tried[1:]) <= 1
+
+
+def test_rounds_go_on_where_the_flow_is_beyond_float64():
+    model = nn.Sequential(*(nn.Linear(8, 8, bias=False, dtype=torch.float64) for _ in range(4)))
+    with torch.no_grad():
+        for layer in model:
+            layer.weight.mul_(1e78)
+    one = torch.ones(1, 8, dtype=torch.float64)
+    pruned = AtInit(model, density=0.5, score="synflow", rounds=3, evidence=Evidence([(one, torch.zeros(1))]))
+    assert pruned.masks.kept == 128
+
+
+@pytest.mark.parametrize("value", [torch.inf, torch.nan])
+def test_the_score_of_a_removed_weight_does_not_matter(value):
+    left = Alive({"a": torch.tensor([-1.0, -torch.inf, *range(1, 9)])})
+    left.keep(left.of({"a": torch.arange(10.0)}), 8)
+    assert left.weights["a"].tolist() == [0, 0, *range(1, 9)]
+    assert not left.weights["a"].signbit().any()
+    left.keep({"a": torch.arange(10.0).index_fill_(0, torch.tensor([0]), value)}, 7)
+    assert left.masks()["a"].tolist() == [False] * 3 + [True] * 7

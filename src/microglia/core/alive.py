@@ -1,4 +1,4 @@
-"""What is left of single weights over many rounds of pruning: a round costs what is left, not what there once was."""
+"""What is left of single weights over many rounds of pruning: selection costs about what is left, not what there once was."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Alive:
 
     @torch.no_grad()
     def of(self, *factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Returns the product of values, one per weight, where `keep` looks at them, flat; overwrites the first of several."""
+        """Returns the product of values, one per weight, where `keep` looks, flat; may overwrite the first of several."""
         return {name: self._product(name, [values[name] for values in factors]) for name in self.weights}
 
     def _product(self, name: str, factors: list[Tensor]) -> Tensor:
@@ -82,20 +82,20 @@ class Alive:
                 else:
                     scores[name].mul_(stays.view(torch.int8))  # six times as fast
             found = largest([scores[name] for name in names], count)
-            if found.value > lowest or not self._stays or math.isnan(found.value):
+            if found.value > lowest or not self._stays:  # not where a removed weight's score is infinite, NaN after that
                 break
         return found
 
     def _remove(self, name: str, stays: Tensor) -> None:
-        places, weight, before = self._places.get(name), self.weights[name], self._stays.get(name)
+        weight, before = self.weights[name], self._stays.get(name)
+        removed = zeros(stays if before is None else stays == before)
+        if name in self._places:
+            removed = self._places[name].index_select(0, removed)
+        flat = weight.view(-1) if weight.is_contiguous() else weight.reshape(-1)
+        flat.index_fill_(0, removed, 0.0)
+        if not weight.is_contiguous():  # in channels-last layout the flat weights are a copy
+            weight.copy_(flat.view(weight.shape))
         self._stays[name] = stays
-        if places is None:
-            weight.mul_(stays.view(torch.int8).view(weight.shape))
-        else:
-            flat = weight.view(-1) if weight.is_contiguous() else weight.reshape(-1)
-            flat.index_fill_(0, places.index_select(0, zeros(stays if before is None else stays == before)), 0.0)
-            if not weight.is_contiguous():  # in channels-last layout the flat weights are a copy
-                weight.copy_(flat.view(weight.shape))
 
     def _collect(self, name: str) -> None:
         left = self._stays.pop(name).nonzero().squeeze(1)

@@ -32,28 +32,34 @@ def fit_heads(model: nn.Module, batches: Iterable[tuple[Any, Any]]) -> dict[str,
         batches: Few batches of training inputs; what heads see of them is kept in memory.
 
     Raises:
-        MicrogliaError: There is no batch.
+        MicrogliaError: There is no image, or no gate.
 
     Returns:
         Layer -> fraction of these inputs and filters on which the head says what the target does.
     """
-    device, training = next(model.parameters()).device, model.training
+    device, modes = next(model.parameters()).device, {module: module.training for module in model.modules()}
     seen: dict[str, list[tuple[Tensor, Tensor]]] = {}
 
     def hear(passage: Passage) -> None:
         seen.setdefault(passage.gate.site.layer, []).append((passage.embedded.detach(), passage.target()))
 
     model.eval()
-    with torch.no_grad(), listening(model, hear, fade=0.0):
-        for inputs, _ in batches:
-            model(inputs.to(device))
-    model.train(training)
-    if not seen:
-        raise MicrogliaError("Heads are fitted to images of the training data: give at least one batch.")
+    try:
+        with torch.no_grad(), listening(model, hear, fade=0.0):
+            for inputs, _ in batches:
+                model(inputs.to(device))
+    finally:
+        for module, training in modes.items():
+            module.training = training
+    if not any(len(embedded) for parts in seen.values() for embedded, _ in parts):
+        raise MicrogliaError(
+            "Heads are fitted to images of the training data: give at least one batch, and a model with gates."
+        )
     agreement = {}
     for layer, gate in gates_of(model).items():
         embedded, wanted = (torch.cat(parts) for parts in zip(*seen.pop(layer), strict=True))
-        _regress(gate, embedded, wanted.to(embedded.dtype))
+        wide = torch.promote_types(embedded.dtype, torch.float32)  # half precision has no room for a line search
+        _regress(gate, embedded.to(wide), wanted.to(wide))
         with torch.no_grad():
             agreement[layer] = float(((gate.logits(embedded) > 0) == wanted).double().mean())
     return agreement
@@ -65,8 +71,8 @@ def _regress(gate: Gate, embedded: Tensor, wanted: Tensor) -> None:
     scale = (embedded - mean).square().mean(0).sqrt()
     scale = torch.where(scale > 1e-6 * (1e-6 + mean.abs()), scale, torch.inf)  # what never changes tells nothing
     inputs = (embedded - mean) / scale
-    weight = torch.zeros_like(gate.weight, requires_grad=True)
-    bias = torch.zeros_like(gate.bias, requires_grad=True)
+    weight = torch.zeros_like(gate.weight, dtype=inputs.dtype, requires_grad=True)
+    bias = torch.zeros_like(gate.bias, dtype=inputs.dtype, requires_grad=True)
     optimizer = torch.optim.LBFGS([weight, bias], max_iter=ITERATIONS, history_size=10, line_search_fn="strong_wolfe")
 
     def loss() -> Tensor:
@@ -80,7 +86,7 @@ def _regress(gate: Gate, embedded: Tensor, wanted: Tensor) -> None:
     optimizer.step(loss)  # type: ignore[no-untyped-call]
     with torch.no_grad():
         gate.weight.copy_(weight / scale)
-        gate.bias.copy_(bias - gate.weight @ mean)
+        gate.bias.copy_(bias - (weight / scale) @ mean)
         if torch.distributed.is_initialized():
             for parameter in gate.parameters():
                 torch.distributed.broadcast(parameter, src=0)

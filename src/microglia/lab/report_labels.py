@@ -64,7 +64,7 @@ def settings_of(record: Record, keys: Iterable[str]) -> str:
 
 
 def _whole(record: Record) -> dict[str, Any]:
-    """Returns a run's recipe, flat, with the fields that came after it at their defaults: these leave a run as it was."""
+    """Returns a run's recipe, flat, and, if this version reads it, later fields at the defaults it ran with."""
     own = flatten(record.recipe)
     with suppress(MicrogliaError, ValueError, TypeError):
         return {**flatten(as_dict(resolve(record.recipe))), **own}

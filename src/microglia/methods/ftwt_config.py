@@ -36,7 +36,7 @@ class FtwtConfig(MethodConfig):
         soften: Fraction of the training over which the masks come in, from no effect at all to all of it; 0 as in the paper,
             where half the filters go at the first step.
         initial: Heads at the start: ``random``, as in the paper, or ``fitted`` (ours): each the logistic regression of its
-            targets on what it sees of ``images`` training images, so that a short training is not spent on them.
+            targets on what it sees of about ``images`` training images, so that a short training is not spent on them.
         calibrate: Whether, with ``flops``, the heads' thresholds are moved so that the masks cost what was asked: when the
             heads are fitted, when they rest, and at the end. Otherwise, and with ``r``, they are the paper's, a probability of
             one half.

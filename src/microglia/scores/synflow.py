@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -27,8 +28,8 @@ TRIES = ((torch.float32, 2.0**-110, (1e-33, 1e33)), (torch.float64, 2.0**-500, (
 """(dtype, scale of what enters, bounds of the scaled flow). A flow of 1e60 fits float32 when what enters is
 as small as it can be: forward values span scale to scale * R, backward ones 1 / (scale * R) to 1 / scale. The shares do not
 depend on the scale. Beyond, float64 goes on, for which oneDNN has no kernels."""
-MARGIN = 3.0
-"""How far above the most that a type holds the flow of the round before may be for it to be tried: a round removes some."""
+MARGIN = 2.0
+"""How far above the most that a type holds, in log2, the flow of the round before may be: a round removes some of it."""
 ENTERING = ("bias", "token", "embed", "pos")
 """Parts of the names of parameters that are added to the signal: they are scaled like the input."""
 
@@ -77,7 +78,7 @@ def shares(
 
 
 class PositiveFlow:
-    """The flow through a network over many rounds of pruning, each of which costs little more than what is left.
+    """The flow through a network over many rounds of pruning, each a pass of the dense network and little else.
 
     Args:
         model: Without masks; only read.
@@ -92,7 +93,7 @@ class PositiveFlow:
         self.model, self.layers, self.example = model, layers, example
         self.weights = {name: layer.raw.detach().abs() for name, layer in layers.items()}
         self._own = {id(layer.raw): self.weights[name] for name, layer in layers.items()}
-        self._flow = 0.0
+        self._flow = -math.inf
 
     def slopes(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Returns the two factors of `shares` through what is left, by layer: dR/d|w| / R and |w|.
@@ -118,17 +119,17 @@ def _slopes(
     read: Callable[[Tensor], Tensor],
     *,
     dtype: torch.dtype | None = None,
-    known: float = 0.0,
+    known: float = -math.inf,
 ) -> tuple[Factors, float]:
-    """Returns the factors of the shares, and the flow R; one that is ``known`` to be about as large saves a try in vain."""
+    """Returns the factors of the shares, and log2 of the flow R; one ``known`` to be about as large saves a try in vain."""
     flow = 0.0
     for kind, small, (least, most) in TRIES:
         scale = small if example.is_floating_point() else 1.0  # tokens enter as they are
-        if dtype in (None, kind) and known * scale <= most * MARGIN:
+        if dtype in (None, kind) and known + math.log2(scale) <= math.log2(most) + MARGIN:
             with untouched(model):
                 found, flow = _passed(model, layers, example, read, kind, scale)
             if least <= flow <= most:
-                return found, flow / scale
+                return found, math.log2(flow) - math.log2(scale)
     if flow > 0:
         raise ScoreError(f"The flow through this network is {flow:g}: beyond what float64 holds. Scale its weights down.")
     raise ScoreError(

@@ -538,7 +538,7 @@ def test_a_share_is_that_of_the_response(activation: str, shape: tuple[int, ...]
     output[:, 0] = -output[:, 0].abs()
     site = networks.Site("layer", "layer", activation, 2, 5)
     passage = Passage(
-        mg.dynamic.Gate(site, GatePlan((site,))), torch.zeros(3, 4), torch.zeros(3, 5), torch.ones(3, 5).bool(), output
+        mg.dynamic.Gate(site, GatePlan((site,))), torch.zeros(3, 2), torch.zeros(3, 5), torch.ones(3, 5).bool(), output
     )
     response = ACTIVATIONS[activation](output).flatten(1).reshape(3, 5, -1).abs().amax(2).double()
     torch.testing.assert_close(passage.share(), (response / response.sum(1, keepdim=True)).float(), rtol=0, atol=0)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from microglia.core.modes import evaluating
 from microglia.dynamic.counting import Count, Counter
 from microglia.dynamic.gates import Passage, gates_of, listening
 
@@ -50,16 +51,17 @@ def calibrate(
     """
     device, gates = next(model.parameters()).device, gates_of(model)
     inputs = [x.to(device) for x, _ in batches]
-    moved, training = dict.fromkeys(gates, 0.0), model.training
-    model.eval()
-    for _ in range(PASSES):
-        steps = torch.tensor(_steps(_logits(model, inputs), counter, kept, flops, count), dtype=torch.float64, device=device)
-        if torch.distributed.is_initialized():
-            torch.distributed.broadcast(steps, src=0)
-        for (layer, gate), step in zip(gates.items(), steps.tolist(), strict=True):
-            gate.bias.add_(step)
-            moved[layer] += step
-    model.train(training)
+    moved = dict.fromkeys(gates, 0.0)
+    with evaluating(model):
+        for _ in range(PASSES):
+            steps = torch.tensor(
+                _steps(_logits(model, inputs), counter, kept, flops, count), dtype=torch.float64, device=device
+            )
+            if torch.distributed.is_initialized():
+                torch.distributed.broadcast(steps, src=0)
+            for (layer, gate), step in zip(gates.items(), steps.tolist(), strict=True):
+                gate.bias.add_(step)
+                moved[layer] += step
     return moved
 
 

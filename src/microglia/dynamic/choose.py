@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from microglia.core.errors import BudgetError
+from microglia.core.modes import evaluating
 from microglia.dynamic.counting import Count, Counter
 from microglia.dynamic.gates import Passage, listening
 from microglia.dynamic.targets import Rule, targets
@@ -48,15 +49,13 @@ def shares(model: nn.Module, batches: Iterable[tuple[Any, Any]], count: int, dev
     def hear(passage: Passage) -> None:
         found.setdefault(passage.gate.site.layer, []).append(passage.share().cpu())
 
-    training, seen = model.training, 0
-    model.eval()
-    with listening(model, hear, fade=0.0):
+    seen = 0
+    with evaluating(model), listening(model, hear, fade=0.0):
         for inputs, _ in islice(batches, count):
             model(inputs.to(device))
             seen += len(inputs)
             if seen >= count:
                 break
-    model.train(training)
     return {layer: torch.cat(parts)[:count] for layer, parts in found.items()}
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from microglia.core.errors import MicrogliaError
+from microglia.core.modes import evaluating
 from microglia.dynamic.gates import Gate, Passage, gates_of, listening
 
 RIDGE = 1e-3
@@ -37,20 +38,15 @@ def fit_heads(model: nn.Module, batches: Iterable[tuple[Any, Any]]) -> dict[str,
     Returns:
         Layer -> fraction of these inputs and filters on which the head says what the target does.
     """
-    device, modes = next(model.parameters()).device, {module: module.training for module in model.modules()}
+    device = next(model.parameters()).device
     seen: dict[str, list[tuple[Tensor, Tensor]]] = {}
 
     def hear(passage: Passage) -> None:
         seen.setdefault(passage.gate.site.layer, []).append((passage.embedded.detach(), passage.target()))
 
-    model.eval()
-    try:
-        with torch.no_grad(), listening(model, hear, fade=0.0):
-            for inputs, _ in batches:
-                model(inputs.to(device))
-    finally:
-        for module, training in modes.items():
-            module.training = training
+    with torch.no_grad(), evaluating(model), listening(model, hear, fade=0.0):
+        for inputs, _ in batches:
+            model(inputs.to(device))
     if not any(len(embedded) for parts in seen.values() for embedded, _ in parts):
         raise MicrogliaError(
             "Heads are fitted to images of the training data: give at least one batch, and a model with gates."

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from microglia.core.modes import evaluating
 from microglia.dynamic.counting import Counter
 from microglia.dynamic.gates import Passage, gates_of, listening
 
@@ -49,14 +50,11 @@ def record(
         masks[passage.gate.site.layer].append(passage.mask.cpu())
         wanted[passage.gate.site.layer].append(passage.target().cpu())
 
-    training = model.training
-    model.eval()
-    with listening(model, hear):
+    with evaluating(model), listening(model, hear):
         for inputs, targets in islice(batches, limit):
             if len(inputs):
                 model(inputs.to(device))
                 labels.append(torch.as_tensor(targets).cpu())
-    model.train(training)
     return Routes(_joined(masks), _joined(wanted), torch.cat(labels))
 
 

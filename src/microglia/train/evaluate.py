@@ -7,6 +7,7 @@ from itertools import islice
 import torch
 from torch import Tensor, nn
 
+from microglia.core.modes import evaluating
 from microglia.train.engine import device_of, rank_and_world
 from microglia.train.task import Split, Task
 
@@ -33,19 +34,16 @@ def evaluate(
     """
     rank, world = rank_and_world()
     device = device_of(model)
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
     sums: dict[str, Tensor] = {}
     batches = task.data.batches(split, batch_size * world, seed=seed, shuffle=limit is not None, rank=rank, world=world)
-    for inputs, targets in islice(batches.epoch(0), limit):
-        if not len(targets):  # the last batch may leave nothing for this rank
-            continue
-        outputs, targets = model(inputs.to(device)), targets.to(device)  # noqa: PLW2901
-        for name, metric in task.metrics.items():
-            statistics = metric.statistics(outputs, targets)
-            sums[name] = sums[name] + statistics if name in sums else statistics
-    for module, training in modes.items():
-        module.training = training
+    with evaluating(model):
+        for inputs, targets in islice(batches.epoch(0), limit):
+            if not len(targets):  # the last batch may leave nothing for this rank
+                continue
+            outputs, targets = model(inputs.to(device)), targets.to(device)  # noqa: PLW2901
+            for name, metric in task.metrics.items():
+                statistics = metric.statistics(outputs, targets)
+                sums[name] = sums[name] + statistics if name in sums else statistics
     if world > 1:
         for total in sums.values():
             torch.distributed.all_reduce(total)

@@ -367,6 +367,11 @@ def test_heads_that_are_never_trained_are_not_fitted() -> None:
         config_of(r=0.8, mode="random", initial="fitted")
 
 
+def test_a_loop_of_one_s_own_fits_heads_itself() -> None:
+    with pytest.raises(mg.MicrogliaError, match="fit_heads"):
+        mg.Ftwt(nn.Conv2d(3, 4, 3), r=0.8, initial="fitted", total_steps=4, example_inputs=torch.zeros(1, 3, 8, 8))
+
+
 @pytest.mark.parametrize("settings", [{"r": 0.8}, {"flops": 0.6, "mode": "random"}])
 def test_the_threshold_stays_where_there_is_nothing_to_meet(task: mg.Task, settings: dict[str, Any]) -> None:
     _, run = execute(task, config_of(**settings, calibrate=True))

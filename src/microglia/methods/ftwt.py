@@ -10,7 +10,7 @@ gradient to it. No gradient of the task's loss reaches a head, for M has none. T
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -85,6 +85,10 @@ class Ftwt:
                 raise MicrogliaError(
                     "Ftwt needs r, the fraction of the mass to keep such as 0.9, and example_inputs; a budget of flops is met "
                     "by microglia.dynamic.choose_r or the method 'ftwt'."
+                )
+            if self.config.initial == "fitted":
+                raise MicrogliaError(
+                    "Ftwt sees no images to fit heads to: give random ones and call microglia.dynamic.fit_heads."
                 )
             self.config.check_budget()
             attach_gates(model, plan_gates(model, Flow(model, example_inputs), self.config), generator)
@@ -252,11 +256,10 @@ def ftwt(task: Task, run: Run, config: FtwtConfig) -> nn.Module:
 
 def fitted(task: Task, run: Run, config: FtwtConfig, model: nn.Module, planned: Planned) -> dict[str, Any]:
     """Fits the heads to their targets as a stage, and calibrates them if asked; returns how well they agree, and the moves."""
-    batches = task.data.batches("train", 128, seed=run.seed, shuffle=True)
     calibrated = calibration(task, run, config, model, planned)
 
     def work(progress: Progress) -> dict[str, Any]:
-        agreement = fit_heads(model, islice(batches.epoch(0), -(-config.images // 128)))
+        agreement = fit_heads(model, images_of(task, run, config))
         return {"agreement": agreement, "moved": calibrated() if calibrated is not None else {}}
 
     return cast("dict[str, Any]", change(run, "fit", model, work))
@@ -269,9 +272,14 @@ def calibration(
     asked = config.flops
     if asked is None or not config.calibrate or config.mode == "random":
         return None
+    kept, count = planned.estimate["kept"], config.count
+    return lambda: calibrate(model, images_of(task, run, config), planned.counter, kept, flops=asked, count=count)
+
+
+def images_of(task: Task, run: Run, config: FtwtConfig) -> Iterator[tuple[Any, Any]]:
+    """Returns batches of the training images that r is chosen on, and heads are fitted and calibrated to."""
     batches = task.data.batches("train", 128, seed=run.seed, shuffle=True)
-    few, kept = -(-config.images // 128), planned.estimate["kept"]
-    return lambda: calibrate(model, islice(batches.epoch(0), few), planned.counter, kept, flops=asked, count=config.count)
+    return islice(batches.epoch(0), -(-config.images // 128))
 
 
 def plan_before(task: Task, run: Run, config: FtwtConfig, model: nn.Module) -> Planned:
@@ -284,8 +292,7 @@ def plan_before(task: Task, run: Run, config: FtwtConfig, model: nn.Module) -> P
 
     def work(progress: Progress) -> dict[str, Any]:
         trial = attach_gates(deepcopy(model), plan)
-        batches = task.data.batches("train", 128, seed=run.seed, shuffle=True).epoch(0)
-        share = shares(trial, batches, config.images, device_of(model))
+        share = shares(trial, images_of(task, run, config), config.images, device_of(model))
         if config.flops is not None:
             return asdict(choose_r(share, config.flops, config.rule, counter, config.count))
         assert config.r is not None

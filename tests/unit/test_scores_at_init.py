@@ -514,14 +514,14 @@ def test_a_type_that_overflowed_is_not_tried_again_until_the_flow_fits(monkeypat
         for layer in model:
             layer.weight.copy_(torch.rand(12, 12, generator=torch.Generator().manual_seed(0)) * 8)
     own = importlib.import_module("microglia.scores.synflow")
-    passed, tried = own._passed, []
+    passed, tried = own._factors_in, []
 
     def counted(*given, **more):
         found = passed(*given, **more)
         tried.append((given[4], found[1] <= {kind: most for kind, _, (_, most) in own.TRIES}[given[4]]))
         return found
 
-    monkeypatch.setattr(own, "_passed", counted)
+    monkeypatch.setattr(own, "_factors_in", counted)
     flow = PositiveFlow(model, prunable_layers(model), torch.ones(1, 12))
     left = Alive(flow.weights)
     total = left.count

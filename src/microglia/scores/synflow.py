@@ -33,6 +33,9 @@ MARGIN = 2.0
 ENTERING = ("bias", "token", "embed", "pos")
 """Parts of the names of parameters that are added to the signal: they are scaled like the input."""
 
+Factors = tuple[dict[str, Tensor], dict[str, Tensor]]
+"""By layer, the slopes of the flow and the values they belong to; their products are the shares."""
+
 
 @score("synflow")
 def synflow(model: nn.Module, layers: Mapping[str, Layer], evidence: Evidence) -> dict[str, Tensor]:
@@ -74,7 +77,7 @@ def shares(
     Raises:
         ScoreError: As `synflow`.
     """
-    return _multiplied(_slopes(model, layers, example, lambda p: p.detach().abs(), dtype=dtype)[0])
+    return _multiplied(_factors(model, layers, example, lambda p: p.detach().abs(), dtype=dtype)[0])
 
 
 class PositiveFlow:
@@ -101,7 +104,7 @@ class PositiveFlow:
         Raises:
             ScoreError: As `synflow`.
         """
-        found, self._flow = _slopes(self.model, self.layers, self.example, self._read, known=self._flow)
+        found, self._flow = _factors(self.model, self.layers, self.example, self._read, known=self._flow)
         return found
 
     def _read(self, parameter: Tensor) -> Tensor:
@@ -109,10 +112,7 @@ class PositiveFlow:
         return parameter.detach().abs() if own is None else own.detach()
 
 
-Factors = tuple[dict[str, Tensor], dict[str, Tensor]]
-
-
-def _slopes(
+def _factors(
     model: nn.Module,
     layers: Mapping[str, Layer],
     example: Tensor,
@@ -127,7 +127,7 @@ def _slopes(
         scale = small if example.is_floating_point() else 1.0  # tokens enter as they are
         if dtype in (None, kind) and known + math.log2(scale) <= math.log2(most) + MARGIN:
             with untouched(model):
-                found, flow = _passed(model, layers, example, read, kind, scale)
+                found, flow = _factors_in(model, layers, example, read, kind, scale)
             if least <= flow <= most:
                 return found, math.log2(flow) - math.log2(scale)
     if flow > 0:
@@ -151,7 +151,7 @@ def effective_masks(model: nn.Module, example: Tensor) -> MaskSet:
     layers = prunable_layers(model)
 
     with untouched(model), _Averaging():
-        slopes, _ = _passed(model, layers, example, _averaging, torch.float64, 1.0, biases=False)
+        slopes, _ = _factors_in(model, layers, example, _averaging, torch.float64, 1.0, biases=False)
     found = _multiplied(slopes)
     return MaskSet({n: found[n] > 0 if found else torch.zeros_like(layer.raw, dtype=torch.bool) for n, layer in layers.items()})
 
@@ -185,7 +185,7 @@ def _multiplied(factors: Factors) -> dict[str, Tensor]:
     return {name: slope.mul_(factors[1][name]) for name, slope in factors[0].items()}
 
 
-def _passed(  # noqa: PLR0917 -- the parts of one computation
+def _factors_in(  # noqa: PLR0917 -- the parts of one computation
     model: nn.Module,
     layers: Mapping[str, Layer],
     example: Tensor,
@@ -218,9 +218,8 @@ def _passed(  # noqa: PLR0917 -- the parts of one computation
             return ({}, {}), float(flow.detach().nan_to_num(torch.inf, torch.inf))
         gradients = torch.autograd.grad(flow.log(), list(leaves.values()), allow_unused=True, materialize_grads=True)
     by_name = dict(zip(leaves, gradients, strict=True))
-    return ({name: by_name[name] for name in layers}, {name: leaf.detach() for name, leaf in leaves.items()}), float(
-        flow.detach()
-    )
+    slopes, values = {name: by_name[name] for name in layers}, {name: leaf.detach() for name, leaf in leaves.items()}
+    return (slopes, values), float(flow.detach())
 
 
 @contextmanager

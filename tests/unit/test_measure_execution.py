@@ -186,6 +186,53 @@ def test_a_linear_layer_takes_the_sum_in_and_the_activation_behind_it():
     agree(Block().eval(), x, ("eager", "packed"))
 
 
+class Readers(nn.Module):
+    """A sum whose residual, the output of a layer, is read in different ways beside the sum."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.stem, self.inner, self.last = (nn.Conv2d(8, 8, 3, padding=1) for _ in range(3))
+        self.way = way
+
+    def forward(self, x):
+        kept = self.stem(x)
+        match self.way:
+            case "nobody else":
+                return self.inner(self.last(x)) + kept
+            case "another layer before":
+                return self.last(self.inner(self.last(kept)) + kept)
+            case "another layer behind":
+                return self.inner(self.last(x)) + kept, self.last(kept)
+            case "its own input":
+                return self.last(self.inner(kept) + kept)
+            case "the input of the model":
+                return self.last(self.inner(kept) + x)
+            case "the caller":
+                return self.inner(self.last(x)) + kept, kept
+            case "a view":
+                return self.inner(self.last(x)) + kept, kept.flatten(1)
+            case "an operator":
+                return self.inner(self.last(x)) + kept, F.max_pool2d(kept, 2)
+
+
+@pytest.mark.parametrize(
+    ("way", "written"),
+    [("nobody else", 1), ("another layer before", 1), ("another layer behind", 0), ("its own input", 0),
+     ("the input of the model", 0), ("the caller", 0), ("a view", 0), ("an operator", 0)],
+)  # fmt: skip
+def test_a_residual_is_written_over_only_where_nobody_reads_it_again(way, written):
+    torch.manual_seed(0)
+    model, x = Readers(way).eval(), torch.randn(2, 8, 6, 6).contiguous(memory_format=torch.channels_last)
+    packed = pack(folded_twin(model), Example.of(x))
+    assert sum(module.overwrites for module in packed.modules() if isinstance(module, Packed)) == written
+    before = x.clone()
+    with torch.no_grad():
+        for graph in (packed, copy.deepcopy(packed), packed):
+            for out, expected in zip(tree_leaves(graph(x)), tree_leaves(model(x)), strict=True):
+                torch.testing.assert_close(out, expected)
+    assert x.equal(before)
+
+
 def test_a_packed_model_can_be_copied_and_pickled():
     x = torch.randn(2, 3, 8, 8)
     packed = pack(folded_twin(settled(Residual(False))), Example.of(x))

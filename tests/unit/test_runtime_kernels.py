@@ -227,6 +227,42 @@ def test_a_residual_of_another_type_is_refused(dtype):
             module(inputs, torch.ones(shape).to(dtype))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_residual_can_be_written_over(dtype):
+    x, tokens = torch.randn(2, 24, 7, 9).to(dtype), torch.randn(2, 5, 24).to(dtype)
+    conv = BlockConv2d.of(site(sparse(40, 24, 3, 3), x.float(), padding=(1, 1), activation="relu"), 2).to(dtype)
+    linear = BlockLinear.of(site(sparse(40, 24), tokens.float(), activation="silu"), 2).to(dtype)
+    image = torch.randn(2, 40, 7, 9).to(dtype).contiguous(memory_format=torch.channels_last)
+    for module, given, other in ((conv, x, image), (linear, tokens, torch.randn(2, 5, 40).to(dtype))):
+        expected = module(given, other)
+        module.overwrites = True
+        target = other.clone()
+        out = module(given, target)
+        assert out is target
+        assert out.equal(expected)
+        apart = other.mT.contiguous().mT  # of another layout: it is read, and stays
+        before = apart.clone()
+        assert module(given, apart).equal(expected)
+        assert apart.equal(before)
+        assert module(given).shape == expected.shape
+
+
+def test_what_cannot_be_written_over_is_refused():
+    x = torch.randn(1, 32, 7, 7).contiguous(memory_format=torch.channels_last)
+    conv, over = BlockConv2d.of(site(sparse(32, 32, 1, 1), x), 1), torch.ops.microglia.block_conv2d_
+    with pytest.raises(RuntimeError, match="must lie in memory as the output would"):
+        over(x, *conv._operands(torch.randn(1, 32, 7, 7)))
+    with pytest.raises(RuntimeError, match="cannot write over its own input"):
+        over(x, *conv._operands(x))
+    with pytest.raises(RuntimeError, match="shape of the output"):
+        over(x, *conv._operands(x[:, :, :6]))
+    linear, tokens = BlockLinear.of(site(sparse(24, 24), torch.zeros(3, 24)), 1), torch.randn(3, 24)
+    with pytest.raises(RuntimeError, match="cannot write over its own input"):
+        torch.ops.microglia.block_linear_(tokens, *linear.places[:3], None, tokens, 24, 0)
+    with pytest.raises(RuntimeError, match="must lie in memory as the output would"):
+        torch.ops.microglia.block_linear_(tokens, *linear.places[:3], None, torch.randn(24, 3).T, 24, 0)
+
+
 # ------------------------------------------------------------------------------------------------------------- bfloat16
 @pytest.mark.parametrize("shape", [(1, 1), (17, 5), (40, 8, 3, 3), (33, 33, 1, 1), (48, 64, 3, 3), (16, 70)])
 @pytest.mark.parametrize("width", [1, 2, 4, 8])
@@ -413,6 +449,10 @@ def test_the_operators_keep_the_rules_of_custom_operators():
     linear = BlockLinear.of(site(sparse(10, 8), torch.zeros(3, 8)), 1)
     given = (torch.randn(3, 8), *linear.places[:3], None, None, 10, 1)
     torch.library.opcheck(torch.ops.microglia.block_linear.default, given, test_utils=tests)
+    over = (given[0], *linear.places[:3], None, torch.randn(3, 10), 10, 1)
+    torch.library.opcheck(torch.ops.microglia.block_linear_.default, over, test_utils=tests)
+    image = torch.randn(2, 24, 6, 6).contiguous(memory_format=torch.channels_last)
+    torch.library.opcheck(torch.ops.microglia.block_conv2d_.default, (x, *block._operands(image)), test_utils=tests)
 
 
 def test_sparse_weights_are_plain_tensors():

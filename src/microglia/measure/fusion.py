@@ -17,6 +17,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torch.utils._pytree import tree_leaves
 
 from microglia.core.errors import MicrogliaError
+from microglia.measure.overwriting import overwrite_residuals
 from microglia.measure.running import Example, first_line
 
 aten = torch.ops.aten
@@ -81,7 +82,10 @@ class Site:
 
 
 Engine = Callable[[Site], nn.Module]
-"""Makes the module that stands where a site stood: called with the input, and with the residual where there is one."""
+"""Makes the module that stands where a site stood: called with the input, and with the residual where there is one.
+
+It returns memory of its own, or the residual's if it has an attribute ``overwrites`` and that was set.
+"""
 
 
 def fuse(model: nn.Module, example: Example, engine: Engine) -> GraphModule:
@@ -106,6 +110,7 @@ def fuse(model: nn.Module, example: Example, engine: Engine) -> GraphModule:
             node.target = aten.reshape.default
     exported.graph.eliminate_dead_code()
     exported.recompile()
+    overwrite_residuals(exported, fuser.made & set(exported.graph.nodes))
     return exported
 
 

@@ -56,16 +56,17 @@ class Packed(nn.Module):
 
     Args:
         site: The layer and what is fused with it.
+        overwrites: Whether a convolution writes over the residual it is given.
     """
 
     weight: Tensor
     bias: Tensor | None
 
-    def __init__(self, site: Site) -> None:
+    def __init__(self, site: Site, overwrites: bool = False) -> None:
         super().__init__()
         self.register_buffer("weight", site.weight)
         self.register_buffer("bias", None if site.bias is None else site.bias.to(site.weight.dtype))
-        self.site = site
+        self.site, self.overwrites = site, overwrites
         self._call = self._prepare()
 
     def _prepare(self) -> Any:
@@ -83,9 +84,14 @@ class Packed(nn.Module):
             return lambda x: mkldnn._convolution_pointwise.default(x, packed, self.bias, *order, *spelled)
         rectified = "relu" if a.name == "relu" else None
         rest = Activation() if rectified else a
-        return lambda x, other: apply_activation(
-            mkldnn._convolution_pointwise.binary(x, other, packed, self.bias, *order, "add", 1.0, rectified, [], ""), rest
-        )
+        how: tuple[Any, ...] = (packed, self.bias, *order, "add", 1.0, rectified, [], "")
+
+        def sum_of(x: Tensor, other: Tensor) -> Tensor:
+            if self.overwrites:
+                return apply_activation(mkldnn._convolution_pointwise_.binary(other, x, *how), rest)
+            return apply_activation(mkldnn._convolution_pointwise.binary(x, other, *how), rest)
+
+        return sum_of
 
     def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
         """Returns activation(layer(x) + other)."""
@@ -94,11 +100,11 @@ class Packed(nn.Module):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Packed:
         """Returns a copy that packs its own weight: a packed tensor cannot be copied."""
-        return Packed(copy.deepcopy(self.site, memo))
+        return Packed(copy.deepcopy(self.site, memo), self.overwrites)
 
-    def __reduce__(self) -> tuple[type[Packed], tuple[Site]]:
+    def __reduce__(self) -> tuple[type[Packed], tuple[Site, bool]]:
         """Returns how to make it anew in another process."""
-        return Packed, (self.site,)
+        return Packed, (self.site, self.overwrites)
 
 
 def _scalars(activation: Activation) -> list[float]:

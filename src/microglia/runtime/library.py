@@ -30,11 +30,14 @@ ACTIVATIONS = ("none", "relu", "relu6", "silu")
 
 _PLACES = "Tensor values, Tensor row_pointer, Tensor channel"
 _REST = "Tensor? bias, Tensor? residual, int outputs"
+_OVER = "Tensor? bias, Tensor(a!) residual, int outputs"  # the output is written over the residual
 _GEOMETRY = "int[2] kernel, int[2] stride, int[2] padding, int[2] dilation, int activation"
 _SCHEMAS = {
     "block_conv2d": f"(Tensor x, {_PLACES}, Tensor? tap, {_REST}, {_GEOMETRY}) -> Tensor",
     "row_conv2d": f"(Tensor x, {_PLACES}, Tensor? tap, {_REST}, {_GEOMETRY}) -> Tensor",
     "block_linear": f"(Tensor x, {_PLACES}, {_REST}, int activation) -> Tensor",
+    "block_conv2d_": f"(Tensor x, {_PLACES}, Tensor? tap, {_OVER}, {_GEOMETRY}) -> ()",
+    "block_linear_": f"(Tensor x, {_PLACES}, {_OVER}, int activation) -> ()",
     "gated_conv2d": "(Tensor x, Tensor values, Tensor channels, Tensor stripes, Tensor? bias, int outputs, "
     f"{_GEOMETRY}) -> Tensor",
     "part_conv2d": "(Tensor x, Tensor values, Tensor? rows, Tensor? columns, Tensor? bias, int outputs, "
@@ -196,6 +199,11 @@ def _part_shape(x: Tensor, values: Tensor, rows: Tensor | None, columns: Tensor 
     return _convolved(x, outputs, *rest[2:]).to(memory_format=torch.channels_last)
 
 
+def _written_over(reference: Callable[..., Tensor], residual: int, *args: Any) -> None:
+    """Writes what the reference returns into the residual, the argument of that number."""
+    args[residual].copy_(reference(*args))
+
+
 def _define() -> None:
     blocks, rows = functools.partial(_convolution, dense_of_blocks), functools.partial(_convolution, dense_of_rows)
     of_layout = dict.fromkeys(("row_conv2d", "block_linear", "gate_rows"), torch.contiguous_format)
@@ -215,6 +223,11 @@ def _define() -> None:
         if name in ("block_conv2d", "block_linear"):
             _library.impl(name, _on_cuda(name, laid_out), "CUDA")  # type: ignore[no-untyped-call]
         torch.library.register_fake(f"microglia::{name}", shape, lib=_library)
+    for name, reference, residual in (("block_conv2d_", blocks, 6), ("block_linear_", _linear, 5)):
+        _library.define(name + _SCHEMAS[name])  # type: ignore[no-untyped-call]
+        written = functools.partial(_written_over, reference, residual)
+        _library.impl(name, written, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+        torch.library.register_fake(f"microglia::{name}", lambda *args: None, lib=_library)
 
 
 _define()

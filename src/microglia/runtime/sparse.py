@@ -28,6 +28,9 @@ Pair = tuple[int, int]
 class _Sparse(nn.Module):
     """What the sparse layers have in common: the places as buffers, the activation, and the residual.
 
+    Layers of blocks can write over the residual that they are given, on the CPU: where ``overwrites`` is true and it lies in
+    memory as the output would.
+
     Blocks run in the type of their values: float32, or bfloat16 after ``.to(torch.bfloat16)``, which also is then the type of
     input, residual and output. The sums and the bias stay in float32.
     """
@@ -49,6 +52,7 @@ class _Sparse(nn.Module):
         self.register_buffer("bias", bias.float() if bias is not None and places.values.dtype == torch.bfloat16 else bias)
         self.inputs, self.outputs, self.activation = inputs, outputs, activation
         self._code = ACTIVATIONS.index(activation)
+        self.overwrites = False
         level()
 
     @property
@@ -78,6 +82,9 @@ class _Sparse(nn.Module):
     def dense(self) -> Tensor:
         """Returns the weight with its zeros, (outputs, inputs, *kernel)."""
         return self.decode(self.places, self.outputs, self.inputs, self.kernel)
+
+    def _may_overwrite(self, other: Tensor | None, layout: torch.memory_format) -> bool:
+        return self.overwrites and other is not None and other.is_cpu and other.is_contiguous(memory_format=layout)
 
     def extra_repr(self) -> str:
         """Returns sizes and density, for the printed form."""
@@ -125,6 +132,9 @@ class BlockConv2d(_Sparse):
 
     def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
         """Returns activation(convolution(x) + bias + other), (batch, outputs, height, width) in channels last."""
+        if self._may_overwrite(other, torch.channels_last):
+            torch.ops.microglia.block_conv2d_(x, *self._operands(other))
+            return other  # type: ignore[return-value]
         out: Tensor = torch.ops.microglia.block_conv2d(x, *self._operands(other))
         return out
 
@@ -174,6 +184,9 @@ class BlockLinear(_Sparse):
     def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
         """Returns activation(linear(x) + bias + other), (..., outputs)."""
         operands = (*self.places[:3], self.bias, other, self.outputs, self._code)
+        if self._may_overwrite(other, torch.contiguous_format):
+            torch.ops.microglia.block_linear_(x, *operands)
+            return other  # type: ignore[return-value]
         out: Tensor = torch.ops.microglia.block_linear(x, *operands)
         return out
 

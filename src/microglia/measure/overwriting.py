@@ -1,0 +1,42 @@
+"""Residuals that nobody reads again are written over: one image less to keep, and to bring to the processor."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+aten = torch.ops.aten
+
+READERS = (aten.layer_norm.default, aten.native_layer_norm.default)
+"""Operators, beside fused layers, that never return memory of what they read."""
+
+
+def overwrite_residuals(module: GraphModule, made: Collection[Node]) -> None:
+    """Sets ``overwrites`` on each fused layer that may write its output over its residual.
+
+    It may where the residual is another fused layer's output, the layer does not read it as its input, too, and is the last
+    of its readers, none of whom could have kept a view of it.
+
+    Args:
+        module: The graph.
+        made: The nodes of its fused layers. Only layers that have the attribute ``overwrites`` can do it.
+    """
+    place = {node: index for index, node in enumerate(module.graph.nodes)}
+    for node in made:
+        layer: Any = module.get_submodule(str(node.target))
+        if hasattr(layer, "overwrites"):
+            layer.overwrites = _may_overwrite(node, place, made)
+
+
+def _may_overwrite(node: Node, place: dict[Node, int], made: Collection[Node]) -> bool:
+    source, residual = (*node.args, None)[:2]
+    return (
+        isinstance(residual, Node)
+        and residual in made
+        and residual is not source
+        and all(reader in made or reader.target in READERS for reader in residual.users)
+        and max(residual.users, key=place.__getitem__) is node
+    )

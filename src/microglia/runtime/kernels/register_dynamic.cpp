@@ -1,0 +1,110 @@
+// Registers the kernels of dynamic gates, as register.cpp does those of sparse weights.
+#include <algorithm>
+#include <cstdint>
+#include <optional>
+#include <vector>
+
+#include "register.h"
+
+namespace microglia {
+namespace {
+
+// A list of channels as torch indexes by them, int64, for kernels that take int32; what does not fit becomes -1: refused there.
+struct List {
+  bool given;
+  std::vector<int32_t> entries;
+  List(const std::optional<Tensor>& t, int64_t length, const char* what) : given(t.has_value()) {
+    const Optional held = optional_plain(t, ScalarType::Long, length, what);
+    for (int64_t index = 0; given && index < length; ++index) {
+      const int64_t entry = held.data<int64_t>()[index];
+      entries.push_back(entry == static_cast<int32_t>(entry) ? static_cast<int32_t>(entry) : -1);
+    }
+  }
+  const int32_t* data() const { return given ? entries.data() : nullptr; }
+};
+
+Tensor gated_conv2d(const Tensor& x_, const Tensor& values_, const Tensor& channels_, const Tensor& stripes_,
+                    const std::optional<Tensor>& bias, int64_t out_channels, const Sizes kernel, const Sizes stride,
+                    const Sizes padding, const Sizes dilation, int64_t activation) {
+  Tensor x = channels_last(x_, "the input");
+  mg_conv2d c = problem(x, out_channels, kernel, stride, padding, dilation, activation);
+  Tensor values = plain(values_, ScalarType::Float, 3, "values"), channels = plain(channels_, ScalarType::Int, 1, "channels");
+  Tensor stripes = plain(stripes_, ScalarType::Int, 1, "stripes");
+  STD_TORCH_CHECK(values.size(0) == (out_channels + 15) / 16 && values.size(1) == kernel[0] * kernel[1] * c.in_channels &&
+                      values.size(2) == 16,
+                  "microglia: values must be (stripes, taps * input channels, 16)");
+  Optional b = optional_plain(bias, ScalarType::Float, out_channels, "bias");
+  Tensor y = empty(output_shape(c), MemoryFormat::ChannelsLast);
+  check(mg_gated_conv2d(&c, static_cast<const float*>(values.const_data_ptr()),
+                        static_cast<const int32_t*>(channels.const_data_ptr()), channels.size(0),
+                        static_cast<const int32_t*>(stripes.const_data_ptr()), stripes.size(0),
+                        static_cast<const float*>(x.const_data_ptr()), c.in_channels, static_cast<float*>(y.mutable_data_ptr()),
+                        out_channels, b.data<float>(), parallel),
+        "gated_conv2d");
+  return y;
+}
+
+Tensor part_conv2d(const Tensor& x_, const Tensor& values_, const std::optional<Tensor>& rows_,
+                   const std::optional<Tensor>& columns_, const std::optional<Tensor>& bias, int64_t outputs, const Sizes kernel,
+                   const Sizes stride, const Sizes padding, const Sizes dilation, int64_t activation) {
+  Tensor x = channels_last(x_, "the input");
+  STD_TORCH_CHECK(!rows_ || rows_->dim() == 1, "microglia: rows must be a list");
+  mg_conv2d c = problem(x, rows_ ? rows_->size(0) : outputs, kernel, stride, padding, dilation, activation);
+  Tensor values = plain(values_, ScalarType::Float, 3, "values");
+  const int64_t taps = kernel[0] * kernel[1];
+  STD_TORCH_CHECK(taps > 0 && values.size(0) == (outputs + 15) / 16 && values.size(1) % taps == 0 && values.size(2) == 16,
+                  "microglia: values must be (stripes, taps * input channels, 16)");
+  List rows(rows_, c.out_channels, "rows"), columns(columns_, c.in_channels, "columns");
+  Optional b = optional_plain(bias, ScalarType::Float, outputs, "bias");
+  mg_part part{values.size(1) / taps, outputs, static_cast<const float*>(values.const_data_ptr()), rows.data(), columns.data()};
+  Tensor y = empty(output_shape(c), MemoryFormat::ChannelsLast);
+  check(mg_part_conv2d(&c, &part, static_cast<const float*>(x.const_data_ptr()), c.in_channels,
+                       static_cast<float*>(y.mutable_data_ptr()), c.out_channels, b.data<float>(), parallel),
+        "part_conv2d");
+  return y;
+}
+
+Tensor gate_rows(const Tensor& x_, const std::optional<Tensor>& columns_, const Tensor& weight_, const Tensor& bias,
+                 bool softmax, bool maximum) {
+  Tensor x = channels_last(x_, "the input"), weight = plain(weight_, ScalarType::Float, 2, "weight");
+  STD_TORCH_CHECK(x.size(0) == 1, "microglia: a gate chooses for one input at a time, not for ", x.size(0));
+  Optional columns = optional_plain(columns_, ScalarType::Long, x.size(1), "columns");
+  Optional b = optional_plain(bias, ScalarType::Float, weight.size(0), "bias");
+  mg_gate gate{weight.size(1), weight.size(0), static_cast<const float*>(weight.const_data_ptr()), b.data<float>(), maximum,
+               softmax};
+  Sizes kept(static_cast<size_t>(gate.outputs));
+  int64_t count = 0;
+  check(mg_gate_rows(&gate, static_cast<const float*>(x.const_data_ptr()), x.size(2) * x.size(3), x.size(1),
+                     columns.data<int64_t>(), x.size(1), kept.data(), &count),
+        "gate_rows");
+  Tensor rows = torch::stable::empty({count}, ScalarType::Long);
+  std::copy_n(kept.data(), count, static_cast<int64_t*>(rows.mutable_data_ptr()));
+  return rows;
+}
+
+Tensor add_rows(const Tensor& x_, const Tensor& part_, const Tensor& rows_) {
+  Tensor x = channels_last(x_, "the input"), part = channels_last(part_, "the part");
+  Tensor rows = plain(rows_, ScalarType::Long, 1, "rows");
+  STD_TORCH_CHECK(x.size(0) == part.size(0) && x.size(2) == part.size(2) && x.size(3) == part.size(3) &&
+                      part.size(1) == rows.size(0),
+                  "microglia: a part must have the images and pixels of what it is added to, and a channel for each row");
+  Tensor y = torch::stable::empty({x.size(0), x.size(1), x.size(2), x.size(3)}, ScalarType::Float, std::nullopt, std::nullopt,
+                                  std::nullopt, MemoryFormat::ChannelsLast);
+  check(mg_add_rows(x.size(0) * x.size(2) * x.size(3), x.size(1), static_cast<const float*>(x.const_data_ptr()), x.size(1),
+                    static_cast<const float*>(part.const_data_ptr()), part.size(1),
+                    static_cast<const int64_t*>(rows.const_data_ptr()), rows.size(0), static_cast<float*>(y.mutable_data_ptr()),
+                    x.size(1)),
+        "add_rows");
+  return y;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(microglia, CPU, m) {
+  m.impl("gated_conv2d", TORCH_BOX(&gated_conv2d));
+  m.impl("part_conv2d", TORCH_BOX(&part_conv2d));
+  m.impl("gate_rows", TORCH_BOX(&gate_rows));
+  m.impl("add_rows", TORCH_BOX(&add_rows));
+}
+
+}  // namespace microglia

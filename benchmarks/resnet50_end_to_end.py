@@ -3,8 +3,8 @@
 Batch 1, 224x224, float32; random weights with non-trivial norms, random masks with an exact count on every convolution but the
 first (``--pattern``); `microglia.accelerate` as a user calls it. Beside it the same network dense, in PyTorch eager,
 compiled with freezing, packed oneDNN, ONNX Runtime and OpenVINO: time does not depend on zeros there, which ``--zeros``
-shows. All interleaved in one process, medians. Last line: best dense / ours at density 0.3 with one thread; goal >= 2.6,
-and >= 5 at 0.1. Run: ``python benchmarks/resnet50_end_to_end.py``
+shows; and dense in bfloat16, which rounds and is only compared. All interleaved in one process, medians. Last line: best
+dense / ours at density 0.3 with one thread; goal >= 2.6, and >= 5 at 0.1. Run: ``python benchmarks/resnet50_end_to_end.py``
 """
 
 from __future__ import annotations
@@ -25,10 +25,15 @@ import records
 from block_layers import pruned
 from engines import engines
 from microglia.measure import executions, time_interleaved
+from microglia.measure.execution import bind
 from microglia.measure.latency import processor_name
+from microglia.measure.running import Example, folded_twin
+from microglia.runtime.lowered import dense_lowered
 from models import randomize, torchvision
 
 DENSE = ("eager", "eager-channels-last", "packed", "compiled")
+HALF = ("packed", "compiled")
+"""In bfloat16; on a processor without its instructions both are slower than in float32."""
 
 
 def masked(density: float, form: str) -> nn.Module:
@@ -54,7 +59,9 @@ def compare(threads: int, arguments: argparse.Namespace, console: Console) -> di
     if arguments.zeros:
         zeros = engines(masked(0.1, arguments.pattern), x, threads)
         calls.update({f"{name}, 90 % zeros": call for name, call in zeros.items()})
-    base = list(calls)
+    base, example = list(calls), Example.of(x)
+    lowered = dense_lowered(folded_twin(dense), example, HALF, notes)
+    calls.update({name: bind(runner, example) for name, runner in lowered.items()})
     for density in arguments.densities:
         fast = mg.accelerate(masked(density, arguments.pattern), x, against=("packed",), cache=None)
         calls[f"accelerated, density {density:g}"] = lambda fast=fast: fast(x)

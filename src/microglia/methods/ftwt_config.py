@@ -68,7 +68,10 @@ class FtwtConfig(MethodConfig):
                 f"initial is random, or fitted where heads are trained; got {self.initial!r} with mode {self.mode!r}."
             )
         if not (0 <= self.cooldown <= 1 and 0 <= self.soften <= 1 and self.head_lr > 0 and self.images > 0):
-            raise BudgetError("cooldown and soften are fractions of the training; head_lr and images are above 0.")
+            raise BudgetError(
+                "cooldown and soften are fractions of the training, head_lr and images are above 0; got "
+                f"{self.cooldown}, {self.soften}, {self.head_lr} and {self.images}."
+            )
 
     def check_budget(self) -> None:
         """Raises `BudgetError` unless there is one of flops and r, in range, and nothing else."""

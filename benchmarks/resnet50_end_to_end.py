@@ -33,7 +33,7 @@ from models import randomize, torchvision
 
 DENSE = ("eager", "eager-channels-last", "packed", "compiled")
 HALF = ("packed", "compiled")
-"""In bfloat16; on a processor without its instructions both are slower than in float32."""
+"""Dense executions in bfloat16."""
 
 
 def masked(density: float, form: str) -> nn.Module:

@@ -31,7 +31,7 @@ run the same layer or network that were timed interleaved in one process, by the
 the **best dense execution** in float32: oneDNN with packed weights for a layer; the fastest of PyTorch eager, compiled with
 freezing, packed oneDNN, ONNX Runtime and OpenVINO for a network. Masks are random with an exact count: time does not depend on
 which weights are left, accuracy does. Break-even is the density below which the sparse form is faster than dense,
-interpolated between the densities measured. Dense executions in bfloat16, which rounds, are no baseline; they stand beside.
+interpolated between the densities measured.
 """
 
 

@@ -201,6 +201,10 @@ class Readers(nn.Module):
                 return self.inner(self.last(x)) + kept
             case "another layer before":
                 return self.last(self.inner(self.last(kept)) + kept)
+            case "a norm before":
+                return self.inner(F.layer_norm(kept, (6, 6))) + kept
+            case "a norm behind":
+                return self.inner(self.last(x)) + kept, F.layer_norm(kept, (6, 6))
             case "another layer behind":
                 return self.inner(self.last(x)) + kept, self.last(kept)
             case "its own input":
@@ -217,7 +221,8 @@ class Readers(nn.Module):
 
 @pytest.mark.parametrize(
     ("way", "written"),
-    [("nobody else", 1), ("another layer before", 1), ("another layer behind", 0), ("its own input", 0),
+    [("nobody else", 1), ("another layer before", 1), ("a norm before", 1), ("a norm behind", 0),
+     ("another layer behind", 0), ("its own input", 0),
      ("the input of the model", 0), ("the caller", 0), ("a view", 0), ("an operator", 0)],
 )  # fmt: skip
 def test_a_residual_is_written_over_only_where_nobody_reads_it_again(way, written):

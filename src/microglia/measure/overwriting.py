@@ -10,9 +10,6 @@ from torch.fx import GraphModule, Node
 
 aten = torch.ops.aten
 
-READERS = (aten.layer_norm.default, aten.native_layer_norm.default)
-"""Operators, beside fused layers, that never return memory of what they read."""
-
 
 def overwrite_residuals(module: GraphModule, made: Collection[Node]) -> None:
     """Sets ``overwrites`` on each fused layer that may write its output over its residual.
@@ -37,6 +34,6 @@ def _may_overwrite(node: Node, place: dict[Node, int], made: Collection[Node]) -
         isinstance(residual, Node)
         and residual in made
         and residual is not source
-        and all(reader in made or reader.target in READERS for reader in residual.users)
+        and all(reader in made or reader.target is aten.layer_norm.default for reader in residual.users)
         and max(residual.users, key=place.__getitem__) is node
     )

@@ -89,7 +89,7 @@ def reference_outputs(dense: nn.Module, kept: Mapping[str, Mapping[str, list[int
     """Returns the outputs of the library's masked reference, in float32: reductions run over kept entries."""
     from microglia.graph.analysis import Analysis
     from microglia.graph.cut import Cut
-    from microglia.graph.plan import kept_units
+    from microglia.graph.modules import kept_units
     from microglia.graph.reference import Reference
     from microglia.graph.trace import trace
 

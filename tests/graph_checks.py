@@ -42,6 +42,13 @@ def uneven(analysis, atoms, seed):
     }
 
 
+def own_choices(analysis, atoms, seed):
+    """Half of each atom, and where rows may choose for themselves of each row another half."""
+    sizes, rows = analysis.algebra.sizes, analysis.rows
+    drawn = {a: [random_units(sizes[a], sizes[a] // 2, seed + a + 99 * r) for r in range(rows.get(a, 1))] for a in atoms}
+    return {a: torch.stack(units) if a in rows else units[0] for a, units in drawn.items()}
+
+
 def random_units(size, count, seed):
     order = torch.randperm(size, generator=torch.Generator().manual_seed(seed))
     return torch.zeros(size, dtype=torch.bool).index_fill_(0, order[: max(1, count)], True)

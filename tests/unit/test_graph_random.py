@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, assume, event, given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from graph_checks import EXACT, agree, halves, masked, stir, uneven
+from graph_checks import EXACT, agree, halves, masked, own_choices, stir, uneven
 from microglia.graph.analysis import Analysis
 from microglia.graph.cut import Cut
-from microglia.graph.modules import indices
-from microglia.graph.plan import kept_units
+from microglia.graph.modules import indices, kept_units
 from microglia.graph.surgery import cut_graph, forward_names
 from microglia.graph.trace import trace
 from microglia.graph.verify import verify
@@ -170,8 +169,11 @@ def test_a_random_net(steps, head, seed):
     assume(atoms)
     assert analysis.unknown == {}
     renormalized = any(analysis.algebra.renormalized[a] for a in atoms)
-    for kept in (halves(analysis, atoms, seed), uneven(analysis, atoms, seed)):
+    for kept in (halves(analysis, atoms, seed), uneven(analysis, atoms, seed), own_choices(analysis, atoms, seed)):
         cut = Cut(analysis, kept)
+        for dims in analysis.dims.values():
+            for dim in dims if isinstance(dims, list) and all(isinstance(d, tuple) for d in dims) else []:
+                assert int(cut.mask(dim).sum()) == cut.count(dim)
         checked = verify(cut, tolerance=EXACT)
         small = cut_graph(cut, forward_names(model))
         outputs = small(x)
@@ -190,6 +192,23 @@ def test_every_operation_can_be_drawn(op):
     before = [("pool", 0)] if op in ("up", "pixels") else []
     model = Random([("conv", 3), ("relu", 0), *before, (op, 1)], "mean")
     assert model.steps[-1][0] == op
+
+
+GROUPED = [("grouped", 1), ("bn", 0), ("relu", 0), ("grouped", 3), ("se", 0), ("grouped", 0), ("conv", 1)]
+
+
+@settings(deadline=None, max_examples=10)
+@given(st.permutations(GROUPED), st.integers(0, 99))
+def test_groups_that_choose_for_themselves(steps, seed):
+    """Kept indices give the same cut again, also where the leading factors are cut too."""
+    model = stir(Random([("conv", 3), *steps], "mean"), seed)
+    analysis = Analysis(trace(model, torch.zeros(2, 2, 4, 4, dtype=torch.float64), dynamic=()))
+    kept = own_choices(analysis, analysis.prunable(), seed)
+    cut = Cut(analysis, kept)
+    verify(cut, tolerance=EXACT)
+    wanted = indices(cut)
+    assert indices(Cut(analysis, kept_units(analysis, wanted))) == wanted
+    event(f"{sum(k.ndim > 1 for k in kept.values())} atoms with rows")
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2, 3])

@@ -75,6 +75,25 @@ def assert_same(model: nn.Module, other: nn.Module) -> None:
     assert all(torch.equal(mine[name], theirs[name]) for name in mine)
 
 
+class Grouped(nn.Module):
+    """A stem and a convolution of eight groups."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.mix = nn.Conv2d(1, 32, 3, padding=1), nn.Conv2d(32, 32, 3, padding=1, groups=8)
+        self.head = nn.Linear(32, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(torch.relu(self.mix(torch.relu(self.stem(images)))).mean((2, 3)))
+
+
+@pytest.mark.parametrize(("within", "groups", "inputs"), [(False, 4, 4), (True, 8, 2)])
+def test_groups_go_whole_or_are_thinned(task: mg.Task, within: bool, groups: int, inputs: int) -> None:
+    model, _ = run(replace(task, build=Grouped), config(density=0.5, within_groups=within))
+    assert isinstance(model, Grouped)
+    assert (model.mix.groups, model.mix.weight.shape[1]) == (groups, inputs)
+
+
 @pytest.mark.parametrize("budget", [{"flops": 0.5}, {"params": 0.4}, {"density": 0.5}, {"flops": 0.6, "params": 0.3}])
 @pytest.mark.parametrize("scope", ["uniform", "global"])
 def test_budgets_are_met_by_what_is_measured(task: mg.Task, budget: dict[str, float], scope: Any) -> None:

@@ -45,7 +45,7 @@ class Algebra:
         self.frozen: list[bool] = []
         self.renormalized: list[bool] = []
         self.reasons: dict[int, str] = {}
-        self._places: dict[tuple[Dim, int], Tensor] = {}
+        self._places: dict[tuple[Dim, int, int], Tensor] = {}
 
     # ------------------------------------------------------------------------------------------------- making dims
     def fresh(self, size: int, frozen: str | None = None) -> Dim:
@@ -341,7 +341,10 @@ class Algebra:
 
     # ---------------------------------------------------------------------------------------------------- kept sets
     def mask(self, dim: Dim, kept: Mapping[int, Tensor]) -> Tensor:
-        """Returns which entries of a Dim stay, boolean (size,), given which units of each atom stay."""
+        """Returns which entries of a Dim stay, boolean (size,), given which units of each atom stay.
+
+        An atom's units are (size,), or (rows, size) where the rows it stands behind keep units of their own.
+        """
         parts = []
         for segment in self.normal(dim):
             mask = torch.ones(1, dtype=torch.bool)
@@ -350,19 +353,31 @@ class Algebra:
                     below = kept[f] if f in kept else torch.ones(self.sizes[f], dtype=torch.bool)
                 else:
                     below = self.mask(f, kept)
-                mask = (mask[:, None] & below[None, :]).reshape(-1)
+                rows = len(below) if below.ndim == 2 else 1
+                mask = (mask.view(-1, rows, 1) & below).reshape(-1)
             parts.append(mask)
         return torch.cat(parts) if parts else torch.ones(0, dtype=torch.bool)
 
-    def coordinate(self, dim: Dim, atom: int) -> Tensor:
+    def coordinate(self, dim: Dim, atom: int, rows: int = 1) -> Tensor:
         """Returns for each entry of a Dim which unit of the atom it belongs to, int64 (size,); -1 where to none.
 
-        The same tensor each time, for most dimensions of a model are the same Dim: it is not to be written to.
+        Where the atom stands behind so many rows, unit u of row r is r * size + u. The same tensor each time, for most
+        dimensions of a model are the same Dim: it is not to be written to.
         """
         dim = self.normal(dim)
-        if (dim, atom) not in self._places:
-            self._places[dim, atom] = self._coordinate(dim, atom)
-        return self._places[dim, atom]
+        if (dim, atom, rows) not in self._places:
+            self._places[dim, atom, rows] = self._coordinate(dim, atom) if rows == 1 else self._in_rows(dim, atom, rows)
+        return self._places[dim, atom, rows]
+
+    def _in_rows(self, dim: Dim, atom: int, rows: int) -> Tensor:
+        parts = []
+        for segment in dim:
+            place = torch.full((self._segment_size(segment),), -1)
+            if atom in segment:
+                behind = self._segment_size(segment[segment.index(atom) + 1 :])
+                place = torch.arange(len(place)) // behind % (rows * self.sizes[atom])
+            parts.append(place)
+        return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64)
 
     def _coordinate(self, dim: Dim, atom: int) -> Tensor:
         parts = []

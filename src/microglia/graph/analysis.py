@@ -5,12 +5,14 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import takewhile
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from microglia.graph.algebra import UNIT, Algebra, Dim, Misaligned
+from microglia.graph.algebra import UNIT, Algebra, Dim, Misaligned, Segment
 from microglia.graph.rules import rule_of
 from microglia.graph.trace import Trace, concrete, named_arguments, operator_name, shape_of
 
@@ -55,6 +57,7 @@ class Analysis:
         made: Dims that a weight produces: what can be called a channel.
         producers: (weight, dimension of it that makes channels).
         consumers: Weights that contract channels.
+        grouped: Id of the weight of a grouped convolution -> (its dimension of channels per group, the groups).
         macs: Node -> Dims whose product is its multiply-accumulates.
     """
 
@@ -67,6 +70,7 @@ class Analysis:
         self.made: list[Dim] = []
         self.producers: set[tuple[str, int]] = set()
         self.consumers: list[Consumer] = []
+        self.grouped: dict[int, tuple[int, Dim]] = {}
         self.macs: dict[fx.Node, Dims] = {}
         self.parameter_dims = self._of_tensors()
         for node in trace.graph.nodes:
@@ -108,6 +112,12 @@ class Analysis:
         if name is not None:
             self.producers.add((name, out))
             self.consumers.append(Consumer(node, source, at, name))
+
+    def per_group(self, node: fx.Node, weight: fx.Node, dim: int, groups: Dim) -> None:
+        """Notes that a dimension of a weight holds other channels in each group of a convolution: rows of dimension 0."""
+        name = self.trace.name_of.get(weight.name)
+        if name is not None and set(weight.users) == {node}:
+            self.grouped[id(self.trace.tensors[name])] = dim, groups
 
     def broadcast(self, operands: Sequence[Dims], node: fx.Node) -> Dims:
         """Returns the Dims of a broadcast: aligned from the right, size 1 carries nothing, the rest is one."""
@@ -200,6 +210,44 @@ class Analysis:
                 raise AssertionError(f"the rule of {operator_name(node)} gave {got} for {list(value.shape)}")
 
     # --------------------------------------------------------------------------------------------- for the reader
+    def groups(self, name: str, dim: int) -> Dim:
+        """Returns the groups of a convolution where a dimension of its weight holds other channels in each; else the unit."""
+        at, groups = self.grouped.get(id(self.trace.tensors[name]), (-1, UNIT))
+        return self.algebra.normal(groups) if at == dim else UNIT
+
+    def entries(self, name: str, dim: int) -> Dim:
+        """Returns a dimension of a parameter behind its groups: in all of them, not in one."""
+        groups, own = self.groups(name, dim), self.parameter_dims[name][dim]
+        return self.algebra.normal(own) if groups == UNIT else self.algebra.product(groups, own)
+
+    @cached_property
+    def rows(self) -> dict[int, int]:
+        """Atom -> how many rows may each keep units of their own, if equally many: channels in each group of a convolution.
+
+        It is so where the atom stands behind the same factors in every dimension of every tensor. Atoms not named are one
+        and the same in all rows, or have none.
+        """
+        algebra = self.algebra
+        leads: dict[int, Segment] = {}
+        for dim in self._all():
+            for segment in algebra.normal(dim):
+                for i, factor in enumerate(segment):
+                    if isinstance(factor, int):
+                        leads[factor] = _common_end(leads.get(factor, segment[:i]), segment[:i])
+                    else:
+                        leads.update(dict.fromkeys(algebra.leaves(factor), ()))
+        sizes = {atom: algebra.size((lead,)) for atom, lead in leads.items()}
+        return {atom: rows for atom, rows in sizes.items() if rows > 1}
+
+    def _all(self) -> Iterator[Dim]:
+        """Yields every dimension of every tensor, those of weights behind their groups."""
+        for node, dims in self.dims.items():
+            if node.op != "placeholder" or node.name not in self.trace.name_of:
+                yield from _flat(dims)
+        for name, dims in self.parameter_dims.items():
+            for k in range(len(dims)):
+                yield self.entries(name, k)
+
     def used_parameters(self) -> list[str]:
         """Returns the tensors that some operator reads, in order of the graph."""
         names = self.trace.name_of
@@ -216,6 +264,11 @@ class Analysis:
         """Returns the losses whose Dims ended up in a parameter; masks and index tables lose nothing."""
         mine = {a for name in self.used_parameters() for d in self.parameter_dims[name] for a in self.algebra.leaves(d)}
         return [text for text, dims in self.losses if any(a in mine for d in dims for a in self.algebra.leaves(d))]
+
+
+def _common_end(left: Segment, right: Segment) -> Segment:
+    same = takewhile(lambda pair: pair[0] == pair[1], zip(reversed(left), reversed(right), strict=False))
+    return left[len(left) - sum(1 for _ in same) :]
 
 
 def _flat(dims: Any) -> Iterator[Dim]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,8 @@ from microglia.graph.analysis import Analysis
 from microglia.graph.trace import named_arguments, operator_name, shape_of, split_dim
 
 Kept = Mapping[int, Tensor]
-"""Atom -> which of its units stay, boolean; atoms not named stay whole."""
+"""Atom -> which of its units stay, boolean (size,), or (rows, size) where rows keep units of their own, each equally many;
+atoms not named stay whole."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Cut:
 
     def __init__(self, analysis: Analysis, kept: Kept) -> None:
         self.analysis, self.kept = analysis, dict(kept)
-        self.counts = {atom: int(mask.sum()) for atom, mask in self.kept.items()}
+        self.counts = counts(self.kept)
         self._masks: dict[Dim, Tensor] = {}
 
     def mask(self, dim: Dim) -> Tensor:
@@ -56,23 +57,70 @@ class Cut:
         return self.analysis.algebra.count(dim, self.counts)
 
     def removed(self, name: str) -> dict[int, Tensor]:
-        """Returns by dimension which entries of a tensor stay, for the dimensions that lose any."""
-        dims = self.analysis.parameter_dims[name]
-        return {k: self.mask(d) for k, d in enumerate(dims) if self.changes(d)}
+        """Returns by dimension which entries of a tensor stay, for the dimensions that lose any.
+
+        Boolean (size,), or (groups, size) of the weight of a convolution whose groups, those that stay, keep others.
+        """
+        found = {}
+        for k, dim in enumerate(self.analysis.parameter_dims[name]):
+            if self.changes(dim):
+                each = self._by_group(name, k)[self.mask(self.analysis.groups(name, k))]
+                found[k] = each[0] if torch.equal(each, each[:1].expand_as(each)) else each
+        return found
+
+    def _by_group(self, name: str, k: int) -> Tensor:
+        """Returns which entries of a dimension stay in each group, boolean (groups, size)."""
+        return self.mask(self.analysis.entries(name, k)).view(self.analysis.algebra.size(self.analysis.groups(name, k)), -1)
 
     def slice(self, name: str, tensor: Tensor) -> Tensor:
         """Returns what stays of a tensor."""
         for k, mask in self.removed(name).items():
-            tensor = tensor.index_select(k, mask.nonzero()[:, 0].to(tensor.device))
+            tensor = select(tensor, k, positions(mask))
         return tensor
 
     def zero(self, name: str, tensor: Tensor) -> Tensor:
         """Returns a copy of a tensor, zero where it does not stay."""
         tensor = tensor.detach().clone()
-        for k, mask in self.removed(name).items():
-            shape = [-1 if i == k else 1 for i in range(tensor.ndim)]
-            tensor.masked_fill_(~mask.to(tensor.device).view(shape), 0)
+        for k, dim in enumerate(self.analysis.parameter_dims[name]):
+            if self.changes(dim):
+                each = self._by_group(name, k).to(tensor.device)
+                by_group = tensor.view(len(each), -1, *tensor.shape[1:])
+                by_group.masked_fill_(~each.view(len(each), *(-1 if i == k else 1 for i in range(tensor.ndim))), 0)
         return tensor
+
+
+def counts(kept: Kept) -> dict[int, int]:
+    """Returns how many units of each atom stay, in each row.
+
+    Raises:
+        ValueError: Rows keep different numbers.
+    """
+    found = {}
+    for atom, mask in kept.items():
+        each = mask.view(-1, mask.shape[-1]).sum(1).tolist()
+        if len(set(each)) > 1:
+            raise ValueError(f"The groups of a convolution keep as many channels each; got {each}.")
+        found[atom] = each[0]
+    return found
+
+
+def positions(mask: Tensor) -> list[Any]:
+    """Returns which entries stay by their places: a list, or a list for each row of a mask."""
+    return [positions(row) for row in mask] if mask.ndim > 1 else mask.nonzero()[:, 0].tolist()
+
+
+def select(tensor: Tensor, dim: int, places: Sequence[Any]) -> Tensor:
+    """Returns the entries of a tensor at places of a dimension, which may be others in each group of its dimension 0.
+
+    Args:
+        tensor: Any; of a dimension 0 that was cut before, what is left.
+        dim: Which dimension.
+        places: Of the entries; or a list of them for each group.
+    """
+    if not places or not isinstance(places[0], list | tuple):
+        return tensor.index_select(dim, torch.tensor(places, dtype=torch.int64, device=tensor.device))
+    groups = tensor.view(len(places), -1, *tensor.shape[1:])
+    return torch.cat([select(group, dim, own) for group, own in zip(groups, places, strict=True)])
 
 
 Patch = tuple[Any, dict[str, Any]]

@@ -30,11 +30,12 @@ class ChannelGroup:
 
     Attributes:
         atom: Its number in the algebra.
-        size: How many units.
+        size: How many units; where rows choose for themselves, in each.
         members: Where they occur.
         factor: Whether it is somewhere a proper factor of a dimension: heads, channels per group.
         renormalized: Whether a norm, a mean or a softmax runs over it, so that removing a unit is more than zeroing it.
         cofactor: Least number of entries that go with one unit in a member dimension.
+        rows: How many rows, groups of a convolution, may each lose other units, equally many; 1 where all lose the same.
     """
 
     atom: int
@@ -43,6 +44,7 @@ class ChannelGroup:
     factor: bool
     renormalized: bool
     cofactor: int
+    rows: int = 1
 
 
 def channel_groups(analysis: Analysis, excluded: Collection[str] = (), path: str = "") -> list[ChannelGroup]:
@@ -98,7 +100,8 @@ def _groups(analysis: Analysis) -> Iterator[ChannelGroup]:
                         factors.add(atom)
     for atom, own in members.items():
         cofactor = min(cofactors[atom])
-        yield ChannelGroup(atom, algebra.sizes[atom], tuple(own), atom in factors, algebra.renormalized[atom], cofactor)
+        size, rows = algebra.sizes[atom], analysis.rows.get(atom, 1)
+        yield ChannelGroup(atom, size, tuple(own), atom in factors, algebra.renormalized[atom], cofactor, rows)
 
 
 def _nested(analysis: Analysis, dim: tuple[object, ...], atom: int) -> bool:
@@ -108,11 +111,11 @@ def _nested(analysis: Analysis, dim: tuple[object, ...], atom: int) -> bool:
     return any(atom in set(analysis.algebra.leaves(f)) for f in inner)
 
 
-def independent(analysis: Analysis, groups: Sequence[ChannelGroup]) -> list[ChannelGroup]:
+def independent(analysis: Analysis, groups: Sequence[ChannelGroup], *, within: bool = False) -> list[ChannelGroup]:
     """Returns groups no two of which are factors of one dimension: half the heads *and* half their width is a quarter.
 
     Of each such product the leading factor is taken (heads, convolution groups) if it has at least four units, else the
-    largest.
+    largest; with ``within`` first what each row chooses for itself, channels within the groups of a convolution.
     """
     rivals: dict[int, set[int]] = {g.atom: set() for g in groups}
     leading: set[int] = set()
@@ -120,7 +123,7 @@ def independent(analysis: Analysis, groups: Sequence[ChannelGroup]) -> list[Chan
         for dim in analysis.parameter_dims[name]:
             for segment in analysis.algebra.normal(dim):
                 _note_rivals(analysis, segment, rivals, leading)
-    order = sorted(groups, key=lambda g: (not (g.atom in leading and g.size >= 4), -g.size))
+    order = sorted(groups, key=lambda g: (not (within and g.rows > 1), not (g.atom in leading and g.size >= 4), -g.size))
     chosen: set[int] = set()
     for group in order:
         if not rivals[group.atom] & chosen:
@@ -168,7 +171,7 @@ def group_scores(
     *,
     normalize: bool = True,
 ) -> dict[int, Tensor]:
-    """Returns one score per unit by atom, float64 (size,), higher = keep.
+    """Returns one score per unit by atom, float64 (size,), or (rows, size) where rows choose for themselves, higher = keep.
 
     Args:
         analysis: Of the model.
@@ -180,7 +183,7 @@ def group_scores(
     Raises:
         ScoreError: No member of a group has values, or a value is NaN.
     """
-    scores, rows = {}, _Rows(elements, reduction)
+    scores, rows = {}, _Rows(analysis, elements, reduction)
     for group in groups:
         members = [m for m in group.members if m.name in elements]
         if not members:
@@ -191,37 +194,42 @@ def group_scores(
             raise ScoreError(f"The score of the channels of {members[0].name!r} has NaN; look for non-finite weights there.")
         mean = float(score.abs().mean())
         alone = group.size == 1  # compared with others like it, not with itself
-        scores[group.atom] = score / mean if normalize and mean > 0 and not alone else score
+        score = score / mean if normalize and mean > 0 and not alone else score
+        scores[group.atom] = score if group.rows == 1 else score.view(group.rows, -1)
     return scores
 
 
 class _Rows:
     """One value per entry of a parameter's dimension, reduced over all the others; each is computed once."""
 
-    def __init__(self, elements: Mapping[str, Tensor], how: GroupReduction) -> None:
-        self.elements, self.how = elements, how
+    def __init__(self, analysis: Analysis, elements: Mapping[str, Tensor], how: GroupReduction) -> None:
+        self.analysis, self.elements, self.how = analysis, elements, how
         self._known: dict[Member, tuple[Tensor, int]] = {}
 
     def __call__(self, member: Member) -> tuple[Tensor, int]:
         """Returns (values, float64 (entries,), how many weights each is of)."""
         if member not in self._known:
-            values = self.elements[member.name].detach()
-            others = [k for k in range(values.ndim) if k != member.dim]
+            values = entry_rows(self.analysis, member, self.elements[member.name].detach())
             if self.how == "l2":
                 values = values.square()
-            if others:
-                values = values.amax(others) if self.how == "max" else values.sum(others, dtype=torch.float64)
-            size = self.elements[member.name].shape[member.dim]
-            self._known[member] = values.double().cpu(), self.elements[member.name].numel() // max(1, size)
+            found = values.amax(1) if self.how == "max" else values.sum(1, dtype=torch.float64)
+            self._known[member] = found.double().cpu(), values.shape[1]
         return self._known[member]
 
 
+def entry_rows(analysis: Analysis, member: Member, values: Tensor) -> Tensor:
+    """Returns a tensor as (entries of a dimension, in every group of a convolution; all else)."""
+    groups = analysis.algebra.size(analysis.groups(member.name, member.dim))
+    by_group = values.view(groups, -1, *values.shape[1:]).movedim(member.dim + 1, 1)
+    return by_group.reshape(by_group.shape[0] * by_group.shape[1], -1)
+
+
 def _reduce(analysis: Analysis, group: ChannelGroup, members: Sequence[Member], rows: _Rows, how: GroupReduction) -> Tensor:
-    total = torch.full((group.size,), -torch.inf if how == "max" else 0.0, dtype=torch.float64)
-    count = torch.zeros(group.size, dtype=torch.float64)
+    total = torch.full((group.rows * group.size,), -torch.inf if how == "max" else 0.0, dtype=torch.float64)
+    count = torch.zeros(group.rows * group.size, dtype=torch.float64)
     for member in members:
         values, held = rows(member)
-        place = analysis.algebra.coordinate(analysis.parameter_dims[member.name][member.dim], group.atom)
+        place = analysis.algebra.coordinate(analysis.entries(member.name, member.dim), group.atom, group.rows)
         inside = place >= 0
         if how == "max":
             total.scatter_reduce_(0, place[inside], values[inside], "amax")

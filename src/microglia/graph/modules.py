@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from microglia.graph.cut import Cut, constants
+from microglia.graph.analysis import Analysis
+from microglia.graph.cut import Cut, constants, positions, select
 from microglia.graph.trace import named_arguments
 
-Indices = Mapping[str, Mapping[str, list[int]]]
-"""Tensor name -> dimension -> kept indices."""
+Indices = Mapping[str, Mapping[str, list[Any]]]
+"""Tensor name -> dimension -> kept indices; of the weight of a convolution whose groups keep others, a list for each."""
 
 Attributes = Mapping[str, Mapping[str, Any]]
 """Module name -> attribute -> new value."""
@@ -24,13 +25,50 @@ NOTED = ("groups", "num_groups", "normalized_shape", "pad")
 """Arguments that layers hand to their operators from an attribute of the same name."""
 
 
-def indices(cut: Cut) -> dict[str, dict[str, list[int]]]:
+def indices(cut: Cut) -> dict[str, dict[str, list[Any]]]:
     """Returns the kept indices of every tensor that loses any."""
     found = {}
     for name in cut.analysis.parameter_dims:
         if removed := cut.removed(name):
-            found[name] = {str(k): mask.nonzero()[:, 0].tolist() for k, mask in removed.items()}
+            found[name] = {str(k): positions(mask) for k, mask in removed.items()}
     return found
+
+
+def kept_units(analysis: Analysis, kept: Indices) -> dict[int, Tensor]:
+    """Returns which units of each atom stay, from kept indices by tensor: those that any of their entries keeps."""
+    algebra, rows = analysis.algebra, analysis.rows
+    units: dict[int, Tensor] = {}
+    for name, dims in analysis.parameter_dims.items():  # whole tensors too: a unit that is gone from one may stay in others
+        if name in analysis.trace.constants:  # numbered by each trace in its own way
+            continue
+        for k in range(len(dims)):
+            dim, stays = analysis.entries(name, k), _stays(analysis, name, k, kept.get(name, {}))
+            for atom in algebra.leaves(dim):
+                place = algebra.coordinate(dim, atom, rows.get(atom, 1))
+                found = units.setdefault(atom, torch.zeros(rows.get(atom, 1) * algebra.sizes[atom], dtype=torch.bool))
+                found[place[stays & (place >= 0)]] = True
+    return {atom: _by_row(found, rows.get(atom, 1)) for atom, found in units.items() if not bool(found.all())}
+
+
+def _stays(analysis: Analysis, name: str, k: int, kept: Mapping[str, list[Any]]) -> Tensor:
+    """Returns which entries of a tensor's dimension stay, in every group of a convolution that does; boolean (entries,)."""
+    groups, shape = analysis.algebra.size(analysis.groups(name, k)), analysis.trace.tensors[name].shape
+    stay: Any = kept.get(str(k))
+    rows = dict.fromkeys(i * groups // shape[0] for i in kept.get("0", range(shape[0]))) if groups > 1 else [0]
+    stays = torch.zeros(groups, shape[k], dtype=torch.bool)
+    each = stay if stay and isinstance(stay[0], list) else [range(shape[k]) if stay is None else stay] * len(rows)
+    for row, own in zip(rows, each, strict=True):
+        stays[row, list(own)] = True
+    return stays.flatten()
+
+
+def _by_row(units: Tensor, rows: int) -> Tensor:
+    """Returns the units of each row; a row of which none stays, for it goes itself, is as the first that does."""
+    if rows == 1:
+        return units
+    each = units.view(rows, -1)
+    alive = each.any(1)
+    return torch.where(alive[:, None], each, each[alive][0]) if bool(alive.any()) else each
 
 
 def attributes(cut: Cut, model: nn.Module) -> dict[str, dict[str, Any]]:
@@ -101,10 +139,10 @@ def apply_indices(model: nn.Module, kept: Indices, changed: Attributes) -> None:
         mend(module)
 
 
-def _sliced(old: Tensor, by_dim: Mapping[str, list[int]]) -> Tensor:
+def _sliced(old: Tensor, by_dim: Mapping[str, list[Any]]) -> Tensor:
     new = old.detach()
-    for dim, indices in by_dim.items():
-        new = new.index_select(int(dim), torch.tensor(indices, device=new.device))
+    for dim in sorted(by_dim, key=int):
+        new = select(new, int(dim), by_dim[dim])
     if old.ndim == 4 and not old.is_contiguous() and old.is_contiguous(memory_format=torch.channels_last):
         new = new.contiguous(memory_format=torch.channels_last)  # or every convolution would convert it
     return nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new

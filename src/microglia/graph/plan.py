@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from microglia.core.errors import FileError, MicrogliaError
 from microglia.graph.analysis import Analysis
 from microglia.graph.cut import Cut
-from microglia.graph.modules import cut_module, indices
+from microglia.graph.modules import Indices, cut_module, indices, kept_units
 from microglia.graph.surgery import cut_graph, forward_names
 from microglia.graph.trace import TraceError, as_inputs, trace
 
@@ -30,7 +30,8 @@ class Plan:
 
     Attributes:
         kind: ``module``: the user's own classes, cut; ``graph``: the traced graph, because sizes are written into a forward.
-        kept: Tensor name -> dimension -> kept indices.
+        kept: Tensor name -> dimension -> kept indices; where the groups of a convolution keep other channels of a weight,
+            a list for each group left.
         attributes: Module name -> attribute -> new value.
         biases: Linear layers and convolutions that were given a bias to carry what removed channels added.
         graphs: Part of the model that came back as a graph (empty name: the model itself) -> shapes of its example inputs,
@@ -48,7 +49,7 @@ class Plan:
     """
 
     kind: Kind
-    kept: dict[str, dict[str, list[int]]]
+    kept: dict[str, dict[str, list[Any]]]
     attributes: dict[str, dict[str, Any]] = field(default_factory=dict)
     biases: tuple[str, ...] = ()
     graphs: dict[str, Any] = field(default_factory=dict)
@@ -114,8 +115,11 @@ def compose(first: Plan, second: Plan) -> Plan:
     kept = {name: dict(by_dim) for name, by_dim in first.kept.items()}
     for name, by_dim in second.kept.items():
         own = kept.setdefault(name, {})
+        left = range(first.shapes[name][1][0]) if name in first.shapes else []
+        for dim, places in own.items():
+            own[dim] = _of_groups(places, len(left), by_dim.get("0", left))
         for dim, stay in by_dim.items():
-            own[dim] = [own[dim][i] for i in stay] if dim in own else stay
+            own[dim] = _one_after_another(own[dim], stay) if dim in own else stay
     attributes = {**first.attributes}
     for path, values in second.attributes.items():
         attributes[path] = {**attributes.get(path, {}), **values}
@@ -130,6 +134,21 @@ def compose(first: Plan, second: Plan) -> Plan:
         macs=(first.macs[0], second.macs[1]),
         error=max(first.error, second.error),
     )
+
+
+def _of_groups(places: list[Any], rows: int, stay: Sequence[int]) -> list[Any]:
+    """Returns the places of those groups of a convolution of which some of so many rows of the weight stay."""
+    if not places or not isinstance(places[0], list):
+        return places
+    return [places[group] for group in dict.fromkeys(i // (rows // len(places)) for i in stay)]
+
+
+def _one_after_another(first: list[Any], second: list[Any]) -> list[Any]:
+    """Returns the places that two selections leave, each a list or a list for each group."""
+    if isinstance(first[0], list):
+        each = second if isinstance(second[0], list) else [second] * len(first)
+        return [_one_after_another(one, other) for one, other in zip(first, each, strict=True)]
+    return [_one_after_another(first, own) if isinstance(own, list) else first[own] for own in second]
 
 
 def attach(model: nn.Module, plan: Plan) -> nn.Module:
@@ -172,9 +191,7 @@ def place(model: nn.Module, path: str, part: nn.Module) -> nn.Module:
     return model
 
 
-def graph_model(
-    model: nn.Module, example: Any, kept: Mapping[str, Mapping[str, list[int]]], dynamic: Sequence[int] = (0,)
-) -> nn.Module:
+def graph_model(model: nn.Module, example: Any, kept: Indices, dynamic: Sequence[int] = (0,)) -> nn.Module:
     """Returns the cut model as its graphs of evaluation and, where it can be traced in that mode, of training."""
     small = cut_graph(cut_again(model, example, kept, dynamic), forward_names(model))
     if has_training_code(model):
@@ -189,7 +206,7 @@ def graph_model(
 def cut_again(
     model: nn.Module,
     example: Any,
-    kept: Mapping[str, Mapping[str, list[int]]],
+    kept: Indices,
     dynamic: Sequence[int] = (0,),
     *,
     training: bool = False,
@@ -210,24 +227,6 @@ def _asks(kind: type) -> bool:
         return "training" in inspect.getsource(kind)
     except (OSError, TypeError):  # made at run time: its source is not to be had
         return True
-
-
-def kept_units(analysis: Analysis, kept: Mapping[str, Mapping[str, list[int]]]) -> dict[int, Tensor]:
-    """Returns which units of each atom stay, from kept indices by tensor: those that any of their entries keeps."""
-    algebra = analysis.algebra
-    units: dict[int, Tensor] = {}
-    for name, dims in analysis.parameter_dims.items():  # whole tensors too: a unit that is gone from one may stay in others
-        if name in analysis.trace.constants:  # numbered by each trace in its own way
-            continue
-        for k, dim in enumerate(dims):
-            stay = kept.get(name, {}).get(str(k))
-            stays = torch.full((algebra.size(algebra.normal(dim)),), stay is None)
-            stays[stay or []] = True
-            for atom in algebra.leaves(dim):
-                place = algebra.coordinate(dim, atom)
-                found = units.setdefault(atom, torch.zeros(algebra.sizes[atom], dtype=torch.bool))
-                found[place[stays & (place >= 0)]] = True
-    return {atom: found for atom, found in units.items() if not bool(found.all())}
 
 
 def give_biases(model: nn.Module, names: tuple[str, ...]) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import fields, replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from microglia.core.budget import Budget
 from microglia.core.layers import prunable_layers
-from microglia.graph.cut import Cut, constants
+from microglia.graph.cut import Cut, constants, counts
 from microglia.graph.groups import ChannelGroup, GroupReduction, channel_groups, excluded_tensors, group_scores, independent
 from microglia.graph.latency_table import LatencyTable
 from microglia.graph.modules import NOTED, cut_module
@@ -21,7 +22,7 @@ from microglia.graph.plan import after, attach, plan_of
 from microglia.graph.removal import Subject, remove
 from microglia.graph.trace import arguments
 from microglia.graph.verify import ShrinkError
-from microglia.graph.widths import Costs, Widths, WidthScope, choose_widths, keep_units
+from microglia.graph.widths import Costs, Widths, WidthScope, choose_widths, highest, keep_units
 from microglia.scores import Evidence, scores
 
 
@@ -35,6 +36,7 @@ def prune_channels(
     scope: WidthScope = "uniform",
     round_to: int = 16,
     exclude: Sequence[str] = (),
+    within_groups: bool = False,
     keep_class: bool = False,
     dynamic: Sequence[int] = (0,),
     evidence: Evidence | None = None,
@@ -63,6 +65,8 @@ def prune_channels(
         round_to: Widths are kept at multiples of this where wide enough; 1 for none.
         exclude: Selectors of layers that stay as they are, inputs and outputs both, and with them what is coupled to either.
             They are met by any parameter: the bias of a layer, or its norm, alone keeps the layer's outputs and not its inputs.
+        within_groups: Of a grouped convolution remove channels within the groups, as many of each and each its own, and not
+            whole groups. A few wide groups, fewer than four, are thinned so in any case.
         keep_class: Only what the user's own classes can follow; otherwise a model with sizes written into its forward
             comes back as its traced graph. `plan_of` tells which.
         dynamic: Dimensions of the inputs that may differ later where the result is a graph: the batch; (0, 2, 3) for images
@@ -82,8 +86,12 @@ def prune_channels(
     elements = _elements(subject, score, evidence)
     excluded = excluded_tensors(subject.model, exclude)
 
+    def free(part: Part) -> list[ChannelGroup]:
+        return independent(part.analysis, channel_groups(part.analysis, excluded, part.path), within=within_groups)
+
     def attempt(reach: Reach) -> nn.Module:
-        groups, ranks = _ranked(subject, elements, reduction, excluded, reach)
+        by_part = [[g for g in free(part) if reach(part, g)] for part in subject.parts]
+        groups, ranks = list(chain.from_iterable(by_part)), _ranked(subject, by_part, elements, reduction)
         chosen = [g for g in groups if g.atom in ranks]
         costs = Costs(subject.parts, chosen, sum(p.numel() for p in subject.model.parameters()))
         timer = LatencyTable(subject.example, _candidates(subject, ranks)) if budget.ms is not None else None
@@ -124,23 +132,15 @@ def _followed(part: Part, group: ChannelGroup) -> bool:
 
 
 def _ranked(
-    subject: Subject,
-    elements: Mapping[str, Tensor],
-    reduction: GroupReduction,
-    excluded: Collection[str],
-    reach: Reach,
-) -> tuple[list[ChannelGroup], dict[int, Tensor]]:
-    """Returns the groups that can be pruned, and the scores by atom of those whose weights the score knows."""
-    groups: list[ChannelGroup] = []
+    subject: Subject, groups: Sequence[Sequence[ChannelGroup]], elements: Mapping[str, Tensor], reduction: GroupReduction
+) -> dict[int, Tensor]:
+    """Returns the scores by atom of those groups, by part, whose weights the score knows."""
     ranks: dict[int, Tensor] = {}
-    for part in subject.parts:
-        own = independent(part.analysis, channel_groups(part.analysis, excluded, part.path))
-        own = [g for g in own if reach(part, g)]
+    for part, own in zip(subject.parts, groups, strict=True):
         local = {name: elements[part.name(name)] for name in part.analysis.parameter_dims if part.name(name) in elements}
         scored = [g for g in own if any(m.name in local for m in g.members)]
         ranks.update(group_scores(part.analysis, scored, local, reduction))
-        groups += own
-    return groups, ranks
+    return ranks
 
 
 def _elements(subject: Subject, score: str | Mapping[str, Tensor], evidence: Evidence | None) -> dict[str, Tensor]:
@@ -156,8 +156,8 @@ def _elements(subject: Subject, score: str | Mapping[str, Tensor], evidence: Evi
 def _candidates(subject: Subject, ranks: Mapping[int, Tensor]) -> Callable[[Mapping[int, int]], nn.Module]:
     """Returns what builds the model of given widths, unverified, to time it."""
 
-    def build(counts: Mapping[int, int]) -> nn.Module:
-        kept = keep_units(ranks, counts)
+    def build(widths: Mapping[int, int]) -> nn.Module:
+        kept = keep_units(ranks, widths)
         args, kwargs = arguments(subject.example)
         try:
             small = cut_module(subject.model, *subject.changes(kept)).eval()
@@ -178,9 +178,9 @@ def never_empty(subject: Subject, kept: dict[int, Tensor], ranks: Mapping[int, T
         for dims in part.analysis.parameter_dims.values():
             for dim in dims:
                 lost = [a for a in algebra.leaves(dim) if a in kept and not bool(kept[a].any())]
-                if lost and algebra.count(dim, {a: int(m.sum()) for a, m in kept.items()}) == 0:
+                if lost and algebra.count(dim, counts(kept)) == 0:
                     best = max(lost, key=lambda a: float(ranks[a].max()))
-                    kept[best] = ranks[best] == ranks[best].max()
+                    kept[best] = highest(ranks[best], 1)
     return kept
 
 
@@ -196,9 +196,9 @@ def _notes(subject: Subject, widths: Widths, unscored: int) -> list[str]:
 
 def totals(costs: Costs, kept: Mapping[int, Tensor]) -> dict[str, Any]:
     """Returns parameters and MACs of the example batch before and after, and how many groups lost units."""
-    counts = {atom: int(mask.sum()) for atom, mask in kept.items()}
+    left = counts(kept)
     return {
-        "parameters": (costs.parameters({}), costs.parameters(counts)),
-        "macs": (costs.macs({}), costs.macs(counts)),
+        "parameters": (costs.parameters({}), costs.parameters(left)),
+        "macs": (costs.macs({}), costs.macs(left)),
         "pruned": len(kept),
     }

@@ -52,9 +52,9 @@ class Subject:
         """Returns each part with its share of a choice of kept units."""
         return [(part, Cut(part.analysis, kept)) for part in self.parts]
 
-    def changes(self, kept: Mapping[int, Tensor]) -> tuple[dict[str, dict[str, list[int]]], dict[str, dict[str, Any]]]:
+    def changes(self, kept: Mapping[int, Tensor]) -> tuple[dict[str, dict[str, list[Any]]], dict[str, dict[str, Any]]]:
         """Returns kept indices by tensor and new attributes by module, under the model's names."""
-        named: dict[str, dict[str, list[int]]] = {}
+        named: dict[str, dict[str, list[Any]]] = {}
         changed: dict[str, dict[str, Any]] = {}
         for part, cut in self.cuts(kept):
             named.update({part.name(name): by_dim for name, by_dim in indices(cut).items()})
@@ -130,7 +130,8 @@ def _check_sizes(small: nn.Module, cut: Cut) -> None:
     tensors = {**dict(small.named_parameters()), **dict(small.named_buffers())}
     for name, by_dim in indices(cut).items():
         if name in tensors and name not in cut.analysis.trace.constants:
-            wrong = [k for k, stay in by_dim.items() if tensors[name].shape[int(k)] != len(stay)]
+            each = {k: stay[0] if isinstance(stay[0], list) else stay for k, stay in by_dim.items()}
+            wrong = [k for k, stay in each.items() if tensors[name].shape[int(k)] != len(stay)]
             if wrong:
                 raise ShrinkError(f"Dimension {wrong[0]} of {name} came out of another trace with another size.")
 

@@ -42,7 +42,7 @@ def bilinear(s: Analysis, n: fx.Node, a: Arguments) -> Any:
 
 @rule("conv1d", "conv2d", "conv3d")
 def convolution(s: Analysis, n: fx.Node, a: Arguments) -> Any:
-    """Weight (groups x out per group, in per group, kernel); the same is removed from every group."""
+    """Weight (groups x out per group, in per group, kernel); as many channels are removed from every group."""
     algebra, x, w = s.algebra, s.of(a.input), s.of(a.weight)
     batch, x = _batched(s, x, len(w))
     groups = algebra.fresh(a.groups)
@@ -51,6 +51,7 @@ def convolution(s: Analysis, n: fx.Node, a: Arguments) -> Any:
     if a.bias is not None:
         s.unify(w[0], s.of(a.bias)[0], n)
     s.weighted(n, a.weight, 0, 1, a.input, int(batch))
+    s.per_group(n, a.weight, 1, groups)
     return _convolved(s, n, batch, x, w, w[0], groups)
 
 
@@ -66,6 +67,7 @@ def transposed_convolution(s: Analysis, n: fx.Node, a: Arguments) -> Any:
     if a.bias is not None:
         s.unify(s.of(a.bias)[0], out, n)
     s.weighted(n, a.weight, 1, 0, a.input, int(batch))
+    s.per_group(n, a.weight, 1, groups)
     return _convolved(s, n, batch, x, w, out, groups)
 
 

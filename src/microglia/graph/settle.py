@@ -17,16 +17,16 @@ from torch import Tensor, fx, nn
 
 from microglia.graph.analysis import Analysis, Consumer
 from microglia.graph.cut import Cut
-from microglia.graph.groups import ChannelGroup, channel_groups
-from microglia.graph.modules import indices
+from microglia.graph.groups import ChannelGroup, channel_groups, entry_rows
+from microglia.graph.modules import indices, kept_units
 from microglia.graph.parts import Part, double_copy
-from microglia.graph.plan import after, attach, give_biases, kept_units, plan_of
+from microglia.graph.plan import after, attach, give_biases, plan_of
 from microglia.graph.prune import totals
 from microglia.graph.reference import Reference
 from microglia.graph.removal import EXACT, Subject, model_outputs, noise, outputs_difference, remove
 from microglia.graph.trace import named_arguments, operator_name
 from microglia.graph.verify import ShrinkError
-from microglia.graph.widths import Costs
+from microglia.graph.widths import Costs, highest
 
 
 def shrink(model: nn.Module, example_inputs: Any, *, clear: bool = False, keep_class: bool = False) -> nn.Module:
@@ -55,14 +55,16 @@ def shrink(model: nn.Module, example_inputs: Any, *, clear: bool = False, keep_c
     kept: dict[int, Tensor] = {}
     biases: dict[str, Tensor] = {}
     stay: Counter[str] = Counter()
-    masked = 0
+    masked = uneven = 0
     for part in subject.parts:
         own = [g for g in channel_groups(part.analysis) if not g.renormalized and not (keep_class and g.factor)]
         dead = {g.atom: alive for g in own if not bool((alive := _alive(part.analysis, g)).all())}
         masked += sum(int((~alive).sum()) for alive in dead.values())
         if not clear:
             biases.update({part.name(name): delta for name, delta in _fold_constants(part, dead, stay).items()})
-        kept.update({atom: alive for atom, alive in dead.items() if not bool(alive.all())})
+        even = _evened(dead)
+        uneven += sum(int((even[atom] & ~alive)[alive.any(-1)].sum()) for atom, alive in dead.items() if alive.ndim > 1)
+        kept.update({atom: alive for atom, alive in even.items() if not bool(alive.all())})
         groups += own
     settled = Subject.of(_with_biases(subject.model, biases), subject.example)
     again = _same_units(subject, settled, kept)
@@ -72,7 +74,7 @@ def shrink(model: nn.Module, example_inputs: Any, *, clear: bool = False, keep_c
     plan = plan_of(small)
     given = tuple(name for name in biases if subject.model.get_submodule(name).bias is None)
     costs = Costs(subject.parts, groups, sum(p.numel() for p in subject.model.parameters()))
-    notes = (*plan.notes, *_notes(masked, stay))
+    notes = (*plan.notes, *_notes(masked, stay, uneven))
     plan = replace(plan, **totals(costs, kept), biases=given, found=len(groups), notes=notes)
     return attach(small, after(model, plan))
 
@@ -85,31 +87,40 @@ def _same_units(subject: Subject, settled: Subject, kept: dict[int, Tensor]) -> 
     return again
 
 
-def _notes(masked: int, stay: Mapping[str, int]) -> list[str]:
+def _notes(masked: int, stay: Mapping[str, int], uneven: int) -> list[str]:
     if masked == 0:
         return ["No channel is masked whole, so nothing was removed; mask with the pattern 'channel'."]
+    notes = []
+    if uneven:
+        notes.append(f"{uneven} masked channels stay, for the groups of a convolution have to keep as many channels each.")
     if not stay:
-        return []
+        return notes
     reasons = "; ".join(f"{count} because {reason}" for reason, count in stay.items())
     return [
+        *notes,
         f"{sum(stay.values())} of {masked} masked channels stay, for what they still add cannot be folded into a bias: "
-        f"{reasons}. shrink(..., clear=True) sets what they add to zero and removes them."
+        f"{reasons}. shrink(..., clear=True) sets what they add to zero and removes them.",
     ]
 
 
 def _alive(analysis: Analysis, group: ChannelGroup) -> Tensor:
-    """Returns which units some weight still makes; at least one."""
-    alive = torch.zeros(group.size, dtype=torch.bool)
+    """Returns which units some weight still makes, at least one; (rows, size) where rows choose for themselves."""
+    alive = torch.zeros(group.rows * group.size, dtype=torch.bool)
     makers = [m for m in group.members if (m.name, m.dim) in analysis.producers]
     for member in makers:
-        rows = analysis.trace.tensors[member.name].detach().movedim(member.dim, 0).flatten(1).count_nonzero(1) > 0
-        place = analysis.algebra.coordinate(analysis.parameter_dims[member.name][member.dim], group.atom)
-        alive[place[rows.cpu() & (place >= 0)]] = True
+        made = entry_rows(analysis, member, analysis.trace.tensors[member.name].detach()).count_nonzero(1) > 0
+        place = analysis.algebra.coordinate(analysis.entries(member.name, member.dim), group.atom, group.rows)
+        alive[place[made.cpu() & (place >= 0)]] = True
     if not makers:
         alive[:] = True
     if not bool(alive.any()):
         alive[0] = True
-    return alive
+    return alive if group.rows == 1 else alive.view(group.rows, -1)
+
+
+def _evened(alive: Mapping[int, Tensor]) -> dict[int, Tensor]:
+    """Returns what stays if rows that choose for themselves keep equally many: as many as the one that needs most."""
+    return {a: highest(units.byte(), int(units.sum(-1).max())) if units.ndim > 1 else units for a, units in alive.items()}
 
 
 # ------------------------------------------------------------------------------------------------------------- constants
@@ -121,7 +132,7 @@ def _fold_constants(part: Part, kept: dict[int, Tensor], stay: Counter[str]) -> 
     counts them by reason.
     """
     while True:
-        found = list(_constants(part.analysis, Cut(part.analysis, kept)))
+        found = list(_constants(part.analysis, Cut(part.analysis, _evened(kept))))
         stubborn = [(consumer, values, why) for consumer, values in found if (why := _obstacle(part, consumer, values))]
         if not stubborn:
             break
@@ -198,8 +209,9 @@ def _give_back(analysis: Analysis, consumer: Consumer, values: Tensor, kept: dic
     dim = analysis.dims[consumer.source][consumer.dim]
     entries = values.isnan() | (values != 0)
     for atom in set(analysis.algebra.leaves(dim)) & set(kept):
-        place = analysis.algebra.coordinate(dim, atom)
-        kept[atom][place[entries.cpu() & (place >= 0)]] = True
+        rows = len(kept[atom]) if kept[atom].ndim > 1 else 1
+        place = analysis.algebra.coordinate(dim, atom, rows)
+        kept[atom].view(-1)[place[entries.cpu() & (place >= 0)]] = True
     return sum(int(units.sum()) for units in kept.values()) - before
 
 

@@ -112,7 +112,8 @@ def choose_widths(
         costs: Of the model.
         groups: Whose widths may change.
         budget: What to keep; of several terms the tightest binds.
-        scores: Units' scores by atom, which rank removals within a group, and across groups under ``global``.
+        scores: Units' scores by atom, which rank removals within a group, and across groups under ``global``: where rows
+            choose for themselves by the mean over them of the unit that goes next.
         scope: ``uniform``: every group keeps the same fraction. ``global``: the units of least normalized score go first.
         round_to: Entries per dimension are kept at multiples of this where the dimension is wide enough; halved until the
             budget is met within 1 %.
@@ -208,7 +209,7 @@ def _steps(groups: Sequence[ChannelGroup], scores: Mapping[int, Tensor], scope: 
         if group.size == 1:
             continue
         step = granularity(group, round_to)
-        ranked = scores[group.atom].sort().values if scope == "global" else None
+        ranked = scores[group.atom].view(group.rows, -1).sort().values.mean(0) if scope == "global" else None
         removed, first, usual = 0, group.size % step or step, Step(group.atom, step)
         while group.size - removed > step:
             units = first if removed == 0 else step
@@ -249,10 +250,11 @@ def _monotone(keyed: Sequence[tuple[float, int, Step]]) -> list[Step]:
 
 
 def keep_units(scores: Mapping[int, Tensor], counts: Mapping[int, int]) -> dict[int, Tensor]:
-    """Returns which units stay, boolean by atom: those of the highest scores, ties by position."""
-    kept = {}
-    for atom, count in counts.items():
-        if count < len(scores[atom]):
-            order = scores[atom].argsort(descending=True, stable=True)
-            kept[atom] = torch.zeros(len(scores[atom]), dtype=torch.bool).index_fill_(0, order[:count], True)
-    return kept
+    """Returns which units stay, boolean by atom: those of the highest scores, in each row; ties by position."""
+    return {atom: highest(scores[atom], count) for atom, count in counts.items() if count < scores[atom].shape[-1]}
+
+
+def highest(values: Tensor, count: int) -> Tensor:
+    """Returns which are the highest so many of the last dimension, boolean; ties by position."""
+    order = values.argsort(descending=True, stable=True)
+    return torch.zeros(values.shape, dtype=torch.bool).scatter_(-1, order[..., :count], True)

@@ -35,6 +35,7 @@ class ChannelsConfig(MethodConfig):
         reduction: How the scores of all weights of a channel, in every layer of its group, become one.
         exclude: Selectors of layers that keep their shape; what is coupled to their inputs and outputs stays too.
         round_to: Widths are kept at multiples of this where wide enough and the budget allows; 1 for none.
+        within_groups: Of a grouped convolution remove channels within the groups, each its own, and not whole groups.
         keep_class: Only what the model's own classes can follow, never a traced graph.
         batch: Examples in the batch that ``ms`` is the time of.
         recalibrate: Training batches over which batch-norm statistics are estimated anew after the cut; 0 for none.
@@ -45,6 +46,7 @@ class ChannelsConfig(MethodConfig):
     scope: Literal["uniform", "global"] = "uniform"  # type: ignore[assignment]  # masks compete elsewhere
     reduction: Literal["mean", "sum", "max", "l2"] = "l2"
     round_to: int = 16
+    within_groups: bool = False
     keep_class: bool = False
     batch: int = 1
     recalibrate: int = 0
@@ -135,6 +137,7 @@ def _settings(config: ChannelsConfig) -> dict[str, Any]:
         "scope": config.scope,
         "round_to": config.round_to,
         "exclude": config.exclude,
+        "within_groups": config.within_groups,
         "keep_class": config.keep_class,
     }
 

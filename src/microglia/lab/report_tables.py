@@ -36,6 +36,7 @@ SETTINGS = (
     "train.schedule",
     "train.batch_size",
     "train.weight_decay",
+    "train.distill",
     "prune.exclude",
 )
 """Recipe fields that a reader wants to know of all runs of a task."""

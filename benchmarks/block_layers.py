@@ -37,6 +37,7 @@ from microglia.measure.packing import Packed
 from microglia.runtime import BlockConv2d, BlockLinear, RowConv2d, level
 from microglia.runtime.candidates import Compact
 from microglia.runtime.lowered import lowered_site
+from records import geometric_mean
 
 Layer = tuple[str, int, int, int, int]
 SETS: dict[str, tuple[int, tuple[Layer, ...]]] = {  # batch; name, inputs, outputs, kernel (0 for linear), side (or tokens)
@@ -155,7 +156,7 @@ def measured(cases: list[tuple[str, float]], arguments: argparse.Namespace, cons
             ratios[case].append(ratio)
         rows.append({"layer": name, "dense": dense, "gflops": work, "times": times, "speedups": speedups})
         table.add_row(name, f"{dense:.3f}", f"{work:.0f}", *(f"{ratio:.2f}" for ratio in speedups.values()))
-    means, advantage = {name: mean_of(values) for name, values in ratios.items()}, mean_of(advantages)
+    means, advantage = {name: geometric_mean(values) for name, values in ratios.items()}, geometric_mean(advantages)
     table.add_section()
     table.add_row("geometric mean", "", "", *(f"{mean:.2f}" for mean in means.values()))
     if half:
@@ -164,11 +165,6 @@ def measured(cases: list[tuple[str, float]], arguments: argparse.Namespace, cons
     table.add_row("share of the ideal", "", "", *(f"{100 * share:.0f} %" for share in shares))
     console.print(table)
     return {"batch": batch, "threads": torch.get_num_threads(), "rows": rows, "means": means, "dense_over_float32": advantage}
-
-
-def mean_of(values: list[float]) -> float:
-    """Returns the geometric mean."""
-    return math.exp(sum(map(math.log, values)) / len(values))
 
 
 def native() -> bool:
@@ -196,6 +192,9 @@ def main() -> None:
         torch.set_num_threads(threads)
         found.append(measured(cases, arguments, Console(width=200)))
     records.write(arguments.json, "layers", set=arguments.set, precision=arguments.precision, cases=cases, runs=found)
+    for threads, speedups in records.scaling(found).items():
+        text = ", ".join(f"{name} {ratio:.2f}" for name, ratio in speedups.items())
+        print(f"{threads} threads over {found[0]['threads']}, geometric means: {text}")
     density = 0.3 if 0.3 in arguments.densities else arguments.densities[0]
     if half and not native():
         print(f"{processor_name()} runs the kernels of {level()}, without vdpbf16ps: blocks were emulated by shifts.")

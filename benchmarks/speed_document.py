@@ -12,6 +12,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+from records import scaling
+
 Json = dict[str, Any]
 SETS = {
     "layers": "Eleven layers of ResNet-50 and MobileNet, batch 1",
@@ -31,7 +33,8 @@ run the same layer or network that were timed interleaved in one process, by the
 the **best dense execution** in float32: oneDNN with packed weights for a layer; the fastest of PyTorch eager, compiled with
 freezing, packed oneDNN, ONNX Runtime and OpenVINO for a network. Masks are random with an exact count: time does not depend on
 which weights are left, accuracy does. Break-even is the density below which the sparse form is faster than dense,
-interpolated between the densities measured.
+interpolated between the densities measured. A turn of a round begins with one call that is not timed, so that each finds the
+caches as its own last call left them, as a model does that is served. What is named bf16 rounds and is only compared.
 """
 
 
@@ -71,7 +74,16 @@ def layers(records: list[Json]) -> str:
             ]  # fmt: skip
             parts.append(f"## {title}, {threads} thread{'s' * (threads > 1)}\n")
             parts.append(table(["kept together", *(f"density {d:g}" for d in densities), "break-even"], rows))
-    return "\n".join(parts)
+    return "\n".join([*parts, *(text for record in records for text in more_threads(record))])
+
+
+def more_threads(record: Json) -> list[str]:
+    """Returns what more threads are worth to the same layers, dense ones too: it tells how much of a core each is."""
+    found = []
+    for threads, speedups in scaling(record["runs"]).items():
+        title = f"## {SETS[record['set']]}: {threads} threads over {record['runs'][0]['threads']}"
+        found += [f"{title}\n", table([*speedups], [[f"{ratio:.2f}" for ratio in speedups.values()]])]
+    return found
 
 
 def each_layer(records: list[Json]) -> str:

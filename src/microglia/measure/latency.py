@@ -51,9 +51,11 @@ def time_interleaved(
 ) -> dict[str, Timing]:
     """Times functions against each other, so that whatever else the machine does meets all of them alike.
 
-    After a warm-up, every round times each function once, in an order shuffled anew by a seeded generator. A function
-    faster than ``min_round_seconds`` is called several times in its turn, and the time divided. Where CUDA is in use,
-    each call is timed until the device has finished. Garbage collection waits meanwhile.
+    After a warm-up, every round times each function once, in an order shuffled anew by a seeded generator. A turn begins
+    with one call that is not timed: what is timed finds its weights where its own last call left them, as a model does that
+    is served, and not where the others did. A function faster than ``min_round_seconds`` is called several times in its
+    turn, and the time divided. Where CUDA is in use, each call is timed until the device has finished. Garbage collection
+    waits meanwhile.
 
     Args:
         callables: Name -> function without arguments.
@@ -98,6 +100,7 @@ def time_interleaved(
             if done >= 3 and clock() - start > max_seconds:
                 break
             for name in order.sample(names, len(names)):
+                turn(name, 1)
                 times[name].append(turn(name, calls[name]))
     finally:
         if collecting:

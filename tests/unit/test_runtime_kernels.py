@@ -261,6 +261,12 @@ def test_what_cannot_be_written_over_is_refused():
         torch.ops.microglia.block_linear_(tokens, *linear.places[:3], None, tokens, 24, 0)
     with pytest.raises(RuntimeError, match="must lie in memory as the output would"):
         torch.ops.microglia.block_linear_(tokens, *linear.places[:3], None, torch.randn(24, 3).T, 24, 0)
+    rows = torch.randn(6, 24)
+    for first in (1, 2):  # shares some rows with the input, before it and behind it
+        for given, other in ((rows[:3], rows[first : first + 3]), (rows[first : first + 3], rows[:3])):
+            with pytest.raises(RuntimeError, match="cannot write over its own input"):
+                torch.ops.microglia.block_linear_(given, *linear.places[:3], None, other, 24, 0)
+    torch.ops.microglia.block_linear_(rows[:3], *linear.places[:3], None, rows[3:], 24, 0)  # neighbours share nothing
 
 
 # ------------------------------------------------------------------------------------------------------------- bfloat16

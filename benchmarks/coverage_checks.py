@@ -72,20 +72,24 @@ def equality(dense: nn.Module, small: nn.Module, inputs: Any) -> tuple[float, st
     return error, "masked"
 
 
-def zeroed(dense: nn.Module, kept: Mapping[str, Mapping[str, list[int]]]) -> nn.Module:
+def zeroed(dense: nn.Module, kept: Mapping[str, Mapping[str, list[Any]]]) -> nn.Module:
     """Returns a copy of a model whose removed entries are zero."""
     model = deepcopy(dense).eval()
     tensors = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
     for name, by_dim in kept.items():
         for dim, stays in by_dim.items():
-            if name in tensors:
-                removed = torch.ones(tensors[name].shape[int(dim)], dtype=torch.bool)
-                removed[stays] = False
-                tensors[name].index_fill_(int(dim), removed.nonzero()[:, 0], 0)
+            if name not in tensors:
+                continue
+            tensor, by_group = tensors[name], isinstance(stays[0], list)
+            rows = torch.tensor(by_dim.get("0", range(len(tensor)))).chunk(len(stays)) if by_group else [slice(None)]
+            for own, left in zip(rows, stays if by_group else [stays], strict=True):
+                removed = torch.ones(tensor.shape[int(dim)], dtype=torch.bool)
+                removed[left] = False
+                tensor[own] = tensor[own].index_fill(int(dim), removed.nonzero()[:, 0], 0)
     return model
 
 
-def reference_outputs(dense: nn.Module, kept: Mapping[str, Mapping[str, list[int]]], inputs: Any) -> list[Tensor]:
+def reference_outputs(dense: nn.Module, kept: Mapping[str, Mapping[str, list[Any]]], inputs: Any) -> list[Tensor]:
     """Returns the outputs of the library's masked reference, in float32: reductions run over kept entries."""
     from microglia.graph.analysis import Analysis
     from microglia.graph.cut import Cut

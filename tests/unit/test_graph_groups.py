@@ -106,7 +106,7 @@ def test_two_cuts_are_one_plan(order, tmp_path):
 
 
 def test_uneven_masks_leave_as_many_in_each_group():
-    """Three, two, none and all eight outputs of the groups are masked: the last goes, of the others none can."""
+    """Three, two, none and all eight outputs of the groups are masked: none can go. With two of the third, two of each do."""
     model = bottleneck()
     gone = [0, 3, 5, 9, 14, *range(24, 32)]
     mask = torch.ones_like(model[3].weight)
@@ -120,12 +120,97 @@ def test_uneven_masks_leave_as_many_in_each_group():
         even[3].weight[[16, 17]] = 0
     small = mg.shrink(masked, image())
     assert small[3].weight.shape[0] == 32
-    assert "5 masked channels stay, for the groups" in " ".join(mg.plan_of(small).notes)
+    assert "13 masked channels stay: the groups" in " ".join(mg.plan_of(small).notes)
     agree(small(image(1)), masked(image(1)))
     small = mg.shrink(even, image())
     assert small[3].weight.shape[0] == 24
-    assert "1 masked channels stay" in " ".join(mg.plan_of(small).notes)
+    assert "7 masked channels stay" in " ".join(mg.plan_of(small).notes)
     agree(small(image(1)), even(image(1)))
+
+
+def test_a_group_without_inputs_and_outputs_goes_whole():
+    """Its channels do not count among those that stay for the others."""
+    model = bottleneck()
+    with torch.no_grad():
+        for weight, gone in ((model[0], range(18, 24)), (model[3], range(24, 32))):
+            weight.weight[list(gone)] = 0
+        for norm, gone in ((model[1], range(18, 24)), (model[4], range(24, 32))):
+            norm.weight[list(gone)] = norm.bias[list(gone)] = 0
+        model[3].weight[[0, 9]] = model[3].bias[[0, 9]] = 0
+        model[3].bias[24:] = 0
+    small = mg.shrink(model, image())
+    assert small[3].groups == 3
+    assert small[3].weight.shape[0] == 24
+    assert "2 masked channels stay: the groups" in " ".join(mg.plan_of(small).notes)
+    agree(small(image(1)), model(image(1)))
+
+
+def test_cleared_channels_add_nothing_where_they_stay():
+    """Against the model with the biases of all masked channels zero."""
+    layers = nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 12, 1, groups=2), nn.ReLU(), nn.Conv2d(12, 3, 1)
+    model = stir(nn.Sequential(*layers))
+    with torch.no_grad():
+        model[2].weight[[0, 1, 6]] = 0
+    small = mg.shrink(model, image(), clear=True)
+    assert small[2].weight.shape[0] == 10
+    with torch.no_grad():
+        model[2].bias[[0, 1, 6]] = 0
+    agree(small(image(1)), model(image(1)))
+
+
+def test_groups_within_groups_are_thinned_and_stay():
+    layers = (nn.Conv2d(3, 64, 1), nn.ReLU(), nn.Conv2d(64, 64, 1, groups=4), nn.ReLU(), nn.Conv2d(64, 64, 1, groups=16),
+              nn.Conv2d(64, 3, 1))  # fmt: skip
+    small = mg.prune_channels(stir(nn.Sequential(*layers)), image(), HALF, round_to=1, within_groups=True)
+    assert [small[2].groups, small[4].groups] == [4, 16]
+    assert small[4].weight.shape == (32, 2, 1, 1)
+
+
+class Named(nn.Module):
+    """The grouped weight is a buffer, or has two names."""
+
+    def __init__(self, buffer):
+        super().__init__()
+        self.enter, self.last, self.leave = nn.Conv2d(3, 24, 1), nn.Conv2d(24, 32, 1, groups=4), nn.Conv2d(32, 5, 1)
+        self.first = self.last
+        if buffer:
+            self.register_buffer("weight", torch.ones(32, 6, 1, 1))
+        self.buffer = buffer
+
+    def forward(self, x):
+        x = self.enter(x).relu()
+        x = nn.functional.conv2d(x, self.weight, groups=4) if self.buffer else self.last(x)
+        return self.leave(x.relu())
+
+
+@pytest.mark.parametrize("buffer", [False, True])
+def test_two_cuts_of_a_weight_by_another_name(buffer):
+    model = small = stir(Named(buffer))
+    for _ in range(2):
+        small = mg.prune_channels(small, image(), mg.Budget(density=0.6), round_to=1, within_groups=True)
+    again = replay(deepcopy(model), mg.plan_of(small))
+    assert torch.equal(again(image(1)), small(image(1)))
+
+
+class Noisy(nn.Module):
+    """In training the weight is another tensor; the sizes are written in, so that it comes back as a graph."""
+
+    def __init__(self):
+        super().__init__()
+        self.enter, self.mix, self.leave = nn.Conv2d(3, 24, 1), nn.Conv2d(24, 32, 1, groups=2), nn.Conv2d(32, 5, 1)
+
+    def forward(self, x):
+        weight = self.mix.weight
+        if self.training:
+            weight = weight * (1 + 0.1 * torch.randn_like(weight))
+        return self.leave(nn.functional.conv2d(self.enter(x).view(-1, 24, 6, 6), weight, groups=2).relu())
+
+
+def test_training_code_that_cannot_follow_is_noted():
+    small = mg.prune_channels(stir(Noisy()), image(), HALF, round_to=1)
+    assert isinstance(mg.plan_of(small).kept["mix.weight"]["1"][0], list)
+    assert "In training Noisy runs this graph too" in " ".join(mg.plan_of(small).notes)
+    small.train()(image()).sum().backward()
 
 
 def test_a_transposed_convolution():
@@ -192,7 +277,7 @@ def test_groups_of_different_numbers_are_refused():
     atom = next(iter(analysis.rows))
     units = torch.ones(4, analysis.algebra.sizes[atom], dtype=torch.bool)
     units[0, 0] = False
-    with pytest.raises(ValueError, match="as many channels each"):
+    with pytest.raises(ValueError, match="equally many channels"):
         Cut(analysis, {atom: units})
     plan = mg.plan_of(mg.prune_channels(model, image(), HALF, round_to=1, within_groups=True))
     kept = deepcopy(plan.kept)

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from graph_checks import agree, stir
 from microglia import Budget, mask, plan_of, prune_channels
 from microglia.graph import ShrinkError, shrink
 
@@ -162,3 +163,16 @@ def test_what_is_in_no_layer_is_refused():
     small = shrink(model, X)
     assert small.query.out_features == small.key.out_features == 4
     assert torch.allclose(small(X), model(X), atol=1e-6)
+
+
+def test_a_layer_that_is_given_a_bias_loses_its_own_channels_too():
+    """Its new bias is of nothing that was masked: it says nothing about which outputs stay."""
+    model = stir(nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8, bias=False), nn.ReLU(), nn.Linear(8, 3)))
+    with torch.no_grad():
+        model[0].weight[:4] = model[2].weight[:4] = 0
+        model[0].bias[:4] = 0.5
+    x = torch.randn(4, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    small = shrink(model, x)
+    assert [tuple(layer.weight.shape) for layer in (small[0], small[2], small[4])] == [(4, 6), (4, 4), (3, 4)]
+    assert plan_of(small).parameters[1] == sum(p.numel() for p in small.parameters())
+    agree(small(x), model(x))

@@ -114,7 +114,7 @@ class Analysis:
             self.consumers.append(Consumer(node, source, at, name))
 
     def per_group(self, node: fx.Node, weight: fx.Node, dim: int, groups: Dim) -> None:
-        """Notes that a dimension of a weight holds other channels in each group of a convolution: rows of dimension 0."""
+        """Notes that entry i of a weight's dimension is another channel in each group; groups are runs of its dimension 0."""
         name = self.trace.name_of.get(weight.name)
         if name is not None and set(weight.users) == {node}:
             self.grouped[id(self.trace.tensors[name])] = dim, groups
@@ -224,8 +224,8 @@ class Analysis:
     def rows(self) -> dict[int, int]:
         """Atom -> how many rows may each keep units of their own, if equally many: channels in each group of a convolution.
 
-        It is so where the atom stands behind the same factors in every dimension of every tensor. Atoms not named are one
-        and the same in all rows, or have none.
+        Rows are the factors that stand directly in front of the atom in every dimension of every tensor that has it. Atoms
+        not named have none: their units are one and the same everywhere.
         """
         algebra = self.algebra
         leads: dict[int, Segment] = {}

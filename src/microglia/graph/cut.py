@@ -99,7 +99,7 @@ def counts(kept: Kept) -> dict[int, int]:
     for atom, mask in kept.items():
         each = mask.view(-1, mask.shape[-1]).sum(1).tolist()
         if len(set(each)) > 1:
-            raise ValueError(f"The groups of a convolution keep as many channels each; got {each}.")
+            raise ValueError(f"The groups of a convolution have to keep equally many channels; got {each}.")
         found[atom] = each[0]
     return found
 
@@ -113,7 +113,7 @@ def select(tensor: Tensor, dim: int, places: Sequence[Any]) -> Tensor:
     """Returns the entries of a tensor at places of a dimension, which may be others in each group of its dimension 0.
 
     Args:
-        tensor: Any; of a dimension 0 that was cut before, what is left.
+        tensor: Any; if its dimension 0 was cut already, the cut tensor.
         dim: Which dimension.
         places: Of the entries; or a list of them for each group.
     """

@@ -35,7 +35,8 @@ class ChannelGroup:
         factor: Whether it is somewhere a proper factor of a dimension: heads, channels per group.
         renormalized: Whether a norm, a mean or a softmax runs over it, so that removing a unit is more than zeroing it.
         cofactor: Least number of entries that go with one unit in a member dimension.
-        rows: How many rows, groups of a convolution, may each lose other units, equally many; 1 where all lose the same.
+        rows: How many rows, groups of a convolution or norm, may each lose other units, equally many; 1 where all lose
+            the same.
     """
 
     atom: int
@@ -115,7 +116,8 @@ def independent(analysis: Analysis, groups: Sequence[ChannelGroup], *, within: b
     """Returns groups no two of which are factors of one dimension: half the heads *and* half their width is a quarter.
 
     Of each such product the leading factor is taken (heads, convolution groups) if it has at least four units, else the
-    largest; with ``within`` first what each row chooses for itself, channels within the groups of a convolution.
+    largest; with ``within`` first what each row chooses for itself, channels within the groups of a convolution or norm, of
+    several such factors with at least four units the innermost.
     """
     rivals: dict[int, set[int]] = {g.atom: set() for g in groups}
     leading: set[int] = set()
@@ -123,7 +125,12 @@ def independent(analysis: Analysis, groups: Sequence[ChannelGroup], *, within: b
         for dim in analysis.parameter_dims[name]:
             for segment in analysis.algebra.normal(dim):
                 _note_rivals(analysis, segment, rivals, leading)
-    order = sorted(groups, key=lambda g: (not (within and g.rows > 1), not (g.atom in leading and g.size >= 4), -g.size))
+
+    def preference(group: ChannelGroup) -> tuple[int, ...]:
+        usual = not (group.atom in leading and group.size >= 4), -group.size
+        return (0, group.size < 4, -group.rows, *usual) if within and group.rows > 1 else (1, *usual)
+
+    order = sorted(groups, key=preference)
     chosen: set[int] = set()
     for group in order:
         if not rivals[group.atom] & chosen:

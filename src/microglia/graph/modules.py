@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from copy import deepcopy
 from typing import Any
 
@@ -34,12 +34,18 @@ def indices(cut: Cut) -> dict[str, dict[str, list[Any]]]:
     return found
 
 
-def kept_units(analysis: Analysis, kept: Indices) -> dict[int, Tensor]:
-    """Returns which units of each atom stay, from kept indices by tensor: those that any of their entries keeps."""
+def kept_units(analysis: Analysis, kept: Indices, without: Collection[str] = ()) -> dict[int, Tensor]:
+    """Returns which units of each atom stay, from kept indices by tensor: those that any of their entries keeps.
+
+    Args:
+        analysis: Of the model.
+        kept: As `indices` returns it; tensors not named stay whole.
+        without: Tensors that say nothing.
+    """
     algebra, rows = analysis.algebra, analysis.rows
     units: dict[int, Tensor] = {}
     for name, dims in analysis.parameter_dims.items():  # whole tensors too: a unit that is gone from one may stay in others
-        if name in analysis.trace.constants:  # numbered by each trace in its own way
+        if name in analysis.trace.constants or name in without:  # constants are numbered by each trace in its own way
             continue
         for k in range(len(dims)):
             dim, stays = analysis.entries(name, k), _stays(analysis, name, k, kept.get(name, {}))
@@ -54,9 +60,11 @@ def _stays(analysis: Analysis, name: str, k: int, kept: Mapping[str, list[Any]])
     """Returns which entries of a tensor's dimension stay, in every group of a convolution that does; boolean (entries,)."""
     groups, shape = analysis.algebra.size(analysis.groups(name, k)), analysis.trace.tensors[name].shape
     stay: Any = kept.get(str(k))
-    rows = dict.fromkeys(i * groups // shape[0] for i in kept.get("0", range(shape[0]))) if groups > 1 else [0]
+    rows = list(dict.fromkeys(i * groups // shape[0] for i in kept.get("0", range(shape[0])))) if groups > 1 else [0]
     stays = torch.zeros(groups, shape[k], dtype=torch.bool)
     each = stay if stay and isinstance(stay[0], list) else [range(shape[k]) if stay is None else stay] * len(rows)
+    if groups == 1:  # of lists for groups that this trace does not see, what any keeps
+        rows *= len(each)
     for row, own in zip(rows, each, strict=True):
         stays[row, list(own)] = True
     return stays.flatten()

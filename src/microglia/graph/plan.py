@@ -272,10 +272,13 @@ def _read(value: Any, device: torch.device) -> Any:
 
 
 def shapes(before: nn.Module, after: nn.Module) -> dict[str, tuple[list[int], list[int]]]:
-    """Returns the shape of every changed parameter before and after."""
-    new = dict(after.named_parameters())
+    """Returns the shape of every changed tensor before and after, under each of its names."""
+    old, new = (
+        {**dict(m.named_parameters(remove_duplicate=False)), **dict(m.named_buffers(remove_duplicate=False))}
+        for m in (before, after)
+    )
     return {
-        name: (list(p.shape), list(new[name].shape))
-        for name, p in before.named_parameters()
-        if name in new and new[name].shape != p.shape
+        name: (list(tensor.shape), list(new[name].shape))
+        for name, tensor in old.items()
+        if name in new and new[name].shape != tensor.shape
     }

@@ -65,8 +65,9 @@ def prune_channels(
         round_to: Widths are kept at multiples of this where wide enough; 1 for none.
         exclude: Selectors of layers that stay as they are, inputs and outputs both, and with them what is coupled to either.
             They are met by any parameter: the bias of a layer, or its norm, alone keeps the layer's outputs and not its inputs.
-        within_groups: Of a grouped convolution remove channels within the groups, as many of each and each its own, and not
-            whole groups. A few wide groups, fewer than four, are thinned so in any case.
+        within_groups: Where channels come in groups of a convolution or a norm, remove some of each group, equally many and
+            each its own, rather than whole groups; of groups within groups the innermost. A few wide groups, fewer than
+            four, are thinned so in any case.
         keep_class: Only what the user's own classes can follow; otherwise a model with sizes written into its forward
             comes back as its traced graph. `plan_of` tells which.
         dynamic: Dimensions of the inputs that may differ later where the result is a graph: the batch; (0, 2, 3) for images

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,18 @@ from microglia.core.masks import fold
 from microglia.graph.cut import Cut
 from microglia.graph.modules import attributes, cut_module, indices
 from microglia.graph.parts import Part, double_copy, find_parts
-from microglia.graph.plan import Plan, attach, cut_again, graph_model, place, refuse_graph, shapes, write_example
+from microglia.graph.plan import (
+    Plan,
+    attach,
+    cut_again,
+    graph_model,
+    has_training_code,
+    place,
+    refuse_graph,
+    shapes,
+    write_example,
+)
+from microglia.graph.surgery import GraphModel
 from microglia.graph.trace import Trace, copied
 from microglia.graph.verify import ShrinkError, Verification, difference, run_patched, verify
 
@@ -86,6 +97,9 @@ def remove(subject: Subject, kept: Mapping[int, Tensor], *, keep_class: bool = F
         small = place(small, part.path, _as_graph(part, cut, checked, subject.dynamic))
         graphs[part.path] = write_example(part.example)
         notes.append(f"{name} is returned as a graph: {problem}")
+        if has_training_code(part.module) and cast(GraphModel, small.get_submodule(part.path)).microglia_graphs is None:
+            notes.append(f"In training {name} runs this graph too, with batch norm and dropout told: its own code for training "
+                         "could not be traced, or not be cut in the same way.")  # fmt: skip
     _carry_notes(subject.model, small)
     plan = Plan(
         "graph" if graphs else "module",

@@ -7,7 +7,7 @@ A constant can be folded into the biases of the layers that read it, exactly whe
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
 from typing import Any, cast
@@ -55,6 +55,7 @@ def shrink(model: nn.Module, example_inputs: Any, *, clear: bool = False, keep_c
     kept: dict[int, Tensor] = {}
     biases: dict[str, Tensor] = {}
     stay: Counter[str] = Counter()
+    silent: list[tuple[Part, ChannelGroup, Tensor]] = []
     masked = uneven = 0
     for part in subject.parts:
         own = [g for g in channel_groups(part.analysis) if not g.renormalized and not (keep_class and g.factor)]
@@ -63,11 +64,15 @@ def shrink(model: nn.Module, example_inputs: Any, *, clear: bool = False, keep_c
         if not clear:
             biases.update({part.name(name): delta for name, delta in _fold_constants(part, dead, stay).items()})
         even = _evened(dead)
-        uneven += sum(int((even[atom] & ~alive)[alive.any(-1)].sum()) for atom, alive in dead.items() if alive.ndim > 1)
+        cut = Cut(part.analysis, even)
+        left = {g.atom: _left(cut, g, dead[g.atom]) for g in own if g.atom in dead and g.rows > 1}
+        uneven += sum(int(units.sum()) for units in left.values())
+        if clear:
+            silent += [(part, group, left[group.atom]) for group in own if group.atom in left]
         kept.update({atom: alive for atom, alive in even.items() if not bool(alive.all())})
         groups += own
-    settled = Subject.of(_with_biases(subject.model, biases), subject.example)
-    again = _same_units(subject, settled, kept)
+    settled = Subject.of(_silenced(_with_biases(subject.model, biases), silent), subject.example)
+    again = _same_units(subject, settled, kept, biases)
     if not clear:
         _check_settled(subject, settled, again)
     small = remove(settled, again, keep_class=keep_class)
@@ -75,16 +80,43 @@ def shrink(model: nn.Module, example_inputs: Any, *, clear: bool = False, keep_c
     given = tuple(name for name in biases if subject.model.get_submodule(name).bias is None)
     costs = Costs(subject.parts, groups, sum(p.numel() for p in subject.model.parameters()))
     notes = (*plan.notes, *_notes(masked, stay, uneven))
-    plan = replace(plan, **totals(costs, kept), biases=given, found=len(groups), notes=notes)
+    whole, left = (found := totals(costs, kept))["parameters"]
+    found["parameters"] = whole, left + sum(small.get_parameter(f"{name}.bias").numel() for name in given)
+    plan = replace(plan, **found, biases=given, found=len(groups), notes=notes)
     return attach(small, after(model, plan))
 
 
-def _same_units(subject: Subject, settled: Subject, kept: dict[int, Tensor]) -> dict[int, Tensor]:
-    """Returns the kept units of the masked model by the atoms of the settled one."""
+def _same_units(subject: Subject, settled: Subject, kept: dict[int, Tensor], biased: Collection[str]) -> dict[int, Tensor]:
+    """Returns the kept units of the masked model by the atoms of the settled one, some layers of which were given biases."""
     again: dict[int, Tensor] = {}
     for part, (_, cut) in zip(settled.parts, subject.cuts(kept), strict=True):
-        again.update(kept_units(part.analysis, indices(cut)))
+        new = [name for name in part.analysis.parameter_dims if name not in cut.analysis.parameter_dims]
+        assert all(part.name(name).removesuffix(".bias") in biased for name in new)
+        again.update(kept_units(part.analysis, indices(cut), without=new))
     return again
+
+
+def _left(cut: Cut, group: ChannelGroup, alive: Tensor) -> Tensor:
+    """Returns the dead units that a cut leaves, boolean (rows, size): their row stays, and needs as many as the others."""
+    analysis, left = cut.analysis, torch.zeros(alive.numel(), dtype=torch.bool)
+    for member in group.members:
+        dim = analysis.entries(member.name, member.dim)
+        place = analysis.algebra.coordinate(dim, group.atom, group.rows)
+        left[place[cut.mask(dim) & (place >= 0)]] = True
+    return left.view_as(alive) & ~alive
+
+
+@torch.no_grad()
+def _silenced(model: nn.Module, silent: Sequence[tuple[Part, ChannelGroup, Tensor]]) -> nn.Module:
+    """Returns a model whose dead units that stay add nothing: their biases, and the affine parameters of norms, are zero."""
+    held = dict(model.named_parameters(remove_duplicate=False))
+    for part, group, units in silent:
+        for member in group.members:
+            parameter = held.get(part.name(member.name))
+            if parameter is not None and parameter.ndim == 1:
+                place = part.analysis.algebra.coordinate(part.analysis.entries(member.name, 0), group.atom, group.rows)
+                parameter[((place >= 0) & units.flatten()[place.clamp_min(0)]).to(parameter.device)] = 0
+    return model
 
 
 def _notes(masked: int, stay: Mapping[str, int], uneven: int) -> list[str]:
@@ -92,7 +124,7 @@ def _notes(masked: int, stay: Mapping[str, int], uneven: int) -> list[str]:
         return ["No channel is masked whole, so nothing was removed; mask with the pattern 'channel'."]
     notes = []
     if uneven:
-        notes.append(f"{uneven} masked channels stay, for the groups of a convolution have to keep as many channels each.")
+        notes.append(f"{uneven} masked channels stay: the groups of a convolution or norm have to keep equally many.")
     if not stay:
         return notes
     reasons = "; ".join(f"{count} because {reason}" for reason, count in stay.items())

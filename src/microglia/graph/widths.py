@@ -65,7 +65,7 @@ class Costs:
     """
 
     def __init__(self, parts: Sequence[Part], groups: Sequence[ChannelGroup], parameters: int) -> None:
-        self.groups, self.units = groups, sum(g.size for g in groups)
+        self.groups, self.units = groups, sum(g.rows * g.size for g in groups)
         self._count = parts[0].analysis.algebra.count
         self._parameters: list[Sequence[Dim]] = []
         self._macs: list[tuple[int, Sequence[Dim]]] = []
@@ -91,7 +91,7 @@ class Costs:
     def fraction(self, term: str, counts: Mapping[int, int]) -> float:
         """Returns what is left of a budget's term."""
         if term == "density":
-            return sum(counts.get(g.atom, g.size) for g in self.groups) / self.units
+            return sum(g.rows * counts.get(g.atom, g.size) for g in self.groups) / self.units
         value = self.parameters(counts) if term == "params" else self.macs(counts)
         return value / max(1, self.dense[term])
 

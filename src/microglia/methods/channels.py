@@ -35,7 +35,7 @@ class ChannelsConfig(MethodConfig):
         reduction: How the scores of all weights of a channel, in every layer of its group, become one.
         exclude: Selectors of layers that keep their shape; what is coupled to their inputs and outputs stays too.
         round_to: Widths are kept at multiples of this where wide enough and the budget allows; 1 for none.
-        within_groups: Of a grouped convolution remove channels within the groups, each its own, and not whole groups.
+        within_groups: Remove channels within the groups of a convolution or norm, each its own, rather than whole groups.
         keep_class: Only what the model's own classes can follow, never a traced graph.
         batch: Examples in the batch that ``ms`` is the time of.
         recalibrate: Training batches over which batch-norm statistics are estimated anew after the cut; 0 for none.

@@ -80,9 +80,9 @@ def zeroed(dense: nn.Module, kept: Mapping[str, Mapping[str, list[Any]]]) -> nn.
         for dim, stays in by_dim.items():
             if name not in tensors:
                 continue
-            tensor, by_group = tensors[name], isinstance(stays[0], list)
-            rows = torch.tensor(by_dim.get("0", range(len(tensor)))).chunk(len(stays)) if by_group else [slice(None)]
-            for own, left in zip(rows, stays if by_group else [stays], strict=True):
+            tensor, several = tensors[name], isinstance(stays[0], list)  # a list for each group of a convolution
+            rows = torch.tensor(by_dim.get("0", range(len(tensor)))).chunk(len(stays)) if several else [slice(None)]
+            for own, left in zip(rows, stays if several else [stays], strict=True):
                 removed = torch.ones(tensor.shape[int(dim)], dtype=torch.bool)
                 removed[left] = False
                 tensor[own] = tensor[own].index_fill(int(dim), removed.nonzero()[:, 0], 0)

@@ -109,6 +109,11 @@ def positions(mask: Tensor) -> list[Any]:
     return [positions(row) for row in mask] if mask.ndim > 1 else mask.nonzero()[:, 0].tolist()
 
 
+def by_group(places: Sequence[Any]) -> bool:
+    """Tells whether places are a list for each group of a convolution."""
+    return bool(places) and isinstance(places[0], list)
+
+
 def select(tensor: Tensor, dim: int, places: Sequence[Any]) -> Tensor:
     """Returns the entries of a tensor at places of a dimension, which may be others in each group of its dimension 0.
 
@@ -117,7 +122,7 @@ def select(tensor: Tensor, dim: int, places: Sequence[Any]) -> Tensor:
         dim: Which dimension.
         places: Of the entries; or a list of them for each group.
     """
-    if not places or not isinstance(places[0], list | tuple):
+    if not by_group(places):
         return tensor.index_select(dim, torch.tensor(places, dtype=torch.int64, device=tensor.device))
     groups = tensor.view(len(places), -1, *tensor.shape[1:])
     return torch.cat([select(group, dim, own) for group, own in zip(groups, places, strict=True)])

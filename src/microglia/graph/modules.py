@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from microglia.graph.analysis import Analysis
-from microglia.graph.cut import Cut, constants, positions, select
+from microglia.graph.cut import Cut, by_group, constants, positions, select
 from microglia.graph.trace import named_arguments
 
 Indices = Mapping[str, Mapping[str, list[Any]]]
@@ -62,7 +62,7 @@ def _stays(analysis: Analysis, name: str, k: int, kept: Mapping[str, list[Any]])
     stay: Any = kept.get(str(k))
     rows = list(dict.fromkeys(i * groups // shape[0] for i in kept.get("0", range(shape[0])))) if groups > 1 else [0]
     stays = torch.zeros(groups, shape[k], dtype=torch.bool)
-    each = stay if stay and isinstance(stay[0], list) else [range(shape[k]) if stay is None else stay] * len(rows)
+    each = stay if by_group(stay or []) else [range(shape[k]) if stay is None else stay] * len(rows)
     if groups == 1:  # of lists for groups that this trace does not see, what any keeps
         rows *= len(each)
     for row, own in zip(rows, each, strict=True):

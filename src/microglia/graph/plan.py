@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from microglia.core.errors import FileError, MicrogliaError
 from microglia.graph.analysis import Analysis
-from microglia.graph.cut import Cut
+from microglia.graph.cut import Cut, by_group
 from microglia.graph.modules import Indices, cut_module, indices, kept_units
 from microglia.graph.surgery import cut_graph, forward_names
 from microglia.graph.trace import TraceError, as_inputs, trace
@@ -138,17 +138,17 @@ def compose(first: Plan, second: Plan) -> Plan:
 
 def _of_groups(places: list[Any], rows: int, stay: Sequence[int]) -> list[Any]:
     """Returns the places of those groups of a convolution of which some of so many rows of the weight stay."""
-    if not places or not isinstance(places[0], list):
+    if not by_group(places):
         return places
     return [places[group] for group in dict.fromkeys(i // (rows // len(places)) for i in stay)]
 
 
 def _one_after_another(first: list[Any], second: list[Any]) -> list[Any]:
     """Returns the places that two selections leave, each a list or a list for each group."""
-    if isinstance(first[0], list):
-        each = second if isinstance(second[0], list) else [second] * len(first)
+    if by_group(first):
+        each = second if by_group(second) else [second] * len(first)
         return [_one_after_another(one, other) for one, other in zip(first, each, strict=True)]
-    return [_one_after_another(first, own) if isinstance(own, list) else first[own] for own in second]
+    return [_one_after_another(first, own) for own in second] if by_group(second) else [first[i] for i in second]
 
 
 def attach(model: nn.Module, plan: Plan) -> nn.Module:

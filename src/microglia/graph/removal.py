@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from microglia.core.masks import fold
-from microglia.graph.cut import Cut
+from microglia.graph.cut import Cut, by_group
 from microglia.graph.modules import attributes, cut_module, indices
 from microglia.graph.parts import Part, double_copy, find_parts
 from microglia.graph.plan import (
@@ -144,7 +144,7 @@ def _check_sizes(small: nn.Module, cut: Cut) -> None:
     tensors = {**dict(small.named_parameters()), **dict(small.named_buffers())}
     for name, by_dim in indices(cut).items():
         if name in tensors and name not in cut.analysis.trace.constants:
-            each = {k: stay[0] if isinstance(stay[0], list) else stay for k, stay in by_dim.items()}
+            each = {k: stay[0] if by_group(stay) else stay for k, stay in by_dim.items()}
             wrong = [k for k, stay in each.items() if tensors[name].shape[int(k)] != len(stay)]
             if wrong:
                 raise ShrinkError(f"Dimension {wrong[0]} of {name} came out of another trace with another size.")

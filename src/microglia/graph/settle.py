@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
@@ -34,13 +34,14 @@ def shrink(model: nn.Module, example_inputs: Any, *, clear: bool = False, keep_c
 
     A channel goes when every weight that makes it is masked (of a residual stream: every layer that adds to it). What its
     bias or norm still adds is folded into the layers that read it. Where that is not exact, behind zero padding, the channel
-    stays and the plan's notes say how many did.
+    stays and the plan's notes say how many did; so does what a group of a convolution has masked beyond the others.
 
     Args:
         model: With masks attached or folded; it is left as it is.
         example_inputs: A tensor, a tuple of arguments, or a mapping of keyword arguments.
-        clear: Set the surviving biases and norm shifts of masked channels to zero first: every masked channel can go, and
-            the result equals the model so completed, not the one whose weights alone were masked.
+        clear: Set the surviving biases and norm shifts of masked channels to zero first: every masked channel can go, as
+            many as all groups of a convolution have, and the result equals the model so completed, not the one whose
+            weights alone were masked.
         keep_class: Only what the user's own classes can follow; see `prune_channels`.
 
     Returns:
@@ -50,40 +51,57 @@ def shrink(model: nn.Module, example_inputs: Any, *, clear: bool = False, keep_c
         ShrinkError: The shrunk model would differ from the masked one; nothing is returned.
         TraceError: The model cannot be traced.
     """
-    subject = Subject.of(model, example_inputs)
-    groups: list[ChannelGroup] = []
-    kept: dict[int, Tensor] = {}
-    biases: dict[str, Tensor] = {}
-    stay: Counter[str] = Counter()
-    silent: list[tuple[Part, ChannelGroup, Tensor]] = []
-    masked = uneven = 0
+    subject, found = Subject.of(model, example_inputs), _Found()
     for part in subject.parts:
         own = [g for g in channel_groups(part.analysis) if not g.renormalized and not (keep_class and g.factor)]
-        dead = {g.atom: alive for g in own if not bool((alive := _alive(part.analysis, g)).all())}
-        masked += sum(int((~alive).sum()) for alive in dead.values())
-        if not clear:
-            biases.update({part.name(name): delta for name, delta in _fold_constants(part, dead, stay).items()})
-        even = _evened(dead)
-        cut = Cut(part.analysis, even)
-        left = {g.atom: _left(cut, g, dead[g.atom]) for g in own if g.atom in dead and g.rows > 1}
-        uneven += sum(int(units.sum()) for units in left.values())
-        if clear:
-            silent += [(part, group, left[group.atom]) for group in own if group.atom in left]
-        kept.update({atom: alive for atom, alive in even.items() if not bool(alive.all())})
-        groups += own
-    settled = Subject.of(_silenced(_with_biases(subject.model, biases), silent), subject.example)
-    again = _same_units(subject, settled, kept)
+        _look(part, own, found, fold=not clear)
+    ready = _with_biases(subject.model, found.biases)
+    settled = Subject.of(_silenced(ready, found.over) if clear else ready, subject.example)
+    again = _same_units(subject, settled, found.kept)
     if not clear:
         _check_settled(subject, settled, again)
     small = remove(settled, again, keep_class=keep_class)
     plan = plan_of(small)
-    given = tuple(name for name in biases if subject.model.get_submodule(name).bias is None)
-    costs = Costs(subject.parts, groups, sum(p.numel() for p in subject.model.parameters()))
-    notes = (*plan.notes, *_notes(masked, stay, uneven))
-    before, remaining = (found := totals(costs, kept))["parameters"]
-    found["parameters"] = before, remaining + sum(small.get_parameter(f"{name}.bias").numel() for name in given)
-    plan = replace(plan, **found, biases=given, found=len(groups), notes=notes)
+    given = tuple(name for name in found.biases if subject.model.get_submodule(name).bias is None)
+    costs = Costs(subject.parts, found.groups, sum(p.numel() for p in subject.model.parameters()))
+    before, remaining = (total := totals(costs, found.kept))["parameters"]
+    total["parameters"] = before, remaining + sum(small.get_parameter(f"{name}.bias").numel() for name in given)
+    plan = replace(plan, **total, biases=given, found=len(found.groups), notes=(*plan.notes, *_notes(found)))
     return attach(small, after(model, plan))
+
+
+@dataclass
+class _Found:
+    """What the masks of a model leave.
+
+    Attributes:
+        groups: That could lose units.
+        kept: Which units stay.
+        biases: What to add to the biases of layers that read removed channels.
+        masked: How many units the masks removed whole.
+        stay: Of these that cannot go, by reason.
+        over: Those that could, but are more than the other groups of a convolution have masked.
+    """
+
+    groups: list[ChannelGroup] = field(default_factory=list)
+    kept: dict[int, Tensor] = field(default_factory=dict)
+    biases: dict[str, Tensor] = field(default_factory=dict)
+    masked: int = 0
+    stay: Counter[str] = field(default_factory=Counter)
+    over: list[tuple[Part, ChannelGroup, Tensor]] = field(default_factory=list)
+
+
+def _look(part: Part, groups: Sequence[ChannelGroup], found: _Found, *, fold: bool) -> None:
+    """Adds what the masks leave of a part."""
+    dead = {g.atom: alive for g in groups if not bool((alive := _alive(part.analysis, g)).all())}
+    found.masked += sum(int((~alive).sum()) for alive in dead.values())
+    if fold:
+        found.biases.update({part.name(name): delta for name, delta in _fold_constants(part, dead, found.stay).items()})
+    even = _evened(dead)
+    cut = Cut(part.analysis, even)
+    found.over += [(part, g, _left(cut, g, dead[g.atom])) for g in groups if g.atom in dead and g.rows > 1]
+    found.kept.update({atom: alive for atom, alive in even.items() if not bool(alive.all())})
+    found.groups += groups
 
 
 def _same_units(subject: Subject, settled: Subject, kept: dict[int, Tensor]) -> dict[int, Tensor]:
@@ -107,7 +125,7 @@ def _left(cut: Cut, group: ChannelGroup, alive: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _silenced(model: nn.Module, silent: Sequence[tuple[Part, ChannelGroup, Tensor]]) -> nn.Module:
-    """Returns a model whose dead units that stay add nothing: their biases, and the affine parameters of norms, are zero."""
+    """Sets what dead units that stay still add to zero, their biases and the affine parameters of norms; returns the model."""
     held = dict(model.named_parameters(remove_duplicate=False))
     for part, group, units in silent:
         for member in group.members:
@@ -118,18 +136,17 @@ def _silenced(model: nn.Module, silent: Sequence[tuple[Part, ChannelGroup, Tenso
     return model
 
 
-def _notes(masked: int, stay: Mapping[str, int], uneven: int) -> list[str]:
-    if masked == 0:
+def _notes(found: _Found) -> list[str]:
+    if found.masked == 0:
         return ["No channel is masked whole, so nothing was removed; mask with the pattern 'channel'."]
-    notes = []
-    if uneven:
-        notes.append(f"{uneven} masked channels stay: the groups of a convolution or norm have to keep equally many.")
-    if not stay:
+    over = sum(int(units.sum()) for _, _, units in found.over)
+    notes = [f"{over} masked channels stay: the groups of a convolution or norm have to keep equally many."] if over else []
+    if not found.stay:
         return notes
-    reasons = "; ".join(f"{count} because {reason}" for reason, count in stay.items())
+    reasons = "; ".join(f"{count} because {reason}" for reason, count in found.stay.items())
     return [
         *notes,
-        f"{sum(stay.values())} of {masked} masked channels stay, for what they still add cannot be folded into a bias: "
+        f"{found.stay.total()} of {found.masked} masked channels stay, for what they still add cannot be folded into a bias: "
         f"{reasons}. shrink(..., clear=True) sets what they add to zero and removes them.",
     ]
 

@@ -182,17 +182,22 @@ def solve(library, random, activation):
     return float(np.abs(got - expected).max() / (1 + np.abs(expected).max()))
 
 
-def main(path, count):
+def load(path):
+    """Returns the library; what it says its level is, is text."""
     try:
         library = ctypes.CDLL(path)
     except OSError:  # the installed library needs torch, the sanitized one does not and could not live with it
         import torch  # noqa: F401
 
         library = ctypes.CDLL(path)
-    random = np.random.default_rng(0)
+    library.mg_level_name.restype = ctypes.c_char_p
+    return library
+
+
+def main(path, count):
+    library, random = load(path), np.random.default_rng(0)
     ways = (solve, solve_bf16)
     worst = max(ways[index // 4 % 2](library, random, index % 4) for index in range(count))
-    library.mg_level_name.restype = ctypes.c_char_p
     print(library.mg_level_name(library.mg_level()).decode(), worst)
     sys.exit(0 if worst < 1e-5 else 1)
 

@@ -11,22 +11,23 @@ import pytest
 import microglia.runtime
 from microglia.runtime.library import LEVELS, level
 
-SCRIPT = Path(__file__).with_name("guarded_kernels.py")
+SCRIPTS = [Path(__file__).with_name(name) for name in ("guarded_kernels.py", "guarded_chains.py")]
 RUNTIME = Path(microglia.runtime.__file__).parent
 HERE = LEVELS[1 : LEVELS.index(level()) + 1]
 
 
-def run(library, count, **environment):
+def run(script, library, count, **environment):
     own = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    words = [sys.executable, str(SCRIPT), str(library), str(count)]
+    words = [sys.executable, str(script), str(library), str(count)]
     done = subprocess.run(words, env=own, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
     return done.stdout.split()[0]
 
 
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
 @pytest.mark.parametrize("isa", HERE)
-def test_no_byte_outside_the_arrays_is_touched(isa):
-    assert run(next(RUNTIME.glob("_kernels*.so")), 400, MICROGLIA_ISA=isa) == isa
+def test_no_byte_outside_the_arrays_is_touched(isa, script):
+    assert run(script, next(RUNTIME.glob("_kernels*.so")), 400, MICROGLIA_ISA=isa) == isa
 
 
 @pytest.fixture(scope="module")
@@ -48,8 +49,9 @@ def sanitized(tmp_path_factory):
     return library, preloaded.stdout.strip()
 
 
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
 @pytest.mark.parametrize("isa", HERE)
-def test_address_and_undefined_behaviour_sanitizers_find_nothing(sanitized, isa):
+def test_address_and_undefined_behaviour_sanitizers_find_nothing(sanitized, isa, script):
     library, runtime = sanitized
     settings = {"LD_PRELOAD": runtime, "ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"}
-    assert run(library, 150, MICROGLIA_ISA=isa, **settings) == isa
+    assert run(script, library, 150, MICROGLIA_ISA=isa, **settings) == isa

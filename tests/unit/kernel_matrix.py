@@ -9,6 +9,7 @@ import json
 import sys
 from dataclasses import replace
 
+import chains
 import torch
 from torch.nn import functional as F
 
@@ -273,7 +274,9 @@ def main(count, threads):
             failures[f"gate {index}"] = problem
         if problem := sum_of_a_part(draw):
             failures[f"sum {index}"] = problem
-    print(json.dumps({"level": level(), "problems": 17 * count, "failures": failures}))
+        if problem := chains.wrong(draw):
+            failures[f"chain {index}"] = problem
+    print(json.dumps({"level": level(), "problems": 18 * count, "failures": failures}))
 
 
 if __name__ == "__main__":

@@ -67,7 +67,7 @@ def test_every_operator_equals_dense_at_every_level(isa, threads):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout)
-    assert (found["level"], found["problems"]) == (isa, 17 * count)
+    assert (found["level"], found["problems"]) == (isa, 18 * count)
     assert not found["failures"], json.dumps(found["failures"], indent=1)[:3000]
 
 

@@ -1,8 +1,20 @@
 """The runtime: sparse weights that are fast on this machine, and never slower than dense ones."""
 
 from microglia.runtime.accelerate import Accelerated, accelerate
+from microglia.runtime.chain import BlockChain, Link
 from microglia.runtime.library import level
 from microglia.runtime.report import AccelerationReport, LayerChoice
 from microglia.runtime.sparse import BlockConv2d, BlockLinear, RowConv2d
 
-__all__ = ["Accelerated", "AccelerationReport", "BlockConv2d", "BlockLinear", "LayerChoice", "RowConv2d", "accelerate", "level"]
+__all__ = [
+    "Accelerated",
+    "AccelerationReport",
+    "BlockChain",
+    "BlockConv2d",
+    "BlockLinear",
+    "LayerChoice",
+    "Link",
+    "RowConv2d",
+    "accelerate",
+    "level",
+]

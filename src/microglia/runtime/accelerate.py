@@ -20,6 +20,7 @@ from microglia.measure.fusion import Site, fuse
 from microglia.measure.latency import time_interleaved
 from microglia.measure.running import Example, first_line, folded_twin, run, undisturbed
 from microglia.runtime.candidates import Candidate
+from microglia.runtime.chain import chained
 from microglia.runtime.choices import Choices, Times, default_cache
 from microglia.runtime.devices import CPU, Device, device_of
 from microglia.runtime.lowered import TOLERANCE, dense_lowered, lower, lowered_site
@@ -230,12 +231,12 @@ def _plans(dense: nn.Module, example: Example, measured: list[Measured], notes: 
     for title, chosen in {"sparse": kept, "sparse, mixed layouts": names}.items():
         if title != "sparse" and chosen == kept:
             continue
-        ways = iter([found[name][0] for (_, found), name in zip(measured, chosen, strict=True)])
+        ways = [found[name][0] for (_, found), name in zip(measured, chosen, strict=True)]
         if all(map(is_dense, chosen)):
             title = "dense, layer by layer"  # noqa: PLW2901
         title = f"{title}, bf16" if half else title  # noqa: PLW2901
         try:
-            plan = (lower if half else fuse)(dense, example, lambda site: next(ways).make())  # noqa: B023
+            plan = _plan(dense, example, ways, half)
             problem = difference(expected, run(plan, example.copied()), TOLERANCE if half else None)
         except Exception as error:
             problem = first_line(error)
@@ -244,6 +245,16 @@ def _plans(dense: nn.Module, example: Example, measured: list[Measured], notes: 
         else:
             notes.append(f"{title} was left out: {problem}")
     return plans
+
+
+def _plan(dense: nn.Module, example: Example, ways: Sequence[Candidate], half: bool) -> Runner:
+    """Returns the whole model with one way for each layer; blocks in float32 that follow each other run as one operator."""
+    left = iter(ways)
+
+    def engine(site: Site) -> nn.Module:
+        return next(left).make()
+
+    return lower(dense, example, engine) if half else chained(fuse(dense, example, engine))
 
 
 def _fastest(found: dict[str, tuple[Candidate, float]]) -> str:

@@ -23,6 +23,7 @@ from torch.nn import functional
 
 from microglia.core.errors import MicrogliaError
 from microglia.runtime.places import STRIPE, Places, dense_of_blocks, dense_of_every_block, dense_of_rows
+from microglia.runtime.steps import Weights, split, steps_of
 
 LEVELS = ("torch", "generic", "avx2", "avx512", "avx512bf16")
 ACTIVATIONS = ("none", "relu", "relu6", "silu")
@@ -44,6 +45,7 @@ _SCHEMAS = {
     f"{_GEOMETRY}) -> Tensor",
     "gate_rows": "(Tensor x, Tensor? columns, Tensor weight, Tensor bias, bool softmax, bool maximum) -> Tensor",
     "add_rows": "(Tensor x, Tensor part, Tensor rows) -> Tensor",
+    "block_chain": f"(Tensor[] images, {_PLACES}, Tensor tap, Tensor bias, int[] program) -> Tensor[]",
 }
 _library = torch.library.Library("microglia", "DEF")  # type: ignore[no-untyped-call]
 
@@ -163,6 +165,29 @@ def _add_rows(x: Tensor, part: Tensor, rows: Tensor) -> Tensor:
     return pixels.flatten(0, 2).index_add(1, rows, some.flatten(0, 2)).view(pixels.shape).permute(0, 3, 1, 2)
 
 
+def _chain(images: list[Tensor], *rest: Any) -> list[Tensor]:
+    """Runs the steps of a chain one after the other."""
+    *weights, program = rest
+    known, out = list(images), []
+    for step, places, bias in split(Weights(*weights), steps_of(program)):
+        residual = None if step.residual < 0 else known[step.residual]
+        settings = (*step.geometry, step.activation)
+        result = _convolution(dense_of_blocks, known[step.input], *places, bias, residual, step.outputs, *settings)
+        known.append(result.contiguous(memory_format=torch.channels_last))
+        if step.goes_out:
+            out.append(known[-1])
+    return out
+
+
+def _chain_shapes(images: list[Tensor], *rest: Any) -> list[Tensor]:
+    known, out = list(images), []
+    for step in steps_of(rest[-1]):
+        known.append(_convolved(known[step.input], step.outputs, *step.geometry).to(memory_format=torch.channels_last))
+        if step.goes_out:
+            out.append(known[-1])
+    return out
+
+
 @functools.cache
 def has_triton() -> bool:
     """Tells whether the block operators have kernels on a GPU; without triton they run there as dense ones."""
@@ -223,6 +248,9 @@ def _define() -> None:
         if name in ("block_conv2d", "block_linear"):
             _library.impl(name, _on_cuda(name, laid_out), "CUDA")  # type: ignore[no-untyped-call]
         torch.library.register_fake(f"microglia::{name}", shape, lib=_library)
+    _library.define("block_chain" + _SCHEMAS["block_chain"])  # type: ignore[no-untyped-call]
+    _library.impl("block_chain", _chain, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+    torch.library.register_fake("microglia::block_chain", _chain_shapes, lib=_library)
     for name, reference, residual in (("block_conv2d_", blocks, 6), ("block_linear_", _linear, 5)):
         _library.define(name + _SCHEMAS[name])  # type: ignore[no-untyped-call]
         written = functools.partial(_written_over, reference, residual)

@@ -51,7 +51,7 @@ class _Sparse(nn.Module):
             self.register_buffer(name, getattr(places, name))
         self.register_buffer("bias", bias.float() if bias is not None and places.values.dtype == torch.bfloat16 else bias)
         self.inputs, self.outputs, self.activation = inputs, outputs, activation
-        self._code = ACTIVATIONS.index(activation)
+        self.code = ACTIVATIONS.index(activation)
         self.overwrites = False
         level()
 
@@ -139,7 +139,7 @@ class BlockConv2d(_Sparse):
         return out
 
     def _operands(self, other: Tensor | None) -> tuple[Any, ...]:
-        return (*self.places, self.bias, other, self.outputs, *self.geometry, self._code)
+        return (*self.places, self.bias, other, self.outputs, *self.geometry, self.code)
 
 
 class RowConv2d(BlockConv2d):
@@ -183,7 +183,7 @@ class BlockLinear(_Sparse):
 
     def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
         """Returns activation(linear(x) + bias + other), (..., outputs)."""
-        operands = (*self.places[:3], self.bias, other, self.outputs, self._code)
+        operands = (*self.places[:3], self.bias, other, self.outputs, self.code)
         if self._may_overwrite(other, torch.contiguous_format):
             torch.ops.microglia.block_linear_(x, *operands)
             return other  # type: ignore[return-value]

@@ -77,18 +77,23 @@ bool fits(int64_t batch, int64_t height, int64_t width, int64_t step) {
 
 }  // namespace
 
-int check(const mg_conv2d* conv, const void* x, int64_t x_stride, const Output& output) {
+int check_sizes(const mg_conv2d* conv) {
   if (!conv) return MG_BAD_POINTER;
-  if (!sizes_are_sane(*conv) || x_stride < conv->in_channels || output.y_stride < conv->out_channels ||
-      (output.residual && output.residual_stride < conv->out_channels)) {
+  if (!sizes_are_sane(*conv)) return MG_BAD_SIZE;
+  return conv->activation < MG_NONE || conv->activation > MG_SILU ? MG_BAD_ACTIVATION : MG_OK;
+}
+
+int check(const mg_conv2d* conv, const Activations& given) {
+  if (int code = check_sizes(conv)) return code;
+  if (given.x_stride < conv->in_channels || given.y_stride < conv->out_channels ||
+      (given.residual && given.residual_stride < conv->out_channels)) {
     return MG_BAD_SIZE;
   }
   // An output dimension is at most the input and its padding.
   const int64_t high = conv->height + 2 * conv->padding_height, wide = conv->width + 2 * conv->padding_width;
-  const int64_t longest = std::max({x_stride, output.y_stride, output.residual ? output.residual_stride : 0, int64_t{16}});
+  const int64_t longest = std::max({given.x_stride, given.y_stride, given.residual ? given.residual_stride : 0, int64_t{16}});
   if (!fits(conv->batch, high, wide, longest)) return MG_BAD_SIZE;
-  if (conv->activation < MG_NONE || conv->activation > MG_SILU) return MG_BAD_ACTIVATION;
-  return x && output.y ? MG_OK : MG_BAD_POINTER;
+  return given.x && given.y ? MG_OK : MG_BAD_POINTER;
 }
 
 int check_list(const int32_t* list, int64_t count, int64_t limit) {
@@ -102,14 +107,6 @@ int check_list(const int32_t* list, int64_t count, int64_t limit) {
 
 namespace {
 
-// Blocks of either type.
-struct Blocks {
-  int64_t inputs, blocks, places;  // places to a block
-  const char* values;
-  const int32_t *row_pointer, *channel;
-  const uint8_t* tap;
-};
-
 // Whether every pair lies in one line: of blocks that begin at an odd channel, none is in the last one.
 bool pairs_are_whole(const Blocks& blocks) {
   constexpr int32_t pair_line = line_bytes / 2;
@@ -121,20 +118,24 @@ bool pairs_are_whole(const Blocks& blocks) {
   return !across;
 }
 
-int check_blocks(const mg_conv2d& conv, const Blocks* blocks) {
-  if (!blocks->row_pointer) return MG_BAD_POINTER;
-  const int64_t inputs = blocks->inputs, stripes = divide_up(conv.out_channels, stripe_outputs);
-  if ((inputs != 1 && inputs != 2 && inputs != 4 && inputs != 8) || blocks->places < 1) return MG_BAD_BLOCK;
-  if (blocks->blocks < 0 || blocks->blocks > INT32_MAX) return MG_BAD_SIZE;
+}  // namespace
+
+int check_blocks(const mg_conv2d& conv, const Blocks& blocks) {
+  if (!blocks.row_pointer) return MG_BAD_POINTER;
+  const int64_t inputs = blocks.inputs, stripes = divide_up(conv.out_channels, stripe_outputs);
+  if ((inputs != 1 && inputs != 2 && inputs != 4 && inputs != 8) || blocks.places < 1) return MG_BAD_BLOCK;
+  if (blocks.blocks < 0 || blocks.blocks > INT32_MAX) return MG_BAD_SIZE;
   const bool one_tap = conv.kernel_height == 1 && conv.kernel_width == 1;
-  if (blocks->blocks > 0 && (!blocks->values || !blocks->channel || (!blocks->tap && !one_tap))) return MG_BAD_POINTER;
-  const int32_t* row_pointer = blocks->row_pointer;
-  if (row_pointer[0] != 0 || row_pointer[stripes] != blocks->blocks) return MG_BAD_ROW_POINTER;
+  if (blocks.blocks > 0 && (!blocks.values || !blocks.channel || (!blocks.tap && !one_tap))) return MG_BAD_POINTER;
+  const int32_t* row_pointer = blocks.row_pointer;
+  if (row_pointer[0] != 0 || row_pointer[stripes] != blocks.blocks) return MG_BAD_ROW_POINTER;
   for (int64_t stripe = 0; stripe < stripes; ++stripe) {
     if (row_pointer[stripe] > row_pointer[stripe + 1]) return MG_BAD_ROW_POINTER;
   }
   return MG_OK;
 }
+
+namespace {
 
 // ---- Places of blocks ----
 
@@ -197,45 +198,52 @@ int locate_blocks(const Plan& plan, const Blocks& blocks, mg_parallel parallel, 
   return faults & channel_fault ? MG_BAD_CHANNEL : faults & tap_fault ? MG_BAD_TAP : MG_OK;
 }
 
+}  // namespace
+
 // ---- The convolution of blocks of either type ----
 
-int run_blocks(const mg_conv2d* conv, const Blocks& blocks, const Level& level, const void* x, int64_t x_stride,
-               const Output& output, mg_parallel parallel) {
-  if (int code = check(conv, x, x_stride, output)) return code;
-  if (int code = check_blocks(*conv, &blocks)) return code;
-  const int64_t inputs = blocks.inputs, places_count = blocks.blocks * blocks.places;
-  const bool aligned = inputs == 1 || blocks_are_aligned(blocks);
-  if (level.element_bytes < place_bytes && !aligned && !pairs_are_whole(blocks)) return MG_BAD_PAIR;
-  Run run;
-  const int64_t reached = aligned ? divide_up(conv->in_channels, inputs) * inputs : conv->in_channels + inputs - 1;
-  const int64_t value_bytes = places_count * line_bytes;
-  if (int code = make_plan(*conv, level, reached, value_bytes, run.plan)) return code;
-  run.plan.read(x, x_stride);
+int64_t reached_channels(const mg_conv2d& conv, const Blocks& blocks) {
+  const bool aligned = blocks.inputs == 1 || blocks_are_aligned(blocks);
+  return aligned ? divide_up(conv.in_channels, blocks.inputs) * blocks.inputs : conv.in_channels + blocks.inputs - 1;
+}
+
+int run_places(const mg_conv2d& conv, const Blocks& blocks, Run& run, mg_parallel parallel) {
+  const int64_t places_count = blocks.blocks * blocks.places;
   uint32_t* places = reinterpret_cast<uint32_t*>(place_scratch.reserve((places_count + places_ahead) * 4));
   if (!places) return MG_NO_MEMORY;
   std::fill_n(places + places_count, places_ahead, 0u);
   if (int code = locate_blocks(run.plan, blocks, parallel, places)) return code;
-  const Weights kind = value_bytes > cold_value_bytes ? Weights::cold : Weights::warm;
-  const int64_t stripes = divide_up(conv->out_channels, stripe_outputs);
+  const Weights kind = blocks.value_bytes() > cold_value_bytes ? Weights::cold : Weights::warm;
+  const int64_t stripes = divide_up(conv.out_channels, stripe_outputs);
   run.weights = {kind, blocks.values, places, nullptr, blocks.places, blocks.row_pointer, 0, 0, nullptr, stripes};
-  run.output = output, run.parallel = parallel;
-  return execute(run, std::max(1, conv->threads));
+  run.parallel = parallel;
+  return execute(run, std::max(1, conv.threads));
 }
 
-template <class Given>
-Blocks blocks_of(const Given& given, int64_t inputs_of_a_place) {
-  return {given.block_inputs, given.blocks,  given.block_inputs / inputs_of_a_place, reinterpret_cast<const char*>(given.values),
-          given.row_pointer,  given.channel, given.tap};
+Output output_of(const mg_conv2d& conv, const Plan& plan, const Activations& given) {
+  const auto image = [&](const void* data, int64_t stride) {
+    return pixels_of(data, stride, plan.rows.output, plan.columns.output, plan.level->element_bytes);
+  };
+  return {image(given.y, given.y_stride), image(given.residual, given.residual_stride), given.bias, conv.out_channels,
+          conv.activation};
+}
+
+namespace {
+
+int run_blocks(const mg_conv2d* conv, const Blocks& blocks, const Level& level, const Activations& given, mg_parallel parallel) {
+  if (int code = check(conv, given)) return code;
+  if (int code = check_blocks(*conv, blocks)) return code;
+  const bool pairs = level.element_bytes < place_bytes;
+  if (pairs && !blocks_are_aligned(blocks) && !pairs_are_whole(blocks)) return MG_BAD_PAIR;
+  Run run;
+  const int64_t reached = reached_channels(*conv, blocks);
+  if (int code = make_plan(*conv, level, reached, blocks.value_bytes(), Order::follow, run.plan)) return code;
+  run.plan.read(given.x, given.x_stride);
+  run.output = output_of(*conv, run.plan, given);
+  return run_places(*conv, blocks, run, parallel);
 }
 
 }  // namespace
-
-Output output_of(const mg_conv2d* conv, void* y, int64_t y_stride, const void* residual, int64_t residual_stride,
-                 const float* bias) {
-  return {static_cast<char*>(y), y_stride, static_cast<const char*>(residual), residual_stride, bias,
-          conv ? conv->out_channels : 0, conv ? conv->activation : 0};
-}
-
 }  // namespace microglia::block
 
 using namespace microglia::block;
@@ -244,14 +252,16 @@ MG_EXPORT int mg_block_conv2d(const mg_conv2d* conv, const mg_blocks* blocks, co
                               int64_t y_stride, const float* residual, int64_t residual_stride, const float* bias,
                               mg_parallel parallel) {
   if (!blocks) return MG_BAD_POINTER;
-  const Output output = output_of(conv, y, y_stride, residual, residual_stride, bias);
-  return run_blocks(conv, blocks_of(*blocks, 1), current_level(), x, x_stride, output, parallel);
+  const Activations given{x, x_stride, y, y_stride, residual, residual_stride, bias};
+  return run_blocks(conv, blocks_of(*blocks), current_level(), given, parallel);
 }
 
 MG_EXPORT int mg_block_conv2d_bf16(const mg_conv2d* conv, const mg_blocks_bf16* blocks, const uint16_t* x, int64_t x_stride,
                                    uint16_t* y, int64_t y_stride, const uint16_t* residual, int64_t residual_stride,
                                    const float* bias, mg_parallel parallel) {
   if (!blocks) return MG_BAD_POINTER;
-  const Output output = output_of(conv, y, y_stride, residual, residual_stride, bias);
-  return run_blocks(conv, blocks_of(*blocks, 2), current_pair_level(), x, x_stride, output, parallel);
+  const Activations given{x, x_stride, y, y_stride, residual, residual_stride, bias};
+  const Blocks pairs{blocks->block_inputs, blocks->blocks,  blocks->block_inputs / 2, reinterpret_cast<const char*>(blocks->values),
+                     blocks->row_pointer,  blocks->channel, blocks->tap};
+  return run_blocks(conv, pairs, current_pair_level(), given, parallel);
 }

@@ -100,16 +100,18 @@ struct Kernel {
 };
 
 // For any type: the last line is masked by bytes.
-void copy(const char* source, int64_t pixel_step, int64_t bytes, int64_t pixels, char* lines, int64_t group_bytes) {
+void copy(const char* source, int64_t pixel_step, int64_t line_step, int64_t bytes, int64_t pixels, char* lines,
+          int64_t group_bytes) {
   for (int64_t pixel = 0; pixel < pixels; ++pixel, source += pixel_step, lines += line_bytes) {
     char* line = lines;
+    const char* from = source;
     int64_t byte = 0;
-    for (; byte + line_bytes <= bytes; byte += line_bytes, line += group_bytes) {
-      _mm512_store_si512(line, _mm512_loadu_si512(source + byte));
+    for (; byte + line_bytes <= bytes; byte += line_bytes, from += line_step, line += group_bytes) {
+      _mm512_store_si512(line, _mm512_loadu_si512(from));
     }
     if (byte < bytes) {
       const __mmask64 rest = (uint64_t{1} << (bytes - byte)) - 1;
-      _mm512_store_si512(line, _mm512_maskz_loadu_epi8(rest, source + byte));
+      _mm512_store_si512(line, _mm512_maskz_loadu_epi8(rest, from));
     }
   }
 }

@@ -154,17 +154,20 @@ struct Ahead {
 
 // Level::copy and Level::locate in plain C++, which the compiler vectorizes as far as the instruction set goes.
 template <class Element>
-void copy_plainly(const char* source, int64_t pixel_step, int64_t bytes, int64_t pixels, char* lines, int64_t group_bytes) {
+void copy_plainly(const char* source, int64_t pixel_step, int64_t line_step, int64_t bytes, int64_t pixels, char* lines,
+                  int64_t group_bytes) {
   constexpr int64_t elements = line_bytes / static_cast<int64_t>(sizeof(Element));
   for (int64_t pixel = 0; pixel < pixels; ++pixel, source += pixel_step, lines += line_bytes) {
     char* line = lines;
+    const char* from = source;
     int64_t byte = 0;
-    for (; byte + line_bytes <= bytes; byte += line_bytes, line += group_bytes) __builtin_memcpy(line, source + byte, line_bytes);
+    for (; byte + line_bytes <= bytes; byte += line_bytes, from += line_step, line += group_bytes) {
+      __builtin_memcpy(line, from, line_bytes);
+    }
     if (byte == bytes) continue;
     const int64_t left = (bytes - byte) / static_cast<int64_t>(sizeof(Element));
-    const Element* from = reinterpret_cast<const Element*>(source + byte);
     Element* rest = reinterpret_cast<Element*>(line);
-    for (int64_t i = 0; i < elements; ++i) rest[i] = i < left ? from[i] : Element{0};
+    for (int64_t i = 0; i < elements; ++i) rest[i] = i < left ? reinterpret_cast<const Element*>(from)[i] : Element{0};
   }
 }
 

@@ -72,9 +72,10 @@ struct Level {
   int64_t pixels;  // at most this many in a tile; any rows up to 4 and columns whose product keeps to it has a kernel
   TileKernel (*kernel)(int64_t rows, int64_t columns, Weights weights);
 
-  // Copies pixels of so many bytes, `pixel_step` bytes apart, to lines: those of one group of channels follow each other,
-  // groups lie `group_bytes` apart. The last line is filled with zeros.
-  void (*copy)(const char* source, int64_t pixel_step, int64_t bytes, int64_t pixels, char* lines, int64_t group_bytes);
+  // Copies pixels of so many bytes, `pixel_step` bytes apart and their lines `line_step`, to lines: those of one group of
+  // channels follow each other, groups lie `group_bytes` apart. The last line is filled with zeros.
+  void (*copy)(const char* source, int64_t pixel_step, int64_t line_step, int64_t bytes, int64_t pixels, char* lines,
+               int64_t group_bytes);
 
   // Writes the places of `count` blocks; returns what was wrong with any of them, as PlaceFault bits. tap may be null.
   uint32_t (*locate)(const PlaceTable& table, const int32_t* channel, const uint8_t* tap, int64_t count, uint32_t* places);

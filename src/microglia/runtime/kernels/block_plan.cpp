@@ -57,27 +57,43 @@ void choose_image_chunk(Plan& plan, int64_t budget, int64_t threads) {
 }
 
 Axis make_axis(int64_t input, int64_t taps, int64_t stride, int64_t padding, int64_t dilation) {
-  const int64_t output = (input + 2 * padding - dilation * (taps - 1) - 1) / stride + 1;
+  const int64_t output = output_size(input, taps, stride, padding, dilation);
   if (output == 1 && taps > 1) stride = 1;  // where to go from the only output does not matter, and may be further than memory
   return {input, output, taps, padding, dilation, taps == 1 ? 1 : stride, taps == 1 ? stride : 1};
 }
 
 }  // namespace
 
-int make_plan(const mg_conv2d& conv, const Level& level, int64_t channels, int64_t value_bytes, Plan& plan) {
+bool reads_lines(const mg_conv2d& conv) {
+  return conv.stride_height == 1 && conv.stride_width == 1;
+}
+
+namespace {
+
+// What does not depend on where anything lies.
+void begin_plan(const mg_conv2d& conv, const Level& level, int64_t channels, bool pointwise, Plan& plan) {
   plan.level = &level;
   plan.rows = make_axis(conv.height, conv.kernel_height, conv.stride_height, conv.padding_height, conv.dilation_height);
   plan.columns = make_axis(conv.width, conv.kernel_width, conv.stride_width, conv.padding_width, conv.dilation_width);
-  plan.pointwise = conv.kernel_height == 1 && conv.kernel_width == 1;
+  plan.pointwise = pointwise;
   plan.channels = conv.in_channels;
   plan.groups = divide_up(channels * level.element_bytes, line_bytes);
   plan.space = {0, conv.batch, 0, plan.rows.output, 0, plan.columns.output};
-  if (plan.pointwise) plan.space = {0, 1, 0, 1, 0, conv.batch * plan.rows.output * plan.columns.output};
+  if (pointwise) plan.space = {0, 1, 0, 1, 0, conv.batch * plan.rows.output * plan.columns.output};
   choose_tile(plan);
+}
+
+bool is_deep(int64_t value_bytes) { return value_bytes > warm_value_bytes; }
+
+}  // namespace
+
+int make_plan(const mg_conv2d& conv, const Level& level, int64_t channels, int64_t value_bytes, Order order, Plan& plan) {
+  const bool one_tap = conv.kernel_height == 1 && conv.kernel_width == 1;
+  begin_plan(conv, level, channels, one_tap && order == Order::follow, plan);
+  plan.direct = false;
   const int64_t threads = std::max<int64_t>(1, conv.threads);
-  const bool deep = value_bytes > warm_value_bytes;
   if (plan.pointwise) {
-    choose_pointwise_chunk(plan, deep ? deep_chunk_bytes : near_bytes, threads);
+    choose_pointwise_chunk(plan, is_deep(value_bytes) ? deep_chunk_bytes : near_bytes, threads);
     plan.row_bytes = plan.image_bytes = plan.chunk.columns * line_bytes;
   } else {
     const int64_t phase_lines = divide_up(plan.columns.lines(plan.space.columns), plan.columns.step);
@@ -87,11 +103,20 @@ int make_plan(const mg_conv2d& conv, const Level& level, int64_t channels, int64
         __builtin_mul_overflow(least, plan.groups, &least) || least >= max_scratch_bytes) {
       return MG_BAD_SIZE;
     }
-    choose_image_chunk(plan, deep ? deep_chunk_bytes : chunk_bytes, threads);
+    choose_image_chunk(plan, is_deep(value_bytes) ? deep_chunk_bytes : chunk_bytes, threads);
     plan.image_bytes = plan.rows.lines(plan.chunk.rows) * plan.row_bytes;
   }
   // An odd number of lines, so that the groups of one pixel do not all fall into the same set of the cache.
   plan.group_bytes = (plan.chunk.images * plan.image_bytes) | line_bytes;
+  return plan.scratch_bytes() < max_scratch_bytes ? MG_OK : MG_BAD_SIZE;
+}
+
+int make_direct_plan(const mg_conv2d& conv, const Level& level, int64_t value_bytes, const Image& x, Plan& plan) {
+  begin_plan(conv, level, conv.in_channels, false, plan);
+  plan.direct = true;
+  plan.x = x;
+  plan.row_bytes = x.row, plan.image_bytes = x.image, plan.group_bytes = x.stripe;
+  choose_image_chunk(plan, is_deep(value_bytes) ? deep_chunk_bytes : chunk_bytes, std::max<int64_t>(1, conv.threads));
   return plan.scratch_bytes() < max_scratch_bytes ? MG_OK : MG_BAD_SIZE;
 }
 
@@ -124,16 +149,15 @@ void Plan::copy(const Chunk& part, int64_t begin, int64_t end, char* scratch) co
   const int64_t lines = rows.lines(part.rows);
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t row = (part.row * rows.step + unit % lines) * rows.scale - rows.padding;
-    const char* image = x + (part.image + unit / lines) * rows.input * columns.input * pixel_step;
-    copy_row(image, row, scratch + unit / lines * image_bytes + unit % lines * row_bytes);
+    copy_row(part.image + unit / lines, row, scratch + unit / lines * image_bytes + unit % lines * row_bytes);
   }
 }
 
-void Plan::copy_row(const char* image, int64_t row, char* lines) const {
+void Plan::copy_row(int64_t image, int64_t row, char* lines) const {
   const int64_t phase_bytes = row_bytes / columns.step, phase_lines = phase_bytes / line_bytes;
   if (row < 0 || row >= rows.input) return clear(lines, 0, row_bytes / line_bytes);
   for (int64_t phase = 0; phase < columns.step; ++phase) {
-    copy_valid(image + row * columns.input * pixel_step, phase * columns.scale - columns.padding, phase_lines,
+    copy_valid(x.at(image, row, 0), phase * columns.scale - columns.padding, phase_lines,
                lines + phase * phase_bytes);
   }
 }
@@ -146,7 +170,7 @@ void Plan::copy_valid(const char* row, int64_t first, int64_t count, char* lines
   clear(lines, 0, begin);
   if (begin < end) {
     char* inside = lines + begin * line_bytes;
-    copy_run(row + (first + begin * stride) * pixel_step, stride * pixel_step, end - begin, inside);
+    copy_run(row + (first + begin * stride) * x.pixel, stride * x.pixel, end - begin, inside);
   }
   clear(lines + end * line_bytes, 0, count - end);
 }
@@ -159,22 +183,22 @@ void Plan::copy_pixels(const Chunk& part, int64_t begin, int64_t end, char* scra
     char* lines = scratch + pixel * line_bytes;
     pixel += count;
     if (plain) {
-      copy_run(x + at * pixel_step, pixel_step, count, lines);
+      copy_run(x.at(0, 0, at), x.pixel, count, lines);
       continue;
     }
     const int64_t image = at / width / rows.output, row = at / width % rows.output * rows.scale - rows.padding;
     if (row < 0 || row >= rows.input) {
       clear(lines, 0, count);
     } else {
-      const char* start = x + (image * rows.input + row) * columns.input * pixel_step;
-      copy_valid(start, column * columns.scale - columns.padding, count, lines);
+      copy_valid(x.at(image, row, 0), column * columns.scale - columns.padding, count, lines);
     }
   }
 }
 
 void Plan::copy_run(const char* source, int64_t step, int64_t pixels, char* lines) const {
   const int64_t bytes = channels * level->element_bytes;
-  level->copy(source, step, bytes, pixels, lines, group_bytes);
+  const int64_t stripes_to_a_line = line_bytes / (stripe_outputs * level->element_bytes);
+  level->copy(source, step, x.stripe * stripes_to_a_line, bytes, pixels, lines, group_bytes);
   clear(lines, divide_up(bytes, line_bytes), pixels);
 }
 

@@ -22,7 +22,7 @@ void in_parallel(mg_parallel parallel, int64_t count, int64_t grain, mg_body bod
 namespace {
 
 // The last stripe where it is narrower than the kernels write: computed in a buffer of its own.
-void run_narrow(const Tile& tile, TileKernel kernel, int64_t rows, int64_t columns, int64_t width, int64_t element) {
+void run_narrow(const Tile& tile, TileKernel kernel, int64_t rows, int64_t columns, int64_t width, int64_t element, bool whole_line) {
   alignas(line_bytes) char target[most_pixels * line_bytes], residual[most_pixels * line_bytes] = {};
   float bias[line_floats] = {};
   const int64_t line = stripe_outputs * element;
@@ -41,25 +41,26 @@ void run_narrow(const Tile& tile, TileKernel kernel, int64_t rows, int64_t colum
   for (int64_t pixel = 0; pixel < rows * columns; ++pixel) {
     char* to = tile.target + pixel / columns * tile.target_row + pixel % columns * tile.target_pixel;
     std::memcpy(to, target + pixel * line, bytes);
+    if (whole_line) std::memset(to + bytes, 0, static_cast<size_t>(line) - bytes);
   }
 }
 
 // All stripes from `first` to `last` of one tile, whose pixels `tile` knows already.
-void run_stripes(const Run& run, const Weighting& weights, Tile tile, int64_t pixel, int64_t rows, int64_t columns,
-                 int64_t first, int64_t last) {
+void run_stripes(const Run& run, const Weighting& weights, Tile tile, int64_t rows, int64_t columns, int64_t first, int64_t last) {
   const Output& output = run.output;
   const TileKernel kernel = run.plan.level->kernel(rows, columns, weights.kind);
-  const int64_t element = run.plan.level->element_bytes;
+  char* target = tile.target;
+  const char* residual = tile.residual;
   for (int64_t index = first; index < last; ++index) {
-    const int64_t channel = weights.stripe(index) * stripe_outputs;
+    const int64_t stripe = weights.stripe(index), channel = stripe * stripe_outputs;
     weights.fill(index, tile);
-    tile.target = output.y + (pixel * output.y_stride + channel) * element;
-    tile.residual = output.residual ? output.residual + (pixel * output.residual_stride + channel) * element : nullptr;
+    tile.target = target + stripe * output.y.stripe;
+    tile.residual = residual ? residual + stripe * output.residual.stripe : nullptr;
     tile.bias = output.bias ? output.bias + channel : nullptr;
     if (channel + stripe_outputs <= output.channels) {
       kernel(tile);
     } else {
-      run_narrow(tile, kernel, rows, columns, output.channels - channel, element);
+      run_narrow(tile, kernel, rows, columns, output.channels - channel, run.plan.level->element_bytes, output.whole);
     }
   }
 }
@@ -70,17 +71,17 @@ void run_tiles(const Run& run, const Weighting& weights, const Chunk& part, cons
   Tile tile{};
   tile.activation = run.output.activation;
   tile.source_row = plan.rows.step * plan.row_bytes;
-  tile.target_pixel = run.output.y_stride * plan.level->element_bytes;
-  tile.target_row = plan.space.columns * tile.target_pixel;
-  tile.residual_pixel = run.output.residual_stride * plan.level->element_bytes;
-  tile.residual_row = plan.space.columns * tile.residual_pixel;
+  const Image &y = run.output.y, &other = run.output.residual;
+  tile.target_pixel = y.pixel, tile.target_row = y.row;
+  tile.residual_pixel = other.pixel, tile.residual_row = other.row;
   for (int64_t index = 0; index < part.images * down * across; ++index) {
     const int64_t image = index / across / down, vertical = index / across % down, horizontal = index % across;
     const int64_t row = part.rows * vertical / down, rows = part.rows * (vertical + 1) / down - row;
     const int64_t column = part.columns * horizontal / across, columns = part.columns * (horizontal + 1) / across - column;
     tile.source = lines + image * plan.image_bytes + row * tile.source_row + column * line_bytes;
-    const int64_t output_row = (part.image + image) * plan.space.rows + part.row + row;
-    run_stripes(run, weights, tile, output_row * plan.space.columns + part.column + column, rows, columns, first, last);
+    tile.target = y.at(part.image + image, part.row + row, part.column + column);
+    tile.residual = other.data ? other.at(part.image + image, part.row + row, part.column + column) : nullptr;
+    run_stripes(run, weights, tile, rows, columns, first, last);
   }
 }
 
@@ -120,12 +121,12 @@ void run_chunk(const Run& run, const Chunk& part, const char* lines, int64_t fir
 
 void run_chunks(int64_t begin, int64_t end, void* context) {
   Run& run = *static_cast<Run*>(context);
-  char* lines = line_scratch.reserve(run.plan.scratch_bytes());
-  if (!lines) return run.status.store(MG_NO_MEMORY);
+  char* lines = run.plan.direct ? nullptr : line_scratch.reserve(run.plan.scratch_bytes());
+  if (!lines && !run.plan.direct) return run.status.store(MG_NO_MEMORY);
   for (int64_t index = begin; index < end; ++index) {
     const Chunk part = run.plan.chunk_at(index);
-    run.plan.copy(part, 0, run.plan.copy_units(part), lines);
-    run_chunk(run, part, lines, 0, run.weights.stripe_count);
+    if (lines) run.plan.copy(part, 0, run.plan.copy_units(part), lines);
+    run_chunk(run, part, lines ? lines : run.plan.lines_of(part), 0, run.weights.stripe_count);
   }
 }
 
@@ -133,7 +134,7 @@ void run_chunks(int64_t begin, int64_t end, void* context) {
 struct SharedChunk {
   const Run* run;
   Chunk part;
-  char* lines;
+  char* lines;  // of a copy; null without one
   int64_t pieces;
 
   // The first stripe of a piece, such that pieces have about the same number of places (a stripe alone counts as one).
@@ -159,7 +160,8 @@ void copy_shared(int64_t begin, int64_t end, void* context) {
 
 void run_shared(int64_t begin, int64_t end, void* context) {
   const SharedChunk& shared = *static_cast<SharedChunk*>(context);
-  run_chunk(*shared.run, shared.part, shared.lines, shared.boundary(begin), shared.boundary(end));
+  const char* lines = shared.lines ? shared.lines : shared.run->plan.lines_of(shared.part);
+  run_chunk(*shared.run, shared.part, lines, shared.boundary(begin), shared.boundary(end));
 }
 
 // Chunks are shared out where they come out even, and stripes otherwise if there are enough of them.
@@ -181,12 +183,12 @@ int execute(Run& run, int64_t threads) {
     in_parallel(run.parallel, chunks, 1, run_chunks, &run);
     return run.status.load();
   }
-  SharedChunk shared{&run, {}, line_scratch.reserve(run.plan.scratch_bytes()), threads};
-  if (!shared.lines) return MG_NO_MEMORY;
+  SharedChunk shared{&run, {}, run.plan.direct ? nullptr : line_scratch.reserve(run.plan.scratch_bytes()), threads};
+  if (!shared.lines && !run.plan.direct) return MG_NO_MEMORY;
   for (int64_t index = 0; index < chunks; ++index) {
     shared.part = run.plan.chunk_at(index);
     const int64_t units = run.plan.copy_units(shared.part);
-    in_parallel(run.parallel, units, divide_up(units, threads), copy_shared, &shared);
+    if (shared.lines) in_parallel(run.parallel, units, divide_up(units, threads), copy_shared, &shared);
     in_parallel(run.parallel, shared.pieces, 1, run_shared, &shared);
   }
   return run.status.load();

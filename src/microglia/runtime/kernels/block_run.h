@@ -31,6 +31,10 @@ class Scratch {
     return static_cast<char*>(data_);
   }
 
+  void release_above(int64_t bytes) {
+    if (size_ > bytes) std::free(data_), data_ = nullptr, size_ = 0;
+  }
+
  private:
   void* data_ = nullptr;
   int64_t size_ = 0;
@@ -67,14 +71,12 @@ struct Weighting {
   }
 };
 
-struct Output {  // y and residual of the level's type, strides in its elements
-  char* y;
-  int64_t y_stride;
-  const char* residual;
-  int64_t residual_stride;
+struct Output {
+  Image y, residual;  // of the level's type; residual.data may be null
   const float* bias;
   int64_t channels;
   int32_t activation;
+  bool whole = false;  // y has room for the whole of its last stripe, which is filled with zeros
 };
 
 struct Run {
@@ -85,16 +87,49 @@ struct Run {
   mutable std::atomic<int> status{MG_OK};
 };
 
+// What a convolution in NHWC is given, steps between pixels in elements.
+struct Activations {
+  const void* x;
+  int64_t x_stride;
+  void* y;
+  int64_t y_stride;
+  const void* residual;  // or null
+  int64_t residual_stride;
+  const float* bias;
+};
+
+// Blocks of either type.
+struct Blocks {
+  int64_t inputs, blocks, places;  // places to a block
+  const char* values;
+  const int32_t *row_pointer, *channel;
+  const uint8_t* tap;
+
+  int64_t value_bytes() const { return blocks * places * line_bytes; }
+};
+
+inline Blocks blocks_of(const mg_blocks& given) {
+  return {given.block_inputs, given.blocks,  given.block_inputs, reinterpret_cast<const char*>(given.values),
+          given.row_pointer,  given.channel, given.tap};
+}
+
 // ---- What the convolutions of blocks share (block.cpp) ----
 
 const Level& current_level();  // of float32
 
-Output output_of(const mg_conv2d* conv, void* y, int64_t y_stride, const void* residual, int64_t residual_stride,
-                 const float* bias);
-
-// What is wrong with a problem and its activations, and with a list that must rise below a limit.
-int check(const mg_conv2d* conv, const void* x, int64_t x_stride, const Output& output);
+// What is wrong with a problem, with its activations, with the lists of its blocks, and with a list that must rise below a limit.
+int check_sizes(const mg_conv2d* conv);
+int check(const mg_conv2d* conv, const Activations& given);
+int check_blocks(const mg_conv2d& conv, const Blocks& blocks);
 int check_list(const int32_t* list, int64_t count, int64_t limit);
+
+Output output_of(const mg_conv2d& conv, const Plan& plan, const Activations& given);
+
+// Input channels that blocks reach: the last block may reach past the last channel.
+int64_t reached_channels(const mg_conv2d& conv, const Blocks& blocks);
+
+// Runs a problem whose plan and output are known: checks its blocks' channels and taps and makes the list of their places first.
+int run_places(const mg_conv2d& conv, const Blocks& blocks, Run& run, mg_parallel parallel);
 
 void in_parallel(mg_parallel parallel, int64_t count, int64_t grain, mg_body body, void* context);
 

@@ -32,7 +32,6 @@ void list_places(const Plan& plan, const int32_t* channels, int64_t count, uint3
 }
 
 struct Clearing {
-  const mg_conv2d* conv;
   const Output* output;
   const int32_t* stripes;
   int64_t stripe_count;
@@ -42,7 +41,7 @@ void clear_other_stripes(int64_t begin, int64_t end, void* context) {
   const Clearing& work = *static_cast<Clearing*>(context);
   const Output& output = *work.output;
   for (int64_t pixel = begin; pixel < end; ++pixel) {
-    float* y = reinterpret_cast<float*>(output.y) + pixel * output.y_stride;
+    float* y = reinterpret_cast<float*>(output.y.at(0, 0, pixel));
     int64_t from = 0;
     for (int64_t index = 0; index <= work.stripe_count; ++index) {
       const int64_t to = index < work.stripe_count ? work.stripes[index] * stripe_outputs : output.channels;
@@ -60,8 +59,8 @@ using namespace microglia::block;
 MG_EXPORT int mg_gated_conv2d(const mg_conv2d* conv, const float* values, const int32_t* channels, int64_t channel_count,
                               const int32_t* stripes, int64_t stripe_count, const float* x, int64_t x_stride, float* y,
                               int64_t y_stride, const float* bias, mg_parallel parallel) {
-  const Output output = output_of(conv, y, y_stride, nullptr, 0, bias);
-  if (int code = check(conv, x, x_stride, output)) return code;
+  const Activations given{x, x_stride, y, y_stride, nullptr, 0, bias};
+  if (int code = check(conv, given)) return code;
   if (int code = check_list(channels, channel_count, conv->in_channels)) return code;
   if (int code = check_list(stripes, stripe_count, divide_up(conv->out_channels, stripe_outputs))) return code;
   if (!values) return MG_BAD_POINTER;
@@ -69,7 +68,7 @@ MG_EXPORT int mg_gated_conv2d(const mg_conv2d* conv, const float* values, const 
   if (taps > INT32_MAX / conv->in_channels || stripe_places > UINT32_MAX / line_bytes) return MG_BAD_SIZE;
   Run run;
   const int64_t count = taps * channel_count, value_bytes = count * stripe_count * line_bytes;
-  if (int code = make_plan(*conv, current_level(), conv->in_channels, value_bytes, run.plan)) return code;
+  if (int code = make_plan(*conv, current_level(), conv->in_channels, value_bytes, Order::follow, run.plan)) return code;
   run.plan.read(x, x_stride);
   uint32_t* places = reinterpret_cast<uint32_t*>(list_scratch.reserve((count + places_ahead) * 8));
   if (!places) return MG_NO_MEMORY;
@@ -80,8 +79,8 @@ MG_EXPORT int mg_gated_conv2d(const mg_conv2d* conv, const float* values, const 
   const char* lines = reinterpret_cast<const char*>(values);
   run.weights = {Weights::listed, lines,   places,       value_offsets, 1, nullptr, count, stripe_places * line_bytes,
                  stripes,         stripe_count};
-  run.output = output, run.parallel = parallel;
-  Clearing clearing{conv, &output, stripes, stripe_count};
+  run.output = output_of(*conv, run.plan, given), run.parallel = parallel;
+  Clearing clearing{&run.output, stripes, stripe_count};
   const int64_t pixels = run.plan.space.images * run.plan.space.rows * run.plan.space.columns;
   in_parallel(parallel, pixels, 256, clear_other_stripes, &clearing);
   return execute(run, std::max(1, conv->threads));

@@ -81,6 +81,28 @@ int mg_block_conv2d_bf16(const mg_conv2d* conv, const mg_blocks_bf16* blocks, co
                          int64_t y_stride, const uint16_t* residual, int64_t residual_stride, const float* bias,
                          mg_parallel parallel);
 
+// Several block-sparse convolutions of float32, one after the other, in one call. Values are numbered: first the images given, then
+// the result of each step.
+typedef struct {
+  mg_conv2d conv;    // of one batch in all steps; threads is read of the first
+  mg_blocks blocks;
+  const float* bias;
+  int64_t input;     // the number of the value that is read
+  int64_t residual;  // of the value that is added, or -1
+} mg_step;
+
+typedef struct {  // NHWC, pixels `channels` apart
+  const float* data;
+  int64_t channels, height, width;
+} mg_image;
+
+// results[s] is where the result of step s goes, NHWC as the images are, or null where later steps alone read it: then it stays in
+// working memory, in the order in which the kernels read, with its padding around it, and images of a batch go through all steps
+// a few at a time, so that it stays near. results overlap neither each other nor an image. The indices of a step's blocks are
+// checked before that step; everything else before anything is computed.
+int mg_block_chain(const mg_step* steps, int64_t step_count, const mg_image* images, int64_t image_count, float* const* results,
+                   mg_parallel parallel);
+
 // The same convolution of all blocks (a dense weight packed as blocks with block_inputs = 1, stripe by stripe, in each
 // tap-major: block (tap * in_channels + channel) of a stripe), computed from the input channels in `channels` (rising; the
 // others count as zero) for the stripes of outputs in `stripes` (rising) alone: the run-time block list of a dynamic gate.

@@ -109,14 +109,17 @@ using namespace microglia::part;
 
 MG_EXPORT int mg_part_conv2d(const mg_conv2d* conv, const mg_part* part, const float* x, int64_t x_stride, float* y,
                              int64_t y_stride, const float* bias, mg_parallel parallel) {
-  block::Output output = block::output_of(conv, y, y_stride, nullptr, 0, nullptr);
-  if (int code = block::check(conv, x, x_stride, output)) return code;
+  const block::Activations given{x, x_stride, y, y_stride, nullptr, 0, nullptr};
+  if (int code = block::check(conv, given)) return code;
   if (int code = check_part(*conv, part)) return code;
   const int64_t taps = conv->kernel_height * conv->kernel_width, count = taps * conv->in_channels;
   const int64_t stripes = divide_up(conv->out_channels, stripe_outputs), value_bytes = stripes * count * line_bytes;
   block::Run run;
-  if (int code = block::make_plan(*conv, block::current_level(), conv->in_channels, value_bytes, run.plan)) return code;
+  if (int code = block::make_plan(*conv, block::current_level(), conv->in_channels, value_bytes, block::Order::follow, run.plan)) {
+    return code;
+  }
   run.plan.read(x, x_stride);
+  run.output = block::output_of(*conv, run.plan, given);
   char* lists = list_scratch.reserve(count * 8 + (count + block::places_ahead + conv->out_channels) * 4);
   if (!lists) return MG_NO_MEMORY;
   Move* moves = reinterpret_cast<Move*>(lists);
@@ -126,7 +129,7 @@ MG_EXPORT int mg_part_conv2d(const mg_conv2d* conv, const mg_part* part, const f
   if (bias) {
     float* own = reinterpret_cast<float*>(places + count + block::places_ahead);
     for (int64_t index = 0; index < conv->out_channels; ++index) own[index] = bias[part->rows ? part->rows[index] : index];
-    output.bias = own;
+    run.output.bias = own;
   }
   PartPacking packing;
   packing.pack = &PartPacking::run;
@@ -134,6 +137,6 @@ MG_EXPORT int mg_part_conv2d(const mg_conv2d* conv, const mg_part* part, const f
   packing.moves = moves, packing.count = count, packing.kernel = current_pack();
   run.weights = {block::Weights::warm, nullptr, places, nullptr, 1, nullptr, count, count * line_bytes, nullptr, stripes};
   run.weights.packing = &packing;
-  run.output = output, run.parallel = parallel;
+  run.parallel = parallel;
   return block::execute(run, std::max(1, conv->threads));
 }

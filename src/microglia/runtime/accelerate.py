@@ -247,7 +247,7 @@ def _plans(dense: nn.Module, example: Example, measured: list[Measured], notes: 
     return plans
 
 
-def _plan(dense: nn.Module, example: Example, ways: Sequence[Candidate], half: bool) -> Runner:
+def _plan(dense: nn.Module, example: Example, ways: Sequence[Candidate], half: bool) -> nn.Module:
     """Returns the whole model with one way for each layer; blocks in float32 that follow each other run as one operator."""
     left = iter(ways)
 

@@ -116,20 +116,20 @@ Tensor run_block_linear(const Tensor& x_, const Tensor& values, const Tensor& ro
                         int64_t activation, bool over) {
   const ScalarType type = block_type(x_, values);
   STD_TORCH_CHECK(x_.is_cpu() && x_.dim() >= 1, "microglia: the input must be a CPU tensor (..., features)");
-  Tensor x = torch::stable::contiguous(x_);
+  Tensor x = x_.is_contiguous() ? x_ : torch::stable::contiguous(x_);
   int64_t features = x.size(x.dim() - 1), rows = features > 0 ? x.numel() / features : 0;
   uint32_t threads = torch::stable::get_num_threads();
   mg_conv2d c{1, features, 1, rows, out_features, 1, 1, 1, 1, 0, 0, 1, 1, static_cast<int32_t>(activation),
               static_cast<int32_t>(threads)};
   BlockPlaces p(values, row_pointer, channel, std::nullopt, out_features, type);
   Optional b = optional_plain(bias, ScalarType::Float, out_features, "bias"), r;
-  Sizes shape(x.sizes().begin(), x.sizes().end());
+  Sizes shape = sizes_of(x);
   shape.back() = out_features;
   if (residual) {
     check_shape(*residual, shape);
     r.held = plain(*residual, type, x.dim(), "the residual");
   }
-  Tensor y = over ? written_over(*residual, r, x) : torch::stable::empty(shape, type);
+  Tensor y = over ? written_over(*residual, r, x) : empty(shape, MemoryFormat::Contiguous, type);
   p.run(c, x, y, r, b, "block_linear");
   return y;
 }

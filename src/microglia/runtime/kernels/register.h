@@ -8,6 +8,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <optional>
 #include <vector>
@@ -42,14 +43,25 @@ inline const char* name_of(ScalarType type) {
 inline Tensor plain(const Tensor& t, ScalarType type, int64_t dimensions, const char* what) {
   STD_TORCH_CHECK(t.is_cpu() && t.scalar_type() == type && t.dim() == dimensions, "microglia: ", what, " must be a CPU tensor of ",
                   dimensions, " dimensions in ", name_of(type));
-  return torch::stable::contiguous(t);
+  return t.is_contiguous() ? t : torch::stable::contiguous(t);  // which asks the dispatcher: a microsecond or two
 }
+
+inline Sizes strides_of(const Sizes& shape, MemoryFormat format) {
+  if (format == MemoryFormat::ChannelsLast) return {shape[3] * shape[2] * shape[1], 1, shape[3] * shape[1], shape[1]};
+  Sizes strides(shape.size(), 1);
+  for (size_t d = shape.size(); d-- > 1;) strides[d - 1] = strides[d] * shape[d];
+  return strides;
+}
+
+inline Sizes sizes_of(const Tensor& t) { return {t.sizes().begin(), t.sizes().end()}; }
 
 // The activations in NHWC order, copied only if they lie otherwise.
 inline Tensor channels_last(const Tensor& x, const char* what, ScalarType type = ScalarType::Float) {
   STD_TORCH_CHECK(x.is_cpu() && x.scalar_type() == type && x.dim() == 4, "microglia: ", what, " must be a ", name_of(type),
                   " CPU tensor (batch, channels, height, width)");
-  return torch::stable::contiguous(x, MemoryFormat::ChannelsLast);
+  const Sizes strides = strides_of(sizes_of(x), MemoryFormat::ChannelsLast);
+  const bool so = std::equal(strides.begin(), strides.end(), x.strides().begin());
+  return so ? x : torch::stable::contiguous(x, MemoryFormat::ChannelsLast);
 }
 
 struct Optional {  // an optional tensor, made contiguous, with the pointer the kernels take
@@ -87,8 +99,14 @@ inline Sizes output_shape(const mg_conv2d& c) {
   return {c.batch, c.out_channels, height, width};
 }
 
+// In float32 or bfloat16; not through the dispatcher, which takes longer than the smallest layers.
 inline Tensor empty(const Sizes& shape, MemoryFormat format, ScalarType type = ScalarType::Float) {
-  return torch::stable::empty(shape, type, std::nullopt, std::nullopt, std::nullopt, format);
+  const Sizes strides = strides_of(shape, format);
+  const int32_t dtype = type == ScalarType::Float ? aoti_torch_dtype_float32() : aoti_torch_dtype_bfloat16();
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(), strides.data(), dtype,
+                                                         aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
 }
 
 inline void check_shape(const Tensor& residual, const Sizes& shape) {

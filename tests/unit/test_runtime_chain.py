@@ -3,6 +3,7 @@
 import copy
 import operator
 import pickle
+import resource
 
 import chains
 import pytest
@@ -47,11 +48,22 @@ def one_by_one(links, x):
     return [value for value, link in zip(known[1:], links, strict=True) if link.goes_out]
 
 
-@pytest.mark.parametrize("batch", [1, 3, 40])
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("batch", [1, 3, 40, 400])
 def test_a_chain_gives_the_bits_of_its_layers(batch):
     links, x = bottleneck(), torch.randn(batch, 24, 9, 9)
-    (out,), (expected,) = BlockChain(links)(x), one_by_one(links, x)
-    assert torch.equal(out, expected)
+    links.insert(-1, Link(layer(24, 40, 1, seed=6), 4, 0, goes_out=True))  # adds the image itself
+    links[-1] = links[-1]._replace(input=5)
+    got, expected = BlockChain(links)(x), one_by_one(links, x)
+    assert all(map(torch.equal, got, expected))
+    out = got[-1]
     assert out.is_contiguous(memory_format=torch.channels_last)
 
 
@@ -64,8 +76,9 @@ def test_results_that_go_out_are_also_read_inside():
 
 
 def test_what_a_call_left_behind_does_not_reach_the_next():
-    """The buffers of a chain are used again: their borders must be zeros whatever lay there."""
-    wide, small = [Link(layer(16, 16), 0), Link(layer(16, 16, seed=1), 1, None, True)], torch.randn(1, 16, 5, 5)
+    """The buffers of a chain are used again: borders and channels past the last must be zeros whatever lay there."""
+    last = BlockConv2d.of(site(sparse(16, 17, 3, 3, density=1.0), torch.zeros(1, 17, 9, 9), padding=(1, 1)), 8)
+    wide, small = [Link(layer(17, 16), 0), Link(last, 1, None, True)], torch.randn(1, 16, 5, 5)
     expected = one_by_one(wide, small)[0]
     chain = BlockChain(wide)
     for side in (20, 3, 17):
@@ -91,8 +104,46 @@ def test_hostile_indices_are_refused(bad, which):
     before = getattr(links[0].layer, name).numel() if which else 0
     last = before + getattr(links[which].layer, name).numel()
     getattr(chain, name)[last + place if place < 0 else before + place] = max(value, 48) if value > 0 else value
-    with pytest.raises(RuntimeError, match="block_chain"):
-        chain(torch.randn(1, 32, 7, 7))
+    for batch in (1, 4):
+        with pytest.raises(RuntimeError, match="block_chain"):
+            chain(torch.randn(batch, 32, 7, 7))
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_hostile_indices_are_refused_by_every_thread():
+    chain = BlockChain([Link(layer(48, 32), 0), Link(layer(32, 48), 1, None, True)])
+    chain.channel[-1] = 48
+    for batch in (1, 2, 5, 64):
+        with pytest.raises(RuntimeError, match="block_chain"):
+            chain(torch.randn(batch, 32, 7, 7))
+
+
+@pytest.mark.parametrize("first", [3, 9, 12, 15])
+def test_blocks_may_begin_anywhere_and_reach_past_the_last_channel(first):
+    wide = BlockConv2d.of(site(sparse(16, 16, 1, 1, density=1.0), torch.zeros(1, 16, 9, 9)), 8)
+    wide.channel[0] = first
+    wide.values[0, 16 - first :] = 0
+    links, x = [Link(layer(16, 16), 0), Link(wide, 1, None, True)], torch.randn(3, 16, 6, 6)
+    BlockChain([Link(layer(16, 16), 0), Link(layer(16, 16), 1, None, True)])(torch.full((1, 16, 20, 20), torch.nan))
+    assert torch.equal(BlockChain(links)(x)[0], one_by_one(links, x)[0])
+
+
+def test_a_large_dilation_on_one_axis_takes_no_room_on_the_other():
+    settings = {"padding": (0, 512), "dilation": (1, 512)}
+    x = torch.randn(1, 16, 1, 16000)
+    weight = sparse(16, 16, 1, 3)
+    links = [Link(BlockConv2d.of(site(weight, x, stride=(1, 1), **settings), 1), k, None, k == 3) for k in range(4)]
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert torch.equal(BlockChain(links)(x)[0], one_by_one(links, x)[0])
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000, "kilobytes"
+
+
+def test_a_padding_that_is_larger_than_the_image_is_copied():
+    x = torch.randn(2, 16, 6, 6)
+    weight = sparse(16, 16, 3, 3)
+    far = {"padding": (40, 50), "dilation": (40, 50), "stride": (1, 1)}
+    links = [Link(layer(16, 16), 0), Link(BlockConv2d.of(site(weight, x, **far), 1), 1, None, True)]
+    assert torch.equal(BlockChain(links)(x)[0], one_by_one(links, x)[0])
 
 
 STEPS = {
@@ -112,6 +163,7 @@ STEPS = {
     "fewer blocks than there are": {"blocks": 1},
     "more outputs than there are": {"outputs": 2**31 - 1},
     "a padding that no memory holds": {"padding_height": 2**30, "padding_width": 2**30},
+    "a hidden result that no offset reaches": {"padding_height": 2**15, "padding_width": 2**15, "goes_out": 0},
 }
 
 
@@ -135,9 +187,17 @@ def test_tensors_of_another_kind_or_length_are_refused():
         with pytest.raises(RuntimeError, match="microglia"):
             chain(x)
     chain = BlockChain(links)
-    for given in ((x.double(),), (x[0],), (x[:, :20],), (x[:, :, :0],), (), (x, torch.randn(2, 24, 9, 9))):
+    for given in ((x.double(),), (x[0],), (x[:, :20],), (x[:, :, :0],)):
         with pytest.raises(RuntimeError, match="microglia"):
             chain(*given)
+    for given in ((), (x, x)):
+        with pytest.raises(MicrogliaError, match=r"called with 1 images, not with \d"):
+            chain(*given)
+    two = BlockChain([Link(layer(24, 24), 0), Link(layer(24, 24), 1, 2, True)], images=2)
+    with pytest.raises(RuntimeError, match="of one batch"):
+        two(x, torch.randn(2, 24, 9, 9))
+    with pytest.raises(RuntimeError, match="shape of the output"):
+        BlockChain([Link(layer(24, 24), 0, 1, True)], images=2)(x, x[:, :, :5])
     program, chain.program = chain.program, []
     with pytest.raises(RuntimeError, match="whole steps"):
         chain(x)
@@ -151,6 +211,19 @@ def test_a_chain_is_of_block_convolutions_in_float32():
     row = RowConv2d.of(site(sparse(16, 8, 3, 3), x, padding=(1, 1)), 1)
     for links in ([], [Link(row, 0, None, True)], [Link(layer(16, 8).to(torch.bfloat16), 0, None, True)]):
         with pytest.raises(MicrogliaError, match="one or more block convolutions in float32"):
+            BlockChain(links)
+
+
+def test_links_that_do_not_fit_are_refused_in_words():
+    for links, said in (
+        ([Link(layer(16, 24), 1, None, True)], "asks for value 1; then there are 1"),
+        ([Link(layer(16, 24), 0, 7, True)], "asks for value 7"),
+        ([Link(layer(16, 24), 0, -1, True)], "asks for value -1"),
+        ([Link(layer(16, 24), 0), Link(layer(16, 24), 1, None, True)], "asks value 1 for 24 channels; it has 16"),
+        ([Link(layer(16, 24), 0, 0, True)], "asks value 0 for 16 channels; it has 24"),
+        ([Link(layer(16, 24), 0)], "goes_out=True"),
+    ):
+        with pytest.raises(MicrogliaError, match=said):
             BlockChain(links)
 
 
@@ -247,6 +320,16 @@ def test_layers_that_follow_each_other_become_chains():
     assert [Step(*step).goes_out for step in steps_of(first.program)] == [0, 1, 1]
     assert len(second.inputs) == 2
     assert all(map(torch.equal, copy.deepcopy(graph)(x), expected))
+
+
+def test_a_name_that_is_taken_stays():
+    model, x = nn.Sequential(), torch.randn(1, 24, 8, 8)
+    for name, part in {"a": nn.Conv2d(24, 16, 3), "b": nn.Conv2d(16, 16, 3), "chain_0": nn.ConvTranspose2d(16, 16, 1)}.items():
+        model.add_module(name, part)
+    graph = graph_of(model, x, lambda site: BlockConv2d.of(site, 1))
+    expected = graph(x)
+    assert torch.equal(chained(graph)(x), expected)
+    assert calls(graph) == [BlockChain]
 
 
 def test_layers_of_another_kind_stay_between_the_chains():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from itertools import groupby
+from itertools import count, groupby
 from typing import NamedTuple
 
 import torch
@@ -43,9 +43,11 @@ class BlockChain(nn.Module):
 
     Args:
         links: Its layers, in order.
+        images: How many images it is called with.
 
     Raises:
-        MicrogliaError: There is no layer, or one is not in float32 on the CPU.
+        MicrogliaError: There is no layer, one is not in float32 on the CPU, one reads or adds a value that is not there yet or
+            has another number of channels, or no result goes out.
     """
 
     values: Tensor
@@ -54,11 +56,13 @@ class BlockChain(nn.Module):
     tap: Tensor
     bias: Tensor
 
-    def __init__(self, links: Sequence[Link]) -> None:
+    def __init__(self, links: Sequence[Link], images: int = 1) -> None:
         super().__init__()
         if not links or not all(chainable(link.layer) for link in links):
             raise MicrogliaError("A chain is of one or more block convolutions in float32 on the CPU.")
+        _check(links, images)
         self.program = [number for link in links for number in _step(link)]
+        self.images = images
         self.inputs = [link.layer.inputs for link in links]
         layers = [link.layer for link in links]
         places = [layer.places for layer in layers]
@@ -76,6 +80,8 @@ class BlockChain(nn.Module):
 
     def forward(self, *images: Tensor) -> list[Tensor]:
         """Returns the results that go out, (batch, outputs, height, width) in channels last each."""
+        if len(images) != self.images:
+            raise MicrogliaError(f"The chain is called with {self.images} images, not with {len(images)}.")
         weights = self.values, self.row_pointer, self.channel, self.tap, self.bias
         out: list[Tensor] = torch.ops.microglia.block_chain(images, *weights, self.program)
         return out
@@ -92,6 +98,24 @@ class BlockChain(nn.Module):
     def extra_repr(self) -> str:
         """Returns the number of layers and of blocks, for the printed form."""
         return f"{len(self.inputs)} layers, {len(self.channel)} blocks"
+
+
+def _check(links: Sequence[Link], images: int) -> None:
+    widths: dict[int, int] = {}  # of the values that a layer made, read or added
+    for index, link in enumerate(links):
+        made = images + index
+        for value, width in ((link.input, link.layer.inputs), (link.residual, link.layer.outputs)):
+            if value is None:
+                continue
+            if not 0 <= value < made:
+                raise MicrogliaError(f"Layer {index} of a chain asks for value {value}; then there are {made}, counted from 0.")
+            if widths.setdefault(value, width) != width:
+                raise MicrogliaError(
+                    f"Layer {index} of a chain asks value {value} for {width} channels; it has {widths[value]}."
+                )
+        widths[made] = link.layer.outputs
+    if not any(link.goes_out for link in links):
+        raise MicrogliaError("No result of the chain goes out: say goes_out=True for one.")
 
 
 def _step(link: Link) -> Step:
@@ -117,11 +141,13 @@ def chained(graph: GraphModule) -> GraphModule:
     """Makes block convolutions that follow each other in a graph into chains, in place, and returns the graph."""
 
     def joins(node: Node) -> bool:
-        return node.op == "call_module" and chainable(graph.get_submodule(str(node.target)))
+        return node.op == "call_module" and not node.kwargs and chainable(graph.get_submodule(str(node.target)))
 
     runs = [list(nodes) for found, nodes in groupby(list(graph.graph.nodes), joins) if found]
-    for number, nodes in enumerate(nodes for nodes in runs if len(nodes) > 1):
-        _replace(graph, nodes, f"chain_{number}")
+    free = (name for number in count() if not hasattr(graph, name := f"chain_{number}"))
+    for nodes in (nodes for nodes in runs if len(nodes) > 1):
+        _replace(graph, nodes, next(free))
+    graph.delete_all_unused_submodules()
     graph.graph.lint()
     graph.recompile()
     return graph
@@ -139,7 +165,7 @@ def _replace(graph: GraphModule, nodes: list[Node], name: str) -> None:
         assert isinstance(layer, BlockConv2d)
         first, *rest = (number[argument] for argument in node.args if isinstance(argument, Node))
         links.append(Link(layer, first, rest[0] if rest else None, node in out))
-    graph.add_module(name, BlockChain(links))
+    graph.add_module(name, BlockChain(links, len(images)))
     with graph.graph.inserting_before(nodes[0]):
         results = graph.graph.call_module(name, tuple(images))
         for index, node in enumerate(out):
@@ -148,4 +174,3 @@ def _replace(graph: GraphModule, nodes: list[Node], name: str) -> None:
             node.replace_all_uses_with(result)
     for node in reversed(nodes):
         graph.graph.erase_node(node)
-        graph.delete_submodule(str(node.target))

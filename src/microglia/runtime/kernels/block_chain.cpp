@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstring>
+#include <new>
 #include <vector>
 
 #include "block_level.h"
@@ -17,23 +18,23 @@ namespace {
 // Working memory of one pass over some images: about what the weights take, which each pass reads once, and no less than a
 // level-2 cache holds.
 constexpr int64_t least_pass_bytes = 1 << 20;
-constexpr int64_t kept_bytes = 256 << 20;  // of working memory, after a call
+constexpr int64_t kept_bytes = 64 << 20;  // of working memory, after a call
+constexpr int64_t small_image = 64;      // pixels, beside which any border is small
 constexpr int64_t most_image_bytes = int64_t{1} << 32;  // places are 32-bit offsets into one image
 
 thread_local Scratch chain_scratch;
 
-// An image of float32 in lines: each group of 16 channels by itself, rows with `border` lines of zeros behind them, which are also in
-// front of the next row, and as many rows of zeros above and below.
+// An image of float32 in lines: each group of 16 channels by itself, rows with lines of zeros `beside` them, which are also in front of
+// the next row, and rows of zeros `above` and below.
 struct Lines {
-  int64_t channels = 0, height = 0, width = 0, border = 0;
+  int64_t channels = 0, height = 0, width = 0, above = 0, beside = 0;
 
-  bool operator==(const Lines& o) const {
-    return channels == o.channels && height == o.height && width == o.width && border == o.border;
-  }
+  bool same_size(const Lines& o) const { return channels == o.channels && height == o.height && width == o.width; }
+  bool operator==(const Lines& o) const { return same_size(o) && above == o.above && beside == o.beside; }
   int64_t groups() const { return divide_up(channels, line_floats); }
-  int64_t row_lines() const { return width + border; }
-  int64_t first_line() const { return border * row_lines() + border; }
-  int64_t group_lines() const { return (height + 2 * border) * row_lines() + border; }
+  int64_t row_lines() const { return width + beside; }
+  int64_t first_line() const { return above * row_lines() + beside; }
+  int64_t group_lines() const { return (height + 2 * above) * row_lines() + beside; }
   // An odd number of lines, so that the groups of one pixel do not all fall into the same set of the cache.
   int64_t group_bytes() const { return (group_lines() | 1) * line_bytes; }
   int64_t image_bytes() const { return groups() * group_bytes(); }
@@ -41,7 +42,7 @@ struct Lines {
   // Whether so many images could be counted in NHWC, and one of them as lines by 32-bit offsets.
   bool fits(int64_t images, bool as_lines) const {
     int64_t bytes;
-    if (__builtin_mul_overflow(height + 2 * border + 1, row_lines() + 1, &bytes) ||
+    if (__builtin_mul_overflow(height + 2 * above + 1, row_lines() + 1, &bytes) ||
         __builtin_mul_overflow(bytes, groups() * line_bytes, &bytes) || (as_lines && bytes >= most_image_bytes)) {
       return false;
     }
@@ -56,9 +57,9 @@ struct Lines {
     const auto clear = [](char* group, int64_t from, int64_t to) {
       std::memset(group + from * line_bytes, 0, static_cast<size_t>((to - from) * line_bytes));
     };
-    for (int64_t index = 0; border > 0 && index < images * groups(); ++index, data += group_bytes()) {
+    for (int64_t index = 0; above + beside > 0 && index < images * groups(); ++index, data += group_bytes()) {
       clear(data, 0, first_line());
-      for (int64_t row = 0, end = first_line() + width; row + 1 < height; ++row, end += row_lines()) clear(data, end, end + border);
+      for (int64_t row = 0, end = first_line() + width; row + 1 < height; ++row, end += row_lines()) clear(data, end, end + beside);
       clear(data, first_line() + (height - 1) * row_lines() + width, group_lines());
     }
   }
@@ -84,6 +85,7 @@ struct Chain {
   const mg_step* steps;
   int64_t step_count, image_count, batch, pass_images = 1;
   std::vector<Value> values;
+  std::vector<char> direct;  // of each step: whether it reads lines where they are
   std::vector<int64_t> buffer_bytes;  // of one image
   mg_parallel parallel;
   std::atomic<int> status{MG_OK};
@@ -122,10 +124,12 @@ Lines lines_of_result(const mg_conv2d& conv) {
           output_size(conv.width, conv.kernel_width, conv.stride_width, conv.padding_width, conv.dilation_width)};
 }
 
-// Whether a step reads lines where they are, with the border that its padding needs.
+// Whether a step reads lines where they are: not where the border for its padding would be as large as the image.
 bool is_direct(const mg_step& step, const Value& input) {
-  return !input.outside && reads_lines(step.conv) &&
-         divide_up(reached_channels(step.conv, blocks_of(step.blocks)), line_floats) == input.lines.groups();
+  const mg_conv2d& conv = step.conv;
+  const int64_t bordered = (conv.height + 2 * conv.padding_height) * (conv.width + conv.padding_width);
+  return !input.outside && reads_lines(conv) && bordered <= 2 * conv.height * conv.width + small_image &&
+         divide_up(reached_channels(conv, blocks_of(step.blocks)), line_floats) == input.lines.groups();
 }
 
 // The values of all steps and who reads them last.
@@ -141,17 +145,16 @@ int make_values(Chain& chain, const mg_image* images, float* const* results) {
     if (int code = check_step(chain, step, chain.image_count + index)) return code;
     Value& input = chain.input(step);
     Value made{lines_of_result(step.conv)};
-    const Lines wanted{step.conv.in_channels, step.conv.height, step.conv.width, input.lines.border};
-    if (!(input.lines == wanted)) return MG_BAD_SIZE;
+    if (!input.lines.same_size({step.conv.in_channels, step.conv.height, step.conv.width})) return MG_BAD_SIZE;
     input.last_reader = index;
-    if (is_direct(step, input)) {
-      input.lines.border = std::max({input.lines.border, step.conv.padding_height, step.conv.padding_width});
+    chain.direct.push_back(is_direct(step, input));
+    if (chain.direct.back()) {
+      input.lines.above = std::max(input.lines.above, step.conv.padding_height);
+      input.lines.beside = std::max(input.lines.beside, step.conv.padding_width);
     }
     if (step.residual >= 0) {
       Value& other = chain.values[static_cast<size_t>(step.residual)];
-      made.lines.border = other.lines.border;
-      if (!(other.lines == made.lines)) return MG_BAD_SIZE;
-      made.lines.border = 0;
+      if (!other.lines.same_size(made.lines)) return MG_BAD_SIZE;
       other.last_reader = index;
     }
     made.outside = reinterpret_cast<char*>(results[index]);
@@ -178,9 +181,9 @@ void assign_buffers(Chain& chain) {
     const mg_step& step = chain.steps[index];
     Value& made = chain.result(index);
     const Value* other = chain.residual(step);
-    const bool over = other && other->buffer >= 0 && other->last_reader == index && step.residual != step.input &&
-                      other->lines == made.lines;
-    if (!made.outside && over) {
+    const bool over = !made.outside && other && other->buffer >= 0 && other->last_reader == index &&
+                      step.residual != step.input && other->lines == made.lines;
+    if (over) {
       made.buffer = other->buffer, made.cleared = true;
     } else if (!made.outside) {
       const int64_t bytes = made.lines.image_bytes();
@@ -214,7 +217,7 @@ int run_step(Chain& chain, int64_t index, char* const* buffers, int64_t first, i
   conv.threads = parallel ? chain.steps->conv.threads : 1;
   Run run;
   const Image x = input.at(buffers, first);
-  if (is_direct(step, input)) {
+  if (chain.direct[static_cast<size_t>(index)]) {
     if (int code = make_direct_plan(conv, current_level(), blocks.value_bytes(), x, run.plan)) return code;
   } else {
     const bool follow = input.outside && made.outside && (!other || other->outside);
@@ -240,33 +243,38 @@ int run_pass(Chain& chain, int64_t pass, mg_parallel parallel) {
   for (int64_t index = 0; index < chain.step_count; ++index) {
     if (int code = run_step(chain, index, buffers.data(), first, images, parallel)) return code;
   }
-  chain_scratch.release_above(kept_bytes);
   return MG_OK;
 }
 
-void run_passes(int64_t begin, int64_t end, void* context) {
-  Chain& chain = *static_cast<Chain*>(context);
-  for (int64_t pass = begin; pass < end && chain.status.load() == MG_OK; ++pass) {
-    if (int code = run_pass(chain, pass, nullptr)) chain.status.store(code);
+void run_some(Chain& chain, int64_t begin, int64_t end, mg_parallel parallel) {
+  try {
+    for (int64_t pass = begin; pass < end && chain.status.load() == MG_OK; ++pass) {
+      if (int code = run_pass(chain, pass, parallel)) chain.status.store(code);
+    }
+  } catch (const std::bad_alloc&) {
+    chain.status.store(MG_NO_MEMORY);
   }
+  chain_scratch.release_above(kept_bytes);
 }
 
+void run_passes(int64_t begin, int64_t end, void* context) { run_some(*static_cast<Chain*>(context), begin, end, nullptr); }
+
+// Passes are shared out where they come out even for the threads, and each of them otherwise.
 int run_chain(Chain& chain) {
   int64_t weights = 0;
   for (int64_t index = 0; index < chain.step_count; ++index) weights += blocks_of(chain.steps[index].blocks).value_bytes();
-  const int64_t threads = std::max<int64_t>(1, chain.steps->conv.threads), fair = divide_up(chain.batch, threads);
+  const int64_t threads = chain.parallel ? std::max<int64_t>(1, chain.steps->conv.threads) : 1;
   const int64_t budget = std::max(least_pass_bytes, 2 * weights), image = std::max<int64_t>(1, chain.bytes_of_an_image());
-  const int64_t passes = divide_up(chain.batch, std::clamp<int64_t>(budget / image, 1, fair));
-  chain.pass_images = divide_up(chain.batch, passes);
-  const int64_t count = divide_up(chain.batch, chain.pass_images);
-  if (chain.parallel && threads > 1 && count >= threads) {
+  const int64_t near = std::clamp<int64_t>(budget / image, 1, chain.batch);
+  const int64_t shared = std::min(near, divide_up(chain.batch, threads)), count = divide_up(chain.batch, shared);
+  const bool even = threads > 1 && count * 8 >= divide_up(count, threads) * threads * 7;
+  chain.pass_images = even ? shared : divide_up(chain.batch, divide_up(chain.batch, near));
+  if (even) {
     chain.parallel(0, count, 1, run_passes, &chain);
-    return chain.status.load();
+  } else {
+    run_some(chain, 0, divide_up(chain.batch, chain.pass_images), chain.parallel);
   }
-  for (int64_t pass = 0; pass < count; ++pass) {
-    if (int code = run_pass(chain, pass, chain.parallel)) return code;
-  }
-  return MG_OK;
+  return chain.status.load();
 }
 
 }  // namespace
@@ -278,10 +286,14 @@ MG_EXPORT int mg_block_chain(const mg_step* steps, int64_t step_count, const mg_
                              float* const* results, mg_parallel parallel) {
   if (step_count < 1 || image_count < 1 || step_count > INT32_MAX || image_count > INT32_MAX) return MG_BAD_SIZE;
   if (!steps || !images || !results) return MG_BAD_POINTER;
-  Chain chain;
-  chain.steps = steps, chain.step_count = step_count, chain.image_count = image_count;
-  chain.batch = steps->conv.batch, chain.parallel = parallel;
-  if (int code = make_values(chain, images, results)) return code;
-  assign_buffers(chain);
-  return run_chain(chain);
+  try {
+    Chain chain;
+    chain.steps = steps, chain.step_count = step_count, chain.image_count = image_count;
+    chain.batch = steps->conv.batch, chain.parallel = parallel;
+    if (int code = make_values(chain, images, results)) return code;
+    assign_buffers(chain);
+    return run_chain(chain);
+  } catch (const std::bad_alloc&) {
+    return MG_NO_MEMORY;
+  }
 }

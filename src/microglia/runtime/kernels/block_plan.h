@@ -90,7 +90,7 @@ int make_plan(const mg_conv2d& conv, const Level& level, int64_t channels, int64
 // Whether a convolution of float32 can be computed from lines without a copy: neighbouring outputs must read neighbouring lines.
 bool reads_lines(const mg_conv2d& conv);
 
-// The same for an input in lines: x.stripe between its groups, around it at least as many lines of zeros as there is padding.
+// As make_plan, for an input in lines: x.stripe between its groups, around it at least as many lines of zeros as there is padding.
 int make_direct_plan(const mg_conv2d& conv, const Level& level, int64_t value_bytes, const Image& x, Plan& plan);
 
 // The place of each tap in the copy; for taps past the table, tap_place alone is to be used.

@@ -1,7 +1,7 @@
 // The plain C interface of Microglia's sparse kernels: no torch, no exceptions, no allocation visible to the caller.
 //
-// Every function checks its whole problem, index arrays included, before it reads or writes a single activation, and
-// returns MG_OK or the code of what is wrong (see mg_error_text). Activations and weights are float32, except where a name
+// Every function checks its whole problem, index arrays included, before it reads or writes a single activation (a chain of
+// several: before each step), and returns MG_OK or the code of what is wrong (see mg_error_text). Activations and weights are float32, except where a name
 // ends in _bf16.
 #ifndef MICROGLIA_KERNELS_H
 #define MICROGLIA_KERNELS_H
@@ -98,8 +98,8 @@ typedef struct {  // NHWC, pixels `channels` apart
 
 // results[s] is where the result of step s goes, NHWC as the images are, or null where later steps alone read it: then it stays in
 // working memory, in the order in which the kernels read, with its padding around it, and images of a batch go through all steps
-// a few at a time, so that it stays near. results overlap neither each other nor an image. The indices of a step's blocks are
-// checked before that step; everything else before anything is computed.
+// a few at a time, so that it stays near. results overlap neither each other nor an image.
+// What is wrong with the blocks of a step may be found when the steps before it have run.
 int mg_block_chain(const mg_step* steps, int64_t step_count, const mg_image* images, int64_t image_count, float* const* results,
                    mg_parallel parallel);
 

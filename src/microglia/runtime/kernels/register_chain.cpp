@@ -74,8 +74,13 @@ std::vector<Tensor> block_chain(const std::vector<Tensor> images_, const Tensor&
   for (const int64_t* s = program.data(); s < program.data() + program.size(); s += fields) {
     STD_TORCH_CHECK(s[input] >= 0 && s[input] < static_cast<int64_t>(shapes.size()),
                     "microglia::block_chain: a step reads a value that is not there");
+    STD_TORCH_CHECK(s[residual] < static_cast<int64_t>(shapes.size()),
+                    "microglia::block_chain: a step adds a value that is not there");
     made.add(s, shapes[static_cast<size_t>(s[input])]);
-    shapes.push_back(output_shape(made.steps.back().conv));
+    const Sizes shape = output_shape(made.steps.back().conv);
+    STD_TORCH_CHECK(s[residual] < 0 || shapes[static_cast<size_t>(s[residual])] == shape,
+                    "microglia::block_chain: the residual must have the shape of the output");
+    shapes.push_back(shape);
     if (s[goes_out]) out.push_back(empty(shapes.back(), MemoryFormat::ChannelsLast));
     results.push_back(s[goes_out] ? static_cast<float*>(out.back().mutable_data_ptr()) : nullptr);
   }

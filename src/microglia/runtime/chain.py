@@ -38,8 +38,8 @@ class BlockChain(nn.Module):
     """Block convolutions run one after the other in one call of the kernels.
 
     Results that only later layers read stay in a few shared buffers, in the order in which the kernels read them, with the
-    zeros of the padding around them, so nothing is copied between the layers; the images of a batch go through all layers a
-    few at a time, so that the buffers stay in the cache.
+    zeros of the padding around them, so only what a layer with a stride reads is copied; the images of a batch go through
+    all layers a few at a time, so that the buffers stay in the cache.
 
     Args:
         links: Its layers, in order.

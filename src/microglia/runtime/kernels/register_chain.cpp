@@ -7,7 +7,7 @@
 namespace microglia {
 namespace {
 
-// How a step is written in the list; microglia.runtime.chain writes it.
+// How a step is written in the list: microglia.runtime.steps.Step.
 enum Field {
   out_channels, kernel_height, kernel_width, stride_height, stride_width, padding_height, padding_width, dilation_height,
   dilation_width, activation, block_inputs, blocks, has_bias, input, residual, goes_out, fields

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, get_args
@@ -297,5 +298,9 @@ def _own_directory(recipe: Recipe) -> Path:
 
 
 def main() -> None:
-    """Runs the command line."""
+    """Runs the command line.
+
+    The current folder comes last on the import path, so that ``mynet:MyNet`` is found there and hides no library.
+    """
+    sys.path.append(str(Path.cwd()))
     app()

@@ -307,7 +307,7 @@ def test_wrong_usage_ends_in_status_2(work, words, texts):
 def test_wrong_targets(work, tmp_path, command):
     (tmp_path / "empty").mkdir()
     refused(microglia(command, tmp_path / "empty", folder=work), "is neither a run directory (recipe.yaml) nor a saved model")
-    refused(microglia(command, "resnet21x", folder=work), "There is no model named 'resnet21x'")
+    refused(microglia(command, "resnet21x", folder=work), "no run directory, saved model or network named 'resnet21x'")
     mg.save(nn.Linear(2, 2), tmp_path / "mine")
     refused(microglia(command, tmp_path / "mine", folder=work), "does not say which network it is")
     (tmp_path / "mine" / "plan.json").write_text("{")

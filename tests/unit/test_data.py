@@ -64,7 +64,9 @@ def test_digits_options():
 def test_unknown_names(monkeypatch, tmp_path):
     with pytest.raises(UnknownNameError, match=r"no data set named 'cifar11'\. Did you mean 'cifar10'"):
         load_data("cifar11")
-    (tmp_path / "flowers").mkdir()
+    (tmp_path / "flowers" / "rose").mkdir(parents=True)
+    (tmp_path / "flowers" / "rose" / "one.png").touch()
+    (tmp_path / "checkpoints").mkdir()  # no data set, so it is not offered
     monkeypatch.setenv("MICROGLIA_DATA", str(tmp_path))
     with pytest.raises(UnknownNameError, match=r"Did you mean 'flowers'\? Known: cifar10, digits, flowers, hf:NAME, mnist"):
         load_data("flower")

@@ -135,8 +135,18 @@ def _source(name: str) -> Source:
             f"There is no folder {path}; expected parquet files or images in class folders there. "
             "A data set of the Hugging Face hub is written hf:NAME."
         )
-    names = [entry.name for entry in Path(root).iterdir() if entry.is_dir()] if root and Path(root).is_dir() else []
+    entries = [entry for entry in Path(root).iterdir() if entry.is_dir()] if root and Path(root).is_dir() else []
+    names = [entry.name for entry in entries if _readable(entry)]
     raise unknown_name("data set", name, {"digits", *_KNOWN, "hf:NAME", *names})
+
+
+def _readable(root: Path) -> bool:
+    """Returns whether a folder holds images of classes, so that its name is worth an offer."""
+    try:
+        _folder(root)
+    except DataError:
+        return False
+    return True
 
 
 def _folder(root: Path) -> Source:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -56,6 +57,8 @@ def open_ends(targets: tuple[str, str], data: str | None = None) -> Ends:
     Raises:
         MicrogliaError: A target is none or has gates, or they differ in architecture or data.
     """
+    if Path(targets[0]).exists() and Path(targets[0]).resolve() == Path(targets[1]).resolve():
+        raise MicrogliaError(f"Both ends are {targets[0]}; a connection needs two different networks.")
     (one, task), (other, its_task) = (open_target(target, data) for target in targets)
     for target, model in zip(targets, (one, other), strict=True):
         if gate_plan(model) is not None:

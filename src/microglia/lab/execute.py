@@ -29,7 +29,7 @@ from microglia.methods.procedure import observe
 from microglia.train.archive import load, removed_from, save
 from microglia.train.engine import accelerator, device_of
 from microglia.train.files import write_atomic
-from microglia.train.image_task import ImageSource, image_task
+from microglia.train.image_task import ImageSource, check_fit, image_task
 from microglia.train.run import Run
 from microglia.train.task import Task
 
@@ -88,6 +88,7 @@ def prepare(recipe: Recipe) -> Task:
         MicrogliaError: Model, data, checkpoint, layers, pattern or budget are not as they should be.
     """
     task = make_task(recipe)
+    check_fit(task.build(), task)
     methods[recipe.method].check(task, method_config(recipe))
     return task
 

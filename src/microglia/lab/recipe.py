@@ -198,7 +198,8 @@ def _validate(adapter: TypeAdapter[Any], fields: Mapping[str, Any], what: str) -
         lines = []
         for problem in error.errors():
             place = ".".join(str(part) for part in problem["loc"]) or what
-            given = "" if problem["type"] == "missing" else f"; got {problem['input']!r}"
+            whole = problem["type"] == "missing" or isinstance(problem["input"], Mapping)
+            given = "" if whole else f"; got {problem['input']!r}"
             message = "there is no such field" if problem["type"].endswith("unexpected_keyword_argument") else problem["msg"]
             lines.append(f"{place}: {message}{given}")
         raise RecipeError(f"The {what} is not valid: " + " | ".join(lines)) from None

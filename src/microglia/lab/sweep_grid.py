@@ -87,6 +87,11 @@ def read_sweep(path: str | Path, overrides: Sequence[str] = ()) -> Sweep:
         RecipeError: The file, or a cell, is not valid; the text names the cell and the field.
     """
     source = read_yaml(Path(path))
+    if "grid" not in source and not any(text.startswith("grid.") for text in overrides):
+        raise RecipeError(
+            f"{path} is no sweep: a sweep has 'grid' (dotted keys with lists of values) and 'base' (a recipe). "
+            f"A recipe is run by: microglia prune --recipe {path}"
+        )
     whole = [text for text in overrides if text.startswith("grid.")]  # keys of the grid are dotted themselves
     source = override(source, [text for text in overrides if text not in whole])
     grid = dict(source.get("grid") or {})

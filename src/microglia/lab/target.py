@@ -7,12 +7,14 @@ from pathlib import Path
 from torch import nn
 
 from microglia.core.errors import RunError
+from microglia.core.registry import unknown_name
 from microglia.lab.execute import make_task
 from microglia.lab.recipe import read_yaml, resolve
 from microglia.train.archive import PLAN, load
-from microglia.train.image_task import image_task
+from microglia.train.image_task import check_fit, image_task
 from microglia.train.run import read_json
 from microglia.train.task import Task
+from microglia.zoo import is_known, model_names
 
 
 def open_target(target: str, data: str | None = None, checkpoint: str | None = None) -> tuple[nn.Module, Task]:
@@ -42,8 +44,14 @@ def open_target(target: str, data: str | None = None, checkpoint: str | None = N
         return load(path), image_task(source["name"], data or "digits")
     if path.is_dir():
         raise RunError(f"{path} is neither a run directory (recipe.yaml) nor a saved model ({PLAN}).")
+    if ":" not in target and (path.parent != Path() or target in ("", ".", "..")):
+        raise RunError(f"There is no run directory or saved model {target}; give one, or a model's name such as resnet20.")
+    if ":" not in target and not is_known(target):
+        raise unknown_name("run directory, saved model or network", target, model_names())
     task = image_task(target, data or "digits", checkpoint=checkpoint)
-    return task.build(), task
+    model = task.build()
+    check_fit(model, task)
+    return model, task
 
 
 def _task_of(run: Path, data: str | None) -> Task:

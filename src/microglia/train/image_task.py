@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from microglia.core.errors import MicrogliaError
+from microglia.core.modes import evaluating
 from microglia.data import Batches, ImageData, Normalization, load_data
 from microglia.train.archive import SOURCE
+from microglia.train.engine import device_of
 from microglia.train.task import CLASSIFICATION, CrossEntropy, Split, Task
 from microglia.zoo import build, load_checkpoint
+from microglia.zoo.registry import ModelError
 
 USUAL = ("imagenet", "cifar10", "mnist", "half")
 CLEARLY = 0.9  # other statistics than the data set's own must reduce the loss to this fraction
@@ -101,9 +106,52 @@ def image_task(
 
 def build_noted(model: str, *, classes: int = 10, shape: tuple[int, ...] = (3, 32, 32), **options: Any) -> nn.Module:
     """Returns a network of the zoo that remembers how it was built, so that a saved one can be loaded by itself."""
-    network = build(model, classes=classes, shape=shape, **options)
+    try:
+        network = build(model, classes=classes, shape=shape, **options)
+    except MicrogliaError:
+        raise
+    except Exception as error:  # whatever the user's own module or factory raises
+        raise ModelError(f"The model {model} cannot be built: {_told(error)}.") from error
     setattr(network, SOURCE, {"name": model, "classes": classes, "shape": list(shape), "options": options})
     return network
+
+
+@torch.no_grad()
+def check_fit(model: nn.Module, task: Task) -> None:
+    """Raises unless a model maps the images of an image task to one logit for each class, at least.
+
+    Args:
+        model: Built for the task; its state and mode stay as they are.
+        task: Of `image_task`; another task is not checked.
+
+    Raises:
+        ModelError: Its forward fails on an image, returns no tensor of shape (batch, classes), or has too few logits.
+    """
+    if not isinstance(task.data, ImageSource):
+        return
+    classes, shape = len(task.data.images.classes), tuple(task.example.shape)
+    try:
+        with evaluating(model):
+            outputs = model(task.example.to(device_of(model)))
+    except Exception as error:  # whatever the user's own forward raises
+        raise ModelError(
+            f"The model does not take images of shape {shape} (batch, channels, height, width): {_told(error)}."
+        ) from error
+    wanted = (
+        f"classification needs one tensor of logits, (batch, classes), for the {classes} classes of {task.data.images.name}"
+    )
+    if not isinstance(outputs, Tensor):
+        raise ModelError(f"The model returns {type(outputs).__name__}; {wanted}.")
+    if outputs.ndim != 2 or len(outputs) != 1 or outputs.shape[1] < classes or not outputs.is_floating_point():
+        raise ModelError(f"The model returns {outputs.dtype} of shape {tuple(outputs.shape)}; {wanted}.")
+
+
+def _told(error: Exception) -> str:
+    """Returns what an exception of the user's own code says, and the last line of code it came from."""
+    reason = str(error).strip().partition("\n")[0].rstrip(".")
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}{f': {reason}' if reason else ''}{place}"
 
 
 @torch.no_grad()

@@ -24,6 +24,11 @@ def model_names() -> list[str]:
     return sorted(MODELS)
 
 
+def is_known(name: str) -> bool:
+    """Returns whether the zoo has a model of this name itself; names with a colon are for other sources."""
+    return name in MODELS or any(name.startswith(prefix) for prefix in FAMILIES)
+
+
 def build(name: str, *, classes: int = 10, shape: Sequence[int] = (3, 32, 32), **options: Any) -> nn.Module:
     """Builds a classifier by name, with fresh weights drawn from the global random generator of torch.
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from microglia.train.evaluate import evaluate
-from microglia.train.recover import recalibrate
+from microglia.train.recover import recalibrate_on
 from microglia.train.task import Split, Task
 
 
@@ -18,7 +18,7 @@ class Gauge:
     Attributes:
         task: Data and metrics.
         splits: Where to measure.
-        recalibrate: Training batches over which batch-norm statistics are made anew at every place; 0 keeps those stored.
+        recalibrate: Training batches, augmented as in training, over which batch-norm statistics are made anew at every place; 0 keeps those stored.
             Statistics of another place hide barriers or exaggerate them (survey 0.7, 2.1).
         batch_size: Examples in each batch.
         limit: Batches of each split to look at, the same drawn ones at every place; None for all.
@@ -34,9 +34,7 @@ class Gauge:
 
     def __call__(self, model: nn.Module) -> dict[str, float]:
         """Returns the task's metrics as ``train_loss``, ``test_accuracy`` and so on; only batch-norm statistics change."""
-        if self.recalibrate:
-            batches = self.task.data.batches("train", self.batch_size, seed=self.seed, shuffle=True)
-            recalibrate(model, batches.epoch(0), count=self.recalibrate)
+        recalibrate_on(model, self.task, batch_size=self.batch_size, count=self.recalibrate, seed=self.seed)
         found: dict[str, float] = {}
         for split in self.splits:
             metrics = evaluate(model, self.task, split, batch_size=self.batch_size, limit=self.limit, seed=self.seed)

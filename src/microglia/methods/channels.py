@@ -17,7 +17,7 @@ from microglia.graph.plan import attach
 from microglia.methods.base import MethodConfig, method, preset
 from microglia.methods.procedure import change, cut, dense_model, evidence, observe, train
 from microglia.train.archive import removed_from
-from microglia.train.recover import recalibrate
+from microglia.train.recover import RECALIBRATION, recalibrate_on
 from microglia.train.run import Progress, Run
 from microglia.train.task import Task
 
@@ -49,7 +49,7 @@ class ChannelsConfig(MethodConfig):
     within_groups: bool = False
     keep_class: bool = False
     batch: int = 1
-    recalibrate: int = 0
+    recalibrate: int = RECALIBRATION
     rounds: int = 1
 
     def __post_init__(self) -> None:  # here, so that it shows before the dense model is trained
@@ -122,8 +122,7 @@ def _prune(task: Task, run: Run, config: ChannelsConfig, number: int, model: nn.
 
 
 def _recalibrate(task: Task, run: Run, config: ChannelsConfig, model: nn.Module, progress: Progress) -> None:
-    batches = task.data.batches("train", config.score_batch_size, seed=run.seed, shuffle=True)
-    recalibrate(model, batches.epoch(0), count=config.recalibrate)
+    recalibrate_on(model, task, batch_size=config.train.batch_size, count=config.recalibrate, seed=run.seed)
 
 
 def _batch(task: Task, config: ChannelsConfig) -> Tensor:

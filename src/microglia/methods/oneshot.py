@@ -12,7 +12,7 @@ from microglia.methods.base import MaskConfig, method, preset
 from microglia.methods.procedure import change, dense_in_order, evidence, observe, train
 from microglia.methods.pruner import PruneConfig, Pruner
 from microglia.scores import Evidence
-from microglia.train.recover import recalibrate
+from microglia.train.recover import RECALIBRATION, recalibrate_on
 from microglia.train.run import Run
 from microglia.train.task import Task
 
@@ -41,7 +41,7 @@ class OneShotConfig(MaskConfig):
         recalibrate: Training batches over which batch-norm statistics are estimated anew after pruning; 0 for none.
     """
 
-    recalibrate: int = 0
+    recalibrate: int = RECALIBRATION
 
 
 @method("oneshot", OneShotConfig)
@@ -52,9 +52,7 @@ def oneshot(task: Task, run: Run, config: OneShotConfig) -> nn.Module:
 
     def prune(progress: object) -> None:
         OneShot(model, config, evidence=evidence(task, run, config))
-        if config.recalibrate:
-            batches = task.data.batches("train", config.score_batch_size, seed=run.seed, shuffle=True)
-            recalibrate(model, batches.epoch(0), count=config.recalibrate)
+        recalibrate_on(model, task, batch_size=config.train.batch_size, count=config.recalibrate, seed=run.seed)
 
     change(run, "prune", model, prune)
     observe(task, run, "before", model)

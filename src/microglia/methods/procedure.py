@@ -28,7 +28,7 @@ from microglia.train.evaluate import evaluate
 from microglia.train.fit import Pruner as Stepped
 from microglia.train.fit import fit
 from microglia.train.optim import FitConfig, epoch_length
-from microglia.train.recover import recalibrate
+from microglia.train.recover import recalibrate_on
 from microglia.train.run import Progress, Run
 from microglia.train.task import Task
 
@@ -216,9 +216,8 @@ def searched(task: Task, run: Run, config: UnitConfig, pruner: type[UnitPruner])
     steps = config.train.epochs * epoch_length(config.train, len(task.data.batches("train", config.train.batch_size)))
 
     def moment(name: str) -> dict[str, float]:
-        if name == "hard" and config.recalibrate:
-            batches = task.data.batches("train", config.train.batch_size, seed=run.seed, shuffle=True)
-            recalibrate(model, batches.epoch(0), count=config.recalibrate)
+        if name == "hard":
+            recalibrate_on(model, task, batch_size=config.train.batch_size, count=config.recalibrate, seed=run.seed)
         return evaluate(model, task, "validation")
 
     def make() -> UnitPruner:

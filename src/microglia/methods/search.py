@@ -19,6 +19,7 @@ from microglia.methods.pruner import Pruner
 from microglia.methods.soft import SoftMasks
 from microglia.methods.units import Cost, Units, choose, keep_count, make_units, split
 from microglia.scores import Evidence
+from microglia.train.recover import RECALIBRATION
 from microglia.train.task import Task
 
 SNAPSHOTS = 24
@@ -46,7 +47,7 @@ class UnitConfig(MaskConfig):
     pattern: str = "block:16x8"
     cost: Cost = "auto"
     max_sparsity: float = 1.0
-    recalibrate: int = 0
+    recalibrate: int = RECALIBRATION
 
     def __post_init__(self) -> None:  # here, so that it shows before the dense model is trained
         if self.scope != "global":

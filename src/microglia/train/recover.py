@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
 from typing import Any
 
@@ -10,7 +10,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from microglia.train.engine import device_of
+from microglia.core.errors import TrainingError
+from microglia.core.modes import evaluating
+from microglia.measure.running import Example
+from microglia.train.engine import device_of, rank_and_world
+from microglia.train.task import Task
+
+Norm = nn.modules.batchnorm._BatchNorm
+
+
+RECALIBRATION = 20
+"""Training batches after which the statistics of a pruned network are good enough to be the default."""
 
 
 @torch.no_grad()
@@ -20,41 +30,90 @@ def recalibrate(model: nn.Module, batches: Iterable[tuple[Any, Any]], *, count: 
     Weights that change without training leave the running statistics stale. The average is cumulative: batch i enters with
     momentum n_i / (n_1 + ... + n_i), where the usual 0.1 would not converge in few batches (survey 0.7; Garipov et al. 2018).
     Only batch-norm modules are in train mode meanwhile. On several ranks each averages its own batches, then the ranks'
-    statistics are averaged.
+    statistics are averaged by their numbers of examples.
+
+    Args:
+        model: Any module; without batch norm that keeps statistics it stays as it is and no batch is drawn.
+        batches: (inputs, targets), **augmented as in training**: statistics of images that were not augmented cost a trained
+            ResNet-20 three points (see `recalibrate_on`). Inputs are a tensor, a tuple of arguments or a mapping of keywords.
+        count: Batches to look at, at most.
 
     Returns:
-        The model; its modes are as before.
+        The model; its modes and momenta are as before.
+
+    Raises:
+        TrainingError: There is no example in the batches. Then, and after every other error, the model is as it was.
     """
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    norms = [m for m in model.modules() if isinstance(m, Norm) and m.track_running_stats]
     if not norms:
         return model
-    modes = {module: module.training for module in model.modules()}
     momenta = [norm.momentum for norm in norms]
-    model.eval()
+    before = [{name: buffer.clone() for name, buffer in norm.named_buffers(recurse=False)} for norm in norms]
+    try:
+        with evaluating(model):
+            seen = _estimate(model, norms, batches, count)
+            if not _averaged(norms, seen):
+                raise TrainingError(
+                    "recalibrate was given no example, so there is nothing to estimate batch-norm statistics from: pass "
+                    "batches that are not used up."
+                )
+    except BaseException:
+        for norm, buffers in zip(norms, before, strict=True):
+            for name, buffer in buffers.items():
+                norm.get_buffer(name).copy_(buffer)
+        raise
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+    return model
+
+
+def recalibrate_on(model: nn.Module, task: Task, *, batch_size: int, count: int = RECALIBRATION, seed: int = 0) -> nn.Module:
+    """Estimates batch-norm statistics anew on batches as in training: shuffled by ``seed``, augmented; see `recalibrate`.
+
+    Args:
+        model: Changed in place.
+        task: Its training images are looked at.
+        batch_size: Examples in a batch, over all ranks.
+        count: Batches, at most; 0 leaves the model as it is.
+        seed: Of order and augmentation.
+    """
+    if not count:
+        return model
+    rank, world = rank_and_world()
+    batches = task.data.batches("train", batch_size, seed=seed, shuffle=True, augment=True, rank=rank, world=world)
+    return recalibrate(model, batches.epoch(0), count=count)
+
+
+def _estimate(model: nn.Module, norms: Sequence[Norm], batches: Iterable[tuple[Any, Any]], count: int) -> int:
+    """Lets norms average the statistics of batches; returns the number of examples seen."""
     for norm in norms:
         norm.reset_running_stats()
         norm.train()
     seen, device = 0, device_of(model)
     for inputs, _ in islice(batches, count):
-        if not len(inputs):
+        example = Example.of(inputs).map(lambda tensor: tensor.to(device))
+        if not example.batch:
             continue
-        seen += len(inputs)
+        seen += example.batch
         for norm in norms:
-            norm.momentum = len(inputs) / seen
-        model(inputs.to(device))
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
-    for module, training in modes.items():
-        module.training = training
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        _average([b for norm in norms for b in (norm.running_mean, norm.running_var) if b is not None])
-    return model
+            norm.momentum = example.batch / seen
+        model(*example.args, **example.kwargs)
+    return seen
 
 
-def _average(tensors: list[Tensor]) -> None:
-    for tensor in tensors:
+def _averaged(norms: Sequence[Norm], seen: int) -> int:
+    """Averages statistics over the ranks, weighted by their examples; returns the examples of all ranks."""
+    if rank_and_world()[1] == 1:
+        return seen
+    weight = torch.tensor(float(seen), device=device_of(norms[0]))
+    total = weight.clone()
+    torch.distributed.all_reduce(total)
+    for tensor in (b for norm in norms for b in (norm.running_mean, norm.running_var) if b is not None):
+        tensor.mul_(weight)
         torch.distributed.all_reduce(tensor)
-        tensor.div_(torch.distributed.get_world_size())
+        tensor.div_(total.clamp(min=1))
+    return int(total)
 
 
 def distillation(

@@ -49,7 +49,7 @@ def check_unwrapped(model: nn.Module, user: str) -> None:
     """Raises where a method with parameters of its own is given a wrapped model, which would not gather their gradients."""
     if isinstance(model, DistributedDataParallel):
         raise MicrogliaError(
-            f"{user} adds parameters of its own, which DistributedDataParallel must see: attach it to the model first, then wrap."
+            f"{user} adds parameters, which DistributedDataParallel must see: attach it to the model first, then wrap."
         )
 
 

@@ -30,6 +30,19 @@ class Masked(nn.Module):
         return torch.where(self.mask, weight, 0.0)
 
 
+class Unfinished(nn.Module):
+    """Base of parametrizations that a pruner puts on a model for as long as it searches; no file can hold them."""
+
+
+SCORES = "microglia_scores"
+"""Name under which a searched model holds the scores, so that they are trained, moved and shared out with it."""
+
+
+def unfinished(model: nn.Module) -> bool:
+    """Tells whether a pruner still searches in a model: its ``finish()`` was not called."""
+    return SCORES in model._parameters or any(isinstance(m, Unfinished) for m in model.modules())
+
+
 class MaskSet(Mapping[str, Tensor]):
     """Boolean masks by parameter name, an immutable value.
 
@@ -52,6 +65,8 @@ class MaskSet(Mapping[str, Tensor]):
         return len(self._masks)
 
     def __repr__(self) -> str:
+        if not self:
+            return "MaskSet(no layers)"
         return f"MaskSet({len(self)} layers, {self.kept:,} of {self.total:,} kept, density {self.density:.4g})"
 
     @property
@@ -66,8 +81,8 @@ class MaskSet(Mapping[str, Tensor]):
 
     @property
     def density(self) -> float:
-        """Fraction kept, in [0, 1]."""
-        return self.kept / self.total
+        """Fraction kept, in [0, 1]; 1 where there is no mask."""
+        return self.kept / self.total if self.total else 1.0
 
     def same(self, other: Mapping[str, Tensor]) -> bool:
         """Tells whether both hold the same masks."""
@@ -112,7 +127,22 @@ def _attach(layer: Layer, value: Tensor) -> None:
     # Laid out like the weight (channels-last, say), or the masked weight would not be and each convolution would convert it.
     shared = Masked(torch.empty_like(layer.raw, dtype=torch.bool).copy_(value))
     for module, attribute in layer.holders:
-        parametrize.register_parametrization(module, attribute, shared)
+        attach_parametrization(module, attribute, shared)
+
+
+def attach_parametrization(module: nn.Module, attribute: str, parametrization: nn.Module) -> None:
+    """Puts a parametrization over a tensor of a module, whose trainable parameter stays the object that it was.
+
+    torch's own function resets the parameter's place in the graph, and with it the hooks by which DistributedDataParallel
+    gathers its gradient. It is handed a copy here, and the parameter is put back.
+    """
+    raw = module._parameters.get(attribute)
+    if raw is None:  # parametrized already: torch only appends
+        parametrize.register_parametrization(module, attribute, parametrization)
+        return
+    module._parameters[attribute] = nn.Parameter(raw.detach().clone(), requires_grad=raw.requires_grad)
+    parametrize.register_parametrization(module, attribute, parametrization)
+    module.parametrizations[attribute].original = raw  # type: ignore[union-attr,index,assignment]
 
 
 def _find(layer: Layer) -> Masked | None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import difflib
+import functools
 from collections.abc import Callable, Iterable, Iterator
-from typing import Generic, TypeVar
+from dataclasses import fields
+from typing import Any, Generic, TypeVar
 
 from microglia.core.errors import UnknownNameError
 
 T = TypeVar("T")
+C = TypeVar("C")
 
 
 def unknown_name(kind: str, name: object, known: Iterable[str]) -> UnknownNameError:
@@ -17,6 +20,26 @@ def unknown_name(kind: str, name: object, known: Iterable[str]) -> UnknownNameEr
     near = difflib.get_close_matches(str(name), names, n=3, cutoff=0.5)
     hint = f" Did you mean {' or '.join(repr(n) for n in near)}?" if near else ""
     return UnknownNameError(f"There is no {kind} named {name!r}.{hint} Known: {', '.join(names)}.")
+
+
+def known_fields(config: type[C]) -> type[C]:
+    """Makes a dataclass answer a keyword that it does not have with the nearest one that it has.
+
+    Raises:
+        UnknownNameError: When the class is called with such a keyword.
+    """
+    made = config.__init__
+
+    @functools.wraps(made)
+    def init(self: Any, *args: Any, **settings: Any) -> None:
+        known = [f.name for f in fields(self)]
+        for name in settings:
+            if name not in known:
+                raise unknown_name(f"field of {config.__name__}", name, known)
+        made(self, *args, **settings)
+
+    config.__init__ = init  # type: ignore[method-assign]
+    return config
 
 
 class Registry(Generic[T]):

@@ -6,6 +6,7 @@ A constant can be folded into the biases of the layers that read it, exactly whe
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
@@ -55,6 +56,8 @@ def shrink(model: nn.Module, example_inputs: Any, *, clear: bool = False, keep_c
     for part in subject.parts:
         own = [g for g in channel_groups(part.analysis) if not g.renormalized and not (keep_class and g.factor)]
         _look(part, own, found, fold=not clear)
+    if not found.kept:
+        warnings.warn(f"Nothing to remove: {_why(found)}; the model stays as large as it is.", stacklevel=2)
     ready = _with_biases(subject.model, found.biases)
     settled = Subject.of(_silenced(ready, found.over) if clear else ready, subject.example)
     again = _same_units(subject, settled, found.kept)
@@ -89,6 +92,12 @@ class _Found:
     masked: int = 0
     stay: Counter[str] = field(default_factory=Counter)
     over: list[tuple[Part, ChannelGroup, Tensor]] = field(default_factory=list)
+
+
+def _why(found: _Found) -> str:
+    if found.masked:
+        return f"the masks remove {found.masked:,} whole channels, and none of them can go"
+    return "no mask removes a whole channel (unstructured and block masks rarely do; pattern='channel' does)"
 
 
 def _look(part: Part, groups: Sequence[ChannelGroup], found: _Found, *, fold: bool) -> None:

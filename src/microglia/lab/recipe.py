@@ -12,6 +12,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from microglia.core.errors import MicrogliaError
 from microglia.methods import MethodConfig, methods
+from microglia.methods.arguments import check_choices
 from microglia.train.optim import RECOVERY, FitConfig
 
 
@@ -100,6 +101,7 @@ def method_config(recipe: Recipe) -> MethodConfig:
     """
     chosen = methods[recipe.method]
     fields = {**chosen.defaults, **recipe.prune, "dense": asdict(recipe.dense), "train": asdict(recipe.train)}
+    check_choices(fields)
     return _validate(TypeAdapter(chosen.config), fields, f"prune (method {recipe.method!r})")  # type: ignore[no-any-return]
 
 

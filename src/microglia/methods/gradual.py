@@ -14,6 +14,7 @@ from torch import nn
 from microglia.core.errors import BudgetError
 from microglia.core.masks import MaskSet, mask
 from microglia.core.schedules import schedules
+from microglia.methods.arguments import check_steps
 from microglia.methods.base import MaskConfig, method
 from microglia.methods.procedure import dense_in_order, evidence, train
 from microglia.methods.pruner import PruneConfig, Pruner
@@ -72,6 +73,7 @@ class Gradual(Pruner):
         evidence: Evidence | None = None,
         **settings: Any,
     ) -> None:
+        total_steps = check_steps(total_steps, type(self).__name__)
         super().__init__(model, config, evidence=evidence, **settings)
         config = cast(GradualConfig, self.config)
         self.schedule = schedules[config.schedule]
@@ -112,7 +114,7 @@ def gradual(task: Task, run: Run, config: GradualConfig) -> nn.Module:
     steps = config.train.epochs * epoch_length(config.train, len(task.data.batches("train", config.train.batch_size)))
 
     def pruner() -> Gradual:
-        return Gradual(model, config, total_steps=steps, evidence=evidence(task, run, config))
+        return Gradual(model, config, total_steps=max(1, steps), evidence=evidence(task, run, config))
 
     train(task, run, "train", model, config.train, pruner=pruner, teacher=teacher)
     return model

@@ -224,7 +224,7 @@ def searched(task: Task, run: Run, config: UnitConfig, pruner: type[UnitPruner])
         return pruner(
             model,
             config,
-            total_steps=steps,
+            total_steps=max(1, steps),  # without epochs the masks are those of finish()
             example_inputs=task.example.to(run.device),
             evidence=evidence(task, run, config),
             at_freeze=moment,

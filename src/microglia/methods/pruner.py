@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from microglia.core.allocation import check_scope
 from microglia.core.budget import Budget
 from microglia.core.errors import BudgetError, PatternError
-from microglia.core.layers import Layer, check_selectors, matches, prunable_layers
+from microglia.core.layers import Layer, check_selectors, matches
+from microglia.core.left_out import announce, chosen_layers
 from microglia.core.masks import MaskSet, enforce, mask, masks_of
 from microglia.core.patterns import Pattern, parse_pattern
 from microglia.core.selection import select
+from microglia.methods.arguments import check_evidence, check_model, plain_settings
 from microglia.scores import Evidence, scores
 
 
@@ -73,11 +75,11 @@ class Pruner:
     def __init__(
         self, model: nn.Module, config: PruneConfig | None = None, *, evidence: Evidence | None = None, **settings: Any
     ) -> None:
-        if isinstance(settings.get("pattern"), Pattern):
-            settings["pattern"] = str(settings["pattern"])
-        self.model, self.config = model, config if config is not None else self.Config(**settings)
+        user = type(self).__name__
+        check_model(model, user)
+        self.model, self.config = model, _config(self.Config, config, settings, user)
         config = self.config
-        self.evidence = evidence or Evidence()
+        self.evidence = check_evidence(evidence, user)
         self.score = scores[config.score]
         self.pattern = parse_pattern(config.pattern)
         self.budget = _budget(config, self.pattern)
@@ -88,11 +90,12 @@ class Pruner:
         self.protected = [n for n, layer in layers.items() if config.protect and matches(n, layer.module, config.protect)]
         self.weights = sum(layer.raw.numel() for layer in layers.values())
         self.target = self._target()
+        announce(model, layers, config.layers, config.exclude)
 
     @property
     def layers(self) -> dict[str, Layer]:
         """The layers this pruner works on, by name."""
-        return prunable_layers(self.model, self.config.layers, self.config.exclude)
+        return chosen_layers(self.model, self.config.layers, self.config.exclude)
 
     @property
     def masks(self) -> MaskSet:
@@ -155,6 +158,17 @@ class Pruner:
             return 0
         total = sum(p.numel() for p in self.model.parameters())
         return self.budget.kept_weights(self.weights, total)
+
+
+def _config(kind: type[PruneConfig], config: object, settings: Mapping[str, Any], user: str) -> PruneConfig:
+    """Returns the config that is given whole or by keyword."""
+    if config is None:
+        return kind(**plain_settings(kind, settings, user))
+    if settings:
+        raise BudgetError(f"{user} takes a config or keywords, not both; got a config and {', '.join(settings)}.")
+    if not isinstance(config, PruneConfig):
+        raise BudgetError(f"The config of {user} is a {kind.__name__}; got {config!r}: say density=..., the fraction kept.")
+    return config
 
 
 def _budget(config: PruneConfig, pattern: Pattern) -> Budget | None:

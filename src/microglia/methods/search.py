@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
@@ -14,6 +15,7 @@ from microglia.core.layers import Layer, prunable_layers
 from microglia.core.masks import MaskSet, enforce, mask, masks_of
 from microglia.core.patterns import Channel
 from microglia.graph.permute import check_permutable
+from microglia.methods.arguments import check_steps, check_unwrapped
 from microglia.methods.base import MaskConfig
 from microglia.methods.pruner import Pruner
 from microglia.methods.soft import SoftMasks
@@ -124,11 +126,13 @@ class UnitPruner(Pruner):
         at_freeze: Moment | None = None,
         **settings: Any,
     ) -> None:
+        total_steps = check_steps(total_steps, type(self).__name__)
         super().__init__(model, config, evidence=evidence, **settings)
+        check_unwrapped(model, type(self).__name__)
         if masks_of(model):
             raise PatternError(f"{type(self).__name__} starts from a model without masks; microglia.fold makes them weights.")
         own = self.own
-        self.total_steps, self.at_freeze = max(1, total_steps), at_freeze
+        self.total_steps, self.at_freeze = total_steps, at_freeze
         self.units: Units = make_units(
             model, self.pattern, self.layers, cost=own.cost, example_inputs=example_inputs, exclude=own.exclude
         )
@@ -147,6 +151,8 @@ class UnitPruner(Pruner):
         self.kept: Tensor | None = None
         self.soft: SoftMasks | None = None
         self.soft = SoftMasks(model, self.units, self._factors, self.initial_scores())
+        scores = self.soft.scores
+        self._first = None if scores is None else scores.detach().clone()
 
     @property
     def own(self) -> UnitConfig:
@@ -223,6 +229,7 @@ class UnitPruner(Pruner):
         if self.soft is not None:
             if self.soft.kept is None:
                 self.freeze()
+            self._warn_unlearned()
             self.soft.detach_companions(self.model)
             self.soft.leave(self.model)
             self.soft = None
@@ -299,6 +306,16 @@ class UnitPruner(Pruner):
         if config.density is None:
             raise BudgetError("A budget needs density, the kept fraction in (0, 1].")
         return config.density
+
+    def _warn_unlearned(self) -> None:
+        """Warns where the search took steps and no optimizer moved a score: the masks are those of the start."""
+        assert self.soft is not None
+        if self._first is not None and self.steps > 0 and torch.equal(self._first, self.soft.scores.detach().to(self._first)):  # type: ignore[union-attr]
+            warnings.warn(
+                f"No optimizer moved the scores of {type(self).__name__}, so its masks learned nothing: give the optimizer "
+                "pruner.param_groups() too.",
+                stacklevel=3,
+            )
 
     def _factors(self) -> Tensor | None:
         return self.factors() if self.searching else None

@@ -7,19 +7,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from microglia.core.layers import prunable_layers, raw_parameter
-from microglia.core.masks import Masked, detach
+from microglia.core.masks import SCORES, Masked, Unfinished, attach_parametrization, detach
 from microglia.methods.units import Units
-
-SCORES = "microglia_scores"
-"""Name under which a searched model holds the scores, so that they are saved, moved and shared out with it."""
 
 Factors = Callable[[], Tensor | None]
 
 
-class Factored(nn.Module):
+class Factored(Unfinished):
     """The parametrization: a parameter times the factors of the units it holds."""
 
     def __init__(self, masks: SoftMasks, name: str) -> None:
@@ -33,7 +29,7 @@ class Factored(nn.Module):
         return weight if factors is None else masks.units.scale(self._name, weight, factors)
 
 
-class Kept(nn.Module):
+class Kept(Unfinished):
     """The parametrization of a companion, a bias or a norm's affine parameter: zero for removed units."""
 
     def __init__(self, masks: SoftMasks, name: str) -> None:
@@ -130,4 +126,4 @@ def _holders(model: nn.Module, name: str) -> list[tuple[nn.Module, str]]:
 
 def _attach(model: nn.Module, name: str, parametrization: nn.Module) -> None:
     for module, attribute in _holders(model, name):
-        parametrize.register_parametrization(module, attribute, parametrization)
+        attach_parametrization(module, attribute, parametrization)

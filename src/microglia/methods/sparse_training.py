@@ -25,6 +25,7 @@ from microglia.core.errors import BudgetError, TrainingError
 from microglia.core.layers import Layer
 from microglia.core.masks import Masked, MaskSet, enforce, mask
 from microglia.core.selection import keep_best
+from microglia.methods.arguments import check_steps
 from microglia.methods.at_init import refuse_trained
 from microglia.methods.base import method, preset
 from microglia.methods.procedure import dense_model, evidence, train
@@ -156,6 +157,7 @@ class SparseTraining(Pruner):
         **settings: Any,
     ) -> None:
         super().__init__(model, config, evidence=evidence, **settings)
+        total_steps = check_steps(total_steps, type(self).__name__, least=0)
         self.own.check_updates(total_steps)
         self.total_steps = total_steps
         self.steps = self.updates = self.grown = 0

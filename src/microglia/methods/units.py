@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from microglia.core.errors import PatternError, SelectorError
 from microglia.core.layers import Layer, prunable_layers
+from microglia.core.left_out import tied_layers
 from microglia.core.patterns import Block, Channel, Pattern, Reduction
 from microglia.core.selection import keep_units
 from microglia.graph.coupled import CoupledChannels
@@ -261,10 +262,12 @@ def make_units(
         raise PatternError(
             "Channels are coupled across layers, which a trace finds: give example_inputs, such as one batch of inputs."
         )
-    left = [name for name in prunable_layers(model) if name not in layers] if exclude else []
-    if len(layers) + len(left) != len(prunable_layers(model)):
+    everything = prunable_layers(model)
+    missing = [name for name in everything if name not in layers and name not in tied_layers(everything)]
+    left = missing if exclude else []
+    if len(left) < len(missing):
         raise SelectorError("Channels are coupled across layers: choose them with exclude, not with layers.")
-    return ChannelUnits(model, prunable_layers(model), cost, example_inputs, left)
+    return ChannelUnits(model, everything, cost, example_inputs, left)
 
 
 def _positions(model: nn.Module, layers: Mapping[str, Layer], example_inputs: Any) -> dict[str, int]:

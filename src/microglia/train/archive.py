@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from microglia.core.errors import FileError, MicrogliaError
-from microglia.core.masks import masks_of, restore
+from microglia.core.masks import masks_of, restore, unfinished
 from microglia.dynamic.gates import GatePlan, attach_gates, gate_plan
 from microglia.graph import Plan, replay
 from microglia.graph.plan import PLAN as REMOVED
@@ -52,8 +52,12 @@ def save(model: nn.Module, directory: str | Path) -> Path:
         The directory.
 
     Raises:
-        FileError: It cannot be written.
+        FileError: It cannot be written, or a pruner still searches in the model.
     """
+    if unfinished(model):
+        raise FileError(
+            "A pruner still searches in this model, whose soft masks no file holds: call pruner.finish() before save."
+        )
     directory = Path(directory)
     removed = removed_from(model)
     shrunk = removed.to_dict() if removed is not None else None

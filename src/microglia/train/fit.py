@@ -93,8 +93,10 @@ def fit(
         stop: Epoch after which to stop, the learning rates being those of the whole training; None for its end.
 
     Raises:
-        TrainingError: The loss is not finite; the model holds the weights before that step.
+        TrainingError: An argument is no model, task or config; or the loss is not finite, and the model
+            holds the weights before that step.
     """
+    _check_arguments(model, task, config)
     engine = accelerator(device)
     rank, world = rank_and_world()
     batches = task.data.batches("train", config.batch_size, seed=seed, shuffle=True, augment=True, rank=rank, world=world)
@@ -124,6 +126,16 @@ def fit(
     if world > 1:
         engine.free_memory()
     return rows
+
+
+def _check_arguments(model: object, task: object, config: object) -> None:
+    for name, value, kind, hint in (
+        ("model", model, nn.Module, "a torch.nn.Module"),
+        ("task", task, Task, "a Task, such as mg.image_task('resnet20', 'cifar10')"),
+        ("config", config, FitConfig, "a FitConfig, such as mg.FitConfig(epochs=3)"),
+    ):
+        if not isinstance(value, kind):
+            raise TrainingError(f"The {name} of fit is {hint}; got {value!r}.")
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from microglia.data import Batches, ImageData, Normalization, load_data
 from microglia.train.archive import SOURCE
 from microglia.train.engine import device_of
 from microglia.train.task import CLASSIFICATION, CrossEntropy, Split, Task
-from microglia.zoo import build, load_checkpoint
+from microglia.zoo import build, check_name, load_checkpoint
 from microglia.zoo.registry import ModelError
 
 USUAL = ("imagenet", "cifar10", "mnist", "half")
@@ -78,7 +78,11 @@ def image_task(
         image_size: Side to resize images to.
         label_smoothing: Of the training loss.
         seed: Of the initial weights.
+
+    Raises:
+        UnknownNameError: Nothing has this name of a model or a data set.
     """
+    check_name(model)  # before the data is read, or a typo would show only at build()
     images = data if isinstance(data, ImageData) else load_data(data, image_size=image_size)
 
     def fresh(seed: int) -> nn.Module:

@@ -11,7 +11,10 @@ import torch
 from pydantic import ConfigDict
 from torch import Tensor
 
+from microglia.core.registry import known_fields
 
+
+@known_fields
 @dataclass(frozen=True)
 class FitConfig:
     """How to train.

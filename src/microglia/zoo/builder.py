@@ -68,6 +68,16 @@ def build(name: str, *, classes: int = 10, shape: Sequence[int] = (3, 32, 32), *
         raise ModelError(f"{name} cannot be built with {given or 'these arguments'}: {error}") from error
 
 
+def check_name(name: str) -> None:
+    """Raises for a name that the zoo does not have; names with a colon are looked up when they are built.
+
+    Raises:
+        UnknownNameError: Nothing has this name; the text names the nearest.
+    """
+    if ":" not in name:
+        _builder(name)
+
+
 def _builder(name: str) -> Builder:
     if name in MODELS:
         return MODELS[name]

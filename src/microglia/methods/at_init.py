@@ -85,8 +85,7 @@ class AtInit(Pruner):
         if own.ablation == "invert":
             score = self.score
             self.score = lambda *given: {name: -value for name, value in score(*given).items()}
-        density = schedules[own.schedule]
-        counts = [round(density(number / own.rounds, self.weights, self.target)) for number in range(1, own.rounds + 1)]
+        counts = counts_of(own.schedule, own.rounds, self.weights, self.target)
         if self.budget is not None and self.pattern.fixed_density is None and not self.target:
             raise BudgetError(f"Nothing would be left: the budget rounds to none of {self.weights:,} weights. Keep more.")
         single = isinstance(self.pattern, Unstructured) and own.scope == "global" and own.allow_empty
@@ -111,6 +110,23 @@ class AtInit(Pruner):
             for count in counts:
                 left.keep(left.of(self.score(self.model, layers, self.evidence)), count)
         return left.masks()
+
+
+def counts_of(schedule: str, rounds: int, weights: int, target: int) -> list[int]:
+    """Returns how many weights are left after each round: N - int((1 - density) N), what goes being a whole number.
+
+    The last count is the target itself. Source: Tanaka et al. 2020, their code (``Pruners/pruners.py``, ``_global_mask``);
+    rounded to nearest instead, a mask of 100 rounds drifts from theirs (survey, correction C4).
+
+    Args:
+        schedule: Of the densities, by name.
+        rounds: How many.
+        weights: N, before the first round.
+        target: After the last one.
+    """
+    density = schedules[schedule]
+    left = [density(number / rounds, 1.0, target / weights) for number in range(1, rounds)]
+    return [*(weights - int((1 - share) * weights) for share in left), target]
 
 
 def refuse_trained(task: Task, config: MethodConfig) -> None:

@@ -287,4 +287,7 @@ def _observe(search: Tickets, level: Level, name: str) -> None:
 
 
 preset("tickets-oneshot", "tickets", "Lottery tickets found in one step from the dense network.", iterative=False)
-preset("imp", "tickets", "Iterative magnitude pruning, the learning rate rewound (Renda et al. 2020).", to="learning-rate")
+preset("imp", "tickets", "Iterative magnitude pruning, weights rewound to epoch rewind (Frankle et al. 2020).", to="weights")
+preset(
+    "lr-rewinding", "tickets", "Iterative magnitude pruning, the learning rate rewound (Renda et al. 2020).", to="learning-rate"
+)

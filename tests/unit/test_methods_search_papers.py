@@ -97,8 +97,8 @@ def test_sgd_at_a_small_rate_moves_plain_magnitudes_and_not_normalized_scores() 
     for init in ("magnitude", "normalized"):
         model = two_layers()
         pruner = Smart(
-            model, pattern="unstructured", density=0.25, total_steps=4, search=1.0, init=init, mask_lr=1e-4, mask_optimizer="sgd",
-            init_temp=0.1, final_temp=0.1,
+            model, pattern="unstructured", density=0.25, total_steps=4, search=1.0, init=init, mask_lr=1e-4,
+            mask_optimizer="sgd", init_temp=0.1, final_temp=0.1,
         )  # fmt: skip
         scores: Tensor = pruner.soft.scores
         model(torch.randn(4, 8, generator=torch.Generator().manual_seed(0))).square().sum().backward()

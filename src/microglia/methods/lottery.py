@@ -178,7 +178,7 @@ class Tickets:
         return Level(name, level.number, masks, state)
 
     def told(self, level: Level) -> dict[str, Any]:
-        """Returns what a level says: density, metrics at its end, and when its validation loss was least; looked at once."""
+        """Returns what a level says: density, metrics at its end (step ``end``), and when its validation loss was least; looked at once."""
         done: dict[str, Any] = self.run.stage(f"{level.name}-told", lambda progress: self._look(level))
         return done
 
@@ -191,6 +191,7 @@ class Tickets:
             "level": level.number,
             "kept": level.masks.kept,
             "density": level.masks.density,
+            "end": steps * self.config.train.epochs,
             "test": evaluate(self.model, self.task, "test"),
             "train": evaluate(self.model, self.task, "train", limit=TRAIN_BATCHES),
             "early_stop": None if best is None else {"step": best["epoch"] * steps, headline: best[headline]},

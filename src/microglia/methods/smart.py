@@ -2,7 +2,7 @@
 
 The algorithm (spec: SMART 2.5, 3.3). For every step s of the search:
     tau = init_temp (final_temp / init_temp)^(s / (S - 1))
-    f   = soft top-k of the scores at tau, its sum exactly the budget; the best unit of each layer has f = 1 (allow_empty: false)
+    f   = soft top-k of the scores at tau, its sum exactly the budget; unless allow_empty, f = 1 for the best of a layer
     train weights w and scores m on L(w f); gradients exact, no straight-through
 then keep the exact top-k, fixed, and fine-tune. With N:M the weights' own magnitudes are the scores, in each row of M.
 """

@@ -14,7 +14,9 @@ SAID = "Tickets at 21 % beat other initial weights."
 FASTER = "Tickets at 21 % learn faster than other initial weights."
 
 
-def arm(name: str, accuracy: float, std: float | None, n: int, step: float = 100.0, spread: float | None = 1.0) -> dict[str, Any]:
+def arm(
+    name: str, accuracy: float, std: float | None, n: int, step: float = 100.0, spread: float | None = 1.0
+) -> dict[str, Any]:
     accuracies, steps = {"mean": accuracy, "std": std}, {"mean": step, "std": spread}
     return {"arm": name, "level": 7, "density": 0.21, "n": n, "accuracy": accuracies, "early_stop": steps}
 

@@ -178,7 +178,10 @@ class Tickets:
         return Level(name, level.number, masks, state)
 
     def told(self, level: Level) -> dict[str, Any]:
-        """Returns what a level says: density, metrics at its end (step ``end``), and when its validation loss was least; looked at once."""
+        """Returns what a level says, looked at once.
+
+        These are its density, metrics at the ``end`` (a step), and where its validation loss was least.
+        """
         done: dict[str, Any] = self.run.stage(f"{level.name}-told", lambda progress: self._look(level))
         return done
 

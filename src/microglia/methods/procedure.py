@@ -210,10 +210,12 @@ def _balanced(batches: Iterable[tuple[Tensor, Tensor]], per_class: int, size: in
     if not kept:
         raise ScoreError("There are no training examples to score with.")
     inputs, targets = (torch.cat(parts) for parts in zip(*kept, strict=True))
+    half = len(targets) // 2
     if size is None:
-        order, half = targets.argsort(stable=True), len(targets) // 2
-        inputs, targets, size = inputs[order], targets[order], [half, len(targets) - half]
-    yield from zip(torch.split(inputs, size), torch.split(targets, size), strict=True)
+        order = targets.argsort(stable=True)
+        inputs, targets = inputs[order], targets[order]
+    parts = [half, len(targets) - half] if size is None else size
+    yield from zip(torch.split(inputs, parts), torch.split(targets, parts), strict=True)
 
 
 def searched(task: Task, run: Run, config: UnitConfig, pruner: type[UnitPruner]) -> nn.Module:

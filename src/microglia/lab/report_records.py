@@ -109,7 +109,10 @@ class Snapshot:
 
 @dataclass(frozen=True)
 class Freeze:
-    """What making the masks exact changed: of so many units, the undecided, and how far factors were from 0 or 1."""
+    """What making the masks exact changed: of so many units, the undecided, and how far factors were from 0 or 1.
+
+    ``softens`` is what the method says of itself: whether its masks are ever soft.
+    """
 
     step: int
     units: int
@@ -117,6 +120,7 @@ class Freeze:
     undecided: int
     largest: float
     mean: float
+    softens: bool = True
     soft: dict[str, float] = field(default_factory=dict)
     hard: dict[str, float] = field(default_factory=dict)
 

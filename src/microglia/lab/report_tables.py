@@ -149,7 +149,7 @@ OTHER = {
 def freeze_lines(group: Group) -> list[str]:
     """Returns the table of what making the masks exact changed, empty where no method learned any."""
     rows = [(row, [r.search.freeze for r in row.records if r.search is not None and r.search.freeze]) for row in group.rows]
-    rows = [(row, found) for row, found in rows if found and any(freeze.soft for freeze in found)]
+    rows = [(row, found) for row, found in rows if found and any(freeze.soft and freeze.softens for freeze in found)]
     if not rows:
         return []
     titles = ["method", "pattern", "kept (asked)", "units", "undecided", "mean |f - mask|", "soft", "exact"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -48,7 +49,10 @@ STATEMENTS = (
 
 
 def statements(summary: Sequence[Mapping[str, Any]]) -> list[Json]:
-    """Returns each statement with ``text``, ``holds`` (at every level within; None without any) and ``found``, the numbers.
+    """Returns each statement with ``text``, ``holds`` and ``found``, the numbers.
+
+    A statement holds where it does at every level within, by more than one pooled standard error of the difference; ``holds``
+    is None without any such level, and where one run of each arm leaves the error unknown.
 
     Args:
         summary: See `microglia.lab.tickets_view.summarize`.
@@ -65,9 +69,36 @@ def _judge(statement: Statement, means: Mapping[str, Mapping[float, Mapping[str,
     for density, row in own.items():
         other = next(iter(others.values()), None) if statement.against == "dense" else others.get(density)
         if statement.least <= density <= statement.most and other is not None:
-            pairs.append((density, row[statement.measure]["mean"], other[statement.measure]["mean"]))
-    better = [(a > b) if statement.measure == "accuracy" else (a < b) for _, a, b in pairs]
-    shown = [(d, 100 * a, 100 * b) for d, a, b in pairs] if statement.measure == "accuracy" else pairs
-    cells = [f"{100 * d:.1f} %: {a:.5g} against {b:.5g}" for d, a, b in shown]
-    found = f"at {sum(better)} of {len(better)} levels; " + "; ".join(cells[:1] + cells[1:][-1:]) if pairs else ""
-    return {"text": statement.text, "holds": all(better) if pairs else None, "found": found}
+            pairs.append((density, row, other))
+    verdicts = [_better(statement.measure, row, other) for _, row, other in pairs]
+    factor = 100 if statement.measure == ACCURATE else 1
+    cells = []
+    for density, *ends in pairs:
+        a, b = (factor * row[statement.measure]["mean"] for row in ends)
+        error = _pooled_error(*(row[statement.measure] | {"n": row["n"]} for row in ends))
+        spread = "" if error is None else f" (standard error {factor * error:.2g})"
+        cells.append(f"{100 * density:.1f} %: {a:.5g} against {b:.5g}{spread}")
+    found = f"at {verdicts.count(True)} of {len(pairs)} levels; " + "; ".join(cells[:1] + cells[1:][-1:]) if pairs else ""
+    if found and None in verdicts:
+        found += "; one run an arm has no standard error"
+    decided = bool(pairs) and None not in verdicts
+    return {"text": statement.text, "holds": all(verdicts) if decided else None, "found": found}
+
+
+def _better(measure: str, row: Mapping[str, Any], other: Mapping[str, Any]) -> bool | None:
+    """Returns whether one arm is better than another one by more than a pooled standard error; None where there is none."""
+    gain = row[measure]["mean"] - other[measure]["mean"]
+    error = _pooled_error(row[measure] | {"n": row["n"]}, other[measure] | {"n": other["n"]})
+    return None if error is None else (gain if measure == ACCURATE else -gain) > error
+
+
+def _pooled_error(one: Mapping[str, Any], other: Mapping[str, Any]) -> float | None:
+    """Returns the pooled standard error of a difference of two means, s sqrt(1/n + 1/m); None of one run each.
+
+    s^2 is the mean of the two sample variances weighted with n - 1 and m - 1.
+    """
+    freedom = one["n"] + other["n"] - 2
+    if freedom < 1:
+        return None
+    squares = sum((arm["n"] - 1) * (arm["std"] or 0.0) ** 2 for arm in (one, other))
+    return math.sqrt(squares / freedom * (1 / one["n"] + 1 / other["n"]))

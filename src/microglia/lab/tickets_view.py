@@ -130,7 +130,11 @@ def summarize(rows: Sequence[Json]) -> list[Json]:
 def arm_table(told: Json) -> Table:
     """Returns accuracy and early-stop step of every arm against density, mean and standard deviation."""
     arms = [arm for arm in ARMS if any(row["arm"] == arm for row in told["summary"])]
-    table = Table("density", title=f"{told['task']}: tickets and controls, test accuracy (%) @ step of least validation loss")
+    steps = {row["end"] for row in told["rows"] if row.get("end") is not None}
+    at = f"at the end, step {', '.join(f'{step:,}' for step in sorted(steps))}" if steps else "at the end of training"
+    table = Table(
+        "density", title=f"{told['task']}: tickets and controls, test accuracy (%) {at} @ step of least validation loss"
+    )
     for arm in arms:
         table.add_column(TITLES[arm], justify="right")
     cells = {(row["arm"], row["level"]): row for row in told["summary"]}
@@ -151,8 +155,9 @@ def _cell(row: Json | None) -> str:
 
 def statement_table(told: Json) -> Table:
     """Returns what the paper says and what was found."""
-    table = Table("what Frankle and Carbin 2019 say", "here", "found", title="Statements")
+    table = Table("what Frankle and Carbin 2019 say", "here", "found", title="Statements (outside one pooled standard error)")
     for row in told["statements"]:
-        verdict = {True: "holds", False: "does not hold", None: "no such level"}[row["holds"]]
+        unknown = "cannot be told" if row["found"] else "no such level"
+        verdict = {True: "holds", False: "does not hold", None: unknown}[row["holds"]]
         table.add_row(row["text"], verdict, row["found"])
     return table

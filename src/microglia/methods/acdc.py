@@ -10,7 +10,7 @@ The algorithm (spec: AC/DC 6.1):
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -59,6 +59,16 @@ class Acdc(UnitPruner):
     """Compresses and decompresses in turn."""
 
     Config = AcdcConfig
+    softens = False
+
+    def __init__(self, model: nn.Module, config: AcdcConfig | None = None, **settings: Any) -> None:
+        super().__init__(model, config, **settings)
+        times = [*self.acdc.compress, *self.acdc.decompress]
+        if len({self._at(fraction) for fraction in times}) < len(times):
+            raise BudgetError(
+                f"In {self.total_steps} steps two of AC/DC's {len(times)} phases would begin at the same one; train longer, or "
+                "give fewer entries of compress and decompress."
+            )
 
     @property
     def acdc(self) -> AcdcConfig:
@@ -87,7 +97,10 @@ class Acdc(UnitPruner):
                 _reset_momentum(optimizer)
 
     def _times(self, fractions: tuple[float, ...]) -> set[int]:
-        return {max(1, round(fraction * self.total_steps)) for fraction in fractions}
+        return {self._at(fraction) for fraction in fractions}
+
+    def _at(self, fraction: float) -> int:
+        return max(1, round(fraction * self.total_steps))
 
 
 def _reset_momentum(optimizer: torch.optim.Optimizer) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import torch
 from torch import nn
 
 from microglia.core.alive import Alive
@@ -18,12 +21,15 @@ from microglia.methods.base import MethodConfig, fits, method, preset
 from microglia.methods.procedure import change, dense_model, evidence, observe, train
 from microglia.methods.pruner import PruneConfig, Pruner
 from microglia.scores import Evidence, PositiveFlow, effective_masks, example_of
+from microglia.scores.guard import in_training, untouched
 from microglia.train.optim import FitConfig
 from microglia.train.run import Run
 from microglia.train.task import Task
 
-SEPARATE = ("magnitude", "random", "snip", "gradient", "accumulated-gradient", "synflow")
+SEPARATE = ("magnitude", "random", "snip", "snip-inference", "gradient", "accumulated-gradient", "synflow")
 """Scores of a weight that do not look at the gradients of other ones, so that a removed weight is as good as one set to 0."""
+EXPLODED = 100.0
+"""Times the loss before: a mask that raises it so far is warned of."""
 OTHER = 1_000_003
 """Between the seeds of the initial weights and of those that replace them."""
 Ablation = Literal["none", "shuffle", "reinit", "invert"]
@@ -38,6 +44,8 @@ class AtInitConfig(MethodConfig):
         schedule: Of the densities over the rounds, ``geometric`` or ``linear`` among others.
         per_class: Examples of each class to score with, in batches of ``score_batch_size``; None takes ``score_batches`` of
             them as they come.
+        halves: Whether the examples of each class are sorted by class and scored in two halves, as in GraSP's code: then batch
+            norm in train mode sees half of the classes at a time. Needs ``per_class``.
         ablation: What is done to the mask or the scores to see what they are worth (Frankle et al. 2021): ``shuffle`` permutes
             the mask within each layer, ``reinit`` trains other initial weights of the same distribution under it, ``invert``
             removes the highest scores instead of the lowest.
@@ -48,12 +56,15 @@ class AtInitConfig(MethodConfig):
     rounds: int = 1
     schedule: str = "geometric"
     per_class: int | None = None
+    halves: bool = False
     ablation: Ablation = "none"
 
     def __post_init__(self) -> None:
         schedules[self.schedule]
         if self.rounds < 1 or (self.per_class is not None and self.per_class < 1):
             raise BudgetError(f"rounds and per_class are at least 1; got {self.rounds} and {self.per_class}.")
+        if self.halves and self.per_class is None:
+            raise BudgetError("Halves are those of so many examples of each class: give per_class, such as 10, with halves.")
         if self.rounds > 1 and not isinstance(self.scope, str):
             raise BudgetError("Rounds lead from dense to one budget; with densities by layer leave rounds at 1.")
 
@@ -85,8 +96,7 @@ class AtInit(Pruner):
         if own.ablation == "invert":
             score = self.score
             self.score = lambda *given: {name: -value for name, value in score(*given).items()}
-        density = schedules[own.schedule]
-        counts = [round(density(number / own.rounds, self.weights, self.target)) for number in range(1, own.rounds + 1)]
+        counts = counts_of(own.schedule, own.rounds, self.weights, self.target)
         if self.budget is not None and self.pattern.fixed_density is None and not self.target:
             raise BudgetError(f"Nothing would be left: the budget rounds to none of {self.weights:,} weights. Keep more.")
         single = isinstance(self.pattern, Unstructured) and own.scope == "global" and own.allow_empty
@@ -113,6 +123,23 @@ class AtInit(Pruner):
         return left.masks()
 
 
+def counts_of(schedule: str, rounds: int, weights: int, target: int) -> list[int]:
+    """Returns how many weights are left after each round: N - int((1 - density) N), what goes being a whole number.
+
+    The last count is the target itself. Source: Tanaka et al. 2020, their code (``Pruners/pruners.py``, ``_global_mask``);
+    rounded to nearest instead, a mask of 100 rounds drifts from theirs (survey, correction C4).
+
+    Args:
+        schedule: Of the densities, by name.
+        rounds: How many.
+        weights: N, before the first round.
+        target: After the last one.
+    """
+    density = schedules[schedule]
+    left = [density(number / rounds, 1.0, target / weights) for number in range(1, rounds)]
+    return [*(weights - int((1 - share) * weights) for share in left), target]
+
+
 def refuse_trained(task: Task, config: MethodConfig) -> None:
     """Raises unless a task's network is untrained, its layers fit, and there is a teacher where one is asked for."""
     if task.pretrained:
@@ -133,18 +160,43 @@ def at_init(task: Task, run: Run, config: AtInitConfig) -> nn.Module:
     model = task.build().to(run.device)
 
     def prune(progress: object) -> dict[str, Any]:
-        pruner = AtInit(deepcopy(model), config, evidence=evidence(task, run, config, per_class=config.per_class))
+        seen = evidence(task, run, config, per_class=config.per_class, halves=config.halves)
+        pruner = AtInit(deepcopy(model), config, evidence=seen)
         masks = shuffled(pruner.masks, pruner.pattern, run.seed) if config.ablation == "shuffle" else pruner.masks
         if config.ablation == "reinit":
             model.load_state_dict(other_weights(task, run.seed).state_dict())
+        whole = loss_of(model, seen)
         mask(model, masks)
         enforce(model)
-        return paths(masks, effective_masks(model, task.example.to(run.device)))
+        left = loss_of(model, seen)
+        warn_of_explosion(whole, left)
+        found = paths(masks, effective_masks(model, task.example.to(run.device)))
+        return {**found, "loss": {"dense": whole, "masked": left}}
 
     run.observations["initialization"] = change(run, "prune", model, prune)
     observe(task, run, "before", model)
     train(task, run, "train", model, config.train, teacher=dense if config.train.distill else None)
     return model
+
+
+@torch.no_grad()
+def loss_of(model: nn.Module, seen: Evidence) -> float:
+    """Returns the loss on the first batch that was scored with, batch norm at its statistics; the model is left as it is."""
+    batch = next(iter(seen.batches), None)
+    if batch is None or seen.loss is None:
+        return math.nan
+    with untouched(model):
+        return float(seen.loss(in_training(model)(batch[0]), batch[1]))
+
+
+def warn_of_explosion(whole: float, left: float) -> None:
+    """Warns where a mask raises the loss by orders of magnitude, as GraSP's does without batch norm."""
+    if math.isfinite(whole) and not left <= EXPLODED * whole:
+        warnings.warn(
+            f"The mask raises the loss of the untrained network from {whole:.3g} to {left:.3g}: its signals explode, and "
+            "training may diverge. GraSP does so without batch norm. Use a network with batch norm, or another score.",
+            stacklevel=2,
+        )
 
 
 def other_weights(task: Task, seed: int) -> nn.Module:
@@ -175,6 +227,7 @@ def paths(masks: MaskSet, effective: MaskSet) -> dict[str, Any]:
 
 
 preset("snip", "at-init", "SNIP: connection sensitivity on one batch (Lee et al. 2019).", score="snip")
+preset("snip-inference", "at-init", "SNIP in inference mode, as in its authors' code.", score="snip-inference")
 preset("snip-iterative", "at-init", "SNIP in 100 rounds (de Jorge et al. 2021).", score="snip", rounds=100)
 preset("grasp", "at-init", "GraSP: keep what carries gradient flow (Wang et al. 2020).", score="grasp", per_class=10)
 preset("synflow", "at-init", "SynFlow: 100 rounds without data (Tanaka et al. 2020).", score="synflow", rounds=100)

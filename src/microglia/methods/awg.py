@@ -29,7 +29,8 @@ class AwgConfig(SearchConfig):
     """AWG; ``score_batches`` of ``score_batch_size`` examples are the calibration.
 
     Attributes:
-        updates: How many times units are pruned, evenly over the search.
+        updates: How many times units are pruned: at the start of so many equal parts of the search. The first is right after
+            the first optimizer step, the rest of a part is fine-tuning.
         beta: Of the moving average over calibration batches.
     """
 
@@ -49,12 +50,14 @@ class Awg(UnitPruner):
     """Prunes a little further at each of a number of steps, by accumulated weight and gradient."""
 
     Config = AwgConfig
+    softens = False
 
     def __init__(self, model: nn.Module, config: AwgConfig | None = None, **settings: Any) -> None:
         super().__init__(model, config, **settings)
         count = self.awg.updates
-        length = self.end - self.begin
-        self._due = {max(1, self.begin + round(length * u / count)): u / count for u in range(1, count + 1)}
+        length = self.end - self.begin  # each update begins its part of the search, which fine-tunes what it left
+        self._due = {max(1, self.begin + round(length * (u - 1) / count)): u / count for u in range(1, count + 1)}
+        self.end = max(self._due)
         self._done = 0.0
 
     @property

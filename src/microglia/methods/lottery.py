@@ -178,7 +178,10 @@ class Tickets:
         return Level(name, level.number, masks, state)
 
     def told(self, level: Level) -> dict[str, Any]:
-        """Returns what a level says: density, metrics at its end, and when its validation loss was least; looked at once."""
+        """Returns what a level says, looked at once.
+
+        These are its density, metrics at the ``end`` (a step), and where its validation loss was least.
+        """
         done: dict[str, Any] = self.run.stage(f"{level.name}-told", lambda progress: self._look(level))
         return done
 
@@ -191,6 +194,7 @@ class Tickets:
             "level": level.number,
             "kept": level.masks.kept,
             "density": level.masks.density,
+            "end": steps * self.config.train.epochs,
             "test": evaluate(self.model, self.task, "test"),
             "train": evaluate(self.model, self.task, "train", limit=TRAIN_BATCHES),
             "early_stop": None if best is None else {"step": best["epoch"] * steps, headline: best[headline]},
@@ -287,4 +291,7 @@ def _observe(search: Tickets, level: Level, name: str) -> None:
 
 
 preset("tickets-oneshot", "tickets", "Lottery tickets found in one step from the dense network.", iterative=False)
-preset("imp", "tickets", "Iterative magnitude pruning, the learning rate rewound (Renda et al. 2020).", to="learning-rate")
+preset("imp", "tickets", "Iterative magnitude pruning, weights rewound to epoch rewind (Frankle et al. 2020).", to="weights")
+preset(
+    "lr-rewinding", "tickets", "Iterative magnitude pruning, the learning rate rewound (Renda et al. 2020).", to="learning-rate"
+)

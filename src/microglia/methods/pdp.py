@@ -3,7 +3,7 @@
 The algorithm (spec: PDP 4.2, 4.3). When the search begins, all units are ranked by magnitude at the budget, which gives each
 layer its own share. Then, every mini-batch, per layer (per row of M with N:M):
     t = (|w|_(k) + |w|_(k+1)) / 2      between the smallest kept and the largest pruned; no gradient
-    m = sigmoid((|w|^2 - t^2) / tau)   with |w| the L2 norm of a unit's weights
+    m = sigmoid((|w|^2 - t^2) / tau)   with |w| the root mean square of a unit's weights
 where k falls along a ramp to the layer's share. At the end of the search the masks are exact.
 """
 
@@ -55,6 +55,7 @@ class Pdp(UnitPruner):
 
     def __init__(self, model: nn.Module, config: PdpConfig | None = None, **settings: Any) -> None:
         self._shares: dict[str, int] | None = None
+        self._roots: Tensor | None = None
         super().__init__(model, config, **settings)
 
     @property
@@ -63,8 +64,12 @@ class Pdp(UnitPruner):
         return cast(PdpConfig, self.config)
 
     def ranking(self) -> Tensor:
-        """Returns the L2 norm of each unit's weights."""
-        return self.units.reduce(self.raw_weights, "l2")
+        """Returns the root mean square of each unit's weights, so that a smaller block at an edge is not ranked below."""
+        weights = self.raw_weights
+        if self._roots is None:
+            held = self.units.reduce({name: torch.ones_like(w) for name, w in weights.items()}, "sum")
+            self._roots = held.clamp_min(1).sqrt()
+        return self.units.reduce(weights, "l2") / self._roots
 
     @property
     def shares(self) -> dict[str, int]:

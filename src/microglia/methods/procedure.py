@@ -168,7 +168,7 @@ def observe(task: Task, run: Run, name: str, model: nn.Module) -> None:
     run.observations[name] = run.stage(f"{name}-observed", stage)
 
 
-def evidence(task: Task, run: Run, config: MethodConfig, *, per_class: int | None = None) -> Evidence:
+def evidence(task: Task, run: Run, config: MethodConfig, *, per_class: int | None = None, halves: bool = False) -> Evidence:
     """Returns what a score may look at: shuffled training batches without augmentation, loss and a seeded generator.
 
     Args:
@@ -176,18 +176,22 @@ def evidence(task: Task, run: Run, config: MethodConfig, *, per_class: int | Non
         run: Seed and device.
         config: How many batches of how many examples.
         per_class: Examples of every class instead, over all ranks, in batches of the same size; of a task of classification.
+        halves: Whether these are two batches instead, the halves of the examples sorted by class.
     """
     rank, world = rank_and_world()
     batches = task.data.batches("train", config.score_batch_size, seed=run.seed, shuffle=True, rank=rank, world=world)
     drawn: Iterable[tuple[Tensor, Tensor]] = islice(batches.epoch(0), config.score_batches)
     if per_class is not None:
-        drawn = _balanced(batches.epoch(0), -(-per_class // world), config.score_batch_size)
+        drawn = _balanced(batches.epoch(0), -(-per_class // world), None if halves else config.score_batch_size)
     chosen = [(inputs.to(run.device), targets.to(run.device)) for inputs, targets in drawn]
     return Evidence(chosen, task.loss, torch.Generator().manual_seed(run.seed))
 
 
-def _balanced(batches: Iterable[tuple[Tensor, Tensor]], per_class: int, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yields the first so many examples of every class among batches, again in batches of a size."""
+def _balanced(batches: Iterable[tuple[Tensor, Tensor]], per_class: int, size: int | None) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yields the first so many examples of every class among batches, again in batches of a size.
+
+    None for the size sorts them by class and yields the two halves, the first the smaller one (GraSP's code).
+    """
     found: dict[int, int] = {}
     kept: list[tuple[Tensor, Tensor]] = []
     for inputs, targets in batches:
@@ -206,7 +210,12 @@ def _balanced(batches: Iterable[tuple[Tensor, Tensor]], per_class: int, size: in
     if not kept:
         raise ScoreError("There are no training examples to score with.")
     inputs, targets = (torch.cat(parts) for parts in zip(*kept, strict=True))
-    yield from zip(torch.split(inputs, size), torch.split(targets, size), strict=True)
+    half = len(targets) // 2
+    if size is None:
+        order = targets.argsort(stable=True)
+        inputs, targets = inputs[order], targets[order]
+    parts = [half, len(targets) - half] if size is None else size
+    yield from zip(torch.split(inputs, parts), torch.split(targets, parts), strict=True)
 
 
 def searched(task: Task, run: Run, config: UnitConfig, pruner: type[UnitPruner]) -> nn.Module:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -114,6 +114,8 @@ class UnitPruner(Pruner):
     """
 
     Config = UnitConfig
+    softens: ClassVar[bool] = True
+    """Whether its masks are ever soft, so that what the freeze changes means something."""
 
     def __init__(
         self,
@@ -215,6 +217,7 @@ class UnitPruner(Pruner):
         after = self.at_freeze("hard") if self.at_freeze is not None else {}
         self.freeze_report = {
             "step": self.steps,
+            "softens": self.softens,
             "units": int((self.units.costs > 0).sum()),
             "kept": int(kept.sum()),
             "undecided": int(undecided.sum()),

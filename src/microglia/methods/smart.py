@@ -2,7 +2,7 @@
 
 The algorithm (spec: SMART 2.5, 3.3). For every step s of the search:
     tau = init_temp (final_temp / init_temp)^(s / (S - 1))
-    f   = soft top-k of the scores at tau, its sum exactly the budget
+    f   = soft top-k of the scores at tau, its sum exactly the budget; unless allow_empty, f = 1 for the best of a layer
     train weights w and scores m on L(w f); gradients exact, no straight-through
 then keep the exact top-k, fixed, and fine-tune. With N:M the weights' own magnitudes are the scores, in each row of M.
 """
@@ -24,6 +24,7 @@ from microglia.core.soft_topk import soft_topk
 from microglia.methods.base import method
 from microglia.methods.procedure import searched
 from microglia.methods.search import Report, SearchConfig, UnitPruner, fits
+from microglia.methods.units import split
 from microglia.scores.inputs import mean_inputs
 from microglia.train.run import Run
 from microglia.train.task import Task
@@ -101,6 +102,8 @@ class Smart(UnitPruner):
     def factors(self) -> Tensor:
         """Returns the soft top-k of the scores at the temperature of this step."""
         scores, padding = self.ranking(), self.units.costs == 0
+        if not isinstance(self.pattern, NM) and not self.own.allow_empty:
+            scores = self._guarded(scores)
         if isinstance(self.pattern, NM):
             rows = scores.masked_fill(padding, -torch.inf).view(-1, self.pattern.m)
             real = self.pattern.m - padding.view(-1, self.pattern.m).sum(1)
@@ -112,6 +115,19 @@ class Smart(UnitPruner):
             found = soft_topk(scores, keep, self.temperature, sizes=sizes, start=self.threshold)
         self.threshold = found.threshold
         return found.mask.flatten()
+
+    def _guarded(self, scores: Tensor) -> Tensor:
+        """Returns the scores with the best unit of each layer or group at +inf: it stays, as the freeze will have it."""
+        with torch.no_grad():
+            best, start = [], 0
+            for part in split(self.units, scores).values():
+                if len(part):
+                    best.append(start + part.argmax())
+                start += len(part)
+            spots = torch.stack(best)
+            safe = torch.zeros_like(scores, dtype=torch.bool)
+            safe[spots] = True
+        return scores.masked_fill(safe, torch.inf)
 
     def ranking(self) -> Tensor:
         """Returns the scores."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from microglia.core.errors import FileError, MicrogliaError
+from microglia.core.masks import bake
 from microglia.graph.analysis import Analysis
 from microglia.graph.cut import Cut, by_group
 from microglia.graph.modules import Indices, cut_module, indices, kept_units
@@ -164,6 +165,7 @@ def replay(model: nn.Module, plan: Plan) -> nn.Module:
         FileError: The plan does not fit the model.
     """
     try:
+        bake(model)
         give_biases(model, plan.biases)
         small = _replayed(model, plan)
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from microglia.core.masks import fold
+from microglia.graph.baking import baked_copy
 from microglia.graph.cut import Cut, by_group
 from microglia.graph.modules import attributes, cut_module, indices
 from microglia.graph.parts import Part, double_copy, find_parts
@@ -40,24 +39,30 @@ class Subject:
     """A model on its way through the house.
 
     Attributes:
-        model: As given, masks folded (a copy).
+        model: As given, masks and other parametrizations written into the weights (a copy).
         example: Example inputs as given.
         parts: Its traceable parts: the whole model, where it can be traced.
         dynamic: Dimensions of the inputs that a graph leaves free.
+        notes: What was done to the copy that its user has to know.
     """
 
     model: nn.Module
     example: Any
     parts: tuple[Part, ...]
     dynamic: tuple[int, ...] = (0,)
+    notes: tuple[str, ...] = ()
 
     @staticmethod
     def of(model: nn.Module, example_inputs: Any, dynamic: Sequence[int] = (0,)) -> Subject:
-        """Traces and analyses a folded copy of a model."""
+        """Traces and analyses a folded copy of a model.
+
+        Raises:
+            ShrinkError: Its weights cannot be written down, or the copy computes something else than the model.
+        """
         refuse_graph(model)
-        own = fold(deepcopy(model))
+        own, notes = baked_copy(model, example_inputs)
         parts = find_parts(own, double_copy(own), example_inputs)
-        return Subject(own, example_inputs, tuple(parts), tuple(dynamic))
+        return Subject(own, example_inputs, tuple(parts), tuple(dynamic), notes)
 
     def cuts(self, kept: Mapping[int, Tensor]) -> list[tuple[Part, Cut]]:
         """Returns each part with its share of a choice of kept units."""
@@ -82,7 +87,7 @@ def remove(subject: Subject, kept: Mapping[int, Tensor], *, keep_class: bool = F
     named, changed = subject.changes(kept)
     small = cut_module(subject.model, named, changed)
     graphs: dict[str, Any] = {}
-    notes: list[str] = []
+    notes = list(subject.notes)
     error = 0.0
     for part, cut in subject.cuts(kept):
         checked = verify(cut) if verified else run_patched(cut)

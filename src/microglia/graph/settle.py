@@ -69,7 +69,7 @@ def shrink(model: nn.Module, example_inputs: Any, *, clear: bool = False, keep_c
     costs = Costs(subject.parts, found.groups, sum(p.numel() for p in subject.model.parameters()))
     before, remaining = (total := totals(costs, found.kept))["parameters"]
     total["parameters"] = before, remaining + sum(small.get_parameter(f"{name}.bias").numel() for name in given)
-    plan = replace(plan, **total, biases=given, found=len(found.groups), notes=(*plan.notes, *_notes(found)))
+    plan = replace(plan, **total, biases=given, found=len(found.groups), notes=(*subject.notes, *plan.notes, *_notes(found)))
     return attach(small, after(model, plan))
 
 

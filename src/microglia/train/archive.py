@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from microglia.core.errors import FileError, MicrogliaError
-from microglia.core.masks import masks_of, restore, unfinished
+from microglia.core.masks import masks_of, parametrized, restore, unfinished
 from microglia.dynamic.gates import GatePlan, attach_gates, gate_plan
 from microglia.graph import Plan, replay
 from microglia.graph.plan import PLAN as REMOVED
@@ -67,7 +67,8 @@ def save(model: nn.Module, directory: str | Path) -> Path:
     content = {
         "format": "microglia.model",
         "version": VERSION,
-        "source": getattr(model, SOURCE, None),
+        # A build gives plain weights: with other parametrizations, only the user can make the model to load into.
+        "source": getattr(model, SOURCE, None) if not parametrized(model) else None,
         "class": type(model).__name__,
         "masks": {name: {"shape": list(m.shape), "kept": int(m.sum())} for name, m in masks_of(model).items()},
         "shrunk": shrunk,

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from microglia.core.budget import Budget
 from microglia.core.layers import prunable_layers
+from microglia.graph.asked import check_asked
 from microglia.graph.cut import Cut, constants, counts
 from microglia.graph.groups import ChannelGroup, GroupReduction, channel_groups, excluded_tensors, group_scores, independent
 from microglia.graph.latency_table import LatencyTable
@@ -82,7 +83,10 @@ def prune_channels(
         BudgetError: The budget cannot be met.
         ShrinkError: The pruned model would differ from the masked one; nothing is returned.
         TraceError: The model cannot be traced.
+        UnknownNameError: There is no such score, scope or reduction.
+        MicrogliaError: ``round_to`` or ``dynamic`` is out of range.
     """
+    round_to, dynamic = check_asked(budget, scope=scope, reduction=reduction, round_to=round_to, dynamic=dynamic)
     subject = Subject.of(model, example_inputs, dynamic)
     elements = _elements(subject, score, evidence)
     excluded = excluded_tensors(subject.model, exclude)

@@ -28,7 +28,10 @@ def net():
     return nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 20), nn.ReLU(), nn.Linear(20, 3)).eval()
 
 
-def refused(kind, text, *, budget=mg.Budget(density=0.5), **options):
+HALF = mg.Budget(density=0.5)
+
+
+def refused(kind, text, *, budget=HALF, **options):
     with pytest.raises(kind, match=text):
         mg.prune_channels(Untouched(), torch.randn(2, 4), budget, **options)
 

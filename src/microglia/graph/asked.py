@@ -23,7 +23,8 @@ def check_asked(budget: Any, *, scope: Any, reduction: Any, round_to: Any, dynam
     """
     if not isinstance(budget, Budget):
         raise BudgetError(
-            f"The budget is a Budget, such as Budget(params=0.5) or Budget(density=0.5); got {type(budget).__name__} {budget!r:.60}."
+            "The budget is a Budget, such as Budget(params=0.5) or Budget(density=0.5); "
+            f"got {type(budget).__name__} {budget!r:.60}."
         )
     for kind, name, known in (("scope", scope, get_args(WidthScope)), ("reduction", reduction, get_args(GroupReduction))):
         if name not in known:

@@ -72,7 +72,7 @@ def prune_channels(
         keep_class: Only what the user's own classes can follow; otherwise a model with sizes written into its forward
             comes back as its traced graph. `plan_of` tells which.
         dynamic: Dimensions of the inputs that may differ later where the result is a graph: the batch; (0, 2, 3) for images
-            of any size.
+            of any size, (0, 1) for token ids of any length. The plan's notes say which stay as they are.
         evidence: What the score may look at.
         verified: Whether to compare every value with the masked model's; turn off only to search.
 

@@ -28,7 +28,7 @@ from microglia.graph.plan import (
     write_example,
 )
 from microglia.graph.surgery import GraphModel
-from microglia.graph.trace import Trace, copied
+from microglia.graph.trace import Trace, copied, fixed_sizes, known_outputs
 from microglia.graph.verify import ShrinkError, Verification, difference, run_patched, verify
 
 EXACT, SINGLE = 1e-9, 1e-4
@@ -97,6 +97,9 @@ def remove(subject: Subject, kept: Mapping[int, Tensor], *, keep_class: bool = F
         small = place(small, part.path, _as_graph(part, cut, checked, subject.dynamic))
         graphs[part.path] = write_example(part.example)
         notes.append(f"{name} is returned as a graph: {problem}")
+        notes += fixed_sizes(cast(GraphModel, small.get_submodule(part.path)).graph, subject.dynamic)
+        if objects := part.analysis.trace.unknown_outputs:
+            notes.append(f"The graph of {name} returns None where its own code returns {' and '.join(objects)}.")
         if has_training_code(part.module) and cast(GraphModel, small.get_submodule(part.path)).microglia_graphs is None:
             notes.append(f"In training {name} runs this graph too, with batch norm and dropout told: its own code for training "
                          "could not be traced, or not be cut in the same way.")  # fmt: skip
@@ -170,7 +173,7 @@ def outputs_of(model: nn.Module, trace: Trace, inputs: Sequence[Any]) -> list[An
 @torch.no_grad()
 def _outputs(model: nn.Module, trace: Trace, inputs: Sequence[Any]) -> list[Any]:
     args, kwargs = pytree.tree_unflatten([copied(v) for v in inputs], trace.in_spec)
-    return pytree.tree_leaves(model.eval()(*args, **kwargs))
+    return pytree.tree_leaves(known_outputs(model.eval()(*args, **kwargs)))
 
 
 def noise(value: Any, generator: torch.Generator) -> Any:

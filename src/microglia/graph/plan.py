@@ -40,7 +40,8 @@ class Plan:
         shapes: Tensor name -> (shape before, shape after).
         parameters: Before and after.
         macs: Multiply-accumulates of the example batch, before and after.
-        error: Largest relative difference to the masked model at any node, in float64.
+        error: Largest relative difference to the masked model at any node, in float64. Norms, softmax and other reductions
+            of that model run over the kept entries; the notes name those where zeros would count.
         found: Channel groups that could lose units.
         pruned: Those that did.
         asked: The budget.

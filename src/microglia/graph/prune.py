@@ -46,8 +46,9 @@ def prune_channels(
     """Returns a physically smaller copy of a model: whole channels, heads and hidden units removed from all that use them.
 
     The outputs equal those of the model with these units masked, verified value by value in float64 before anything is
-    returned. Norms and means over a removed dimension run over what is left. Inputs, outputs (the classes of a classifier)
-    and everything an operator without a rule touches keep their size.
+    returned. Norms, means, softmax, and sums or products of activations over a removed dimension run over what is left:
+    where a masked channel would still count there, as in a sum of sigmoids, the plan's notes say so. Inputs, outputs (the
+    classes of a classifier) and everything an operator without a rule touches keep their size.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 4))

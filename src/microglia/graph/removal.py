@@ -87,6 +87,7 @@ def remove(subject: Subject, kept: Mapping[int, Tensor], *, keep_class: bool = F
     for part, cut in subject.cuts(kept):
         checked = verify(cut) if verified else run_patched(cut)
         error = max(error, checked.error)
+        notes += left_out_note(checked.left_out)
         exact = SINGLE / 10 if part.narrow else EXACT
         problem = _problem(small.get_submodule(part.path), cut, checked, exact)
         if not problem:
@@ -115,6 +116,17 @@ def remove(subject: Subject, kept: Mapping[int, Tensor], *, keep_class: bool = F
         notes=tuple(notes),
     )
     return attach(small, plan)
+
+
+def left_out_note(operators: Sequence[str]) -> list[str]:
+    """Returns what it means that operators no longer see removed channels, if any; as one sentence for a plan."""
+    if not operators:
+        return []
+    shown = ", ".join(operators[:3]) + (f" and {len(operators) - 3} more" if len(operators) > 3 else "")
+    return [
+        f"Removed channels leave {shown}, where a channel with zero weights would still count: the error is against the masked "
+        "model whose reductions run over the kept channels, not against one with zero weights."
+    ]
 
 
 def _problem(small: nn.Module, cut: Cut, checked: Verification, exact: float) -> str:

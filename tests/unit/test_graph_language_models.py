@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import microglia as mg
+from microglia.core.errors import FileError
 from microglia.graph.trace import TraceError, trace
 
 transformers = pytest.importorskip("transformers") if importlib.util.find_spec("transformers") else None
@@ -166,6 +167,13 @@ def test_a_saved_graph_keeps_its_free_length(tmp_path):
     torch.testing.assert_close(again(tokens(3, 13)), small(tokens(3, 13)))
 
 
+def test_a_saved_graph_names_the_class_to_load_it_into(tmp_path):
+    torch.manual_seed(0)
+    mg.save(pruned(Attention(), (0,)), tmp_path / "s")
+    with pytest.raises(FileError, match="does not say how to build its Attention: pass a freshly built one"):
+        mg.load(tmp_path / "s")
+
+
 def test_a_length_that_the_code_fixes_is_named():
     small = pruned(Attention(length=8), (0, 1))
     text = "Dimension 1 of the input ids stays 8, as in the example: the model's own code fixes it."
@@ -178,3 +186,46 @@ def test_a_length_that_was_not_asked_stays_fixed():
     assert small(tokens(3, 8)).shape == (3, 8, 5)
     with pytest.raises((RuntimeError, ValueError)):
         small(tokens(2, 13))
+
+
+# ---------------------------------------------------------------------------------------------- what transformers saves
+def bert():
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_labels=3
+    )
+    return transformers.BertForSequenceClassification(config).eval()
+
+
+@needs_transformers
+@pytest.mark.parametrize(
+    ("build", "exclude"),
+    [(llama, ["*embed_tokens*", "*self_attn*"]), (bert, ["*embeddings*", "*attention*", "*pooler*", "classifier"])],
+)
+def test_even_hidden_widths_go_through_transformers_own_saving(tmp_path, build, exclude):
+    ids = tokens(2, 8)
+    small = mg.prune_channels(build(), {"input_ids": ids}, HALF, round_to=1, exclude=exclude)
+    assert small.config.intermediate_size == 32
+    small.save_pretrained(tmp_path / "hf")
+    again = type(small).from_pretrained(tmp_path / "hf").eval()
+    torch.testing.assert_close(again(input_ids=ids).logits, small(input_ids=ids).logits, rtol=0, atol=0)
+    mg.save(small, tmp_path / "mg")
+    loaded = mg.load(tmp_path / "mg", build())
+    assert loaded.config.intermediate_size == 32
+    loaded.save_pretrained(tmp_path / "hf2")
+    again = type(small).from_pretrained(tmp_path / "hf2").eval()
+    torch.testing.assert_close(again(input_ids=ids).logits, small(input_ids=ids).logits, rtol=0, atol=0)
+
+
+@needs_transformers
+def test_widths_that_no_configuration_says_are_refused_in_a_sentence(tmp_path):
+    ids = tokens(2, 8)
+    dense = bert()
+    small = mg.prune_channels(dense, {"input_ids": ids}, mg.Budget(params=0.6), round_to=1)
+    mg.save(small, tmp_path / "mg")
+    for model in (small, small.bert, mg.load(tmp_path / "mg", bert())):
+        with pytest.raises(FileError, match=r"BertForSequenceClassification cannot say the widths.*microglia.save"):
+            model.save_pretrained(tmp_path / "hf")
+    assert not (tmp_path / "hf").exists()
+    dense.save_pretrained(tmp_path / "dense")  # the model that was given is as it was
+    assert dense.config.intermediate_size == 64

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from microglia.core.errors import FileError, MicrogliaError
 from microglia.graph.analysis import Analysis
 from microglia.graph.cut import Cut, by_group
+from microglia.graph.hugging_face import set_fields
 from microglia.graph.modules import Indices, cut_module, indices, kept_units
 from microglia.graph.surgery import cut_graph, forward_names
 from microglia.graph.trace import TraceError, as_inputs, trace
@@ -47,6 +48,9 @@ class Plan:
         asked: The budget.
         got: What it came to.
         notes: What was not as asked, and why.
+        config: Models of transformers within the model -> fields of their configurations -> new value; those not named
+            cannot be saved by transformers.
+        model: Class of the model that was cut; of a graph this is where it came from.
     """
 
     kind: Kind
@@ -64,6 +68,8 @@ class Plan:
     asked: dict[str, float] = field(default_factory=dict)
     got: dict[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    config: dict[str, dict[str, Any]] = field(default_factory=dict)
+    model: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Returns everything, JSON-ready."""
@@ -134,6 +140,7 @@ def compose(first: Plan, second: Plan) -> Plan:
         parameters=(first.parameters[0], second.parameters[1]),
         macs=(first.macs[0], second.macs[1]),
         error=max(first.error, second.error),
+        config={path: {**first.config.get(path, {}), **fields} for path, fields in second.config.items()},
     )
 
 
@@ -169,6 +176,7 @@ def replay(model: nn.Module, plan: Plan) -> nn.Module:
         small = _replayed(model, plan)
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise FileError(f"The plan does not fit this {type(model).__name__}: {error}") from error
+    set_fields(small, plan.config)
     return attach(small, plan)
 
 

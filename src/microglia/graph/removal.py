@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from microglia.core.masks import fold
 from microglia.graph.cut import Cut, by_group
+from microglia.graph.hugging_face import fitting_fields, set_fields
 from microglia.graph.modules import attributes, cut_module, indices
 from microglia.graph.parts import Part, double_copy, find_parts
 from microglia.graph.plan import (
@@ -105,15 +106,20 @@ def remove(subject: Subject, kept: Mapping[int, Tensor], *, keep_class: bool = F
             notes.append(f"In training {name} runs this graph too, with batch norm and dropout told: its own code for training "
                          "could not be traced, or not be cut in the same way.")  # fmt: skip
     _carry_notes(subject.model, small)
+    changed_shapes = shapes(subject.model, small)
+    fields = {} if graphs else fitting_fields(small, changed_shapes)
+    set_fields(small, fields)
     plan = Plan(
         "graph" if graphs else "module",
         named,
         changed,
         graphs=graphs,
         dynamic=subject.dynamic,
-        shapes=shapes(subject.model, small),
+        shapes=changed_shapes,
         error=error,
         notes=tuple(notes),
+        config=fields,
+        model=type(subject.model).__name__,
     )
     return attach(small, plan)
 

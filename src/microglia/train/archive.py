@@ -64,7 +64,7 @@ def save(model: nn.Module, directory: str | Path) -> Path:
         "format": "microglia.model",
         "version": VERSION,
         "source": getattr(model, SOURCE, None),
-        "class": type(model).__name__,
+        "class": (shrunk or {}).get("model") or type(model).__name__,
         "masks": {name: {"shape": list(m.shape), "kept": int(m.sum())} for name, m in masks_of(model).items()},
         "shrunk": shrunk,
         "gates": gates,

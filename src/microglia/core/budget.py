@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from dataclasses import dataclass, fields
 
 from microglia.core.errors import BudgetError
@@ -32,8 +33,10 @@ class Budget:
         if not given:
             raise BudgetError("A budget needs at least one of density, params, flops (fractions kept, such as 0.2) or ms.")
         for name, value in given.items():
-            if isinstance(value, bool) or not isinstance(value, int | float):
+            if isinstance(value, bool) or not isinstance(value, numbers.Real):
                 raise BudgetError(f"{name} is a number, the fraction kept in (0, 1]; got {value!r}.")
+            if type(value) not in (int, float):  # of NumPy: plans and recipes write plain numbers
+                object.__setattr__(self, name, value := float(value))
             if name == "ms":
                 if not (value > 0 and math.isfinite(value)):
                     raise BudgetError(f"ms is a time in milliseconds, above 0; got {value}.")

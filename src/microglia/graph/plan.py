@@ -15,6 +15,7 @@ from microglia.core.errors import FileError, MicrogliaError
 from microglia.core.masks import bake
 from microglia.graph.analysis import Analysis
 from microglia.graph.cut import Cut, by_group
+from microglia.graph.hugging_face import set_fields
 from microglia.graph.modules import Indices, cut_module, indices, kept_units
 from microglia.graph.surgery import cut_graph, forward_names
 from microglia.graph.trace import TraceError, as_inputs, trace
@@ -41,12 +42,16 @@ class Plan:
         shapes: Tensor name -> (shape before, shape after).
         parameters: Before and after.
         macs: Multiply-accumulates of the example batch, before and after.
-        error: Largest relative difference to the masked model at any node, in float64.
+        error: Largest relative difference to the masked model at any node, in float64. Norms, softmax and other reductions
+            of that model run over the kept entries; the notes name those where zeros would count.
         found: Channel groups that could lose units.
         pruned: Those that did.
         asked: The budget.
         got: What it came to.
         notes: What was not as asked, and why.
+        config: Models of transformers within the model -> fields of their configurations -> new value; those not named
+            cannot be saved by transformers.
+        model: Class of the model that was cut; of a graph this is where it came from.
     """
 
     kind: Kind
@@ -64,6 +69,8 @@ class Plan:
     asked: dict[str, float] = field(default_factory=dict)
     got: dict[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    config: dict[str, dict[str, Any]] = field(default_factory=dict)
+    model: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Returns everything, JSON-ready."""
@@ -134,6 +141,7 @@ def compose(first: Plan, second: Plan) -> Plan:
         parameters=(first.parameters[0], second.parameters[1]),
         macs=(first.macs[0], second.macs[1]),
         error=max(first.error, second.error),
+        config={path: {**first.config.get(path, {}), **fields} for path, fields in second.config.items()},
     )
 
 
@@ -170,6 +178,7 @@ def replay(model: nn.Module, plan: Plan) -> nn.Module:
         small = _replayed(model, plan)
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise FileError(f"The plan does not fit this {type(model).__name__}: {error}") from error
+    set_fields(small, plan.config)
     return attach(small, plan)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from microglia.core.budget import Budget
 from microglia.core.layers import prunable_layers
+from microglia.graph.asked import check_asked
 from microglia.graph.cut import Cut, constants, counts
 from microglia.graph.groups import ChannelGroup, GroupReduction, channel_groups, excluded_tensors, group_scores, independent
 from microglia.graph.latency_table import LatencyTable
@@ -45,8 +46,9 @@ def prune_channels(
     """Returns a physically smaller copy of a model: whole channels, heads and hidden units removed from all that use them.
 
     The outputs equal those of the model with these units masked, verified value by value in float64 before anything is
-    returned. Norms and means over a removed dimension run over what is left. Inputs, outputs (the classes of a classifier)
-    and everything an operator without a rule touches keep their size.
+    returned. Norms, means, softmax, and sums or products of activations over a removed dimension run over what is left:
+    where a masked channel would still count there, as in a sum of sigmoids, the plan's notes say so. Inputs, outputs (the
+    classes of a classifier) and everything an operator without a rule touches keep their size.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 4))
@@ -71,7 +73,7 @@ def prune_channels(
         keep_class: Only what the user's own classes can follow; otherwise a model with sizes written into its forward
             comes back as its traced graph. `plan_of` tells which.
         dynamic: Dimensions of the inputs that may differ later where the result is a graph: the batch; (0, 2, 3) for images
-            of any size.
+            of any size, (0, 1) for token ids of any length. The plan's notes say which stay as they are.
         evidence: What the score may look at.
         verified: Whether to compare every value with the masked model's; turn off only to search.
 
@@ -82,7 +84,10 @@ def prune_channels(
         BudgetError: The budget cannot be met.
         ShrinkError: The pruned model would differ from the masked one; nothing is returned.
         TraceError: The model cannot be traced.
+        UnknownNameError: There is no such score, scope or reduction.
+        MicrogliaError: ``round_to`` or ``dynamic`` is out of range.
     """
+    round_to, dynamic = check_asked(budget, scope=scope, reduction=reduction, round_to=round_to, dynamic=dynamic)
     subject = Subject.of(model, example_inputs, dynamic)
     elements = _elements(subject, score, evidence)
     excluded = excluded_tensors(subject.model, exclude)

@@ -44,6 +44,8 @@ class Reference:
 
     def __init__(self, cut: Cut) -> None:
         self.cut = cut
+        self.reduced_nodes: set[fx.Node] = set()
+        """Nodes that ran over the kept entries only, so far."""
 
     def walk(self, inputs: Sequence[Any]) -> Iterator[tuple[fx.Node, Any]]:
         """Yields every operator of the graph with its value, the output node with the flat outputs.
@@ -79,7 +81,12 @@ class Reference:
             a = {key: fx.node.map_arg(v, values.__getitem__) for key, v in named_arguments(node).items()}
             result = found(self, node, a)
             if result is not None:
+                self.reduced_nodes.add(node)
                 return result
+        return self.with_zeros(node, values)
+
+    def with_zeros(self, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
+        """Returns a node's value with removed entries counted as what zeroed parameters make of them."""
         args = fx.node.map_arg(node.args, values.__getitem__)
         kwargs = fx.node.map_arg(node.kwargs, values.__getitem__)
         return node.target(*args, **kwargs)  # type: ignore[operator]

@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from microglia.graph.baking import baked_copy
 from microglia.graph.cut import Cut, by_group
+from microglia.graph.hugging_face import fitting_fields, set_fields
 from microglia.graph.modules import attributes, cut_module, indices
 from microglia.graph.parts import Part, double_copy, find_parts
 from microglia.graph.plan import (
@@ -27,7 +28,7 @@ from microglia.graph.plan import (
     write_example,
 )
 from microglia.graph.surgery import GraphModel
-from microglia.graph.trace import Trace, copied
+from microglia.graph.trace import Trace, copied, fixed_sizes, known_outputs
 from microglia.graph.verify import ShrinkError, Verification, difference, run_patched, verify
 
 EXACT, SINGLE = 1e-9, 1e-4
@@ -92,6 +93,7 @@ def remove(subject: Subject, kept: Mapping[int, Tensor], *, keep_class: bool = F
     for part, cut in subject.cuts(kept):
         checked = verify(cut) if verified else run_patched(cut)
         error = max(error, checked.error)
+        notes += left_out_note(checked.left_out)
         exact = SINGLE / 10 if part.narrow else EXACT
         problem = _problem(small.get_submodule(part.path), cut, checked, exact)
         if not problem:
@@ -102,21 +104,40 @@ def remove(subject: Subject, kept: Mapping[int, Tensor], *, keep_class: bool = F
         small = place(small, part.path, _as_graph(part, cut, checked, subject.dynamic))
         graphs[part.path] = write_example(part.example)
         notes.append(f"{name} is returned as a graph: {problem}")
+        notes += fixed_sizes(cast(GraphModel, small.get_submodule(part.path)).graph, subject.dynamic)
+        if objects := part.analysis.trace.unknown_outputs:
+            notes.append(f"The graph of {name} returns None where its own code returns {' and '.join(objects)}.")
         if has_training_code(part.module) and cast(GraphModel, small.get_submodule(part.path)).microglia_graphs is None:
             notes.append(f"In training {name} runs this graph too, with batch norm and dropout told: its own code for training "
                          "could not be traced, or not be cut in the same way.")  # fmt: skip
     _carry_notes(subject.model, small)
+    changed_shapes = shapes(subject.model, small)
+    fields = {} if graphs else fitting_fields(small, changed_shapes)
+    set_fields(small, fields)
     plan = Plan(
         "graph" if graphs else "module",
         named,
         changed,
         graphs=graphs,
         dynamic=subject.dynamic,
-        shapes=shapes(subject.model, small),
+        shapes=changed_shapes,
         error=error,
         notes=tuple(notes),
+        config=fields,
+        model=type(subject.model).__name__,
     )
     return attach(small, plan)
+
+
+def left_out_note(operators: Sequence[str]) -> list[str]:
+    """Returns what it means that operators no longer see removed channels, if any; as one sentence for a plan."""
+    if not operators:
+        return []
+    shown = ", ".join(operators[:3]) + (f" and {len(operators) - 3} more" if len(operators) > 3 else "")
+    return [
+        f"Removed channels leave {shown}, where a channel with zero weights would still count: the error is against the masked "
+        "model whose reductions run over the kept channels, not against one with zero weights."
+    ]
 
 
 def _problem(small: nn.Module, cut: Cut, checked: Verification, exact: float) -> str:
@@ -175,7 +196,7 @@ def outputs_of(model: nn.Module, trace: Trace, inputs: Sequence[Any]) -> list[An
 @torch.no_grad()
 def _outputs(model: nn.Module, trace: Trace, inputs: Sequence[Any]) -> list[Any]:
     args, kwargs = pytree.tree_unflatten([copied(v) for v in inputs], trace.in_spec)
-    return pytree.tree_leaves(model.eval()(*args, **kwargs))
+    return pytree.tree_leaves(known_outputs(model.eval()(*args, **kwargs)))
 
 
 def noise(value: Any, generator: torch.Generator) -> Any:

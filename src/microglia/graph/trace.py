@@ -7,7 +7,7 @@ import logging
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -35,6 +35,7 @@ class Trace:
         out_spec: How the outputs flatten.
         example: The inputs it was traced with, flat.
         constants: Names of tensors that are no parameter or buffer of the model: values its code makes.
+        unknown_outputs: Classes of outputs that are None here, for torch.export cannot return them.
     """
 
     graph: fx.Graph
@@ -45,6 +46,7 @@ class Trace:
     out_spec: pytree.TreeSpec
     example: tuple[Any, ...]
     constants: frozenset[str] = frozenset()
+    unknown_outputs: tuple[str, ...] = ()
 
 
 def trace(model: nn.Module, example_inputs: Any, *, dynamic: Sequence[int] = (0,), training: bool = False) -> Trace:
@@ -54,8 +56,8 @@ def trace(model: nn.Module, example_inputs: Any, *, dynamic: Sequence[int] = (0,
         model: Any module torch.export can trace.
         example_inputs: A tensor, a tuple of arguments, or a mapping of keyword arguments. Where dimensions are to be free a
             batch of one is doubled, or torch.export would take it for a constant.
-        dynamic: Dimensions of the floating-point inputs that may differ later; the batch by default, (0, 2, 3) for height
-            and width of images too. Where the model's own code fixes a size it stays fixed.
+        dynamic: Dimensions of the inputs that may differ later; the batch by default, (0, 2, 3) for height and width of images
+            too, (0, 1) for the length of token ids. Where the model's own code fixes a size it stays fixed.
         training: In training mode instead of evaluation mode.
 
     Raises:
@@ -66,7 +68,13 @@ def trace(model: nn.Module, example_inputs: Any, *, dynamic: Sequence[int] = (0,
     model.train(training)
     if not training:
         _run_once(model, args, kwargs)
-    hook = model.register_forward_hook(_known_outputs)
+    unknown: dict[str, None] = {}
+
+    def known(module: nn.Module, args: Any, outputs: Any) -> Any:
+        unknown.update(_unknown_outputs(outputs, module))
+        return known_outputs(outputs)
+
+    hook = model.register_forward_hook(known)
     try:
         exported = _export(model, args, kwargs, dynamic)
     finally:
@@ -75,7 +83,7 @@ def trace(model: nn.Module, example_inputs: Any, *, dynamic: Sequence[int] = (0,
             module.training = mode
     inline_wrappers(exported.graph_module)
     _refuse_unknown_sizes(exported.graph, model)
-    return _as_trace(exported, model)
+    return replace(_as_trace(exported, model), unknown_outputs=tuple(unknown))
 
 
 def _run_once(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -150,6 +158,8 @@ def _export(
                 return torch.export.export(
                     model, positional, named or None, dynamic_shapes=_free((positional, named), free), strict=False
                 )
+        except TraceError:
+            raise
         except Exception as error:
             problem = problem or error
     first = str(problem).strip().splitlines()
@@ -159,9 +169,24 @@ def _export(
     ) from problem
 
 
-def _known_outputs(module: nn.Module, args: Any, outputs: Any) -> Any:
-    """Leaves out what torch.export cannot return, such as the cache a language model hands on."""
-    return pytree.tree_map(lambda v: v if v is None or isinstance(v, Tensor | int | float | str) else None, outputs)
+def known_outputs(outputs: Any) -> Any:
+    """Returns outputs with None for what torch.export cannot return, such as the cache a language model hands on."""
+    return pytree.tree_map(lambda v: v if isinstance(v, _KNOWN) else None, outputs)
+
+
+_KNOWN = Tensor | int | float | str | None
+
+
+def _unknown_outputs(outputs: Any, model: nn.Module) -> dict[str, None]:
+    """Returns the classes of outputs that are left out; raises where these are all there is."""
+    leaves = pytree.tree_leaves(outputs)
+    found = dict.fromkeys(type(v).__name__ for v in leaves if not isinstance(v, _KNOWN))
+    if found and not any(isinstance(v, Tensor) for v in leaves):
+        raise TraceError(
+            f"{type(model).__name__} returns {' and '.join(found)}, in which no tensor can be followed: let it return tensors, "
+            "or a tuple, list or dict of them."
+        )
+    return found
 
 
 @contextmanager
@@ -206,11 +231,26 @@ def _free(inputs: Any, dynamic: Sequence[int]) -> Any:
     def one(value: Any) -> Any:
         if not isinstance(value, Tensor):
             return None
-        last = value.ndim if value.is_floating_point() else min(value.ndim, 1)
-        return {d: ExportDim.AUTO for d in dynamic if d < last and value.shape[d] > 1}
+        return {d: ExportDim.AUTO for d in dynamic if d < value.ndim and value.shape[d] > 1}
 
     positional, named = pytree.tree_map(one, inputs)
     return (*positional, *named.values()) if positional else named
+
+
+def fixed_sizes(graph: fx.Graph, dynamic: Sequence[int]) -> list[str]:
+    """Returns a sentence for each dimension of an input that was to be free and is a constant of the graph."""
+    values = {n.name: n.meta.get("val") for n in graph.nodes if n.op == "placeholder"}
+    found = []
+    for name, value in values.items():
+        for d in dynamic if isinstance(value, Tensor) else ():
+            size = value.shape[d] if d < value.ndim else None
+            if isinstance(size, torch.SymInt):
+                size = size.node.maybe_as_int()
+            if size is not None:
+                found.append(
+                    f"Dimension {d} of the input {name} stays {size}, as in the example: the model's own code fixes it."
+                )
+    return found
 
 
 # -------------------------------------------------------------------------------------------------------- rewriting

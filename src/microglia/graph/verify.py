@@ -35,6 +35,8 @@ class Verification:
         module: The module that node belongs to.
         outputs: Outputs of the pruned graph, flat.
         nodes: How many values were compared.
+        left_out: Operators, by module, that masked entries would change though they are zeroed: a norm, a softmax, a sum of
+            values that are not zero. There the reference runs over the kept entries.
     """
 
     error: float
@@ -42,6 +44,7 @@ class Verification:
     module: str
     outputs: tuple[Any, ...]
     nodes: int
+    left_out: tuple[str, ...] = ()
 
 
 @torch.no_grad()
@@ -79,6 +82,7 @@ class _Lockstep:
         self.wanted: dict[fx.Node, Any] = {}
         self.got: dict[fx.Node, Any] = {}
         self.worst, self.where, self.compared = 0.0, "", 0
+        self.left_out: dict[str, None] = {}
         self.last_use = {source: node for node in self.trace.graph.nodes for source in node.all_input_nodes}
         self.extra_use = {source: copy for copy in self._copied() for source in copy.all_input_nodes}
 
@@ -97,7 +101,7 @@ class _Lockstep:
                 self._place(node, copy)
             else:
                 self._step(node, copy)
-        return Verification(self.worst, self.where, self._module(self.where), outputs, self.compared)
+        return Verification(self.worst, self.where, self._module(self.where), outputs, self.compared, tuple(self.left_out))
 
     def _place(self, node: fx.Node, copy: fx.Node) -> None:
         name = self.trace.name_of.get(node.name)
@@ -120,11 +124,18 @@ class _Lockstep:
                 self.wanted[node] = self.reference.run(node, self.wanted)
             except MissingReference as error:
                 raise ShrinkError(f"The cut cannot be verified: {error}.") from error
+            if node in self.reference.reduced_nodes and self._zeros_count(node):
+                self.left_out[f"{operator_name(node)} {self._module(node.name)}"] = None
             if _is_arbitrary(node):  # random or uninitialized: both models go on with the same values
                 self.got[copy] = copied(self._kept(node, self.wanted[node]))
             self._compare(node, self.wanted[node], self.got[copy])
             self._drop(self.wanted, self.last_use, node)
         self._drop(self.got, self.extra_use, copy)
+
+    def _zeros_count(self, node: fx.Node) -> bool:
+        """Tells whether a reduction over kept entries differs from that over all, the removed ones zeroed where they begin."""
+        pairs = zip(_tensors(self.reference.with_zeros(node, self.wanted)), _tensors(self.wanted[node]), strict=True)
+        return any(difference(self._kept(node, zeros), self._kept(node, wanted)) > _ALIKE for zeros, wanted in pairs)
 
     def _drop(self, values: dict[fx.Node, Any], last: dict[fx.Node, fx.Node], node: fx.Node) -> None:
         for source in node.all_input_nodes:
@@ -135,7 +146,8 @@ class _Lockstep:
         """Returns the entries of a node's value that stay."""
         if not isinstance(value, Tensor):
             return value
-        for k, dim in enumerate(self.cut.analysis.dims[node]):
+        dims = self.cut.analysis.dims[node]
+        for k, dim in enumerate(dims[0] if dims and isinstance(dims[0], list) else dims):  # of several values, which are alike
             if self.cut.changes(dim):
                 value = value.index_select(k, self.cut.mask(dim).nonzero()[:, 0].to(value.device))
         return value
@@ -163,6 +175,14 @@ class _Lockstep:
                 stack = list((node.meta.get("nn_module_stack") or {}).values())
                 return f"in {stack[-1][0] or 'the model'}" if stack else "in the model"
         return "in the model"
+
+
+_ALIKE = 1e-9
+"""Relative difference up to which two values of one reduction are one."""
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    return [value] if isinstance(value, Tensor) else [v for v in value if isinstance(v, Tensor)]
 
 
 _ARBITRARY = (

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import bisect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -120,10 +120,13 @@ def choose_widths(
         milliseconds: Measured time of the model at given widths, for a budget in ms.
 
     Raises:
-        BudgetError: Nothing can be pruned, or even the narrowest model is above the budget.
+        BudgetError: Nothing can be pruned, or even the narrowest model is above the budget; of a time this is said first.
     """
     if not groups:
         raise BudgetError("The model has no channels that can be removed; ask `why` of a parameter's dimension.")
+    if milliseconds is not None and budget.ms is not None:
+        narrowest = {r: _counts(groups, _steps(groups, scores, scope, r)) for r in (round_to, 1)}
+        _refuse_unreachable(budget.ms, narrowest.values(), milliseconds)
     while True:
         steps = _steps(groups, scores, scope, round_to)
         at = _place(costs, budget, steps, groups, milliseconds)
@@ -136,6 +139,18 @@ def choose_widths(
     if at == len(steps) and any(value > getattr(budget, term) * (1 + TOLERANCE) for term, value in got.items()):
         raise BudgetError(f"The budget ({budget}) cannot be met. {notes[0]}")
     return Widths(counts, got, round_to, tuple(notes))
+
+
+def _refuse_unreachable(asked: float, narrowest: Iterable[Counts], milliseconds: Milliseconds) -> None:
+    """Raises where even the narrowest models take too long: a search would time one candidate after another in vain."""
+    times = []
+    for counts in narrowest:
+        times.append(milliseconds(counts))
+        if times[-1] <= asked * (1 + TOLERANCE):
+            return
+    raise BudgetError(
+        f"The budget (ms {asked:g}) cannot be met: with every group at its narrowest the model takes {min(times):.3g} ms."
+    )
 
 
 def _met(budget: Budget, got: Mapping[str, float]) -> bool:

@@ -1,0 +1,96 @@
+"""Configurations of transformers' models: what `save_pretrained` writes builds the cut model again, or is refused."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping
+from copy import deepcopy
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from microglia.core.errors import FileError
+
+Fields = Mapping[str, Mapping[str, Any]]
+"""Path of a model of transformers within the model -> field of its configuration -> new value."""
+
+_HIDDEN = (
+    "intermediate_size",
+    "ffn_dim",
+    "encoder_ffn_dim",
+    "decoder_ffn_dim",
+    "d_ff",
+    "n_inner",
+    "hidden_dim",
+    "ffn_hidden_size",
+)
+"""Fields that are the width between two layers and nothing else: no forward computes with them, so equal shapes suffice."""
+
+Shapes = Mapping[str, tuple[list[int], list[int]]]
+"""Tensor name -> (shape before, shape after)."""
+
+
+def fitting_fields(small: nn.Module, shapes: Shapes) -> dict[str, dict[str, Any]]:
+    """Returns the fields with which transformers builds a cut model's shapes again, of each of its models that has them."""
+    found = {}
+    for path, module in _outermost(small):
+        prefix = f"{path}." if path else ""
+        own = [both for name, both in shapes.items() if name.startswith(prefix)]
+        became: dict[int, set[int]] = {}
+        for before, after in own:
+            for old, new in zip(before, after, strict=True):
+                if old != new:
+                    became.setdefault(old, set()).add(new)
+        fields = {}
+        for name in _HIDDEN:
+            new_sizes = became.get(getattr(module.config, name, None) or 0, set())
+            if len(new_sizes) == 1:
+                fields[name] = next(iter(new_sizes))
+        refused_before = "save_pretrained" in vars(module)
+        if (not own and not refused_before) or (fields and _builds(module, fields)):
+            found[path] = fields
+    return found
+
+
+def set_fields(small: nn.Module, fields: Fields) -> None:
+    """Writes fields to the configurations of a cut model; a model of transformers without any refuses its `save_pretrained`."""
+    for path, module in _outermost(small):
+        for name, value in fields.get(path, {}).items():
+            setattr(module.config, name, value)
+        if path not in fields:
+            for part in module.modules():
+                if hasattr(part, "save_pretrained"):
+                    object.__setattr__(part, "save_pretrained", partial(_refuse, type(module).__name__))
+
+
+def _outermost(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Yields the models of transformers in a model, none within another; nothing is imported for it."""
+    kind = getattr(sys.modules.get("transformers.modeling_utils"), "PreTrainedModel", None)
+    inside: set[nn.Module] = set()
+    for path, module in model.named_modules() if kind is not None else ():
+        if isinstance(module, kind) and module not in inside:
+            inside.update(module.modules())
+            yield path, module
+
+
+def _builds(module: Any, fields: Mapping[str, Any]) -> bool:
+    """Tells whether the model's class builds all of its shapes from its configuration with these fields."""
+    config = deepcopy(module.config)
+    for name, value in fields.items():
+        setattr(config, name, value)
+    try:
+        with torch.device("meta"), torch.random.fork_rng(devices=[]):
+            built = type(module)(config)
+    except Exception:
+        return False
+    first, second = ({name: tuple(t.shape) for name, t in m.state_dict().items()} for m in (built, module))
+    return first == second
+
+
+def _refuse(name: str, *args: Any, **kwargs: Any) -> None:
+    raise FileError(
+        f"The configuration of {name} cannot say the widths of this pruned model, so from_pretrained could not read it: use "
+        "microglia.save(model, directory) and microglia.load(directory, fresh_model)."
+    )

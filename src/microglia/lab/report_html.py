@@ -36,14 +36,15 @@ CONFIG = {"displaylogo": False, "showSendToCloud": False}
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; }
-body { max-width: 1200px; margin: 0 auto; padding: 1rem; }
+body { max-width: 1800px; margin: 0 auto; padding: 1rem; }
 h1, h2 { line-height: 1.2; } h2 { margin-top: 2.5rem; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: 13px; }
 th, td { padding: .3rem .6rem; border-bottom: 1px solid #ddd; text-align: left; } td { white-space: nowrap; }
 td.number { text-align: right; font-variant-numeric: tabular-nums; }
-tr.dense { background: #f2f2f2; font-weight: 600; }
 th { vertical-align: bottom; }
+tr > :first-child { position: sticky; left: 0; background: inherit; } tr { background: #fff; }
+tr.dense { background: #f2f2f2; font-weight: 600; }
 th button { font: inherit; font-weight: 600; border: 0; background: none; padding: 0; cursor: pointer; text-align: left; }
 th[aria-sort=ascending] button::after { content: " \\2191"; } th[aria-sort=descending] button::after { content: " \\2193"; }
 fieldset { border: 1px solid #ccc; position: sticky; top: 0; background: #fff; z-index: 10; } label { margin-right: 1rem; }

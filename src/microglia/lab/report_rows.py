@@ -259,9 +259,20 @@ def _rows_of(method: str, records: Sequence[Record]) -> Iterable[Row]:
 
 def _baselines(records: Sequence[Record]) -> tuple[Row, ...]:
     varying = varying_of(records, lambda key: key.startswith(DENSE))
-    by_settings = _by(
-        records, lambda r: ", ".join(filter(None, (settings_of(r, varying), "" if _trained(r) else "not trained")))
-    )
+    named: dict[tuple[Any, ...], list[str]] = {}
+
+    def model(record: Record) -> tuple[Any, ...]:
+        # One checkpoint that measured the same is one model, however a setting is spelled (normalize=auto or by name).
+        if checkpoint := record.recipe.get("checkpoint"):
+            return checkpoint, record.value(record.dense), record.dense.bytes
+        return (settings_of(record, varying),)
+
+    for record in records:
+        parts = [text for key in varying if (text := settings_of(record, [key]))] + (
+            [] if _trained(record) else ["not trained"]
+        )
+        named[model(record)] = [part for part in named.get(model(record), parts) if part in parts]
+    by_settings = _by(records, lambda record: ", ".join(named[model(record)]))
     return tuple(Row("dense", "", "", "", settings, tuple(runs)) for settings, runs in by_settings)
 
 

@@ -48,7 +48,8 @@ LEGEND = """\
 - *theoretical speed-up*: multiply-accumulates of the dense model over those of the kept weights, or over those that gates
   compute on average. It is no time: beside it stands the measured one, the fastest execution of the dense model over the
   fastest of the pruned one, both timed interleaved in one process; over several seeds, the median of each.
-- *bytes*: of the safetensors file of the weights, and of the same file after zlib."""
+- *bytes*: of the weights alone, masks multiplied in, as a safetensors file, and of that file after zlib. A saved run has
+  its masks beside them."""
 
 
 def table(group: Group) -> tuple[list[str], list[tuple[Row, list[Entry]]]]:
@@ -152,10 +153,12 @@ def freeze_lines(group: Group) -> list[str]:
     rows = [(row, found) for row, found in rows if found and any(freeze.soft and freeze.softens for freeze in found)]
     if not rows:
         return []
+    loaded = any(record.recipe.get("checkpoint") for row, _ in rows for record in row.records)
+    seen = " A checkpoint may have been trained on these images." if loaded else ""
     titles = ["method", "pattern", "kept (asked)", "units", "undecided", "mean |f - mask|", "soft", "exact"]
     lines = [
         f"The freeze, when soft masks become exact, means over the runs; {group.headline} on the validation split with the "
-        "soft and with the exact masks.",
+        f"soft and with the exact masks.{seen}",
         "",
         f"| {' | '.join(escaped(title) for title in titles)} |",
         "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: |",

@@ -124,8 +124,8 @@ _ROWS: list[tuple[str, Callable[[Json], Any], Callable[[Any], str]]] = [
     ("MACs of kept weights", _at("macs", "effective"), _count),
     ("MACs per input, honest count", _computed("honest"), _count),
     ("MACs per input, paper's count", _computed("paper"), _count),
-    ("bytes on disk, raw", _at("bytes", "raw"), _count),
-    ("bytes on disk, zipped", _at("bytes", "zipped"), _count),
+    ("bytes of the weights alone, raw", _at("bytes", "raw"), _count),
+    ("bytes of the weights alone, zipped", _at("bytes", "zipped"), _count),
 ]
 _PHYSICAL = {"parameters", "MACs, all"}
 _RATIOS = {
@@ -133,8 +133,8 @@ _RATIOS = {
     "MACs of kept weights",
     "MACs per input, honest count",
     "MACs per input, paper's count",
-    "bytes on disk, raw",
-    "bytes on disk, zipped",
+    "bytes of the weights alone, raw",
+    "bytes of the weights alone, zipped",
 }
 
 

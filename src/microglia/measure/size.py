@@ -1,4 +1,4 @@
-"""Count bytes: what the model's weights take on disk, as they are and compressed."""
+"""Count bytes: what the model's weights alone take on disk, without masks, as they are and compressed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _CHUNK = 1 << 20  # bytes
 
 @dataclass(frozen=True)
 class Bytes:
-    """Size of a model on disk, in bytes.
+    """Size of a model's weights on disk, in bytes, masks multiplied in: `microglia.save` of a masked model writes masks too.
 
     Attributes:
         raw: Its safetensors file, header included; zeros take as much room as anything else.

@@ -1,6 +1,7 @@
 """The runtime: sparse weights that are fast on this machine, and never slower than dense ones."""
 
-from microglia.runtime.accelerate import Accelerated, accelerate
+from microglia.runtime.accelerate import accelerate
+from microglia.runtime.accelerated import Accelerated
 from microglia.runtime.chain import BlockChain, Link
 from microglia.runtime.library import level
 from microglia.runtime.report import AccelerationReport, LayerChoice

@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten
 
 from microglia.core.errors import MicrogliaError
 from microglia.measure.execution import Runner, bind, difference, runners
 from microglia.measure.fusion import Site, fuse
 from microglia.measure.latency import time_interleaved
 from microglia.measure.running import Example, first_line, folded_twin, run, undisturbed
+from microglia.runtime.accelerated import Accelerated, refuse_autocast
 from microglia.runtime.candidates import Candidate
 from microglia.runtime.chain import chained
 from microglia.runtime.choices import Choices, Times, default_cache
@@ -35,56 +35,6 @@ Measured = tuple[Site, dict[str, tuple[Candidate, float]]]
 PRECISIONS = ("float32", "bf16")
 Progress = Callable[[int, int], None]
 """Told after each layer how many of how many are timed."""
-
-
-class Accelerated(nn.Module):
-    """A model in the fastest execution that was found for inputs of one shape, for inference.
-
-    Inputs of other shapes, or with other arguments beside the tensors, run in the plain dense model, with equal outputs. It
-    stays in evaluation mode and its weights stay what they are.
-
-    Attributes:
-        fast: The chosen execution, called like the model.
-        dense: The model with its masks folded in.
-    """
-
-    def __init__(self, fast: Runner, dense: nn.Module, example: Example) -> None:
-        super().__init__()
-        self.fast, self.dense = fast, dense
-        self._signature = _signature(example.args, example.kwargs)
-        self._report: AccelerationReport | None = None
-        self._like = torch.zeros(1) if (first := next(dense.parameters(), None)) is None else first.new_zeros(1)
-        self.training = False
-
-    def report(self) -> AccelerationReport:
-        """Returns per layer what was chosen, all times, and why; and the times of the whole."""
-        assert self._report is not None
-        return self._report
-
-    def train(self, mode: bool = True) -> Accelerated:
-        """Stays in evaluation mode: to train, take the masked model, and accelerate it again."""
-        return self
-
-    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Refuses other weights.
-
-        Raises:
-            MicrogliaError: Always.
-        """
-        raise MicrogliaError("An accelerated model keeps its weights: load them into the model, then accelerate it again.")
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Accelerated:
-        probe, like = fn(self._like), self._like
-        if (probe.dtype, probe.device) != (like.dtype, like.device):
-            where = "the CPU" if like.device.type == "cpu" else str(like.device)
-            kind = str(like.dtype).removeprefix("torch.")
-            raise MicrogliaError(f"An accelerated model stays in {kind} on {where}: convert the model that it was made of.")
-        return self
-
-    @torch.no_grad()
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Returns the model's output."""
-        return (self.fast if _signature(args, kwargs) == self._signature else self.dense)(*args, **kwargs)
 
 
 def accelerate(
@@ -127,13 +77,14 @@ def accelerate(
 
     Raises:
         MicrogliaError: The model is neither on the CPU nor on one CUDA GPU, cannot be traced, has no convolution or linear
-            layer of these types, or does not run on these inputs; or the precision is another.
+            layer of these types, or does not run on these inputs; or the precision is another; or autocast is on.
     """
     if precision not in PRECISIONS:
         raise MicrogliaError(f"A model is accelerated in {' or '.join(PRECISIONS)}, not in {precision!r}.")
     half = precision == "bf16"
     example = Example.of(example_inputs).copied()
     device = device_of([*example.tensors, *model.parameters()])
+    refuse_autocast(next((tensor.device.type for tensor in [*example.tensors, *model.parameters()]), "cpu"))
     if half and device is not CPU:
         raise MicrogliaError("bf16 is for float32 models on the CPU; on a GPU convert the model with .bfloat16() instead.")
     folder = default_cache() if cache == "default" else None if cache is None else Path(cache)
@@ -272,11 +223,3 @@ def _choice(site: Site, found: dict[str, tuple[Candidate, float]], best: str) ->
         chosen, why = min(filter(is_dense, times), key=times.__getitem__), f"as a whole the model is fastest as {best!r}"
     density = int(site.weight.count_nonzero()) / site.weight.numel()
     return LayerChoice(site.name, site.kind, tuple(site.weight.shape), density, chosen, times, why)
-
-
-def _signature(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
-    """Returns what a graph is made for: the structure of the arguments, shapes and types of tensors, all other values."""
-    if len(args) == 1 and not kwargs and isinstance(args[0], Tensor):  # nearly always: it is asked at every call
-        return tuple(args[0].shape), args[0].dtype, args[0].device
-    leaves, structure = tree_flatten((args, kwargs))
-    return structure, [(tuple(v.shape), v.dtype, v.device) if isinstance(v, Tensor) else (type(v), v) for v in leaves]

@@ -15,6 +15,7 @@ from microglia.core.masks import masks_of, parametrized, restore, unfinished
 from microglia.dynamic.gates import GatePlan, attach_gates, gate_plan
 from microglia.graph import Plan, replay
 from microglia.graph.plan import PLAN as REMOVED
+from microglia.runtime.accelerated import Accelerated
 from microglia.train.files import VERSION, check_header, read_tensors, write_atomic, write_tensors
 from microglia.train.run import read_json
 from microglia.zoo import build
@@ -45,7 +46,8 @@ def save(model: nn.Module, directory: str | Path) -> Path:
     """Writes ``model.safetensors`` (weights, buffers, masks) and ``plan.json`` (how to build it, what was done to it).
 
     Args:
-        model: Any module, masked, folded, shrunk or gated. One that `microglia.build` made needs its directory alone to load.
+        model: Any module, masked, folded, shrunk or gated. One that `microglia.build` made needs its directory alone to
+            load. Of an accelerated one is written what was accelerated, masks as zeros of the weights: accelerate it again.
         directory: Made if it is not there; a model saved there before is replaced, weights and plan each atomically.
 
     Returns:
@@ -59,6 +61,7 @@ def save(model: nn.Module, directory: str | Path) -> Path:
             "A pruner still searches in this model, whose soft masks no file holds: call pruner.finish() before save."
         )
     directory = Path(directory)
+    model = model.dense if isinstance(model, Accelerated) else model
     removed = removed_from(model)
     shrunk = removed.to_dict() if removed is not None else None
     gates = plan.to_dict() if (plan := gate_plan(model)) is not None else None

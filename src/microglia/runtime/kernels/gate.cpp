@@ -30,7 +30,10 @@ int check(int64_t pixels, int64_t stride, const int64_t* list, int64_t count, in
 void maximum(const float* x, int64_t pixels, int64_t stride, int64_t channels, float* pooled) {
   std::fill_n(pooled, channels, -std::numeric_limits<float>::infinity());
   for (int64_t pixel = 0; pixel < pixels; ++pixel, x += stride) {
-    for (int64_t c = 0; c < channels; ++c) pooled[c] = pooled[c] >= x[c] ? pooled[c] : x[c];  // a NaN stays one
+    for (int64_t c = 0; c < channels; ++c) {
+      const float most = pooled[c];
+      pooled[c] = most >= x[c] || most != most ? most : x[c];  // NaN comes in, as it compares with nothing, and stays
+    }
   }
 }
 

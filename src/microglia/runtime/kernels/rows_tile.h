@@ -28,13 +28,15 @@ using Mask = Lanes::Mask;
 
 // x * sigmoid(x), as x / (1 + e) for x >= 0 and x * e / (1 + e) below, where e = exp(-|x|) cannot overflow.
 [[gnu::always_inline]] inline Value silu(Value x) {
+  // Zero, but NaN for -infinity, which the bound below would hide: PyTorch divides -infinity by infinity.
+  const Value hidden = Lanes::multiply(Lanes::at_most(x, Lanes::set(0.0f)), Lanes::set(0.0f));
   x = Lanes::at_least(x, Lanes::set(-120.0f));  // the result is zero from about -108 on
   Value power, exponent;
   split_exponential(Lanes::at_least(Lanes::minus_magnitude(x), Lanes::set(-120.0f)), power, exponent);
   const Value small = Lanes::scale(power, exponent);
   const Value quotient = Lanes::divide(x, Lanes::add(Lanes::set(1.0f), small));
   const Value below = Lanes::scale(Lanes::multiply(quotient, power), exponent);
-  return Lanes::where_negative(x, below, quotient);
+  return Lanes::add(Lanes::where_negative(x, below, quotient), hidden);
 }
 
 // What is left to do with the sums of one output channel. All activations but SiLU keep a value within bounds.

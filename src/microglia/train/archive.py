@@ -18,6 +18,7 @@ from microglia.graph.plan import PLAN as REMOVED
 from microglia.train.files import VERSION, check_header, read_tensors, write_atomic, write_tensors
 from microglia.train.run import read_json
 from microglia.zoo import build
+from microglia.zoo.trust import require_known, trusting
 
 PLAN, WEIGHTS = "plan.json", "model.safetensors"
 SOURCE = "microglia_source"
@@ -74,16 +75,20 @@ def save(model: nn.Module, directory: str | Path) -> Path:
     return directory
 
 
-def load(directory: str | Path, model: nn.Module | None = None) -> nn.Module:
-    """Returns the saved model, bit for bit.
+def load(directory: str | Path, model: nn.Module | None = None, *, trust: bool = False) -> nn.Module:
+    """Returns the saved model, bit for bit; nothing that its files name is imported or run without being asked.
 
     Args:
         directory: Where `save` put it.
         model: A freshly built model of the same architecture to load into, dense also where the saved one was shrunk;
             needed when that was not made by `microglia.build`.
+        trust: Whether the files may name any model to build, such as ``package.module:function``, which is then imported
+            and called. Otherwise only the library's own are built, and those of timm, torchvision and transformers by
+            plain name.
 
     Raises:
-        FileError: A file is missing, damaged, truncated, foreign, or newer than this library; or the model does not fit.
+        FileError: A file is missing, damaged, truncated, foreign, or newer than this library; or the model does not fit, or is
+            one that a file may not name.
     """
     directory = Path(directory)
     if not (directory / PLAN).is_file():
@@ -93,7 +98,9 @@ def load(directory: str | Path, model: nn.Module | None = None) -> nn.Module:
     state, removed, mark = read_tensors(directory / WEIGHTS, kind="weights")
     if mark != plan.get("digest") or removed != _mark(plan.get("shrunk"), plan.get("gates")):
         raise FileError(f"{directory}: {WEIGHTS} and {PLAN} do not belong together; one of them was replaced.")
-    model = model if model is not None else _build(directory, plan)
+    if model is None:
+        with trusting(trust):
+            model = _build(directory, plan)
     model = _cut(model, plan.get("shrunk"), directory)
     try:
         if plan.get("gates") is not None:
@@ -133,6 +140,7 @@ def _build(directory: Path, plan: dict[str, Any]) -> nn.Module:
             f"{directory} does not say how to build its {plan.get('class', 'model')}: pass a freshly built one, "
             "load(directory, model)."
         )
+    require_known(source["name"], source["options"], directory / PLAN)
     model = build(source["name"], classes=source["classes"], shape=tuple(source["shape"]), **source["options"])
     setattr(model, SOURCE, source)
     return model

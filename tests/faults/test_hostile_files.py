@@ -1,0 +1,161 @@
+"""Files from elsewhere: whatever they name, nothing of it is imported or run unless the caller says so."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from typer.testing import CliRunner
+
+import microglia
+from microglia.cli import app
+from microglia.core.errors import FileError
+from microglia.zoo.trust import require_known, trusting
+
+LYING = """
+from pathlib import Path
+Path("imported").write_text("")
+from torch import nn
+def make(classes=10, shape=(1, 8, 8)):
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, classes))
+"""
+REMOTE = "from pathlib import Path\nPath('imported').write_text('')\nfrom transformers import PretrainedConfig as Remote\n"
+ATTEMPTS = {
+    "os:system": ("os:system", {"command": "touch imported"}),
+    "shutil:rmtree": ("shutil:rmtree", {"path": "precious"}),
+    "a module of the working directory": ("lying:make", {}),
+    "builtins": ("builtins:exec", {}),
+    "a folder of transformers": ("hf:folder", {"trust_remote_code": True}),
+    "a folder of transformers by a path": ("hf:./folder", {}),
+    "remote code of the hub": ("hf:someone/model", {"trust_remote_code": True}),
+    "a folder of timm": ("timm:local-dir:folder", {}),
+    "the hub through timm": ("timm:hf-hub:someone/model", {}),
+    "a file through timm": ("timm:resnet18", {"checkpoint_path": "folder/model.pth"}),
+    "a file through torchvision": ("torchvision:resnet18", {"weights": "folder/model.pth"}),
+    "an option of the wrong kind": ("timm:resnet18", {"pretrained": "folder/model.pth"}),
+    "a name with a line break": ("hf:someone/model\n", {}),
+}
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    sys.modules.pop("lying", None)
+    (tmp_path / "lying.py").write_text(LYING)
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "remote.py").write_text(REMOTE)
+    config = {"auto_map": {"AutoConfig": "remote.Remote"}, "model_type": "foreign"}
+    (tmp_path / "folder" / "config.json").write_text(json.dumps(config))
+    return tmp_path
+
+
+def saved(place: Path, name: str, options: dict[str, object]) -> Path:
+    directory = microglia.save(microglia.build("conv-2", classes=10, shape=(1, 8, 8)), place / "saved")
+    plan = json.loads((directory / "plan.json").read_text())
+    plan["source"] = {"name": name, "classes": 10, "shape": [1, 8, 8], "options": options}
+    (directory / "plan.json").write_text(json.dumps(plan))
+    return directory
+
+
+def ran(place: Path, name: str) -> Path:
+    microglia.save(microglia.build("conv-2", classes=10, shape=(1, 8, 8)), place / "run" / "model")
+    (place / "run" / "recipe.yaml").write_text(yaml.safe_dump({"model": name, "data": "digits"}))
+    return place / "run"
+
+
+def untouched(place: Path) -> bool:
+    return not (place / "imported").exists() and (place / "precious").is_dir() and "lying" not in sys.modules
+
+
+@pytest.mark.parametrize("attempt", ATTEMPTS)
+def test_load_runs_nothing_that_a_saved_folder_names(place: Path, attempt: str) -> None:
+    name, options = ATTEMPTS[attempt]
+    with pytest.raises(FileError, match="trust") as refused:
+        microglia.load(saved(place, name, options))
+    assert repr(name) in str(refused.value)
+    assert untouched(place)
+
+
+@pytest.mark.parametrize("command", ["eval", "measure", "report", "surface", "shifts", "shrink", "routes"])
+@pytest.mark.parametrize("name", ["os:system", "lying:make", "hf:folder", "timm:local-dir:folder"])
+def test_no_command_runs_what_a_directory_names(place: Path, command: str, name: str) -> None:
+    for target in (ran(place, name), saved(place, name, {})):
+        shown = CliRunner().invoke(app, [command, str(target)])
+        assert shown.exit_code == 1
+        assert shown.output.startswith("error:")
+        assert untouched(place)
+
+
+def test_no_command_of_two_or_of_recipes_runs_what_a_file_names(place: Path) -> None:
+    run = ran(place, "lying:make")
+    (place / "sweep.yaml").write_text(yaml.safe_dump({"base": {"model": "lying:make"}, "grid": {"seed": [0]}}))
+    recipe = str(run / "recipe.yaml")
+    for words in (
+        ["connect", str(run), str(run)],
+        ["prune", "--recipe", recipe],
+        ["tickets", "--recipe", recipe, "--density", "0.5"],
+        ["instability", "--recipe", recipe],
+        ["instability", "--masks", str(run)],
+        ["sweep", "sweep.yaml"],
+    ):
+        shown = CliRunner().invoke(app, words)
+        assert shown.exit_code == 1, shown.output
+        assert "'lying:make'" in shown.output
+        assert "--trust" in shown.output
+        assert untouched(place)
+
+
+def test_data_of_a_foreign_recipe_is_no_local_folder_of_the_hub_library(place: Path) -> None:
+    run = ran(place, "conv-2")
+    (run / "recipe.yaml").write_text(yaml.safe_dump({"model": "conv-2", "data": "hf:folder"}))
+    shown = CliRunner().invoke(app, ["eval", str(run)])
+    assert shown.exit_code == 1
+    assert "--trust" in shown.output
+
+
+def test_a_checkpoint_that_a_foreign_recipe_names_is_read_without_running_it(place: Path) -> None:
+    class Touch:
+        def __reduce__(self) -> object:
+            return Path.touch, (Path("imported"),)
+
+    torch.save({"state_dict": Touch()}, place / "bad.pth")
+    run = ran(place, "conv-2")
+    (run / "recipe.yaml").write_text(yaml.safe_dump({"model": "conv-2", "data": "digits", "checkpoint": "bad.pth"}))
+    shown = CliRunner().invoke(app, ["eval", str(run)])
+    assert shown.exit_code == 1
+    assert untouched(place)
+
+
+def test_a_model_of_the_users_own_works_when_it_is_typed_passed_or_trusted(place: Path) -> None:
+    quick = ["train.epochs=1", "dense.epochs=1", "measure.latency=false", "--density", "0.5"]
+    first = CliRunner().invoke(app, ["prune", "lying:make", *quick, "--out", "mine", "--json"])
+    assert first.exit_code == 0, first.output
+    assert CliRunner().invoke(app, ["prune", "lying:make", *quick, "--out", "mine", "--json"]).exit_code == 0
+    refused = CliRunner().invoke(app, ["eval", "mine"])
+    assert refused.exit_code == 1
+    assert "'lying:make'" in refused.output
+    assert CliRunner().invoke(app, ["eval", "mine", "--trust", "--json"]).exit_code == 0
+    with pytest.raises(FileError, match="trust=True"):
+        microglia.load("mine/model")
+    import lying  # type: ignore[import-not-found]
+
+    passed, trusted = microglia.load("mine/model", lying.make()), microglia.load("mine/model", trust=True)
+    assert all(torch.equal(v, trusted.state_dict()[k]) for k, v in passed.state_dict().items())
+
+
+def test_plain_names_with_plain_options_need_no_trust_and_trust_ends_with_its_block() -> None:
+    for name, options in (
+        ("conv-2", {}), ("wrn-16-1", {"dropout": 0.1}), ("timm:resnet18.a1_in1k", {"pretrained": True}),
+        ("torchvision:resnet18", {}), ("hf:microsoft/resnet-18", {"pretrained": False}), ("timm:vit_tiny", {"drop_rate": 0}),
+    ):  # fmt: skip
+        require_known(name, options, "plan.json")
+    with trusting():
+        require_known("own:make", {}, "plan.json")
+    with pytest.raises(FileError, match="'own:make'"):
+        require_known("own:make", {}, "plan.json")

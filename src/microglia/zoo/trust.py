@@ -61,8 +61,8 @@ def require_known_recipe(recipe: Mapping[str, Any], where: object) -> None:
     data = recipe.get("data")
     if isinstance(data, str) and data.startswith("hf:") and not _trusting.get() and not _of_hub(data.removeprefix("hf:")):
         raise FileError(
-            f"{where} names the data {_short(data)}, which is no plain name on the hub, for a folder may bring code: look at it "
-            "and, if you trust it, add --trust."
+            f"{where} names the data {_short(data)}, which is no plain name on the hub, for a folder may bring code: look at "
+            "it and, if you trust it, add --trust."
         )
 
 

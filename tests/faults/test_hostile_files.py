@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -94,10 +95,11 @@ def test_no_command_runs_what_a_directory_names(place: Path, command: str, name:
 
 def test_no_command_of_two_or_of_recipes_runs_what_a_file_names(place: Path) -> None:
     run = ran(place, "lying:make")
+    other = shutil.copytree(run, place / "other")
     (place / "sweep.yaml").write_text(yaml.safe_dump({"base": {"model": "lying:make"}, "grid": {"seed": [0]}}))
     recipe = str(run / "recipe.yaml")
     for words in (
-        ["connect", str(run), str(run)],
+        ["connect", str(run), str(other)],
         ["prune", "--recipe", recipe],
         ["tickets", "--recipe", recipe, "--density", "0.5"],
         ["instability", "--recipe", recipe],

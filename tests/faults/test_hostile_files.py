@@ -14,7 +14,9 @@ from typer.testing import CliRunner
 
 import microglia
 from microglia.cli import app
-from microglia.core.errors import FileError
+from microglia.core.errors import CheckpointError, FileError
+from microglia.train import archive
+from microglia.zoo import load_checkpoint
 from microglia.zoo.trust import require_known, trusting
 
 LYING = """
@@ -161,3 +163,97 @@ def test_plain_names_with_plain_options_need_no_trust_and_trust_ends_with_its_bl
         require_known("own:make", {}, "plan.json")
     with pytest.raises(FileError, match="'own:make'"):
         require_known("own:make", {}, "plan.json")
+
+
+@pytest.mark.parametrize("field", ["classes", "shape", "name", "options"])
+def test_sizes_are_held_against_the_weights_before_anything_is_built(
+    place: Path, field: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = saved(place, "conv-2", {})
+    huge = {"classes": 10**9, "shape": [1, 4000, 4000], "name": "wrn-1000006-1", "options": {"width": 10**9}}
+    plan = json.loads((directory / "plan.json").read_text())
+    plan["source"][field] = huge[field]
+    (directory / "plan.json").write_text(json.dumps(plan))
+    built: list[str] = []
+
+    def build(*args: object, **options: object) -> torch.nn.Module:
+        built.append(torch.get_default_device().type)
+        return microglia.zoo.build(*args, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(archive, "build", build)
+    with pytest.raises(FileError):
+        microglia.load(directory)
+    assert "cpu" not in built  # without memory at most
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 100_000, "1" * 5000, "[]", "null"])
+def test_json_of_any_depth_and_length_ends_in_a_sentence(place: Path, text: str) -> None:
+    directory = saved(place, "conv-2", {})
+    (directory / "plan.json").write_text(text)
+    with pytest.raises(FileError):
+        microglia.load(directory)
+
+
+@pytest.mark.parametrize("version", [True, 1.5, 0, -1, "1", None, 2])
+def test_versions_are_whole_numbers_that_exist(place: Path, version: object) -> None:
+    directory = saved(place, "conv-2", {})
+    plan = {**json.loads((directory / "plan.json").read_text()), "version": version}
+    (directory / "plan.json").write_text(json.dumps(plan))
+    with pytest.raises(FileError, match="version"):
+        microglia.load(directory)
+
+
+class Pair(torch.nn.Module):
+    """A size written into the forward, and an input by name: it comes back as a graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = torch.nn.Linear(4, 6), torch.nn.Linear(12, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(self.first(x).relu().unsqueeze(-1).expand(-1, 6, 2).reshape(-1, 12))
+
+
+@pytest.mark.parametrize("name", ["x=open('imported', 'w')", "class", "other"])
+def test_names_that_enter_generated_source_are_those_of_the_forward(place: Path, name: str) -> None:
+    small = microglia.prune_channels(Pair(), {"x": torch.ones(2, 4)}, microglia.Budget(flops=0.7), round_to=1)
+    plan = microglia.plan_of(small).to_dict()
+    assert plan["graphs"][""]["kwargs"]
+    plan["graphs"][""]["kwargs"] = {name: plan["graphs"][""]["kwargs"]["x"]}
+    with pytest.raises(FileError, match="does not take"):
+        archive.cut_again(Pair(), plan)
+    assert untouched(place)
+
+
+@pytest.mark.parametrize(
+    "changed", [{"training": 0}, {"__class__": 1}, {"groups": "2"}, {"groups": [1, 1]}, {"forward": 1}, {"padding": 1}]
+)
+def test_only_sizes_that_a_cut_notes_are_set(changed: dict[str, object]) -> None:
+    model = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3))
+    with pytest.raises(FileError):
+        archive.cut_again(model, {"kind": "module", "kept": {}, "attributes": {"0": changed}})
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_weights_of_a_checkpoint_that_are_not_finite_are_named(place: Path, value: float) -> None:
+    model = torch.nn.Linear(2, 2)
+    torch.save({"weight": torch.full((2, 2), value), "bias": torch.zeros(2)}, place / "bad.pth")
+    before = model.weight.detach().clone()
+    with pytest.raises(CheckpointError, match=r"infinite or not a number: weight"):
+        load_checkpoint(model, place / "bad.pth")
+    assert torch.equal(before, model.weight)
+
+
+@pytest.mark.parametrize("damage", ["plan.json", "model.safetensors", "both"])
+def test_a_finished_run_whose_model_is_damaged_is_mended(place: Path, damage: str) -> None:
+    training = {"epochs": 1, "batch_size": 512}
+    recipe = microglia.resolve(
+        {"model": "conv-2", "prune": {"density": 0.5}, "dense": training, "train": training, "measure": {"latency": False}}
+    )
+    microglia.execute(recipe, place / "done")
+    right = microglia.load(place / "done" / "model").state_dict()
+    for name in ("plan.json", "model.safetensors") if damage == "both" else (damage,):
+        (place / "done" / "model" / name).write_bytes(b"damaged")
+    with pytest.warns(UserWarning, match="made again"):
+        microglia.execute(recipe, place / "done")
+    assert all(torch.equal(value, right[name]) for name, value in microglia.load(place / "done" / "model").state_dict().items())

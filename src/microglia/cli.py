@@ -17,7 +17,7 @@ import microglia.cli_connect  # these register their commands
 import microglia.cli_instability
 import microglia.cli_surface
 import microglia.cli_tickets  # noqa: F401
-from microglia.cli_base import Checkpoint, Data, Device, Json, Shown, SplitName, Target, app, command
+from microglia.cli_base import Checkpoint, Data, Device, Json, Shown, SplitName, Target, app, command, given_recipe
 from microglia.core.errors import MicrogliaError
 from microglia.core.patterns import PATTERN_FORMS
 from microglia.lab.accelerating import accelerated, acceleration_tables
@@ -82,7 +82,7 @@ def prune(
     for key, value in given.items():
         if value is not None and value != []:
             source = put(source, key, value)
-    resolved = resolve(override(source, words))
+    resolved = resolve(given_recipe(source, words, recipe, typed=given))
     directory = out if out is not None else _own_directory(resolved)
     result = execute(resolved, directory)
     shown: list[Any] = [f"Run: {directory}\nModel: {directory / 'model'}"]

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
 from microglia.core.errors import MicrogliaError
+from microglia.lab.recipe import override
 from microglia.train.engine import rank_and_world
+from microglia.zoo.trust import require_known_recipe, trusting
 
 app = typer.Typer(
     help="Prune any PyTorch model, see it get measurably faster and smaller, and load the result anywhere.",
@@ -24,6 +28,7 @@ Shown = tuple[Any, list[Any]]
 """What a command returns: a JSON-ready value, and what a person sees instead."""
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs instead of tables.")]
+Trust = Annotated[bool, typer.Option("--trust", help="Build whatever model a file names, also by its own code.")]
 Data = Annotated[str | None, typer.Option(help="digits, cifar10, mnist, hf:NAME or a folder.")]
 Checkpoint = Annotated[str | None, typer.Option(help="File with trained weights.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda or auto.")]
@@ -39,7 +44,8 @@ def command(function: Callable[..., Shown]) -> Callable[..., Any]:
     def printed(*args: Any, **kwargs: Any) -> None:
         as_json = kwargs["json_"]
         try:
-            value, shown = function(*args, **kwargs)
+            with trusting(kwargs.pop("trust", False)):
+                value, shown = function(*args, **kwargs)
         except MicrogliaError as error:
             if as_json:
                 typer.echo(json.dumps({"error": str(error)}))
@@ -57,4 +63,29 @@ def command(function: Callable[..., Shown]) -> Callable[..., Any]:
         for thing in shown:
             console.print(thing, highlight=False, soft_wrap=isinstance(thing, str))
 
+    own = inspect.signature(function, eval_str=True)
+    option = inspect.Parameter("trust", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Trust)
+    printed.__signature__ = own.replace(parameters=[*own.parameters.values(), option])  # type: ignore[attr-defined]
+    printed.__annotations__ = {**{name: p.annotation for name, p in own.parameters.items()}, "trust": Trust}
     return app.command()(printed)
+
+
+def given_recipe(
+    source: Mapping[str, Any], words: Sequence[str], file: Path | None, *, typed: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Returns a recipe with ``KEY=VALUE`` words put over it, once nothing in it that a file alone names may run code.
+
+    Args:
+        source: The recipe so far: the file, and the options over it.
+        words: ``KEY=VALUE``, as typed.
+        file: Where the recipe was read from, or None.
+        typed: Options by key; what is None was not typed. Names that were typed are the user's own.
+
+    Raises:
+        FileError: The file names a model that it may not name without ``--trust``.
+    """
+    asked = override(source, words)
+    if file is not None:
+        own = {word.partition("=")[0] for word in words} | {key for key, value in typed.items() if value is not None}
+        require_known_recipe({key: value for key, value in asked.items() if key not in own}, file)
+    return asked

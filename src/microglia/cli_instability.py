@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
-from microglia.cli_base import Data, DeviceName, Json, Shown, command
+from microglia.cli_base import Data, DeviceName, Json, Shown, command, given_recipe
 from microglia.lab.instability_view import Sensing, instability_table, sense
-from microglia.lab.recipe import RecipeError, override, put, read_yaml, resolve
+from microglia.lab.recipe import RecipeError, put, read_yaml, resolve
 
 
 @command
@@ -38,16 +38,18 @@ def instability(
         raise RecipeError(f"The epochs are whole numbers such as 0,1,2,5; got {at!r}.") from None
     source = read_yaml(masks / "recipe.yaml") if masks is not None else {"method": "tickets", "prune": {"density": 1.0}}
     source = {**source, **(read_yaml(recipe) if recipe is not None else {})}
-    for key, value in {
+    given = {
         "model": words.pop(0) if words and "=" not in words[0] else None,
         "data": data,
         "device": device,
-    }.items():
+    }
+    for key, value in given.items():
         if value is not None:
             source = put(source, key, value)
     from microglia.lab.instability_figures import draw  # slow to import
 
-    told = sense(Sensing(resolve(override(source, words)), epochs, out, masks, seeds, pairs, points, recalibrate, limit))
+    resolved = resolve(given_recipe(source, words, recipe or masks, typed=given))
+    told = sense(Sensing(resolved, epochs, out, masks, seeds, pairs, points, recalibrate, limit))
     pictures = [str(path) for path in draw(told, out)]
     stable = [
         f"{name}: stable from epoch {epoch} on." if epoch is not None else f"{name}: not stable at any of these epochs."

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from microglia.cli_base import Data, DeviceName, Json, Shown, command
-from microglia.lab.recipe import RecipeError, override, put, read_yaml, resolve
+from microglia.cli_base import Data, DeviceName, Json, Shown, command, given_recipe
+from microglia.lab.recipe import RecipeError, put, read_yaml, resolve
 from microglia.lab.tickets_statements import ARMS
 from microglia.lab.tickets_view import Search, arm_table, find_tickets, statement_table
 
@@ -40,7 +40,7 @@ def tickets(
     for key, value in given.items():
         if value is not None:
             source = put(source, key, value)
-    resolved = resolve(override(source, words))
+    resolved = resolve(given_recipe(source, words, recipe, typed=given))
     if resolved.prune["density"] is None and resolved.prune["params"] is None:
         raise RecipeError("Tickets need to know where the levels end: give --density, such as 0.035.")
     from microglia.lab.tickets_figures import draw  # slow to import

@@ -141,13 +141,21 @@ def apply_indices(model: nn.Module, kept: Indices, changed: Attributes) -> None:
     for path, values in changed.items():
         for attribute, value in values.items():
             old = getattr(modules[path], attribute)
-            setattr(modules[path], attribute, type(old)(value) if isinstance(old, tuple | list) else value)
+            if attribute not in NOTED or isinstance(old, bool) or not isinstance(old, int | tuple | list):
+                raise ValueError(f"{attribute} of {path} is no size that a cut changes")
+            if isinstance(old, int) is not isinstance(value, int) or len(_list(value)) != len(_list(old)):
+                raise ValueError(f"{attribute} of {path} is {old}, which cannot become {value}")
+            setattr(modules[path], attribute, value if isinstance(old, int) else type(old)(value))
             touched[id(modules[path])] = modules[path]
     for module in touched.values():
         mend(module)
 
 
 def _sliced(old: Tensor, by_dim: Mapping[str, list[Any]]) -> Tensor:
+    for dim, places in by_dim.items():
+        flat = [i for place in places for i in place] if by_group(places) else places
+        if flat and not 0 <= min(flat) <= max(flat) < old.shape[int(dim)]:
+            raise IndexError(f"dimension {dim} has {old.shape[int(dim)]} entries, of which {max(flat)} is none")
     new = old.detach()
     for dim in sorted(by_dim, key=int):
         new = select(new, int(dim), by_dim[dim])

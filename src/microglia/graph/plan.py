@@ -17,6 +17,7 @@ from microglia.graph.analysis import Analysis
 from microglia.graph.cut import Cut, by_group
 from microglia.graph.hugging_face import set_fields
 from microglia.graph.modules import Indices, cut_module, indices, kept_units
+from microglia.graph.plan_check import check_form, check_names
 from microglia.graph.surgery import cut_graph, forward_names
 from microglia.graph.trace import TraceError, as_inputs, trace
 
@@ -86,6 +87,7 @@ class Plan:
         known = {f.name for f in fields(Plan)}
         if not isinstance(source.get("kept"), dict) or not {"kind", "kept"} <= source.keys() <= known:
             raise FileError("The plan of the shrunk model is not one that this version understands.")
+        check_form(source)
         tuples = {k: tuple(source[k]) for k in ("biases", "dynamic", "parameters", "macs", "notes") if k in source}
         return Plan(**{**source, **tuples})
 
@@ -188,6 +190,7 @@ def _replayed(model: nn.Module, plan: Plan) -> nn.Module:
         whole = model.get_submodule(path)
         prefix = f"{path}." if path else ""
         kept = {name.removeprefix(prefix): by_dim for name, by_dim in plan.kept.items() if name.startswith(prefix)}
+        check_names(example["kwargs"], whole)
         part = graph_model(whole, read_example(example, model), kept, plan.dynamic)
         small = place(small, path, part.train(whole.training))
     return small

@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict
 from importlib.metadata import version
@@ -26,7 +27,7 @@ from microglia.measure import measure_latency
 from microglia.measure.latency import processor_name
 from microglia.methods import MethodConfig, methods
 from microglia.methods.procedure import observe
-from microglia.train.archive import load, removed_from, save
+from microglia.train.archive import check_whole, load, removed_from, save
 from microglia.train.engine import accelerator, device_of
 from microglia.train.files import write_atomic
 from microglia.train.image_task import ImageSource, check_fit, image_task
@@ -76,9 +77,22 @@ def execute(recipe: Recipe, directory: Path | None = None) -> Result:
     run = Run(directory, as_dict(recipe), seed=recipe.seed, device=engine.device.type)
     run.trajectory = recipe.measure.trajectory
     try:
-        return run.result or _execute(recipe, run, prepared or make_task(recipe))
+        return _finished(run) or _execute(recipe, run, prepared or make_task(recipe))
     finally:
         run.close()
+
+
+def _finished(run: Run) -> Result | None:
+    """Returns the result of a finished run whose model is whole; else None, for its stages can make both again."""
+    result = run.result
+    if result is None or run.directory is None:
+        return None
+    try:
+        check_whole(run.directory / "model")
+    except FileError as error:
+        warnings.warn(f"{error} The model is made again.", stacklevel=3)
+        return None
+    return result
 
 
 def prepare(recipe: Recipe) -> Task:

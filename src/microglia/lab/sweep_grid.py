@@ -19,9 +19,10 @@ from rich.table import Column, Table
 from microglia.core.budget import Budget
 from microglia.core.errors import CheckpointError, MicrogliaError
 from microglia.core.patterns import parse_pattern
-from microglia.lab.recipe import Recipe, RecipeError, method_config, override, put, read_yaml, resolve
+from microglia.lab.recipe import Recipe, RecipeError, as_dict, method_config, override, put, read_yaml, resolve
 from microglia.scores import scores
 from microglia.train.run import flatten
+from microglia.zoo.trust import require_known_recipe
 
 SPOKEN = {"method", "model", "data"}
 """Grid keys whose values speak for themselves in a cell's name."""
@@ -105,7 +106,8 @@ def read_sweep(path: str | Path, overrides: Sequence[str] = ()) -> Sweep:
             f"{'.'.join(map(str, e['loc'])) or 'sweep'}: {e['msg'].removeprefix('Value error, ')}" for e in error.errors()
         )
         raise RecipeError(f"The sweep {path} is not valid: " + " | ".join(problems)) from None
-    sweep.cells  # noqa: B018 -- validates them
+    for cell in sweep.cells:
+        require_known_recipe(as_dict(cell.recipe), path)
     return sweep
 
 

@@ -15,6 +15,7 @@ from microglia.train.image_task import check_fit, image_task
 from microglia.train.run import read_json
 from microglia.train.task import Task
 from microglia.zoo import is_known, model_names
+from microglia.zoo.trust import require_known_recipe
 
 
 def open_target(target: str, data: str | None = None, checkpoint: str | None = None) -> tuple[nn.Module, Task]:
@@ -27,6 +28,7 @@ def open_target(target: str, data: str | None = None, checkpoint: str | None = N
 
     Raises:
         RunError: The directory is neither.
+        FileError: A file of the directory names a model that it may not name; see `microglia.zoo.trust`.
     """
     path = Path(target)
     if (path / "recipe.yaml").is_file():
@@ -41,7 +43,8 @@ def open_target(target: str, data: str | None = None, checkpoint: str | None = N
         source = read_json(path / PLAN).get("source")
         if not source:
             raise RunError(f"{path} does not say which network it is; load it in Python: microglia.load(path, model).")
-        return load(path), image_task(source["name"], data or "digits")
+        network = load(path)  # first: it refuses what a file may not name
+        return network, image_task(source["name"], data or "digits")
     if path.is_dir():
         raise RunError(f"{path} is neither a run directory (recipe.yaml) nor a saved model ({PLAN}).")
     if ":" not in target and (path.parent != Path() or target in ("", ".", "..")):
@@ -55,4 +58,6 @@ def open_target(target: str, data: str | None = None, checkpoint: str | None = N
 
 
 def _task_of(run: Path, data: str | None) -> Task:
-    return make_task(resolve({**read_yaml(run / "recipe.yaml"), **({"data": data} if data else {})}))
+    source = read_yaml(run / "recipe.yaml")
+    require_known_recipe({**source, "data": data or source.get("data")}, run / "recipe.yaml")
+    return make_task(resolve({**source, **({"data": data} if data else {})}))

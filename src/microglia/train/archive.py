@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from microglia.core.errors import FileError, MicrogliaError
 from microglia.core.masks import masks_of, parametrized, restore, unfinished
@@ -19,8 +21,15 @@ from microglia.runtime.accelerated import Accelerated
 from microglia.train.files import VERSION, check_header, read_tensors, write_atomic, write_tensors
 from microglia.train.run import read_json
 from microglia.zoo import build
+from microglia.zoo.trust import require_known, trusting
 
 PLAN, WEIGHTS = "plan.json", "model.safetensors"
+SIDE = 4096
+"""Largest channels, height and width that a file may ask for; larger models are passed by the caller."""
+DEPTH = 1000
+"""Layers that any name may ask for."""
+TIMES, LEAST = 1000, 2**26
+"""How many times as large as its weights a dense model may be, and what any may have."""
 SOURCE = "microglia_source"
 """Attribute under which `microglia.build` notes on a model how it was built."""
 
@@ -82,26 +91,26 @@ def save(model: nn.Module, directory: str | Path) -> Path:
     return directory
 
 
-def load(directory: str | Path, model: nn.Module | None = None) -> nn.Module:
-    """Returns the saved model, bit for bit.
+def load(directory: str | Path, model: nn.Module | None = None, *, trust: bool = False) -> nn.Module:
+    """Returns the saved model, bit for bit; nothing that its files name is imported or run without being asked.
 
     Args:
         directory: Where `save` put it.
         model: A freshly built model of the same architecture to load into, dense also where the saved one was shrunk;
             needed when that was not made by `microglia.build`.
+        trust: Whether the files may name any model to build, such as ``package.module:function``, which is then imported
+            and called. Otherwise only the library's own are built, and those of timm, torchvision and transformers by
+            plain name.
 
     Raises:
-        FileError: A file is missing, damaged, truncated, foreign, or newer than this library; or the model does not fit.
+        FileError: A file is missing, damaged, truncated, foreign, or newer than this library; or the model does not fit, or is
+            one that a file may not name.
     """
     directory = Path(directory)
-    if not (directory / PLAN).is_file():
-        raise FileError(f"{directory} holds no saved model: there is no {PLAN}.")
-    plan = read_json(directory / PLAN)
-    check_header(directory / PLAN, plan, "model")
-    state, removed, mark = read_tensors(directory / WEIGHTS, kind="weights")
-    if mark != plan.get("digest") or removed != _mark(plan.get("shrunk"), plan.get("gates")):
-        raise FileError(f"{directory}: {WEIGHTS} and {PLAN} do not belong together; one of them was replaced.")
-    model = model if model is not None else _build(directory, plan)
+    plan, state = _read(directory)
+    if model is None:
+        with trusting(trust):
+            model = _build(directory, plan, state)
     model = _cut(model, plan.get("shrunk"), directory)
     try:
         if plan.get("gates") is not None:
@@ -109,6 +118,23 @@ def load(directory: str | Path, model: nn.Module | None = None) -> nn.Module:
         return restore(model, state)
     except (RuntimeError, MicrogliaError) as error:
         raise FileError(f"The weights in {directory} do not fit {type(model).__name__}: {error}") from error
+
+
+def check_whole(directory: Path) -> None:
+    """Raises `FileError` unless a saved model's two files are there, undamaged and of each other; builds nothing."""
+    _read(directory)
+
+
+def _read(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Returns the plan and the tensors of a saved model."""
+    if not (directory / PLAN).is_file():
+        raise FileError(f"{directory} holds no saved model: there is no {PLAN}.")
+    plan = read_json(directory / PLAN)
+    check_header(directory / PLAN, plan, "model")
+    state, removed, mark = read_tensors(directory / WEIGHTS, kind="weights")
+    if mark != plan.get("digest") or removed != _mark(plan.get("shrunk"), plan.get("gates")):
+        raise FileError(f"{directory}: {WEIGHTS} and {PLAN} do not belong together; one of them was replaced.")
+    return plan, state
 
 
 def _mark(shrunk: Any, gates: Any) -> str | None:
@@ -134,13 +160,51 @@ def _cut(model: nn.Module, shrunk: Any, directory: Path) -> nn.Module:
         raise FileError(f"{directory / PLAN} is damaged: what was removed is no plan ({error}).") from error
 
 
-def _build(directory: Path, plan: dict[str, Any]) -> nn.Module:
+def _check_size(source: Mapping[str, Any], state: Mapping[str, Tensor], path: Path) -> None:
+    """Raises unless a model of these classes, shape and options can be the one of the weights; nothing is built for it.
+
+    The classes and the channels are sizes of some tensor; depth and width have each their own weights; and the dense
+    model, built without memory, is not more than a thousand times as large as what was left of it.
+    """
+    sizes = {size for tensor in state.values() for size in tensor.shape}
+    entries = sum(tensor.numel() for tensor in state.values())
+    classes, shape = source["classes"], source["shape"]
+    whole = isinstance(shape, list) and all(type(n) is int for n in [classes, *shape]) and len(shape) == 3
+    if not whole or classes not in sizes or not 1 <= min(shape) <= max(shape) <= SIDE or shape[0] > entries:
+        raise FileError(f"{path} does not fit its weights: not {_brief(classes)} classes and shape {_brief(shape)}.")
+    name, options = source["name"], source["options"]
+    largest = max((abs(v) for v in options.values() if type(v) is int), default=0)
+    fits = largest <= max(SIDE, entries)
+    if fits and ":" not in name:  # a library's models have sizes of their own, and not all of them build without memory
+        depth = max(map(int, re.findall(r"\d{1,9}", name)), default=0)
+        fits = depth <= max(DEPTH, 4 * len(state)) and _dense(source, path) <= max(LEAST, TIMES * entries)
+    if not fits:
+        raise FileError(f"{path} does not fit its weights: {name[:80]!r} is far larger than they are.")
+
+
+def _dense(source: Mapping[str, Any], path: Path) -> int:
+    """Returns the parameters of the dense model that a file names, which is built without memory."""
+    try:
+        with torch.device("meta"):
+            dense = build(source["name"], classes=source["classes"], shape=tuple(source["shape"]), **source["options"])
+    except (MicrogliaError, RuntimeError, OverflowError) as error:
+        raise FileError(f"{path} names a model that cannot be built: {error}") from error
+    return sum(parameter.numel() for parameter in dense.parameters())
+
+
+def _brief(value: Any) -> str:
+    return repr(value)[:60]
+
+
+def _build(directory: Path, plan: dict[str, Any], state: Mapping[str, Tensor]) -> nn.Module:
     source = plan.get("source")
     if not isinstance(source, dict) or not {"name", "classes", "shape", "options"} <= source.keys():
         raise FileError(
             f"{directory} does not say how to build its {plan.get('class', 'model')}: pass a freshly built one, "
             "load(directory, model)."
         )
+    require_known(source["name"], source["options"], directory / PLAN)
+    _check_size(source, state, directory / PLAN)
     model = build(source["name"], classes=source["classes"], shape=tuple(source["shape"]), **source["options"])
     setattr(model, SOURCE, source)
     return model

@@ -100,27 +100,41 @@ def read_tensors(path: Path, *, kind: str) -> tuple[dict[str, Tensor], Any, str]
         raise FileError(f"There is no file {path}.")
     try:
         with safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {}).get(ENTRY, "{}"))
+            header = parse((file.metadata() or {}).get(ENTRY, "{}"))
             check_header(path, header, kind)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 -- not a mapping
         whole = digest(tensors, header["document"]) == header["digest"]
+        document = parse(header["document"]) if whole else None
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise FileError(f"{path} is damaged or not a safetensors file ({error}).") from error
     if not whole:
         raise FileError(f"{path} is damaged: its content does not match its digest.")
-    return tensors, json.loads(header["document"]), header["digest"]
+    return tensors, document, header["digest"]
+
+
+def parse(text: str) -> Any:
+    """Returns what JSON text holds.
+
+    Raises:
+        ValueError: It is no JSON, or nested deeper or with longer numbers than Python reads.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
 
 
 def check_header(path: Path, header: Mapping[str, Any], kind: str) -> None:
     """Raises `FileError` unless a header says that the file is of this kind and of a version known here."""
+    if not isinstance(header, Mapping):
+        raise FileError(f"{path} is damaged: it holds no header.")
     found = header.get("format")
     if found != f"microglia.{kind}":
         what = f"a {found} file" if found else "not a file of this library"
         raise FileError(f"{path} is {what}; expected microglia.{kind}.")
-    try:
-        version = int(header["version"])
-    except (KeyError, TypeError, ValueError):
-        raise FileError(f"{path} does not say its version; it is damaged.") from None
+    version = header.get("version")
+    if isinstance(version, bool) or not isinstance(version, int) or version < 1:
+        raise FileError(f"{path} does not say its version, a whole number of at least 1; it is damaged.")
     if version > VERSION:
         raise FileError(f"{path} has version {version}, this library reads up to {VERSION}: upgrade microglia to read it.")
 
@@ -139,7 +153,10 @@ def write_state(path: Path, state: State) -> None:
 def read_state(path: Path) -> State:
     """Returns the state `write_state` wrote, bit for bit; errors as `read_tensors`."""
     tensors, tree, _ = read_tensors(path, kind="state")
-    return _unflatten(tree, tensors)
+    try:
+        return _unflatten(tree, tensors)
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+        raise FileError(f"{path} is damaged: it holds no state ({type(error).__name__}).") from error
 
 
 def _flatten(value: State, tensors: dict[str, Tensor]) -> Any:

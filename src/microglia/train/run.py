@@ -15,7 +15,7 @@ import yaml
 from torch import Tensor
 
 from microglia.core.errors import FileError, RunError
-from microglia.train.files import State, read_state, write_atomic, write_state, write_tensors
+from microglia.train.files import State, parse, read_state, write_atomic, write_state, write_tensors
 
 PLACE = "place"
 """Kind of file that holds the parameters at one moment of a training."""
@@ -92,7 +92,7 @@ class Run:
     def _refuse_other_recipe(self, path: Path) -> None:
         try:
             before = yaml.safe_load(path.read_text()) or {}
-        except (yaml.YAMLError, OSError, ValueError) as error:
+        except (yaml.YAMLError, OSError, ValueError, RecursionError) as error:
             raise RunError(f"{path} is not readable YAML; the directory is not a run of this library.") from error
         if not isinstance(before, Mapping):
             raise RunError(f"{path} holds no recipe; the directory is not a run of this library.")
@@ -192,7 +192,7 @@ def read_json(path: Path) -> dict[str, Any]:
         FileError: It is not readable as one.
     """
     try:
-        content = json.loads(path.read_text())
+        content = parse(path.read_text())
     except (OSError, ValueError) as error:
         raise FileError(f"{path} is damaged or not a JSON file ({error}).") from error
     if not isinstance(content, dict):

@@ -51,6 +51,9 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike[str], *, prefix: s
     if problems:
         guess = _guess(own, {name[len(ours) :]: tensor for name, tensor in state.items()})
         raise CheckpointError(f"{path} does not fit {type(model).__name__}: {'; '.join(problems)}.{guess}")
+    broken = [name for name, _ in model.named_parameters() if name in state and not _finite(state[name])]
+    if broken:
+        raise CheckpointError(f"{path} holds weights that are infinite or not a number: {_some(broken)}; take another file.")
     model.load_state_dict(state)
 
 
@@ -88,6 +91,10 @@ def _state_dictionary(content: Any, path: object) -> dict[str, Tensor]:
     raise CheckpointError(
         f"{path} holds no weights: expected tensors by name, alone or under {', '.join(_PLACES)}; found {kind}."
     )
+
+
+def _finite(tensor: Tensor) -> bool:
+    return not tensor.is_floating_point() or bool(tensor.isfinite().all())
 
 
 def _wrapper(names: Iterable[str]) -> str:

@@ -117,14 +117,15 @@ def hf_model(name: str, classes: int, shape: Shape, *, pretrained: bool = False,
     transformers = _library("transformers", f"hf:{name}")
     classifier = transformers.AutoModelForImageClassification
     with _refusals(f"hf:{name}"):
-        config = transformers.AutoConfig.from_pretrained(name, num_labels=classes, **options)
+        remote = {"trust_remote_code": options.pop("trust_remote_code", False)}  # unsaid, the library asks at a terminal
+        config = transformers.AutoConfig.from_pretrained(name, num_labels=classes, **remote, **options)
         if pretrained:
-            model = classifier.from_pretrained(name, config=config, ignore_mismatched_sizes=True)
+            model = classifier.from_pretrained(name, config=config, ignore_mismatched_sizes=True, **remote)
         else:
             for entry, value in (("num_channels", shape[0]), ("image_size", shape[1])):
                 if hasattr(config, entry) and entry not in options:
                     setattr(config, entry, value)
-            model = classifier.from_config(config)
+            model = classifier.from_config(config, **remote)
     return Logits(model).train()
 
 

@@ -1,0 +1,93 @@
+"""Whether a model that a file names may be built: what the house knows may, anything else only where the caller trusts it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any
+
+from microglia.core.errors import FileError
+from microglia.zoo.registry import FAMILIES, MODELS
+
+_trusting: ContextVar[bool] = ContextVar("microglia_trust", default=False)
+
+PLAIN = re.compile(r"[A-Za-z0-9][\w.\-]*")
+HUB = re.compile(r"[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?")
+LIBRARIES = {"timm": PLAIN, "torchvision": PLAIN, "hf": HUB}
+"""Library -> how a plain model name of it is spelled. Folders, files and addresses are spelled otherwise."""
+
+OPTIONS = {"pretrained": bool, "drop_rate": float, "drop_path_rate": float, "img_size": int, "patch_size": int}
+"""Options that a file may hand to one of these libraries, and their type; none is a path, a callable or remote code."""
+
+
+@contextmanager
+def trusting(trust: bool = True) -> Iterator[None]:
+    """Lets files name models of any kind while this lasts; ``False`` leaves it as it is."""
+    token = _trusting.set(trust or _trusting.get())
+    try:
+        yield
+    finally:
+        _trusting.reset(token)
+
+
+def require_known(name: object, options: object, where: object) -> None:
+    """Raises unless a model that a file names is one of the house, or the caller trusts the file; builds and imports nothing.
+
+    Args:
+        name: Of the model, as the file spells it.
+        options: Of the model, as the file spells them.
+        where: The file, for the message.
+
+    Raises:
+        FileError: It is not; the text shows the name.
+    """
+    if not isinstance(name, str) or not isinstance(options, Mapping) or not all(isinstance(key, str) for key in options):
+        raise FileError(f"{where} is damaged: it names no model with options, but {_short(name)} with {_short(options)}.")
+    if _trusting.get() or _known(name, options):
+        return
+    given = f" with {_short(dict(options))}" if options else ""
+    raise FileError(
+        f"{where} names the model {_short(name)}{given}, which is none that this library builds from a file by itself, for it "
+        "may run code: look at the name and, if you trust it, add --trust (in Python pass the model, or trust=True)."
+    )
+
+
+def require_known_recipe(recipe: Mapping[str, Any], where: object) -> None:
+    """Raises as `require_known` for the model of a recipe that a file holds, and for data that would be a folder's own code."""
+    require_known(recipe.get("model", "conv-2"), {}, where)
+    data = recipe.get("data")
+    if isinstance(data, str) and data.startswith("hf:") and not _trusting.get() and not _of_hub(data.removeprefix("hf:")):
+        raise FileError(
+            f"{where} names the data {_short(data)}, which is no plain name on the hub, for a folder may bring code: look at "
+            "it and, if you trust it, add --trust."
+        )
+
+
+def _known(name: str, options: Mapping[str, Any]) -> bool:
+    source, colon, rest = name.partition(":")
+    if not colon:  # the house's own builders check their options themselves
+        own = name in MODELS or any(name.startswith(prefix) for prefix in FAMILIES)
+        return own and all(isinstance(value, bool | int | float | str) for value in options.values())
+    if source not in LIBRARIES or not LIBRARIES[source].fullmatch(rest):
+        return False
+    if source == "hf" and not _of_hub(rest):
+        return False
+    return all(key in OPTIONS and _is(value, OPTIONS[key]) for key, value in options.items())
+
+
+def _of_hub(name: str) -> bool:
+    return HUB.fullmatch(name) is not None and not Path(name).exists()  # an existing folder is read instead of the hub
+
+
+def _is(value: object, kind: type) -> bool:
+    if kind is bool:
+        return isinstance(value, bool)
+    return isinstance(value, int | float if kind is float else int) and not isinstance(value, bool)
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]} ..."

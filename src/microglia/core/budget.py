@@ -35,7 +35,9 @@ class Budget:
         for name, value in given.items():
             if isinstance(value, bool) or not isinstance(value, numbers.Real):
                 raise BudgetError(f"{name} is a number, the fraction kept in (0, 1]; got {value!r}.")
-            if type(value) not in (int, float):  # of NumPy: plans and recipes write plain numbers
+            if (
+                not isinstance(value, int | float) or type(value).__module__ != "builtins"
+            ):  # of NumPy: plans and recipes write plain numbers
                 object.__setattr__(self, name, value := float(value))
             if name == "ms":
                 if not (value > 0 and math.isfinite(value)):

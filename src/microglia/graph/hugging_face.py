@@ -67,7 +67,7 @@ def set_fields(small: nn.Module, fields: Fields) -> None:
 
 def _outermost(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """Yields the models of transformers in a model, none within another; nothing is imported for it."""
-    kind = getattr(sys.modules.get("transformers.modeling_utils"), "PreTrainedModel", None)
+    kind: Any = getattr(sys.modules.get("transformers.modeling_utils"), "PreTrainedModel", None)
     inside: set[nn.Module] = set()
     for path, module in model.named_modules() if kind is not None else ():
         if isinstance(module, kind) and module not in inside:

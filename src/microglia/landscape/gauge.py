@@ -18,8 +18,8 @@ class Gauge:
     Attributes:
         task: Data and metrics.
         splits: Where to measure.
-        recalibrate: Training batches, augmented as in training, over which batch-norm statistics are made anew at every place; 0 keeps those stored.
-            Statistics of another place hide barriers or exaggerate them (survey 0.7, 2.1).
+        recalibrate: Training batches, augmented as in training, over which batch-norm statistics are made anew at every
+            place; 0 keeps those stored. Statistics of another place hide barriers or exaggerate them (survey 0.7, 2.1).
         batch_size: Examples in each batch.
         limit: Batches of each split to look at, the same drawn ones at every place; None for all.
         seed: Of what is drawn.

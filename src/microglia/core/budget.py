@@ -35,10 +35,8 @@ class Budget:
         for name, value in given.items():
             if isinstance(value, bool) or not isinstance(value, numbers.Real):
                 raise BudgetError(f"{name} is a number, the fraction kept in (0, 1]; got {value!r}.")
-            if (
-                not isinstance(value, int | float) or type(value).__module__ != "builtins"
-            ):  # of NumPy: plans and recipes write plain numbers
-                object.__setattr__(self, name, value := float(value))
+            value = float(value)  # noqa: PLW2901 -- of NumPy, perhaps: plans and recipes write plain numbers
+            object.__setattr__(self, name, value)
             if name == "ms":
                 if not (value > 0 and math.isfinite(value)):
                     raise BudgetError(f"ms is a time in milliseconds, above 0; got {value}.")

@@ -101,7 +101,7 @@ def method_config(recipe: Recipe) -> MethodConfig:
     """
     chosen = methods[recipe.method]
     fields = {**chosen.defaults, **recipe.prune, "dense": asdict(recipe.dense), "train": asdict(recipe.train)}
-    check_choices(fields)
+    check_choices(fields, chosen.config)
     return _validate(TypeAdapter(chosen.config), fields, f"prune (method {recipe.method!r})")  # type: ignore[no-any-return]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
-from typing import Any, cast, get_args
+from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
 
 import numpy as np
 from torch import Tensor, nn
@@ -77,16 +77,28 @@ def plain_settings(config: type, settings: Mapping[str, Any], user: str) -> dict
     return plain
 
 
-def check_choices(settings: Mapping[str, Any]) -> None:
+def check_choices(settings: Mapping[str, Any], config: type | None = None) -> None:
     """Raises for a scope or a reduction that is none.
+
+    Args:
+        settings: Fields by name.
+        config: The config dataclass whose scope is meant, where it has other words than masks have.
 
     Raises:
         UnknownNameError: The text names the choices.
     """
     if "scope" in settings and not isinstance(settings["scope"], Mapping):
-        check_scope(cast(ScopeName, str(settings["scope"])))
+        own = _words(config, "scope") if config is not None else ()
+        if settings["scope"] not in own:
+            check_scope(cast(ScopeName, str(settings["scope"])))
     if (how := settings.get("reduction", "mean")) not in get_args(Reduction):
         raise unknown_name("reduction", how, get_args(Reduction))
+
+
+def _words(config: type, field: str) -> tuple[Any, ...]:
+    """Returns the words that a field's literal type names."""
+    hint = get_type_hints(config)[field]
+    return tuple(word for part in (hint, *get_args(hint)) if get_origin(part) is Literal for word in get_args(part))
 
 
 def check_steps(total_steps: object, user: str, *, least: int = 1) -> int:

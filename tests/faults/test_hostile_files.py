@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -257,3 +258,19 @@ def test_a_finished_run_whose_model_is_damaged_is_mended(place: Path, damage: st
     with pytest.warns(UserWarning, match="made again"):
         microglia.execute(recipe, place / "done")
     assert all(torch.equal(value, right[name]) for name, value in microglia.load(place / "done" / "model").state_dict().items())
+
+
+def test_a_sweep_of_a_model_of_the_users_own_runs_when_it_is_trusted(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(place), os.environ.get("PYTHONPATH", "")]))
+    training = {"epochs": 1, "batch_size": 512}
+    base = {
+        "model": "lying:make",
+        "dense": training,
+        "train": training,
+        "measure": {"latency": False},
+        "prune": {"density": 0.5},
+    }
+    (place / "sweep.yaml").write_text(yaml.safe_dump({"base": {**base, "prune": {"density": 0.5}}, "grid": {"seed": [0]}}))
+    shown = CliRunner().invoke(app, ["sweep", "sweep.yaml", "--out", "swept", "--trust"])
+    assert shown.exit_code == 0, shown.output
+    assert (place / "swept" / "seed-0" / "result.json").is_file(), (place / "swept" / "seed-0" / "log.txt").read_text()

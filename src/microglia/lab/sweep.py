@@ -27,6 +27,7 @@ from microglia.lab.recipe import as_dict, read_yaml, resolve
 from microglia.lab.sweep_grid import Cell, Sweep, cells, plan_table, read_sweep
 from microglia.train.files import write_atomic
 from microglia.train.run import flatten
+from microglia.zoo.trust import needs_trust
 
 __all__ = ["Cell", "CellOutcome", "Sweep", "SweepOutcome", "cells", "plan_table", "read_sweep", "run_cell", "run_sweep"]
 
@@ -151,8 +152,9 @@ def run_cell(cell: Cell, directory: Path, *, threads: int | None = None, childre
                 return CellOutcome(cell.name, "skipped", round(time.monotonic() - began, 2))
             recipe = directory / CELL
             write_atomic(recipe, yaml.safe_dump(as_dict(cell.recipe), sort_keys=False))
-            command = [sys.executable, "-m", "microglia", "prune", "--recipe", str(recipe), "--out", str(directory), "--json"]
-            command += ["--trust"]  # `read_sweep` refused what the file may not name
+            command = [sys.executable, "-m", "microglia", "prune", "--recipe", str(recipe), "--out", str(directory)]
+            command += ["--trust"] if needs_trust(as_dict(cell.recipe)) else []  # `read_sweep` asked; a cell's file is ours
+            command += ["--json"]
             start = log.seek(0, os.SEEK_END)
             log.write(f"$ {shlex.join(command)}\n")
             log.flush()

@@ -66,6 +66,18 @@ def require_known_recipe(recipe: Mapping[str, Any], where: object) -> None:
         )
 
 
+def needs_trust(recipe: Mapping[str, Any]) -> bool:
+    """Tells whether a recipe names something that a file may name only where the caller trusts it."""
+    token = _trusting.set(False)
+    try:
+        require_known_recipe(recipe, "the recipe")
+    except FileError:
+        return True
+    finally:
+        _trusting.reset(token)
+    return False
+
+
 def _known(name: str, options: Mapping[str, Any]) -> bool:
     source, colon, rest = name.partition(":")
     if not colon:  # the house's own builders check their options themselves

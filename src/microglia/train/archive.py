@@ -81,7 +81,7 @@ def save(model: nn.Module, directory: str | Path) -> Path:
         "version": VERSION,
         # A build gives plain weights: with other parametrizations, only the user can make the model to load into.
         "source": getattr(model, SOURCE, None) if not parametrized(model) else None,
-        "class": (shrunk.get("model") if isinstance(shrunk, dict) else None) or type(model).__name__,
+        "class": getattr(removed, "model", "") or type(model).__name__,
         "masks": {name: {"shape": list(m.shape), "kept": int(m.sum())} for name, m in masks_of(model).items()},
         "shrunk": shrunk,
         "gates": gates,

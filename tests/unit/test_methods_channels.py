@@ -273,7 +273,7 @@ def test_rounds_remove_a_part_each_and_reach_the_budget(task: mg.Task, tmp_path:
     assert plan.parameters == tuple(own.observations[name]["parameters"]["all"] for name in ("dense", "before"))
     assert plan.macs == tuple(own.observations[name]["macs"]["total"] for name in ("dense", "before"))
     stages = {path.stem for path in (tmp_path / "run" / "stages").iterdir()}
-    assert stages == {*STAGES, "prune-1", "train-1"}
+    assert stages == {*STAGES, "prune-1", "recalibrate-1", "recalibrate", "train-1"}
     mg.save(model, tmp_path / "model")
     assert_same(model, mg.load(tmp_path / "model", build()))
     for stage in ("train-1", "prune", "before-observed", "train"):

@@ -117,6 +117,8 @@ def config_of(name: str, pattern: str) -> object:
     budget = {} if fixed else {"flops": 0.5, "search_epochs": 2} if name == "ddnp" else {"density": DENSITY}
     budget = {"flops": 0.8, "images": 64} if name in GATING else budget
     budget |= {"every": 2} if name in EXCHANGING else {}
+    if hasattr(methods[name].config, "decompress"):  # six steps have no room for the fifteen phases of its own schedule
+        budget |= {"compress": (0.2, 0.8), "decompress": (0.5,)}
     return TypeAdapter(methods[name].config).validate_python({**methods[name].defaults, **fields, **budget})
 
 

@@ -324,6 +324,8 @@ def test_wider_blocks_are_offered_only_where_they_fit():
 
 
 # ------------------------------------------------------------------------------------------------------------- bfloat16
+ONEDNN = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+"""Whether oneDNN has layers in bfloat16 here: it wants AVX-512."""
 BF16_WAYS = {
     "block 16x2": (mg.Block(16, 1), BlockConv2d),
     "block 16x8": (mg.Block(16, 8), BlockConv2d),
@@ -332,7 +334,7 @@ BF16_WAYS = {
 }
 
 
-@pytest.mark.parametrize("way", BF16_WAYS)
+@pytest.mark.parametrize("way", [way for way in BF16_WAYS if ONEDNN or way != "compact"])
 def test_every_way_in_bfloat16_is_near_the_masked_model_and_rounds(way, prefer):
     pattern, kind = BF16_WAYS[way]
     model, x = net(pattern), torch.randn(2, 3, 12, 12)
@@ -375,7 +377,7 @@ def test_an_execution_too_far_from_float32_is_left_out(monkeypatch):
         net(mg.Block(16, 1)), torch.randn(2, 3, 12, 12), against=FAST, precision="bf16", cache=None, rounds=1
     ).report()
     assert {*report.times} == {*FAST}
-    assert len([note for note in report.notes if "bf16" in note and "outputs differ" in note]) >= 3
+    assert len([note for note in report.notes if "bf16" in note and "outputs differ" in note]) >= 2 + ONEDNN
 
 
 def test_times_in_bfloat16_are_kept_apart(tmp_path):

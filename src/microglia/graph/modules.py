@@ -87,7 +87,7 @@ def attributes(cut: Cut, model: nn.Module) -> dict[str, dict[str, Any]]:
         if node.op != "call_function":
             continue
         _, changes = constants(cut, node)
-        path = _issuer(node)
+        path = issuer(node)
         for key, value in changes.items():
             if key not in NOTED or path not in modules or not hasattr(modules[path], key):
                 continue
@@ -100,7 +100,7 @@ def _list(value: Any) -> list[Any]:
     return list(value) if isinstance(value, list | tuple) else [value]
 
 
-def _issuer(node: Any) -> str:
+def issuer(node: Any) -> str:
     """Returns the path of the module whose forward called the operator."""
     stack = node.meta.get("nn_module_stack") or {}
     path = list(stack.values())[-1][0] if stack else ""

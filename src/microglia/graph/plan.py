@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
@@ -18,8 +16,9 @@ from microglia.graph.cut import Cut, by_group
 from microglia.graph.hugging_face import set_fields
 from microglia.graph.modules import Indices, cut_module, indices, kept_units
 from microglia.graph.plan_check import check_form, check_names
-from microglia.graph.surgery import cut_graph, forward_names
+from microglia.graph.surgery import GraphModel, cut_graph, forward_names
 from microglia.graph.trace import TraceError, as_inputs, trace
+from microglia.graph.training import averaging, drew, exceptions, following, lost, modes_of, note, own_code
 
 PLAN = "microglia_plan"
 """Attribute under which a shrunk model carries its plan."""
@@ -191,8 +190,8 @@ def _replayed(model: nn.Module, plan: Plan) -> nn.Module:
         prefix = f"{path}." if path else ""
         kept = {name.removeprefix(prefix): by_dim for name, by_dim in plan.kept.items() if name.startswith(prefix)}
         check_names(example["kwargs"], whole)
-        part = graph_model(whole, read_example(example, model), kept, plan.dynamic)
-        small = place(small, path, part.train(whole.training))
+        part = graph_model(whole, read_example(example, model), kept, plan.dynamic, (model, path))
+        small = place(small, path, part)
     return small
 
 
@@ -205,16 +204,48 @@ def place(model: nn.Module, path: str, part: nn.Module) -> nn.Module:
     return model
 
 
-def graph_model(model: nn.Module, example: Any, kept: Indices, dynamic: Sequence[int] = (0,)) -> nn.Module:
-    """Returns the cut model as its graphs of evaluation and, where it can be traced in that mode, of training."""
-    small = cut_graph(cut_again(model, example, kept, dynamic), forward_names(model))
-    if has_training_code(model):
-        with suppress(TraceError):
-            cut = cut_again(model, example, kept, dynamic, training=True)
-            if indices(cut) == {name: dict(by_dim) for name, by_dim in kept.items() if name in cut.analysis.parameter_dims}:
-                small.learn_training(cut)
+def graph_model(
+    model: nn.Module, example: Any, kept: Indices, dynamic: Sequence[int] = (0,), whole: tuple[nn.Module, str] | None = None
+) -> GraphModel:
+    """Returns the cut model as its graph; as two, where its own code does something else in training.
+
+    Args:
+        model: To trace.
+        example: Its inputs, (args, kwargs).
+        kept: Kept indices by tensor.
+        dynamic: Dimensions of the inputs that are left free.
+        whole: The model of which this is a part, and the part's path; its own `train` says which modules stay as they are.
+    """
+    root, path = whole or (model, "")
+    modes, stay = modes_of(model), exceptions(modes_of(root), path)
+    names, evaluation = forward_names(model), cut_again(model, example, kept, dynamic)
+    training, why = _in_training(model, example, kept, dynamic)
+    first, second = evaluation.analysis.trace, training.analysis.trace if training else None
+    small = cut_graph(evaluation, names, following(model, first, second, modes))
+    small.microglia_exceptions = stay
+    name = path or type(model).__name__
+    if training is None or second is None:
+        small.microglia_notes = (lost(name, model, why),)
+    elif own := own_code(first, second):
+        small.learn_training(training, names, following(model, second, first, modes, training=True))
+        small.microglia_notes = tuple(note(name, own, model))
     small.learn_layers(model)
+    small.learn_modes(model)
     return small
+
+
+def _in_training(model: nn.Module, example: Any, kept: Indices, dynamic: Sequence[int]) -> tuple[Cut | None, str]:
+    """Returns the cut of the trace in training mode, or why there is none."""
+    try:
+        with averaging(model):
+            cut, drawn = drew(lambda: cut_again(model, example, kept, dynamic, training=True))
+    except TraceError:
+        return None, "cannot be traced"
+    if drawn:
+        return None, "draws random numbers from Python or NumPy, which a graph cannot"
+    if indices(cut) != {name: dict(by_dim) for name, by_dim in kept.items() if name in cut.analysis.parameter_dims}:
+        return None, "cannot be cut in the same way"
+    return cut, ""
 
 
 def cut_again(
@@ -228,19 +259,6 @@ def cut_again(
     """Returns the cut by kept indices of a new trace of the model, in its own precision."""
     analysis = Analysis(trace(model, as_inputs(example), dynamic=dynamic, training=training))
     return Cut(analysis, kept_units(analysis, kept))
-
-
-def has_training_code(model: nn.Module) -> bool:
-    """Tells whether a module of the user's own asks in which mode it is, as random depth does; torch's layers can be told."""
-    kinds = {type(m) for m in model.modules() if not type(m).__module__.startswith("torch.nn.")}
-    return any(_asks(kind) for kind in kinds)
-
-
-def _asks(kind: type) -> bool:
-    try:
-        return "training" in inspect.getsource(kind)
-    except (OSError, TypeError):  # made at run time: its source is not to be had
-        return True
 
 
 def give_biases(model: nn.Module, names: tuple[str, ...]) -> None:

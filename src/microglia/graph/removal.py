@@ -21,7 +21,6 @@ from microglia.graph.plan import (
     attach,
     cut_again,
     graph_model,
-    has_training_code,
     place,
     refuse_graph,
     shapes,
@@ -101,15 +100,13 @@ def remove(subject: Subject, kept: Mapping[int, Tensor], *, keep_class: bool = F
         name = part.path or type(subject.model).__name__
         if keep_class:
             raise ShrinkError(f"{name} cannot keep its class: {problem} Leave keep_class out.")
-        small = place(small, part.path, _as_graph(part, cut, checked, subject.dynamic))
+        small = place(small, part.path, _as_graph(part, cut, checked, subject))
         graphs[part.path] = write_example(part.example)
         notes.append(f"{name} is returned as a graph: {problem}")
         notes += fixed_sizes(cast(GraphModel, small.get_submodule(part.path)).graph, subject.dynamic)
         if objects := part.analysis.trace.unknown_outputs:
             notes.append(f"The graph of {name} returns None where its own code returns {' and '.join(objects)}.")
-        if has_training_code(part.module) and cast(GraphModel, small.get_submodule(part.path)).microglia_graphs is None:
-            notes.append(f"In training {name} runs this graph too, with batch norm and dropout told: its own code for training "
-                         "could not be traced, or not be cut in the same way.")  # fmt: skip
+        notes += cast(GraphModel, small.get_submodule(part.path)).microglia_notes
     _carry_notes(subject.model, small)
     changed_shapes = shapes(subject.model, small)
     fields = {} if graphs else fitting_fields(small, changed_shapes)
@@ -152,17 +149,18 @@ def _problem(small: nn.Module, cut: Cut, checked: Verification, exact: float) ->
     return ""
 
 
-def _as_graph(part: Part, cut: Cut, checked: Verification, dynamic: tuple[int, ...]) -> nn.Module:
+def _as_graph(part: Part, cut: Cut, checked: Verification, subject: Subject) -> nn.Module:
     """Returns a part as a graph traced in the model's own precision, after holding it against the verified one."""
-    small = graph_model(part.module, part.example, indices(cut), dynamic)
+    small = graph_model(part.module, part.example, indices(cut), subject.dynamic, (subject.model, part.path))
     _check_sizes(small, cut)
     args, kwargs = pytree.tree_map(copied, part.example)
     with torch.no_grad():
         outputs = pytree.tree_leaves(small.eval()(*args, **kwargs))
     if outputs_difference(outputs, checked.outputs) > SINGLE:
         # What a forward decides by comparing may come out otherwise in another precision: look node by node.
-        verify(cut_again(part.module, part.example, indices(cut), dynamic), tolerance=10 * SINGLE)
-    return small.train(part.module.training)
+        verify(cut_again(part.module, part.example, indices(cut), subject.dynamic), tolerance=10 * SINGLE)
+    small.learn_modes(part.module)
+    return small
 
 
 def _check_sizes(small: nn.Module, cut: Cut) -> None:

@@ -5,30 +5,35 @@ from __future__ import annotations
 import inspect
 import operator
 import warnings
+from collections.abc import Mapping
 from copy import deepcopy
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 from torch.utils import _pytree as pytree
 
 from microglia.core.layers import GraphLayer, prunable_attributes
 from microglia.graph.cut import Cut, Scaled, constants
-from microglia.graph.trace import Trace, named_arguments, operator_name, split_dim
-
-CHECKS = ("_assert_tensor_metadata", "_assert_scalar", "_assert_async", "sym_constrain_range_for_size")
-"""Operators of the trace that only check; they compute nothing and their bounds no longer hold."""
+from microglia.graph.trace import CHECKS, Trace, named_arguments, operator_name, split_dim
+from microglia.graph.training import FLAGS, Mode, batch_norm, counter_of
 
 
 class GraphModel(fx.GraphModule):
     """A pruned model as its traced graphs: parameters under their own names, any batch size, `train` and `eval` as usual.
 
-    In training it runs the graph traced in training mode (random depth, dropout, batch statistics), where there is one;
-    otherwise the one graph, with batch norm and dropout told.
+    Batch norm, dropout and recurrent nets read the mode of their own module, so that `small.norm.eval()` freezes a norm. What
+    the model's own code does in training alone (random depth) is in a second graph, which runs while the whole is in training.
+
+    Attributes:
+        microglia_graphs: The graph of each mode, where one does not serve both.
+        microglia_exceptions: For each mode the modules that stay in the other, as the model's own `train` has it.
+        microglia_notes: What does not train as in the model.
     """
 
     microglia_graphs: dict[bool, fx.Graph] | None = None
+    microglia_exceptions: dict[bool, tuple[str, ...]] = {True: (), False: ()}  # noqa: RUF012 - never changed in place
+    microglia_notes: tuple[str, ...] = ()
 
     def __deepcopy__(self, memo: Any) -> GraphModel:
         """Returns a copy with its plan."""
@@ -42,11 +47,19 @@ class GraphModel(fx.GraphModule):
         copy.__dict__.update({**own, "microglia_graphs": graphs or None})
         return copy
 
-    def learn_training(self, cut: Cut) -> None:
+    def learn_training(self, cut: Cut, names: list[str], follows: Mapping[fx.Node, Mode]) -> None:
         """Takes the graph traced in training mode too; its tensors are this model's, under the same names."""
-        training = _named_graph(cut, self, "training_")
-        training._codegen = deepcopy(self.graph._codegen)
+        training = _named_graph(cut, self, follows, "training_")
+        _keep_forms(training, cut.analysis.trace, names)
         self.microglia_graphs = {True: training, False: self.graph}
+
+    def learn_modes(self, model: nn.Module) -> None:
+        """Takes the mode that each module of the traced model is in."""
+        self.train(model.training)
+        held = dict(self.named_modules())
+        for path, module in model.named_modules(remove_duplicate=False):
+            if path in held:
+                held[path].training = module.training
 
     def learn_layers(self, model: nn.Module) -> None:
         """Takes from the traced model which of its tensors are weights of layers, so that masks and selectors find them."""
@@ -59,33 +72,17 @@ class GraphModel(fx.GraphModule):
                 layer.prunable = prunable_attributes(module)
 
     def train(self, mode: bool = True) -> GraphModel:
-        """Tells the operators that know (batch norm, dropout, recurrent nets) and returns itself."""
+        """Sets the mode, as the model's own `train` does, and returns itself."""
         super().train(mode)
-        if self.microglia_graphs is not None:
-            if self.graph is not self.microglia_graphs[mode]:
-                self.graph = self.microglia_graphs[mode]
-                self.microglia_graphs[mode] = self.graph  # the setter may copy
-            return self
-        changed = [_set_training(node, mode) for node in self.graph.nodes if node.op == "call_function"]
-        if any(changed):
-            self.recompile()
+        held = dict(self.named_modules())
+        for path in self.microglia_exceptions[mode]:
+            if path in held:
+                held[path].training = not mode
+        graphs = self.microglia_graphs
+        if graphs is not None and self.graph is not graphs[mode]:
+            self.graph = graphs[mode]
+            graphs[mode] = self.graph  # the setter may copy
         return self
-
-
-_TRAINING = {"batch_norm": "training", "dropout": "train", "feature_dropout": "train", "alpha_dropout": "train"}
-_TRAINING.update(dict.fromkeys(("lstm", "gru", "rnn_tanh", "rnn_relu"), "train"))
-
-
-def _set_training(node: fx.Node, mode: bool) -> bool:
-    if not isinstance(node.target, torch._ops.OpOverload) or (flag := _TRAINING.get(operator_name(node))) is None:
-        return False
-    a = named_arguments(node)
-    if flag == "training" and a["running_mean"] is None:  # statistics of its own input, in either mode
-        return False
-    if a[flag] == mode:
-        return False
-    _update(node, {flag: mode})
-    return True
 
 
 def _update(node: fx.Node, changes: dict[str, Any]) -> None:
@@ -146,26 +143,28 @@ def _carried(copy: fx.Node, value: Any, copies: dict[fx.Node, fx.Node]) -> Any:
         return copy.graph.call_function(operator.floordiv, (product, value.whole))
 
 
-def cut_graph(cut: Cut, names: list[str]) -> GraphModel:
+def cut_graph(cut: Cut, names: list[str], follows: Mapping[fx.Node, Mode] | None = None) -> GraphModel:
     """Returns the pruned model as a graph.
 
     Args:
         cut: What stays.
         names: Parameter names of the model's forward, by which its inputs may be given.
+        follows: Operators of the trace that follow the mode of a module.
     """
     root = nn.Module()
-    graph = _named_graph(cut, root)
+    graph = _named_graph(cut, root, follows or {})
     _keep_forms(graph, cut.analysis.trace, names)
     return GraphModel(root, graph, class_name="GraphModel")
 
 
-def _named_graph(cut: Cut, root: nn.Module, prefix: str = "") -> fx.Graph:
+def _named_graph(cut: Cut, root: nn.Module, follows: Mapping[fx.Node, Mode], prefix: str = "") -> fx.Graph:
     """Returns the patched graph, reading its tensors from ``root``, where those that are not there yet are placed.
 
     ``prefix`` sets the constants of this graph apart from those of another.
     """
     trace = cut.analysis.trace
     graph, copies = patched(cut)
+    _follow(graph, copies, root, cut, follows)
     for node, copy in copies.items():
         name = trace.name_of.get(node.name)
         if node.op != "placeholder" or name is None:
@@ -184,12 +183,43 @@ def _named_graph(cut: Cut, root: nn.Module, prefix: str = "") -> fx.Graph:
     return graph
 
 
-def _place(root: nn.Module, name: str, tensor: Tensor) -> None:
-    *path, leaf = name.split(".")
-    for part in path:
+def _follow(
+    graph: fx.Graph, copies: Mapping[fx.Node, fx.Node], root: nn.Module, cut: Cut, follows: Mapping[fx.Node, Mode]
+) -> None:
+    """Lets operators of the copied graph read the mode of their modules, and batch norms count."""
+    trace = cut.analysis.trace
+    counted = {mode.counter for mode in follows.values()}
+    for node in reversed(list(copies)):  # these count in both modes; the norm itself does so now
+        if node.op == "call_function" and counter_of(node, trace) in counted - {None} and not copies[node].users:
+            graph.erase_node(copies[node])
+    for node, mode in follows.items():
+        copy = copies[node]
+        _module(root, mode.path)
+        with graph.inserting_before(copy):
+            flag = graph.get_attr(mode.flag)
+            if mode.counter is None:
+                _update(copy, {FLAGS[operator_name(node)]: flag})
+                continue
+            _place(root, mode.counter, trace.tensors[mode.counter].detach().clone())
+            batches = graph.get_attr(mode.counter)
+        eps = named_arguments(node)["eps"]
+        x, weight, bias, mean, variance = copy.args[:5]
+        copy.target, copy.args = batch_norm, (x, (weight, bias), (mean, variance, batches))
+        copy.kwargs = {"training": flag, "momentum": mode.momentum, "eps": eps}
+
+
+def _module(root: nn.Module, path: str) -> nn.Module:
+    """Returns the module at a path, which is made where there is none."""
+    for part in filter(None, path.split(".")):
         if part not in root._modules:
             root.add_module(part, nn.Module())
         root = root._modules[part]  # type: ignore[assignment]
+    return root
+
+
+def _place(root: nn.Module, name: str, tensor: Tensor) -> None:
+    path, _, leaf = name.rpartition(".")
+    root = _module(root, path)
     if leaf in root._parameters or leaf in root._buffers:
         return
     if isinstance(tensor, nn.Parameter):

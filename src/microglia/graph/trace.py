@@ -17,6 +17,9 @@ from torch.utils import _pytree as pytree
 
 from microglia.core.errors import MicrogliaError
 
+CHECKS = ("_assert_tensor_metadata", "_assert_scalar", "_assert_async", "sym_constrain_range_for_size")
+"""Operators of the trace that only check; they compute nothing, and after a cut their bounds no longer hold."""
+
 
 class TraceError(MicrogliaError):
     """The model cannot be traced; the text says what torch.export stumbled over."""

@@ -15,9 +15,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from microglia.core.errors import MicrogliaError
+from microglia.core.modes import evaluating
 from microglia.graph.algebra import Algebra
 from microglia.graph.analysis import Analysis
-from microglia.graph.trace import TraceError, arguments, as_inputs, trace, widen
+from microglia.graph.refusals import TraceError, refuse_random
+from microglia.graph.trace import arguments, as_inputs, trace, widen
+from microglia.graph.training import drew
+from microglia.measure.running import Example, run, undisturbed
 
 
 @dataclass(frozen=True)
@@ -54,19 +59,32 @@ def find_parts(model: nn.Module, twin: nn.Module, example_inputs: Any) -> list[P
         example_inputs: In any of the accepted forms.
 
     Raises:
-        TraceError: Nothing in it can be traced.
+        TraceError: Nothing in it that has channels can be traced, what it returns is random, or the inputs do not fit.
     """
     algebra = Algebra()
     try:
-        return [_part("", model, twin, arguments(example_inputs), algebra)]
+        part, drawn = drew(lambda: _part("", model, twin, arguments(example_inputs), algebra))
     except TraceError as error:
         whole = error
+    else:
+        refuse_random(part.analysis.trace.graph, model, drawn=drawn)
+        return [part]
+    _check_runs(model, example_inputs)
     calls = _record(twin, example_inputs)
     found = _descend(model, twin, "", calls, algebra)
     _freeze_shared(algebra, found)
-    if not found:
+    if not any(part.analysis.prunable() for part in found):
         raise whole
     return found
+
+
+def _check_runs(model: nn.Module, example_inputs: Any) -> None:
+    """Raises where it is the inputs that are wrong, not the model: in its own precision, which the user knows."""
+    try:
+        with evaluating(model), undisturbed():
+            run(model, Example(*arguments(example_inputs)).copied())
+    except MicrogliaError as error:
+        raise TraceError(str(error)) from error
 
 
 def to_double(value: Any) -> Any:
@@ -126,7 +144,9 @@ def _descend(model: nn.Module, twin: nn.Module, path: str, calls: dict[nn.Module
         if child in calls:
             try:
                 single = _single(calls[child][0], below)
-                found.append(_part(where, below, child, single, algebra, calls=len(calls[child])))
+                part = _part(where, below, child, single, algebra, calls=len(calls[child]))
+                refuse_random(part.analysis.trace.graph, below)
+                found.append(part)
                 continue
             except TraceError:
                 pass

@@ -16,8 +16,9 @@ from microglia.graph.cut import Cut, by_group
 from microglia.graph.hugging_face import set_fields
 from microglia.graph.modules import Indices, cut_module, indices, kept_units
 from microglia.graph.plan_check import check_form, check_names
+from microglia.graph.refusals import TraceError
 from microglia.graph.surgery import GraphModel, cut_graph, forward_names
-from microglia.graph.trace import TraceError, as_inputs, trace
+from microglia.graph.trace import as_inputs, trace
 from microglia.graph.training import averaging, drew, exceptions, following, lost, modes_of, note, own_code
 
 PLAN = "microglia_plan"

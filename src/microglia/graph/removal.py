@@ -26,6 +26,7 @@ from microglia.graph.plan import (
     shapes,
     write_example,
 )
+from microglia.graph.refusals import refuse_kinds
 from microglia.graph.surgery import GraphModel
 from microglia.graph.trace import Trace, copied, fixed_sizes, known_outputs
 from microglia.graph.verify import ShrinkError, Verification, difference, run_patched, verify
@@ -58,8 +59,10 @@ class Subject:
 
         Raises:
             ShrinkError: Its weights cannot be written down, or the copy computes something else than the model.
+            TraceError: It is of a kind that cannot be cut, or nothing in it can be traced.
         """
         refuse_graph(model)
+        refuse_kinds(model)
         own, notes = baked_copy(model, example_inputs)
         parts = find_parts(own, double_copy(own), example_inputs)
         return Subject(own, example_inputs, tuple(parts), tuple(dynamic), notes)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import logging
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stderr, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,14 +16,10 @@ from torch import Tensor, fx, nn
 from torch.export import Dim as ExportDim
 from torch.utils import _pytree as pytree
 
-from microglia.core.errors import MicrogliaError
+from microglia.graph.refusals import TraceError, place_of
 
 CHECKS = ("_assert_tensor_metadata", "_assert_scalar", "_assert_async", "sym_constrain_range_for_size")
 """Operators of the trace that only check; they compute nothing, and after a cut their bounds no longer hold."""
-
-
-class TraceError(MicrogliaError):
-    """The model cannot be traced; the text says what torch.export stumbled over."""
 
 
 @dataclass(frozen=True)
@@ -165,11 +162,20 @@ def _export(
             raise
         except Exception as error:
             problem = problem or error
-    first = str(problem).strip().splitlines()
-    raise TraceError(
-        f"torch.export cannot trace {type(model).__name__}: {type(problem).__name__}: {first[0] if first else ''} "
-        "Remove what depends on the values of tensors from its forward, or shrink an exportable part of it."
-    ) from problem
+    raise TraceError(_untraceable(model, problem)) from problem
+
+
+def _untraceable(model: nn.Module, problem: Exception | None) -> str:
+    """Returns where in the model's code torch.export stops, and over what."""
+    first = (str(problem).strip().splitlines() or [""])[0]
+    what = f"{type(problem).__name__}: {first[:300]}"
+    if "DataDependent" in what or "data-dependent" in what:
+        what = "what it does depends on the values of tensors"
+    where = place_of(problem) if problem is not None else ""
+    return (
+        f"torch.export cannot trace {type(model).__name__}{f' ({where})' if where else ''}: {what.rstrip('.')}; "
+        "remove what depends on the values of tensors from its forward, or shrink an exportable part of it."
+    )
 
 
 def known_outputs(outputs: Any) -> Any:
@@ -194,11 +200,12 @@ def _unknown_outputs(outputs: Any, model: nn.Module) -> dict[str, None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without torch's log, which prints the whole graph where it gives up; the error itself is enough."""
+    """Without torch's log and what it prints, the whole graph where it gives up; the error itself is enough."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
-        yield
+        with redirect_stderr(io.StringIO()):
+            yield
     finally:
         logging.disable(before)
 

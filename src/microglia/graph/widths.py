@@ -123,7 +123,10 @@ def choose_widths(
         BudgetError: Nothing can be pruned, or even the narrowest model is above the budget; of a time this is said first.
     """
     if not groups:
-        raise BudgetError("The model has no channels that can be removed; ask `why` of a parameter's dimension.")
+        raise BudgetError(
+            "The model has no channels that can be removed: they are inputs or outputs of it, excluded, or go through an "
+            "operator without a rule."
+        )
     if milliseconds is not None and budget.ms is not None:
         narrowest = {r: _counts(groups, _steps(groups, scores, scope, r)) for r in (round_to, 1)}
         _refuse_unreachable(budget.ms, narrowest.values(), milliseconds)

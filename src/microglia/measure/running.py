@@ -83,8 +83,8 @@ def run(model: nn.Module, example: Example) -> Any:
     except Exception as error:
         given = ", ".join(f"{tuple(t.shape)} {t.dtype} on {t.device}" for t in example.tensors) or "no tensors"
         raise MicrogliaError(
-            f"{type(model).__name__} does not run on the example inputs ({given}): {first_line(error)} Give inputs of "
-            "the shape, dtype and device that the model is called with."
+            f"{type(model).__name__} does not run on the example inputs ({given}): {first_line(error).rstrip('.')}. Give "
+            "inputs of the shape, dtype and device that the model is called with."
         ) from error
 
 

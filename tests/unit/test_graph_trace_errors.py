@@ -16,6 +16,11 @@ from microglia.graph.trace import TraceError
 X = torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(0))
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
 class Plain(nn.Module):
     def __init__(self):
         super().__init__()

@@ -14,6 +14,11 @@ import microglia as mg
 X = torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 3 + 1
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
 class Sized(nn.Module):
     """Sizes are written into its forward, so that it comes back as a graph; what is told apart lies behind ``inner``."""
 
@@ -30,7 +35,6 @@ class Sized(nn.Module):
 
 def pair(model, density=0.5):
     """The dense model and its graph."""
-    torch.manual_seed(0)
     small = mg.prune_channels(model, X[:2], mg.Budget(density=density), round_to=1)
     assert mg.plan_of(small).kind == "graph"
     return model, small

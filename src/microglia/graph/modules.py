@@ -111,7 +111,17 @@ def cut_module(model: nn.Module, kept: Indices, changed: Attributes) -> nn.Modul
     """Returns a copy of the model, cut."""
     model = deepcopy(model)
     apply_indices(model, kept, changed)
+    forget(model)
     return model
+
+
+def forget(model: nn.Module) -> None:
+    """Lets a model compute anew what it keeps in one mode alone, such as biases by position, from the cut parameters."""
+    modes = {module: module.training for module in model.modules()}
+    for mode in (not model.training, model.training):
+        model.train(mode)
+    for module, mode in modes.items():
+        module.training = mode
 
 
 @torch.no_grad()

@@ -19,8 +19,9 @@ from microglia.core.errors import MicrogliaError
 from microglia.core.modes import evaluating
 from microglia.graph.algebra import Algebra
 from microglia.graph.analysis import Analysis
+from microglia.graph.live import live_trace
 from microglia.graph.refusals import TraceError, refuse_random
-from microglia.graph.trace import arguments, as_inputs, trace, widen
+from microglia.graph.trace import arguments, as_inputs, widen
 from microglia.graph.training import drew
 from microglia.measure.running import Example, run, undisturbed
 
@@ -106,7 +107,7 @@ def double_copy(model: nn.Module) -> nn.Module:
 
 
 def _part(path: str, module: nn.Module, twin: nn.Module, example: Any, algebra: Algebra, *, calls: int = 1) -> Part:
-    traced = trace(twin, as_inputs(to_double(example)), dynamic=())
+    traced = live_trace(twin, as_inputs(to_double(example)), dynamic=())
     narrow = widen(traced.graph)
     return Part(path, module, example, Analysis(traced, algebra), calls, narrow)
 

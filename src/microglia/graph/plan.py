@@ -11,15 +11,11 @@ from torch import Tensor, nn
 
 from microglia.core.errors import FileError, MicrogliaError
 from microglia.core.masks import bake
-from microglia.graph.analysis import Analysis
-from microglia.graph.cut import Cut, by_group
+from microglia.graph.building import graph_model
+from microglia.graph.cut import by_group
 from microglia.graph.hugging_face import set_fields
-from microglia.graph.modules import Indices, cut_module, indices, kept_units
+from microglia.graph.modules import cut_module
 from microglia.graph.plan_check import check_form, check_names
-from microglia.graph.refusals import TraceError
-from microglia.graph.surgery import GraphModel, cut_graph, forward_names
-from microglia.graph.trace import as_inputs, trace
-from microglia.graph.training import averaging, drew, exceptions, following, lost, modes_of, note, own_code
 
 PLAN = "microglia_plan"
 """Attribute under which a shrunk model carries its plan."""
@@ -203,63 +199,6 @@ def place(model: nn.Module, path: str, part: nn.Module) -> nn.Module:
     parent, _, leaf = path.rpartition(".")
     setattr(model.get_submodule(parent), leaf, part)
     return model
-
-
-def graph_model(
-    model: nn.Module, example: Any, kept: Indices, dynamic: Sequence[int] = (0,), whole: tuple[nn.Module, str] | None = None
-) -> GraphModel:
-    """Returns the cut model as its graph; as two, where its own code does something else in training.
-
-    Args:
-        model: To trace.
-        example: Its inputs, (args, kwargs).
-        kept: Kept indices by tensor.
-        dynamic: Dimensions of the inputs that are left free.
-        whole: The model of which this is a part, and the part's path; its own `train` says which modules stay as they are.
-    """
-    root, path = whole or (model, "")
-    modes, stay = modes_of(model), exceptions(modes_of(root), path)
-    names, evaluation = forward_names(model), cut_again(model, example, kept, dynamic)
-    training, why = _in_training(model, example, kept, dynamic)
-    first, second = evaluation.analysis.trace, training.analysis.trace if training else None
-    small = cut_graph(evaluation, names, following(model, first, second, modes))
-    small.microglia_exceptions = stay
-    name = path or type(model).__name__
-    if training is None or second is None:
-        small.microglia_notes = (lost(name, model, why),)
-    elif own := own_code(first, second):
-        small.learn_training(training, names, following(model, second, first, modes, training=True))
-        small.microglia_notes = tuple(note(name, own, model))
-    small.learn_layers(model)
-    small.learn_modes(model)
-    return small
-
-
-def _in_training(model: nn.Module, example: Any, kept: Indices, dynamic: Sequence[int]) -> tuple[Cut | None, str]:
-    """Returns the cut of the trace in training mode, or why there is none."""
-    try:
-        with averaging(model):
-            cut, drawn = drew(lambda: cut_again(model, example, kept, dynamic, training=True))
-    except TraceError:
-        return None, "cannot be traced"
-    if drawn:
-        return None, "draws random numbers from Python or NumPy, which a graph cannot"
-    if indices(cut) != {name: dict(by_dim) for name, by_dim in kept.items() if name in cut.analysis.parameter_dims}:
-        return None, "cannot be cut in the same way"
-    return cut, ""
-
-
-def cut_again(
-    model: nn.Module,
-    example: Any,
-    kept: Indices,
-    dynamic: Sequence[int] = (0,),
-    *,
-    training: bool = False,
-) -> Cut:
-    """Returns the cut by kept indices of a new trace of the model, in its own precision."""
-    analysis = Analysis(trace(model, as_inputs(example), dynamic=dynamic, training=training))
-    return Cut(analysis, kept_units(analysis, kept))
 
 
 def give_biases(model: nn.Module, names: tuple[str, ...]) -> None:

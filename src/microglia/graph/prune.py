@@ -107,7 +107,9 @@ def prune_channels(
         notes = (*plan_of(small).notes, *_notes(subject, widths, len(groups) - len(chosen)))
         asked = {f.name: v for f in fields(budget) if (v := getattr(budget, f.name)) is not None}
         got = {**widths.got, "round_to": widths.round_to}
-        plan = replace(plan_of(small), **totals(costs, kept), found=len(groups), asked=asked, got=got, notes=notes)
+        plan = replace(
+            plan_of(small), **totals(costs, kept, subject.unread(small)), found=len(groups), asked=asked, got=got, notes=notes
+        )
         return attach(small, after(model, plan))
 
     if keep_class:
@@ -200,11 +202,14 @@ def _notes(subject: Subject, widths: Widths, unscored: int) -> list[str]:
     return notes + ([f"{unscored} groups have no scored weight and are kept."] if unscored else [])
 
 
-def totals(costs: Costs, kept: Mapping[int, Tensor]) -> dict[str, Any]:
-    """Returns parameters and MACs of the example batch before and after, and how many groups lost units."""
+def totals(costs: Costs, kept: Mapping[int, Tensor], unread: int = 0) -> dict[str, Any]:
+    """Returns parameters and MACs of the example batch before and after, and how many groups lost units.
+
+    ``unread`` counts the parameters that the smaller model does not hold at all.
+    """
     left = counts(kept)
     return {
-        "parameters": (costs.parameters({}), costs.parameters(left)),
+        "parameters": (costs.parameters({}), costs.parameters(left) - unread),
         "macs": (costs.macs({}), costs.macs(left)),
         "pruned": len(kept),
     }

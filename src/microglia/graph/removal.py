@@ -12,16 +12,17 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from microglia.graph.baking import baked_copy
+from microglia.graph.building import cut_again, graph_model
 from microglia.graph.cut import Cut, by_group
 from microglia.graph.hugging_face import fitting_fields, set_fields
+from microglia.graph.live import unread
 from microglia.graph.modules import attributes, cut_module, indices
 from microglia.graph.parts import Part, double_copy, find_parts
 from microglia.graph.plan import (
     Plan,
     attach,
-    cut_again,
-    graph_model,
     place,
+    plan_of,
     refuse_graph,
     shapes,
     write_example,
@@ -66,6 +67,13 @@ class Subject:
         own, notes = baked_copy(model, example_inputs)
         parts = find_parts(own, double_copy(own), example_inputs)
         return Subject(own, example_inputs, tuple(parts), tuple(dynamic), notes)
+
+    def unread(self, small: nn.Module) -> int:
+        """Returns how many parameters the smaller model does not hold, for no operator of its graphs reads them."""
+        if not plan_of(small).graphs:
+            return 0
+        held = dict(self.model.named_parameters(remove_duplicate=False))
+        return sum(held[name].numel() for name in unread(self.model, small))
 
     def cuts(self, kept: Mapping[int, Tensor]) -> list[tuple[Part, Cut]]:
         """Returns each part with its share of a choice of kept units."""

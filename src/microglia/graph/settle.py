@@ -67,7 +67,7 @@ def shrink(model: nn.Module, example_inputs: Any, *, clear: bool = False, keep_c
     plan = plan_of(small)
     given = tuple(name for name in found.biases if subject.model.get_submodule(name).bias is None)
     costs = Costs(subject.parts, found.groups, sum(p.numel() for p in subject.model.parameters()))
-    before, remaining = (total := totals(costs, found.kept))["parameters"]
+    before, remaining = (total := totals(costs, found.kept, settled.unread(small)))["parameters"]
     total["parameters"] = before, remaining + sum(small.get_parameter(f"{name}.bias").numel() for name in given)
     plan = replace(plan, **total, biases=given, found=len(found.groups), notes=(*subject.notes, *plan.notes, *_notes(found)))
     return attach(small, after(model, plan))

@@ -7,6 +7,7 @@ import operator
 import warnings
 from collections.abc import Mapping
 from copy import deepcopy
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -15,8 +16,27 @@ from torch.utils import _pytree as pytree
 
 from microglia.core.layers import GraphLayer, prunable_attributes
 from microglia.graph.cut import Cut, Scaled, constants
+from microglia.graph.modules import issuer
 from microglia.graph.trace import CHECKS, Trace, named_arguments, operator_name, split_dim
 from microglia.graph.training import FLAGS, Mode, batch_norm, counter_of
+
+_TRAINING = "training_"
+"""Begin of the names of constants that the graph of training alone holds."""
+
+
+@dataclass(frozen=True)
+class Follows:
+    """What operators of a trace follow.
+
+    Attributes:
+        modes: Operator -> the mode of which module.
+        types: Operator -> names of its arguments that are the type of the parameters.
+        fixed: Constants that keep the type that they have.
+    """
+
+    modes: Mapping[fx.Node, Mode]
+    types: Mapping[fx.Node, tuple[str, ...]] = field(default_factory=dict)
+    fixed: frozenset[str] = frozenset()
 
 
 class GraphModel(fx.GraphModule):
@@ -28,11 +48,13 @@ class GraphModel(fx.GraphModule):
     Attributes:
         microglia_graphs: The graph of each mode, where one does not serve both.
         microglia_exceptions: For each mode the modules that stay in the other, as the model's own `train` has it.
+        microglia_fixed: Constants that keep their type whatever the type of the parameters.
         microglia_notes: What does not train as in the model.
     """
 
     microglia_graphs: dict[bool, fx.Graph] | None = None
     microglia_exceptions: dict[bool, tuple[str, ...]] = {True: (), False: ()}  # noqa: RUF012 - never changed in place
+    microglia_fixed: tuple[str, ...] = ()
     microglia_notes: tuple[str, ...] = ()
 
     def __deepcopy__(self, memo: Any) -> GraphModel:
@@ -47,11 +69,12 @@ class GraphModel(fx.GraphModule):
         copy.__dict__.update({**own, "microglia_graphs": graphs or None})
         return copy
 
-    def learn_training(self, cut: Cut, names: list[str], follows: Mapping[fx.Node, Mode]) -> None:
+    def learn_training(self, cut: Cut, names: list[str], follows: Follows) -> None:
         """Takes the graph traced in training mode too; its tensors are this model's, under the same names."""
-        training = _named_graph(cut, self, follows, "training_")
+        training = _named_graph(cut, self, follows, _TRAINING)
         _keep_forms(training, cut.analysis.trace, names)
         self.microglia_graphs = {True: training, False: self.graph}
+        self.microglia_fixed += tuple(f"{_TRAINING}{name}" for name in sorted(follows.fixed))
 
     def learn_modes(self, model: nn.Module) -> None:
         """Takes the mode that each module of the traced model is in."""
@@ -70,6 +93,19 @@ class GraphModel(fx.GraphModule):
                 layer.__class__ = GraphLayer
                 layer.kinds = tuple(base.__name__ for base in type(module).__mro__)
                 layer.prunable = prunable_attributes(module)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> GraphModel:
+        """Converts everything, as torch does, but for the type of those constants whose type the model's code states."""
+        held = dict(self.named_buffers(remove_duplicate=False))
+        before = {name: held[name] for name in self.microglia_fixed if name in held}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, buffer in before.items():
+            path, _, leaf = name.rpartition(".")
+            owner = self.get_submodule(path)
+            new = owner._buffers[leaf]
+            if new is not None and new.dtype != buffer.dtype:
+                owner._buffers[leaf] = buffer.to(new.device)
+        return self
 
     def train(self, mode: bool = True) -> GraphModel:
         """Sets the mode, as the model's own `train` does, and returns itself."""
@@ -143,28 +179,31 @@ def _carried(copy: fx.Node, value: Any, copies: dict[fx.Node, fx.Node]) -> Any:
         return copy.graph.call_function(operator.floordiv, (product, value.whole))
 
 
-def cut_graph(cut: Cut, names: list[str], follows: Mapping[fx.Node, Mode] | None = None) -> GraphModel:
+def cut_graph(cut: Cut, names: list[str], follows: Follows | None = None) -> GraphModel:
     """Returns the pruned model as a graph.
 
     Args:
         cut: What stays.
         names: Parameter names of the model's forward, by which its inputs may be given.
-        follows: Operators of the trace that follow the mode of a module.
+        follows: What operators of the trace follow.
     """
     root = nn.Module()
-    graph = _named_graph(cut, root, follows or {})
+    graph = _named_graph(cut, root, follows or Follows({}))
+    fixed = tuple(sorted(follows.fixed)) if follows else ()
     _keep_forms(graph, cut.analysis.trace, names)
-    return GraphModel(root, graph, class_name="GraphModel")
+    small = GraphModel(root, graph, class_name="GraphModel")
+    small.microglia_fixed = fixed
+    return small
 
 
-def _named_graph(cut: Cut, root: nn.Module, follows: Mapping[fx.Node, Mode], prefix: str = "") -> fx.Graph:
+def _named_graph(cut: Cut, root: nn.Module, follows: Follows, prefix: str = "") -> fx.Graph:
     """Returns the patched graph, reading its tensors from ``root``, where those that are not there yet are placed.
 
     ``prefix`` sets the constants of this graph apart from those of another.
     """
     trace = cut.analysis.trace
     graph, copies = patched(cut)
-    _follow(graph, copies, root, cut, follows)
+    _follow(graph, copies, root, cut, follows.modes)
     for node, copy in copies.items():
         name = trace.name_of.get(node.name)
         if node.op != "placeholder" or name is None:
@@ -177,6 +216,7 @@ def _named_graph(cut: Cut, root: nn.Module, follows: Mapping[fx.Node, Mode], pre
             with graph.inserting_before(copy):
                 copy.replace_all_uses_with(graph.get_attr(name))
         graph.erase_node(copy)
+    _follow_precision(graph, copies, root, follows.types)
     output = next(iter(reversed(graph.nodes)))
     output.args = (list(output.args[0]),)
     graph.lint()
@@ -206,6 +246,21 @@ def _follow(
         x, weight, bias, mean, variance = copy.args[:5]
         copy.target, copy.args = batch_norm, (x, (weight, bias), (mean, variance, batches))
         copy.kwargs = {"training": flag, "momentum": mode.momentum, "eps": eps}
+
+
+def _follow_precision(
+    graph: fx.Graph, copies: Mapping[fx.Node, fx.Node], root: nn.Module, types: Mapping[fx.Node, tuple[str, ...]]
+) -> None:
+    """Lets operators of the copied graph take their types from a parameter: of their module's own, or else the first."""
+    held = [name for name, p in root.named_parameters() if p.is_floating_point()]
+    for node, keys in types.items():
+        if node not in copies or not held:
+            continue
+        path = issuer(node)
+        name = next((n for n in held if n.rpartition(".")[0] == path), held[0])
+        with graph.inserting_before(copies[node]):
+            dtype = graph.call_function(getattr, (graph.get_attr(name), "dtype"))
+        _update(copies[node], dict.fromkeys(keys, dtype))
 
 
 def _module(root: nn.Module, path: str) -> nn.Module:

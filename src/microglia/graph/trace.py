@@ -65,6 +65,7 @@ def trace(model: nn.Module, example_inputs: Any, *, dynamic: Sequence[int] = (0,
     """
     args, kwargs = arguments(example_inputs)
     modes = {module: module.training for module in model.modules()}
+    model.train(not training)  # what a model keeps in one mode it forgets in the other
     model.train(training)
     if not training:
         _run_once(model, args, kwargs)
@@ -79,6 +80,7 @@ def trace(model: nn.Module, example_inputs: Any, *, dynamic: Sequence[int] = (0,
         exported = _export(model, args, kwargs, dynamic)
     finally:
         hook.remove()
+        model.train(modes[model])  # a train of the model's own may keep or forget values that it computed
         for module, mode in modes.items():
             module.training = mode
     inline_wrappers(exported.graph_module)

@@ -277,7 +277,7 @@ def lost(name: str, model: nn.Module, why: str) -> str:
     """Returns that a model's own code for training could not be followed, and whose that is."""
     asking = [f"{path or name} ({type(m).__name__})" for path, m in model.named_modules() if _asks(type(m))]
     whose = f"that of {_listed(asking)}" if asking else "what its modules do in training alone"
-    return f"In training {name} runs the graph of evaluation, with batch norm and dropout told: its own code for training " \
+    return f"In training {name} runs this graph too, with batch norm and dropout told: its own code for training " \
            f"({whose}) {why}."  # fmt: skip
 
 

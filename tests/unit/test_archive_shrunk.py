@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import microglia as mg
 from microglia.core.errors import FileError
+from microglia.train.files import read_tensors, write_tensors
 
 IMAGES = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(1))
 
@@ -208,3 +209,28 @@ def test_files_of_before_there_were_plans_are_still_read(tmp_path: Path) -> None
     mg.save(dense(), tmp_path / "model")
     edit(lambda c: c.pop("shrunk"))(tmp_path / "model" / "plan.json")
     assert_same(dense(), mg.load(tmp_path / "model"))
+
+
+def test_a_graph_saved_before_graphs_counted_batches_is_read(tmp_path):
+    """Its norms have no ``num_batches_tracked`` in the file."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.norm, self.two = nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.Conv2d(8, 4, 3)
+
+        def forward(self, x):
+            return self.two(torch.relu(self.norm(self.one(x)))[:, :8])  # a size in the forward: it comes back as a graph
+
+    example = torch.randn(2, 3, 8, 8)
+    small = mg.prune_channels(Net().eval(), example, mg.Budget(density=0.5), round_to=1)
+    assert mg.plan_of(small).kind == "graph"
+    mg.save(small, tmp_path)
+    state, document, _ = read_tensors(tmp_path / "model.safetensors", kind="weights")
+    old = {name: value for name, value in state.items() if not name.endswith("num_batches_tracked")}
+    assert len(old) == len(state) - 1
+    mark = write_tensors(tmp_path / "model.safetensors", old, kind="weights", document=document)
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    (tmp_path / "plan.json").write_text(json.dumps({**plan, "digest": mark}))
+    again = mg.load(tmp_path, Net().eval()).eval()
+    assert torch.equal(again(example), small.eval()(example))

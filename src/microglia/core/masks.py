@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from microglia.core.errors import MicrogliaError
-from microglia.core.layers import Layer, prunable_attributes, prunable_layers
+from microglia.core.layers import GraphLayer, Layer, prunable_attributes, prunable_layers
+
+COUNTER = "num_batches_tracked"
 
 
 class Masked(nn.Module):
@@ -334,6 +336,9 @@ def restore(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
         for name, at in places.items():
             _attach(layers[name], state[f"{_prefix(name)}{at}.mask"].bool(), at)
     complete = OrderedDict(state)
+    for path, module in model.named_modules():
+        if isinstance(module, GraphLayer) and f"{path}.{COUNTER}" not in state and hasattr(module, COUNTER):
+            complete[f"{path}.{COUNTER}"] = getattr(module, COUNTER)  # files of before graphs counted their batches
     complete._metadata = model.state_dict()._metadata  # type: ignore[attr-defined] # versions by which modules read old states
     model.load_state_dict(complete)
     return model

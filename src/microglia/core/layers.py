@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -12,15 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from microglia.core.errors import SelectorError
-
-PRUNABLE: dict[type[nn.Module], tuple[str, ...]] = {
-    nn.Linear: ("weight",),
-    nn.Conv1d: ("weight",),
-    nn.Conv2d: ("weight",),
-    nn.Conv3d: ("weight",),
-    nn.MultiheadAttention: ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"),
-}
-"""Module type -> its weights of the form out x in (x kernel). The *prunable set* of the survey, section 0.2."""
+from microglia.core.kinds import Kind, kind_of
 
 
 class GraphLayer(nn.Module):
@@ -28,18 +20,25 @@ class GraphLayer(nn.Module):
 
     Attributes:
         kinds: Names of the classes that the layer had, its own first.
-        prunable: Its attributes of the form out x in (x kernel).
+        kind: Which of its attributes can be masked, and how they are laid out.
     """
 
     kinds: tuple[str, ...] = ()
-    prunable: tuple[str, ...] = ()
+    kind: Kind | None = None
 
 
-def prunable_attributes(module: nn.Module) -> tuple[str, ...]:
-    """Returns the attributes of a module that can be pruned, had it weights under these names."""
-    if isinstance(module, GraphLayer):
-        return module.prunable
-    return tuple(a for kind, attributes in PRUNABLE.items() if isinstance(module, kind) for a in attributes)
+def layer_kind(module: nn.Module) -> Kind | None:
+    """Returns which weights of a module can be masked, and how they are laid out; None where none can."""
+    return module.kind if isinstance(module, GraphLayer) else kind_of(module)
+
+
+def prunable_attributes(module: nn.Module) -> list[str]:
+    """Returns the attributes of a module that hold weights which can be masked, masked or not."""
+    kind = layer_kind(module)
+    if kind is None:
+        return []
+    own = _own_tensors(module)
+    return [name for form in kind.weights for name in sorted(fnmatch.filter(own, form))]
 
 
 def _kinds(module: nn.Module) -> tuple[str, ...]:
@@ -76,8 +75,37 @@ class Layer:
 
     @property
     def shape(self) -> torch.Size:
-        """Shape of the weight, (out, in, *kernel)."""
+        """Shape of the weight as it is stored: (out, in, *kernel), or (in, out) where ``swapped``."""
         return self.raw.shape
+
+    @property
+    def kind(self) -> Kind:
+        """What the weight's module is; a plain one where only the tensor is known."""
+        return layer_kind(self.module) or Kind()
+
+    @property
+    def swapped(self) -> bool:
+        """Whether the weight is stored as (in, out)."""
+        return self.kind.swapped
+
+    @property
+    def sides(self) -> tuple[int, ...]:
+        """The weight's (out, in, *kernel), however it is stored."""
+        first, second, *kernel = self.shape
+        return (second, first, *kernel) if self.swapped else (first, second, *kernel)
+
+
+def oriented(layers: Mapping[str, Layer], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns tensors stored like the weights of layers as (out, in, *kernel), which patterns see; or takes them back.
+
+    Args:
+        layers: By name.
+        tensors: By name of a layer, shaped like its weight, or all of them as this function returned them.
+    """
+    return {
+        name: value.transpose(0, 1).contiguous() if name in layers and layers[name].swapped else value
+        for name, value in tensors.items()
+    }
 
 
 def raw_parameter(module: nn.Module, attribute: str) -> nn.Parameter:
@@ -91,8 +119,7 @@ def _walk(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
     """Yields (name, module, attribute) of every prunable weight, tied ones as often as they are held."""
     for path, module in model.named_modules():
         for attribute in prunable_attributes(module):
-            if attribute in _own_tensors(module):
-                yield f"{path}.{attribute}" if path else attribute, module, attribute
+            yield f"{path}.{attribute}" if path else attribute, module, attribute
 
 
 def _own_tensors(module: nn.Module) -> list[str]:

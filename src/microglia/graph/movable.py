@@ -34,7 +34,7 @@ class Movable:
     reason: str = ""
 
     def dims(self, block: Block) -> list[tuple[str, int]]:
-        """Returns the tensors and dimensions of theirs whose entries share blocks with others."""
+        """Returns the tensors and dimensions of theirs, 0 for outputs, whose entries share blocks with others."""
         return [(name, dim) for name in self.layers for dim in (0, 1) if self._places(block, name, dim) is not None]
 
     def stripes(self, block: Block, name: str, score: Tensor, keep: int) -> list[Stripes]:
@@ -48,7 +48,7 @@ class Movable:
 
     def _places(self, block: Block, name: str, dim: int) -> Tensor | None:
         """Returns the entries of each unit, (units, entries); None where their order makes no difference."""
-        dims = self.part.analysis.parameter_dims[name.removeprefix(f"{self.part.path}.") if self.part.path else name]
+        dims = self.part.dims_of(name)
         side = (block.out, block.in_)[dim]
         if len(dims) < 2 or side == 1:
             return None
@@ -116,7 +116,8 @@ def tensor_orders(part: Part, orders: Mapping[int, Tensor]) -> dict[str, dict[st
 def unmoved(part: Part, names: Sequence[str], moved: set[int], reasons: Mapping[int, str]) -> dict[str, str]:
     """Returns those layers none of whose outputs moved, each with the first reason."""
     algebra, found = part.analysis.algebra, {}
-    for name, dims in part.analysis.parameter_dims.items():
+    for name in part.analysis.parameter_dims:
+        dims = part.dims_of(part.name(name))
         atoms = list(algebra.leaves(dims[0])) if dims else []
         if part.name(name) not in names or set(atoms) & moved:
             continue

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from microglia.core.errors import MicrogliaError
+from microglia.core.layers import layer_kind
 from microglia.core.modes import evaluating
 from microglia.graph.algebra import Algebra
 from microglia.graph.analysis import Analysis
@@ -49,6 +50,13 @@ class Part:
     def name(self, local: str) -> str:
         """Returns the model's name of one of the part's tensors or modules."""
         return f"{self.path}.{local}".strip(".")
+
+    def dims_of(self, name: str) -> Sequence[Any]:
+        """Returns the dimensions of a tensor of the model, those of a weight as (out, in, *kernel) however it is stored."""
+        local = name.removeprefix(f"{self.path}.") if self.path else name
+        dims = self.analysis.parameter_dims[local]
+        kind = layer_kind(self.module.get_submodule(local.rpartition(".")[0]))
+        return (dims[1], dims[0], *dims[2:]) if kind is not None and kind.swapped and len(dims) > 1 else dims
 
 
 def find_parts(model: nn.Module, twin: nn.Module, example_inputs: Any) -> list[Part]:

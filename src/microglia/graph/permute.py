@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from microglia.core.errors import BudgetError, MicrogliaError, PatternError
-from microglia.core.layers import prunable_layers
+from microglia.core.layers import oriented, prunable_layers
 from microglia.core.masks import masks_of
 from microglia.core.patterns import Block, Pattern
 from microglia.graph.modules import cut_module
@@ -161,6 +161,7 @@ def permute_channels(
         raise MicrogliaError("Channels are permuted before masks are attached; fold the masks into the weights first.")
     weights = prunable_layers(model, layers, exclude)
     scores = {n: (score[n] if score is not None else w.weight).detach().abs().float().cpu() for n, w in weights.items()}
+    scores = oriented(weights, scores)
     keep = {
         n: round(_density(density, n) * scores[n].numel()) for n in scores if not isinstance(density, Mapping) or n in density
     }
@@ -208,7 +209,7 @@ class _Search:
 
     def _ordered(self, part: Part, name: str, orders: Mapping[int, Tensor]) -> Tensor:
         score = self.scores[name]
-        for k, dim in enumerate(part.analysis.parameter_dims[name.removeprefix(f"{part.path}.") if part.path else name]):
+        for k, dim in enumerate(part.dims_of(name)):
             score = score.index_select(k, part.analysis.algebra.order(dim, orders))
         return score
 

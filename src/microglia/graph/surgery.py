@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 from torch.utils import _pytree as pytree
 
-from microglia.core.layers import GraphLayer, prunable_attributes
+from microglia.core.layers import GraphLayer, layer_kind
 from microglia.graph.cut import Cut, Scaled, constants
 from microglia.graph.modules import issuer
 from microglia.graph.trace import CHECKS, Trace, named_arguments, operator_name, split_dim
@@ -92,7 +92,7 @@ class GraphModel(fx.GraphModule):
                 layer: Any = held[path]
                 layer.__class__ = GraphLayer
                 layer.kinds = tuple(base.__name__ for base in type(module).__mro__)
-                layer.prunable = prunable_attributes(module)
+                layer.kind = layer_kind(module)
 
     def _apply(self, fn: Any, recurse: bool = True) -> GraphModel:
         """Converts everything, as torch does, but for the type of those constants whose type the model's code states."""

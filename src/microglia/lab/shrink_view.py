@@ -14,6 +14,7 @@ from rich.table import Table
 from torch import nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
+from microglia.core.layers import layer_kind
 from microglia.graph import plan_of
 from microglia.measure.parameters import Weight, weights
 from microglia.train.files import write_atomic
@@ -50,8 +51,8 @@ def removal(dense: nn.Module, small: nn.Module) -> dict[str, Any]:
 
 def _outputs(weight: Weight) -> int:
     """Returns the dimension of a weight that counts its layer's output channels."""
-    swapped = isinstance(weight.module, _ConvTransposeNd | nn.Embedding) or type(weight.module).__name__ == "Conv1D"
-    return int(swapped)
+    kind = layer_kind(weight.module)
+    return int(isinstance(weight.module, _ConvTransposeNd | nn.Embedding) or (kind is not None and kind.swapped))
 
 
 def channels(layer: Json) -> tuple[int, int]:

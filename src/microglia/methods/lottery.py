@@ -12,9 +12,8 @@ import torch
 from torch import nn
 
 from microglia.core.errors import BudgetError
-from microglia.core.layers import check_selectors, matches
+from microglia.core.layers import check_selectors, matches, oriented
 from microglia.core.masks import MaskSet, fold, mask, restore
-from microglia.core.selection import select
 from microglia.core.shuffle import shuffled
 from microglia.methods.at_init import other_weights, refuse_trained
 from microglia.methods.base import MethodConfig, method, preset
@@ -146,16 +145,9 @@ class Tickets:
         restore(self.model, level.state["model"])
         if keep is None:
             keep = round(self.pruner.weights * (1 - self.config.rate) ** number)
-        return select(
-            self.pruner.score(self.model, self.pruner.layers, self.pruner.evidence),
-            pattern=self.pruner.pattern,
-            keep=keep,
-            scope=self._densities(keep) if self.slow else self.config.scope,
-            reduction=self.config.reduction,
-            alive=level.masks,
-            protect=self.pruner.protected,
-            allow_empty=self.config.allow_empty,
-        )
+        pruner = self.pruner
+        values = pruner.score(self.model, pruner.layers, pruner.evidence)
+        return pruner.select(values, keep, level.masks, self._densities(keep) if self.slow else None)
 
     def control(self, level: Level, kind: Control, draw: int = 0) -> Level:
         """Returns a control of a ticket, trained like it: other initial weights, or other places of as many weights.
@@ -168,7 +160,8 @@ class Tickets:
         name, seed = f"{level.name}-{kind}-{draw}", self.run.seed * 1_009 + draw
         masks = level.masks
         if kind == "shuffle":
-            masks = shuffled(masks, self.pruner.pattern, seed)
+            layers = self.pruner.layers
+            masks = MaskSet(oriented(layers, shuffled(oriented(layers, masks), self.pruner.pattern, seed)))
         begin = self.start
         if kind == "reinit":
             other = other_weights(self.task, seed).to(self.run.device)

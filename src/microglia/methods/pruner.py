@@ -10,10 +10,10 @@ import torch
 from pydantic import ConfigDict
 from torch import Tensor, nn
 
-from microglia.core.allocation import check_scope
+from microglia.core.allocation import Scope, check_scope
 from microglia.core.budget import Budget
 from microglia.core.errors import BudgetError, PatternError
-from microglia.core.layers import Layer, check_selectors, matches
+from microglia.core.layers import Layer, check_selectors, matches, oriented
 from microglia.core.left_out import announce, chosen_layers
 from microglia.core.masks import MaskSet, enforce, mask, masks_of
 from microglia.core.patterns import Pattern, parse_pattern
@@ -106,21 +106,35 @@ class Pruner:
 
     def prune_to(self, keep: int, optimizer: torch.optim.Optimizer | None = None) -> MaskSet:
         """Scores, keeps the best units holding ``keep`` weights, attaches the masks and clears what they removed."""
-        config, layers = self.config, self.layers
-        values = self.score(self.model, layers, self.evidence)
-        chosen = select(
-            values,
-            pattern=self.pattern,
-            keep=keep,
-            scope=config.scope,
-            reduction=config.reduction,
-            alive={n: m for n, m in masks_of(self.model).items() if n in layers},
-            protect=self.protected,
-            allow_empty=config.allow_empty,
-        )
+        layers = self.layers
+        chosen = self.select(self.score(self.model, layers, self.evidence), keep, masks_of(self.model))
         mask(self.model, chosen)
         enforce(self.model, optimizer)
         return chosen
+
+    def select(
+        self, values: Mapping[str, Tensor], keep: int, alive: Mapping[str, Tensor], scope: Scope | None = None
+    ) -> MaskSet:
+        """Returns the masks that keep the best units, in the layout of the weights.
+
+        Args:
+            values: Scores by layer, shaped like the weights.
+            keep: Weights to keep over all layers.
+            alive: Masks from before, shaped like the weights; what they removed stays removed.
+            scope: In the place of the config's.
+        """
+        config, layers = self.config, self.layers
+        chosen = select(
+            oriented(layers, values),
+            pattern=self.pattern,
+            keep=keep,
+            scope=config.scope if scope is None else scope,
+            reduction=config.reduction,
+            alive=oriented(layers, {n: m for n, m in alive.items() if n in layers}),
+            protect=self.protected,
+            allow_empty=config.allow_empty,
+        )
+        return MaskSet(oriented(layers, chosen))
 
     def penalty(self) -> Tensor | float:
         """Returns what the training adds to the loss."""
@@ -192,9 +206,9 @@ def _budget(config: PruneConfig, pattern: Pattern) -> Budget | None:
 def _refuse_misfit(pattern: Pattern, layers: Mapping[str, Layer]) -> None:
     """Raises when a pattern is larger than every layer it should divide."""
     out, in_ = pattern.footprint
-    if not any(layer.shape[0] >= out and layer.shape[1] >= in_ for layer in layers.values()):
+    if not any(layer.sides[0] >= out and layer.sides[1] >= in_ for layer in layers.values()):
         largest = max(layers.values(), key=lambda layer: layer.raw.numel())
         raise PatternError(
             f"The pattern {pattern} fits no layer: none of the {len(layers)} has at least {out} outputs and {in_} inputs; "
-            f"the largest is {largest.name} with {largest.shape[0]} x {largest.shape[1]}."
+            f"the largest is {largest.name} with {largest.sides[0]} x {largest.sides[1]}."
         )

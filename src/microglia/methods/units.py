@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from microglia.core.errors import PatternError, SelectorError
-from microglia.core.layers import Layer, prunable_layers
+from microglia.core.layers import Layer, oriented, prunable_layers
 from microglia.core.left_out import tied_layers
 from microglia.core.patterns import Block, Channel, Pattern, Reduction
 from microglia.core.selection import keep_units
@@ -128,7 +128,8 @@ class LayerUnits:
     ) -> None:
         self.pattern = pattern
         self.names = self.scaled_names = tuple(layers)
-        self.shapes = {name: tuple(layer.shape) for name, layer in layers.items()}
+        self._layers = dict(layers)
+        self.shapes = {name: layer.sides for name, layer in layers.items()}
         sizes = {name: pattern.sizes(shape).flatten() for name, shape in self.shapes.items()}
         self.lengths = [len(s) for s in sizes.values()]
         self.count = sum(self.lengths)
@@ -145,14 +146,16 @@ class LayerUnits:
 
     def reduce(self, values: Mapping[str, Tensor], how: Reduction) -> Tensor:
         """See `Units`."""
+        values = oriented(self._layers, values)
         return torch.cat([self.pattern.reduce(values[name], how).flatten() for name in self.names])
 
     def scale(self, name: str, parameter: Tensor, factors: Tensor) -> Tensor:
         """See `Units`."""
-        own = self.of(name, factors)
-        if isinstance(self.pattern, Block):
+        own, swapped = self.of(name, factors), self._layers[name].swapped
+        if isinstance(self.pattern, Block) and not swapped:
             return scale_blocks(parameter, own, self.pattern)
-        return parameter * self.pattern.expand(own, self.shapes[name]).to(parameter.dtype)
+        wide = self.pattern.expand(own, self.shapes[name]).to(parameter.dtype)
+        return parameter * (wide.transpose(0, 1) if swapped else wide)
 
     def companion(self, name: str, parameter: Tensor, kept: Tensor) -> Tensor:
         """There is none: a masked weight is zero by itself."""
@@ -160,7 +163,7 @@ class LayerUnits:
 
     def masks(self, kept: Tensor) -> dict[str, Tensor]:
         """See `Units`."""
-        return {name: self.pattern.expand(self.of(name, kept), self.shapes[name]) for name in self.names}
+        return oriented(self._layers, {n: self.pattern.expand(self.of(n, kept), self.shapes[n]) for n in self.names})
 
 
 class ChannelUnits:

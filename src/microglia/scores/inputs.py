@@ -31,20 +31,19 @@ def mean_inputs(model: nn.Module, layers: Mapping[str, Layer], evidence: Evidenc
     sums: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
 
-    def note(name: str, module: nn.Module, x: Tensor) -> None:
-        rows = x.movedim(-1, 0) if isinstance(module, nn.Linear) else x.movedim(1, 0)
-        rows = rows.detach().flatten(1)
+    def note(name: str, dim: int, x: Tensor) -> None:
+        rows = x.movedim(dim, 0).detach().flatten(1)
         sums[name] = sums.get(name, 0) + rows.abs().sum(1, dtype=torch.float64)
         counts[name] = counts.get(name, 0) + rows.shape[1]
 
-    def hook(name: str) -> Any:
-        return lambda module, args, output: note(name, module, args[0])
+    def hook(name: str, dim: int) -> Any:
+        return lambda module, args, output: note(name, dim, args[0])
 
     with untouched(model):
         handles = [
-            layer.module.register_forward_hook(hook(name))
+            layer.module.register_forward_hook(hook(name, layer.kind.inputs))
             for name, layer in layers.items()
-            if not isinstance(layer.module, nn.MultiheadAttention)
+            if layer.kind.inputs is not None
         ]
         try:
             model.eval()
@@ -71,5 +70,6 @@ def _as_factor(layer: Layer, mean: Tensor | None) -> Tensor:
     if mean is None:
         return torch.ones(1, device=layer.raw.device)
     groups = getattr(layer.module, "groups", 1)
-    by_row = mean.float().view(groups, -1).repeat_interleave(layer.shape[0] // groups, 0)
-    return by_row.view(layer.shape[0], layer.shape[1], *[1] * (len(layer.shape) - 2))
+    out, in_, *kernel = layer.sides
+    by_row = mean.float().view(groups, -1).repeat_interleave(out // groups, 0).view(out, in_, *[1] * len(kernel))
+    return by_row.T if layer.swapped else by_row

@@ -1,0 +1,45 @@
+"""Kinds of modules whose weights can be masked: which tensors, how they are laid out, what their rows mean. A table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Kind:
+    """The maskable weights of a class of modules.
+
+    Attributes:
+        weights: Their attributes, or globs of them, such as ``weight_ih_l*``.
+        swapped: Whether a weight is laid out (in, out), as for y = x W, and not (out, in, *kernel).
+        gates: Whether rows are gates of a unit, so that to remove one removes no output channel.
+        inputs: Dimension that counts the input channels in what the module is called with; None where it is not called
+            with what its weights read.
+    """
+
+    weights: tuple[str, ...] = ("weight",)
+    swapped: bool = False
+    gates: bool = False
+    inputs: int | None = 1
+
+
+PRUNABLE: dict[type[nn.Module] | str, Kind] = {
+    nn.Linear: Kind(inputs=-1),
+    nn.Conv1d: Kind(),
+    nn.Conv2d: Kind(),
+    nn.Conv3d: Kind(),
+    nn.MultiheadAttention: Kind(("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"), inputs=None),
+    "transformers.Conv1D": Kind(swapped=True, inputs=-1),
+}
+"""Class -> its weights; a class of an optional library by package and name. The *prunable set* of the survey, section 0.2."""
+
+
+def kind_of(module: nn.Module) -> Kind | None:
+    """Returns what the table says of a module, by its class or the nearest class that it inherits from; None for nothing."""
+    for base in type(module).__mro__:
+        found = PRUNABLE.get(base) or PRUNABLE.get(f"{base.__module__.partition('.')[0]}.{base.__name__}")
+        if found is not None:
+            return found
+    return None

@@ -193,3 +193,23 @@ def test_masks_attached_after_ddp_train_as_those_before(inner):
 def test_a_method_with_scores_is_refused_on_a_wrapped_model():
     with pytest.raises(MicrogliaError, match="attach it to the model first, then wrap"):
         smart(DistributedDataParallel(net()))
+
+
+@pytest.mark.usefixtures("gloo")
+@pytest.mark.parametrize("part", ["the model", "a part of it", "around it"])
+def test_a_method_with_scores_is_refused_on_what_a_wrapper_holds(part):
+    model = net()
+    ddp = DistributedDataParallel(model[0] if part == "around it" else model)
+    if part == "around it":
+        model[0] = ddp
+    with pytest.raises(MicrogliaError, match="attach it to the model first, then wrap"):
+        smart(model[0] if part == "a part of it" else model)
+
+
+@pytest.mark.usefixtures("gloo")
+@pytest.mark.filterwarnings("ignore:No optimizer moved")
+def test_a_method_with_scores_takes_a_model_beside_a_wrapped_one_and_one_that_was_unwrapped():
+    kept = DistributedDataParallel(net())
+    model = DistributedDataParallel(net()).module
+    assert smart(model).finish().kept == smart(net()).finish().kept
+    assert isinstance(kept, DistributedDataParallel)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 from torch.jit import ScriptModule
 from torch.nn.parallel import DistributedDataParallel
@@ -46,11 +48,30 @@ def check_model(model: object, user: str) -> None:
 
 
 def check_unwrapped(model: nn.Module, user: str) -> None:
-    """Raises where a method with parameters of its own is given a wrapped model, which would not gather their gradients."""
-    if isinstance(model, DistributedDataParallel):
+    """Raises where a method with parameters of its own is given a wrapped model, which would not gather their gradients.
+
+    The model may be the wrapper, hold one, or be what one wraps: that is known by the parameters alone, which wrappers hold.
+    """
+    if any(isinstance(module, DistributedDataParallel) for module in model.modules()) or _within_wrapper(model):
         raise MicrogliaError(
             f"{user} adds parameters, which DistributedDataParallel must see: attach it to the model first, then wrap."
         )
+
+
+def _within_wrapper(model: nn.Module) -> bool:
+    """Tells whether a living wrapper gathers the gradients of a model's parameters; nothing on a module says so."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return False
+    own = {id(p) for p in model.parameters()}
+
+    def wraps() -> bool:
+        living = [o for o in gc.get_objects() if issubclass(type(o), DistributedDataParallel) and "_modules" in vars(o)]
+        return any(id(p) in own for wrapper in living for p in wrapper.parameters())
+
+    if not wraps():
+        return False
+    gc.collect()  # one that was given up may only wait for this
+    return wraps()
 
 
 def plain_settings(config: type, settings: Mapping[str, Any], user: str) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from microglia.core.layers import prunable_layers, raw_parameter
 from microglia.core.masks import SCORES, Masked, Unfinished, attach_parametrization, detach
@@ -90,9 +91,10 @@ class SoftMasks:
             masked = Masked(_like(masks[name], _holders(model, name)[0])) if name in masks else None
             for module, attribute in _holders(model, name):
                 if masked is None:
-                    detach(module, attribute)
+                    _remove(module, attribute, Factored)
                 else:
-                    module.parametrizations[attribute][0] = masked  # type: ignore[union-attr,index,assignment]
+                    steps = _steps(module, attribute)
+                    steps[_place(steps, Factored)] = masked
         self.attached = False
 
     @torch.no_grad()
@@ -100,7 +102,12 @@ class SoftMasks:
         """Writes the zeros of companions into them and lets the model go."""
         for name in self.units.companions:
             module, attribute = _holders(model, name)[0]
-            value = getattr(module, attribute).clone()
+            steps, raw = _steps(module, attribute), raw_parameter(module, attribute)
+            if _place(steps, Kept) == 0:
+                raw.copy_(steps[0](raw))
+                _remove(module, attribute, Kept)
+                continue
+            value = getattr(module, attribute).clone()  # no zeros below another parametrization give these
             detach(module, attribute)
             getattr(module, attribute).copy_(value)
 
@@ -122,6 +129,24 @@ def _holders(model: nn.Module, name: str) -> list[tuple[nn.Module, str]]:
         return list(layers[name].holders)
     path, _, attribute = name.rpartition(".")
     return [(model.get_submodule(path), attribute)]
+
+
+def _steps(module: nn.Module, attribute: str) -> parametrize.ParametrizationList:
+    return module.parametrizations[attribute]  # type: ignore[union-attr,index,return-value]
+
+
+def _place(steps: parametrize.ParametrizationList, kind: type[Unfinished]) -> int:
+    """Returns where a search's own parametrization stands among the others of a tensor."""
+    return next(i for i, step in enumerate(steps) if isinstance(step, kind))
+
+
+def _remove(module: nn.Module, attribute: str, kind: type[Unfinished]) -> None:
+    """Removes a search's own parametrization; others of the tensor, and the tensor below, stay."""
+    steps = _steps(module, attribute)
+    if len(steps) == 1:
+        detach(module, attribute)
+    else:
+        del steps[_place(steps, kind)]
 
 
 def _attach(model: nn.Module, name: str, parametrization: nn.Module) -> None:

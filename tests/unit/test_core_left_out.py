@@ -1,4 +1,4 @@
-"""Weights that a budget does not reach are named: recurrent layers, weight_norm, torch's pruning, tied embeddings."""
+"""Weights that a budget does not reach are named: bilinear layers, weight_norm, torch's pruning, tied embeddings."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ def three() -> nn.Sequential:
     return nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
 
 
-class Recurrent(nn.Module):
-    def __init__(self, kind: type[nn.RNNBase]) -> None:
+class Paired(nn.Module):
+    def __init__(self) -> None:
         super().__init__()
-        self.rnn = kind(4, 8)
+        self.pair = nn.Bilinear(4, 4, 8)
         self.fc = nn.Linear(8, 2)
 
 
@@ -34,11 +34,9 @@ class Tied(nn.Module):
         self.head.weight = self.embedding.weight
 
 
-@pytest.mark.parametrize(("kind", "gates"), [(nn.LSTM, 4), (nn.GRU, 3), (nn.RNN, 1)])
-def test_recurrent_weights_are_named_as_left_out(kind, gates):
-    size = gates * 8 * (4 + 8)
-    with pytest.warns(UserWarning, match=rf"rnn\.weight_ih_l0, rnn\.weight_hh_l0: {size} of {size + 16} weights"):
-        pruner = mg.OneShot(Recurrent(kind), density=0.5)
+def test_weights_of_another_form_are_named_as_left_out():
+    with pytest.warns(UserWarning, match=r"pair\.weight: 128 of 144 weights"):
+        pruner = mg.OneShot(Paired(), density=0.5)
     assert list(pruner.layers) == ["fc.weight"]
 
 
@@ -63,12 +61,12 @@ def test_a_transposed_convolution_and_a_raw_matrix_are_named_as_left_out():
 
 
 @pytest.mark.parametrize(
-    "choice", [{"exclude": "rnn"}, {"exclude": ["type:LSTM"]}, {"layers": "fc"}, {"layers": ["*", "!rnn"]}]
+    "choice", [{"exclude": "pair"}, {"exclude": ["type:Bilinear"]}, {"layers": "fc"}, {"layers": ["*", "!pair"]}]
 )
 def test_what_is_left_out_on_purpose_is_not_warned_of(choice):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert list(mg.OneShot(Recurrent(nn.LSTM), density=0.5, **choice).layers) == ["fc.weight"]
+        assert list(mg.OneShot(Paired(), density=0.5, **choice).layers) == ["fc.weight"]
 
 
 def test_a_plain_network_with_masks_on_it_is_not_warned_of():
@@ -81,7 +79,7 @@ def test_a_plain_network_with_masks_on_it_is_not_warned_of():
 
 def test_an_exclude_that_meets_nothing_is_still_refused():
     with pytest.raises(SelectorError, match="lstm"):
-        mg.OneShot(Recurrent(nn.LSTM), density=0.5, exclude="lstm")
+        mg.OneShot(Paired(), density=0.5, exclude="lstm")
 
 
 def test_a_tied_embedding_stays_dense_and_is_named():

@@ -31,6 +31,8 @@ PRUNABLE: dict[type[nn.Module] | str, Kind] = {
     nn.Conv2d: Kind(),
     nn.Conv3d: Kind(),
     nn.MultiheadAttention: Kind(("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"), inputs=None),
+    nn.RNNBase: Kind(("weight_ih_l*", "weight_hh_l*", "weight_hr_l*"), gates=True, inputs=None),
+    nn.RNNCellBase: Kind(("weight_ih", "weight_hh"), gates=True, inputs=None),
     "transformers.Conv1D": Kind(swapped=True, inputs=-1),
 }
 """Class -> its weights; a class of an optional library by package and name. The *prunable set* of the survey, section 0.2."""

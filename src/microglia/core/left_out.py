@@ -53,7 +53,7 @@ def chosen_layers(model: nn.Module, layers: Sequence[str] = ("*",), exclude: Seq
 def unmaskable(model: nn.Module) -> list[tuple[str, nn.Module, int]]:
     """Returns (name, module, weights) of every weight matrix that no mask reaches, embeddings and norms aside.
 
-    Such as those of recurrent layers, transposed convolutions, of layers under ``weight_norm`` or ``torch.nn.utils.prune``.
+    Such as those of transposed convolutions and bilinear layers, of layers under ``weight_norm`` or ``torch.nn.utils.prune``.
     """
     reached = {id(layer.raw) for layer in prunable_layers(model).values()}
     found = []

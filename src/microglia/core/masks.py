@@ -12,6 +12,7 @@ from torch.nn.utils import parametrize
 
 from microglia.core.errors import MicrogliaError
 from microglia.core.layers import GraphLayer, Layer, prunable_attributes, prunable_layers
+from microglia.core.recurrent import read_anew, settle
 
 COUNTER = "num_batches_tracked"
 
@@ -135,6 +136,7 @@ def _attach(layer: Layer, value: Tensor, place: int | None = None) -> None:
             # torch's function reads the weight to check shapes, and that moves on a state such as spectral norm's.
             steps = _steps(module, attribute)
             steps.insert(len(steps) if place is None else min(place, len(steps)), shared)
+            read_anew(module)
         else:
             attach_parametrization(module, attribute, shared)
 
@@ -148,10 +150,12 @@ def attach_parametrization(module: nn.Module, attribute: str, parametrization: n
     raw = module._parameters.get(attribute)
     if raw is None:  # parametrized already: torch only appends
         parametrize.register_parametrization(module, attribute, parametrization)
+        read_anew(module)
         return
     module._parameters[attribute] = nn.Parameter(raw.detach().clone(), requires_grad=raw.requires_grad)
     parametrize.register_parametrization(module, attribute, parametrization)
     module.parametrizations[attribute].original = raw  # type: ignore[union-attr,index,assignment]
+    read_anew(module)
 
 
 def _steps(module: nn.Module, attribute: str) -> parametrize.ParametrizationList:
@@ -287,9 +291,17 @@ def detach(module: nn.Module, attribute: str, value: Tensor | None = None) -> No
         module.register_parameter(attribute, original)
     else:
         module.register_buffer(attribute, original)  # type: ignore[arg-type]
-    first = prunable_attributes(module)
-    for name in [n for n in module._parameters if n not in first]:  # the order of a fresh module, by which optimizers count
+    for name in _later(module):  # the order of a fresh module, by which optimizers count
         module._parameters[name] = module._parameters.pop(name)
+    settle(module)
+
+
+def _later(module: nn.Module) -> list[str]:
+    """Returns the parameters of a module that come after those that masks were on, in the order of a fresh module."""
+    if isinstance(module, nn.RNNBase):
+        return [name for name in module._flat_weights_names if name in module._parameters]
+    first = prunable_attributes(module)
+    return [name for name in module._parameters if name not in first]
 
 
 def _without(cls: type, attribute: str) -> dict[str, object]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import ConfigDict
@@ -16,7 +16,7 @@ from microglia.core.errors import BudgetError, PatternError
 from microglia.core.layers import Layer, check_selectors, matches, oriented
 from microglia.core.left_out import announce, chosen_layers
 from microglia.core.masks import MaskSet, enforce, mask, masks_of
-from microglia.core.patterns import Pattern, parse_pattern
+from microglia.core.patterns import Channel, Pattern, parse_pattern
 from microglia.core.selection import select
 from microglia.methods.arguments import check_evidence, check_model, plain_settings
 from microglia.scores import Evidence, scores
@@ -71,6 +71,8 @@ class Pruner:
     """
 
     Config: type[PruneConfig] = PruneConfig
+    couples: ClassVar[bool] = False
+    """Whether its channels are those of the whole model, coupled, and not the rows of each layer by itself."""
 
     def __init__(
         self, model: nn.Module, config: PruneConfig | None = None, *, evidence: Evidence | None = None, **settings: Any
@@ -86,6 +88,8 @@ class Pruner:
         check_scope(config.scope)
         layers = self.layers
         _refuse_misfit(self.pattern, layers)
+        if isinstance(self.pattern, Channel) and not self.couples:
+            _refuse_gates(layers)
         check_selectors(layers, config.protect)
         self.protected = [n for n, layer in layers.items() if config.protect and matches(n, layer.module, config.protect)]
         self.weights = sum(layer.raw.numel() for layer in layers.values())
@@ -211,4 +215,14 @@ def _refuse_misfit(pattern: Pattern, layers: Mapping[str, Layer]) -> None:
         raise PatternError(
             f"The pattern {pattern} fits no layer: none of the {len(layers)} has at least {out} outputs and {in_} inputs; "
             f"the largest is {largest.name} with {largest.sides[0]} x {largest.sides[1]}."
+        )
+
+
+def _refuse_gates(layers: Mapping[str, Layer]) -> None:
+    """Raises where whole rows would be removed of layers whose rows are gates."""
+    if gated := [name for name, layer in layers.items() if layer.kind.gates]:
+        kind = type(layers[gated[0]].module).__name__.removeprefix("Parametrized")
+        raise PatternError(
+            f"The pattern channel removes output channels, but each row of {', '.join(gated[:4])} is one gate of a unit: leave "
+            f"recurrent layers out, as by exclude=['type:{kind}']."
         )

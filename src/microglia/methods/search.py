@@ -114,6 +114,7 @@ class UnitPruner(Pruner):
     """
 
     Config = UnitConfig
+    couples: ClassVar[bool] = True
     softens: ClassVar[bool] = True
     """Whether its masks are ever soft, so that what the freeze changes means something."""
 

@@ -11,7 +11,8 @@ from torch.nn import functional
 
 from microglia.core.errors import MicrogliaError
 from microglia.core.layers import effective_state, prunable_layers
-from microglia.core.masks import MaskSet, enforce, fold, mask, masks_of, restore
+from microglia.core.masks import MaskSet, enforce, fold, mask, masks_of
+from microglia.core.restore import restore
 
 
 def network() -> nn.Sequential:

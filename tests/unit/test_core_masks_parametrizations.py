@@ -8,7 +8,8 @@ from parametrized import KINDS, add, build, channel_mask, inputs
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
-from microglia.core.masks import bake, enforce, fold, mask, masks_of, parametrized, restore
+from microglia.core.masks import bake, enforce, fold, mask, masks_of, parametrized
+from microglia.core.restore import restore
 
 
 def masked(kind: str, order: str, *, train: bool = False) -> nn.Sequential:

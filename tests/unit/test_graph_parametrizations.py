@@ -9,7 +9,8 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 import microglia as mg
-from microglia.core.masks import detach, mask
+from microglia.core.masks import mask
+from microglia.core.parametrizations import detach
 from microglia.graph import baking
 from microglia.graph.verify import ShrinkError
 

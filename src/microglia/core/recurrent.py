@@ -11,9 +11,9 @@ from torch.nn.utils import parametrize
 def read_anew(module: nn.Module) -> None:
     """Makes a parametrized recurrent layer compute its weights at each call; any other module is left alone.
 
-    ``nn.RNNBase`` holds a list of its weights, made when one is assigned: a mask would not reach it, or the list would hold
-    what an earlier call computed, which cannot be copied. torch gave the module a class of its own when it was parametrized, and
-    there the list becomes a property. What flattens weights for cuDNN does nothing there, for these weights are made anew.
+    ``nn.RNNBase`` holds a list of its weights, made when one is assigned: a mask would not reach it, or it would hold what an
+    earlier call computed, which cannot be copied. torch gave the module a class of its own when it was parametrized, and there
+    the list becomes a property. What flattens weights for cuDNN does nothing there, for these weights are made anew.
     """
     if not isinstance(module, nn.RNNBase) or not parametrize.is_parametrized(module):
         return

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from microglia.core.errors import MicrogliaError
 from microglia.core.layers import prunable_layers
-from microglia.core.masks import fold, mask, restore
+from microglia.core.masks import fold, mask
+from microglia.core.restore import restore
 from microglia.landscape.gauge import Gauge
 from microglia.landscape.points import combine, move, point_of, visiting
 from microglia.train.optim import FitConfig

@@ -13,7 +13,8 @@ from torch import nn
 
 from microglia.core.errors import BudgetError
 from microglia.core.layers import check_selectors, matches, oriented
-from microglia.core.masks import MaskSet, fold, mask, restore
+from microglia.core.masks import MaskSet, fold, mask
+from microglia.core.restore import restore
 from microglia.core.shuffle import shuffled
 from microglia.methods.at_init import other_weights, refuse_trained
 from microglia.methods.base import MethodConfig, method, preset

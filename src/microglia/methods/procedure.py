@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from microglia.core.errors import ScoreError
 from microglia.core.layers import effective_state
-from microglia.core.masks import restore
 from microglia.core.patterns import parse_pattern
+from microglia.core.restore import restore
 from microglia.graph import permutation_of, permute_channels, plan_of, shrink
 from microglia.measure import measure
 from microglia.methods.base import MaskConfig, MethodConfig

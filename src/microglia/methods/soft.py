@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from microglia.core.layers import prunable_layers, raw_parameter
-from microglia.core.masks import SCORES, Masked, Unfinished, attach_parametrization, detach
+from microglia.core.masks import SCORES, Masked, Unfinished
+from microglia.core.parametrizations import attach_parametrization, detach, steps_of
 from microglia.methods.units import Units
 
 Factors = Callable[[], Tensor | None]
@@ -93,7 +94,7 @@ class SoftMasks:
                 if masked is None:
                     _remove(module, attribute, Factored)
                 else:
-                    steps = _steps(module, attribute)
+                    steps = steps_of(module, attribute)
                     steps[_place(steps, Factored)] = masked
         self.attached = False
 
@@ -102,7 +103,7 @@ class SoftMasks:
         """Writes the zeros of companions into them and lets the model go."""
         for name in self.units.companions:
             module, attribute = _holders(model, name)[0]
-            steps, raw = _steps(module, attribute), raw_parameter(module, attribute)
+            steps, raw = steps_of(module, attribute), raw_parameter(module, attribute)
             if _place(steps, Kept) == 0:
                 raw.copy_(steps[0](raw))
                 _remove(module, attribute, Kept)
@@ -131,10 +132,6 @@ def _holders(model: nn.Module, name: str) -> list[tuple[nn.Module, str]]:
     return [(model.get_submodule(path), attribute)]
 
 
-def _steps(module: nn.Module, attribute: str) -> parametrize.ParametrizationList:
-    return module.parametrizations[attribute]  # type: ignore[union-attr,index,return-value]
-
-
 def _place(steps: parametrize.ParametrizationList, kind: type[Unfinished]) -> int:
     """Returns where a search's own parametrization stands among the others of a tensor."""
     return next(i for i, step in enumerate(steps) if isinstance(step, kind))
@@ -142,7 +139,7 @@ def _place(steps: parametrize.ParametrizationList, kind: type[Unfinished]) -> in
 
 def _remove(module: nn.Module, attribute: str, kind: type[Unfinished]) -> None:
     """Removes a search's own parametrization; others of the tensor, and the tensor below, stay."""
-    steps = _steps(module, attribute)
+    steps = steps_of(module, attribute)
     if len(steps) == 1:
         detach(module, attribute)
     else:

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from microglia.core.errors import FileError, MicrogliaError
-from microglia.core.masks import masks_of, parametrized, restore, unfinished
+from microglia.core.masks import masks_of, parametrized, unfinished
+from microglia.core.restore import restore
 from microglia.dynamic.gates import GatePlan, attach_gates, gate_plan
 from microglia.graph import Plan, replay
 from microglia.graph.plan import PLAN as REMOVED

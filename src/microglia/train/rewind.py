@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from microglia.core.layers import prunable_layers
-from microglia.core.masks import enforce, mask, restore
+from microglia.core.masks import enforce, mask
+from microglia.core.restore import restore
 from microglia.train.fit import fit
 from microglia.train.optim import FitConfig
 from microglia.train.run import Progress, Run

@@ -1,0 +1,88 @@
+"""Tensors of a module under ``torch.nn.utils.parametrize``: attached without losing hooks, read, and taken off again."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from microglia.core.layers import prunable_attributes
+from microglia.core.recurrent import read_anew, settle
+
+
+def attach_parametrization(module: nn.Module, attribute: str, parametrization: nn.Module) -> None:
+    """Puts a parametrization over a tensor of a module, whose trainable parameter stays the object that it was.
+
+    torch's own function resets the parameter's place in the graph, and with it the hooks by which DistributedDataParallel
+    gathers its gradient. It is handed a copy here, and the parameter is put back.
+    """
+    raw = module._parameters.get(attribute)
+    if raw is None:  # parametrized already: torch only appends
+        parametrize.register_parametrization(module, attribute, parametrization)
+        read_anew(module)
+        return
+    module._parameters[attribute] = nn.Parameter(raw.detach().clone(), requires_grad=raw.requires_grad)
+    parametrize.register_parametrization(module, attribute, parametrization)
+    module.parametrizations[attribute].original = raw  # type: ignore[union-attr,index,assignment]
+    read_anew(module)
+
+
+def steps_of(module: nn.Module, attribute: str) -> parametrize.ParametrizationList:
+    """Returns the parametrizations of a tensor, in the order in which they are applied."""
+    return module.parametrizations[attribute]  # type: ignore[union-attr,index,return-value]
+
+
+def parametrized_tensors(module: nn.Module) -> list[str]:
+    """Returns the attributes of a module that have parametrizations."""
+    return list(module.parametrizations) if parametrize.is_parametrized(module) else []  # type: ignore[arg-type]
+
+
+@torch.no_grad()
+def baked(module: nn.Module, attribute: str) -> Tensor:
+    """Returns the value of a parametrized tensor in evaluation mode as a tensor of its own, trainable if anything below is."""
+    steps = steps_of(module, attribute)
+    modes = {step: step.training for step in steps.modules()}
+    try:
+        for step in modes:  # not by eval(), which a parametrization may have rewritten
+            step.training = False
+        value: Tensor = steps().detach().clone()
+    finally:
+        for step, mode in modes.items():
+            step.training = mode
+    if not any(name.startswith("original") for name in steps._parameters):
+        return value
+    return nn.Parameter(value, any(p.requires_grad for p in steps.parameters()))
+
+
+def detach(module: nn.Module, attribute: str, value: Tensor | None = None) -> None:
+    """Removes the parametrizations of a tensor and leaves its original, or ``value``, as the module's own.
+
+    torch's own function deletes the attribute from the module's class, which copies of the module share: they would break.
+    """
+    lists: nn.ModuleDict = module.parametrizations  # type: ignore[assignment]
+    original = lists[attribute].original if value is None else value
+    if len(lists) > 1:
+        del lists[attribute]
+        module.__class__ = type(type(module).__name__, type(module).__bases__, _without(type(module), attribute))
+    else:
+        del module.parametrizations
+        module.__class__ = type(module).__bases__[0]
+    if isinstance(original, nn.Parameter):
+        module.register_parameter(attribute, original)
+    else:
+        module.register_buffer(attribute, original)  # type: ignore[arg-type]
+    for name in _later(module):  # the order of a fresh module, by which optimizers count
+        module._parameters[name] = module._parameters.pop(name)
+    settle(module)
+
+
+def _later(module: nn.Module) -> list[str]:
+    """Returns the parameters of a module that come after those that masks were on, in the order of a fresh module."""
+    if isinstance(module, nn.RNNBase):
+        return [name for name in module._flat_weights_names if name in module._parameters]
+    first = prunable_attributes(module)
+    return [name for name in module._parameters if name not in first]
+
+
+def _without(cls: type, attribute: str) -> dict[str, object]:
+    return {k: v for k, v in vars(cls).items() if k not in (attribute, "__dict__", "__weakref__")}

@@ -178,7 +178,7 @@ def prunable_layers(model: nn.Module, layers: Sequence[str] = ("*",), exclude: S
     if not chosen:
         raise SelectorError(
             f"No layer is left to prune: layers={list(layers)}, exclude={list(exclude)} choose none of the "
-            f"{len(everything)} prunable layers of {type(model).__name__} (linear and convolution weights)."
+            f"{len(everything)} prunable layers of {type(model).__name__} (linear, convolution and recurrent weights)."
         )
     return chosen
 

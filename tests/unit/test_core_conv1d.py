@@ -266,6 +266,8 @@ def test_accelerated_models_leave_them_dense() -> None:
         wanted = model(x)
         fast = mg.accelerate(model, x)
         torch.testing.assert_close(fast(x), wanted, rtol=0, atol=1e-5)
+    assert [layer.name for layer in fast.report().layers] == ["head"]
+    assert any("Run dense" in note and note.endswith("c_fc.weight, c_proj.weight.") for note in fast.report().notes)
 
 
 def test_only_transformers_own_class_and_its_heirs_are_meant() -> None:

@@ -24,7 +24,7 @@ from microglia.runtime.chain import chained
 from microglia.runtime.choices import Choices, Times, default_cache
 from microglia.runtime.devices import CPU, Device, device_of
 from microglia.runtime.lowered import TOLERANCE, dense_lowered, lower, lowered_site
-from microglia.runtime.report import AccelerationReport, LayerChoice, is_dense
+from microglia.runtime.report import AccelerationReport, LayerChoice, is_dense, left_dense
 
 DENSE = ("eager", "eager-channels-last", "packed", "compiled")
 """The dense executions that are timed against, as `microglia.measure.executions` names them."""
@@ -93,6 +93,7 @@ def accelerate(
     with undisturbed():
         run(dense, example.copied())
         sites = [lowered_site(site) if half else site for site in _sites(dense, example)]
+        own += left_dense(model, {site.name for site in sites})
         choices = Choices(folder, device.machine())
         measured = _measure(sites, device, choices, rounds, progress=progress, notes=own)
         ready: dict[str, Runner] = runners(dense, example, against, notes=own) or {"eager": dense}

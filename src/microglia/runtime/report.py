@@ -2,13 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from typing import Any
+
+from torch import nn
+
+from microglia.core.errors import SelectorError
+from microglia.core.layers import prunable_layers
+
+SHOWN = 6
+"""Layers named in a sentence."""
 
 
 def is_dense(name: str) -> bool:
     """Tells whether an execution of a layer or of a whole model multiplies by every weight."""
     return not name.startswith(("sparse", "block", "rows", "unstructured", "compact", "2:4"))
+
+
+def left_dense(model: nn.Module, reached: Collection[str]) -> list[str]:
+    """Returns a sentence that names the layers with zeros that no kernel knows, such as those laid out (in, out); or none.
+
+    Args:
+        model: Masked or with zeros in its weights.
+        reached: Names of the layers that kernels were tried for.
+    """
+    try:
+        known = prunable_layers(model)
+    except SelectorError:  # weights that no layer of a known kind holds
+        known = {}
+    layers = [n for n, layer in known.items() if n.rpartition(".")[0] not in reached and not layer.weight.all()]
+    if not layers:
+        return []
+    more = f" and {len(layers) - SHOWN} more" if len(layers) > SHOWN else ""
+    return [f"Run dense, for kernels know 2-d convolutions and linear layers alone: {', '.join(layers[:SHOWN])}{more}."]
 
 
 @dataclass(frozen=True)

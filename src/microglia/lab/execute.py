@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import asdict
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch import nn
 
 from microglia.core.errors import FileError
 from microglia.core.masks import masks_of
+from microglia.core.roles import means_role
 from microglia.dynamic import Gathered, gate_plan, tune
 from microglia.lab.accelerating import accelerated
 from microglia.lab.recipe import Recipe, as_dict, method_config
@@ -31,6 +33,7 @@ from microglia.train.archive import check_whole, load, removed_from, save
 from microglia.train.engine import accelerator, device_of
 from microglia.train.files import write_atomic
 from microglia.train.image_task import ImageSource, check_fit, image_task
+from microglia.train.roles import with_roles
 from microglia.train.run import Run
 from microglia.train.task import Task
 
@@ -42,8 +45,8 @@ ROUTED = 32
 
 
 def make_task(recipe: Recipe) -> Task:
-    """Returns the task a recipe names."""
-    return image_task(
+    """Returns the task a recipe names, its layers' roles found where a selector of the recipe means one."""
+    task = image_task(
         recipe.model,
         recipe.data,
         checkpoint=recipe.checkpoint,
@@ -52,6 +55,8 @@ def make_task(recipe: Recipe) -> Task:
         label_smoothing=recipe.label_smoothing,
         seed=recipe.seed,
     )
+    named = chain.from_iterable(value for value in recipe.prune.values() if isinstance(value, list | tuple))
+    return with_roles(task) if means_role(named) else task
 
 
 def execute(recipe: Recipe, directory: Path | None = None) -> Result:

@@ -23,6 +23,7 @@ from microglia.core.masks import masks_of
 from microglia.core.roles import means_role
 from microglia.dynamic import Gathered, gate_plan, tune
 from microglia.lab.accelerating import accelerated
+from microglia.lab.code_folder import CODE, ENVIRONMENT
 from microglia.lab.recipe import Recipe, as_dict, method_config
 from microglia.lab.shrink_view import PICTURE, draw, removal
 from microglia.measure import measure_latency
@@ -36,6 +37,7 @@ from microglia.train.image_task import ImageSource, check_fit, image_task
 from microglia.train.roles import with_roles
 from microglia.train.run import Run
 from microglia.train.task import Task
+from microglia.zoo.origin import origin_of
 
 Result = dict[str, Any]
 BUDGET = ("density", "params", "flops", "ms")
@@ -115,7 +117,8 @@ def prepare(recipe: Recipe) -> Task:
 def _execute(recipe: Recipe, run: Run, task: Task) -> Result:
     began = time.perf_counter()
     if run.directory is not None and run.main:
-        write_atomic(run.directory / "environment.json", json.dumps(environment(), indent=2) + "\n")
+        found = {**environment(), CODE: origin_of(recipe.model)}
+        write_atomic(run.directory / ENVIRONMENT, json.dumps(found, indent=2) + "\n")
     config = method_config(recipe)
     model = methods[recipe.method].procedure(task, run, config)
     observe(task, run, "pruned", model)

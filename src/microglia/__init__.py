@@ -10,6 +10,7 @@ from microglia.core.errors import MicrogliaError
 from microglia.core.layers import prunable_layers
 from microglia.core.masks import MaskSet, enforce, fold, mask, masks_of
 from microglia.core.patterns import NM, Block, Channel, Unstructured
+from microglia.core.roles import mark_roles
 from microglia.core.selection import select
 from microglia.core.soft_topk import soft_topk
 from microglia.data import load_data
@@ -64,6 +65,7 @@ __all__ = [
     "image_task",
     "load",
     "load_data",
+    "mark_roles",
     "mask",
     "masks_of",
     "measure",

@@ -56,7 +56,9 @@ def prune(
     ms: Annotated[float | None, typer.Option(help="Milliseconds per example, measured here: removes channels.")] = None,
     round_to: Annotated[int | None, typer.Option(help="Widths in multiples of this, where channels are removed.")] = None,
     permute: Annotated[bool | None, typer.Option(help="First order the channels so that blocks keep more.")] = None,
-    layers: Annotated[list[str] | None, typer.Option(help="Layers to prune (name globs, type:Conv2d, !not).")] = None,
+    layers: Annotated[
+        list[str] | None, typer.Option(help="Layers to prune (name globs, type:Conv2d, role:classifier, !not).")
+    ] = None,
     exclude: Annotated[list[str] | None, typer.Option(help="Layers neither pruned nor counted.")] = None,
     protect: Annotated[list[str] | None, typer.Option(help="Layers kept dense but counted.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Epochs of training after (or while) pruning.")] = None,

@@ -13,9 +13,10 @@ import typer
 from rich.console import Console
 
 from microglia.core.errors import MicrogliaError
+from microglia.lab.code_folder import admit
 from microglia.lab.recipe import override
 from microglia.train.engine import rank_and_world
-from microglia.zoo.trust import require_known_recipe, trusting
+from microglia.zoo.trust import trusting
 
 app = typer.Typer(
     help="Prune any PyTorch model, see it get measurably faster and smaller, and load the result anywhere.",
@@ -87,5 +88,5 @@ def given_recipe(
     asked = override(source, words)
     if file is not None:
         own = {word.partition("=")[0] for word in words} | {key for key, value in typed.items() if value is not None}
-        require_known_recipe({key: value for key, value in asked.items() if key not in own}, file)
+        admit({key: value for key, value in asked.items() if key not in own}, file / "recipe.yaml" if file.is_dir() else file)
     return asked

@@ -20,7 +20,13 @@ def instability(
     masks: Annotated[
         Path | None, typer.Option(help="A finished run: its recipe, and its masks beside the dense network.")
     ] = None,
-    seeds: Annotated[int, typer.Option(help="Initializations.", min=1)] = 1,
+    density: Annotated[
+        float | None,
+        typer.Option(help="Find masks of this density for every seed and epoch: iterative magnitude pruning rewound to it."),
+    ] = None,
+    seeds: Annotated[
+        int, typer.Option(help="Initializations, each with masks of its own where --density is given.", min=1)
+    ] = 1,
     pairs: Annotated[int, typer.Option(help="Pairs of noises for each.", min=1)] = 1,
     points: Annotated[int, typer.Option(help="Of the straight line between the copies.", min=3)] = 30,
     recalibrate: Annotated[int, typer.Option(help="Batches for the batch-norm statistics of every point.", min=0)] = 100,
@@ -30,7 +36,12 @@ def instability(
     out: Annotated[Path, typer.Option(help="Directory; the same command goes on there.")] = Path("runs/instability"),
     json_: Json = False,
 ) -> Shown:
-    """Train two copies from each of some epochs on with other noise, and walk the straight line between them."""
+    """Train two copies from each of some epochs on with other noise, and walk the straight line between them.
+
+    Dense alone; beside the masks of a run (--masks); or beside masks found for every epoch and random ones (--density).
+    """
+    if masks is not None and density is not None:
+        raise RecipeError("Masks are either those of a run or found: give --masks or --density, not both.")
     words = list(words or [])
     try:
         epochs = tuple(int(word) for word in at.split(","))
@@ -41,6 +52,7 @@ def instability(
     given = {
         "model": words.pop(0) if words and "=" not in words[0] else None,
         "data": data,
+        "prune.density": density,
         "device": device,
     }
     for key, value in given.items():
@@ -49,7 +61,7 @@ def instability(
     from microglia.lab.instability_figures import draw  # slow to import
 
     resolved = resolve(given_recipe(source, words, recipe or masks, typed=given))
-    told = sense(Sensing(resolved, epochs, out, masks, seeds, pairs, points, recalibrate, limit))
+    told = sense(Sensing(resolved, epochs, out, masks, seeds, pairs, points, recalibrate, limit, density is not None))
     pictures = [str(path) for path in draw(told, out)]
     stable = [
         f"{name}: stable from epoch {epoch} on." if epoch is not None else f"{name}: not stable at any of these epochs."

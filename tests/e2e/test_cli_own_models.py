@@ -1,5 +1,7 @@
 """Models of the user's own on the command line: found in the current folder, and one sentence for each that does not fit."""
 
+import functools
+import json
 import subprocess
 import sys
 import sysconfig
@@ -111,3 +113,78 @@ def test_a_typo_in_a_data_name_offers_only_what_can_be_read(work, tmp_path):
     )
     refused(outcome, "petz", "Did you mean 'pets'")
     assert "checkpoints" not in outcome.err
+
+
+def put_first(folder):
+    sys.path.insert(0, folder)
+
+
+@pytest.fixture
+def elsewhere(work, tmp_path):
+    """A run of a model of the user's own, and another folder, which has another module of that name."""
+    assert microglia("prune", "mynet:Own", *TINY[1:], "--out", tmp_path / "run", folder=work).status == 0
+    other = tmp_path / "elsewhere"
+    other.mkdir()
+    (other / "mynet.py").write_text(f"open({str(tmp_path / 'wrong')!r}, 'w')\n")
+    return other
+
+
+def test_a_run_remembers_where_its_code_was(work, elsewhere, tmp_path):
+    told = json.loads((tmp_path / "run" / "environment.json").read_text())["code"]
+    assert told == {"module": "mynet", "folder": str(work)}
+    here = microglia("eval", tmp_path / "run", "--trust", "--json", folder=work)
+    there = microglia("eval", tmp_path / "run", "--trust", "--json", folder=elsewhere)
+    assert there.status == 0, there
+    assert json.loads(there.out) == json.loads(here.out)
+    assert f"'mynet' is imported from {work}" in there.err
+    assert microglia("measure", tmp_path / "run" / "model", "--trust", "--no-latency", folder=elsewhere).status == 0
+    assert microglia("report", tmp_path / "run", "--out", tmp_path / "report", folder=elsewhere).status == 0
+    assert not (tmp_path / "wrong").exists()
+
+
+@pytest.mark.parametrize("command", ["eval", "measure", "shrink", "surface"])
+def test_without_trust_the_module_and_its_folder_are_shown_and_nothing_is_imported(work, elsewhere, tmp_path, command):
+    (work / "mynet.py").write_text(f"open({str(tmp_path / 'imported')!r}, 'w')\n")
+    outcome = microglia(command, tmp_path / "run", folder=elsewhere)
+    refused(outcome, "'mynet:Own'", "the module 'mynet'", str(work), "look at that module", "--trust")
+    assert not (tmp_path / "imported").exists()
+    assert not (tmp_path / "wrong").exists()
+
+
+def test_a_recipe_of_a_run_finds_its_code_too(work, elsewhere, tmp_path):
+    words = ("prune", "--recipe", tmp_path / "run" / "recipe.yaml", "--out", tmp_path / "again", "--seed", "4")
+    refused(microglia(*words, folder=elsewhere), "the module 'mynet'", str(work), "--trust")
+    assert microglia(*words, "--trust", folder=elsewhere).status == 0
+    assert json.loads((tmp_path / "again" / "environment.json").read_text())["code"]["folder"] == str(work)
+    assert not (tmp_path / "wrong").exists()
+
+
+def test_code_that_is_gone_is_looked_for_in_the_current_folder_and_then_missed(work, elsewhere, tmp_path):
+    (work / "mynet.py").unlink()
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    refused(microglia("eval", tmp_path / "run", "--trust", folder=empty), "'mynet'", str(work), "where it is not", "PYTHONPATH")
+    (elsewhere / "mynet.py").write_text(MODELS)
+    assert microglia("eval", tmp_path / "run", "--trust", folder=elsewhere).status == 0
+
+
+def test_another_module_that_comes_first_is_not_taken_for_it(work, elsewhere, tmp_path):
+    shadow = tmp_path / "shadow"
+    (shadow / "mynet").mkdir(parents=True)
+    (shadow / "mynet" / "__init__.py").write_text(f"open({str(tmp_path / 'wrong')!r}, 'w')\n")
+    ahead = functools.partial(put_first, str(shadow))
+    outcome = microglia("eval", tmp_path / "run", "--trust", folder=work, prepare=ahead)
+    refused(outcome, "'mynet'", str(work), str(shadow), "comes first")
+    assert not (tmp_path / "wrong").exists()
+
+
+@pytest.mark.parametrize(
+    "code",
+    [None, [], "mynet", {"module": "os", "folder": "/"}, {"module": "mynet", "folder": "."}, {"module": "mynet", "folder": 3}],
+)
+def test_what_a_run_says_of_its_code_is_no_more_than_a_hint(work, elsewhere, tmp_path, code):
+    (tmp_path / "run" / "environment.json").write_text(json.dumps({"code": code}))
+    refused(microglia("eval", tmp_path / "run", folder=elsewhere), "'mynet:Own'", "--trust")
+    assert microglia("eval", tmp_path / "run", "--trust", folder=work).status == 0
+    (tmp_path / "run" / "environment.json").write_text("{")
+    assert microglia("eval", tmp_path / "run", "--trust", folder=work).status == 0

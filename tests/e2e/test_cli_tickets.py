@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from commands import microglia, refused
+from commands import microglia, refused, start
 
 SMALL = ("lenet-300-100", "train.epochs=3", "train.max_batches=8", "train.batch_size=32", "train.lr=0.1", "threads=1")
 FORMS = ("csv", "html", "json", "png", "svg")
@@ -67,6 +67,22 @@ def test_instability_of_a_ticket_beside_the_dense_network(work, tmp_path):
     refused(microglia(*other, "--out", tmp_path / "i", folder=work), "run of another recipe", "points: 3 -> 4")
 
 
+def test_masks_are_found_for_every_seed_and_epoch_and_a_killed_search_goes_on(work, tmp_path):
+    words = ("instability", *SMALL, "--density", "0.64", "--at", "0,2", "--seeds", "2", "--points", "3", "--recalibrate", "0")
+    killed = start(*words, "--out", tmp_path / "killed", "--json", folder=work)
+    killed.wait_for(tmp_path / "killed" / "seed-1" / "stages" / "imp-2-level-01.safetensors")
+    killed.kill()
+    told = json.loads(good(microglia(*words, "--out", tmp_path / "killed", "--json", folder=work)))
+    whole = json.loads(good(microglia(*words, "--out", tmp_path / "whole", "--json", folder=work)))
+    assert {**told, "pictures": None} == {**whole, "pictures": None}
+    assert set(told["stable_from"]) == {"dense", "imp", "random"}
+    assert all(row["n"] == 2 for row in told["summary"])
+    assert len({row["masks"] for row in told["rows"] if row["network"] == "imp"}) == 4
+    out = good(microglia(*words, "--out", tmp_path / "whole", folder=work))
+    assert "imp, 64 %" in out
+    assert "random, 64 %" in out
+
+
 def test_synflow_shows_what_is_on_a_path(work, tmp_path):
     words = ("prune", *SMALL, "--method", "synflow", "--density", "0.01", "dense.epochs=0", "measure.latency=false")
     result = json.loads(good(microglia(*words, "--out", tmp_path / "s", "--json", folder=work)))
@@ -82,6 +98,12 @@ WRONG = {
     "epochs that are no numbers": (("instability", *SMALL, "--at", "early"), "whole numbers", "early"),
     "an epoch after the end": (("instability", *SMALL, "--at", "0,9"), "0 to 3"),
     "masks of nothing": (("instability", "--masks", "nowhere"), "nowhere"),
+    "masks given and found": (("instability", "--masks", "nowhere", "--density", "0.5"), "--masks or --density"),
+    "masks found for the last epoch": (("instability", *SMALL, "--density", "0.5", "--at", "0,3"), "at most 2 of 3"),
+    "masks found by another method": (
+        ("instability", *SMALL, "--density", "0.5", "--at", "0", "method=magnitude"),
+        "method imp",
+    ),
 }
 
 

@@ -189,7 +189,7 @@ class TestShipped:
         }
         for cell in sweep.cells:
             recipe, train = cell.recipe, cell.recipe.train
-            assert recipe.prune["exclude"] in (["linear"], ("linear",))
+            assert list(recipe.prune["exclude"]) == ["role:classifier"]
             assert recipe.checkpoint == str(checkpoint)
             assert (train.epochs, train.lr, train.momentum, train.weight_decay, train.batch_size) == (1, 0.02, 0.9, 1e-4, 128)
             if recipe.method in expected:

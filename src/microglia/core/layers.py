@@ -14,6 +14,10 @@ from torch.nn.utils import parametrize
 from microglia.core.errors import SelectorError
 from microglia.core.kinds import Kind, kind_of
 
+ROLES = "_microglia_roles"
+"""Attribute of the modules of a model whose roles were found; see `microglia.core.roles`."""
+KNOWN_ROLE = "role:classifier"
+
 
 class GraphLayer(nn.Module):
     """Holds the tensors of a layer whose operator is called elsewhere: in the traced graph of a model.
@@ -137,8 +141,9 @@ def matches(name: str, module: nn.Module, selectors: Sequence[str]) -> bool:
     """Tells whether a layer is meant by a selector list.
 
     The language, the same in Python, YAML and on the command line: a glob over the layer's name (``layer1.*``; a bare
-    layer name means its weight too), ``type:Conv2d`` for a module class, ``!`` in front to take out again. A list means
-    what any positive entry matches and no negative one does; a list of negatives alone starts from everything.
+    layer name means its weight too), ``type:Conv2d`` for a module class, ``role:classifier`` for the layers that make the
+    output (see `microglia.mark_roles`), ``!`` in front to take out again. A list means what any positive entry matches and no
+    negative one does; a list of negatives alone starts from everything.
     """
     positive = [s for s in selectors if not s.startswith("!")]
     negative = [s[1:] for s in selectors if s.startswith("!")]
@@ -150,6 +155,8 @@ def matches(name: str, module: nn.Module, selectors: Sequence[str]) -> bool:
 def _matches_one(name: str, module: nn.Module, selector: str) -> bool:
     if selector.startswith("type:"):
         return any(fnmatch.fnmatchcase(kind, selector[5:]) for kind in _kinds(module))
+    if selector.startswith("role:"):
+        return selector[5:] in getattr(module, ROLES, ())
     return fnmatch.fnmatchcase(name, selector) or fnmatch.fnmatchcase(name.rpartition(".")[0], selector)
 
 
@@ -195,13 +202,28 @@ def _add_tied(model: nn.Module, found: dict[int, tuple[str, list[tuple[nn.Module
 
 
 def check_selectors(layers: dict[str, Layer], selectors: Sequence[str]) -> None:
-    """Raises `SelectorError` for the first selector that meets none of ``layers``; ``*`` always passes."""
+    """Raises `SelectorError` for the first selector that meets none of ``layers``; ``*`` always passes.
+
+    A role passes wherever roles were found: the layers that have it may be none that can be pruned.
+    """
     for selector in selectors:
         bare = selector.removeprefix("!")
-        if bare != "*" and not any(_matches_one(name, layer.module, bare) for name, layer in layers.items()):
+        if bare.startswith("role:"):
+            _check_role(layers, bare)
+        elif bare != "*" and not any(_matches_one(name, layer.module, bare) for name, layer in layers.items()):
             names = list(layers)
             shown = ", ".join(names[:8]) + (f", ... ({len(names)} in all)" if len(names) > 8 else "")
             raise SelectorError(f"The selector {selector!r} meets no layer. Layers here: {shown or 'none'}.")
+
+
+def _check_role(layers: dict[str, Layer], selector: str) -> None:
+    if selector != KNOWN_ROLE:
+        raise SelectorError(f"The only role that a selector may mean is {KNOWN_ROLE!r}; got {selector!r}.")
+    if not any(hasattr(module, ROLES) for layer in layers.values() for module, _ in layer.holders):
+        raise SelectorError(
+            f"The selector {selector!r} needs to know which layers make the output: call microglia.mark_roles(model, "
+            "example_inputs) first."
+        )
 
 
 def effective_state(model: nn.Module) -> dict[str, Tensor]:

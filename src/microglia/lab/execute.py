@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import asdict
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,10 @@ from torch import nn
 
 from microglia.core.errors import FileError
 from microglia.core.masks import masks_of
+from microglia.core.roles import means_role
 from microglia.dynamic import Gathered, gate_plan, tune
 from microglia.lab.accelerating import accelerated
+from microglia.lab.code_folder import CODE, ENVIRONMENT
 from microglia.lab.recipe import Recipe, as_dict, method_config
 from microglia.lab.shrink_view import PICTURE, draw, removal
 from microglia.measure import measure_latency
@@ -31,8 +34,10 @@ from microglia.train.archive import check_whole, load, removed_from, save
 from microglia.train.engine import accelerator, device_of
 from microglia.train.files import write_atomic
 from microglia.train.image_task import ImageSource, check_fit, image_task
+from microglia.train.roles import with_roles
 from microglia.train.run import Run
 from microglia.train.task import Task
+from microglia.zoo.origin import origin_of
 
 Result = dict[str, Any]
 BUDGET = ("density", "params", "flops", "ms")
@@ -42,8 +47,8 @@ ROUTED = 32
 
 
 def make_task(recipe: Recipe) -> Task:
-    """Returns the task a recipe names."""
-    return image_task(
+    """Returns the task a recipe names, its layers' roles found where a selector of the recipe means one."""
+    task = image_task(
         recipe.model,
         recipe.data,
         checkpoint=recipe.checkpoint,
@@ -52,6 +57,8 @@ def make_task(recipe: Recipe) -> Task:
         label_smoothing=recipe.label_smoothing,
         seed=recipe.seed,
     )
+    named = chain.from_iterable(value for value in recipe.prune.values() if isinstance(value, list | tuple))
+    return with_roles(task) if means_role(named) else task
 
 
 def execute(recipe: Recipe, directory: Path | None = None) -> Result:
@@ -110,7 +117,8 @@ def prepare(recipe: Recipe) -> Task:
 def _execute(recipe: Recipe, run: Run, task: Task) -> Result:
     began = time.perf_counter()
     if run.directory is not None and run.main:
-        write_atomic(run.directory / "environment.json", json.dumps(environment(), indent=2) + "\n")
+        found = {**environment(), CODE: origin_of(recipe.model)}
+        write_atomic(run.directory / ENVIRONMENT, json.dumps(found, indent=2) + "\n")
     config = method_config(recipe)
     model = methods[recipe.method].procedure(task, run, config)
     observe(task, run, "pruned", model)

@@ -92,7 +92,7 @@ def _interactive(told: Json) -> go.Figure:
     for row in told["rows"]:
         name = f"{row['network']}, k = {row['epoch']}, seed {row['seed']}, pair {row['pair']}"
         network, epoch = _places(told, row)
-        line = {"color": COLORS[epoch % len(COLORS)], "dash": ("solid", "dash")[network % 2]}
+        line = {"color": COLORS[epoch % len(COLORS)], "dash": ("solid", "dash", "dot")[network % 3]}
         figure.add_trace(
             go.Scatter(x=row["alphas"], y=[100 * e for e in row["error"]["test"]], name=name, line=line), row=1, col=2
         )

@@ -1,9 +1,9 @@
-"""Instability against the epoch at which two copies of a network part: dense, and under the masks of a run."""
+"""Instability against the epoch at which two copies of a network part: dense, and under masks given or found for that epoch."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from rich.table import Table
 from microglia.core.errors import MicrogliaError
 from microglia.core.masks import MaskSet, masks_of
 from microglia.lab.execute import make_task
+from microglia.lab.instability_masks import Rewound, check_rewound
 from microglia.lab.recipe import Recipe, as_dict, method_config
 from microglia.lab.report_rows import Spread
 from microglia.landscape.gauge import Gauge
@@ -23,6 +24,10 @@ from microglia.train.files import digest
 from microglia.train.run import Run
 
 Json = dict[str, Any]
+OfEpoch = Callable[[int], MaskSet | None]
+"""The masks of a network by the epoch at which its copies part; None for the dense one."""
+FOUND = "by iterative magnitude pruning, rewound to each epoch"
+"""In the record of a run, instead of the digest of given masks."""
 
 
 @dataclass(frozen=True)
@@ -30,8 +35,8 @@ class Sensing:
     """What to train in two copies, and where they part.
 
     Attributes:
-        recipe: Whose model, data and training are meant; its pruning is not.
-        at: Epochs of that training, 0 and its last included.
+        recipe: Whose model, data and training are meant; its pruning only where masks are found.
+        at: Epochs of that training, 0 and its last included (the last has no masks to be found for).
         directory: Of one run for each seed.
         masks: A finished run whose masks are put on at the parting, beside the dense network; None for dense alone.
         seeds: Initializations.
@@ -39,6 +44,8 @@ class Sensing:
         points: Of the straight line between the copies.
         recalibrate: Training batches for the batch-norm statistics of every point.
         limit: Batches of each split to look at; None for all.
+        find: Whether masks are found for every seed and epoch beside the dense network, by the recipe's iterative magnitude
+            pruning down to its density, rewound to that very epoch; and as many weights at random as a control.
     """
 
     recipe: Recipe
@@ -50,14 +57,17 @@ class Sensing:
     points: int = 30
     recalibrate: int = 100
     limit: int | None = None
+    find: bool = False
 
 
 def sense(asked: Sensing) -> Json:
     """Returns the instability of every network, epoch, seed and pair; each training is a stage that is never done twice.
 
-    The result holds ``task``, ``recipe``, ``rows`` (``network``, ``density``, ``seed``, ``pair`` and what
+    The result holds ``task``, ``recipe``, ``rows`` (``network``, ``density``, ``masks``, ``seed``, ``pair`` and what
     `microglia.landscape.instability.instability` returns), ``summary`` (by network and epoch, mean and standard deviation
     of the instability of each split) and ``stable_from`` (by network, the least epoch from which on the mean is below 2 %).
+    A network is ``dense``, ``masked`` (masks of a run), ``imp`` or ``random`` (found masks and their control); ``masks`` is a
+    digest of its masks, None of the dense one.
 
     Source: Frankle et al. 2020, figures 2-5.
 
@@ -89,7 +99,10 @@ def _masks(asked: Sensing) -> MaskSet | None:
     if not found:
         raise MicrogliaError(f"The model of {asked.masks} has no masks; give a run that masks, such as one of tickets.")
     if asked.seeds > 1:
-        raise MicrogliaError("Masks belong to the initialization they were found for: with a run's masks leave seeds at 1.")
+        raise MicrogliaError(
+            "Masks belong to the initialization they were found for: with a run's masks leave seeds at 1, or have masks found "
+            "for every seed with --density."
+        )
     return found
 
 
@@ -98,22 +111,29 @@ def _of_seed(asked: Sensing, number: int, masks: MaskSet | None) -> Iterator[Jso
     task = make_task(recipe)
     if task.pretrained:
         raise MicrogliaError("Copies part on the way from the initialization; leave the checkpoint out.")
+    if asked.find:
+        check_rewound(task, recipe, asked.at)
     config = method_config(recipe).train
     settings = {name: getattr(asked, name) for name in ("points", "recalibrate", "limit")}
-    mark = None if masks is None else digest(masks)
+    mark = FOUND if asked.find else None if masks is None else digest(masks)
     record = {"command": "instability", "recipe": as_dict(recipe), "masks": mark, **settings}
     run = Run(asked.directory / f"seed-{recipe.seed}", record, seed=recipe.seed, device=accelerator(recipe.device).device.type)
     gauge = Gauge(task, recalibrate=asked.recalibrate, limit=asked.limit, seed=recipe.seed)
-    networks = {"dense": Training(task, run, config)}
+    networks: dict[str, OfEpoch] = {"dense": lambda epoch: None}
     if masks is not None:
-        networks["masked"] = Training(task, run, config, masks, "masked")
+        networks["masked"] = lambda epoch: masks
+    if asked.find:
+        found = Rewound(task, run, recipe)
+        networks |= {"imp": found.masks, "random": found.control}
     try:
-        for name, training in networks.items():
-            density = 1.0 if training.masks is None or masks is None else masks.density
+        for name, of_epoch in networks.items():
             for epoch in asked.at:
+                own = of_epoch(epoch)
+                told = {"density": 1.0 if own is None else own.density, "masks": None if own is None else digest(own)}
+                training = Training(task, run, config, own, name)
                 for pair in range(asked.pairs):
-                    found = instability(training, epoch, gauge, points=asked.points, pair=pair)
-                    yield {"network": name, "density": density, "seed": recipe.seed, "pair": pair, **found}
+                    seen = instability(training, epoch, gauge, points=asked.points, pair=pair)
+                    yield {"network": name, **told, "seed": recipe.seed, "pair": pair, **seen}
     finally:
         run.close()
 

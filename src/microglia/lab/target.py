@@ -8,6 +8,7 @@ from torch import nn
 
 from microglia.core.errors import RunError
 from microglia.core.registry import unknown_name
+from microglia.lab.code_folder import admit
 from microglia.lab.execute import make_task
 from microglia.lab.recipe import read_yaml, resolve
 from microglia.train.archive import PLAN, load
@@ -15,7 +16,6 @@ from microglia.train.image_task import check_fit, image_task
 from microglia.train.run import read_json
 from microglia.train.task import Task
 from microglia.zoo import is_known, model_names
-from microglia.zoo.trust import require_known_recipe
 
 
 def open_target(target: str, data: str | None = None, checkpoint: str | None = None) -> tuple[nn.Module, Task]:
@@ -59,5 +59,5 @@ def open_target(target: str, data: str | None = None, checkpoint: str | None = N
 
 def _task_of(run: Path, data: str | None) -> Task:
     source = read_yaml(run / "recipe.yaml")
-    require_known_recipe({**source, "data": data or source.get("data")}, run / "recipe.yaml")
+    admit({**source, "data": data or source.get("data")}, run / "recipe.yaml")
     return make_task(resolve({**source, **({"data": data} if data else {})}))

@@ -32,6 +32,8 @@ FINE_TUNE = 0.01
 """Of the peak learning rate: what fine-tuning goes on with, constant."""
 TRAIN_BATCHES = 40
 """Of 256 examples, on which the training accuracy of a level is estimated."""
+DENSE = "level-00"
+"""Stage of the dense training."""
 
 
 @dataclass(frozen=True)
@@ -111,23 +113,27 @@ class Tickets:
         task: Of an untrained network.
         run: Where the stages are kept.
         config: See `LotteryConfig`.
+        prefix: Of the names of its stages, where one run holds searches that differ in where they rewind to. The dense training
+            has none: it ends in the same bits wherever it was parted, so that all searches of a run share it.
     """
 
-    def __init__(self, task: Task, run: Run, config: LotteryConfig) -> None:
-        self.task, self.run, self.config = task, run, config
+    def __init__(self, task: Task, run: Run, config: LotteryConfig, *, prefix: str = "") -> None:
+        self.task, self.run, self.config, self.prefix = task, run, config, prefix
         self.model = task.build().to(run.device)
         self.pruner = Pruner(self.model, config, evidence=evidence(task, run, config))
         layers = self.pruner.layers
         mask(self.model, {n: torch.ones(layer.shape, dtype=torch.bool) for n, layer in layers.items()})
         check_selectors(layers, config.half)
         self.slow = [n for n, layer in layers.items() if config.half and matches(n, layer.module, config.half)]
-        self.start = advance(task, run, "start", self.model, config.train, start=start_of(self.model), stop=config.rewind)
+        self.start = advance(
+            task, run, f"{prefix}start", self.model, config.train, start=start_of(self.model), stop=config.rewind
+        )
 
     def dense(self) -> Level:
         """Returns level 0: the whole network, trained to the end."""
-        state = self._train("level-00", self.start, seed=None)
+        state = self._train(DENSE, self.start, seed=None)
         ones = {n: torch.ones(layer.shape, dtype=torch.bool) for n, layer in self.pruner.layers.items()}
-        return Level("level-00", 0, MaskSet(ones), state)
+        return Level(DENSE, 0, MaskSet(ones), state)
 
     def below(self, level: Level, number: int, *, keep: int | None = None) -> Level:
         """Returns the ticket of a level, found in what another one trained, trained from the rewound state.
@@ -176,7 +182,7 @@ class Tickets:
 
         These are its density, metrics at the ``end`` (a step), and where its validation loss was least.
         """
-        done: dict[str, Any] = self.run.stage(f"{level.name}-told", lambda progress: self._look(level))
+        done: dict[str, Any] = self.run.stage(f"{self._stage(level.name)}-told", lambda progress: self._look(level))
         return done
 
     def _look(self, level: Level) -> dict[str, Any]:
@@ -211,9 +217,12 @@ class Tickets:
 
     def _train(self, name: str, start: State, seed: int | None) -> State:
         config = self.config.train
-        if self.config.to == "fine-tune" and name != "level-00":
+        if self.config.to == "fine-tune" and name != DENSE:
             config = replace(config, lr=config.lr * FINE_TUNE, schedule="constant", warmup_epochs=0.0)
-        return advance(self.task, self.run, name, self.model, config, start=start, seed=seed)
+        return advance(self.task, self.run, self._stage(name), self.model, config, start=start, seed=seed)
+
+    def _stage(self, name: str) -> str:
+        return name if name == DENSE else f"{self.prefix}{name}"
 
 
 def slow_densities(sizes: Mapping[str, int], slow: Sequence[str], keep: int, rate: float) -> dict[str, float]:

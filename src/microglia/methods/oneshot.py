@@ -62,10 +62,27 @@ def oneshot(task: Task, run: Run, config: OneShotConfig) -> nn.Module:
 
 preset("magnitude", "oneshot", "One-shot by |w|.", score="magnitude")
 preset("gradient", "oneshot", "One-shot by |w * gradient| on one batch.", score="gradient")
-preset("random", "oneshot", "One-shot at random: the control.", score="random")
-preset("global-magnitude", "oneshot", "ShrinkBench: |w|, one ordering.", score="magnitude", scope="global")
-preset("layer-magnitude", "oneshot", "ShrinkBench: |w|, the same density in each layer.", score="magnitude", scope="layer")
-preset("global-gradient", "oneshot", "ShrinkBench: |w * gradient|, one ordering.", score="gradient", scope="global")
+SHRINKBENCH = {"exclude": ("role:classifier",)}
+"""The protocol never prunes the layers that make the output (Blalock et al. 2020)."""
+
+preset("random", "oneshot", "ShrinkBench: at random, one ordering: the control.", score="random", **SHRINKBENCH)
+preset("global-magnitude", "oneshot", "ShrinkBench: |w|, one ordering.", score="magnitude", scope="global", **SHRINKBENCH)
 preset(
-    "layer-gradient", "oneshot", "ShrinkBench: |w * gradient|, the same density in each layer.", score="gradient", scope="layer"
+    "layer-magnitude",
+    "oneshot",
+    "ShrinkBench: |w|, the same density in each layer.",
+    score="magnitude",
+    scope="layer",
+    **SHRINKBENCH,
+)
+preset(
+    "global-gradient", "oneshot", "ShrinkBench: |w * gradient|, one ordering.", score="gradient", scope="global", **SHRINKBENCH
+)
+preset(
+    "layer-gradient",
+    "oneshot",
+    "ShrinkBench: |w * gradient|, the same density in each layer.",
+    score="gradient",
+    scope="layer",
+    **SHRINKBENCH,
 )

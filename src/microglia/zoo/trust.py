@@ -33,13 +33,14 @@ def trusting(trust: bool = True) -> Iterator[None]:
         _trusting.reset(token)
 
 
-def require_known(name: object, options: object, where: object) -> None:
+def require_known(name: object, options: object, where: object, *, folder: str | None = None) -> None:
     """Raises unless a model that a file names is one of the house, or the caller trusts the file; builds and imports nothing.
 
     Args:
         name: Of the model, as the file spells it.
         options: Of the model, as the file spells them.
         where: The file, for the message.
+        folder: Where the code of the model is said to be, for the message.
 
     Raises:
         FileError: It is not; the text shows the name.
@@ -49,15 +50,17 @@ def require_known(name: object, options: object, where: object) -> None:
     if _trusting.get() or _known(name, options):
         return
     given = f" with {_short(dict(options))}" if options else ""
+    given += f" (the module {_short(name.partition(':')[0])} in the folder {_short(folder)})" if folder is not None else ""
     raise FileError(
         f"{where} names the model {_short(name)}{given}, which is none that this library builds from a file by itself, for it "
-        "may run code: look at the name and, if you trust it, add --trust (in Python pass the model, or trust=True)."
+        f"may run code: look at {'the name' if folder is None else 'that module'} and, if you trust it, add --trust (in Python "
+        "pass the model, or trust=True)."
     )
 
 
-def require_known_recipe(recipe: Mapping[str, Any], where: object) -> None:
+def require_known_recipe(recipe: Mapping[str, Any], where: object, *, folder: str | None = None) -> None:
     """Raises as `require_known` for the model of a recipe that a file holds, and for data that would be a folder's own code."""
-    require_known(recipe.get("model", "conv-2"), {}, where)
+    require_known(recipe.get("model", "conv-2"), {}, where, folder=folder)
     data = recipe.get("data")
     if isinstance(data, str) and data.startswith("hf:") and not _trusting.get() and not _of_hub(data.removeprefix("hf:")):
         raise FileError(

@@ -1,0 +1,48 @@
+"""A run remembers where the code of a user's own model was, and finds it again where the run is trusted."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from microglia.core.errors import FileError
+from microglia.train.run import read_json
+from microglia.zoo.origin import import_from, module_of
+from microglia.zoo.trust import require_known_recipe
+
+ENVIRONMENT = "environment.json"
+"""File of a run that says where it ran, and under `CODE` where the module of its model was."""
+CODE = "code"
+
+
+def admit(recipe: Mapping[str, Any], file: Path) -> None:
+    """Raises as `microglia.zoo.trust.require_known_recipe`; of a trusted run, makes the code of its model importable.
+
+    Args:
+        recipe: As the file holds it, without what the user typed.
+        file: The recipe; a run's own has the run's environment beside it.
+
+    Raises:
+        FileError: The file names what it may not name; the text says which module that is and where it was.
+        ModelError: The module is not where it was.
+    """
+    model = recipe.get("model")
+    folder = _remembered(file.parent, module_of(model))
+    require_known_recipe(recipe, file, folder=folder)
+    if folder is not None:
+        import_from(str(model), folder, file.parent / ENVIRONMENT)
+
+
+def _remembered(run: Path, module: str | None) -> str | None:
+    """Returns the folder that a run remembers of a module; a file that does not say it so counts as not saying it."""
+    if module is None or not (run / ENVIRONMENT).is_file():
+        return None
+    try:
+        told = read_json(run / ENVIRONMENT).get(CODE)
+    except FileError:
+        return None
+    if not isinstance(told, Mapping) or told.get("module") != module or not isinstance(told.get("folder"), str):
+        return None
+    folder: str = told["folder"]
+    return folder if Path(folder).is_absolute() and "\0" not in folder else None

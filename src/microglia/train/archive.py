@@ -113,13 +113,14 @@ def load(directory: str | Path, model: nn.Module | None = None, *, trust: bool =
     """
     directory = Path(directory)
     plan, state = _read(directory)
+    gates = GatePlan.from_dict(plan["gates"], state) if plan.get("gates") is not None else None
     if model is None:
         with trusting(trust):
             model = _build(directory, plan, state)
     model = _cut(model, plan.get("shrunk"), directory)
     try:
-        if plan.get("gates") is not None:
-            attach_gates(model, GatePlan.from_dict(plan["gates"]))
+        if gates is not None:
+            attach_gates(model, gates)
         return restore(model, state)
     except (RuntimeError, MicrogliaError) as error:
         raise FileError(f"The weights in {directory} do not fit {type(model).__name__}: {error}") from error
@@ -167,6 +168,10 @@ def _cut(model: nn.Module, shrunk: Any, directory: Path) -> nn.Module:
         raise FileError(f"{directory / PLAN} is damaged: what was removed is no plan.")
     try:
         return cut_again(model, shrunk)
+    except FileError:
+        raise
+    except MicrogliaError as error:  # of the trace of a model that the plan's inputs do not fit
+        raise FileError(f"What was removed, in {directory / PLAN}, does not fit {type(model).__name__}: {error}") from error
     except (AttributeError, TypeError, ValueError) as error:
         raise FileError(f"{directory / PLAN} is damaged: what was removed is no plan ({error}).") from error
 

@@ -39,7 +39,7 @@ from microglia.methods import methods as known_methods
 from microglia.scores import scores
 from microglia.train.archive import removed_from, saved_bytes
 from microglia.train.evaluate import evaluate
-from microglia.train.task import Split
+from microglia.train.task import SEEN, Split
 
 
 @command
@@ -124,7 +124,8 @@ def eval(
     """Evaluate a run, a saved model or a checkpoint."""
     model, task = open_target(target, data, checkpoint)
     metrics = evaluate(model, task, _split(split))
-    table = Table("metric", split, title=task.name)
+    seen = SEEN if split != "test" and task.pretrained else None
+    table = Table("metric", split, title=task.name, caption=seen)
     for name, value in metrics.items():
         table.add_row(name, f"{value:.4f}")
     return metrics, [table]

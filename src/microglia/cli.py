@@ -37,9 +37,9 @@ from microglia.lab.target import open_target
 from microglia.measure import measure as measure_model
 from microglia.methods import methods as known_methods
 from microglia.scores import scores
-from microglia.train.archive import removed_from
+from microglia.train.archive import removed_from, saved_bytes
 from microglia.train.evaluate import evaluate
-from microglia.train.task import Split
+from microglia.train.task import SEEN, Split
 
 
 @command
@@ -126,7 +126,8 @@ def eval(
     """Evaluate a run, a saved model or a checkpoint."""
     model, task = open_target(target, data, checkpoint)
     metrics = evaluate(model, task, _split(split))
-    table = Table("metric", split, title=task.name)
+    seen = SEEN if split != "test" and task.pretrained else None
+    table = Table("metric", split, title=task.name, caption=seen)
     for name, value in metrics.items():
         table.add_row(name, f"{value:.4f}")
     return metrics, [table]
@@ -148,7 +149,7 @@ def measure(
         raise MicrogliaError(f"--precision {precision} is of the accelerated model: give it beside --accelerate.")
     model, task = open_target(target, data, checkpoint)
     example = task.example.repeat(batch, *[1] * (task.example.ndim - 1))
-    measured = measure_model(model, example, latency=latency).to_dict()
+    measured = {**measure_model(model, example, latency=latency).to_dict(), "saved": saved_bytes(target)}
     shown: list[Any] = []
     if accelerate:
         measured["accelerated"] = accelerated(model, task, batch, precision=precision)[1]

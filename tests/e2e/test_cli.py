@@ -141,6 +141,15 @@ def test_measure_gives_the_numbers_of_the_result(work, run, below):
         assert measured[name] == run[1]["pruned"][name]
 
 
+def test_the_size_of_the_file_that_was_written_is_told(work, run):
+    size = (run[0] / "model" / "model.safetensors").stat().st_size
+    assert run[1]["saved"] == size > run[1]["pruned"]["bytes"]["raw"]
+    assert json.loads(good(microglia("measure", run[0], "--no-latency", "--json", folder=work)))["saved"] == size
+    shown = good(microglia("measure", run[0], "--no-latency", folder=work))
+    assert f"{size:,}" in shown[shown.index("bytes of the saved") :]
+    assert json.loads(good(microglia("measure", "lenet-5", "--no-latency", "--json", folder=work)))["saved"] is None
+
+
 def test_measure_a_network_by_name(work):
     measured = json.loads(good(microglia("measure", "resnet20", "--no-latency", "--json", folder=work)))
     assert measured["parameters"]["all"] > 260_000

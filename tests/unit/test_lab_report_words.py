@@ -1,7 +1,9 @@
 """What a report and the command line call a number: bytes, one dense model, images that a checkpoint may have seen."""
 
 import pytest
-from test_lab_report import result, save
+import torch
+from test_lab_report import curves, result, save
+from typer.testing import CliRunner
 
 import microglia.cli  # noqa: F401  (registers the commands)
 from microglia.cli_base import app
@@ -10,6 +12,8 @@ from microglia.lab.report_html import page
 from microglia.lab.report_rows import groups
 from microglia.lab.report_tables import markdown
 from microglia.lab.summary import result_table
+from microglia.train.task import SEEN
+from microglia.zoo import build
 
 
 def told(folder):
@@ -56,3 +60,19 @@ def test_a_precision_of_nothing_accelerated_is_refused(precision, capsys):
     with pytest.raises(SystemExit):
         app(["measure", "lenet-5", "--data", "digits", "--no-latency", "--precision", precision])
     assert f"--precision {precision} is of the accelerated model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("checkpoint", ["net.th", None])
+def test_validation_numbers_of_a_checkpoint_say_that_it_may_have_seen_the_images(tmp_path, checkpoint):
+    save(tmp_path / "a", result(checkpoint=checkpoint), curves())
+    assert (f"training. {SEEN}" in page(*told(tmp_path))) == (checkpoint is not None)
+
+
+@pytest.mark.parametrize("split", ["train", "validation", "test"])
+def test_eval_of_a_checkpoint_says_it_too(tmp_path, split):
+    torch.save(build("lenet-5", classes=10, shape=(1, 8, 8)).state_dict(), tmp_path / "net.pt")
+    words = ["eval", "lenet-5", "--data", "digits", "--split", split]
+    for checkpoint in ([], ["--checkpoint", str(tmp_path / "net.pt")]):
+        outcome = CliRunner().invoke(app, [*words, *checkpoint])
+        assert outcome.exit_code == 0
+        assert (SEEN in " ".join(outcome.output.split())) == bool(checkpoint and split != "test")

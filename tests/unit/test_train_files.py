@@ -172,7 +172,7 @@ def test_a_newer_file_is_refused(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(files, "VERSION", 999)
         write_state(tmp_path / "state", SAMPLE)
-    with pytest.raises(FileError, match="has version 999, this library reads up to 1: upgrade microglia"):
+    with pytest.raises(FileError, match="has version 999, this library reads up to 2: upgrade microglia"):
         read_state(tmp_path / "state")
 
 

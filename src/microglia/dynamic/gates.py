@@ -10,13 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from microglia.core.errors import FileError, MicrogliaError
+from microglia.core.errors import MicrogliaError
+from microglia.dynamic.plan_check import check_form, check_weights
 from microglia.dynamic.targets import RULES, Rule, highest, mass, share_of, targets
 
 Pool = Literal["avg", "max"]
@@ -89,23 +90,21 @@ class GatePlan:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, values: Any) -> GatePlan:
+    def from_dict(cls, values: Any, weights: Mapping[str, Tensor] | None = None) -> GatePlan:
         """Returns the plan that `to_dict` wrote.
 
+        Args:
+            values: As read from a file.
+            weights: The state that the plan belongs to, which has to hold its heads; None where there is none at hand.
+
         Raises:
-            FileError: It is none.
+            FileError: It is none: a type, a range or, against the weights, a shape is wrong.
         """
-        try:
-            sites = tuple(Site(**site) for site in values["sites"])
-            plan = cls(**{**values, "sites": sites})
-            known = plan.pool in ("avg", "max") and plan.rule in RULES and all(s.activation in ACTIVATIONS for s in sites)
-            known &= bool(sites) and all(min(s.inputs, s.outputs) > 0 for s in sites)
-            known &= all(0 < r <= 1 for r in plan.r.values()) and all(kept >= 1 for kept in plan.keep.values())
-        except (AttributeError, TypeError, KeyError, ValueError) as error:
-            raise FileError(f"The plan of the gates is damaged ({error}).") from error
-        if not known:
-            raise FileError("The plan of the gates is damaged, or of a newer version: it holds what this one does not know.")
-        return plan
+        check_form(values, {"pool": get_args(Pool), "rule": RULES, "activation": ACTIVATIONS})
+        sites = tuple(Site(**site) for site in values["sites"])
+        if weights is not None:
+            check_weights(sites, weights)
+        return cls(**{**values, "sites": sites})
 
 
 @dataclass(frozen=True)
@@ -244,7 +243,7 @@ def attach_gates(model: nn.Module, plan: GatePlan, generator: torch.Generator | 
     """Hangs gates on a model, in place, as a plan says; returns it.
 
     Raises:
-        MicrogliaError: It has gates already, or a layer of the plan is not there.
+        MicrogliaError: It has gates already, or a layer of the plan is not there, or of another size.
     """
     if gate_plan(model) is not None:
         raise MicrogliaError(f"{type(model).__name__} has gates already; microglia.dynamic.detach_gates removes them.")
@@ -252,6 +251,8 @@ def attach_gates(model: nn.Module, plan: GatePlan, generator: torch.Generator | 
     missing = next((n for s in plan.sites for n in (s.layer, s.carrier) if n not in modules), None)
     if missing is not None:
         raise MicrogliaError(f"The gates belong to another model: {type(model).__name__} has no layer {missing!r}.")
+    for site in plan.sites:
+        _check_place(site, modules[site.layer], modules[site.carrier])
     for site in plan.sites:
         layer, carrier = modules[site.layer], modules[site.carrier]
         like = next(layer.parameters())
@@ -261,6 +262,21 @@ def attach_gates(model: nn.Module, plan: GatePlan, generator: torch.Generator | 
         carrier.register_forward_hook(gate._leave)
     object.__setattr__(model, GATES, plan)
     return model
+
+
+def _check_place(site: Site, layer: nn.Module, carrier: nn.Module) -> None:
+    """Raises unless a gate can hang on these modules: a convolution of the site's size, and itself or its norm."""
+    sound = isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d) and (layer.in_channels, layer.out_channels) == (
+        site.inputs,
+        site.outputs,
+    )
+    mean = getattr(carrier, "running_mean", None)
+    sound = sound and (carrier is layer or (isinstance(mean, Tensor) and mean.shape == (site.outputs,)))
+    if not sound or hasattr(carrier, "gate"):
+        raise MicrogliaError(
+            f"The gates belong to another model: {site.layer!r} is no convolution of {site.inputs} to {site.outputs} channels "
+            f"whose output {site.carrier!r} could mask."
+        )
 
 
 def detach_gates(model: nn.Module) -> nn.Module:

@@ -30,7 +30,7 @@ from microglia.measure import measure_latency
 from microglia.measure.latency import processor_name
 from microglia.methods import MethodConfig, methods
 from microglia.methods.procedure import observe
-from microglia.train.archive import check_whole, load, removed_from, save
+from microglia.train.archive import check_whole, load, removed_from, save, saved_bytes
 from microglia.train.engine import accelerator, device_of
 from microglia.train.files import write_atomic
 from microglia.train.image_task import ImageSource, check_fit, image_task
@@ -68,7 +68,8 @@ def execute(recipe: Recipe, directory: Path | None = None) -> Result:
 
     The result holds ``recipe``; ``environment``; ``asked`` and ``masks`` (budget asked, weights kept of all masked);
     ``densities`` (kept fraction of each masked layer); ``search`` (how a method that learns its masks came to them);
-    ``removed`` (what went of a shrunk model, layer by layer; None for a masked one); ``dense``, ``before`` and ``pruned``
+    ``removed`` (what went of a shrunk model, layer by layer; None for a masked one); ``saved`` (bytes of the file
+    ``model.safetensors`` as it was written, masks included; None without a directory); ``dense``, ``before`` and ``pruned``
     (each with ``metrics`` on the test split, ``parameters``, ``macs``, ``bytes``; ``before`` is the pruned model before
     recovery, where the method has such a moment); of a gated model ``estimate`` and ``routes`` (what was expected of the
     gates, and `microglia.dynamic.statistics` on the test split); ``latency``; ``seconds``.
@@ -139,6 +140,7 @@ def _execute(recipe: Recipe, run: Run, task: Task) -> Result:
         "masks": {"kept": masks.kept, "total": masks.total},
         "densities": {name: float(mask.float().mean()) for name, mask in masks.items()},
         "removed": removed,
+        "saved": None if run.directory is None else saved_bytes(run.directory),
         **run.observations,
         **_times(recipe, task, model, run.main),
         "seconds": round(time.perf_counter() - began, 2),

@@ -7,13 +7,16 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from microglia.core.errors import MicrogliaError
 from microglia.methods import MethodConfig, methods
 from microglia.methods.arguments import check_choices
 from microglia.train.optim import RECOVERY, FitConfig
+from microglia.train.plain_yaml import DEEPEST, parse_yaml, read_yaml_text
+
+MOST, LONGEST = 20, 200
+"""Problems of a recipe that are told at once, and characters of each value in them."""
 
 
 class RecipeError(MicrogliaError):
@@ -149,11 +152,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
         RecipeError: The file is missing or holds something else.
     """
     try:
-        content = yaml.safe_load(path.read_text())
+        content = read_yaml_text(path)
     except OSError as error:
         raise RecipeError(f"Cannot read the recipe {path}: {error.strerror}.") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise RecipeError(f"{path} is not valid YAML: {error}") from error
+    except ValueError as error:
+        raise RecipeError(f"{path} is not valid YAML for a recipe: {error}.") from error
     if not isinstance(content, dict):
         raise RecipeError(f"{path} should hold a mapping such as 'model: resnet20'; it holds {type(content).__name__}.")
     return content
@@ -167,14 +170,19 @@ def override(source: Mapping[str, Any], assignments: Sequence[str]) -> dict[str,
         if not equals or not key:
             raise RecipeError(f"Overrides look like key=value, such as train.epochs=3; got {assignment!r}.")
         try:
-            result = put(result, key, yaml.safe_load(text))
-        except yaml.YAMLError:
-            raise RecipeError(f"The value in {assignment!r} is not valid YAML; quote it, as in 'key=\"[text\"'.") from None
+            value = parse_yaml(text)
+        except ValueError:
+            raise RecipeError(
+                f"The value in {_brief(assignment)} is not valid YAML; quote it, as in 'key=\"[text\"'."
+            ) from None
+        result = put(result, key, value)
     return result
 
 
 def put(tree: Mapping[str, Any], key: str, value: Any) -> dict[str, Any]:
     """Returns a copy of a nested mapping with the value at a dotted key."""
+    if key.count(".") > DEEPEST:
+        raise RecipeError(f"The key {_brief(key)} has {key.count('.'):,} dots; no recipe is as deep.")
     first, _, rest = key.partition(".")
     if rest:
         below = tree.get(first) or {}
@@ -198,10 +206,17 @@ def _validate(adapter: TypeAdapter[Any], fields: Mapping[str, Any], what: str) -
         return adapter.validate_python(dict(fields))
     except ValidationError as error:
         lines = []
-        for problem in error.errors():
+        problems = error.errors()
+        for problem in problems[:MOST]:
             place = ".".join(str(part) for part in problem["loc"]) or what
             whole = problem["type"] == "missing" or isinstance(problem["input"], Mapping)
-            given = "" if whole else f"; got {problem['input']!r}"
+            given = "" if whole else f"; got {_brief(problem['input'])}"
             message = "there is no such field" if problem["type"].endswith("unexpected_keyword_argument") else problem["msg"]
             lines.append(f"{place}: {message}{given}")
+        lines += [f"and {len(problems) - MOST} more"] if len(problems) > MOST else []
         raise RecipeError(f"The {what} is not valid: " + " | ".join(lines)) from None
+
+
+def _brief(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]} ..."

@@ -219,4 +219,4 @@ def _curves(group: Group) -> go.Figure:
                     figure.add_trace(trace, row=place, col=stages.index(stage) + 1)
     figure.update_yaxes(title=f"validation {group.headline}{group.unit and f' ({group.unit.strip()})'}", row=1, col=1)
     figure.update_yaxes(title="training loss", row=2, col=1).update_xaxes(title="epoch", row=2)
-    return figure.update_layout(template="plotly_white", height=620, title="training")
+    return figure.update_layout(template="plotly_white", height=620, title=f"training{group.seen and f'. {group.seen}'}")

@@ -24,6 +24,7 @@ from microglia.lab.report_labels import (
 )
 from microglia.lab.report_records import Latency, Observed, Record
 from microglia.train.run import flatten
+from microglia.train.task import SEEN
 
 T = TypeVar("T")
 
@@ -195,6 +196,11 @@ class Group:
     def dynamic(self) -> list[Row]:
         """Rows of models whose gates choose for each input what is computed."""
         return [row for row in self.rows if row.dynamic]
+
+    @property
+    def seen(self) -> str:
+        """What to say beside a number of the validation split where a run began with a checkpoint; else nothing."""
+        return SEEN if any(record.recipe.get("checkpoint") for record in self.records) else ""
 
     @property
     def scale(self) -> float:

@@ -153,12 +153,10 @@ def freeze_lines(group: Group) -> list[str]:
     rows = [(row, found) for row, found in rows if found and any(freeze.soft and freeze.softens for freeze in found)]
     if not rows:
         return []
-    loaded = any(record.recipe.get("checkpoint") for row, _ in rows for record in row.records)
-    seen = " A checkpoint may have been trained on these images." if loaded else ""
     titles = ["method", "pattern", "kept (asked)", "units", "undecided", "mean |f - mask|", "soft", "exact"]
     lines = [
         f"The freeze, when soft masks become exact, means over the runs; {group.headline} on the validation split with the "
-        f"soft and with the exact masks.{seen}",
+        f"soft and with the exact masks.{group.seen and f' {group.seen}'}",
         "",
         f"| {' | '.join(escaped(title) for title in titles)} |",
         "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: |",

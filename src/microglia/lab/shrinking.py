@@ -18,7 +18,7 @@ from microglia.lab.recipe import MeasureConfig, read_yaml, resolve
 from microglia.lab.shrink_view import PICTURE, draw, removal
 from microglia.lab.target import open_target
 from microglia.measure import measure, measure_latency
-from microglia.train.archive import PLAN, removed_from, save
+from microglia.train.archive import PLAN, removed_from, save, saved_bytes
 from microglia.train.evaluate import evaluate
 from microglia.train.files import write_atomic
 from microglia.train.run import read_json
@@ -67,8 +67,9 @@ def shrink_saved(asked: Shrinking) -> Json:
     """Shrinks a saved masked model, saves the smaller one and returns what it came to, kept as ``shrink.json`` beside it.
 
     The result holds ``task``; ``dense``, ``masked`` and ``shrunk`` (``metrics`` on the test split, ``parameters``, ``macs``,
-    ``bytes``; of a model without a run ``dense`` has no metrics); ``removed`` (layer by layer); ``difference``, the largest
-    between the outputs of masked and shrunk model on test inputs, relative to the largest output; ``latency``.
+    ``bytes``, ``saved``: bytes of the file as written; of a model without a run ``dense`` has no metrics); ``removed`` (layer
+    by layer); ``difference``, the largest between the outputs of masked and shrunk model on test inputs, relative to the
+    largest output; ``latency``.
 
     Raises:
         MicrogliaError: There is no saved model with whole masked channels, or it cannot be shrunk; the text says why.
@@ -83,7 +84,8 @@ def shrink_saved(asked: Shrinking) -> Json:
     dense = task.build()
     save(small, asked.directory)
     prove_equal(small, asked.directory, task.build())
-    observed = {"masked": _observe(task, masked), "shrunk": _observe(task, small)}
+    places = {"masked": (masked, asked.target), "shrunk": (small, asked.directory)}
+    observed = {name: {**_observe(task, m), "saved": saved_bytes(at)} for name, (m, at) in places.items()}
     removed = removal(dense, small)
     draw(removed, f"{task.name}: channels before and after", asked.directory / PICTURE)
     models = {"dense": dense, "masked": masked, "shrunk": small}

@@ -16,6 +16,7 @@ def result_table(result: Json) -> Table:
     if routes := result.get("routes"):
         columns["dense"]["computed"] = dict.fromkeys(("honest", "paper"), routes["dense"])
         columns["pruned"]["computed"] = {count: routes[count]["mean"] * routes["dense"] for count in ("honest", "paper")}
+    columns["pruned"]["saved"] = result.get("saved")
     asked = ", ".join(f"{k} {v:g}" for k, v in result["asked"].items() if v is not None) or "the pattern's own"
     recipe = result["recipe"]
     return comparison_table(
@@ -126,6 +127,7 @@ _ROWS: list[tuple[str, Callable[[Json], Any], Callable[[Any], str]]] = [
     ("MACs per input, paper's count", _computed("paper"), _count),
     ("bytes of the weights alone, raw", _at("bytes", "raw"), _count),
     ("bytes of the weights alone, zipped", _at("bytes", "zipped"), _count),
+    ("bytes of the saved model.safetensors", lambda column: column.get("saved"), _count),
 ]
 _PHYSICAL = {"parameters", "MACs, all"}
 _RATIOS = {

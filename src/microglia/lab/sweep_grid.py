@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -26,6 +27,8 @@ from microglia.zoo.trust import require_known_recipe
 
 SPOKEN = {"method", "model", "data"}
 """Grid keys whose values speak for themselves in a cell's name."""
+MOST = 10_000
+"""Cells of a sweep."""
 LONGEST = 120
 """Characters of a cell's name, a directory name."""
 
@@ -66,7 +69,9 @@ class Sweep:
             raise ValueError("grid needs at least one key with a list of values, such as seed: [0, 1]")
         for key, values in self.grid.items():
             if not values or len({json.dumps(v, sort_keys=True, default=str) for v in values}) < len(values):
-                raise ValueError(f"grid.{key} needs one or more different values; got {values!r}")
+                raise ValueError(f"grid.{key} needs one or more different values; got {repr(values)[:200]}")
+        if (count := math.prod(map(len, self.grid.values()))) > MOST:
+            raise ValueError(f"a sweep has at most {MOST:,} cells; this grid has {count:,}")
 
     @cached_property
     def cells(self) -> list[Cell]:

@@ -19,7 +19,7 @@ _CHUNK = 1 << 20  # bytes
 
 @dataclass(frozen=True)
 class Bytes:
-    """Size of a model's weights on disk, in bytes, masks multiplied in: `microglia.save` of a masked model writes masks too.
+    """Size of a model's weights on disk, in bytes, masks multiplied in: `microglia.save` writes masks too, as bits.
 
     Attributes:
         raw: Its safetensors file, header included; zeros take as much room as anything else.

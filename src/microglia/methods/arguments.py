@@ -138,7 +138,8 @@ def check_evidence(evidence: object, user: str) -> Evidence:
     """Returns what a score may look at, with batches that can be read more than once.
 
     Raises:
-        ScoreError: It is no `Evidence`, its batches are no (inputs, targets) pairs, or a generator that is used up.
+        ScoreError: It is no `Evidence`, its batches are no (inputs, targets) pairs, a generator that is used up, inputs and
+            targets that differ in number, or its loss or generator is of a wrong kind.
     """
     if evidence is None:
         return Evidence()
@@ -158,7 +159,33 @@ def check_evidence(evidence: object, user: str) -> Evidence:
         for batch in batches:
             if not isinstance(batch, Sequence) or isinstance(batch, str) or len(batch) != PAIR:
                 raise ScoreError(f"Each batch of evidence is a pair (inputs, targets); got {_kind(batch)}.")
+            _check_batch(*batch)
+    _check_loss(evidence.loss, evidence.generator)
     return evidence
+
+
+def _check_batch(inputs: Any, targets: Any) -> None:
+    """Raises unless inputs and targets, where both are tensors, have as many examples."""
+    if isinstance(inputs, Tensor) and inputs.ndim == 0:
+        raise ScoreError(f"The inputs of evidence are a batch, (batch, ...); got {_kind(inputs)}.")
+    if not hasattr(targets, "__len__") or (isinstance(targets, Tensor) and targets.ndim == 0):
+        raise ScoreError(f"The targets of evidence are one for each input of a batch; got {_kind(targets)}.")
+    if isinstance(inputs, Tensor) and isinstance(targets, Tensor) and len(inputs) != len(targets):
+        raise ScoreError(
+            "A batch of evidence has as many inputs as targets; got inputs of shape "
+            f"{tuple(inputs.shape)} and targets of shape {tuple(targets.shape)}."
+        )
+
+
+def _check_loss(loss: object, generator: object) -> None:
+    if isinstance(loss, type):
+        raise ScoreError(
+            f"The loss of evidence is a function of (outputs, targets); got the class {loss.__name__} itself: call it first."
+        )
+    if loss is not None and not callable(loss):
+        raise ScoreError(f"The loss of evidence is a function of (outputs, targets); got {_kind(loss)}.")
+    if not isinstance(generator, torch.Generator):
+        raise ScoreError(f"The generator of evidence is a torch.Generator; got {_kind(generator)}.")
 
 
 def _plain(value: Any) -> Any:

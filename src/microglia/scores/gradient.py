@@ -11,6 +11,7 @@ from microglia.core.errors import ScoreError
 from microglia.core.layers import Layer
 from microglia.scores.base import Evidence, score
 from microglia.scores.guard import in_training
+from microglia.scores.reading import loss_of, outputs_of
 
 
 @score("gradient")
@@ -38,9 +39,7 @@ def loss_gradient(model: nn.Module, layers: Mapping[str, Layer], evidence: Evide
     for inputs, targets in evidence.batches:
         if not (examples := len(targets)):  # a rank may come out empty at the end of an epoch
             continue
-        loss = evidence.loss(model(inputs), targets)
-        if not torch.isfinite(loss):
-            raise ScoreError(f"The loss is {loss.item()} while scoring: the gradient would be meaningless.")
+        loss = loss_of(evidence.loss, outputs_of(model, inputs), targets)
         gradients = torch.autograd.grad(loss, raw, allow_unused=True)
         for mean, gradient in zip(total, gradients, strict=True):
             if gradient is not None:

@@ -11,6 +11,7 @@ from microglia.core.errors import ScoreError
 from microglia.core.layers import Layer
 from microglia.scores.base import Evidence, score
 from microglia.scores.guard import in_training
+from microglia.scores.reading import loss_of, outputs_of
 
 TEMPERATURE = 200.0
 """Logits are divided by it, which suppresses the curvature of the softmax against that of the network (survey 7.2, traps)."""
@@ -64,9 +65,7 @@ def hessian_gradient(
 
     def gradient(inputs: Tensor, targets: Tensor, *, again: bool) -> tuple[Tensor, ...]:
         assert evidence.loss is not None
-        loss = evidence.loss(model(inputs) / temperature, targets)
-        if not torch.isfinite(loss):
-            raise ScoreError(f"The loss is {loss.item()} while scoring: the gradient would be meaningless.")
+        loss = loss_of(evidence.loss, outputs_of(model, inputs) / temperature, targets)
         scaled = loss * (len(targets) / count)
         return torch.autograd.grad(scaled, raw, create_graph=again, allow_unused=True, materialize_grads=True)
 

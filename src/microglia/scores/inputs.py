@@ -12,6 +12,7 @@ from microglia.core.errors import ScoreError
 from microglia.core.layers import GraphLayer, Layer
 from microglia.scores.base import Evidence
 from microglia.scores.guard import untouched
+from microglia.scores.reading import outputs_of
 
 
 @torch.no_grad()
@@ -48,7 +49,7 @@ def mean_inputs(model: nn.Module, layers: Mapping[str, Layer], evidence: Evidenc
         try:
             model.eval()
             for inputs, _ in evidence.batches:
-                model(inputs)
+                outputs_of(model, inputs)
         finally:
             for handle in handles:
                 handle.remove()

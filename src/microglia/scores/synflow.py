@@ -18,6 +18,7 @@ from microglia.core.layers import Layer, prunable_layers
 from microglia.core.masks import MaskSet
 from microglia.scores.base import Evidence, score
 from microglia.scores.guard import untouched
+from microglia.scores.reading import fitting
 
 PASSED = (
     *(nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm),
@@ -213,7 +214,9 @@ def _factors_in(  # noqa: PLR0917 -- the parts of one computation
     ones = torch.full_like(example, scale, dtype=dtype) if example.is_floating_point() else example
     model.eval()
     with torch.enable_grad(), _passing(model):
-        flow = sum(_outputs(torch.func.functional_call(model, state, (ones,))), torch.zeros((), dtype=dtype))
+        with fitting(model, example):
+            outputs = torch.func.functional_call(model, state, (ones,))
+        flow = sum(_outputs(outputs), torch.zeros((), dtype=dtype))
         if not (torch.isfinite(flow) and flow > 0):
             return ({}, {}), float(flow.detach().nan_to_num(torch.inf, torch.inf))
         gradients = torch.autograd.grad(flow.log(), list(leaves.values()), allow_unused=True, materialize_grads=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import re
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from microglia.core import masks as core_masks
 from microglia.core.errors import FileError, MicrogliaError
 from microglia.core.masks import masks_of, parametrized, unfinished
 from microglia.core.restore import restore
@@ -52,13 +54,15 @@ def cut_again(model: nn.Module, plan: Mapping[str, Any]) -> nn.Module:
     return small
 
 
-def save(model: nn.Module, directory: str | Path) -> Path:
+def save(model: nn.Module, directory: str | Path, *, fold: bool = False) -> Path:
     """Writes ``model.safetensors`` (weights, buffers, masks) and ``plan.json`` (how to build it, what was done to it).
 
     Args:
         model: Any module, masked, folded, shrunk or gated. One that `microglia.build` made needs its directory alone to
             load. Of an accelerated one is written what was accelerated, masks as zeros of the weights: accelerate it again.
         directory: Made if it is not there; a model saved there before is replaced, weights and plan each atomically.
+        fold: Whether to write the masks as zeros of the weights (see `microglia.fold`) instead of beside them, an eighth of a
+            byte for each weight. The model itself keeps its masks, the loaded one has none.
 
     Returns:
         The directory.
@@ -72,6 +76,7 @@ def save(model: nn.Module, directory: str | Path) -> Path:
         )
     directory = Path(directory)
     model = model.dense if isinstance(model, Accelerated) else model
+    model = core_masks.fold(copy.deepcopy(model)) if fold else model
     removed = removed_from(model)
     shrunk = removed.to_dict() if removed is not None else None
     gates = plan.to_dict() if (plan := gate_plan(model)) is not None else None
@@ -109,16 +114,23 @@ def load(directory: str | Path, model: nn.Module | None = None, *, trust: bool =
     """
     directory = Path(directory)
     plan, state = _read(directory)
+    gates = GatePlan.from_dict(plan["gates"], state) if plan.get("gates") is not None else None
     if model is None:
         with trusting(trust):
             model = _build(directory, plan, state)
     model = _cut(model, plan.get("shrunk"), directory)
     try:
-        if plan.get("gates") is not None:
-            attach_gates(model, GatePlan.from_dict(plan["gates"]))
+        if gates is not None:
+            attach_gates(model, gates)
         return restore(model, state)
     except (RuntimeError, MicrogliaError) as error:
         raise FileError(f"The weights in {directory} do not fit {type(model).__name__}: {error}") from error
+
+
+def saved_bytes(target: str | Path) -> int | None:
+    """Returns the size of the file with a target's weights and masks, as it was written; None of a model's name."""
+    places = (Path(target) / "model" / WEIGHTS, Path(target) / WEIGHTS)
+    return next((path.stat().st_size for path in places if path.is_file()), None)
 
 
 def check_whole(directory: Path) -> None:
@@ -157,6 +169,10 @@ def _cut(model: nn.Module, shrunk: Any, directory: Path) -> nn.Module:
         raise FileError(f"{directory / PLAN} is damaged: what was removed is no plan.")
     try:
         return cut_again(model, shrunk)
+    except FileError:
+        raise
+    except MicrogliaError as error:  # of the trace of a model that the plan's inputs do not fit
+        raise FileError(f"What was removed, in {directory / PLAN}, does not fit {type(model).__name__}: {error}") from error
     except (AttributeError, TypeError, ValueError) as error:
         raise FileError(f"{directory / PLAN} is damaged: what was removed is no plan ({error}).") from error
 

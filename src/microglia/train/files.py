@@ -19,8 +19,11 @@ from safetensors.torch import save
 from torch import Tensor
 
 from microglia.core.errors import FileError
+from microglia.train.bits import pack, unpack
 
 VERSION = 1
+PACKED = 2
+"""Version of a tensor file that holds bits; without any it is of `VERSION`, which older libraries read."""
 UMASK = os.umask(0)
 os.umask(UMASK)  # it can only be read by setting it
 ENTRY = "microglia"
@@ -79,14 +82,21 @@ def digest(tensors: Mapping[str, Tensor], text: str = "") -> str:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], *, kind: str, document: Any = None) -> str:
-    """Writes a safetensors file of one kind with a JSON document and a digest in its header; returns the digest."""
+    """Writes a safetensors file of one kind with a JSON document and a digest in its header; returns the digest.
+
+    Boolean tensors, such as masks, are stored as bits (see `microglia.train.bits.pack`), their shapes in the header. The
+    digest is that of the tensors as they were given.
+    """
     text = json.dumps(document, sort_keys=True)
     # Shared memory (tied weights) is written once per name: safetensors holds no views.
     plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     mark = digest(plain, text)
-    header = {"format": f"microglia.{kind}", "version": VERSION, "digest": mark, "document": text}
+    stored, shapes = pack(plain)
+    header: dict[str, Any] = {"format": f"microglia.{kind}", "version": VERSION, "digest": mark, "document": text}
+    if shapes:
+        header |= {"version": max(VERSION, PACKED), "bits": shapes}
     # One entry: safetensors orders several differently in every process, and equal states shall be equal files.
-    write_atomic(path, save(plain, metadata={ENTRY: json.dumps(header)}))
+    write_atomic(path, save(stored, metadata={ENTRY: json.dumps(header)}))
     return mark
 
 
@@ -101,8 +111,9 @@ def read_tensors(path: Path, *, kind: str) -> tuple[dict[str, Tensor], Any, str]
     try:
         with safe_open(path, framework="pt") as file:
             header = parse((file.metadata() or {}).get(ENTRY, "{}"))
-            check_header(path, header, kind)
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 -- not a mapping
+            check_header(path, header, kind, newest=PACKED)
+            stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 -- not a mapping
+        tensors = unpack(stored, header.get("bits", {}))
         whole = digest(tensors, header["document"]) == header["digest"]
         document = parse(header["document"]) if whole else None
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -124,8 +135,8 @@ def parse(text: str) -> Any:
         raise ValueError("it is nested too deeply") from error
 
 
-def check_header(path: Path, header: Mapping[str, Any], kind: str) -> None:
-    """Raises `FileError` unless a header says that the file is of this kind and of a version known here."""
+def check_header(path: Path, header: Mapping[str, Any], kind: str, *, newest: int = VERSION) -> None:
+    """Raises `FileError` unless a header says that the file is of this kind and of a version up to the ``newest`` known."""
     if not isinstance(header, Mapping):
         raise FileError(f"{path} is damaged: it holds no header.")
     found = header.get("format")
@@ -135,8 +146,8 @@ def check_header(path: Path, header: Mapping[str, Any], kind: str) -> None:
     version = header.get("version")
     if isinstance(version, bool) or not isinstance(version, int) or version < 1:
         raise FileError(f"{path} does not say its version, a whole number of at least 1; it is damaged.")
-    if version > VERSION:
-        raise FileError(f"{path} has version {version}, this library reads up to {VERSION}: upgrade microglia to read it.")
+    if version > newest:
+        raise FileError(f"{path} has version {version}, this library reads up to {newest}: upgrade microglia to read it.")
 
 
 State = Any

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from microglia.core.errors import FileError, RunError
 from microglia.train.files import State, parse, read_state, write_atomic, write_state, write_tensors
+from microglia.train.plain_yaml import read_yaml_text
 
 PLACE = "place"
 """Kind of file that holds the parameters at one moment of a training."""
@@ -91,8 +92,8 @@ class Run:
 
     def _refuse_other_recipe(self, path: Path) -> None:
         try:
-            before = yaml.safe_load(path.read_text()) or {}
-        except (yaml.YAMLError, OSError, ValueError, RecursionError) as error:
+            before = read_yaml_text(path) or {}
+        except (OSError, ValueError) as error:
             raise RunError(f"{path} is not readable YAML; the directory is not a run of this library.") from error
         if not isinstance(before, Mapping):
             raise RunError(f"{path} holds no recipe; the directory is not a run of this library.")

@@ -45,6 +45,10 @@ class Data(Protocol):
         ...
 
 
+SEEN = "A checkpoint may have been trained on these images."
+"""What to say beside numbers of the training or the validation split where trained weights were loaded."""
+
+
 @dataclass(frozen=True)
 class Metric:
     """A number over a data set, made of statistics that add up over batches and ranks.

@@ -1,0 +1,92 @@
+"""Whether what a file calls a plan of gates has the form of one, and fits the weights; read before anything is built."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from microglia.core.errors import FileError
+
+Fits = Callable[[Any], bool]
+
+
+def check_form(values: Any, choices: Mapping[str, Collection[str]]) -> None:
+    """Raises `FileError` unless every field of a plan, written as JSON, has the type and the range that a plan's has.
+
+    Args:
+        values: As read from a file.
+        choices: Values that ``pool``, ``rule`` and a site's ``activation`` may have.
+    """
+    fields: dict[str, Fits] = {
+        "sites": lambda v: isinstance(v, list | tuple) and len(v) > 0 and all(_site(s, choices["activation"]) for s in v),
+        "pool": lambda v: _text(v) and v in choices["pool"],
+        "softmax": lambda v: isinstance(v, bool),
+        "rule": lambda v: _text(v) and v in choices["rule"],
+        "r": lambda v: isinstance(v, Mapping) and all(_number(r) and 0 < r <= 1 for r in v.values()),
+        "keep": lambda v: isinstance(v, Mapping) and all(_size(kept) for kept in v.values()),
+    }
+    _check(isinstance(values, Mapping), "it is no mapping")
+    _check("sites" in values, "it names no sites")
+    strange = next((str(name)[:80] for name in values if name not in fields), None)
+    _check(strange is None, f"it holds {strange!r}, which this version does not know")
+    for name, value in values.items():
+        _check(fields[name](value), f"{name!r} is not what a plan holds there")
+    _check_layers(values)
+
+
+def _check_layers(values: Mapping[str, Any]) -> None:
+    outputs = {site["layer"]: site["outputs"] for site in values["sites"]}
+    once = len(outputs) == len(values["sites"]) == len({site["carrier"] for site in values["sites"]})
+    _check(once, "two of its gates hang on one layer")
+    for name in ("r", "keep"):
+        strange = next((layer for layer in values.get(name, {}) if layer not in outputs), None)
+        _check(strange is None, f"{name!r} is of {str(strange)[:80]!r}, which has no gate")
+    above = next((layer for layer, kept in values.get("keep", {}).items() if kept > outputs[layer]), None)
+    _check(above is None, f"it keeps more filters of {above!r} than there are")
+
+
+def check_weights(sites: Any, weights: Mapping[str, Tensor]) -> None:
+    """Raises `FileError` unless the file's weights hold the head of each site, in the shape that the plan says.
+
+    Args:
+        sites: Of the plan.
+        weights: By the names of the model's state.
+    """
+    for site in sites:
+        wanted = {"weight": (site.outputs, site.inputs), "bias": (site.outputs,)}
+        for name, shape in wanted.items():
+            found = weights.get(f"{site.carrier}.gate.{name}")
+            got = None if found is None else tuple(found.shape)
+            _check(got == shape, f"the {name} of the gate of {site.layer[:80]!r} should have shape {shape}, and has {got}")
+
+
+def _check(sound: bool, reason: str) -> None:
+    if not sound:
+        raise FileError(f"The plan of the gates is damaged: {reason}.")
+
+
+def _site(value: Any, activations: Collection[str]) -> bool:
+    fields: dict[str, Fits] = {
+        "layer": _text,
+        "carrier": _text,
+        "activation": lambda v: _text(v) and v in activations,
+        "inputs": _size,
+        "outputs": _size,
+    }
+    return (
+        isinstance(value, Mapping) and value.keys() == fields.keys() and all(fits(value[name]) for name, fits in fields.items())
+    )
+
+
+def _text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _size(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value < 2**31

@@ -1,0 +1,73 @@
+"""Reading evidence: inputs through the model, outputs and targets through the loss; what does not fit is said in a sentence."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from microglia.core.errors import ScoreError
+
+MISFITS = (RuntimeError, TypeError, ValueError, IndexError, AttributeError, KeyError)
+"""What torch and models raise for inputs of a wrong shape or kind."""
+
+
+@contextmanager
+def fitting(model: nn.Module, inputs: Any) -> Iterator[None]:
+    """Within it, an error of the model about its inputs becomes a `ScoreError` that says what it was given."""
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except MISFITS as error:
+        raise ScoreError(
+            f"The {type(model).__name__} does not take the inputs of evidence, {kind_of(inputs)}: {_reason(error)}. Give "
+            "batches of (inputs, targets) as in training, on the model's device."
+        ) from error
+
+
+def outputs_of(model: nn.Module, inputs: Any) -> Any:
+    """Returns the model's outputs for a batch.
+
+    Raises:
+        ScoreError: The inputs are of a shape or kind that it does not take.
+    """
+    with fitting(model, inputs):
+        return model(inputs)
+
+
+def loss_of(loss: Any, outputs: Any, targets: Any) -> Tensor:
+    """Returns the mean loss of a batch, one finite number.
+
+    Raises:
+        ScoreError: The loss does not take these outputs and targets, or does not give one finite number.
+    """
+    try:
+        value = loss(outputs, targets)
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except MISFITS as error:
+        raise ScoreError(
+            f"The loss of evidence does not take the model's outputs, {kind_of(outputs)}, with the targets, "
+            f"{kind_of(targets)}: {_reason(error)}."
+        ) from error
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        raise ScoreError(f"The loss of evidence gives the mean over a batch, a tensor of one number; got {kind_of(value)}.")
+    if not torch.isfinite(value):
+        raise ScoreError(f"The loss is {value.item()} while scoring: the gradient would be meaningless.")
+    return value.reshape(())
+
+
+def kind_of(value: Any) -> str:
+    """Returns what a value is, in words."""
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)} and {value.dtype}"
+    return "None" if value is None else f"a {type(value).__name__}"
+
+
+def _reason(error: Exception) -> str:
+    text = str(error).strip().partition("\n")[0].rstrip(".")
+    return text[:200] or type(error).__name__

@@ -46,6 +46,7 @@ def source(task: Task) -> mg.Evidence:
 
 
 @pytest.mark.data
+@pytest.mark.slow
 @pytest.mark.parametrize("kept", [0.9, 0.75])
 def test_a_cut_of_channels_gains(task: Task, kept: float) -> None:
     small = mg.prune_channels(task.build(), task.example, mg.Budget(density=kept), reduction="l2", round_to=1)
@@ -53,6 +54,7 @@ def test_a_cut_of_channels_gains(task: Task, kept: float) -> None:
 
 
 @pytest.mark.data
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PRUNERS)
 def test_a_freeze_gains(task: Task, name: str) -> None:
     model, gained = task.build(), []

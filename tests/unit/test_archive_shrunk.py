@@ -172,6 +172,9 @@ FOREIGN: dict[str, tuple[Any, str]] = {
     "indices out of range": ({"kind": "module", "kept": {"features.0.weight": {"0": [4000]}}}, "does not fit"),
     "a module that is none": ({"kind": "module", "kept": {}, "attributes": {"nine": {"groups": 2}}}, "plan"),
     "a bias of nothing": ({"kind": "module", "kept": {}, "biases": ["nine"]}, "plan"),
+    "an attribute of a configuration": ({"kind": "module", "kept": {}, "config": {"": {"__class__": 1}}}, "'config'"),
+    "a configuration with a text": ({"kind": "module", "kept": {}, "config": {"": {"d_ff": "x"}}}, "'config'"),
+    "a configuration that is none": ({"kind": "module", "kept": {}, "config": []}, "'config'"),
     "not as much as the weights": ({"kind": "module", "kept": {}}, "do not fit"),
 }
 

@@ -16,6 +16,7 @@ needs_transformers = pytest.mark.skipif(transformers is None, reason="transforme
 
 HALF = mg.Budget(density=0.5)
 OPTIONS = {"round_to": 1, "exclude": ["*embed_tokens*"]}
+EXCLUDED = ["*embed_tokens*", "*self_attn*"]
 
 
 def tokens(*shape):
@@ -200,7 +201,7 @@ def bert():
 @needs_transformers
 @pytest.mark.parametrize(
     ("build", "exclude"),
-    [(llama, ["*embed_tokens*", "*self_attn*"]), (bert, ["*embeddings*", "*attention*", "*pooler*", "classifier"])],
+    [(llama, EXCLUDED), (bert, ["*embeddings*", "*attention*", "*pooler*", "classifier"])],
 )
 def test_even_hidden_widths_go_through_transformers_own_saving(tmp_path, build, exclude):
     ids = tokens(2, 8)
@@ -215,6 +216,23 @@ def test_even_hidden_widths_go_through_transformers_own_saving(tmp_path, build, 
     loaded.save_pretrained(tmp_path / "hf2")
     again = type(small).from_pretrained(tmp_path / "hf2").eval()
     torch.testing.assert_close(again(input_ids=ids).logits, small(input_ids=ids).logits, rtol=0, atol=0)
+
+
+@needs_transformers
+def test_widths_that_differ_between_layers_are_refused_for_transformers_does_not_build_them(tmp_path):
+    small = mg.prune_channels(llama(), {"input_ids": tokens(2, 8)}, HALF, scope="global", exclude=EXCLUDED, round_to=1)
+    widths = [layer.mlp.gate_proj.out_features for layer in small.model.layers]
+    assert widths[0] != widths[1]
+    with pytest.raises(FileError, match=r"LlamaForCausalLM cannot say the widths.*microglia.save"):
+        small.save_pretrained(tmp_path / "hf")
+    mg.save(small, tmp_path / "mg")
+    again = mg.load(tmp_path / "mg", llama())
+    assert [layer.mlp.gate_proj.out_features for layer in again.model.layers] == widths
+    if hasattr(small.config, "per_layer_config"):  # where its models follow it, `fitting_fields` can use it
+        config = llama().config
+        config.per_layer_config = {i: {"intermediate_size": width} for i, width in enumerate(widths)}
+        with pytest.raises(Exception, match="intermediate_size"):
+            transformers.LlamaForCausalLM(config)
 
 
 @needs_transformers

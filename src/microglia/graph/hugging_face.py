@@ -1,4 +1,8 @@
-"""Configurations of transformers' models: what `save_pretrained` writes builds the cut model again, or is refused."""
+"""Configurations of transformers' models: what `save_pretrained` writes builds the cut model again, or is refused.
+
+Widths that differ from layer to layer are refused. The configurations of transformers 5.23 can say them (`per_layer_config`).
+Its language models do not build from them: the MLP of Llama, and that of Gemma 4, reads one `intermediate_size` and raises.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +20,7 @@ from microglia.core.errors import FileError
 Fields = Mapping[str, Mapping[str, Any]]
 """Path of a model of transformers within the model -> field of its configuration -> new value."""
 
-_HIDDEN = (
+HIDDEN = (
     "intermediate_size",
     "ffn_dim",
     "encoder_ffn_dim",
@@ -44,7 +48,7 @@ def fitting_fields(small: nn.Module, shapes: Shapes) -> dict[str, dict[str, Any]
                 if old != new:
                     became.setdefault(old, set()).add(new)
         fields = {}
-        for name in _HIDDEN:
+        for name in HIDDEN:
             new_sizes = became.get(getattr(module.config, name, None) or 0, set())
             if len(new_sizes) == 1:
                 fields[name] = next(iter(new_sizes))

@@ -30,13 +30,13 @@ from torch import Tensor, nn
 
 import records
 from microglia.core.patterns import Block, Channel, Pattern, Unstructured
+from microglia.core.timing import processor_name
 from microglia.measure import time_interleaved
-from microglia.measure.fusion import Activation, Site
-from microglia.measure.latency import processor_name
-from microglia.measure.packing import Packed
 from microglia.runtime import BlockConv2d, BlockLinear, RowConv2d, level
+from microglia.runtime.bfloat16 import lowered_site
 from microglia.runtime.candidates import Compact
-from microglia.runtime.lowered import lowered_site
+from microglia.runtime.dense.fusion import Activation, Site
+from microglia.runtime.dense.packing import Packed
 from records import geometric_mean
 
 Layer = tuple[str, int, int, int, int]

@@ -91,11 +91,11 @@ def zeroed(dense: nn.Module, kept: Mapping[str, Mapping[str, list[Any]]]) -> nn.
 
 def reference_outputs(dense: nn.Module, kept: Mapping[str, Mapping[str, list[Any]]], inputs: Any) -> list[Tensor]:
     """Returns the outputs of the library's masked reference, in float32: reductions run over kept entries."""
-    from microglia.graph.analysis import Analysis
-    from microglia.graph.cut import Cut
-    from microglia.graph.modules import kept_units
-    from microglia.graph.reference import Reference
-    from microglia.graph.trace import trace
+    from microglia.graph.cutting.cut import Cut
+    from microglia.graph.cutting.modules import kept_units
+    from microglia.graph.cutting.reference import Reference
+    from microglia.graph.dims.analysis import Analysis
+    from microglia.graph.dims.trace import trace
 
     analysis = Analysis(trace(deepcopy(dense), inputs, dynamic=()))
     cut = Cut(analysis, kept_units(analysis, kept))

@@ -17,9 +17,9 @@ import torch
 from torch import nn
 
 import microglia as mg
+from microglia.core.timing import time_interleaved
 from microglia.dynamic import Counter, Flow, GatePlan, Gathered, Passage, attach_gates, find_sites, gates_of, listening, tune
 from microglia.measure import executions
-from microglia.measure.latency import time_interleaved
 
 CASES = {
     "resnet56": ("resnet56", 32),

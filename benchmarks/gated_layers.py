@@ -20,12 +20,12 @@ from torch.nn import functional
 
 import records
 from block_layers import Layer, site_of
+from microglia.core.timing import processor_name
 from microglia.measure import time_interleaved
-from microglia.measure.latency import processor_name
-from microglia.measure.packing import Packed
 from microglia.runtime import level
-from microglia.runtime.library import ACTIVATIONS
-from microglia.runtime.places import every_block
+from microglia.runtime.dense.packing import Packed
+from microglia.runtime.operators import ACTIVATIONS
+from microglia.runtime.sparse_layers.layout import every_block
 
 LAYERS: tuple[Layer, ...] = (
     ("3x3 256 @14", 256, 256, 3, 14),

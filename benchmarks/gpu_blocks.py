@@ -35,9 +35,9 @@ from torch import Tensor
 
 import bare  # noqa: F401
 from gpu_layers import DEVICE, WRONG, Call, Stage, dense, error_of, problems, pruned, sparse_ways, two_of_four
-from microglia.measure.running import first_line
-from microglia.runtime.triton import tiles as tiles_module
-from microglia.runtime.triton.launch import turned
+from microglia.core.running import first_line
+from microglia.runtime.gpu.triton import tiles as tiles_module
+from microglia.runtime.gpu.triton.launch import turned
 
 CLAIM = "64x1 0.25"
 TURN_SECONDS = 0.001

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import bare  # noqa: F401
-from microglia.measure.fusion import Site
-from microglia.runtime.semi_structured import SemiStructuredLinear
-from microglia.runtime.sparse import BlockConv2d, BlockLinear
+from microglia.runtime.dense.fusion import Site
+from microglia.runtime.gpu.semi_structured import SemiStructuredLinear
+from microglia.runtime.sparse_layers.layers import BlockConv2d, BlockLinear
 
 CONVOLUTIONS = (  # inputs, outputs, kernel, side
     (64, 64, 3, 56), (128, 128, 3, 28), (256, 256, 3, 14), (512, 512, 3, 7),

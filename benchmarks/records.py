@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from microglia.measure.latency import processor_name
+from microglia.core.timing import processor_name
 from microglia.runtime import level
 
 

@@ -24,11 +24,11 @@ import microglia as mg
 import records
 from block_layers import pruned
 from engines import engines
+from microglia.core.running import Example, folded_twin
+from microglia.core.timing import processor_name
 from microglia.measure import executions, time_interleaved
-from microglia.measure.execution import bind
-from microglia.measure.latency import processor_name
-from microglia.measure.running import Example, folded_twin
-from microglia.runtime.lowered import dense_lowered
+from microglia.runtime.bfloat16 import dense_lowered
+from microglia.runtime.dense.execution import bind
 from models import randomize, torchvision
 
 DENSE = ("eager", "eager-channels-last", "packed", "compiled")

@@ -22,14 +22,14 @@ from microglia.measure import measure, measure_latency
 from microglia.methods import Acdc, AtInit, Awg, Ftwt, Gradual, OneShot, Pas, Pdp, Smart, SparseTraining
 from microglia.runtime import Accelerated, accelerate
 from microglia.scores import Evidence, score
-from microglia.train.archive import load, save
+from microglia.storage.archive import load, save
+from microglia.tasks.classification import build_noted as build
+from microglia.tasks.classification import image_task
+from microglia.tasks.task import Task
 from microglia.train.evaluate import evaluate
 from microglia.train.fit import fit
-from microglia.train.image_task import build_noted as build
-from microglia.train.image_task import image_task
 from microglia.train.optim import FitConfig
 from microglia.train.recover import recalibrate
-from microglia.train.task import Task
 
 __all__ = [
     "NM",

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 import microglia as mg
 from commands import LIMIT, TINY, microglia, refused, weights
-from microglia.cli import app
+from microglia.cli.app import app
 
 COLUMN = {"metrics", "parameters", "macs", "bytes"}
 RESULT = {"recipe", "environment", "asked", "masks", "dense", "before", "pruned", "latency", "seconds"}

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from commands import microglia, refused, start
-from microglia.lab.connect_view import TRAINING, Connecting, connect
+from microglia.studies.connect.study import TRAINING, Connecting, connect
 
 WORDS = ("lenet-300-100", "--data", "digits", "--density", "0.5", "dense.epochs=6", "dense.lr=0.1", "dense.batch_size=64")
 WORDS += ("train.epochs=1", "measure.latency=false", "threads=1")

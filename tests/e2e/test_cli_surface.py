@@ -8,9 +8,9 @@ import torch
 
 import microglia as mg
 from commands import TINY, microglia, refused
-from microglia.lab.descent_view import interior_peak
-from microglia.landscape.points import point_of
-from microglia.landscape.trajectory import keep_place
+from microglia.studies.descent.study import interior_peak
+from microglia.studies.space.points import point_of
+from microglia.studies.space.trajectory import keep_place
 
 FORMS = ("csv", "html", "json", "png", "svg")
 SMALL = ("--side", "3", "--limit", "1")

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 import microglia as mg
 from commands import TINY, microglia, start, weights
 from microglia.core.errors import FileError, MicrogliaError
-from microglia.train import files
+from microglia.storage import files
 
 
 def flip(path, place=-5):

@@ -7,7 +7,7 @@ from torch import nn
 import microglia as mg
 from commands import CONTEXT, LIMIT, TINY, microglia, refused, weights
 from microglia.core.errors import FileError
-from microglia.train import files
+from microglia.storage import files
 
 
 @pytest.mark.parametrize(

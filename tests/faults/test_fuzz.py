@@ -19,8 +19,8 @@ from torch import Tensor, nn
 import microglia
 from microglia.core.errors import FileError
 from microglia.dynamic import Flow, GatePlan, attach_gates, find_sites, gate_plan
-from microglia.train.archive import PLAN, WEIGHTS, _mark
-from microglia.train.files import ENTRY, read_tensors, write_tensors
+from microglia.storage.archive import PLAN, WEIGHTS, _mark
+from microglia.storage.files import ENTRY, read_tensors, write_tensors
 
 VALUES = [None, True, False, -1, 0, 1, 2, 0.5, 10**9, 10**30, 1.5, float("nan"), float("inf"), "", "os:system", "__class__", [],
           [0], [[0], [1]], {}, {"": 0}, {"shape": [10**6] * 3, "dtype": "float32"}, "import", ["x"], [10**9] * 3]  # fmt: skip

@@ -14,9 +14,9 @@ import yaml
 from typer.testing import CliRunner
 
 import microglia
-from microglia.cli import app
+from microglia.cli.app import app
 from microglia.core.errors import CheckpointError, FileError
-from microglia.train import archive
+from microglia.storage import archive
 from microglia.zoo import load_checkpoint
 from microglia.zoo.trust import require_known, trusting
 

@@ -13,9 +13,9 @@ from microglia.cli import app
 from microglia.core.errors import MicrogliaError, RunError
 from microglia.lab.recipe import RecipeError, override, put, read_yaml, resolve
 from microglia.lab.sweep_grid import read_sweep
-from microglia.train import plain_yaml
-from microglia.train.plain_yaml import LARGEST, parse_yaml
-from microglia.train.run import Run
+from microglia.storage import plain_yaml
+from microglia.storage.plain_yaml import LARGEST, parse_yaml
+from microglia.storage.run import Run
 
 LAUGHS = "a: &a [lol, lol, lol]\n" + "".join(f"{x}: &{x} [{', '.join([f'*{w}'] * 9)}]\n" for w, x in pairwise("abcdefghi"))
 MERGES = "a: &a {x: 1}\n" + "".join(

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import microglia.runtime
-from microglia.runtime.library import LEVELS, level
+from microglia.runtime.operators import LEVELS, level
 
 SCRIPTS = [Path(__file__).with_name(name) for name in ("guarded_kernels.py", "guarded_chains.py")]
 RUNTIME = Path(microglia.runtime.__file__).parent

@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 
 import microglia as mg
 from microglia.lab.recipe import read_yaml
-from microglia.lab.report import collect, export, report
 from microglia.lab.target import open_target
+from microglia.report.write import collect, export, report
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
 sys.path.insert(0, str(FIXTURES))

@@ -25,9 +25,9 @@ from microglia.methods import (
     UnitConfig,
     methods,
 )
-from microglia.train.image_task import ImageSource
-from microglia.train.run import Run
-from microglia.train.task import CLASSIFICATION, CrossEntropy
+from microglia.storage.run import Run
+from microglia.tasks.classification import ImageSource
+from microglia.tasks.task import CLASSIFICATION, CrossEntropy
 
 PATTERNS = ["unstructured", "block:4x2", "block:8x1", "nm:2:4", "channel"]
 DENSITY = 0.4

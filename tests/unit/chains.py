@@ -3,8 +3,8 @@
 import torch
 from torch.nn import functional as F
 
-from microglia.measure.fusion import Activation, Site
 from microglia.runtime import BlockChain, BlockConv2d, Link
+from microglia.runtime.dense.fusion import Activation, Site
 
 ACTIVATIONS = {"none": lambda x: x, "relu": torch.relu, "relu6": F.relu6, "silu": F.silu}
 KERNELS = ((1, 1), (3, 3), (1, 1), (3, 3), (5, 1), (2, 4), (1, 9))

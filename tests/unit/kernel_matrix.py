@@ -13,9 +13,9 @@ import chains
 import torch
 from torch.nn import functional as F
 
-from microglia.measure.fusion import Activation, Site
 from microglia.runtime import BlockConv2d, BlockLinear, RowConv2d, level
-from microglia.runtime.places import every_block, one_group, to_blocks
+from microglia.runtime.dense.fusion import Activation, Site
+from microglia.runtime.sparse_layers.layout import every_block, one_group, to_blocks
 
 ACTIVATIONS = {"none": lambda x: x, "relu": torch.relu, "relu6": F.relu6, "silu": F.silu}
 OUTPUTS, INPUTS = (1, 15, 16, 17, 33, 64), (1, 3, 8, 16, 17, 40)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from microglia.core.errors import DataError, UnknownNameError
 from microglia.data import Augmentation, Crops, ImageSet, Normalization, stratified_split
-from microglia.data.mixing import mix
+from microglia.data.hashing import mix
 
 
 def random_images(count, channels=3, height=5, width=4, seed=0):
@@ -215,7 +215,7 @@ def test_split_of_nothing_and_of_too_little():
 def test_mix_is_splitmix64():
     # Steele, Lea, Flood (2014), the reference implementation's first outputs from state 0.
     golden = 0x9E3779B97F4A7C15
-    from microglia.data.mixing import _finalize
+    from microglia.data.hashing import _finalize
 
     states = np.array([golden * n % 2**64 for n in (1, 2, 3)], dtype=np.uint64)
     assert [hex(value) for value in _finalize(states)] == ["0xe220a8397b1dcdaf", "0x6e789e6aa1b965f4", "0x6c45d188009454f"]

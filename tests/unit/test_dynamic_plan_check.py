@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import microglia as mg
 from microglia.core.errors import FileError, MicrogliaError
 from microglia.dynamic import GatePlan, Site, attach_gates, gates_of
-from microglia.train import archive
+from microglia.storage import archive
 
 SITES = (Site("0", "1", "relu", 3, 6), Site("3", "3", "relu", 6, 4))
 PLAN = GatePlan(SITES, keep={"3": 2}).with_r(0.8)

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from gated import SHAPE, gated, images, network
+from microglia.core.timing import Timing
 from microglia.dynamic import Fastest, Gathered, tune, tuning
-from microglia.measure.latency import Timing
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from microglia.graph.algebra import UNIT, Algebra, Misaligned
+from microglia.graph.dims.algebra import UNIT, Algebra, Misaligned
 
 SIZES = st.integers(2, 6)
 PROPERTY = settings(deadline=None, max_examples=60)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import microglia as mg
-from microglia.graph.plan import plan_of
+from microglia.graph.cutting.plan import plan_of
 
 X = torch.randn(2, 9, 12, generator=torch.Generator().manual_seed(0))
 

@@ -12,10 +12,10 @@ from torch import nn
 import microglia as mg
 from graph_checks import EXACT, agree, stir
 from microglia.core.errors import FileError
-from microglia.graph.analysis import Analysis
-from microglia.graph.cut import Cut
-from microglia.graph.plan import replay
-from microglia.graph.trace import trace
+from microglia.graph.cutting.cut import Cut
+from microglia.graph.cutting.plan import replay
+from microglia.graph.dims.analysis import Analysis
+from microglia.graph.dims.trace import trace
 
 HALF = mg.Budget(density=0.5)
 

@@ -9,7 +9,7 @@ from torch import nn
 
 import microglia as mg
 from microglia.core.errors import FileError
-from microglia.graph.trace import TraceError, trace
+from microglia.graph.dims.trace import TraceError, trace
 
 transformers = pytest.importorskip("transformers") if importlib.util.find_spec("transformers") else None
 needs_transformers = pytest.mark.skipif(transformers is None, reason="transformers is not installed")

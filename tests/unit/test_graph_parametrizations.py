@@ -11,8 +11,8 @@ from torch.nn.utils import parametrizations, prune
 import microglia as mg
 from microglia.core.masks import mask
 from microglia.core.parametrizations import detach
-from microglia.graph import baking
-from microglia.graph.verify import ShrinkError
+from microglia.graph.cutting import baking
+from microglia.graph.cutting.verify import ShrinkError
 
 
 def ready(kind: str, order: str) -> nn.Sequential:

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 import microglia as mg
 from graph_checks import agree, stir
 from microglia.core.errors import BudgetError, MicrogliaError, PatternError
-from microglia.graph import order_search
-from microglia.graph.order_search import Stripes, best_mass, find_order
+from microglia.graph.order import order_search
+from microglia.graph.order.order_search import Stripes, best_mass, find_order
 
 IMAGES = (2, 3, 8, 8)
 
@@ -225,7 +225,8 @@ def test_what_stays_says_why() -> None:
 
 def test_an_order_under_which_the_outputs_differ_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if the analysis had overlooked that the inner layer's norm cannot follow."""
-    from microglia.graph import movable, permute
+    from microglia.graph.order import permutable as movable
+    from microglia.graph.order import permute
 
     def forgetful(part, orders):  # type: ignore[no-untyped-def]
         return {name: dims for name, dims in movable.tensor_orders(part, orders).items() if not name.startswith("norms.0")}

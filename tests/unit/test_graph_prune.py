@@ -29,12 +29,12 @@ from microglia import (
 from microglia.core.errors import BudgetError, FileError, MicrogliaError, ScoreError, SelectorError
 from microglia.graph import Plan, ShrinkError, replay, shrink
 from microglia.graph import prune as prune_room
-from microglia.graph.analysis import Analysis
-from microglia.graph.groups import channel_groups, why
-from microglia.graph.latency_table import LatencyTable
-from microglia.graph.removal import Subject
-from microglia.graph.trace import TraceError, trace
-from microglia.graph.widths import Costs, choose_widths
+from microglia.graph.channels.groups import channel_groups, why
+from microglia.graph.channels.latency_table import LatencyTable
+from microglia.graph.channels.widths import Costs, choose_widths
+from microglia.graph.cutting.remove import Subject
+from microglia.graph.dims.analysis import Analysis
+from microglia.graph.dims.trace import TraceError, trace
 from microglia.scores.inputs import mean_inputs
 
 
@@ -403,7 +403,7 @@ def test_milliseconds_that_cannot_be_had(monkeypatch):
 
 
 def test_times_are_measured_once_and_kept(tmp_path, monkeypatch):
-    import microglia.graph.latency_table as room
+    import microglia.graph.channels.latency_table as room
 
     model, calls = nn.Linear(3, 3), []
 

@@ -10,12 +10,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from graph_checks import EXACT, agree, halves, masked, own_choices, stir, uneven
-from microglia.graph.analysis import Analysis
-from microglia.graph.cut import Cut
-from microglia.graph.modules import indices, kept_units
-from microglia.graph.surgery import cut_graph, forward_names
-from microglia.graph.trace import trace
-from microglia.graph.verify import verify
+from microglia.graph.cutting.cut import Cut
+from microglia.graph.cutting.modules import indices, kept_units
+from microglia.graph.cutting.surgery import cut_graph, forward_names
+from microglia.graph.cutting.verify import verify
+from microglia.graph.dims.analysis import Analysis
+from microglia.graph.dims.trace import trace
 
 WIDTHS = (4, 6, 8, 12, 18)
 OPS = (

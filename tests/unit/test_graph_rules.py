@@ -14,13 +14,13 @@ from torch import nn
 from torch.nn import functional as F
 
 from graph_checks import EXACT, agree, halves, masked, stir, uneven
-from microglia.graph.analysis import Analysis
-from microglia.graph.cut import Cut
-from microglia.graph.groups import channel_groups
-from microglia.graph.rules import RULES
-from microglia.graph.surgery import cut_graph, forward_names
-from microglia.graph.trace import operator_name, trace
-from microglia.graph.verify import ShrinkError, verify
+from microglia.graph.channels.groups import channel_groups
+from microglia.graph.cutting.cut import Cut
+from microglia.graph.cutting.surgery import cut_graph, forward_names
+from microglia.graph.cutting.verify import ShrinkError, verify
+from microglia.graph.dims.analysis import Analysis
+from microglia.graph.dims.rules import RULES
+from microglia.graph.dims.trace import operator_name, trace
 
 aten = torch.ops.aten
 

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import microglia as mg
-from microglia.graph.trace import TraceError
+from microglia.graph.dims.trace import TraceError
 
 X = torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(0))
 

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from microglia.core.errors import UnknownNameError
 from microglia.lab.recipe import Recipe, RecipeError, as_dict, merge, method_config, override, put, read_yaml, resolve, schema
 from microglia.methods import methods
+from microglia.tasks.task import Task
 from microglia.train.optim import learning_rate
-from microglia.train.task import Task
 from microglia.zoo import build
 
 KEYS = st.lists(st.text("abc", min_size=1, max_size=3), min_size=1, max_size=3).map(".".join)

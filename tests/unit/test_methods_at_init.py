@@ -16,11 +16,11 @@ from microglia.methods import LotteryConfig, Tickets, methods
 from microglia.methods.at_init import other_weights
 from microglia.methods.lottery import levels_to
 from microglia.methods.procedure import evidence
+from microglia.storage.run import Run
+from microglia.tasks.classification import image_task
 from microglia.train.fit import fit
-from microglia.train.image_task import image_task
 from microglia.train.optim import FitConfig
 from microglia.train.rewind import advance, fresh_optimizers, start_of, with_masks
-from microglia.train.run import Run
 
 TRAIN = FitConfig(epochs=3, max_batches=2, batch_size=16, lr=0.05)
 AT_INIT = ("snip", "snip-iterative", "grasp", "synflow", "magnitude-at-init", "random-at-init")

@@ -19,8 +19,8 @@ from microglia.methods import methods
 from microglia.methods.at_init import counts_of, warn_of_explosion
 from microglia.methods.procedure import evidence
 from microglia.scores import scores
-from microglia.train.image_task import image_task
-from microglia.train.run import Run
+from microglia.storage.run import Run
+from microglia.tasks.classification import image_task
 
 at_init_room = importlib.import_module("microglia.methods.at_init")
 

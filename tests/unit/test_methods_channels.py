@@ -14,11 +14,11 @@ import microglia as mg
 from microglia.core.errors import BudgetError, MicrogliaError, PatternError, ScoreError, SelectorError, UnknownNameError
 from microglia.data import ImageData
 from microglia.lab.recipe import method_config, resolve
-from microglia.lab.shrink_view import channels, draw, removal, removal_table
+from microglia.lab.removed_channels import channels, draw, removal, removal_table
 from microglia.methods import ChannelsConfig, methods
-from microglia.train.image_task import ImageSource
-from microglia.train.run import Run
-from microglia.train.task import CLASSIFICATION, CrossEntropy
+from microglia.storage.run import Run
+from microglia.tasks.classification import ImageSource
+from microglia.tasks.task import CLASSIFICATION, CrossEntropy
 
 SHORT = mg.FitConfig(epochs=1, batch_size=32, lr=0.05)
 STAGES = ["dense", "dense-observed", "prune", "before-observed", "train"]

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 import microglia as mg
 from microglia.core.errors import BudgetError, MicrogliaError, PatternError, SelectorError
 from microglia.data import ImageData
-from microglia.graph.coupled import CoupledChannels
+from microglia.graph.channels.coupled import CoupledChannels
 from microglia.methods import ddnp
 from microglia.methods.ddnp import DdnpConfig, Prefix, Search, energies, ranks, whole_widths
-from microglia.train.files import digest
-from microglia.train.image_task import ImageSource
-from microglia.train.run import Progress, Run
-from microglia.train.task import CLASSIFICATION, CrossEntropy
+from microglia.storage.files import digest
+from microglia.storage.run import Progress, Run
+from microglia.tasks.classification import ImageSource
+from microglia.tasks.task import CLASSIFICATION, CrossEntropy
 
 SHORT = mg.FitConfig(epochs=1, batch_size=32, lr=0.05)
 STAGES = ["dense", "dense-observed", "search", "prune", "before-observed", "train"]

@@ -18,10 +18,10 @@ from microglia.core.errors import BudgetError, MicrogliaError, PatternError, Sel
 from microglia.data import ImageData
 from microglia.dynamic import Gathered, Passage, attach_gates, gate_plan, gates_of, listening, record
 from microglia.methods import FtwtConfig, methods
+from microglia.storage.run import Run
+from microglia.tasks.classification import ImageSource
+from microglia.tasks.task import CLASSIFICATION, CrossEntropy
 from microglia.train.fit import fit
-from microglia.train.image_task import ImageSource
-from microglia.train.run import Run
-from microglia.train.task import CLASSIFICATION, CrossEntropy
 
 STEPS = 12
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import microglia as mg
-from microglia.lab.report_records import Freeze
 from microglia.methods import Acdc, Awg, Pas, Pdp, Smart
+from microglia.report.records import Freeze
 
 
 def two_layers() -> nn.Module:

@@ -20,7 +20,7 @@ from microglia.core.errors import BudgetError, MicrogliaError, PatternError, Sco
 from microglia.core.masks import Masked
 from microglia.methods import SparseTraining, SparseTrainingConfig, methods
 from microglia.methods.sparse_training import DenseGradients, exchange
-from microglia.train.run import Progress, Run
+from microglia.storage.run import Progress, Run
 
 OPTIMIZERS = {
     "sgd": lambda parameters: torch.optim.SGD(parameters, lr=0.05, momentum=0.9, weight_decay=1e-2),

@@ -11,14 +11,14 @@ from torch import nn
 
 import microglia as mg
 from microglia.core.errors import MicrogliaError
-from microglia.measure.fusion import fuse
-from microglia.measure.latency import Timing
-from microglia.measure.running import Example, folded_twin
+from microglia.core.running import Example, folded_twin
+from microglia.core.timing import Timing
 from microglia.runtime import BlockChain, BlockConv2d, RowConv2d, accelerate, level
-from microglia.runtime import choices as choices_module
+from microglia.runtime import timing_cache as choices_module
+from microglia.runtime.bfloat16 import TOLERANCE, Lowered
 from microglia.runtime.candidates import Compact, candidates
-from microglia.runtime.choices import Choices
-from microglia.runtime.lowered import TOLERANCE, Lowered
+from microglia.runtime.dense.fusion import fuse
+from microglia.runtime.timing_cache import Choices
 
 module = importlib.import_module("microglia.runtime.accelerate")
 FAST = ("eager", "packed")
@@ -371,7 +371,7 @@ def test_bfloat16_that_lost_leaves_float32(prefer):
 
 
 def test_an_execution_too_far_from_float32_is_left_out(monkeypatch):
-    monkeypatch.setattr(importlib.import_module("microglia.runtime.lowered"), "TOLERANCE", 0.0)
+    monkeypatch.setattr(importlib.import_module("microglia.runtime.bfloat16"), "TOLERANCE", 0.0)
     monkeypatch.setattr(module, "TOLERANCE", 0.0)
     report = accelerate(
         net(mg.Block(16, 1)), torch.randn(2, 3, 12, 12), against=FAST, precision="bf16", cache=None, rounds=1

@@ -14,11 +14,11 @@ from test_runtime_kernels import BAD, HERE, process, site, sparse
 from torch import nn
 
 from microglia.core.errors import MicrogliaError
-from microglia.measure.fusion import fuse
-from microglia.measure.running import Example
+from microglia.core.running import Example
 from microglia.runtime import BlockChain, BlockConv2d, Link, RowConv2d
-from microglia.runtime.chain import chained
-from microglia.runtime.steps import Step, steps_of
+from microglia.runtime.dense.fusion import fuse
+from microglia.runtime.sparse_layers.chain import chained
+from microglia.runtime.sparse_layers.chain_steps import Step, steps_of
 
 
 def layer(outputs, inputs, kernel=3, *, activation="relu", bias=True, seed=0, **settings):

@@ -17,10 +17,10 @@ from torch import nn
 
 import microglia.runtime
 from microglia.core.errors import MicrogliaError
-from microglia.measure.fusion import Activation, Site
 from microglia.runtime import BlockConv2d, BlockLinear, RowConv2d, level
-from microglia.runtime.library import LEVELS
-from microglia.runtime.places import (
+from microglia.runtime.dense.fusion import Activation, Site
+from microglia.runtime.operators import LEVELS
+from microglia.runtime.sparse_layers.layout import (
     dense_of_blocks,
     dense_of_every_block,
     dense_of_rows,
@@ -337,7 +337,7 @@ def test_mixed_types_are_refused_in_words(isa):
     code = """
 import torch
 from microglia.runtime import BlockConv2d, BlockLinear
-from microglia.runtime.places import to_blocks
+from microglia.runtime.sparse_layers.layout import to_blocks
 for layer, x in ((BlockLinear(to_blocks(torch.eye(20)), None, 20, 20), torch.ones(3, 20)),
                  (BlockConv2d(to_blocks(torch.ones(20, 4, 1, 1)), None, 4, 20, (1, 1)), torch.ones(1, 4, 5, 5))):
     narrow = torch.bfloat16
@@ -505,7 +505,8 @@ def test_without_compiled_kernels_it_says_so_once_and_goes_on(tmp_path):
     subprocess.run(["cp", "-r", str(source), str(package)], check=True)
     for built in package.glob("runtime/_kernels*"):
         built.unlink()
-    code = "import warnings, torch; from microglia.runtime import *; from microglia.runtime.places import to_blocks\n"
+    code = "import warnings, torch; from microglia.runtime import *\n"
+    code += "from microglia.runtime.sparse_layers.layout import to_blocks\n"
     code += "with warnings.catch_warnings(record=True) as said:\n    warnings.simplefilter('always')\n"
     code += "    for _ in range(2): print(BlockLinear(to_blocks(torch.eye(20)), None, 20, 20)(torch.ones(20)).sum().item())\n"
     code += "print(sum('without its compiled kernels' in str(w.message) for w in said), level())"

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from microglia.core.errors import MicrogliaError
-from microglia.measure.fusion import Activation, Site
 from microglia.runtime import RowConv2d
+from microglia.runtime.dense.fusion import Activation, Site
 
 WIDTHS = (1, 2, 4)
 """Single weights, pairs of rows, and rows of 4."""

@@ -14,14 +14,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from microglia.core.errors import MicrogliaError
-from microglia.measure.fusion import Site
-from microglia.runtime import BlockConv2d, BlockLinear, library
-from microglia.runtime.cuda_candidates import block_forms, cuda_candidates
+from microglia.runtime import BlockConv2d, BlockLinear
+from microglia.runtime import operators as library
+from microglia.runtime.dense.fusion import Site
 from microglia.runtime.devices import CPU, device_of
-from microglia.runtime.places import STRIPES, WIDTHS, Places, dense_of_blocks, to_blocks
-from microglia.runtime.semi_structured import SemiStructuredLinear, too_dense_groups, why_not
-from microglia.runtime.triton.check import check_once, check_places
-from microglia.runtime.triton.tiles import Tile, tiles
+from microglia.runtime.gpu.candidates import block_forms, cuda_candidates
+from microglia.runtime.gpu.semi_structured import SemiStructuredLinear, too_dense_groups, why_not
+from microglia.runtime.gpu.triton.check import check_once, check_places
+from microglia.runtime.gpu.triton.tiles import Tile, tiles
+from microglia.runtime.sparse_layers.layout import STRIPES, WIDTHS, Places, dense_of_blocks, to_blocks
 
 FOLDER = Path(__file__).parent
 
@@ -60,11 +61,11 @@ def test_edges():
     code = """
 import json, torch
 from dataclasses import replace
-import microglia.runtime.triton.check as check, microglia.runtime.triton.launch as launch
+import microglia.runtime.gpu.triton.check as check, microglia.runtime.gpu.triton.launch as launch
 from microglia.core.errors import MicrogliaError
-from microglia.measure.fusion import Activation, Site
+from microglia.runtime.dense.fusion import Activation, Site
 from microglia.runtime import BlockConv2d, BlockLinear
-from microglia.runtime.triton import block_conv2d, block_linear
+from microglia.runtime.gpu.triton import block_conv2d, block_linear
 
 library = torch.library.Library("microglia", "IMPL")
 library.impl("block_conv2d", block_conv2d, "CPU")
@@ -131,10 +132,10 @@ def test_accelerate_chooses_among_the_ways_of_a_gpu():
 import dataclasses, importlib, json, torch
 from torch import nn
 import microglia as mg
-from microglia.measure.latency import Timing
+from microglia.core.timing import Timing
 from microglia.runtime import BlockConv2d, BlockLinear, devices
-from microglia.runtime.cuda_candidates import cuda_candidates
-from microglia.runtime.triton import block_conv2d, block_linear
+from microglia.runtime.gpu.candidates import cuda_candidates
+from microglia.runtime.gpu.triton import block_conv2d, block_linear
 
 library = torch.library.Library("microglia", "IMPL")
 library.impl("block_conv2d", block_conv2d, "CPU")
@@ -261,7 +262,7 @@ def test_tensors_of_another_kind_are_refused():
 
 
 def test_indices_are_read_once_while_nobody_writes_into_them(monkeypatch):
-    import microglia.runtime.triton.check as module
+    import microglia.runtime.gpu.triton.check as module
 
     seen = []
     monkeypatch.setattr(module, "check_places", lambda *args: seen.append(args))
@@ -314,8 +315,9 @@ def test_without_triton_everything_imports():
     code = """
 import sys
 sys.modules["triton"] = None
-import microglia, microglia.runtime.triton, torch
-from microglia.runtime import devices, library
+import microglia, microglia.runtime.gpu.triton, torch
+from microglia.runtime import devices
+from microglia.runtime import operators as library
 print(devices.cuda_level(), library._on_cuda("block_linear", lambda x: x + 1)(1))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False)
@@ -329,7 +331,7 @@ def compiled(capability, tile, *, stripe=64, width=1, side=3, dtype="fp16"):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from microglia.runtime.triton.kernel import block_kernel
+    from microglia.runtime.gpu.triton.kernel import block_kernel
 
     constants = {
         "KERNEL_H": side, "KERNEL_W": side, "STRIPE": stripe, "WIDTH": width, "PIXELS": tile.pixels, "COLUMNS": tile.columns,

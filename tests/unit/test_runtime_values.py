@@ -14,11 +14,11 @@ from torch.nn import functional as F
 
 import microglia as mg
 from microglia.core.errors import MicrogliaError
-from microglia.measure.fusion import Activation, Site
-from microglia.measure.latency import Timing
+from microglia.core.timing import Timing
 from microglia.runtime import BlockConv2d, BlockLinear, RowConv2d, accelerate, level
-from microglia.runtime.library import LEVELS
-from microglia.runtime.places import every_block
+from microglia.runtime.dense.fusion import Activation, Site
+from microglia.runtime.operators import LEVELS
+from microglia.runtime.sparse_layers.layout import every_block
 
 ACTIVATIONS = {"none": lambda x: x, "relu": torch.relu, "relu6": F.relu6, "silu": F.silu}
 VALUES = (torch.nan, torch.inf, -torch.inf)

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional
 
-from microglia.core.alive import Alive
 from microglia.core.errors import BudgetError, ScoreError
+from microglia.core.iterative import Alive
 from microglia.core.layers import prunable_layers
 from microglia.core.masks import mask
 from microglia.core.patterns import NM, Block, Unstructured

@@ -13,11 +13,11 @@ from torch.nn import functional
 import microglia as mg
 from microglia.core.errors import MicrogliaError, TrainingError
 from microglia.methods.pruner import Pruner
+from microglia.storage.run import Progress
+from microglia.tasks.task import CLASSIFICATION, CrossEntropy, mean_metric
 from microglia.train.engine import accelerator
 from microglia.train.optim import learning_rate
 from microglia.train.recover import distillation
-from microglia.train.run import Progress
-from microglia.train.task import CLASSIFICATION, CrossEntropy, mean_metric
 
 SHORT = mg.FitConfig(epochs=3, batch_size=256, lr=0.05)
 

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 import microglia as mg
 from microglia.core.errors import TrainingError
-from microglia.landscape.gauge import Gauge
 from microglia.methods import methods
-from microglia.train.image_task import ImageSource
+from microglia.studies.space.gauge import Gauge
+from microglia.tasks.classification import ImageSource
 from microglia.train.recover import recalibrate_on
 
 

@@ -13,10 +13,10 @@ from microglia.methods.acdc import Acdc
 from microglia.methods.awg import Awg
 from microglia.methods.pas import Pas
 from microglia.methods.pdp import Pdp
-from microglia.methods.search import UnitPruner
 from microglia.methods.smart import Smart
+from microglia.methods.unit_pruner import UnitPruner
+from microglia.tasks.task import Task
 from microglia.train.recover import recalibrate_on
-from microglia.train.task import Task
 
 PRUNERS: dict[str, type[UnitPruner]] = {"smart": Smart, "pdp": Pdp, "pas": Pas, "awg": Awg, "acdc": Acdc}
 STEPS = 20

@@ -14,10 +14,10 @@ os.environ["TRITON_INTERPRET"] = "0" if "cuda" in sys.argv else "1"  # read when
 import torch
 from kernel_matrix import Draw, convolution, linear, reference
 
-from microglia.runtime.library import ACTIVATIONS
-from microglia.runtime.places import one_group, to_blocks
-from microglia.runtime.triton import block_conv2d, block_linear
-from microglia.runtime.triton.tiles import Tile, tiles
+from microglia.runtime.gpu.triton import block_conv2d, block_linear
+from microglia.runtime.gpu.triton.tiles import Tile, tiles
+from microglia.runtime.operators import ACTIVATIONS
+from microglia.runtime.sparse_layers.layout import one_group, to_blocks
 
 DEVICE = "cuda" if "cuda" in sys.argv else "cpu"
 ROUNDING = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}

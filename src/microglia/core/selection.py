@@ -15,8 +15,8 @@ from torch import Tensor
 
 from microglia.core.allocation import Scope, check_scope, layer_counts
 from microglia.core.errors import BudgetError, ScoreError
+from microglia.core.largest import largest
 from microglia.core.masks import MaskSet
-from microglia.core.order import largest
 from microglia.core.patterns import Pattern, Reduction
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from microglia.core.errors import BudgetError, ScoreError
-from microglia.core.order import CHUNK
+from microglia.core.largest import CHUNK
 
 SAMPLE = 1 << 14  # scores that a first guess is solved for where there are many more
 TURNS = 200  # more evaluations than bisection alone takes

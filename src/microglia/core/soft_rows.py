@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from microglia.core.errors import BudgetError, ScoreError
-from microglia.core.order import CHUNK
+from microglia.core.largest import CHUNK
 from microglia.core.soft_one import COMPUTE, FINE, TURNS, Shift, Units, logits, share_out, shares, shift_of, slopes
 
 LONG = CHUNK // 8

@@ -10,8 +10,8 @@ from torch import Generator, Tensor
 
 from microglia.core.errors import DataError
 from microglia.data.augmentation import Augmentation, Crops
+from microglia.data.hashing import mix
 from microglia.data.images import ImageSet
-from microglia.data.mixing import mix
 from microglia.data.normalization import Normalization
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from microglia.core.errors import DataError
-from microglia.data.mixing import mix
+from microglia.data.hashing import mix
 
 
 def stratified_split(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:

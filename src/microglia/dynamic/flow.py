@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from microglia.graph.trace import Trace, named_arguments, operator_name, shape_of, trace
-from microglia.runtime.places import every_block
+from microglia.graph.dims.trace import Trace, named_arguments, operator_name, shape_of, trace
+from microglia.runtime.sparse_layers.layout import every_block
 
 CHANNELWISE = frozenset(
     {

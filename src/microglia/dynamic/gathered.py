@@ -17,12 +17,12 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from microglia.core.errors import MicrogliaError
+from microglia.core.running import twin
 from microglia.dynamic.flow import Convolution, Flow, Step
 from microglia.dynamic.gates import Gate, detach_gates, gate_plan, gates_of
 from microglia.dynamic.kernels import choose_rows, prepacked, run_depthwise, run_part, silent
 from microglia.dynamic.steps import Channels, Environment, Value, compile_step, whole
-from microglia.measure.running import twin
-from microglia.runtime import library
+from microglia.runtime import operators
 
 Work = Callable[[Environment], Any]
 Routed = Callable[[Environment, Tensor], Any]
@@ -53,7 +53,7 @@ class Gathered:
     def __init__(self, model: nn.Module, example_inputs: Tensor) -> None:
         if gate_plan(model) is None:
             raise MicrogliaError(f"{type(model).__name__} has no gates: prune it with the method 'ftwt' first.")
-        library.level()  # from the first input on the same operators decide
+        operators.level()  # from the first input on the same operators decide
         own = twin(model)
         self._gates = gates_of(own)
         self.flow = Flow(detach_gates(own).eval(), example_inputs)

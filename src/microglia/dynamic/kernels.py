@@ -16,7 +16,7 @@ from torch import Tensor
 
 from microglia.dynamic.flow import Convolution
 from microglia.dynamic.gates import ACTIVATIONS, Gate
-from microglia.runtime import library
+from microglia.runtime import operators
 
 mkldnn = torch.ops.mkldnn
 CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {1: torch.conv1d, 2: torch.conv2d, 3: torch.conv3d}
@@ -90,7 +90,7 @@ def _fused(x: Tensor, weight: Tensor, bias: Tensor | None, c: Convolution) -> Te
 
 def has_kernel(x: Tensor, c: Convolution) -> bool:
     """Tells whether a compiled kernel computes parts of a convolution from such an input."""
-    return c.groups == 1 and c.inputs > FEW and c.activation in KERNELS and _plain(x, c) and library.level() != "torch"
+    return c.groups == 1 and c.inputs > FEW and c.activation in KERNELS and _plain(x, c) and operators.level() != "torch"
 
 
 def fusible(x: Tensor, c: Convolution) -> bool:

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from microglia.core.running import Example, folded_twin
+from microglia.core.timing import time_interleaved
 from microglia.dynamic.flow import Convolution
 from microglia.dynamic.gathered import Gathered
 from microglia.dynamic.kernels import prepacked, run_depthwise, run_part, settings_key
-from microglia.graph.trace import shape_of
-from microglia.measure.latency import time_interleaved
-from microglia.measure.packing import pack
-from microglia.measure.running import Example, folded_twin
+from microglia.graph.dims.trace import shape_of
+from microglia.runtime.dense.packing import pack
 
 Call = Callable[[Tensor], Any]
 

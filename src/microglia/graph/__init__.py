@@ -1,10 +1,10 @@
 """Shrinking: coupled channels found through torch.export, removed physically, verified equal."""
 
-from microglia.graph.permute import Permutation, permutation_of, permute_channels
-from microglia.graph.plan import Plan, plan_of, replay
+from microglia.graph.cutting.plan import Plan, plan_of, replay
+from microglia.graph.cutting.verify import ShrinkError
+from microglia.graph.order.permute import Permutation, permutation_of, permute_channels
 from microglia.graph.prune import prune_channels
-from microglia.graph.settle import shrink
-from microglia.graph.verify import ShrinkError
+from microglia.graph.shrink import shrink
 
 __all__ = [
     "Permutation",

@@ -13,17 +13,24 @@ from torch import Tensor, nn
 
 from microglia.core.budget import Budget
 from microglia.core.layers import prunable_layers
-from microglia.graph.asked import check_asked
-from microglia.graph.cut import Cut, constants, counts
-from microglia.graph.groups import ChannelGroup, GroupReduction, channel_groups, excluded_tensors, group_scores, independent
-from microglia.graph.latency_table import LatencyTable
-from microglia.graph.modules import NOTED, cut_module
-from microglia.graph.parts import Part
-from microglia.graph.plan import after, attach, plan_of
-from microglia.graph.removal import Subject, remove
-from microglia.graph.trace import arguments
-from microglia.graph.verify import ShrinkError
-from microglia.graph.widths import Costs, Widths, WidthScope, choose_widths, highest, keep_units
+from microglia.graph.channels.groups import (
+    ChannelGroup,
+    GroupReduction,
+    channel_groups,
+    excluded_tensors,
+    group_scores,
+    independent,
+)
+from microglia.graph.channels.latency_table import LatencyTable
+from microglia.graph.channels.request import check_asked
+from microglia.graph.channels.widths import Costs, Widths, WidthScope, choose_widths, highest, keep_units
+from microglia.graph.cutting.cut import Cut, constants, counts
+from microglia.graph.cutting.modules import NOTED, cut_module
+from microglia.graph.cutting.parts import Part
+from microglia.graph.cutting.plan import after, attach, plan_of
+from microglia.graph.cutting.remove import Subject, remove
+from microglia.graph.cutting.verify import ShrinkError
+from microglia.graph.dims.trace import arguments
 from microglia.scores import Evidence, scores
 
 

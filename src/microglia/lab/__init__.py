@@ -1,1 +1,1 @@
-"""The lab: recipes, their execution, sweeps over them, reports on them."""
+"""The lab: recipes, their execution, and sweeps over them."""

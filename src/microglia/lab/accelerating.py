@@ -9,12 +9,12 @@ import torch
 from rich.table import Table
 from torch import Tensor, nn
 
-from microglia.measure.running import evaluating
+from microglia.core.running import evaluating
 from microglia.runtime import Accelerated, accelerate
 from microglia.runtime.accelerate import DENSE
 from microglia.runtime.report import is_dense
+from microglia.tasks.task import Task
 from microglia.train.progress import Bar
-from microglia.train.task import Task
 
 Json = dict[str, Any]
 

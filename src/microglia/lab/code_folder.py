@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from microglia.core.errors import FileError
-from microglia.train.run import read_json
+from microglia.storage.run import read_json
 from microglia.zoo.origin import import_from, module_of
 from microglia.zoo.trust import require_known_recipe
 

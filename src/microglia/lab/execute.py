@@ -18,25 +18,26 @@ from typing import Any
 import torch
 from torch import nn
 
+from microglia.core.devices import device_of
 from microglia.core.errors import FileError
 from microglia.core.masks import masks_of
 from microglia.core.roles import means_role
+from microglia.core.timing import processor_name
 from microglia.dynamic import Gathered, gate_plan, tune
 from microglia.lab.accelerating import accelerated
 from microglia.lab.code_folder import CODE, ENVIRONMENT
 from microglia.lab.recipe import Recipe, as_dict, method_config
-from microglia.lab.shrink_view import PICTURE, draw, removal
+from microglia.lab.removed_channels import PICTURE, draw, removal
 from microglia.measure import measure_latency
-from microglia.measure.latency import processor_name
 from microglia.methods import MethodConfig, methods
 from microglia.methods.procedure import observe
-from microglia.train.archive import check_whole, load, removed_from, save, saved_bytes
-from microglia.train.engine import accelerator, device_of
-from microglia.train.files import write_atomic
-from microglia.train.image_task import ImageSource, check_fit, image_task
-from microglia.train.roles import with_roles
-from microglia.train.run import Run
-from microglia.train.task import Task
+from microglia.storage.archive import check_whole, load, removed_from, save, saved_bytes
+from microglia.storage.files import write_atomic
+from microglia.storage.run import Run
+from microglia.tasks.classification import ImageSource, check_fit, image_task
+from microglia.tasks.roles import with_roles
+from microglia.tasks.task import Task
+from microglia.train.engine import accelerator
 from microglia.zoo.origin import origin_of
 
 Result = dict[str, Any]

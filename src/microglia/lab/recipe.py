@@ -12,8 +12,8 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from microglia.core.errors import MicrogliaError
 from microglia.methods import MethodConfig, methods
 from microglia.methods.arguments import check_choices
+from microglia.storage.plain_yaml import DEEPEST, parse_yaml, read_yaml_text
 from microglia.train.optim import RECOVERY, FitConfig
-from microglia.train.plain_yaml import DEEPEST, parse_yaml, read_yaml_text
 
 MOST, LONGEST = 20, 200
 """Problems of a recipe that are told at once, and characters of each value in them."""

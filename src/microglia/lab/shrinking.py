@@ -15,14 +15,14 @@ from microglia.core.masks import masks_of
 from microglia.graph import ShrinkError, plan_of, shrink
 from microglia.lab.execute import prove_equal
 from microglia.lab.recipe import MeasureConfig, read_yaml, resolve
-from microglia.lab.shrink_view import PICTURE, draw, removal
+from microglia.lab.removed_channels import PICTURE, draw, removal
 from microglia.lab.target import open_target
 from microglia.measure import measure, measure_latency
-from microglia.train.archive import PLAN, removed_from, save, saved_bytes
+from microglia.storage.archive import PLAN, removed_from, save, saved_bytes
+from microglia.storage.files import write_atomic
+from microglia.storage.run import read_json
+from microglia.tasks.task import Task
 from microglia.train.evaluate import evaluate
-from microglia.train.files import write_atomic
-from microglia.train.run import read_json
-from microglia.train.task import Task
 
 RESULT = "shrink.json"
 Json = dict[str, Any]

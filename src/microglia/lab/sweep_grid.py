@@ -22,7 +22,7 @@ from microglia.core.errors import CheckpointError, MicrogliaError
 from microglia.core.patterns import parse_pattern
 from microglia.lab.recipe import Recipe, RecipeError, as_dict, method_config, override, put, read_yaml, resolve
 from microglia.scores import scores
-from microglia.train.run import flatten
+from microglia.storage.run import flatten
 from microglia.zoo.trust import require_known_recipe
 
 SPOKEN = {"method", "model", "data"}

@@ -11,10 +11,10 @@ from microglia.core.registry import unknown_name
 from microglia.lab.code_folder import admit
 from microglia.lab.execute import make_task
 from microglia.lab.recipe import read_yaml, resolve
-from microglia.train.archive import PLAN, load
-from microglia.train.image_task import check_fit, image_task
-from microglia.train.run import read_json
-from microglia.train.task import Task
+from microglia.storage.archive import PLAN, load
+from microglia.storage.run import read_json
+from microglia.tasks.classification import check_fit, image_task
+from microglia.tasks.task import Task
 from microglia.zoo import is_known, model_names
 
 

@@ -8,11 +8,12 @@ from typing import Any
 
 from torch import nn
 
-from microglia.measure.execution import executions
-from microglia.measure.latency import LatencyReport, Timing, measure_latency, time_interleaved
+from microglia.core.timing import Timing, time_interleaved
+from microglia.measure.latency import LatencyReport, measure_latency
 from microglia.measure.macs import Macs, count_macs
 from microglia.measure.parameters import Parameters, count_parameters
 from microglia.measure.size import Bytes, bytes_on_disk
+from microglia.runtime.dense.execution import executions
 
 __all__ = [
     "Bytes",

@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-import gc
-import math
-import platform
-import random
-import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,102 +12,9 @@ from torch import nn
 
 from microglia.core.errors import MicrogliaError
 from microglia.core.registry import unknown_name
-from microglia.measure.execution import executions as prepare_executions
-from microglia.measure.running import Example, cuda_in_use
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Time of one call over several rounds, in milliseconds.
-
-    Attributes:
-        median: The middle round.
-        low: First quartile of the rounds.
-        high: Third quartile of the rounds.
-        rounds: How many rounds there were.
-    """
-
-    median: float
-    low: float
-    high: float
-    rounds: int
-
-
-def time_interleaved(
-    callables: Mapping[str, Callable[[], object]],
-    *,
-    rounds: int = 15,
-    warmup: int = 3,
-    min_round_seconds: float = 0.02,
-    max_seconds: float = math.inf,
-    seed: int = 0,
-    clock: Callable[[], float] = time.perf_counter,
-) -> dict[str, Timing]:
-    """Times functions against each other, so that whatever else the machine does meets all of them alike.
-
-    After a warm-up, every round times each function once, in an order shuffled anew by a seeded generator. A turn begins
-    with one call that is not timed: what is timed finds its weights where its own last call left them, as a model does that
-    is served, and not where the others did. A function faster than ``min_round_seconds`` is called several times in its
-    turn, and the time divided. Where CUDA is in use, each call is timed until the device has finished. Garbage collection
-    waits meanwhile.
-
-    Args:
-        callables: Name -> function without arguments.
-        rounds: Rounds, at least 1.
-        warmup: Calls of each function before the first round, at least 1.
-        min_round_seconds: Least time of one turn, in seconds.
-        max_seconds: No further round starts after this time, in seconds; there are always three, or ``rounds`` if fewer.
-        seed: Of the order; the global generators are left alone.
-        clock: Returns the time in seconds.
-
-    Returns:
-        Name -> time per call, in the order of ``callables``.
-
-    Raises:
-        MicrogliaError: No function, or ``rounds`` or ``warmup`` below 1.
-    """
-    if not callables or rounds < 1 or warmup < 1:
-        raise MicrogliaError(
-            f"Timing takes at least one function, one round and one warm-up call, not {len(callables)}, {rounds} and {warmup}."
-        )
-    synchronize: Callable[[], None] = torch.cuda.synchronize if cuda_in_use() else lambda: None
-    order = random.Random(seed)
-    names = list(callables)
-    times: dict[str, list[float]] = {name: [] for name in names}
-
-    def turn(name: str, calls: int) -> float:
-        function = callables[name]
-        synchronize()
-        start = clock()
-        for _ in range(calls):
-            function()
-            synchronize()
-        return (clock() - start) / calls
-
-    fastest = {name: min(turn(name, 1) for _ in range(warmup)) for name in names}
-    calls = {name: max(1, math.ceil(min_round_seconds / max(fastest[name], 1e-7))) for name in names}
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
-        start = clock()
-        for done in range(rounds):
-            if done >= 3 and clock() - start > max_seconds:
-                break
-            for name in order.sample(names, len(names)):
-                turn(name, 1)
-                times[name].append(turn(name, calls[name]))
-    finally:
-        if collecting:
-            gc.enable()
-    return {name: _summary(values) for name, values in times.items()}
-
-
-def _summary(seconds: list[float]) -> Timing:
-    milliseconds = [1e3 * value for value in seconds]
-    if len(milliseconds) == 1:
-        return Timing(milliseconds[0], milliseconds[0], milliseconds[0], 1)
-    low, median, high = statistics.quantiles(milliseconds, n=4, method="inclusive")
-    return Timing(median, low, high, len(milliseconds))
+from microglia.core.running import Example
+from microglia.core.timing import Timing, processor_name, time_interleaved
+from microglia.runtime.dense.execution import executions as prepare_executions
 
 
 @dataclass(frozen=True)
@@ -226,11 +127,3 @@ def _device(example: Example) -> str:
     if device.type != "cpu":
         return str(device)
     return processor_name()
-
-
-def processor_name() -> str:
-    """Returns the name of this machine's CPU."""
-    described = Path("/proc/cpuinfo")
-    lines = described.read_text(errors="replace").splitlines() if described.is_file() else []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, "") or platform.processor() or platform.machine() or "CPU"

@@ -18,8 +18,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from microglia.core.errors import MicrogliaError
+from microglia.core.running import Example, run, twin, undisturbed
 from microglia.measure.parameters import Weight, weights
-from microglia.measure.running import Example, run, twin, undisturbed
 
 aten = torch.ops.aten
 

@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 
 from microglia.core.errors import SelectorError
 from microglia.core.layers import prunable_layers
-from microglia.measure.running import evaluating, parametrizations
+from microglia.core.running import evaluating, parametrizations
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from microglia.core.errors import FileError
 from microglia.core.layers import effective_state
-from microglia.measure.running import evaluating, first_line
+from microglia.core.running import evaluating, first_line
 
 _CHUNK = 1 << 20  # bytes
 

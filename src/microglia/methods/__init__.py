@@ -3,8 +3,8 @@
 from microglia.methods.acdc import Acdc, AcdcConfig
 from microglia.methods.at_init import AtInit, AtInitConfig
 from microglia.methods.awg import Awg, AwgConfig
-from microglia.methods.base import Method, MethodConfig, method, methods, preset
 from microglia.methods.channels import ChannelsConfig
+from microglia.methods.config import Method, MethodConfig, method, methods, preset
 from microglia.methods.ddnp import DdnpConfig
 from microglia.methods.ftwt import Ftwt
 from microglia.methods.ftwt_config import FtwtConfig
@@ -14,10 +14,10 @@ from microglia.methods.oneshot import OneShot, OneShotConfig
 from microglia.methods.pas import Pas, PasConfig
 from microglia.methods.pdp import Pdp, PdpConfig
 from microglia.methods.pruner import PruneConfig, Pruner
-from microglia.methods.search import SearchConfig, UnitConfig, UnitPruner
 from microglia.methods.smart import Smart, SmartConfig
 from microglia.methods.sparse_training import SparseTraining
 from microglia.methods.sparse_training_config import SparseTrainingConfig
+from microglia.methods.unit_pruner import SearchConfig, UnitConfig, UnitPruner
 
 __all__ = [
     "Acdc",

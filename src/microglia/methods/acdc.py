@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from microglia.core.errors import BudgetError
-from microglia.methods.base import method
+from microglia.methods.config import method
 from microglia.methods.procedure import searched
-from microglia.methods.search import UnitConfig, UnitPruner, fits
-from microglia.train.run import Run
-from microglia.train.task import Task
+from microglia.methods.unit_pruner import UnitConfig, UnitPruner, fits
+from microglia.storage.run import Run
+from microglia.tasks.task import Task
 
 MOMENTA = ("momentum_buffer", "exp_avg")
 

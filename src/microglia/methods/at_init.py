@@ -11,20 +11,20 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from microglia.core.alive import Alive
 from microglia.core.errors import BudgetError, MicrogliaError
+from microglia.core.iterative import Alive
 from microglia.core.masks import MaskSet, enforce, mask, masks_of
 from microglia.core.patterns import Unstructured
 from microglia.core.schedules import schedules
 from microglia.core.shuffle import shuffled
-from microglia.methods.base import MethodConfig, fits, method, preset
+from microglia.methods.config import MethodConfig, fits, method, preset
 from microglia.methods.procedure import change, dense_model, evidence, observe, train
 from microglia.methods.pruner import PruneConfig, Pruner
 from microglia.scores import Evidence, PositiveFlow, effective_masks, example_of
 from microglia.scores.guard import in_training, untouched
+from microglia.storage.run import Run
+from microglia.tasks.task import Task
 from microglia.train.optim import FitConfig
-from microglia.train.run import Run
-from microglia.train.task import Task
 
 SEPARATE = ("magnitude", "random", "snip", "snip-inference", "gradient", "accumulated-gradient", "synflow")
 """Scores of a weight that do not look at the gradients of other ones, so that a removed weight is as good as one set to 0."""

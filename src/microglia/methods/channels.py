@@ -13,13 +13,13 @@ from microglia.core.budget import Budget
 from microglia.core.errors import BudgetError, PatternError, SelectorError
 from microglia.core.registry import unknown_name
 from microglia.graph import ShrinkError, plan_of, prune_channels
-from microglia.graph.plan import attach
-from microglia.methods.base import MethodConfig, method, preset
+from microglia.graph.cutting.plan import attach
+from microglia.methods.config import MethodConfig, method, preset
 from microglia.methods.procedure import change, cut, dense_model, evidence, observe, train
-from microglia.train.archive import removed_from
+from microglia.storage.archive import removed_from
+from microglia.storage.run import Progress, Run
+from microglia.tasks.task import Task
 from microglia.train.recover import RECALIBRATION, recalibrate_on
-from microglia.train.run import Progress, Run
-from microglia.train.task import Task
 
 TERMS = ("density", "params", "flops")
 """Terms of the budget that are fractions of the dense model."""

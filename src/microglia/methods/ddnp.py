@@ -28,14 +28,14 @@ from microglia.core.errors import BudgetError, PatternError, SelectorError, Trai
 from microglia.core.layers import prunable_layers
 from microglia.core.masks import mask
 from microglia.graph import plan_of, shrink
-from microglia.graph.coupled import CoupledChannels
-from microglia.graph.plan import attach
-from microglia.methods.base import MethodConfig, method
+from microglia.graph.channels.coupled import CoupledChannels
+from microglia.graph.cutting.plan import attach
+from microglia.methods.config import MethodConfig, method
 from microglia.methods.procedure import cut, dense_model, observe, train
 from microglia.methods.soft import SoftMasks
 from microglia.methods.units import ChannelUnits
-from microglia.train.run import Progress, Run
-from microglia.train.task import Task
+from microglia.storage.run import Progress, Run
+from microglia.tasks.task import Task
 
 INPUTS, HIDDEN = 64, 128  # length of the importance network's inputs, and of each direction of its GRU
 OFFSET, TEMPERATURE, MEMORY, JITTER, DECAY, TOLERANCE = 3.0, 0.4, 0.99, 0.02, 1e-4, 0.01

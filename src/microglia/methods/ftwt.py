@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from microglia.core.devices import device_of
 from microglia.core.errors import MicrogliaError
 from microglia.dynamic import (
     Counter,
@@ -39,13 +40,12 @@ from microglia.dynamic import (
     shares,
     statistics,
 )
-from microglia.methods.base import method
+from microglia.methods.config import method
 from microglia.methods.ftwt_config import FtwtConfig, plan_gates, with_r_of
 from microglia.methods.procedure import change, dense_model, train
-from microglia.train.engine import device_of
+from microglia.storage.run import Progress, Run
+from microglia.tasks.task import Task
 from microglia.train.optim import epoch_length
-from microglia.train.run import Progress, Run
-from microglia.train.task import Task
 
 
 class Ftwt:

@@ -10,7 +10,7 @@ from torch import nn
 from microglia.core.budget import Budget
 from microglia.core.errors import BudgetError, PatternError, SelectorError
 from microglia.dynamic import COUNTS, RULES, Count, Flow, GatePlan, Rule, find_sites
-from microglia.methods.base import MethodConfig
+from microglia.methods.config import MethodConfig
 
 Mode = Literal["decoupled", "joint", "heads", "random"]
 

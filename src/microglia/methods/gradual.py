@@ -15,13 +15,13 @@ from microglia.core.errors import BudgetError
 from microglia.core.masks import MaskSet, mask
 from microglia.core.schedules import schedules
 from microglia.methods.arguments import check_steps
-from microglia.methods.base import MaskConfig, method
+from microglia.methods.config import MaskConfig, method
 from microglia.methods.procedure import dense_in_order, evidence, train
 from microglia.methods.pruner import PruneConfig, Pruner
 from microglia.scores import Evidence
+from microglia.storage.run import Run
+from microglia.tasks.task import Task
 from microglia.train.optim import epoch_length
-from microglia.train.run import Run
-from microglia.train.task import Task
 
 
 @dataclass(frozen=True)

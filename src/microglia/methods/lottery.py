@@ -17,14 +17,14 @@ from microglia.core.masks import MaskSet, fold, mask
 from microglia.core.restore import restore
 from microglia.core.shuffle import shuffled
 from microglia.methods.at_init import other_weights, refuse_trained
-from microglia.methods.base import MethodConfig, method, preset
+from microglia.methods.config import MethodConfig, method, preset
 from microglia.methods.procedure import evidence, observe
 from microglia.methods.pruner import Pruner
+from microglia.storage.run import Run
+from microglia.tasks.task import Task
 from microglia.train.evaluate import evaluate
 from microglia.train.optim import FitConfig, epoch_length
 from microglia.train.rewind import State, advance, fresh_optimizers, start_of, with_masks
-from microglia.train.run import Run
-from microglia.train.task import Task
 
 Rewind = Literal["weights", "learning-rate", "fine-tune"]
 Control = Literal["none", "reinit", "shuffle"]

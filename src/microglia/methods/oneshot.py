@@ -8,13 +8,13 @@ from typing import Any
 
 from torch import nn
 
-from microglia.methods.base import MaskConfig, method, preset
+from microglia.methods.config import MaskConfig, method, preset
 from microglia.methods.procedure import change, dense_in_order, evidence, observe, train
 from microglia.methods.pruner import PruneConfig, Pruner
 from microglia.scores import Evidence
+from microglia.storage.run import Run
+from microglia.tasks.task import Task
 from microglia.train.recover import RECALIBRATION, recalibrate_on
-from microglia.train.run import Run
-from microglia.train.task import Task
 
 
 class OneShot(Pruner):

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 
 from microglia.core.errors import BudgetError, PatternError
 from microglia.core.patterns import NM, parse_pattern
-from microglia.methods.base import method
+from microglia.methods.config import method
 from microglia.methods.procedure import searched
-from microglia.methods.search import SearchConfig, UnitPruner, fits
+from microglia.methods.unit_pruner import SearchConfig, UnitPruner, fits
 from microglia.methods.units import ChannelUnits
-from microglia.train.run import Run
-from microglia.train.task import Task
+from microglia.storage.run import Run
+from microglia.tasks.task import Task
 
 THRESHOLD = 0.5
 TIE = 1e-6

@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from microglia.core.errors import BudgetError
 from microglia.core.patterns import NM
 from microglia.core.selection import keep_best
-from microglia.methods.base import method
+from microglia.methods.config import method
 from microglia.methods.procedure import searched
-from microglia.methods.search import SearchConfig, UnitPruner, fits
+from microglia.methods.unit_pruner import SearchConfig, UnitPruner, fits
 from microglia.methods.units import split
-from microglia.train.run import Run
-from microglia.train.task import Task
+from microglia.storage.run import Run
+from microglia.tasks.task import Task
 
 
 @dataclass(frozen=True)

@@ -17,20 +17,20 @@ from microglia.core.patterns import parse_pattern
 from microglia.core.restore import restore
 from microglia.graph import permutation_of, permute_channels, plan_of, shrink
 from microglia.measure import measure
-from microglia.methods.base import MaskConfig, MethodConfig
+from microglia.methods.config import MaskConfig, MethodConfig
 from microglia.methods.pruner import PruneConfig
 from microglia.methods.pruner import Pruner as Masks
-from microglia.methods.search import UnitConfig, UnitPruner
+from microglia.methods.unit_pruner import UnitConfig, UnitPruner
 from microglia.scores import Evidence
-from microglia.train.archive import cut_again
+from microglia.storage.archive import cut_again
+from microglia.storage.run import Progress, Run
+from microglia.tasks.task import Task
 from microglia.train.engine import rank_and_world
 from microglia.train.evaluate import evaluate
 from microglia.train.fit import Pruner as Stepped
 from microglia.train.fit import fit
 from microglia.train.optim import FitConfig, epoch_length
 from microglia.train.recover import recalibrate_on
-from microglia.train.run import Progress, Run
-from microglia.train.task import Task
 
 
 class Pruner(Stepped, Protocol):

@@ -21,13 +21,13 @@ from microglia.core.patterns import NM
 from microglia.core.registry import unknown_name
 from microglia.core.schedules import geometric
 from microglia.core.soft_topk import soft_topk
-from microglia.methods.base import method
+from microglia.methods.config import method
 from microglia.methods.procedure import searched
-from microglia.methods.search import Report, SearchConfig, UnitPruner, fits
+from microglia.methods.unit_pruner import Report, SearchConfig, UnitPruner, fits
 from microglia.methods.units import split
 from microglia.scores.inputs import mean_inputs
-from microglia.train.run import Run
-from microglia.train.task import Task
+from microglia.storage.run import Run
+from microglia.tasks.task import Task
 
 INITS = ("magnitude", "normalized", "layerwise", "noise", "activation")
 

@@ -27,14 +27,14 @@ from microglia.core.masks import Masked, MaskSet, enforce, mask
 from microglia.core.selection import keep_best
 from microglia.methods.arguments import check_steps
 from microglia.methods.at_init import refuse_trained
-from microglia.methods.base import method, preset
+from microglia.methods.config import method, preset
 from microglia.methods.procedure import dense_model, evidence, train
 from microglia.methods.pruner import PruneConfig, Pruner
 from microglia.methods.sparse_training_config import SparseTrainingConfig
 from microglia.scores import Evidence, scores
+from microglia.storage.run import Run
+from microglia.tasks.task import Task
 from microglia.train.optim import FitConfig, epoch_length
-from microglia.train.run import Run
-from microglia.train.task import Task
 
 
 class DenseGradients:

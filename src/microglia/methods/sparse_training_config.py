@@ -8,7 +8,7 @@ from typing import Literal, get_args
 
 from microglia.core.errors import BudgetError, PatternError
 from microglia.core.registry import unknown_name
-from microglia.methods.base import MethodConfig
+from microglia.methods.config import MethodConfig
 from microglia.train.optim import FitConfig
 
 Growth = Literal["gradient", "random"]

@@ -18,7 +18,7 @@ from microglia.core.layers import Layer, oriented, prunable_layers
 from microglia.core.left_out import tied_layers
 from microglia.core.patterns import Block, Channel, Pattern, Reduction
 from microglia.core.selection import keep_units
-from microglia.graph.coupled import CoupledChannels
+from microglia.graph.channels.coupled import CoupledChannels
 from microglia.measure.macs import count_macs
 from microglia.methods.block_scale import scale_blocks
 

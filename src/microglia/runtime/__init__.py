@@ -2,10 +2,10 @@
 
 from microglia.runtime.accelerate import accelerate
 from microglia.runtime.accelerated import Accelerated
-from microglia.runtime.chain import BlockChain, Link
-from microglia.runtime.library import level
+from microglia.runtime.operators import level
 from microglia.runtime.report import AccelerationReport, LayerChoice
-from microglia.runtime.sparse import BlockConv2d, BlockLinear, RowConv2d
+from microglia.runtime.sparse_layers.chain import BlockChain, Link
+from microglia.runtime.sparse_layers.layers import BlockConv2d, BlockLinear, RowConv2d
 
 __all__ = [
     "Accelerated",

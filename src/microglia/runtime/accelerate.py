@@ -14,17 +14,17 @@ import torch
 from torch import Tensor, nn
 
 from microglia.core.errors import MicrogliaError
-from microglia.measure.execution import Runner, bind, difference, runners
-from microglia.measure.fusion import Site, fuse
-from microglia.measure.latency import time_interleaved
-from microglia.measure.running import Example, first_line, folded_twin, run, undisturbed
+from microglia.core.running import Example, first_line, folded_twin, run, undisturbed
+from microglia.core.timing import time_interleaved
 from microglia.runtime.accelerated import Accelerated, refuse_autocast
+from microglia.runtime.bfloat16 import TOLERANCE, dense_lowered, lower, lowered_site
 from microglia.runtime.candidates import Candidate
-from microglia.runtime.chain import chained
-from microglia.runtime.choices import Choices, Times, default_cache
+from microglia.runtime.dense.execution import Runner, bind, difference, runners
+from microglia.runtime.dense.fusion import Site, fuse
 from microglia.runtime.devices import CPU, Device, device_of
-from microglia.runtime.lowered import TOLERANCE, dense_lowered, lower, lowered_site
 from microglia.runtime.report import AccelerationReport, LayerChoice, is_dense, left_dense
+from microglia.runtime.sparse_layers.chain import chained
+from microglia.runtime.timing_cache import Choices, Times, default_cache
 
 DENSE = ("eager", "eager-channels-last", "packed", "compiled")
 """The dense executions that are timed against, as `microglia.measure.executions` names them."""

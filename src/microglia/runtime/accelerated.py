@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from microglia.core.errors import MicrogliaError
-from microglia.measure.execution import Runner
-from microglia.measure.running import Example
+from microglia.core.running import Example
+from microglia.runtime.dense.execution import Runner
 from microglia.runtime.report import AccelerationReport
 
 

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from microglia.measure.fusion import Activation, Site
-from microglia.measure.packing import Packed, apply_activation
-from microglia.runtime.library import ACTIVATIONS, level
-from microglia.runtime.places import STRIPE, TAPS, one_group, to_blocks, to_rows
-from microglia.runtime.sparse import BlockConv2d, BlockLinear, RowConv2d
+from microglia.runtime.dense.fusion import Activation, Site
+from microglia.runtime.dense.packing import Packed, apply_activation
+from microglia.runtime.operators import ACTIVATIONS, level
+from microglia.runtime.sparse_layers.layers import BlockConv2d, BlockLinear, RowConv2d
+from microglia.runtime.sparse_layers.layout import STRIPE, TAPS, one_group, to_blocks, to_rows
 
 WASTE = 1.15
 """A wider block is worth trying where it stores at most so many times what blocks of one input store."""

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from microglia.core.errors import MicrogliaError
-from microglia.measure.fusion import Site
 from microglia.runtime.candidates import Candidate, candidates
-from microglia.runtime.choices import machine
-from microglia.runtime.cuda_candidates import cuda_candidates
-from microglia.runtime.library import has_triton, level
+from microglia.runtime.dense.fusion import Site
+from microglia.runtime.gpu.candidates import cuda_candidates
+from microglia.runtime.operators import has_triton, level
+from microglia.runtime.timing_cache import machine
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ import functools
 
 import torch
 from accelerate import Accelerator
-from torch import nn
 
 from microglia.core.errors import MicrogliaError
 
@@ -33,8 +32,3 @@ def rank_and_world() -> tuple[int, int]:
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_rank(), torch.distributed.get_world_size()
     return 0, 1
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """Returns the device of a model's parameters (the CPU for a model without any)."""
-    return next((p.device for p in model.parameters()), torch.device("cpu"))

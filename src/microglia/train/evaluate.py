@@ -7,9 +7,10 @@ from itertools import islice
 import torch
 from torch import Tensor, nn
 
+from microglia.core.devices import device_of
 from microglia.core.modes import evaluating
-from microglia.train.engine import device_of, rank_and_world
-from microglia.train.task import Split, Task
+from microglia.tasks.task import Split, Task
+from microglia.train.engine import rank_and_world
 
 
 @torch.no_grad()

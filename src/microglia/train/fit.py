@@ -13,13 +13,13 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from microglia.core.errors import TrainingError
+from microglia.storage.run import Progress
+from microglia.tasks.task import Batches, Task
 from microglia.train.engine import accelerator, rank_and_world
 from microglia.train.evaluate import evaluate
 from microglia.train.optim import FitConfig, epoch_length, lay_out, learning_rate, make_optimizers
 from microglia.train.progress import Bar
 from microglia.train.recover import distillation
-from microglia.train.run import Progress
-from microglia.train.task import Batches, Task
 
 Row = dict[str, Any]
 

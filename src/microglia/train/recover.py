@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from microglia.core.devices import device_of
 from microglia.core.errors import TrainingError
 from microglia.core.modes import evaluating
-from microglia.measure.running import Example
-from microglia.train.engine import device_of, rank_and_world
-from microglia.train.task import Task
+from microglia.core.running import Example
+from microglia.tasks.task import Task
+from microglia.train.engine import rank_and_world
 
 Norm = nn.modules.batchnorm._BatchNorm
 

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from microglia.core.layers import prunable_layers
 from microglia.core.masks import enforce, mask
 from microglia.core.restore import restore
+from microglia.storage.run import Progress, Run
+from microglia.tasks.task import Task
 from microglia.train.fit import fit
 from microglia.train.optim import FitConfig
-from microglia.train.run import Progress, Run
-from microglia.train.task import Task
 
 State = dict[str, Any]
 """A training as `microglia.train.fit.fit` saves it: ``model``, ``optimizers``, and a row of every epoch that is over."""

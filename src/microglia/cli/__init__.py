@@ -1,0 +1,5 @@
+"""The command line: `microglia`."""
+
+from microglia.cli.commands import main
+
+__all__ = ["main"]

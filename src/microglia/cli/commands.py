@@ -1,0 +1,312 @@
+"""The command line `microglia`: prune, shrink, eval, measure, routes, shifts, surface, connect, descent, sweep, tickets ..."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import Annotated, Any, get_args
+
+import typer
+import yaml
+from rich.table import Table
+
+import microglia.cli.connect  # these register their commands
+import microglia.cli.instability
+import microglia.cli.surface
+import microglia.cli.tickets  # noqa: F401
+from microglia.cli.app import Checkpoint, Data, Device, Json, Shown, SplitName, Target, app, command, given_recipe
+from microglia.core.errors import MicrogliaError
+from microglia.core.patterns import PATTERN_FORMS
+from microglia.lab.accelerating import accelerated, acceleration_tables
+from microglia.lab.execute import execute
+from microglia.lab.recipe import Recipe, RecipeError, as_dict, override, put, read_yaml, resolve, schema
+from microglia.lab.removed_channels import PICTURE, removal_table
+from microglia.lab.shrinking import Shrinking, shrink_saved
+from microglia.lab.summary import comparison_table, measurement_table, result_table
+from microglia.lab.sweep import run_sweep
+from microglia.lab.sweep_grid import plan_table, read_sweep
+from microglia.lab.target import open_target
+from microglia.measure import measure as measure_model
+from microglia.methods import methods as known_methods
+from microglia.report.write import collect
+from microglia.report.write import export as export_records
+from microglia.report.write import report as write_report
+from microglia.scores import scores
+from microglia.storage.archive import removed_from, saved_bytes
+from microglia.studies.routes.study import Viewing, layer_table, summary_table, view_routes
+from microglia.studies.shifts.study import Shifting, compare_shifts, shifts_table
+from microglia.tasks.task import SEEN, Split
+from microglia.train.evaluate import evaluate
+
+
+@command
+def prune(
+    words: Annotated[list[str] | None, typer.Argument(metavar="[MODEL] [KEY=VALUE]...")] = None,
+    data: Data = None,
+    checkpoint: Checkpoint = None,
+    method: Annotated[str | None, typer.Option(help="See `microglia methods`.")] = None,
+    pattern: Annotated[str | None, typer.Option(help=", ".join(PATTERN_FORMS))] = None,
+    scope: Annotated[str | None, typer.Option(help="global, layer, row or erk; of removed channels uniform or global.")] = None,
+    density: Annotated[float | None, typer.Option(help="Fraction of the prunable weights to keep, in (0, 1].")] = None,
+    params: Annotated[float | None, typer.Option(help="Fraction of all parameters to keep, in (0, 1].")] = None,
+    flops: Annotated[float | None, typer.Option(help="Fraction of the operations to keep: removes channels.")] = None,
+    ms: Annotated[float | None, typer.Option(help="Milliseconds per example, measured here: removes channels.")] = None,
+    round_to: Annotated[int | None, typer.Option(help="Widths in multiples of this, where channels are removed.")] = None,
+    permute: Annotated[bool | None, typer.Option(help="First order the channels so that blocks keep more.")] = None,
+    layers: Annotated[
+        list[str] | None, typer.Option(help="Layers to prune (name globs, type:Conv2d, role:classifier, !not).")
+    ] = None,
+    exclude: Annotated[list[str] | None, typer.Option(help="Layers neither pruned nor counted.")] = None,
+    protect: Annotated[list[str] | None, typer.Option(help="Layers kept dense but counted.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Epochs of training after (or while) pruning.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate of that training.")] = None,
+    accelerate: Annotated[bool | None, typer.Option("--accelerate", help="Time its fastest execution, layer by layer.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Root of every random number.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or auto.")] = None,
+    recipe: Annotated[Path | None, typer.Option(help="YAML recipe; options and KEY=VALUE override it.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Run directory; the same command goes on there.")] = None,
+    json_: Json = False,
+) -> Shown:
+    """Prune a model on data: load or train it, prune, recover, measure, save."""
+    words = list(words or [])
+    given = {
+        "model": words.pop(0) if words and "=" not in words[0] else None,
+        "data": data, "checkpoint": checkpoint, "method": method, "seed": seed, "device": device,
+        "train.epochs": epochs, "train.lr": lr, "prune.pattern": pattern, "prune.scope": scope, "prune.density": density,
+        "prune.params": params, "prune.flops": flops, "prune.ms": ms, "prune.round_to": round_to, "prune.permute": permute,
+        "prune.layers": layers, "prune.exclude": exclude, "prune.protect": protect, "measure.accelerate": accelerate,
+    }  # fmt: skip
+    source: dict[str, Any] = read_yaml(recipe) if recipe is not None else {}
+    for key, value in given.items():
+        if value is not None and value != []:
+            source = put(source, key, value)
+    resolved = resolve(given_recipe(source, words, recipe, typed=given))
+    directory = out if out is not None else _own_directory(resolved)
+    result = execute(resolved, directory)
+    shown: list[Any] = [f"Run: {directory}\nModel: {directory / 'model'}"]
+    if result.get("accelerated"):
+        shown = [*acceleration_tables(result["accelerated"]), *shown]
+    if result.get("removed"):
+        shown = [removal_table(result["removed"]), f"Picture: {directory / PICTURE}", *shown]
+    return result, [result_table(result), *shown]
+
+
+@command
+def shrink(
+    target: Annotated[Path, typer.Argument(help="A run directory or a saved model's, masked by channels.")],
+    data: Data = None,
+    out: Annotated[Path | None, typer.Option(help="Where the smaller model goes; default RUN/shrunk.")] = None,
+    keep_class: Annotated[bool, typer.Option("--keep-class", help="Only what the model's own classes can follow.")] = False,
+    clear: Annotated[bool, typer.Option("--clear", help="Zero the biases that masked channels still have; all go.")] = False,
+    latency: Annotated[bool, typer.Option(help="Whether to time dense, masked and shrunk.")] = True,
+    json_: Json = False,
+) -> Shown:
+    """Remove masked channels physically: a smaller model, proved equal, saved beside the masked one."""
+    asked = Shrinking(target, out, data, keep_class=keep_class, clear=clear, latency=latency)
+    result = shrink_saved(asked)
+    columns = {name: result[name] for name in ("dense", "masked", "shrunk")}
+    caption = f"The outputs on test inputs differ from the masked model's by {result['difference']:.1e} at most."
+    caption += " Biases and shifts of masked channels were set to zero first." if clear else ""
+    table = comparison_table(columns, result["latency"], title=f"{result['task']}: shrunk", caption=caption)
+    where = f"Picture: {asked.directory / PICTURE}\nModel: {asked.directory}"
+    return result, [removal_table(result["removed"]), table, where]
+
+
+@command
+def eval(
+    target: Target,
+    data: Data = None,
+    checkpoint: Checkpoint = None,
+    split: SplitName = "test",
+    json_: Json = False,
+) -> Shown:
+    """Evaluate a run, a saved model or a checkpoint."""
+    model, task = open_target(target, data, checkpoint)
+    metrics = evaluate(model, task, _split(split))
+    seen = SEEN if split != "test" and task.pretrained else None
+    table = Table("metric", split, title=task.name, caption=seen)
+    for name, value in metrics.items():
+        table.add_row(name, f"{value:.4f}")
+    return metrics, [table]
+
+
+@command
+def measure(
+    target: Target,
+    data: Data = None,
+    checkpoint: Checkpoint = None,
+    latency: Annotated[bool, typer.Option(help="Whether to time it.")] = True,
+    accelerate: Annotated[bool, typer.Option("--accelerate", help="Choose its fastest execution, layer by layer.")] = False,
+    precision: Annotated[str, typer.Option(help="Of the accelerated model: float32, or bf16, which rounds.")] = "float32",
+    batch: Annotated[int, typer.Option(min=1, help="Examples per timed call.")] = 1,
+    json_: Json = False,
+) -> Shown:
+    """Measure a run, a saved model or a network: parameters, MACs, latency, bytes."""
+    if precision != "float32" and not accelerate:
+        raise MicrogliaError(f"--precision {precision} is of the accelerated model: give it beside --accelerate.")
+    model, task = open_target(target, data, checkpoint)
+    example = task.example.repeat(batch, *[1] * (task.example.ndim - 1))
+    measured = {**measure_model(model, example, latency=latency).to_dict(), "saved": saved_bytes(target)}
+    shown: list[Any] = []
+    if accelerate:
+        measured["accelerated"] = accelerated(model, task, batch, precision=precision)[1]
+        shown = acceleration_tables(measured["accelerated"])
+    if (removed := removed_from(model)) is not None:
+        measured["shrunk_from"] = {"parameters": list(removed.parameters), "MACs": list(removed.macs)}
+    return measured, [measurement_table(task.name, measured), *shown]
+
+
+@command
+def routes(
+    target: Annotated[str, typer.Argument(help="A run of the method ftwt, or a saved gated model's directory.")],
+    data: Data = None,
+    split: SplitName = "test",
+    layer: Annotated[str | None, typer.Option(help="Layer of the heat maps; default at two thirds of the depth.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Where the pictures go; default RUN/routes.")] = None,
+    device: Device = "cpu",
+    json_: Json = False,
+) -> Shown:
+    """Show which filters each input uses in a dynamically pruned network: tables and pictures."""
+    told = view_routes(Viewing(target, _split(split), data, out, layer, device))
+    pictures = "\n".join(f"Picture: {path}" for path in told["pictures"] if path.endswith(".png"))
+    return told, [layer_table(told), summary_table(told), pictures]
+
+
+@command
+def shifts(
+    targets: Annotated[list[str], typer.Argument(help="Runs, saved models or names of networks, on the same data.")],
+    data: Data = None,
+    checkpoint: Checkpoint = None,
+    severity: Annotated[str, typer.Option(help="From 1 (mild) to 5, such as 1,3,5.")] = "1,3,5",
+    limit: Annotated[int | None, typer.Option(help="Test images to use; default all.")] = None,
+    device: Device = "cpu",
+    json_: Json = False,
+) -> Shown:
+    """Compare accuracy and operations on clean and on noisy, blurred, compressed and pale test images."""
+    try:
+        severities = tuple(int(word) for word in severity.split(","))
+    except ValueError:
+        raise RecipeError(f"The severities are whole numbers from 1 to 5 such as 1,3,5; got {severity!r}.") from None
+    compared = compare_shifts(Shifting(targets, severities, limit, data, checkpoint, device))
+    return compared, [shifts_table(compared)]
+
+
+@command
+def sweep(
+    file: Annotated[Path, typer.Argument(help="YAML with base and grid.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Such as base.seed=1.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Directory of the runs; default runs/NAME.")] = None,
+    jobs: Annotated[int, typer.Option(help="Runs at a time.", min=1)] = 1,
+    dry_run: Annotated[bool, typer.Option(help="List the runs only.")] = False,
+    json_: Json = False,
+) -> Shown:
+    """Run a grid of recipes, each a durable run; what is finished is not run again."""
+    planned = read_sweep(file, overrides or [])
+    directory = out if out is not None else Path("runs") / planned.name
+    if dry_run:
+        return [cell.name for cell in planned.cells], [plan_table(planned)]
+    outcome = run_sweep(planned, directory, jobs=jobs)
+    if outcome.failed:
+        typer.echo(outcome.sentence, err=True)
+    return outcome.to_dict(), [outcome.sentence]
+
+
+@command
+def report(
+    paths: Annotated[list[Path], typer.Argument(help="Run directories, or results/*.json.")],
+    out: Annotated[Path, typer.Option(help="Where to write tables, figures and the page.")] = Path("report"),
+    export: Annotated[Path | None, typer.Option(help="Also write the results, slim, to one JSON file to keep.")] = None,
+    json_: Json = False,
+) -> Shown:
+    """Collect runs into Markdown tables, figures and one interactive HTML page."""
+    written = write_report(paths, out)
+    if export is not None:
+        export_records(collect(paths), export)
+    return written.to_dict(), [written.sentence]
+
+
+@command
+def demo(
+    out: Annotated[Path, typer.Option(help="Run directory.")] = Path("runs/demo"),
+    json_: Json = False,
+) -> Shown:
+    """Train on real 8x8 digits, prune to a tenth, recover, measure, save, load and prove equality."""
+    recipe = {
+        "model": "conv-2",
+        "data": "digits",
+        "method": "magnitude",
+        "prune": {"density": 0.1, "scope": "global"},
+        "dense": {"epochs": 20, "lr": 0.05, "batch_size": 64},
+        "train": {"epochs": 10, "lr": 0.02, "batch_size": 64},
+    }
+    result = execute(resolve(recipe), out)
+    lines = [
+        f"The saved model was loaded again and equals the pruned one bit for bit: {out / 'model'}",
+        f"Recipe, metrics, result: {out}/recipe.yaml, metrics.jsonl, result.json",
+        f"Go on: microglia eval {out}   |   microglia report {out} --out {out}/report",
+    ]
+    return result, [result_table(result), *lines]
+
+
+@command
+def methods(json_: Json = False) -> Shown:
+    """List the methods and scores there are, with their defaults."""
+    rows = {
+        m.name: {"description": m.description, "defaults": {**_defaults(m.config), **m.defaults}}
+        for _, m in known_methods.items()
+    }
+    table = Table("method", "what it does", "its own settings")
+    for name, row in rows.items():
+        common = _defaults(known_methods["oneshot"].config)
+        own = {k: v for k, v in row["defaults"].items() if common.get(k) != v or k in known_methods[name].defaults}  # type: ignore[attr-defined]
+        table.add_row(name, str(row["description"]), ", ".join(f"{k}={v}" for k, v in own.items()))
+    found = {"methods": rows, "scores": list(scores), "patterns": list(PATTERN_FORMS)}
+    return found, [table, f"scores: {', '.join(scores)}", f"patterns: {', '.join(PATTERN_FORMS)}"]
+
+
+@command
+def recipe(
+    words: Annotated[list[str] | None, typer.Argument(metavar="[FILE] [KEY=VALUE]...")] = None,
+    schema_: Annotated[bool, typer.Option("--schema", help="Print the JSON schema instead.")] = False,
+    json_: Json = False,
+) -> Shown:
+    """Print a recipe with every default filled in, or the JSON schema of recipes."""
+    words = list(words or [])
+    source = read_yaml(Path(words.pop(0))) if words and "=" not in words[0] else {}
+    source = override(source, words)
+    if schema_:
+        found = schema(source.get("method"))
+        return found, [json.dumps(found, indent=2)]
+    resolved = as_dict(resolve(source))
+    return resolved, [yaml.safe_dump(resolved, sort_keys=False)]
+
+
+def _split(name: str) -> Split:
+    for split in get_args(Split):
+        if split == name:
+            return split  # type: ignore[no-any-return]
+    raise RecipeError(f"The split is train, validation or test; got {name!r}.")
+
+
+def _defaults(config: type) -> dict[str, Any]:
+    example = config()
+    return {f.name: getattr(example, f.name) for f in fields(config) if f.name not in ("dense", "train")}
+
+
+def _own_directory(recipe: Recipe) -> Path:
+    """Returns the directory under runs/ of a recipe: the same recipe, the same directory."""
+    mark = hashlib.blake2b(json.dumps(as_dict(recipe), sort_keys=True).encode(), digest_size=3).hexdigest()
+    name = f"{recipe.model}-{recipe.data}-{recipe.method}-{mark}"
+    return Path("runs") / "".join(c if c.isalnum() or c in "-_." else "_" for c in name)
+
+
+def main() -> None:
+    """Runs the command line.
+
+    The current folder comes last on the import path, so that ``mynet:MyNet`` is found there and hides no library.
+    """
+    sys.path.append(str(Path.cwd()))
+    app()

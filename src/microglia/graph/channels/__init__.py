@@ -1,0 +1,1 @@
+"""Coupled channels: groups, units, and how wide each is to be."""

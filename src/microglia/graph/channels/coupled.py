@@ -1,0 +1,156 @@
+"""Coupled channels as units of a search: where each channel is read, what makes it, what it costs."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from microglia.graph.channels.groups import ChannelGroup, channel_groups, excluded_tensors, independent
+from microglia.graph.channels.widths import Costs
+from microglia.graph.cutting.parts import Part
+from microglia.graph.cutting.remove import Subject
+from microglia.graph.cutting.verify import ShrinkError
+from microglia.graph.dims.analysis import Analysis
+
+
+@dataclass(frozen=True)
+class Place:
+    """A dimension of a parameter in which channels occur.
+
+    Attributes:
+        name: The parameter.
+        dim: Which of its dimensions.
+        units: The unit of each entry, int64 (entries,); the number of all units where an entry belongs to none.
+    """
+
+    name: str
+    dim: int
+    units: Tensor
+
+
+class CoupledChannels:
+    """All channels of a model that can be removed, numbered through; those that must go together are one unit.
+
+    A channel is *read* by the weights that contract it. Scaling it there scales what it is after norm and activation: in front
+    of a batch norm a positive factor is divided out again, and a mask would get no gradient (spec: SMART 2.6). What *makes*
+    it are the rows of the weights that write it, their biases and the affine parameters of its norms: with all of these zero
+    it is zero, and `shrink` removes it.
+
+    Groups that a norm, mean or softmax runs over are left out, for there removing is not zeroing; so are those no weight reads.
+
+    Args:
+        model: Any model `torch.export` can trace; it is left as it is.
+        example_inputs: A tensor, a tuple of arguments, or a mapping of keyword arguments.
+        exclude: Selectors of layers that stay as they are, inputs and outputs both; see `prune_channels`.
+
+    Attributes:
+        names: Of the groups, each another: the first weight that makes them.
+        lengths: Channels in each group.
+        count: Channels in all.
+        read: Places where a channel is read.
+        made: Places that make it.
+
+    Raises:
+        SelectorError: A selector meets nothing.
+        ShrinkError: No channel can be removed.
+        TraceError: The model cannot be traced.
+    """
+
+    def __init__(self, model: nn.Module, example_inputs: Any, exclude: Sequence[str] = ()) -> None:
+        subject = Subject.of(model, example_inputs)
+        excluded = excluded_tensors(subject.model, exclude)
+        found = [(part, group) for part in subject.parts for group in _groups(part, excluded)]
+        if not found:
+            raise ShrinkError(f"No channels of {type(model).__name__} can be masked and removed.")
+        self.groups = [group for _, group in found]
+        self.lengths = [group.size for group in self.groups]
+        self.count = sum(self.lengths)
+        self._costs = Costs(subject.parts, self.groups, sum(p.numel() for p in model.parameters()))
+        starts = dict(zip((g.atom for g in self.groups), _starts(self.lengths), strict=True))
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        self.names: list[str] = []
+        read: dict[tuple[str, int], Place] = {}
+        made: dict[tuple[str, int], Place] = {}
+        for part, group in found:
+            maker = next(m.name for m in group.members if (m.name, m.dim) in part.analysis.producers)
+            self.names.append(_unused(part.name(maker), self.names))
+            for place, reads in _places(part, group, starts[group.atom], self.count):
+                if place.name in parameters:
+                    _merge(read if reads else made, place)
+        self.read, self.made = tuple(read.values()), tuple(made.values())
+        self._shapes = {p.name: parameters[p.name].shape for p in (*self.read, *self.made)}
+
+    def weights(self) -> Tensor:
+        """Returns how many weights make each channel, int64 (count,)."""
+        sizes = torch.zeros(self.count + 1, dtype=torch.int64)
+        for place in self.made:
+            shape = self._shapes[place.name]
+            if len(shape) > 1:
+                sizes.index_add_(0, place.units, torch.full_like(place.units, shape.numel() // shape[place.dim]))
+        return sizes[:-1]
+
+    def macs_each(self) -> Tensor:
+        """Returns what the first channel removed from each group saves, in multiply-accumulates, int64 (count,)."""
+        whole = self._costs.macs({})
+        each = [whole - self._costs.macs({g.atom: g.size - 1}) for g in self.groups]
+        return torch.tensor(each).repeat_interleave(torch.tensor(self.lengths))
+
+    def macs(self, kept: Tensor) -> Tensor:
+        """Returns the fraction of multiply-accumulates left when each channel stays by ``kept`` in [0, 1]; differentiable.
+
+        The product of the widths of every layer, as they stand together (PaS: the sum over layers of in x out).
+        """
+        counts = {g.atom: part.sum() for g, part in zip(self.groups, torch.split(kept, self.lengths), strict=True)}
+        return self._costs.macs(counts) / self._costs.dense["flops"]  # type: ignore[arg-type,return-value]
+
+
+def _groups(part: Part, excluded: Collection[str]) -> list[ChannelGroup]:
+    """Returns the groups in which a mask is a removal, and which some weight reads."""
+    analysis = part.analysis
+    own = [g for g in channel_groups(analysis, excluded, part.path) if not g.renormalized]
+    return [
+        g
+        for g in independent(analysis, own)
+        if any(_reads(analysis, m.name, m.dim) for m in g.members)
+        and any((m.name, m.dim) in analysis.producers for m in g.members)
+    ]
+
+
+def _reads(analysis: Analysis, name: str, dim: int) -> bool:
+    """Tells whether a weight contracts this dimension: it makes channels with another one of its own."""
+    makers = {k for n, k in analysis.producers if n == name}
+    shape = analysis.trace.tensors[name].shape
+    return bool(makers) and dim not in makers and shape[dim] > 1
+
+
+def _places(part: Part, group: ChannelGroup, start: int, none: int) -> Iterator[tuple[Place, bool]]:
+    """Yields the places of a group's channels, and whether they are read there or made."""
+    analysis = part.analysis
+    for member in group.members:
+        reads = _reads(analysis, member.name, member.dim)
+        shape = analysis.trace.tensors[member.name].shape
+        vector = shape.numel() == shape[member.dim]
+        if reads or vector or (member.name, member.dim) in analysis.producers:
+            place = analysis.algebra.coordinate(analysis.parameter_dims[member.name][member.dim], group.atom)
+            yield Place(part.name(member.name), member.dim, torch.where(place >= 0, place + start, none)), reads
+
+
+def _merge(places: dict[tuple[str, int], Place], place: Place) -> None:
+    """Adds a place; where a dimension holds channels of several groups side by side, they share one."""
+    before = places.get((place.name, place.dim))
+    units = place.units if before is None else torch.minimum(before.units, place.units)
+    places[place.name, place.dim] = Place(place.name, place.dim, units)
+
+
+def _unused(name: str, names: Sequence[str]) -> str:
+    """Returns a name not used yet: one layer makes several groups where padding or concatenation cuts its outputs."""
+    return name if name not in names else next(n for k in itertools.count(2) if (n := f"{name}#{k}") not in names)
+
+
+def _starts(lengths: Sequence[int]) -> list[int]:
+    return [sum(lengths[:i]) for i in range(len(lengths))]

@@ -1,0 +1,1 @@
+"""Cutting: kept units to a smaller model that is verified equal."""

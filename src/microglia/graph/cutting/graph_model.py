@@ -1,0 +1,118 @@
+"""Building: the smaller model as its graphs, which train, follow precision and copy as the model does."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from typing import Any
+
+from torch import nn
+
+from microglia.graph.cutting.cut import Cut
+from microglia.graph.cutting.live import following_precision, live_trace, states_precision, unread
+from microglia.graph.cutting.modules import Indices, indices, kept_units
+from microglia.graph.cutting.parts import double_copy, to_double
+from microglia.graph.cutting.surgery import Follows, GraphModel, cut_graph, forward_names
+from microglia.graph.cutting.training import Mode, averaging, drew, exceptions, following, lost, modes_of, note, own_code
+from microglia.graph.dims.analysis import Analysis
+from microglia.graph.dims.refusals import TraceError
+from microglia.graph.dims.trace import Trace, as_inputs
+
+
+def graph_model(
+    model: nn.Module, example: Any, kept: Indices, dynamic: Sequence[int] = (0,), whole: tuple[nn.Module, str] | None = None
+) -> GraphModel:
+    """Returns the cut model as its graph; as two, where its own code does something else in training.
+
+    Args:
+        model: To trace.
+        example: Its inputs, (args, kwargs).
+        kept: Kept indices by tensor.
+        dynamic: Dimensions of the inputs that are left free.
+        whole: The model of which this is a part, and the part's path; its own `train` says which modules stay as they are.
+    """
+    root, path = whole or (model, "")
+    modes, stay = modes_of(model), exceptions(modes_of(root), path)
+    names, evaluation = forward_names(model), cut_again(model, example, kept, dynamic)
+    training, why = _in_training(model, example, kept, dynamic)
+    first, second = evaluation.analysis.trace, training.analysis.trace if training else None
+    follows, known = _follows(model, example, dynamic, first, following(model, first, second, modes))
+    small = cut_graph(evaluation, names, follows)
+    small.microglia_exceptions = stay
+    name = path or type(model).__name__
+    notes = [] if training else [lost(name, model, why)]
+    if training and second and (own := own_code(first, second)):
+        mode = following(model, second, first, modes, training=True)
+        follows, also = _follows(model, example, dynamic, second, mode, training=True)
+        known = known and also
+        small.learn_training(training, names, follows)
+        notes += note(name, own, model)
+    small.learn_layers(model)
+    small.learn_modes(model)
+    small.microglia_notes = (*notes, *([] if known else [_PRECISION.format(name=name)]), *_unread(name, model, small))
+    return small
+
+
+_PRECISION = (
+    "Types that the code of {name} states stay as they were traced, so that its graph may not run in another precision: "
+    "convert the model before it is cut."
+)
+
+
+def _unread(name: str, model: nn.Module, small: nn.Module) -> list[str]:
+    names = unread(model, small)
+    if not names:
+        return []
+    shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return [
+        f"The graph of {name} does not hold {shown}: no operator reads it. What the model's code computed from it "
+        "once and kept is a constant, which no optimizer reaches; the parameters are counted without it."
+    ]
+
+
+def _follows(
+    model: nn.Module,
+    example: Any,
+    dynamic: Sequence[int],
+    traced: Trace,
+    modes: Mapping[Any, Mode],
+    *,
+    training: bool = False,
+) -> tuple[Follows, bool]:
+    """Returns what operators of a trace follow, and whether this is known of the types that it states."""
+    if not states_precision(traced):
+        return Follows(modes), True
+    twin = double_copy(model)
+    with suppress(TraceError), averaging(twin):
+        inputs = as_inputs(to_double(example))
+        wide, _ = drew(lambda: live_trace(twin, inputs, dynamic=dynamic, training=training))
+        types, fixed, known = following_precision(traced, wide)
+        return Follows(modes, types, fixed), known
+    return Follows(modes), False
+
+
+def _in_training(model: nn.Module, example: Any, kept: Indices, dynamic: Sequence[int]) -> tuple[Cut | None, str]:
+    """Returns the cut of the trace in training mode, or why there is none."""
+    try:
+        with averaging(model):
+            cut, drawn = drew(lambda: cut_again(model, example, kept, dynamic, training=True))
+    except TraceError:
+        return None, "cannot be traced"
+    if drawn:
+        return None, "draws random numbers from Python or NumPy, which a graph cannot"
+    if indices(cut) != {name: dict(by_dim) for name, by_dim in kept.items() if name in cut.analysis.parameter_dims}:
+        return None, "cannot be cut in the same way"
+    return cut, ""
+
+
+def cut_again(
+    model: nn.Module,
+    example: Any,
+    kept: Indices,
+    dynamic: Sequence[int] = (0,),
+    *,
+    training: bool = False,
+) -> Cut:
+    """Returns the cut by kept indices of a new trace of the model, in its own precision."""
+    analysis = Analysis(live_trace(model, as_inputs(example), dynamic=dynamic, training=training))
+    return Cut(analysis, kept_units(analysis, kept))

@@ -1,0 +1,204 @@
+"""Surgery on the user's own modules: tensors sliced in a copy, and the sizes its layers note about themselves mended."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from microglia.graph.cutting.cut import Cut, by_group, constants, positions, select
+from microglia.graph.dims.analysis import Analysis
+from microglia.graph.dims.trace import named_arguments
+
+Indices = Mapping[str, Mapping[str, list[Any]]]
+"""Tensor name -> dimension -> kept indices; of the weight of a convolution whose groups keep others, a list for each."""
+
+Attributes = Mapping[str, Mapping[str, Any]]
+"""Module name -> attribute -> new value."""
+
+NOTED = ("groups", "num_groups", "normalized_shape", "pad")
+"""Arguments that layers hand to their operators from an attribute of the same name."""
+
+
+def indices(cut: Cut) -> dict[str, dict[str, list[Any]]]:
+    """Returns the kept indices of every tensor that loses any."""
+    found = {}
+    for name in cut.analysis.parameter_dims:
+        if removed := cut.removed(name):
+            found[name] = {str(k): positions(mask) for k, mask in removed.items()}
+    return found
+
+
+def kept_units(analysis: Analysis, kept: Indices, without: Collection[str] = ()) -> dict[int, Tensor]:
+    """Returns which units of each atom stay, from kept indices by tensor: those that any of their entries keeps.
+
+    Args:
+        analysis: Of the model.
+        kept: As `indices` returns it; tensors not named stay whole.
+        without: Tensors that say nothing.
+    """
+    algebra, rows = analysis.algebra, analysis.rows
+    units: dict[int, Tensor] = {}
+    for name, dims in analysis.parameter_dims.items():  # whole tensors too: a unit that is gone from one may stay in others
+        if name in analysis.trace.constants or name in without:  # constants are numbered by each trace in its own way
+            continue
+        for k in range(len(dims)):
+            dim, stays = analysis.entries(name, k), _stays(analysis, name, k, kept.get(name, {}))
+            for atom in algebra.leaves(dim):
+                place = algebra.coordinate(dim, atom, rows.get(atom, 1))
+                found = units.setdefault(atom, torch.zeros(rows.get(atom, 1) * algebra.sizes[atom], dtype=torch.bool))
+                found[place[stays & (place >= 0)]] = True
+    return {atom: _by_row(found, rows.get(atom, 1)) for atom, found in units.items() if not bool(found.all())}
+
+
+def _stays(analysis: Analysis, name: str, k: int, kept: Mapping[str, list[Any]]) -> Tensor:
+    """Returns which entries of a tensor's dimension stay, in every group of a convolution that does; boolean (entries,)."""
+    groups, shape = analysis.algebra.size(analysis.groups(name, k)), analysis.trace.tensors[name].shape
+    stay: Any = kept.get(str(k))
+    rows = list(dict.fromkeys(i * groups // shape[0] for i in kept.get("0", range(shape[0])))) if groups > 1 else [0]
+    stays = torch.zeros(groups, shape[k], dtype=torch.bool)
+    each = stay if by_group(stay or []) else [range(shape[k]) if stay is None else stay] * len(rows)
+    if groups == 1:  # of lists for groups that this trace does not see, what any keeps
+        rows *= len(each)
+    for row, own in zip(rows, each, strict=True):
+        stays[row, list(own)] = True
+    return stays.flatten()
+
+
+def _by_row(units: Tensor, rows: int) -> Tensor:
+    """Returns the units of each row; a row of which none stays, for it goes itself, is as the first that does."""
+    if rows == 1:
+        return units
+    each = units.view(rows, -1)
+    alive = each.any(1)
+    return torch.where(alive[:, None], each, each[alive][0]) if bool(alive.any()) else each
+
+
+def attributes(cut: Cut, model: nn.Module) -> dict[str, dict[str, Any]]:
+    """Returns the attributes that layers pass to their operators and that the cut changes: groups, normalized shapes."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    found: dict[str, dict[str, Any]] = {}
+    for node in cut.analysis.trace.graph.nodes:
+        if node.op != "call_function":
+            continue
+        _, changes = constants(cut, node)
+        path = issuer(node)
+        for key, value in changes.items():
+            if key not in NOTED or path not in modules or not hasattr(modules[path], key):
+                continue
+            if _list(getattr(modules[path], key)) == _list(named_arguments(node)[key]):
+                found.setdefault(path, {})[key] = value
+    return found
+
+
+def _list(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def issuer(node: Any) -> str:
+    """Returns the path of the module whose forward called the operator."""
+    stack = node.meta.get("nn_module_stack") or {}
+    path = list(stack.values())[-1][0] if stack else ""
+    return str(path)
+
+
+def cut_module(model: nn.Module, kept: Indices, changed: Attributes) -> nn.Module:
+    """Returns a copy of the model, cut."""
+    model = deepcopy(model)
+    apply_indices(model, kept, changed)
+    forget(model)
+    return model
+
+
+def forget(model: nn.Module) -> None:
+    """Lets a model compute anew what it keeps in one mode alone, such as biases by position, from the cut parameters."""
+    modes = {module: module.training for module in model.modules()}
+    for mode in (not model.training, model.training):
+        model.train(mode)
+    for module, mode in modes.items():
+        module.training = mode
+
+
+@torch.no_grad()
+def apply_indices(model: nn.Module, kept: Indices, changed: Attributes) -> None:
+    """Slices tensors of a model in place and mends its layers' attributes. Names that are no tensor of it are left out."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    new_of: dict[int, Tensor] = {}
+    held: list[Tensor] = []  # what was replaced lives on, for a new tensor might else get its id
+    touched: dict[int, nn.Module] = {}
+    for name, by_dim in kept.items():
+        path, _, leaf = name.rpartition(".")
+        owner = modules.get(path)
+        old = getattr(owner, leaf, None)
+        if owner is None or not isinstance(old, Tensor):
+            continue
+        if id(old) not in new_of:
+            held.append(old)
+            new_of[id(old)] = new = _sliced(old, by_dim)
+            new_of[id(new)] = new  # a module that is held under several names is cut under the first
+        if leaf in owner._parameters:
+            owner._parameters[leaf] = new_of[id(old)]  # type: ignore[assignment]
+        elif leaf in owner._buffers:
+            owner._buffers[leaf] = new_of[id(old)]
+        else:
+            setattr(owner, leaf, new_of[id(old)])
+        touched[id(owner)] = owner
+    for path, values in changed.items():
+        for attribute, value in values.items():
+            old = getattr(modules[path], attribute)
+            if attribute not in NOTED or isinstance(old, bool) or not isinstance(old, int | tuple | list):
+                raise ValueError(f"{attribute} of {path} is no size that a cut changes")
+            if isinstance(old, int) is not isinstance(value, int) or len(_list(value)) != len(_list(old)):
+                raise ValueError(f"{attribute} of {path} is {old}, which cannot become {value}")
+            setattr(modules[path], attribute, value if isinstance(old, int) else type(old)(value))
+            touched[id(modules[path])] = modules[path]
+    for module in touched.values():
+        mend(module)
+
+
+def _sliced(old: Tensor, by_dim: Mapping[str, list[Any]]) -> Tensor:
+    for dim, places in by_dim.items():
+        flat = [i for place in places for i in place] if by_group(places) else places
+        if flat and not 0 <= min(flat) <= max(flat) < old.shape[int(dim)]:
+            raise IndexError(f"dimension {dim} has {old.shape[int(dim)]} entries, of which {max(flat)} is none")
+    new = old.detach()
+    for dim in sorted(by_dim, key=int):
+        new = select(new, int(dim), by_dim[dim])
+    if old.ndim == 4 and not old.is_contiguous() and old.is_contiguous(memory_format=torch.channels_last):
+        new = new.contiguous(memory_format=torch.channels_last)  # or every convolution would convert it
+    return nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
+
+
+def mend(module: nn.Module) -> None:
+    """Makes the sizes that a layer notes about itself those of its tensors."""
+    weight = getattr(module, "weight", None)
+    if isinstance(module, _ConvNd):
+        first, second = module.weight.shape[0], module.weight.shape[1] * module.groups
+        transposed = isinstance(module, _ConvTransposeNd)
+        module.in_channels, module.out_channels = (first, second) if transposed else (second, first)
+    elif isinstance(module, nn.Linear):
+        module.out_features, module.in_features = module.weight.shape
+    elif isinstance(module, nn.Embedding):
+        module.num_embeddings, module.embedding_dim = module.weight.shape
+    elif isinstance(module, _NormBase):
+        present = module.running_mean if module.running_mean is not None else module.weight
+        module.num_features = len(present) if present is not None else module.num_features
+    elif isinstance(module, nn.GroupNorm) and module.weight is not None:
+        module.num_channels = len(module.weight)
+    elif isinstance(module, nn.LayerNorm | nn.RMSNorm) and module.weight is not None:
+        module.normalized_shape = tuple(module.weight.shape)
+    elif isinstance(module, nn.PReLU):
+        module.num_parameters = len(module.weight)
+    elif isinstance(module, nn.RNNBase):
+        module.input_size = module.get_parameter("weight_ih_l0").shape[1]
+        module.hidden_size = module.get_parameter("weight_hh_l0").shape[1]
+        module._flat_weights = [getattr(module, name) for name in module._flat_weights_names]
+    elif type(module).__name__ == "Conv1D" and isinstance(weight, Tensor):  # of Transformers: (in, out)
+        for attribute, size in (("nx", weight.shape[0]), ("nf", weight.shape[1])):
+            if hasattr(module, attribute):
+                setattr(module, attribute, size)

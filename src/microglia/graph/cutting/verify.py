@@ -1,0 +1,217 @@
+"""Verification: the pruned graph against the masked model, node by node, in lockstep.
+
+Comparing every intermediate value catches mistakes whose effect on the output is 1e-9, and names the operator. Values are
+dropped after their last use, so that no more than the two running models' own memory is needed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from microglia.core.errors import MicrogliaError
+from microglia.graph.cutting.cut import Cut
+from microglia.graph.cutting.reference import MissingReference, Reference
+from microglia.graph.cutting.surgery import patched
+from microglia.graph.dims.trace import copied, operator_name
+
+
+class ShrinkError(MicrogliaError):
+    """A model that cannot be shrunk as asked; the text names the operator or the group."""
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What the comparison found.
+
+    Attributes:
+        error: Largest difference at any node, relative to the largest value there.
+        node: Where that was.
+        module: The module that node belongs to.
+        outputs: Outputs of the pruned graph, flat.
+        nodes: How many values were compared.
+        left_out: Operators, by module, that masked entries would change though they are zeroed: a norm, a softmax, a sum of
+            values that are not zero. There the reference runs over the kept entries.
+    """
+
+    error: float
+    node: str
+    module: str
+    outputs: tuple[Any, ...]
+    nodes: int
+    left_out: tuple[str, ...] = ()
+
+
+@torch.no_grad()
+def verify(cut: Cut, inputs: Sequence[Any] | None = None, tolerance: float = 1e-10) -> Verification:
+    """Runs masked reference and pruned graph together and compares the kept entries of every value.
+
+    Args:
+        cut: What stays.
+        inputs: Flat inputs; by default those the model was traced with.
+        tolerance: Largest relative difference allowed; 1e-10 suits float64, 1e-4 float32.
+
+    Raises:
+        ShrinkError: A value differs: a rule is wrong, and the first node named is where.
+    """
+    run = _Lockstep(cut, tuple(cut.analysis.trace.example if inputs is None else inputs), tolerance)
+    return run.result()
+
+
+@torch.no_grad()
+def run_patched(cut: Cut) -> Verification:
+    """Runs the pruned graph alone on the traced inputs: nothing is compared."""
+    lockstep = _Lockstep(cut, cut.analysis.trace.example, math.inf)
+    lockstep.alone = True
+    return lockstep.result()
+
+
+class _Lockstep:
+    def __init__(self, cut: Cut, inputs: tuple[Any, ...], tolerance: float) -> None:
+        self.cut, self.trace, self.tolerance = cut, cut.analysis.trace, tolerance
+        self.reference = Reference(cut)
+        self.alone = False
+        _, self.copies = patched(cut)
+        self.originals = {copy: node for node, copy in self.copies.items()}
+        self.inputs = dict(zip(self.trace.inputs, inputs, strict=True))
+        self.wanted: dict[fx.Node, Any] = {}
+        self.got: dict[fx.Node, Any] = {}
+        self.worst, self.where, self.compared = 0.0, "", 0
+        self.left_out: dict[str, None] = {}
+        self.last_use = {source: node for node in self.trace.graph.nodes for source in node.all_input_nodes}
+        self.extra_use = {source: copy for copy in self._copied() for source in copy.all_input_nodes}
+
+    def _copied(self) -> list[fx.Node]:
+        graph = next(iter(self.copies.values())).graph
+        return list(graph.nodes)
+
+    def result(self) -> Verification:
+        outputs: tuple[Any, ...] = ()
+        for copy in self._copied():
+            node = self.originals.get(copy)
+            if copy.op == "output":
+                outputs = tuple(fx.node.map_arg(copy.args[0], self.got.__getitem__))  # type: ignore[arg-type]
+            elif copy.op == "placeholder":
+                assert node is not None
+                self._place(node, copy)
+            else:
+                self._step(node, copy)
+        return Verification(self.worst, self.where, self._module(self.where), outputs, self.compared, tuple(self.left_out))
+
+    def _place(self, node: fx.Node, copy: fx.Node) -> None:
+        name = self.trace.name_of.get(node.name)
+        if name is None:
+            self.wanted[node], self.got[copy] = copied(self.inputs[node.name]), copied(self.inputs[node.name])
+        elif node.users:
+            tensor = self.trace.tensors[name].detach()
+            self.wanted[node], self.got[copy] = self.cut.zero(name, tensor), self.cut.slice(name, tensor)
+            if self.got[copy] is tensor:  # an operator may write over it
+                self.got[copy] = tensor.clone()
+
+    def _step(self, node: fx.Node | None, copy: fx.Node) -> None:
+        try:
+            arguments = fx.node.map_arg(copy.args, self.got.__getitem__)
+            self.got[copy] = copy.target(*arguments, **fx.node.map_arg(copy.kwargs, self.got.__getitem__))  # type: ignore[operator]
+        except (RuntimeError, ValueError, IndexError) as error:
+            raise ShrinkError(f"{copy.name} does not run after the cut ({self._module(copy.name)}): {error}") from error
+        if node is not None and not self.alone:
+            try:
+                self.wanted[node] = self.reference.run(node, self.wanted)
+            except MissingReference as error:
+                raise ShrinkError(f"The cut cannot be verified: {error}.") from error
+            if node in self.reference.reduced_nodes and self._zeros_count(node):
+                self.left_out[f"{operator_name(node)} {self._module(node.name)}"] = None
+            if _is_arbitrary(node):  # random or uninitialized: both models go on with the same values
+                self.got[copy] = copied(self._kept(node, self.wanted[node]))
+            self._compare(node, self.wanted[node], self.got[copy])
+            self._drop(self.wanted, self.last_use, node)
+        self._drop(self.got, self.extra_use, copy)
+
+    def _zeros_count(self, node: fx.Node) -> bool:
+        """Tells whether a reduction over kept entries differs from that over all, the removed ones zeroed where they begin."""
+        pairs = zip(_tensors(self.reference.with_zeros(node, self.wanted)), _tensors(self.wanted[node]), strict=True)
+        return any(difference(self._kept(node, zeros), self._kept(node, wanted)) > _ALIKE for zeros, wanted in pairs)
+
+    def _drop(self, values: dict[fx.Node, Any], last: dict[fx.Node, fx.Node], node: fx.Node) -> None:
+        for source in node.all_input_nodes:
+            if last.get(source) is node:
+                values.pop(source, None)
+
+    def _kept(self, node: fx.Node, value: Any) -> Any:
+        """Returns the entries of a node's value that stay."""
+        if not isinstance(value, Tensor):
+            return value
+        dims = self.cut.analysis.dims[node]
+        for k, dim in enumerate(dims[0] if dims and isinstance(dims[0], list) else dims):  # of several values, which are alike
+            if self.cut.changes(dim):
+                value = value.index_select(k, self.cut.mask(dim).nonzero()[:, 0].to(value.device))
+        return value
+
+    def _compare(self, node: fx.Node, wanted: Any, got: Any) -> None:
+        if not isinstance(wanted, Tensor):
+            return
+        wanted = self._kept(node, wanted)
+        self.compared += 1
+        if wanted.shape != got.shape:
+            shapes = f"{tuple(got.shape)} instead of {tuple(wanted.shape)}"
+            raise ShrinkError(f"{node.name} has shape {shapes} after the cut ({self._module(node.name)}).")
+        error = difference(got, wanted)
+        if error > self.worst:
+            self.worst, self.where = error, node.name
+        if error > self.tolerance:
+            raise ShrinkError(
+                f"The pruned model would differ from the masked one by {error:.1e} at {node.name} "
+                f"({self._module(node.name)}); nothing was returned. Exclude this layer's groups, and report it."
+            )
+
+    def _module(self, name: str) -> str:
+        for node in self.trace.graph.nodes:
+            if node.name == name:
+                stack = list((node.meta.get("nn_module_stack") or {}).values())
+                return f"in {stack[-1][0] or 'the model'}" if stack else "in the model"
+        return "in the model"
+
+
+_ALIKE = 1e-9
+"""Relative difference up to which two values of one reduction are one."""
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    return [value] if isinstance(value, Tensor) else [v for v in value if isinstance(v, Tensor)]
+
+
+_ARBITRARY = (
+    "empty", "empty_like", "new_empty", "rand", "randn", "rand_like", "randn_like", "randint", "randint_like", "bernoulli",
+    "normal", "uniform", "exponential",
+)  # fmt: skip
+"""Operators whose values are drawn anew by each call, or not set at all."""
+
+
+def _is_arbitrary(node: fx.Node) -> bool:
+    return operator_name(node).rstrip("_") in _ARBITRARY
+
+
+def difference(got: Tensor, wanted: Tensor) -> float:
+    """Returns the largest difference of finite entries, relative to the largest of them; 1.0 where other things differ."""
+    if not wanted.is_floating_point() or not wanted.numel():
+        return 0.0 if torch.equal(got, wanted) else 1.0
+    error, largest = _largest(got - wanted), _largest(wanted)
+    if math.isfinite(error) and math.isfinite(largest):
+        return error / max(largest, 1e-30)
+    finite = torch.isfinite(wanted)  # masks hold -inf
+    if not torch.equal(finite, torch.isfinite(got)):
+        return 1.0
+    if not bool(finite.any()):
+        return 0.0
+    return float((got - wanted)[finite].abs().max()) / max(float(wanted[finite].abs().max()), 1e-30)
+
+
+def _largest(value: Tensor) -> float:
+    """Returns the largest absolute entry in one pass over them; NaN where any is."""
+    low, high = value.aminmax()
+    return max(-float(low), float(high))

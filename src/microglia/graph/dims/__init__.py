@@ -1,0 +1,1 @@
+"""Dimensions: the traced graph, and the algebra of its dimensions."""

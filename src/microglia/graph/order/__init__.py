@@ -1,0 +1,1 @@
+"""The order of channels: permutations that keep a model's outputs."""

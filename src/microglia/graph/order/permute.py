@@ -1,0 +1,277 @@
+"""`permute_channels`: the same network with its channels in an order in which blocks keep more of its weights.
+
+Which channels are neighbours is arbitrary: a permutation of a group of coupled channels, in all tensors that hold them, leaves
+the function as it is. It is a cut that keeps every channel, in another order, and so made by the same surgery.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from microglia.core.errors import BudgetError, MicrogliaError, PatternError
+from microglia.core.layers import oriented, prunable_layers
+from microglia.core.masks import masks_of
+from microglia.core.patterns import Block, Pattern
+from microglia.graph.cutting.modules import cut_module
+from microglia.graph.cutting.parts import Part
+from microglia.graph.cutting.remove import EXACT, SINGLE, Subject, noise, outputs_difference, outputs_of
+from microglia.graph.cutting.verify import ShrinkError
+from microglia.graph.order.order_search import Stripes, best_mass, find_order
+from microglia.graph.order.permutable import Movable, movable, tensor_orders, unmoved
+
+PERMUTATION = "microglia_permutation"
+"""Attribute under which a permuted model carries what was done to it."""
+PASSES = 3
+"""Times that groups are gone through where layers hold channels of several: what one gains depends on the others."""
+
+
+@dataclass(frozen=True)
+class LayerMass:
+    """Score of one layer.
+
+    Attributes:
+        density: Fraction of the weights that the blocks keep.
+        total: Score of all weights.
+        before: Of those that the best blocks keep, in the order as it was.
+        after: The same, permuted.
+    """
+
+    density: float
+    total: float
+    before: float
+    after: float
+
+
+@dataclass(frozen=True)
+class Permutation:
+    """What was permuted, and what it is worth.
+
+    Attributes:
+        layers: Score kept in each layer that the pattern divides.
+        orders: Tensor name -> dimension -> the old index at each new one.
+        left: Layers whose output channels stay where they are -> the reason.
+        error: Largest relative difference of the outputs, in float64.
+    """
+
+    layers: dict[str, LayerMass]
+    orders: dict[str, dict[str, list[int]]] = field(default_factory=dict)
+    left: dict[str, str] = field(default_factory=dict)
+    error: float = 0.0
+
+    @property
+    def before(self) -> float:
+        """Fraction of the score that blocks keep over all layers, in the order as it was."""
+        return sum(m.before for m in self.layers.values()) / max(1e-30, sum(m.total for m in self.layers.values()))
+
+    @property
+    def after(self) -> float:
+        """The same, permuted."""
+        return sum(m.after for m in self.layers.values()) / max(1e-30, sum(m.total for m in self.layers.values()))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns what there is to tell, JSON-ready; without the orders, which the weights themselves show."""
+        told = {k: v for k, v in asdict(self).items() if k != "orders"}
+        return {"before": self.before, "after": self.after, **told}
+
+
+def permutation_of(model: nn.Module) -> Permutation:
+    """Returns what `permute_channels` did to a model.
+
+    Raises:
+        MicrogliaError: It was not permuted.
+    """
+    found = getattr(model, PERMUTATION, None)
+    if not isinstance(found, Permutation):
+        raise MicrogliaError(f"This {type(model).__name__} was not permuted. See permute_channels.")
+    return found
+
+
+def check_permutable(pattern: Pattern, model: nn.Module, example_inputs: Any) -> None:
+    """Raises unless the order of channels means something to a pattern, and those of a model are known.
+
+    Raises:
+        PatternError: Of the pattern.
+        TraceError: The model cannot be traced.
+    """
+    _block(pattern)
+    Subject.of(model, example_inputs)
+
+
+def _block(pattern: Pattern) -> Block:
+    if isinstance(pattern, Block) and max(pattern.out, pattern.in_) > 1:
+        return pattern
+    raise PatternError(
+        f"Channels are permuted for blocks of several, such as block:16x1; {pattern} does not ask which are neighbours, or "
+        "in another way. Leave permute out, or take a block."
+    )
+
+
+def permute_channels(
+    model: nn.Module,
+    example_inputs: Any,
+    pattern: Pattern = Block(16, 1),  # noqa: B008 # a frozen value
+    *,
+    density: float | Mapping[str, float],
+    score: Mapping[str, Tensor] | None = None,
+    layers: Sequence[str] = ("*",),
+    exclude: Sequence[str] = (),
+    starts: int = 1,
+    generator: torch.Generator | None = None,
+) -> nn.Module:
+    """Returns a copy of a model that computes the same, its channels in an order in which blocks keep more score.
+
+    What counts is the sum over the blocks that each layer keeps by itself (scope ``layer``), those of the best mean score. The
+    order of a group is searched for the sum over all layers that hold its channels, since a residual stream has one order in
+    many. Layers do not compete, so that the sum over the model rises with that of any group and never falls; for another
+    scope give the densities it leads to, by layer. To blocks of one input only the order of outputs matters, for wider ones
+    columns are ordered too. What is not free to move, such as the classes of a classifier, stays: `permutation_of` says why.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 4))
+        >>> same = permute_channels(model, torch.zeros(1, 8), Block(4, 1), density=0.3)
+        >>> permutation_of(same).after > permutation_of(same).before
+        True
+
+    Args:
+        model: Any model `torch.export` can trace; it is left as it is.
+        example_inputs: A tensor, a tuple of arguments, or a mapping of keyword arguments.
+        pattern: The block.
+        density: Fraction of the weights kept in each layer, or by layer name; layers not named do not count.
+        score: One value per weight by layer name, not negative; the magnitude unless given.
+        layers: Selectors of the layers that count; all coupled ones are permuted with them.
+        exclude: Selectors of layers that do not count.
+        starts: Orders to start each search from: the present one, then random ones.
+        generator: Draws these; seeded with 0 unless given.
+
+    Returns:
+        The permuted model, of the same class and in the same mode, carrying its `Permutation`.
+
+    Raises:
+        PatternError: The order of channels means nothing to the pattern.
+        ShrinkError: The permuted model would compute something else; nothing is returned.
+        TraceError: The model cannot be traced.
+    """
+    block = _block(pattern)
+    if masks_of(model):
+        raise MicrogliaError("Channels are permuted before masks are attached; fold the masks into the weights first.")
+    weights = prunable_layers(model, layers, exclude)
+    scores = {n: (score[n] if score is not None else w.weight).detach().abs().float().cpu() for n, w in weights.items()}
+    scores = oriented(weights, scores)
+    keep = {
+        n: round(_density(density, n) * scores[n].numel()) for n in scores if not isinstance(density, Mapping) or n in density
+    }
+    search = _Search(Subject.of(model, example_inputs), block, scores, keep)
+    search.run(generator or torch.Generator().manual_seed(0), starts)
+    return search.result()
+
+
+def _density(density: float | Mapping[str, float], name: str) -> float:
+    value = density[name] if isinstance(density, Mapping) else density
+    if not 0 <= value <= 1:
+        raise BudgetError(f"A density is a fraction in [0, 1]; got {value} for {name}.")
+    return value
+
+
+class _Search:
+    """Goes through the groups of a model, each with the others as they stand."""
+
+    def __init__(self, subject: Subject, block: Block, scores: Mapping[str, Tensor], keep: Mapping[str, int]) -> None:
+        self.subject, self.block, self.scores, self.keep = subject, block, scores, keep
+        self.found = [group for part in subject.parts for group in movable(part)]
+        self.orders: dict[int, Tensor] = {}
+        self.notes: dict[int, str] = {}
+
+    def run(self, generator: torch.Generator, starts: int) -> None:
+        """Finds orders, in several passes where layers hold channels of several groups."""
+        due = [g for g in self.found if not g.reason]
+        for _ in range(PASSES):
+            changed = set()
+            for group in due:
+                layers = [s for name in group.layers if name in self.keep for s in self._stripes(group, name)]
+                if not layers:
+                    continue
+                order = find_order(layers, generator, starts)
+                if not torch.equal(order, torch.arange(group.size)):
+                    self.orders[group.atom] = self.orders.get(group.atom, torch.arange(group.size))[order]
+                    changed.add(group.atom)
+            layered = {g.atom: set(g.dims(self.block)) for g in due}
+            moved = {place: {a for a in changed if place in layered[a]} for places in layered.values() for place in places}
+            due = [g for g in due if any(moved[place] - {g.atom} for place in layered[g.atom])]
+
+    def _stripes(self, group: Movable, name: str) -> list[Stripes]:
+        part = group.part
+        return group.stripes(self.block, name, self._ordered(part, name, self.orders), self.keep[name])
+
+    def _ordered(self, part: Part, name: str, orders: Mapping[int, Tensor]) -> Tensor:
+        score = self.scores[name]
+        for k, dim in enumerate(part.dims_of(name)):
+            score = score.index_select(k, part.analysis.algebra.order(dim, orders))
+        return score
+
+    def result(self) -> nn.Module:
+        """Returns the permuted model, after leaving out orders under which it would compute something else."""
+        permuted, error = self._verified()
+        masses = self._masses()
+        if sum(m.after for m in masses.values()) < sum(m.before for m in masses.values()):  # only where some were left out
+            self.orders.clear()
+            permuted, error = self._permuted(self.orders), 0.0
+            masses = self._masses()
+        left = {name: why for part in self.subject.parts for name, why in self._left(part).items()}
+        found = Permutation(masses, self._named(self.orders), left, error)
+        object.__setattr__(permuted, PERMUTATION, found)
+        return permuted
+
+    def _verified(self) -> tuple[nn.Module, float]:
+        permuted = self._permuted(self.orders)
+        error, limit = self._error(permuted), self._limit()
+        if error <= limit:
+            return permuted, error
+        for atom in list(self.orders):
+            one = self._error(self._permuted({atom: self.orders[atom]}))
+            if one > limit:
+                self.notes[atom] = f"in another order the outputs would differ by {one:.1e}"
+                del self.orders[atom]
+        permuted = self._permuted(self.orders)
+        if (error := self._error(permuted)) > limit:
+            raise ShrinkError(f"The permuted model would differ from the given one by {error:.1e}; nothing was returned.")
+        return permuted, error
+
+    def _limit(self) -> float:
+        return SINGLE / 10 if any(part.narrow for part in self.subject.parts) else EXACT
+
+    def _named(self, orders: Mapping[int, Tensor]) -> dict[str, dict[str, list[int]]]:
+        return {name: by_dim for part in self.subject.parts for name, by_dim in tensor_orders(part, orders).items()}
+
+    def _permuted(self, orders: Mapping[int, Tensor]) -> nn.Module:
+        return cut_module(self.subject.model, self._named(orders), {})
+
+    def _error(self, permuted: nn.Module) -> float:
+        """Returns the largest difference of the parts' outputs, in float64, on the example and on random inputs."""
+        worst = 0.0
+        for part in self.subject.parts:
+            trace, generator = part.analysis.trace, torch.Generator().manual_seed(0)
+            for given in (trace.example, tuple(noise(v, generator) for v in trace.example)):
+                wanted = outputs_of(part.module, trace, given)
+                got = outputs_of(permuted.get_submodule(part.path), trace, given)
+                worst = max(worst, outputs_difference(got, wanted))
+        return worst
+
+    def _masses(self) -> dict[str, LayerMass]:
+        found = {}
+        for name, keep in self.keep.items():
+            part = next((p for p in self.subject.parts if any(p.name(n) == name for n in p.analysis.parameter_dims)), None)
+            before, total = self.scores[name], float(self.scores[name].sum(dtype=torch.float64))
+            after = before if part is None else self._ordered(part, name, self.orders)
+            kept = (best_mass(self.block, values, keep) for values in (before, after))
+            found[name] = LayerMass(keep / before.numel(), total, *kept)
+        return found
+
+    def _left(self, part: Part) -> dict[str, str]:
+        moved = set(self.orders)
+        reasons = {g.atom: g.reason for g in self.found if g.reason} | self.notes
+        return unmoved(part, [n for n in self.keep if len(self.scores[n]) > self.block.out], moved, reasons)

@@ -1,0 +1,126 @@
+"""What went of a shrunk model: a table and a bar picture, layer by layer."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from rich.table import Table
+from torch import nn
+from torch.nn.modules.conv import _ConvTransposeNd
+
+from microglia.core.layers import layer_kind
+from microglia.graph import plan_of
+from microglia.measure.parameters import Weight, weights
+from microglia.storage.files import write_atomic
+
+PICTURE = "channels.png"
+LABELS = 70  # at most so many layers are named under the bars
+Json = Mapping[str, Any]
+
+
+def removal(dense: nn.Module, small: nn.Module) -> dict[str, Any]:
+    """Returns what a cut did, JSON-ready: the budget asked and got, notes, and every weight's shape before and after.
+
+    Args:
+        dense: The model before.
+        small: The shrunk one, masked or not.
+    """
+    plan = plan_of(small)
+    after = {weight.name: list(weight.value.shape) for weight in weights(small)}
+    layers = [
+        {"name": w.name, "before": list(w.value.shape), "after": after[w.name], "outputs": _outputs(w)}
+        for w in weights(dense)
+        if w.value.ndim > 1 and len(after.get(w.name, ())) == w.value.ndim
+    ]
+    return {
+        "kind": plan.kind,
+        "asked": dict(plan.asked),
+        "got": dict(plan.got),
+        "groups": {"found": plan.found, "pruned": plan.pruned},
+        "error": plan.error,
+        "notes": list(plan.notes),
+        "layers": layers,
+    }
+
+
+def _outputs(weight: Weight) -> int:
+    """Returns the dimension of a weight that counts its layer's output channels."""
+    kind = layer_kind(weight.module)
+    return int(isinstance(weight.module, _ConvTransposeNd | nn.Embedding) or (kind is not None and kind.swapped))
+
+
+def channels(layer: Json) -> tuple[int, int]:
+    """Returns the output channels of a layer before and after."""
+    return layer["before"][layer["outputs"]], layer["after"][layer["outputs"]]
+
+
+def removal_table(removed: Json) -> Table:
+    """Returns the table of what went per layer."""
+    table = Table(title="Removed channels")
+    table.add_column("layer", no_wrap=True, overflow="fold")
+    for name in ("weight before", "weight after", "channels", "channels kept", "weights kept"):
+        table.add_column(name)
+    for layer in removed["layers"]:
+        before, after = channels(layer)
+        table.add_row(
+            layer["name"].removesuffix(".weight"),
+            _shape(layer["before"]),
+            _shape(layer["after"]),
+            f"{before} -> {after}" if after != before else str(before),
+            _percent(after, before),
+            _percent(math.prod(layer["after"]), math.prod(layer["before"])),
+        )
+    groups, got = removed["groups"], removed["got"]
+    reached = ", ".join(f"{term} {value:.4g}" for term, value in got.items() if term != "round_to")
+    caption = [
+        f"{groups['pruned']} of {groups['found']} groups of coupled channels lost some{'; got ' + reached if got else ''}."
+    ]
+    if got.get("round_to", 0) > 1:
+        caption.append(f"Widths are multiples of {got['round_to']:g} where a group is wide enough.")
+    caption.append(f"Largest difference to the masked model at any value, in float64: {removed['error']:.1e}.")
+    table.caption = "\n".join([*caption, *removed["notes"]])
+    return table
+
+
+def draw(removed: Json, title: str, path: Path) -> Path:
+    """Writes the bar picture: channels per layer before (pale) and after (dark); the same numbers, the same bytes.
+
+    Raises:
+        FileError: It cannot be written.
+    """
+    layers = removed["layers"]
+    figure = Figure(figsize=(max(6.0, min(18.0, 2 + 0.24 * len(layers))), 4.8), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    places = range(len(layers))
+    before, after = zip(*(channels(layer) for layer in layers), strict=True) if layers else ((), ())
+    axes.bar(places, before, width=0.85, color="#c9d6df", label="before")
+    axes.bar(places, after, width=0.55, color="#0072B2", label="after")
+    step = max(1, math.ceil(len(layers) / LABELS))
+    names = [layer["name"].removesuffix(".weight") for layer in layers]
+    axes.set_xticks(list(places)[::step], names[::step], rotation=90, fontsize=7)
+    axes.set_xlim(-0.7, len(layers) - 0.3)
+    axes.set_ylabel("output channels")
+    axes.set_title(title, parse_math=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(True, axis="y", color="0.9")
+    axes.set_axisbelow(True)
+    figure.legend(loc="outside lower center", frameon=False, ncols=2)
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=150, metadata={"Software": None})
+    write_atomic(path, content.getvalue())
+    return path
+
+
+def _shape(sizes: list[int]) -> str:
+    return " x ".join(map(str, sizes))
+
+
+def _percent(part: int, whole: int) -> str:
+    return f"{100 * part / whole:.1f} %" if whole else "-"

@@ -1,0 +1,332 @@
+"""What methods that learn or move their masks share: dense training, a search with soft masks, exact masks, fine-tuning."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from microglia.core.errors import BudgetError, PatternError, SelectorError
+from microglia.core.layers import Layer, prunable_layers
+from microglia.core.masks import MaskSet, enforce, mask, masks_of
+from microglia.core.patterns import Channel
+from microglia.graph.order.permute import check_permutable
+from microglia.methods.arguments import check_steps, check_unwrapped
+from microglia.methods.config import MaskConfig
+from microglia.methods.pruner import Pruner
+from microglia.methods.soft import SoftMasks
+from microglia.methods.units import Cost, Units, choose, keep_count, make_units, split
+from microglia.scores import Evidence
+from microglia.tasks.task import Task
+from microglia.train.recover import RECALIBRATION
+
+SNAPSHOTS = 24
+"""How often a search notes the distribution of its masks."""
+BINS = 20
+UNDECIDED = (0.01, 0.99)
+"""Between these a factor is neither kept nor removed (spec: SMART 2.5)."""
+
+Report = dict[str, Any]
+Moment = Callable[[str], Report]
+"""Called with ``soft`` and ``hard`` around the freeze; returns what to report of the model as it is then."""
+
+
+@dataclass(frozen=True)
+class UnitConfig(MaskConfig):
+    """Methods that choose among all units of a model while it trains.
+
+    Attributes:
+        cost: What the budget counts: ``units``, the ``weights`` they hold, or their ``macs``. ``auto`` is weights, and for the
+            pattern channel the number of channels, coupled across layers.
+        max_sparsity: Largest fraction of a layer's units that may go.
+        recalibrate: Training batches over which batch-norm statistics are estimated anew when the masks are final; 0 for none.
+    """
+
+    pattern: str = "block:16x8"
+    cost: Cost = "auto"
+    max_sparsity: float = 1.0
+    recalibrate: int = RECALIBRATION
+
+    def __post_init__(self) -> None:  # here, so that it shows before the dense model is trained
+        if self.scope != "global":
+            raise SelectorError(f"This method finds the share of each layer itself: scope is global, not {self.scope!r}.")
+        if self.protect:
+            raise SelectorError("This method takes exclude, which leaves layers dense and uncounted, and not protect.")
+        if not 0 < self.max_sparsity <= 1:
+            raise BudgetError(f"max_sparsity is the largest fraction of a layer that goes, in (0, 1]; got {self.max_sparsity}.")
+
+    @property
+    def span(self) -> tuple[float, float]:
+        """Fractions of the training between which the masks move."""
+        return 0.0, 1.0
+
+
+@dataclass(frozen=True)
+class SearchConfig(UnitConfig):
+    """Methods with one search inside a training.
+
+    Attributes:
+        begin: Fraction of the training at which the search begins; dense until then.
+        search: Fraction of the training that the search takes; then the masks are exact and fixed.
+    """
+
+    begin: float = 0.0
+    search: float = 0.2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not (self.begin >= 0 and self.search > 0 and self.begin + self.search <= 1 + 1e-9):
+            raise BudgetError(
+                f"begin and search are fractions of the training, together at most 1; got {self.begin} and {self.search}."
+            )
+
+    @property
+    def span(self) -> tuple[float, float]:
+        """Fractions of the training between which the masks move."""
+        return self.begin, self.begin + self.search
+
+
+def fits(task: Task, config: UnitConfig) -> None:
+    """Raises unless layers, pattern, budget and, for channels, the trace fit the task's model."""
+    model = task.build()
+    pruner = Pruner(model, config)
+    if isinstance(pruner.pattern, Channel):
+        make_units(model, pruner.pattern, pruner.layers, cost=config.cost, example_inputs=task.example, exclude=config.exclude)
+    if config.permute:
+        check_permutable(pruner.pattern, model, task.example)
+
+
+class UnitPruner(Pruner):
+    """A pruner over all units of a model, whose masks may be soft, exact or open from one step to the next.
+
+    Args:
+        model: The model to prune, in place.
+        config: See `UnitConfig`; its training fields are not used here.
+        total_steps: Optimizer steps of the training, over which fractions count.
+        example_inputs: One batch of inputs; needed for the pattern channel and for a cost in MACs.
+        evidence: What a score may look at.
+        at_freeze: Called with ``soft`` and ``hard`` right before and after the masks become exact.
+        **settings: The fields of the config by keyword instead.
+    """
+
+    Config = UnitConfig
+    couples: ClassVar[bool] = True
+    softens: ClassVar[bool] = True
+    """Whether its masks are ever soft, so that what the freeze changes means something."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: UnitConfig | None = None,
+        *,
+        total_steps: int,
+        example_inputs: Any = None,
+        evidence: Evidence | None = None,
+        at_freeze: Moment | None = None,
+        **settings: Any,
+    ) -> None:
+        total_steps = check_steps(total_steps, type(self).__name__)
+        super().__init__(model, config, evidence=evidence, **settings)
+        check_unwrapped(model, type(self).__name__)
+        if masks_of(model):
+            raise PatternError(f"{type(self).__name__} starts from a model without masks; microglia.fold makes them weights.")
+        own = self.own
+        self.total_steps, self.at_freeze = total_steps, at_freeze
+        self.units: Units = make_units(
+            model, self.pattern, self.layers, cost=own.cost, example_inputs=example_inputs, exclude=own.exclude
+        )
+        self.units.costs = self.units.costs.to(next(iter(self.layers.values())).raw.device)
+        if self.pattern.fixed_density is None:
+            self.keep = keep_count(self.units, self._density())
+        else:
+            self.keep = 0
+        first, last = own.span
+        self.begin = round(first * self.total_steps)
+        self.end = max(self.begin + 1, round(last * self.total_steps))
+        self.steps = 0
+        self.threshold: Tensor | None = None
+        self.history: list[Report] = []
+        self.freeze_report: Report = {}
+        self.kept: Tensor | None = None
+        self.soft: SoftMasks | None = None
+        self.soft = SoftMasks(model, self.units, self._factors, self.initial_scores())
+        scores = self.soft.scores
+        self._first = None if scores is None else scores.detach().clone()
+
+    @property
+    def own(self) -> UnitConfig:
+        """The config."""
+        return cast(UnitConfig, self.config)
+
+    @property
+    def searching(self) -> bool:
+        """Whether the masks are soft now."""
+        return self.begin <= self.steps < self.end
+
+    @property
+    def progress(self) -> float:
+        """How far the search is, from 0 at its first step to 1 at its last."""
+        return min(1.0, max(0.0, (self.steps - self.begin) / max(1, self.end - self.begin - 1)))
+
+    # ------------------------------------------------------------------------------------------ what a method says
+    def initial_scores(self) -> Tensor | None:
+        """Returns the parameter of the search as it starts, (count,), or None where there is none."""
+        return None
+
+    def factors(self) -> Tensor:
+        """Returns the soft mask of every unit, (count,), differentiable."""
+        raise NotImplementedError
+
+    def ranking(self) -> Tensor:
+        """Returns the scores whose exact top the freeze keeps, (count,)."""
+        raise NotImplementedError
+
+    @property
+    def weight_layers(self) -> dict[str, Layer]:
+        """The layers whose weights units hold; channels are coupled over all of them."""
+        return prunable_layers(self.model) if isinstance(self.pattern, Channel) else self.layers
+
+    @property
+    def raw_weights(self) -> dict[str, Tensor]:
+        """The trainable weights below the factors, by name."""
+        return {name: layer.raw for name, layer in self.weight_layers.items()}
+
+    # ----------------------------------------------------------------------------------------------------- the phases
+    def step(self, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Goes on by one optimizer step; the last one of the search makes the masks exact."""
+        if self.searching and (self.steps - self.begin) % max(1, (self.end - self.begin) // SNAPSHOTS) == 0:
+            self.history.append(self._snapshot())
+        self.steps += 1
+        if self.steps == self.end:
+            self.freeze(optimizer)
+
+    @torch.no_grad()
+    def freeze(self, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Keeps the exact top of the ranking from here on, and notes what that changed."""
+        self.steps = self.end - 1  # with the soft masks of the last step
+        soft = self.factors()
+        kept = self.choose(self.ranking())
+        difference = (soft - kept.to(soft.dtype)).abs()
+        undecided = (soft > UNDECIDED[0]) & (soft < UNDECIDED[1])
+        before = self.at_freeze("soft") if self.at_freeze is not None else {}
+        self.steps = self.end
+        self.harden(kept, optimizer)
+        after = self.at_freeze("hard") if self.at_freeze is not None else {}
+        self.freeze_report = {
+            "step": self.steps,
+            "softens": self.softens,
+            "units": int((self.units.costs > 0).sum()),
+            "kept": int(kept.sum()),
+            "undecided": int(undecided.sum()),
+            "largest": float(difference.max()),
+            "mean": float(difference.mean()),
+            "soft": before,
+            "hard": after,
+        }
+
+    def finish(self) -> MaskSet:
+        """Ends the search if it has not ended, writes what is removed as zeros and lets the model go; returns the masks."""
+        if self.soft is not None:
+            if self.soft.kept is None:
+                self.freeze()
+            self._warn_unlearned()
+            self.soft.detach_companions(self.model)
+            self.soft.leave(self.model)
+            self.soft = None
+        return self.masks
+
+    def choose(self, scores: Tensor) -> Tensor:
+        """Returns the units that an exact selection by these scores keeps, boolean (count,)."""
+        least = 1 - self.own.max_sparsity
+        return choose(self.units, scores, self.keep, allow_empty=self.own.allow_empty, least=least, pattern=self.pattern)
+
+    def harden(self, kept: Tensor, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Makes ``kept`` the exact masks of the model."""
+        assert self.soft is not None
+        masks = self.units.masks(kept)
+        self.soft.harden(self.model, masks)
+        self.soft.kept = self.kept = kept
+        mask(self.model, masks)
+        enforce(self.model, optimizer)
+
+    def open(self) -> None:
+        """Lets everything be trained again; what was removed starts from zero."""
+        assert self.soft is not None
+        self.soft.kept = None
+        mask(self.model, self.units.masks(self.units.costs >= 0))
+
+    # -------------------------------------------------------------------------------------------- what the loop asks
+    def penalty(self) -> Tensor | float:
+        """Returns what the training adds to the loss; on several ranks every parameter must have a gradient."""
+        scores = self.soft.scores if self.soft is not None else None
+        if scores is None or self.searching or not torch.distributed.is_initialized():
+            return 0.0
+        return 0.0 * scores.sum()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns where the search stands; its scores are in the model's state."""
+        state = {
+            "steps": self.steps,
+            "threshold": self.threshold,
+            "history": self.history,
+            "freeze": self.freeze_report,
+            "generator": self.evidence.generator.get_state(),
+        }
+        if self.soft is not None and not self.soft.attached:
+            state["kept"] = self.soft.kept
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from a state; the model has the names of its state from here on."""
+        self.steps, self.threshold = state["steps"], state["threshold"]
+        self.history, self.freeze_report = list(state["history"]), dict(state["freeze"])
+        self.evidence.generator.set_state(state["generator"])
+        if "kept" in state:
+            kept = state["kept"]
+            self.harden(self.units.costs >= 0 if kept is None else kept.to(self.units.costs.device))
+            if kept is None:
+                self.open()
+
+    def report(self) -> Report:
+        """Returns how the search went: the freeze, the masks' distribution over time, the density of each layer."""
+        layers = {}
+        if self.kept is not None:
+            parts, costs = split(self.units, self.kept), split(self.units, self.units.costs)
+            layers = {name: float(costs[name][part].sum() / costs[name].sum()) for name, part in parts.items()}
+        return {"freeze": self.freeze_report, "history": self.history, "densities": layers}
+
+    # --------------------------------------------------------------------------------------------------------- within
+    def _density(self) -> float:
+        """Returns the kept fraction of the cost."""
+        config = self.own
+        if config.params is not None:
+            if isinstance(self.pattern, Channel) or config.cost not in ("auto", "weights"):
+                raise BudgetError("params is a budget of weights; give density, the kept fraction of what cost counts.")
+            return self.target / self.weights
+        if config.density is None:
+            raise BudgetError("A budget needs density, the kept fraction in (0, 1].")
+        return config.density
+
+    def _warn_unlearned(self) -> None:
+        """Warns where the search took steps and no optimizer moved a score: the masks are those of the start."""
+        assert self.soft is not None
+        if self._first is not None and self.steps > 0 and torch.equal(self._first, self.soft.scores.detach().to(self._first)):  # type: ignore[union-attr]
+            warnings.warn(
+                f"No optimizer moved the scores of {type(self).__name__}, so its masks learned nothing: give the optimizer "
+                "pruner.param_groups() too.",
+                stacklevel=3,
+            )
+
+    def _factors(self) -> Tensor | None:
+        return self.factors() if self.searching else None
+
+    @torch.no_grad()
+    def _snapshot(self) -> Report:
+        factors = self.factors().detach()[self.units.costs > 0].float()
+        histogram = torch.histc(factors, BINS, 0, 1).long().tolist()
+        undecided = int(((factors > UNDECIDED[0]) & (factors < UNDECIDED[1])).sum())
+        return {"step": self.steps, "histogram": histogram, "undecided": undecided}

@@ -1,0 +1,1 @@
+"""Reports: run directories to tables, figures and one interactive page."""

@@ -1,0 +1,303 @@
+"""Rows: records of one task, brought together over seeds."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any, TypeVar
+
+from microglia.report.labels import (
+    DENSE,
+    asked_of,
+    fraction_of,
+    method_of,
+    named_elsewhere,
+    pattern_of,
+    scope_of,
+    settings_of,
+    text_of,
+    varying_of,
+)
+from microglia.report.records import Latency, Observed, Record
+from microglia.storage.run import flatten
+from microglia.tasks.task import SEEN
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Mean and sample standard deviation (over n - 1) of n values; no deviation for one value."""
+
+    mean: float
+    deviation: float | None
+    n: int
+
+    @classmethod
+    def of(cls, values: Iterable[float]) -> Spread:
+        """Returns the spread of at least one value."""
+        found = list(values)
+        return cls(statistics.fmean(found), statistics.stdev(found) if len(found) > 1 else None, len(found))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns mean and deviation as JSON values."""
+        return {"mean": self.mean, "std": self.deviation}
+
+
+@dataclass(frozen=True)
+class Row:
+    """Runs that differ in their seed alone.
+
+    Attributes:
+        method: As in the recipe, of a dynamic one with its mode and rule; ``dense`` for the baseline.
+        pattern: What is kept or removed together.
+        scope: Within what units compete.
+        asked: The budget.
+        settings: ``key=value`` of the other recipe fields in which runs of the same method differ; often empty.
+        records: The runs.
+    """
+
+    method: str
+    pattern: str
+    scope: str
+    asked: str
+    settings: str
+    records: tuple[Record, ...]
+
+    @property
+    def baseline(self) -> bool:
+        """Whether this is a dense model."""
+        return self.method == "dense"
+
+    @property
+    def dynamic(self) -> bool:
+        """Whether gates choose for each input what is computed."""
+        return not self.baseline and all(record.dynamic for record in self.records)
+
+    @property
+    def reduction(self) -> Spread | None:
+        """Fraction of the dense multiply-accumulates that is saved, in the honest count; None where nothing is left."""
+        left = [record.left for record in self.records]
+        return None if None in left else Spread.of(1 - value for value in left if value is not None)
+
+    @property
+    def line(self) -> str:
+        """What a figure's line of several budgets is called."""
+        plain = self.pattern in ("unstructured", "") or self.dynamic  # gates know no other pattern than channels
+        return " ".join(filter(None, (self.method, "" if plain else self.pattern, self._odd_scope, self.settings)))
+
+    @property
+    def _odd_scope(self) -> str:
+        return "" if self.scope in ("global", "") or self.method.startswith(self.scope) else self.scope
+
+    @property
+    def before(self) -> Spread | None:
+        """The headline before recovery, or None where not every run has such a moment."""
+        observed = [(r, r.before) for r in self.records]
+        values = [r.value(o) for r, o in observed if o is not None]
+        return Spread.of(values) if len(values) == len(observed) and not self.baseline else None
+
+    @property
+    def after(self) -> Spread:
+        """The headline in the end; of a baseline, over the dense models that differ."""
+        if not self.baseline:
+            return Spread.of(r.value(r.pruned) for r in self.records)
+        trained = {r.recipe["seed"]: r.value(r.dense) for r in self.records}
+        loaded = sorted({r.value(r.dense) for r in self.records})  # one checkpoint is one model whatever the seed
+        return Spread.of(loaded if self.records[0].recipe.get("checkpoint") else trained.values())
+
+    @property
+    def change(self) -> Spread | None:
+        """Each run's headline minus that of its own dense model; None for a baseline."""
+        return None if self.baseline else Spread.of(r.value(r.pruned) - r.value(r.dense) for r in self.records)
+
+    @property
+    def compression(self) -> float | None:
+        """All parameters of the dense model over those left, mean over the runs."""
+        if self.baseline:
+            return _mean(self.records, lambda r: r.dense.parameters.compression)
+        return _mean(
+            self.records, lambda r: _times(r.pruned.parameters.compression, r.dense.parameters.all, r.pruned.parameters.all)
+        )
+
+    @property
+    def theoretical(self) -> float | None:
+        """Theoretical speed-up, MACs of the dense model over those left (of gates: computed on average), mean over the runs."""
+        if self.baseline:
+            return _mean(self.records, lambda r: r.dense.macs.speedup)
+        if self.dynamic:
+            return _mean(self.records, lambda r: 1 / r.left if r.left else None)
+        return _mean(self.records, lambda r: _times(r.pruned.macs.speedup, r.dense.macs.total, r.pruned.macs.total))
+
+    @property
+    def raw(self) -> float:
+        """Bytes of the weights' file, mean over the runs."""
+        return _mean(self._observed(), lambda o: o.bytes.raw) or 0.0
+
+    @property
+    def zipped(self) -> float:
+        """The same after zlib."""
+        return _mean(self._observed(), lambda o: o.bytes.zipped) or 0.0
+
+    @property
+    def measured(self) -> list[Latency]:
+        """The latencies of those runs that were timed."""
+        return [r.latency for r in self.records if r.latency is not None]
+
+    @property
+    def machines(self) -> int:
+        """On how many kinds of machine, batch and torch the latencies were measured."""
+        return len({(m.device, m.threads, m.batch, m.torch_version) for m in self.measured})
+
+    @property
+    def speedup(self) -> float | None:
+        """Measured: the median over the runs of best dense over best pruned time; None where nothing was timed."""
+        return statistics.median(m.speedup for m in self.measured) if self.measured else None
+
+    def time(self, model: str) -> tuple[str, float] | None:
+        """Returns (best executions, median over the runs of the best time in ms) of ``dense`` or ``pruned``."""
+        if not self.measured:
+            return None
+        fastest = [m.fastest(model) for m in self.measured]
+        return "/".join(sorted({name for name, _ in fastest})), statistics.median(time for _, time in fastest)
+
+    def _observed(self) -> list[Observed]:
+        return [r.dense if self.baseline else r.pruned for r in self.records]
+
+
+@dataclass(frozen=True)
+class Group:
+    """One task: a model on a data set.
+
+    Attributes:
+        title: For people.
+        slug: For file names, unique among the groups.
+        headline: Name of the metric.
+        baselines: The dense models.
+        rows: The pruned ones.
+    """
+
+    title: str
+    slug: str
+    headline: str
+    baselines: tuple[Row, ...]
+    rows: tuple[Row, ...]
+
+    @property
+    def records(self) -> list[Record]:
+        """Every run."""
+        return [record for row in self.rows for record in row.records]
+
+    @property
+    def dynamic(self) -> list[Row]:
+        """Rows of models whose gates choose for each input what is computed."""
+        return [row for row in self.rows if row.dynamic]
+
+    @property
+    def seen(self) -> str:
+        """What to say beside a number of the validation split where a run began with a checkpoint; else nothing."""
+        return SEEN if any(record.recipe.get("checkpoint") for record in self.records) else ""
+
+    @property
+    def scale(self) -> float:
+        """100 where the headline is a fraction, shown in per cent; else 1."""
+        values = [r.value(o) for r in self.records for o in (r.dense, r.before, r.pruned) if o is not None]
+        return 100.0 if all(0 <= value <= 1 for value in values) else 1.0
+
+    @property
+    def unit(self) -> str:
+        """Of the headline as shown, with a leading space."""
+        return " %" if self.scale == 100 else ""
+
+    @property
+    def lines(self) -> dict[str, list[Row]]:
+        """Rows of each line of a figure, least compressed first."""
+        lines: dict[str, list[Row]] = {}
+        for row in sorted(self.rows, key=lambda row: (row.line, row.compression or math.inf, row.theoretical or math.inf)):
+            lines.setdefault(row.line, []).append(row)
+        return lines
+
+    def common(self, *keys: str) -> str:
+        """Returns ``key value`` of recipe fields, ``varies`` where runs differ; fields no run has are left out."""
+        flat = [flatten(record.recipe) for record in self.records]
+        texts = []
+        for key in keys:
+            values = {text_of(recipe.get(key)) for recipe in flat}
+            if not values <= {"none", "[]"}:
+                texts.append(f"{key} {values.pop() if len(values) == 1 else 'varies'}")
+        return ", ".join(texts)
+
+
+def groups(records: Sequence[Record]) -> list[Group]:
+    """Returns the tasks among records, each with its rows, all sorted."""
+
+    def key(record: Record) -> tuple[str, str, str, str]:
+        return record.task, record.headline, str(record.recipe["model"]), str(record.recipe["data"])
+
+    found = [list(part) for _, part in groupby(sorted(records, key=key), key)]
+    slugs = ["".join(c if c.isalnum() else "-" for c in part[0].task.lower()).strip("-") for part in found]
+    often = Counter(slugs)
+    unique = [slug if often[slug] == 1 else f"{slug}-{number}" for number, slug in enumerate(slugs, 1)]
+    return [
+        Group(part[0].task, slug, part[0].headline, _baselines(part), _rows(part))
+        for part, slug in zip(found, unique, strict=True)
+    ]
+
+
+def _rows(records: Sequence[Record]) -> tuple[Row, ...]:
+    by_method = _by(records, method_of)
+    return tuple(row for method, same in by_method for row in _rows_of(method, same))
+
+
+def _rows_of(method: str, records: Sequence[Record]) -> Iterable[Row]:
+    varying = varying_of(records, lambda key: not named_elsewhere(key))
+
+    def key(record: Record) -> tuple[str, str, str, float, str]:
+        return pattern_of(record), scope_of(record), settings_of(record, varying), fraction_of(record), asked_of(record)
+
+    for (pattern, scope, settings, _, asked), runs in _by(records, key):
+        yield Row(method, pattern, scope, asked, settings, tuple(runs))
+
+
+def _baselines(records: Sequence[Record]) -> tuple[Row, ...]:
+    varying = varying_of(records, lambda key: key.startswith(DENSE))
+    named: dict[tuple[Any, ...], list[str]] = {}
+
+    def model(record: Record) -> tuple[Any, ...]:
+        # One checkpoint that measured the same is one model, however a setting is spelled (normalize=auto or by name).
+        if checkpoint := record.recipe.get("checkpoint"):
+            return checkpoint, record.value(record.dense), record.dense.bytes
+        return (settings_of(record, varying),)
+
+    for record in records:
+        parts = [text for key in varying if (text := settings_of(record, [key]))] + (
+            [] if _trained(record) else ["not trained"]
+        )
+        named[model(record)] = [part for part in named.get(model(record), parts) if part in parts]
+    by_settings = _by(records, lambda record: ", ".join(named[model(record)]))
+    return tuple(Row("dense", "", "", "", settings, tuple(runs)) for settings, runs in by_settings)
+
+
+def _trained(record: Record) -> bool:
+    """Tells whether the dense model was trained, here or before; without that it is what pruning began with."""
+    epochs = (record.recipe.get("dense") or {}).get("epochs", 1)
+    return epochs > 0 or bool(record.recipe.get("checkpoint")) or "pretrained" in str(record.recipe["model"])
+
+
+def _by(records: Iterable[Record], key: Callable[[Record], Any]) -> list[tuple[Any, list[Record]]]:
+    return [(value, list(part)) for value, part in groupby(sorted(records, key=key), key)]
+
+
+def _times(ratio: float | None, dense: int, now: int) -> float | None:
+    """Returns a model's own ratio, by its zeros, times what was removed from it; None where it is infinite."""
+    return ratio if ratio is None or dense == now else ratio * dense / now if now else None
+
+
+def _mean(things: Iterable[T], read: Callable[[T], float | None]) -> float | None:
+    values = [read(one) for one in things]
+    known = [value for value in values if value is not None]
+    return statistics.fmean(known) if len(known) == len(values) else None

@@ -1,0 +1,1 @@
+"""Sections of a report: a family's tables and figures each."""

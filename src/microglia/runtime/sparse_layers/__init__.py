@@ -1,0 +1,1 @@
+"""Sparse layers of the CPU: blocks, rows, and chains of them."""

@@ -1,0 +1,1 @@
+"""Storage: files that hold no pickle, durable runs, saved models."""

@@ -1,0 +1,227 @@
+"""Saving and loading a pruned model: safetensors and a JSON plan, no pickle anywhere."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from microglia.core import masks as core_masks
+from microglia.core.errors import FileError, MicrogliaError
+from microglia.core.masks import masks_of, parametrized, unfinished
+from microglia.core.restore import restore
+from microglia.dynamic.gates import GatePlan, attach_gates, gate_plan
+from microglia.graph import Plan, replay
+from microglia.graph.cutting.plan import PLAN as REMOVED
+from microglia.runtime.accelerated import Accelerated
+from microglia.storage.files import VERSION, check_header, read_tensors, write_atomic, write_tensors
+from microglia.storage.run import read_json
+from microglia.zoo import build
+from microglia.zoo.trust import require_known, trusting
+
+PLAN, WEIGHTS = "plan.json", "model.safetensors"
+SIDE = 4096
+"""Largest channels, height and width that a file may ask for; larger models are passed by the caller."""
+DEPTH = 1000
+"""Layers that any name may ask for."""
+TIMES, LEAST = 1000, 2**26
+"""How many times as large as its weights a dense model may be, and what any may have."""
+SOURCE = "microglia_source"
+"""Attribute under which `microglia.build` notes on a model how it was built."""
+
+
+def removed_from(model: nn.Module) -> Plan | None:
+    """Returns the plan of what was removed from a shrunk model, None for any other."""
+    return getattr(model, REMOVED, None)
+
+
+def cut_again(model: nn.Module, plan: Mapping[str, Any]) -> nn.Module:
+    """Returns a freshly built model cut as a plan, written as JSON, says; it still notes how it was built.
+
+    Raises:
+        FileError: The plan is none, or does not fit the model.
+    """
+    small = replay(model, Plan.from_dict(plan))
+    if source := getattr(model, SOURCE, None):  # a graph is an object of its own
+        object.__setattr__(small, SOURCE, source)
+    return small
+
+
+def save(model: nn.Module, directory: str | Path, *, fold: bool = False) -> Path:
+    """Writes ``model.safetensors`` (weights, buffers, masks) and ``plan.json`` (how to build it, what was done to it).
+
+    Args:
+        model: Any module, masked, folded, shrunk or gated. One that `microglia.build` made needs its directory alone to
+            load. Of an accelerated one is written what was accelerated, masks as zeros of the weights: accelerate it again.
+        directory: Made if it is not there; a model saved there before is replaced, weights and plan each atomically.
+        fold: Whether to write the masks as zeros of the weights (see `microglia.fold`) instead of beside them, an eighth of a
+            byte for each weight. The model itself keeps its masks, the loaded one has none.
+
+    Returns:
+        The directory.
+
+    Raises:
+        FileError: It cannot be written, or a pruner still searches in the model.
+    """
+    if unfinished(model):
+        raise FileError(
+            "A pruner still searches in this model, whose soft masks no file holds: call pruner.finish() before save."
+        )
+    directory = Path(directory)
+    model = model.dense if isinstance(model, Accelerated) else model
+    model = core_masks.fold(copy.deepcopy(model)) if fold else model
+    removed = removed_from(model)
+    shrunk = removed.to_dict() if removed is not None else None
+    gates = plan.to_dict() if (plan := gate_plan(model)) is not None else None
+    # The weights' header holds a mark of what was removed or gated, so that no other plan is ever replayed under them.
+    mark = write_tensors(directory / WEIGHTS, model.state_dict(), kind="weights", document=_mark(shrunk, gates))
+    content = {
+        "format": "microglia.model",
+        "version": VERSION,
+        # A build gives plain weights: with other parametrizations, only the user can make the model to load into.
+        "source": getattr(model, SOURCE, None) if not parametrized(model) else None,
+        "class": getattr(removed, "model", "") or type(model).__name__,
+        "masks": {name: {"shape": list(m.shape), "kept": int(m.sum())} for name, m in masks_of(model).items()},
+        "shrunk": shrunk,
+        "gates": gates,
+        "digest": mark,
+    }
+    write_atomic(directory / PLAN, json.dumps(content, indent=None if shrunk else 2) + "\n")  # indices by the thousand
+    return directory
+
+
+def load(directory: str | Path, model: nn.Module | None = None, *, trust: bool = False) -> nn.Module:
+    """Returns the saved model, bit for bit; nothing that its files name is imported or run without being asked.
+
+    Args:
+        directory: Where `save` put it.
+        model: A freshly built model of the same architecture to load into, dense also where the saved one was shrunk;
+            needed when that was not made by `microglia.build`.
+        trust: Whether the files may name any model to build, such as ``package.module:function``, which is then imported
+            and called. Otherwise only the library's own are built, and those of timm, torchvision and transformers by
+            plain name.
+
+    Raises:
+        FileError: A file is missing, damaged, truncated, foreign, or newer than this library; or the model does not fit, or is
+            one that a file may not name.
+    """
+    directory = Path(directory)
+    plan, state = _read(directory)
+    gates = GatePlan.from_dict(plan["gates"], state) if plan.get("gates") is not None else None
+    if model is None:
+        with trusting(trust):
+            model = _build(directory, plan, state)
+    model = _cut(model, plan.get("shrunk"), directory)
+    try:
+        if gates is not None:
+            attach_gates(model, gates)
+        return restore(model, state)
+    except (RuntimeError, MicrogliaError) as error:
+        raise FileError(f"The weights in {directory} do not fit {type(model).__name__}: {error}") from error
+
+
+def saved_bytes(target: str | Path) -> int | None:
+    """Returns the size of the file with a target's weights and masks, as it was written; None of a model's name."""
+    places = (Path(target) / "model" / WEIGHTS, Path(target) / WEIGHTS)
+    return next((path.stat().st_size for path in places if path.is_file()), None)
+
+
+def check_whole(directory: Path) -> None:
+    """Raises `FileError` unless a saved model's two files are there, undamaged and of each other; builds nothing."""
+    _read(directory)
+
+
+def _read(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Returns the plan and the tensors of a saved model."""
+    if not (directory / PLAN).is_file():
+        raise FileError(f"{directory} holds no saved model: there is no {PLAN}.")
+    plan = read_json(directory / PLAN)
+    check_header(directory / PLAN, plan, "model")
+    state, removed, mark = read_tensors(directory / WEIGHTS, kind="weights")
+    if mark != plan.get("digest") or removed != _mark(plan.get("shrunk"), plan.get("gates")):
+        raise FileError(f"{directory}: {WEIGHTS} and {PLAN} do not belong together; one of them was replaced.")
+    return plan, state
+
+
+def _mark(shrunk: Any, gates: Any) -> str | None:
+    """Returns a digest of what was removed from a model or gated in it; None where nothing was."""
+    changes = {name: value for name, value in (("shrunk", shrunk), ("gates", gates)) if value is not None}
+    if not changes:
+        return None
+    marked = shrunk if gates is None else changes
+    return hashlib.blake2b(json.dumps(marked, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def _cut(model: nn.Module, shrunk: Any, directory: Path) -> nn.Module:
+    """Returns the freshly built model with the recorded channels removed."""
+    if removed_from(model) is not None:
+        raise FileError(f"Pass a freshly built, dense {type(model).__name__} to load {directory} into, not a shrunk one.")
+    if shrunk is None:
+        return model
+    if not isinstance(shrunk, Mapping):
+        raise FileError(f"{directory / PLAN} is damaged: what was removed is no plan.")
+    try:
+        return cut_again(model, shrunk)
+    except FileError:
+        raise
+    except MicrogliaError as error:  # of the trace of a model that the plan's inputs do not fit
+        raise FileError(f"What was removed, in {directory / PLAN}, does not fit {type(model).__name__}: {error}") from error
+    except (AttributeError, TypeError, ValueError) as error:
+        raise FileError(f"{directory / PLAN} is damaged: what was removed is no plan ({error}).") from error
+
+
+def _check_size(source: Mapping[str, Any], state: Mapping[str, Tensor], path: Path) -> None:
+    """Raises unless a model of these classes, shape and options can be the one of the weights; nothing is built for it.
+
+    The classes and the channels are sizes of some tensor; depth and width have each their own weights; and the dense
+    model, built without memory, is not more than a thousand times as large as what was left of it.
+    """
+    sizes = {size for tensor in state.values() for size in tensor.shape}
+    entries = sum(tensor.numel() for tensor in state.values())
+    classes, shape = source["classes"], source["shape"]
+    whole = isinstance(shape, list) and all(type(n) is int for n in [classes, *shape]) and len(shape) == 3
+    if not whole or classes not in sizes or not 1 <= min(shape) <= max(shape) <= SIDE or shape[0] > entries:
+        raise FileError(f"{path} does not fit its weights: not {_brief(classes)} classes and shape {_brief(shape)}.")
+    name, options = source["name"], source["options"]
+    largest = max((abs(v) for v in options.values() if type(v) is int), default=0)
+    fits = largest <= max(SIDE, entries)
+    if fits and ":" not in name:  # a library's models have sizes of their own, and not all of them build without memory
+        depth = max(map(int, re.findall(r"\d{1,9}", name)), default=0)
+        fits = depth <= max(DEPTH, 4 * len(state)) and _dense(source, path) <= max(LEAST, TIMES * entries)
+    if not fits:
+        raise FileError(f"{path} does not fit its weights: {name[:80]!r} is far larger than they are.")
+
+
+def _dense(source: Mapping[str, Any], path: Path) -> int:
+    """Returns the parameters of the dense model that a file names, which is built without memory."""
+    try:
+        with torch.device("meta"):
+            dense = build(source["name"], classes=source["classes"], shape=tuple(source["shape"]), **source["options"])
+    except (MicrogliaError, RuntimeError, OverflowError) as error:
+        raise FileError(f"{path} names a model that cannot be built: {error}") from error
+    return sum(parameter.numel() for parameter in dense.parameters())
+
+
+def _brief(value: Any) -> str:
+    return repr(value)[:60]
+
+
+def _build(directory: Path, plan: dict[str, Any], state: Mapping[str, Tensor]) -> nn.Module:
+    source = plan.get("source")
+    if not isinstance(source, dict) or not {"name", "classes", "shape", "options"} <= source.keys():
+        raise FileError(
+            f"{directory} does not say how to build its {plan.get('class', 'model')}: pass a freshly built one, "
+            "load(directory, model)."
+        )
+    require_known(source["name"], source["options"], directory / PLAN)
+    _check_size(source, state, directory / PLAN)
+    model = build(source["name"], classes=source["classes"], shape=tuple(source["shape"]), **source["options"])
+    setattr(model, SOURCE, source)
+    return model

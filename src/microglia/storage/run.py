@@ -1,0 +1,212 @@
+"""A run: one durable execution in one directory, every stage of it finished once and resumable at any moment."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+import yaml
+from torch import Tensor
+
+from microglia.core.errors import FileError, RunError
+from microglia.storage.files import State, parse, read_state, write_atomic, write_state, write_tensors
+from microglia.storage.plain_yaml import read_yaml_text
+
+PLACE = "place"
+"""Kind of file that holds the parameters at one moment of a training."""
+TRAJECTORY = "trajectory"
+"""Directory of a run for those of its last training."""
+
+
+@dataclass
+class Progress:
+    """Where an unfinished stage stands.
+
+    Attributes:
+        state: What the interrupted attempt saved last, or None for a fresh start.
+    """
+
+    state: State | None
+    _save: Callable[[State], None]
+
+    def save(self, state: State) -> None:
+        """Makes ``state`` the point from which an interrupted stage goes on."""
+        self._save(state)
+
+
+class Run:
+    """One execution. With a directory its stages are durable; without one they simply run.
+
+    A run directory holds ``recipe.yaml``, ``environment.json``, ``metrics.jsonl``, ``stages/``, ``result.json`` and
+    ``model/``. Writes are atomic, so a killed process leaves nothing half done. On several ranks only the first writes.
+
+    Args:
+        directory: Where to keep everything, or None.
+        recipe: What is being run; a directory of another recipe is refused.
+        seed: Root of every random number of the run.
+        device: Where to compute.
+
+    Attributes:
+        observations: What was measured of the model on its way, by name (``dense``, ``before`` ...).
+        trajectory: Whether trainings keep their parameters after every epoch.
+
+    Raises:
+        RunError: The directory belongs to another recipe, or another process works in it.
+    """
+
+    def __init__(
+        self, directory: Path | None = None, recipe: Mapping[str, Any] | None = None, *, seed: int = 0, device: str = "cpu"
+    ) -> None:
+        self.directory, self.seed, self.device = directory, seed, torch.device(device)
+        self.recipe = json.loads(json.dumps(dict(recipe or {})))  # as its file will spell it
+        self.observations: dict[str, dict[str, Any]] = {}
+        self.trajectory = False
+        self.main = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+        self._lock: TextIO | None = None
+        if directory is not None and self.main:
+            self._claim(directory)
+
+    def _claim(self, directory: Path) -> None:
+        try:
+            (directory / "stages").mkdir(parents=True, exist_ok=True)
+            self._lock = (directory / ".lock").open("w")
+        except OSError as error:
+            raise RunError(f"Cannot use {directory} for a run: {error.strerror}.") from error
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunError(f"Another process is running in {directory}; wait for it or choose another directory.") from None
+        path = directory / "recipe.yaml"
+        if path.exists():
+            self._refuse_other_recipe(path)
+            for debris in directory.rglob(".*.part"):  # of a process that was killed while it wrote
+                debris.unlink(missing_ok=True)
+        else:
+            write_atomic(path, yaml.safe_dump(self.recipe, sort_keys=False))
+
+    def _refuse_other_recipe(self, path: Path) -> None:
+        try:
+            before = read_yaml_text(path) or {}
+        except (OSError, ValueError) as error:
+            raise RunError(f"{path} is not readable YAML; the directory is not a run of this library.") from error
+        if not isinstance(before, Mapping):
+            raise RunError(f"{path} holds no recipe; the directory is not a run of this library.")
+        old, new = flatten(before), flatten(self.recipe)
+        changed = [f"{k}: {old.get(k)!r} -> {new.get(k)!r}" for k in sorted({*old, *new}) if old.get(k) != new.get(k)]
+        if changed:
+            raise RunError(
+                f"{path.parent} holds a run of another recipe ({'; '.join(changed[:5])}). Give --out another directory, or "
+                "remove this one."
+            )
+
+    def stage(self, name: str, work: Callable[[Progress], State]) -> State:
+        """Returns the state a stage ends in: from its file when it was finished before, else by running ``work``.
+
+        Args:
+            name: File name of the stage, unique in the run.
+            work: Gets a `Progress`, to go on from and to save to, and returns the final state.
+        """
+        if self.directory is None:
+            return work(Progress(None, lambda state: None))
+        final = self.directory / "stages" / f"{name}.safetensors"
+        partial = self.directory / "stages" / f"{name}.partial.safetensors"
+        state = _read_if_whole(final)
+        if state is None:
+            state = work(Progress(_read_if_whole(partial), lambda s: self._write(partial, s)))
+            self._write(final, state)
+        if self.main:  # also one that a process killed between the two left behind
+            partial.unlink(missing_ok=True)
+        return state
+
+    def _write(self, path: Path, state: State) -> None:
+        if self.main:
+            write_state(path, state)
+        if torch.distributed.is_initialized():
+            torch.distributed.barrier()
+
+    def log(self, stage: str, rows: list[dict[str, Any]]) -> None:
+        """Makes ``rows`` the rows of a stage in ``metrics.jsonl``, after those of the stages before it."""
+        if self.directory is None or not self.main:
+            return
+        path = self.directory / "metrics.jsonl"
+        kept = [line for line in _read_rows(path) if json.loads(line)["stage"] != stage]
+        write_atomic(path, "".join(f"{line}\n" for line in [*kept, *(json.dumps({"stage": stage, **row}) for row in rows)]))
+
+    def keep_place(self, epoch: int, parameters: Mapping[str, Tensor]) -> None:
+        """Keeps the parameters after an epoch, where the run keeps a trajectory."""
+        if self.trajectory and self.directory is not None and self.main:
+            write_tensors(self.directory / TRAJECTORY / f"{epoch:06d}.safetensors", parameters, kind=PLACE)
+
+    @property
+    def result(self) -> dict[str, Any] | None:
+        """The result of a finished run, or None; a damaged one counts as none, for its stages can make it again."""
+        path = self.directory / "result.json" if self.directory else None
+        if path is None or not path.exists():
+            return None
+        try:
+            return read_json(path)
+        except FileError as error:
+            warnings.warn(f"{error} It is made again.", stacklevel=2)
+            return None
+
+    def finish(self, result: Mapping[str, Any]) -> None:
+        """Writes ``result.json``: the run is finished and will not run again."""
+        if self.directory is not None and self.main:
+            write_atomic(self.directory / "result.json", json.dumps(result, indent=2) + "\n")
+
+    def close(self) -> None:
+        """Lets another process use the directory."""
+        if self._lock is not None:
+            self._lock.close()
+
+
+def _read_if_whole(path: Path) -> State | None:
+    """Returns a stage's state, or None when it must be computed (again): runs are seeded, so it comes out the same."""
+    if not path.exists():
+        return None
+    try:
+        return read_state(path)
+    except FileError as error:
+        warnings.warn(f"{error} This stage is computed again.", stacklevel=3)
+        return None
+
+
+def _read_rows(path: Path) -> list[str]:
+    """Returns the lines of a metrics file; a damaged one counts as empty, for it is a view of what the stages hold."""
+    try:
+        lines = path.read_text().splitlines()
+        return lines if all("stage" in json.loads(line) for line in lines) else []
+    except (OSError, ValueError, TypeError):
+        return []
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Returns the object a JSON file holds.
+
+    Raises:
+        FileError: It is not readable as one.
+    """
+    try:
+        content = parse(path.read_text())
+    except (OSError, ValueError) as error:
+        raise FileError(f"{path} is damaged or not a JSON file ({error}).") from error
+    if not isinstance(content, dict):
+        raise FileError(f"{path} holds no JSON object.")
+    return content
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns a nested mapping with dotted keys, such as ``{"train.epochs": 3}``."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

@@ -1,0 +1,1 @@
+"""Dropout stability, and the paths of low loss that it gives."""

@@ -1,0 +1,1 @@
+"""Instability analysis: copies with other noise, and the line between them."""

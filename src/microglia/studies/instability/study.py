@@ -1,0 +1,177 @@
+"""Instability against the epoch at which two copies of a network part: dense, and under masks given or found for that epoch."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from microglia.core.errors import MicrogliaError
+from microglia.core.masks import MaskSet, masks_of
+from microglia.lab.execute import make_task
+from microglia.lab.recipe import Recipe, as_dict, method_config
+from microglia.report.rows import Spread
+from microglia.storage.archive import load
+from microglia.storage.files import digest
+from microglia.storage.run import Run
+from microglia.studies.instability.analysis import STABLE, Training, instability, smallest_stable
+from microglia.studies.instability.masks import Rewound, check_rewound
+from microglia.studies.space.gauge import Gauge
+from microglia.train.engine import accelerator
+
+Json = dict[str, Any]
+OfEpoch = Callable[[int], MaskSet | None]
+"""The masks of a network by the epoch at which its copies part; None for the dense one."""
+FOUND = "by iterative magnitude pruning, rewound to each epoch"
+"""In the record of a run, instead of the digest of given masks."""
+
+
+@dataclass(frozen=True)
+class Sensing:
+    """What to train in two copies, and where they part.
+
+    Attributes:
+        recipe: Whose model, data and training are meant; its pruning only where masks are found.
+        at: Epochs of that training, 0 and its last included (the last has no masks to be found for).
+        directory: Of one run for each seed.
+        masks: A finished run whose masks are put on at the parting, beside the dense network; None for dense alone.
+        seeds: Initializations.
+        pairs: Of noises for each.
+        points: Of the straight line between the copies.
+        recalibrate: Training batches for the batch-norm statistics of every point.
+        limit: Batches of each split to look at; None for all.
+        find: Whether masks are found for every seed and epoch beside the dense network, by the recipe's iterative magnitude
+            pruning down to its density, rewound to that very epoch; and as many weights at random as a control.
+    """
+
+    recipe: Recipe
+    at: tuple[int, ...]
+    directory: Path
+    masks: Path | None = None
+    seeds: int = 1
+    pairs: int = 1
+    points: int = 30
+    recalibrate: int = 100
+    limit: int | None = None
+    find: bool = False
+
+
+def sense(asked: Sensing) -> Json:
+    """Returns the instability of every network, epoch, seed and pair; each training is a stage that is never done twice.
+
+    The result holds ``task``, ``recipe``, ``rows`` (``network``, ``density``, ``masks``, ``seed``, ``pair`` and what
+    `microglia.studies.instability.analysis.instability` returns), ``summary`` (by network and epoch, mean and standard
+    deviation of the instability of each split) and ``stable_from`` (by network, the least epoch from which on the mean is
+    below 2 %). A network is ``dense``, ``masked`` (masks of a run), ``imp`` or ``random`` (found masks and their control);
+    ``masks`` is a digest of its masks, None of the dense one.
+
+    Source: Frankle et al. 2020, figures 2-5.
+
+    Raises:
+        MicrogliaError: An epoch is no part of the training, or the masks fit another network.
+    """
+    epochs = asked.recipe.train.epochs
+    if not asked.at or min(asked.at) < 0 or max(asked.at) > epochs:
+        raise MicrogliaError(f"Copies part at epochs of the training, 0 to {epochs}; got {list(asked.at)}.")
+    masks = _masks(asked)
+    rows = [row for number in range(asked.seeds) for row in _of_seed(asked, number, masks)]
+    summary = summarize(rows)
+    return {
+        "task": make_task(asked.recipe).name,
+        "recipe": as_dict(asked.recipe),
+        "rows": rows,
+        "summary": summary,
+        "stable_from": {
+            name: smallest_stable([row for row in summary if row["network"] == name])
+            for name in dict.fromkeys(row["network"] for row in rows)
+        },
+    }
+
+
+def _masks(asked: Sensing) -> MaskSet | None:
+    if asked.masks is None:
+        return None
+    found = masks_of(load(asked.masks / "model", make_task(asked.recipe).build()))
+    if not found:
+        raise MicrogliaError(f"The model of {asked.masks} has no masks; give a run that masks, such as one of tickets.")
+    if asked.seeds > 1:
+        raise MicrogliaError(
+            "Masks belong to the initialization they were found for: with a run's masks leave seeds at 1, or have masks found "
+            "for every seed with --density."
+        )
+    return found
+
+
+def _of_seed(asked: Sensing, number: int, masks: MaskSet | None) -> Iterator[Json]:
+    recipe = replace(asked.recipe, seed=asked.recipe.seed + number)
+    task = make_task(recipe)
+    if task.pretrained:
+        raise MicrogliaError("Copies part on the way from the initialization; leave the checkpoint out.")
+    if asked.find:
+        check_rewound(task, recipe, asked.at)
+    config = method_config(recipe).train
+    settings = {name: getattr(asked, name) for name in ("points", "recalibrate", "limit")}
+    mark = FOUND if asked.find else None if masks is None else digest(masks)
+    record = {"command": "instability", "recipe": as_dict(recipe), "masks": mark, **settings}
+    run = Run(asked.directory / f"seed-{recipe.seed}", record, seed=recipe.seed, device=accelerator(recipe.device).device.type)
+    gauge = Gauge(task, recalibrate=asked.recalibrate, limit=asked.limit, seed=recipe.seed)
+    networks: dict[str, OfEpoch] = {"dense": lambda epoch: None}
+    if masks is not None:
+        networks["masked"] = lambda epoch: masks
+    if asked.find:
+        found = Rewound(task, run, recipe)
+        networks |= {"imp": found.masks, "random": found.control}
+    try:
+        for name, of_epoch in networks.items():
+            for epoch in asked.at:
+                own = of_epoch(epoch)
+                told = {"density": 1.0 if own is None else own.density, "masks": None if own is None else digest(own)}
+                training = Training(task, run, config, own, name)
+                for pair in range(asked.pairs):
+                    seen = instability(training, epoch, gauge, points=asked.points, pair=pair)
+                    yield {"network": name, **told, "seed": recipe.seed, "pair": pair, **seen}
+    finally:
+        run.close()
+
+
+def summarize(rows: Sequence[Json]) -> list[Json]:
+    """Returns mean and standard deviation (None of one) of the instability by network and epoch; stable where means are."""
+    found: dict[tuple[str, int], list[Json]] = {}
+    for row in rows:
+        found.setdefault((row["network"], row["epoch"]), []).append(row)
+    summary = []
+    for (network, epoch), own in found.items():
+        spread = {split: Spread.of([row["instability"][split] for row in own]).to_dict() for split in own[0]["instability"]}
+        ends = {split: statistics.fmean(end for row in own for end in row["ends"][split]) for split in spread}
+        stable = all(value["mean"] < STABLE for value in spread.values())
+        summary.append(
+            {
+                "network": network,
+                "density": own[0]["density"],
+                "epoch": epoch,
+                "n": len(own),
+                "instability": spread,
+                "error": ends,
+                "stable": stable,
+            }
+        )
+    return summary
+
+
+def instability_table(told: Json) -> Table:
+    """Returns the instability of each network by the epoch at which its copies part."""
+    table = Table("network", "parts at epoch", title=f"{told['task']}: rise of the error (%) on the line between two copies")
+    for title in ("train", "test", "error of the copies, test (%)", "stable"):
+        table.add_column(title, justify="right")
+    for row in told["summary"]:
+        cells = []
+        for split in ("train", "test"):
+            value = row["instability"][split]
+            cells.append(f"{100 * value['mean']:.2f}" + ("" if value["std"] is None else f" ± {100 * value['std']:.2f}"))
+        name = row["network"] if row["density"] == 1 else f"{row['network']}, {100 * row['density']:.3g} %"
+        table.add_row(name, str(row["epoch"]), *cells, f"{100 * row['error']['test']:.2f}", "yes" if row["stable"] else "no")
+    return table

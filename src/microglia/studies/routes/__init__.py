@@ -1,0 +1,1 @@
+"""Routes: which filters each input uses in a gated network."""

@@ -1,0 +1,1 @@
+"""Shifts: accuracy and operations on clean and on changed test images."""

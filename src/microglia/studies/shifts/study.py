@@ -1,0 +1,196 @@
+"""What a shift of the images costs: accuracy and operations of finished models on test images of worse cameras."""
+
+from __future__ import annotations
+
+from collections import Counter as Tally
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+from torch import Tensor, nn
+
+from microglia.core.devices import device_of
+from microglia.core.errors import MicrogliaError
+from microglia.data import ImageData, ImageSet
+from microglia.data.shifts import SHIFTS, check_severity, shifted
+from microglia.dynamic import Counter, gate_plan, record
+from microglia.dynamic.routes import agreement
+from microglia.lab.target import open_target
+from microglia.measure import count_macs
+from microglia.studies.routes.study import counter_of, image_data
+from microglia.tasks.classification import ImageSource
+from microglia.tasks.task import Task
+from microglia.train.engine import accelerator
+from microglia.train.evaluate import evaluate
+
+CLEAN = "clean"
+SEED = 0
+"""Of the noise and of the choice of images: every run sees the same."""
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Shifting:
+    """What to evaluate, under what.
+
+    Attributes:
+        targets: Runs, directories that `save` wrote, or names of networks; all on the same data.
+        severities: Of every shift, each from 1 (mild) to 5 (strong).
+        limit: Test images to use, drawn once for all; None for all.
+        data: Data set instead of the runs' own.
+        checkpoint: Trained weights of a network by name.
+        device: ``cpu``, ``cuda`` or ``auto``.
+    """
+
+    targets: Sequence[str]
+    severities: Sequence[int] = (1, 3, 5)
+    limit: int | None = None
+    data: str | None = None
+    checkpoint: str | None = None
+    device: str = "cpu"
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One of the models.
+
+    Attributes:
+        name: In the table, unique.
+        target: As it was given.
+        model: In evaluation mode.
+        task: What it is for; its images are replaced by shifted ones.
+        counter: Of a gated model; None for any other.
+        macs: Of a model without gates: multiply-accumulates of its kept weights over those of the dense network.
+    """
+
+    name: str
+    target: str
+    model: nn.Module
+    task: Task
+    counter: Counter | None
+    macs: float
+
+    def on(self, images: ImageSet) -> Json:
+        """Returns accuracy, fraction of the dense operations, and of a gated model the masks' agreement with their targets."""
+        data = ImageSource(replace(image_data(self.task), test=images))
+        task = replace(self.task, data=data)
+        if self.counter is None:
+            return {"accuracy": evaluate(self.model, task)["accuracy"], "macs": {"mean": self.macs, "std": 0.0}}
+        outputs: list[Tensor] = []  # of the same forward passes that are recorded
+        handle = self.model.register_forward_hook(lambda module, args, output: outputs.append(output.cpu()))
+        try:
+            routes = record(self.model, data.batches("test", 256).epoch(0), device_of(self.model))
+        finally:
+            handle.remove()
+        metric, costs = task.metrics["accuracy"], self.counter(routes.masks)
+        left = costs.honest / costs.dense
+        both = [torch.cat([part.flatten() for part in each.values()]) for each in (routes.masks, routes.targets)]
+        return {
+            "accuracy": metric.value(metric.statistics(torch.cat(outputs), routes.labels)),
+            "macs": {"mean": float(left.mean()), "std": float(left.std(correction=0))},
+            "agreement": agreement(*both),
+        }
+
+
+def compare_shifts(asked: Shifting) -> Json:
+    """Evaluates models on clean and on shifted test images.
+
+    Returns:
+        ``data``, ``inputs``, and ``runs``: of each ``run`` (as given), ``name``, ``dynamic`` and ``results``, one for the clean
+        images (severity 0) and one for each shift and severity, with ``shift``, ``severity``, ``accuracy``, ``macs`` (``mean``
+        and ``std`` over inputs, fractions of the dense network's; heads of gates included) and, of a gated model,
+        ``agreement`` of its masks with the targets.
+
+    Raises:
+        MicrogliaError: A target is none, they have different test images, or a number is out of range.
+    """
+    _check(asked)
+    contenders = [_open(asked, target, name) for target, name in zip(asked.targets, _names(asked.targets), strict=True)]
+    data = _common(contenders)
+    images = data.test
+    if asked.limit is not None and asked.limit < len(images):  # drawn, for folders are in the order of their classes
+        chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(SEED))[: asked.limit]
+        images = images.subset(chosen.sort().values)
+    results: list[list[Json]] = [[] for _ in contenders]
+    for shift, severity, changed in _conditions(images, asked.severities):
+        for contender, found in zip(contenders, results, strict=True):
+            found.append({"shift": shift, "severity": severity, **contender.on(changed)})
+    runs = [
+        {"run": c.target, "name": c.name, "dynamic": c.counter is not None, "results": found}
+        for c, found in zip(contenders, results, strict=True)
+    ]
+    return {"data": data.name, "inputs": len(images), "runs": runs}
+
+
+def _check(asked: Shifting) -> None:
+    if not asked.targets or not asked.severities:
+        raise MicrogliaError("Name at least one run, and one severity from 1 to 5.")
+    for severity in asked.severities:
+        check_severity(severity)
+    if asked.limit is not None and asked.limit < 1:
+        raise MicrogliaError(f"The limit is a number of test images, at least 1; got {asked.limit}.")
+
+
+def _conditions(images: ImageSet, severities: Sequence[int]) -> Iterator[tuple[str, int, ImageSet]]:
+    """Yields (shift, severity, images): first the clean ones, then each shift from mild to strong."""
+    yield CLEAN, 0, images
+    for name in SHIFTS:
+        for severity in sorted(set(severities)):
+            yield name, severity, replace(images, images=shifted(images.images, name, severity, SEED))
+
+
+def _open(asked: Shifting, target: str, name: str) -> Contender:
+    model, task = open_target(target, asked.data, asked.checkpoint)
+    gated = gate_plan(model) is not None
+    counter = counter_of(model, task, target) if gated else None
+    macs = 0.0 if gated else count_macs(model, task.example).effective / count_macs(task.build(), task.example).total
+    model = model.to(accelerator(asked.device).device).eval()
+    return Contender(name, target, model, task, counter, macs)
+
+
+def _names(targets: Sequence[str]) -> list[str]:
+    """Returns the last part of each target, or all of it where two would be the same."""
+    short = [Path(target).resolve().name if Path(target).exists() else target for target in targets]
+    often = Tally(short)
+    return [name if often[name] == 1 else target for name, target in zip(short, targets, strict=True)]
+
+
+def _common(contenders: Sequence[Contender]) -> ImageData:
+    """Returns the data of the first, after a check that all have its test images."""
+    first = image_data(contenders[0].task)
+    for other in contenders[1:]:
+        data = image_data(other.task)
+        if data.test.images.shape != first.test.images.shape or not torch.equal(data.test.images, first.test.images):
+            raise MicrogliaError(
+                f"{contenders[0].target} and {other.target} have different test images ({first.name} and {data.name}), so "
+                "they cannot stand in one table; give runs on the same data, or --data."
+            )
+    return first
+
+
+# ----------------------------------------------------------------------------------------------------------- for people
+def shifts_table(compared: Mapping[str, Any]) -> Table:
+    """Returns the table of all conditions, a column for each run."""
+    runs = compared["runs"]
+    table = Table("images", title=f"{compared['data']}: {compared['inputs']:,} test images, clean and shifted")
+    for run in runs:
+        table.add_column(run["name"], justify="right")
+    for number, first in enumerate(runs[0]["results"]):
+        label = CLEAN if first["shift"] == CLEAN else f"{first['shift']} {first['severity']}"
+        table.add_row(label, *(_cell([run["results"][number]]) for run in runs))
+    table.add_section()
+    table.add_row("mean of the shifts", *(_cell(run["results"][1:]) for run in runs))
+    table.caption = (
+        "Accuracy in %; in brackets multiply-accumulates in % of the dense network: of gated models the mean over the inputs, "
+        "heads included; of others those of the kept weights. Severities 1 (mild) to 5."
+    )
+    return table
+
+
+def _cell(results: Sequence[Mapping[str, Any]]) -> str:
+    accuracy = sum(r["accuracy"] for r in results) / len(results)
+    macs = sum(r["macs"]["mean"] for r in results) / len(results)
+    return f"{100 * accuracy:.2f} ({100 * macs:.1f})"

@@ -1,0 +1,1 @@
+"""Loss surfaces: planes and lines around a network, filter-normalized."""

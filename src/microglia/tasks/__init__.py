@@ -1,0 +1,1 @@
+"""Tasks: model, data, loss and metrics as one value."""

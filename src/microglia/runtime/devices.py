@@ -85,5 +85,5 @@ def _settings() -> tuple[bool, ...]:
 @functools.cache
 def _sources() -> str:
     """Returns a digest of the Triton kernels: new kernels are measured anew."""
-    files = sorted((Path(__file__).parent / "triton").glob("*.py"))
+    files = sorted((Path(__file__).parent / "gpu" / "triton").glob("*.py"))
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]

@@ -19,7 +19,7 @@ class TraceError(MicrogliaError):
     """The model cannot be traced; the text says what torch.export stumbled over."""
 
 
-_HOMES = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
+_HOMES = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
 
 _DRAW = (
     "rand", "randn", "rand_like", "randn_like", "randint", "randint_like", "randperm", "bernoulli", "multinomial", "normal",

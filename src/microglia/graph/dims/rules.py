@@ -38,7 +38,7 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
 def rule_of(node: fx.Node) -> Rule | None:
     """Returns the rule of a node; an in-place operator has its plain twin's, a pointwise one needs none of its own."""
     for room in ("rules_layers", "rules_shape", "rules_reduce"):
-        import_module(f"microglia.graph.{room}")
+        import_module(f"microglia.graph.dims.{room}")
     name = operator_name(node)
     found = RULES.get(name) or RULES.get(name.rstrip("_"))
     if found is None and torch.Tag.pointwise in getattr(node.target, "tags", ()):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from microglia.cli import app
+from microglia.cli.app import app
 from microglia.core.errors import MicrogliaError, RunError
 from microglia.lab.recipe import RecipeError, override, put, read_yaml, resolve
 from microglia.lab.sweep_grid import read_sweep

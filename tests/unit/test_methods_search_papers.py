@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import microglia as mg
 from microglia.methods import Acdc, Awg, Pas, Pdp, Smart
-from microglia.report.records import Freeze
+from microglia.methods.search_observed import Freeze
 
 
 def two_layers() -> nn.Module:

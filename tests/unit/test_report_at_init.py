@@ -5,6 +5,7 @@ import json
 import pytest
 from test_report import result, save
 
+from microglia.methods import Initialization
 from microglia.report.read import read_results
 from microglia.report.write import collect, export, report
 
@@ -65,8 +66,8 @@ def test_exported_results_keep_them(made):
     export(collect([root / "runs"]), root / "kept.json")
     found = read_results([root / "kept.json"])
     assert len(found.records) == 12
-    assert all(record.initialization is not None for record in found.records)
-    assert min(record.initialization.least for record in found.records) == 0
+    assert all(record.observed(Initialization) is not None for record in found.records)
+    assert min(record.observed(Initialization).least for record in found.records) == 0
 
 
 def test_a_damaged_initialization_is_left_out_with_its_place(tmp_path):

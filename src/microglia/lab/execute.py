@@ -28,6 +28,7 @@ from microglia.lab.accelerating import accelerated
 from microglia.lab.code_folder import CODE, ENVIRONMENT
 from microglia.lab.recipe import Recipe, as_dict, method_config
 from microglia.lab.removed_channels import PICTURE, draw, removal
+from microglia.lab.result import Result
 from microglia.measure import measure_latency
 from microglia.methods import MethodConfig, methods
 from microglia.methods.procedure import observe
@@ -40,7 +41,6 @@ from microglia.tasks.task import Task
 from microglia.train.engine import accelerator
 from microglia.zoo.origin import origin_of
 
-Result = dict[str, Any]
 BUDGET = ("density", "params", "flops", "ms")
 """Terms of a budget; masks know the first two."""
 ROUTED = 32
@@ -67,7 +67,8 @@ def execute(recipe: Recipe, directory: Path | None = None) -> Result:
 
     A run that finished before is not run again: its result is returned. One that was interrupted goes on.
 
-    The result holds ``recipe``; ``environment``; ``asked`` and ``masks`` (budget asked, weights kept of all masked);
+    The result has typed fields (see `microglia.lab.result.Result`), and is the dict that ``result.json`` holds. The dict has
+    ``recipe``; ``environment``; ``asked`` and ``masks`` (budget asked, weights kept of all masked);
     ``densities`` (kept fraction of each masked layer); ``search`` (how a method that learns its masks came to them);
     ``removed`` (what went of a shrunk model, layer by layer; None for a masked one); ``saved`` (bytes of the file
     ``model.safetensors`` as it was written, masks included; None without a directory); ``dense``, ``before`` and ``pruned``
@@ -101,7 +102,12 @@ def _finished(run: Run) -> Result | None:
     except FileError as error:
         warnings.warn(f"{error} The model is made again.", stacklevel=3)
         return None
-    return result
+    try:
+        return Result.of(result)
+    except ValueError as error:
+        raise FileError(
+            f"{run.directory / 'result.json'} is damaged: {error}. Remove the file, and the same command makes it again."
+        ) from None
 
 
 def prepare(recipe: Recipe) -> Task:
@@ -131,7 +137,7 @@ def _execute(recipe: Recipe, run: Run, task: Task) -> Result:
     removed = removal(task.build(), model) if removed_from(model) is not None else None
     if removed is not None and run.directory is not None and run.main:
         draw(removed, f"{task.name}: {recipe.method}", run.directory / PICTURE)
-    result: Result = {
+    result: dict[str, Any] = {
         "recipe": as_dict(recipe),
         "environment": environment(),
         "task": task.name,
@@ -147,7 +153,7 @@ def _execute(recipe: Recipe, run: Run, task: Task) -> Result:
         "seconds": round(time.perf_counter() - began, 2),
     }
     run.finish(result)
-    return result
+    return Result.of(result)
 
 
 def prove_equal(model: nn.Module, directory: Path, fresh: nn.Module) -> None:

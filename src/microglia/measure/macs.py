@@ -6,7 +6,7 @@ import contextlib
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
 
@@ -73,28 +73,24 @@ class Macs:
     """Multiply-accumulates of one sample (one multiply-add = 1 MAC; no bias, no normalization, no activation).
 
     Attributes:
-        layers: Name of a weight -> MACs of all products with it, in the order of first use.
+        total: MACs of the dense forward pass.
+        effective: MACs left when every zero of a weight is skipped: sum of density x MACs, plus ``other``.
         other: MACs of products without a weight, such as attention scores.
-        entries: Name of a weight -> (its entries, those kept), as `microglia.measure.Parameters` counts them.
+        layers: Name of a weight -> MACs of all products with it, in the order of first use; empty where only sums were stored.
+        entries: Name of a weight -> (its entries, those kept), as `microglia.measure.Parameters` counts them; likewise.
     """
 
-    layers: dict[str, int]
-    other: int
-    entries: dict[str, tuple[int, int]]
+    total: int
+    effective: float
+    other: int = 0
+    layers: dict[str, int] = field(default_factory=dict)
+    entries: dict[str, tuple[int, int]] = field(default_factory=dict)
 
-    @property
-    def total(self) -> int:
-        """MACs of the dense forward pass."""
-        return sum(self.layers.values()) + self.other
-
-    @property
-    def effective(self) -> float:
-        """MACs left when every zero of a weight is skipped: sum of density x MACs, plus ``other``.
-
-        Summed exactly and rounded once, to the nearest float.
-        """
-        densities = {name: Fraction(kept, total) for name, (total, kept) in self.entries.items()}
-        return float(sum((densities[name] * count for name, count in self.layers.items()), Fraction(self.other)))
+    @classmethod
+    def of(cls, layers: dict[str, int], other: int, entries: dict[str, tuple[int, int]]) -> Macs:
+        """Returns the sums over layers; ``effective`` is summed exactly and rounded once, to the nearest float."""
+        left = sum((Fraction(entries[name][1], entries[name][0]) * count for name, count in layers.items()), Fraction(other))
+        return cls(sum(layers.values()) + other, float(left), other, layers, entries)
 
     @property
     def speedup(self) -> float:
@@ -150,7 +146,7 @@ def count_macs(model: nn.Module, example_inputs: Any, *, batch: int | None = Non
         with _plain_kernels(copied), counter:
             run(copied, example.copied())
         layers = {name: round(Fraction(count, samples)) for name, count in counter.layers.items()}
-        return Macs(layers, round(Fraction(counter.other, samples)), {name: named[name].entries() for name in layers})
+        return Macs.of(layers, round(Fraction(counter.other, samples)), {name: named[name].entries() for name in layers})
 
 
 @contextlib.contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,15 +24,15 @@ class Parameters:
         all: Every parameter, biases and normalization included.
         prunable: Entries of the weights of the chosen prunable layers.
         kept: Of these, the ones under a true mask, or the nonzero ones of a layer without a mask.
-        nonzero_all: Nonzero entries of every parameter as the forward pass sees it.
-        layers: Name of each chosen weight -> (its entries, those kept).
+        nonzero_all: Nonzero entries of every parameter as the forward pass sees it; None where it was not stored.
+        layers: Name of each chosen weight -> (its entries, those kept); empty where only sums were stored.
     """
 
     all: int
     prunable: int
     kept: int
-    nonzero_all: int
-    layers: dict[str, tuple[int, int]]
+    nonzero_all: int | None = None
+    layers: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     @property
     def density(self) -> float:

@@ -2,18 +2,21 @@
 
 from microglia.methods.acdc import Acdc, AcdcConfig
 from microglia.methods.at_init import AtInit, AtInitConfig
+from microglia.methods.at_init_observed import Initialization
 from microglia.methods.awg import Awg, AwgConfig
 from microglia.methods.channels import ChannelsConfig
 from microglia.methods.config import Method, MethodConfig, method, methods, preset
 from microglia.methods.ddnp import DdnpConfig
 from microglia.methods.ftwt import Ftwt
 from microglia.methods.ftwt_config import FtwtConfig
+from microglia.methods.ftwt_observed import Predicted, Routing
 from microglia.methods.gradual import Gradual, GradualConfig
 from microglia.methods.lottery import Level, LotteryConfig, Tickets
 from microglia.methods.oneshot import OneShot, OneShotConfig
 from microglia.methods.pas import Pas, PasConfig
 from microglia.methods.pdp import Pdp, PdpConfig
 from microglia.methods.pruner import PruneConfig, Pruner
+from microglia.methods.search_observed import Search
 from microglia.methods.smart import Smart, SmartConfig
 from microglia.methods.sparse_training import SparseTraining
 from microglia.methods.sparse_training_config import SparseTrainingConfig
@@ -32,6 +35,7 @@ __all__ = [
     "FtwtConfig",
     "Gradual",
     "GradualConfig",
+    "Initialization",
     "Level",
     "LotteryConfig",
     "Method",
@@ -42,8 +46,11 @@ __all__ = [
     "PasConfig",
     "Pdp",
     "PdpConfig",
+    "Predicted",
     "PruneConfig",
     "Pruner",
+    "Routing",
+    "Search",
     "SearchConfig",
     "Smart",
     "SmartConfig",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from microglia.report.rows import Spread
+from microglia.report.spread import Spread
 
 
 @dataclass(frozen=True)
@@ -14,6 +14,16 @@ class Entry:
 
     text: str
     order: float | str
+
+    @property
+    def number(self) -> bool:
+        """Whether it is sorted by a number."""
+        return isinstance(self.order, int | float)
+
+    @property
+    def key(self) -> str:
+        """What it is sorted by, as JavaScript reads it."""
+        return str(self.order).replace("inf", "Infinity") if self.number else str(self.order)
 
 
 def of_words(text: str) -> Entry:
@@ -63,11 +73,3 @@ def markdown_table(titles: Sequence[str], rows: Iterable[Sequence[Entry]], words
     sides = ["---" if title in left else "---:" for title in titles]
     body = [[escaped(entry.text) for entry in entries] for entries in rows]
     return [f"| {' | '.join(cells)} |" for cells in ([escaped(title) for title in titles], sides, *body)]
-
-
-def drop_column(titles: list[str], rows: Sequence[list[Entry]], title: str) -> None:
-    """Removes a column from a table, in place."""
-    place = titles.index(title)
-    titles.pop(place)
-    for entries in rows:
-        entries.pop(place)

@@ -6,16 +6,13 @@ import csv
 import html
 import io
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import plotly.graph_objects as go
-from matplotlib.figure import Figure
-from plotly.io import to_html
-
-from microglia.report.figures import save
-from microglia.report.page import CONFIG, POLICY
+from microglia.report.chart import Chart
+from microglia.report.interactive import POLICY, markup
+from microglia.report.printed import save
 from microglia.storage.files import write_atomic
 
 Row = Mapping[str, Any]
@@ -26,8 +23,7 @@ def write_figure(
     slug: str,
     name: str,
     *,
-    printed: Callable[[], Figure],
-    interactive: go.Figure,
+    chart: Chart,
     told: Mapping[str, Any],
     rows: Sequence[Row],
 ) -> list[Path]:
@@ -37,16 +33,15 @@ def write_figure(
         directory: Where.
         slug: What it is about, such as the command.
         name: Which figure.
-        printed: Makes the figure for paper.
-        interactive: The same for the screen; the page needs no network.
+        chart: The figure; its page needs no network.
         told: Everything the figure is made of, JSON-ready.
         rows: Its points, one mapping each, all with the same keys.
 
     Raises:
         FileError: They cannot be written.
     """
-    paths = save(printed, directory, slug, name)
-    contents = {"html": _page(interactive, f"{slug}: {name}", f"{slug}-{name}"), "json": json.dumps(told, indent=1) + "\n"}
+    paths = save(chart, directory, slug, name)
+    contents = {"html": _page(chart, f"{slug}: {name}", f"{slug}-{name}"), "json": json.dumps(told, indent=1) + "\n"}
     contents["csv"] = _table(rows)
     for form, content in contents.items():
         path = directory / f"{slug}-{name}.{form}"
@@ -55,8 +50,8 @@ def write_figure(
     return paths
 
 
-def _page(figure: go.Figure, title: str, mark: str) -> str:
-    body = to_html(figure, full_html=False, include_plotlyjs=True, div_id=mark, config=CONFIG)
+def _page(chart: Chart, title: str, mark: str) -> str:
+    body = markup(chart, mark, whole=True)
     return (
         f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n<title>{html.escape(title)}</title>\n</head>\n'

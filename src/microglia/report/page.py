@@ -2,77 +2,22 @@
 
 from __future__ import annotations
 
-import html
-import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from importlib.resources import files
 from typing import Any
 
-import plotly.graph_objects as go
-from plotly.io import to_html
+from jinja2 import Environment, StrictUndefined
 from plotly.offline import get_plotlyjs
-from plotly.subplots import make_subplots
 
-from microglia.report.cells import Entry
-from microglia.report.figures import COLORS, FIGURES, Panel, limits, points
+from microglia.report.interactive import POLICY, markup
 from microglia.report.read import Collected
-from microglia.report.rows import Group, Row
-from microglia.report.sections.at_init import EXPLAINED as BEFORE
-from microglia.report.sections.at_init import paths_table
-from microglia.report.sections.dynamic import EXPLAINED, dynamic_table
-from microglia.report.sections.savings import savings
-from microglia.report.table import table, what_ran
+from microglia.report.rows import Group
+from microglia.report.section import pictures_of, tables_of
+from microglia.report.table import what_ran
 
-SYMBOLS = ("circle", "square", "triangle-up", "diamond", "triangle-down", "cross", "x", "star", "triangle-left")
-DASHES = ("solid", "dash", "dashdot", "dot")
-
-POLICY = (
-    "default-src 'none'; script-src 'unsafe-inline' 'unsafe-eval'; style-src 'unsafe-inline'; img-src data: blob:; "
-    "form-action 'none'; base-uri 'none'"
-)
-"""What the page may load and send: nothing, from and to anywhere."""
-CONFIG = {"displaylogo": False, "showSendToCloud": False}
-"""Of Plotly, whose toolbar would else offer to upload the figure."""
-
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; }
-body { max-width: 1800px; margin: 0 auto; padding: 1rem; }
-h1, h2 { line-height: 1.2; } h2 { margin-top: 2.5rem; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-size: 13px; }
-th, td { padding: .3rem .6rem; border-bottom: 1px solid #ddd; text-align: left; } td { white-space: nowrap; }
-td.number { text-align: right; font-variant-numeric: tabular-nums; }
-th { vertical-align: bottom; }
-tr > :first-child { position: sticky; left: 0; background: inherit; } tr { background: #fff; }
-tr.dense { background: #f2f2f2; font-weight: 600; }
-th button { font: inherit; font-weight: 600; border: 0; background: none; padding: 0; cursor: pointer; text-align: left; }
-th[aria-sort=ascending] button::after { content: " \\2191"; } th[aria-sort=descending] button::after { content: " \\2193"; }
-fieldset { border: 1px solid #ccc; position: sticky; top: 0; background: #fff; z-index: 10; } label { margin-right: 1rem; }
-[hidden] { display: none; }
-"""
-
-SCRIPT = """
-"use strict";
-function filter() {
-  const shown = new Set([...document.querySelectorAll("#methods input:checked")].map(box => box.value));
-  for (const row of document.querySelectorAll("tbody tr[data-method]")) row.hidden = !shown.has(row.dataset.method);
-  for (const plot of document.querySelectorAll(".plotly-graph-div"))
-    if (plot.data) Plotly.restyle(plot, {visible: plot.data.map(trace => !trace.meta || shown.has(trace.meta))});
-}
-function sort(button) {
-  const head = button.closest("th"), body = button.closest("table").tBodies[0];
-  const up = head.getAttribute("aria-sort") !== "ascending";
-  for (const other of head.parentNode.cells) other.removeAttribute("aria-sort");
-  head.setAttribute("aria-sort", up ? "ascending" : "descending");
-  const key = row => row.cells[head.cellIndex].dataset.order;
-  const compare = (a, b) => isNaN(a) || isNaN(b) ? a.localeCompare(b) : a === b ? 0 : a - b;
-  const rows = [...body.rows].filter(row => row.dataset.method !== undefined);
-  rows.sort((one, other) => (up ? 1 : -1) * compare(key(one), key(other)));
-  body.append(...rows);
-}
-for (const box of document.querySelectorAll("#methods input")) box.addEventListener("change", filter);
-for (const button of document.querySelectorAll("th button")) button.addEventListener("click", () => sort(button));
-"""
+TEMPLATE = "page.html"
+"""Beside this file; everything it shows is escaped, except the scripts of plotly."""
 
 
 def page(found: Collected, tasks: Sequence[Group]) -> str:
@@ -82,141 +27,25 @@ def page(found: Collected, tasks: Sequence[Group]) -> str:
         found: What was read.
         tasks: The groups of its records.
     """
-    methods = sorted({row.method for group in tasks for row in group.rows})
-    boxes = "".join(f'<label><input type="checkbox" checked value="{_safe(m)}"> {_safe(m)}</label>' for m in methods)
+    template = Environment(autoescape=True, undefined=StrictUndefined, keep_trailing_newline=True).from_string(
+        files("microglia.report").joinpath(TEMPLATE).read_text(encoding="utf-8")
+    )
     sources = Counter(record.source.partition("#")[0] for record in found.records)
-    parts = [
-        f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<title>Microglia report</title>\n'
-        f"<style>{STYLE}</style>\n<script>{get_plotlyjs()}</script>\n</head>\n<body>\n<h1>Results</h1>",
-        f"<p>Generated by <code>microglia report</code> from {len(found.records)} runs. Works offline.</p>",
-        f'<fieldset id="methods"><legend>Methods shown</legend>{boxes}</fieldset>',
-        *(_section(group) for group in tasks),
-        _list("Left out", found.left_out),
-        _list("Made from", [f"{name} ({count})" for name, count in sorted(sources.items())]),
-        f"<script>{SCRIPT}</script>\n</body>\n</html>\n",
-    ]
-    return "\n".join(parts)
-
-
-def _section(group: Group) -> str:
-    figures = [_ratios(group, panels) for panels in FIGURES.values()]
-    figures += [savings(group)] if group.dynamic else []
-    figures += [_curves(group)] if any(record.curves for record in group.records) else []
-    plots = (
-        to_html(figure, full_html=False, include_plotlyjs=False, div_id=f"plot-{group.slug}-{number}", config=CONFIG)
-        for number, figure in enumerate(figures)
-    )
-    facts = "".join(f"<li>{_safe(sentence)}</li>" for sentence in what_ran(group))
-    tables = f"{_table(*table(group))}\n{_further(EXPLAINED, dynamic_table(group))}{_further(BEFORE, paths_table(group))}"
-    return f"<section>\n<h2>{_safe(group.title)}</h2>\n<ul>{facts}</ul>\n{tables}{''.join(plots)}\n</section>"
-
-
-def _further(explained: str, table: tuple[Sequence[str], Sequence[tuple[Row, list[Entry]]]]) -> str:
-    """Returns a table that only some runs fill, with what it says, or nothing."""
-    return f"<p>{_safe(explained)}</p>\n{_table(*table)}\n" if table[1] else ""
-
-
-def _table(titles: Sequence[str], rows: Sequence[tuple[Row, list[Entry]]]) -> str:
-    head = "".join(f'<th scope="col"><button type="button">{_safe(title)}</button></th>' for title in titles)
-    body = []
-    for row, entries in rows:
-        mark = 'class="dense"' if row.baseline else f'data-method="{_safe(row.method)}"'
-        body.append(f"<tr {mark}>{''.join(map(_entry, entries))}</tr>")
-    rest = "\n".join(body)
-    return f'<div class="scroll"><table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{rest}\n</tbody></table></div>'
-
-
-def _entry(entry: Entry) -> str:
-    number = isinstance(entry.order, int | float)
-    order = str(entry.order).replace("inf", "Infinity") if number else str(entry.order)
-    kind = ' class="number"' if number else ""
-    return f'<td{kind} data-order="{_safe(order)}">{_safe(entry.text)}</td>'
-
-
-def _list(title: str, lines: Iterable[str]) -> str:
-    items = "".join(f"<li>{_safe(line)}</li>" for line in lines)
-    return f"<section><h2>{title}</h2><ul>{items}</ul></section>" if items else ""
-
-
-def _safe(text: str) -> str:
-    return html.escape(text, quote=True)
-
-
-def _look(number: int) -> dict[str, Any]:
-    """Returns colour, marker and dashes of the line of a number, the colours those of the printed figures."""
-    color = COLORS[number % len(COLORS)]
-    marker = {"symbol": SYMBOLS[number % len(SYMBOLS)], "size": 9, "color": color}
-    return {"marker": marker, "line": {"color": color, "dash": DASHES[number % len(DASHES)]}}
-
-
-def _ratios(group: Group, panels: Sequence[Panel]) -> go.Figure:
-    """Returns the headline against ratios, a diagram for each."""
-    figure = make_subplots(cols=len(panels), shared_yaxes=True, horizontal_spacing=0.06)
-    for column, panel in enumerate(panels, 1):
-        drawn = [_line(group, number, panel) for number in range(len(group.lines))]
-        for trace in drawn:
-            if trace is not None:
-                figure.add_trace(trace.update(showlegend=column == 1), row=1, col=column)
-        if not any(drawn):
-            place = {"xref": "x domain" if column == 1 else f"x{column} domain", "yref": "paper", "x": 0.5, "y": 0.5}
-            figure.add_annotation(text=panel.missing, showarrow=False, **place)
-        for row in group.baselines:
-            figure.add_hline(
-                row.after.mean * group.scale, line={"color": "black", "dash": "dash", "width": 1}, row=1, col=column
-            )
-        low, high = limits(group, panel)
-        ticks = [2.0**exponent for exponent in range(low, high + 1)]
-        span = [math.log10(2) * (low - 0.1), math.log10(2) * (high + 0.1)]
-        labels = [f"{tick:g}x" for tick in ticks]
-        figure.update_xaxes(title=panel.title, type="log", range=span, tickvals=ticks, ticktext=labels, row=1, col=column)
-    figure.update_yaxes(title=f"{group.headline} after recovery{group.unit and f' ({group.unit.strip()})'}", row=1, col=1)
-    return figure.update_layout(template="plotly_white", height=480, title="dashed: the dense model")
-
-
-def _line(group: Group, number: int, panel: Panel) -> go.Scatter | None:
-    name, rows = list(group.lines.items())[number]
-    found = points(rows, panel, group.scale)
-    if not found:
-        return None
-    ratios, means, deviations, drawn = zip(*found, strict=True)
-    return go.Scatter(
-        x=ratios,
-        y=means,
-        error_y={"type": "data", "array": deviations, "visible": any(deviations)},
-        text=[f"{row.asked}, n = {row.after.n}" for row in drawn],
-        hovertemplate=f"%{{y:.2f}}{group.unit} at %{{x:.2f}}x<br>%{{text}}",
-        name=name,
-        legendgroup=name,
-        meta=drawn[0].method,
-        mode="lines+markers",
-        **_look(number),
+    return template.render(
+        policy=POLICY,
+        plotly=get_plotlyjs(),
+        found=found,
+        methods=sorted({row.method for group in tasks for row in group.rows}),
+        tasks=[_task(group) for group in tasks],
+        sources=[f"{name} ({count})" for name, count in sorted(sources.items())],
     )
 
 
-def _curves(group: Group) -> go.Figure:
-    """Returns what every training logged, a column for each stage: validation headline above, loss below."""
-    stages = list(dict.fromkeys(stage for record in group.records for stage in record.curves))
-    figure = make_subplots(rows=2, cols=len(stages), shared_xaxes=True, column_titles=stages, vertical_spacing=0.06)
-    named: set[str] = set()
-    for number, (line, rows) in enumerate(group.lines.items()):
-        for record, asked in ((record, row.asked) for row in rows for record in row.records):
-            for stage, curve in record.curves.items():
-                for place, values in ((1, [group.scale * value for value in curve["validation"]]), (2, curve["loss"])):
-                    trace = go.Scatter(
-                        x=curve["epoch"],
-                        y=values,
-                        name=line,
-                        legendgroup=line,
-                        showlegend=line not in named,
-                        meta=rows[0].method,
-                        mode="lines+markers" if len(values) < 5 else "lines",
-                        hovertemplate=f"%{{y:.4g}}, epoch %{{x}}<br>{_safe(asked)}, seed {_safe(str(record.recipe['seed']))}",
-                        **_look(number),
-                    )
-                    named.add(line)
-                    figure.add_trace(trace, row=place, col=stages.index(stage) + 1)
-    figure.update_yaxes(title=f"validation {group.headline}{group.unit and f' ({group.unit.strip()})'}", row=1, col=1)
-    figure.update_yaxes(title="training loss", row=2, col=1).update_xaxes(title="epoch", row=2)
-    return figure.update_layout(template="plotly_white", height=620, title=f"training{group.seen and f'. {group.seen}'}")
+def _task(group: Group) -> dict[str, Any]:
+    """Returns what the template shows of one task."""
+    return {
+        "title": group.title,
+        "facts": what_ran(group),
+        "tables": tables_of(group),
+        "plots": [markup(picture.chart, f"plot-{group.slug}-{number}") for number, picture in enumerate(pictures_of(group))],
+    }

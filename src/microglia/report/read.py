@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
 
 from microglia.core.errors import FileError
+from microglia.report.families import checked
 from microglia.report.records import Curves, Record, order, parse, without_paths
 from microglia.storage.run import read_json
 
@@ -76,7 +77,7 @@ def _unfinished(root: Path) -> list[Path]:
 
 def _read_run(file: Path, shown: str, records: list[Record], left_out: list[str]) -> None:
     try:
-        record = parse({**read_json(file), "source": shown})
+        record = checked(parse({**read_json(file), "source": shown}))
     except (FileError, ValueError) as error:
         left_out.append(f"{shown}: damaged ({_why(error, file)})")
         return
@@ -101,7 +102,7 @@ def _read_export(file: Path, shown: str, records: list[Record], left_out: list[s
     for number, item in enumerate(content, 1):
         try:
             inner = item.get("source", number) if isinstance(item, dict) else number
-            records.append(parse({**item, "source": f"{shown}#{inner}"}))
+            records.append(checked(parse({**item, "source": f"{shown}#{inner}"})))
         except (TypeError, ValueError) as error:
             left_out.append(f"{shown}, result {number}: damaged ({_why(error, file)})")
 

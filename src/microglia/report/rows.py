@@ -10,6 +10,9 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, TypeVar
 
+from microglia.lab.result import Observed
+from microglia.measure import LatencyReport
+from microglia.report.families import Family, common_family, left_of
 from microglia.report.labels import (
     DENSE,
     asked_of,
@@ -22,30 +25,14 @@ from microglia.report.labels import (
     text_of,
     varying_of,
 )
-from microglia.report.records import Latency, Observed, Record
+from microglia.report.records import Record
+from microglia.report.spread import Spread
 from microglia.storage.run import flatten
 from microglia.tasks.task import SEEN
 
+__all__ = ["Group", "Row", "Spread", "groups", "speedup_of"]
+
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Spread:
-    """Mean and sample standard deviation (over n - 1) of n values; no deviation for one value."""
-
-    mean: float
-    deviation: float | None
-    n: int
-
-    @classmethod
-    def of(cls, values: Iterable[float]) -> Spread:
-        """Returns the spread of at least one value."""
-        found = list(values)
-        return cls(statistics.fmean(found), statistics.stdev(found) if len(found) > 1 else None, len(found))
-
-    def to_dict(self) -> dict[str, Any]:
-        """Returns mean and deviation as JSON values."""
-        return {"mean": self.mean, "std": self.deviation}
 
 
 @dataclass(frozen=True)
@@ -53,7 +40,7 @@ class Row:
     """Runs that differ in their seed alone.
 
     Attributes:
-        method: As in the recipe, of a dynamic one with its mode and rule; ``dense`` for the baseline.
+        method: As in the recipe, or as its family names it; ``dense`` for the baseline.
         pattern: What is kept or removed together.
         scope: Within what units compete.
         asked: The budget.
@@ -74,20 +61,20 @@ class Row:
         return self.method == "dense"
 
     @property
-    def dynamic(self) -> bool:
-        """Whether gates choose for each input what is computed."""
-        return not self.baseline and all(record.dynamic for record in self.records)
+    def family(self) -> Family | None:
+        """The family of its runs; None where the usual labels and counts hold."""
+        return None if self.baseline else common_family(self.records)
 
     @property
     def reduction(self) -> Spread | None:
-        """Fraction of the dense multiply-accumulates that is saved, in the honest count; None where nothing is left."""
-        left = [record.left for record in self.records]
+        """Fraction of the dense multiply-accumulates that is saved; None where nothing is left."""
+        left = [left_of(record) for record in self.records]
         return None if None in left else Spread.of(1 - value for value in left if value is not None)
 
     @property
     def line(self) -> str:
         """What a figure's line of several budgets is called."""
-        plain = self.pattern in ("unstructured", "") or self.dynamic  # gates know no other pattern than channels
+        plain = self.pattern in ("unstructured", "") or (self.family is not None and not self.family.patterned)
         return " ".join(filter(None, (self.method, "" if plain else self.pattern, self._odd_scope, self.settings)))
 
     @property
@@ -119,19 +106,18 @@ class Row:
     def compression(self) -> float | None:
         """All parameters of the dense model over those left, mean over the runs."""
         if self.baseline:
-            return _mean(self.records, lambda r: r.dense.parameters.compression)
+            return _mean(self.records, lambda r: _finite(r.dense.parameters.compression))
         return _mean(
-            self.records, lambda r: _times(r.pruned.parameters.compression, r.dense.parameters.all, r.pruned.parameters.all)
+            self.records,
+            lambda r: _times(_finite(r.pruned.parameters.compression), r.dense.parameters.all, r.pruned.parameters.all),
         )
 
     @property
     def theoretical(self) -> float | None:
-        """Theoretical speed-up, MACs of the dense model over those left (of gates: computed on average), mean over the runs."""
+        """Theoretical speed-up, MACs of the dense model over those computed, mean over the runs."""
         if self.baseline:
-            return _mean(self.records, lambda r: r.dense.macs.speedup)
-        if self.dynamic:
-            return _mean(self.records, lambda r: 1 / r.left if r.left else None)
-        return _mean(self.records, lambda r: _times(r.pruned.macs.speedup, r.dense.macs.total, r.pruned.macs.total))
+            return _mean(self.records, lambda r: _finite(r.dense.macs.speedup))
+        return _mean(self.records, lambda r: 1 / left if (left := left_of(r)) else None)
 
     @property
     def raw(self) -> float:
@@ -144,7 +130,7 @@ class Row:
         return _mean(self._observed(), lambda o: o.bytes.zipped) or 0.0
 
     @property
-    def measured(self) -> list[Latency]:
+    def measured(self) -> list[LatencyReport]:
         """The latencies of those runs that were timed."""
         return [r.latency for r in self.records if r.latency is not None]
 
@@ -156,14 +142,14 @@ class Row:
     @property
     def speedup(self) -> float | None:
         """Measured: the median over the runs of best dense over best pruned time; None where nothing was timed."""
-        return statistics.median(m.speedup for m in self.measured) if self.measured else None
+        return statistics.median(speedup_of(m) for m in self.measured) if self.measured else None
 
     def time(self, model: str) -> tuple[str, float] | None:
         """Returns (best executions, median over the runs of the best time in ms) of ``dense`` or ``pruned``."""
         if not self.measured:
             return None
-        fastest = [m.fastest(model) for m in self.measured]
-        return "/".join(sorted({name for name, _ in fastest})), statistics.median(time for _, time in fastest)
+        fastest = [m.best(model) for m in self.measured]
+        return "/".join(sorted({name for name, _ in fastest})), statistics.median(time.median for _, time in fastest)
 
     def _observed(self) -> list[Observed]:
         return [r.dense if self.baseline else r.pruned for r in self.records]
@@ -193,11 +179,6 @@ class Group:
         return [record for row in self.rows for record in row.records]
 
     @property
-    def dynamic(self) -> list[Row]:
-        """Rows of models whose gates choose for each input what is computed."""
-        return [row for row in self.rows if row.dynamic]
-
-    @property
     def seen(self) -> str:
         """What to say beside a number of the validation split where a run began with a checkpoint; else nothing."""
         return SEEN if any(record.recipe.get("checkpoint") for record in self.records) else ""
@@ -210,8 +191,13 @@ class Group:
 
     @property
     def unit(self) -> str:
-        """Of the headline as shown, with a leading space."""
+        """Unit of the headline as shown, with a leading space."""
         return " %" if self.scale == 100 else ""
+
+    @property
+    def in_unit(self) -> str:
+        """The unit in brackets, with a leading space."""
+        return f" ({self.unit.strip()})" if self.unit else ""
 
     @property
     def lines(self) -> dict[str, list[Row]]:
@@ -254,7 +240,8 @@ def _rows(records: Sequence[Record]) -> tuple[Row, ...]:
 
 
 def _rows_of(method: str, records: Sequence[Record]) -> Iterable[Row]:
-    varying = varying_of(records, lambda key: not named_elsewhere(key))
+    family = common_family(records)
+    varying = varying_of(records, lambda key: not named_elsewhere(key, family.shown if family is not None else ()))
 
     def key(record: Record) -> tuple[str, str, str, float, str]:
         return pattern_of(record), scope_of(record), settings_of(record, varying), fraction_of(record), asked_of(record)
@@ -290,6 +277,15 @@ def _trained(record: Record) -> bool:
 
 def _by(records: Iterable[Record], key: Callable[[Record], Any]) -> list[tuple[Any, list[Record]]]:
     return [(value, list(part)) for value, part in groupby(sorted(records, key=key), key)]
+
+
+def speedup_of(latency: LatencyReport) -> float:
+    """Returns the measured speed-up of a run: the best dense execution over the best pruned one."""
+    return latency.speedup("pruned", over="dense")
+
+
+def _finite(ratio: float) -> float | None:
+    return ratio if math.isfinite(ratio) else None
 
 
 def _times(ratio: float | None, dense: int, now: int) -> float | None:

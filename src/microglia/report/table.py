@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import PurePath
-from statistics import fmean
 
 from microglia.report.cells import (
     Entry,
     count_runs,
-    drop_column,
     escaped,
-    markdown_table,
     of_count,
     of_ratio,
     of_spread,
     of_words,
 )
 from microglia.report.read import Collected
-from microglia.report.rows import Group, Row
-from microglia.report.sections.at_init import paths_lines
-from microglia.report.sections.dynamic import dynamic_lines
+from microglia.report.rows import Group, Row, speedup_of
+from microglia.report.section import Table, pictures_of, tables_of
 
+WORDS = ("method", "pattern", "scope", "kept (asked)", "settings")
 UNMEASURED = "not measured"
 SETTINGS = (
     "checkpoint",
@@ -52,8 +48,8 @@ LEGEND = """\
   its masks beside them."""
 
 
-def table(group: Group) -> tuple[list[str], list[tuple[Row, list[Entry]]]]:
-    """Returns the titles and the rows of a task's table, the dense models first."""
+def table(group: Group) -> Table:
+    """Returns the main table of a task, the dense models first."""
     unit, points = group.unit.strip(), " (points)" if group.unit else ""
     titled = f"{group.headline}, {unit}" if unit else group.headline
     titles = [
@@ -69,9 +65,7 @@ def table(group: Group) -> tuple[list[str], list[tuple[Row, list[Entry]]]]:
     titles += [f"change{points}", "compression", "theoretical speed-up", "dense, ms (execution)", "pruned, ms (execution)"]
     titles += ["measured speed-up", "bytes, raw", "bytes, zipped"]
     rows = [(row, _entries(row, group.scale)) for row in (*group.baselines, *group.rows)]
-    if not any(row.settings for row, _ in rows):
-        drop_column(titles, [entries for _, entries in rows], "settings")
-    return titles, rows
+    return Table(titles, rows, WORDS).without_empty("settings")
 
 
 def _entries(row: Row, scale: float) -> list[Entry]:
@@ -100,7 +94,7 @@ def _times(row: Row) -> list[Entry]:
     timed, runs = len(row.measured), len(row.records)
     note = "" if timed == runs or row.baseline else f", {timed} of {runs} runs"
     if row.machines > 1:
-        low, high = min(m.speedup for m in row.measured), max(m.speedup for m in row.measured)
+        low, high = min(map(speedup_of, row.measured)), max(map(speedup_of, row.measured))
         several = Entry(f"{row.machines} machines{note}", 0.0)
         span = Entry(f"{low:.2f} to {high:.2f}x", ratio)
         return [several, Entry("", 0.0), Entry("", 1.0)] if row.baseline else [several, several, span]
@@ -137,49 +131,15 @@ def what_ran(group: Group) -> list[str]:
     return [*sentences, *(f"{note} ({count_runs(count)})" for note, count in sorted(notes.items()))]
 
 
-OTHER = {
-    "layers": "density of each layer",
-    "search": "masks and temperature over the search",
-    "flops": "the metric against FLOPs reduction, dynamic and static",
-    "collapse": "weights on a path, emptied layers and the least density against compression, of masks made before training",
-    "gates": "kept and core filters of each layer",
-}
-"""What the pictures that are no ratio show."""
-
-
-def freeze_lines(group: Group) -> list[str]:
-    """Returns the table of what making the masks exact changed, empty where no method learned any."""
-    rows = [(row, [r.search.freeze for r in row.records if r.search is not None and r.search.freeze]) for row in group.rows]
-    rows = [(row, found) for row, found in rows if found and any(freeze.soft and freeze.softens for freeze in found)]
-    if not rows:
-        return []
-    titles = ["method", "pattern", "kept (asked)", "units", "undecided", "mean |f - mask|", "soft", "exact"]
-    lines = [
-        f"The freeze, when soft masks become exact, means over the runs; {group.headline} on the validation split with the "
-        f"soft and with the exact masks.{group.seen and f' {group.seen}'}",
-        "",
-        f"| {' | '.join(escaped(title) for title in titles)} |",
-        "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: |",
-    ]
-    for row, found in rows:
-        soft, hard = (
-            fmean(getattr(f, moment).get(group.headline, math.nan) * group.scale for f in found) for moment in ("soft", "hard")
-        )
-        cells = [row.method, row.pattern, row.asked, f"{found[0].units:,}", f"{fmean(f.undecided for f in found):,.1f}"]
-        cells += [f"{fmean(f.mean for f in found):.2g}", f"{soft:.2f}{group.unit}", f"{hard:.2f}{group.unit}"]
-        lines.append(f"| {' | '.join(escaped(text) for text in cells)} |")
-    return [*lines, ""]
-
-
 def markdown(found: Collected, tasks: Sequence[Group], figures: Iterable[PurePath]) -> str:
     """Returns ``results.md``: the same records, the same bytes.
 
     Args:
         found: What was read.
         tasks: The groups of its records.
-        figures: Paths of the pictures relative to the file; those of a task begin with its slug.
+        figures: Paths of the pictures relative to the file, named after the task's slug and the picture.
     """
-    pictures = sorted(figure for figure in figures if figure.suffix == ".png")
+    written = {figure.name: figure for figure in figures}
     lines = [
         "# Results",
         "",
@@ -189,19 +149,14 @@ def markdown(found: Collected, tasks: Sequence[Group], figures: Iterable[PurePat
     lines += [LEGEND, ""]
     for group in tasks:
         lines += [f"## {escaped(group.title)}", "", *(f"- {escaped(sentence)}" for sentence in what_ran(group)), ""]
-        lines += [*_table_lines(group), ""]
-        for picture in pictures:
-            if picture.name.rpartition("-")[0] == group.slug:
-                kind = picture.stem.rpartition("-")[2]
-                lines += [f"![{OTHER.get(kind, f'{group.headline} against {kind}')}]({picture.as_posix()})", ""]
-        lines += [*freeze_lines(group), *dynamic_lines(group), *paths_lines(group)]
+        first, *others = (table.markdown() for table in tables_of(group))
+        lines += first
+        for picture in sorted(pictures_of(group), key=lambda picture: picture.name):
+            if (path := written.get(f"{group.slug}-{picture.name}.png")) is not None:
+                lines += [f"![{picture.caption}]({path.as_posix()})", ""]
+        lines += [line for other in others for line in other]
     if found.left_out:
         lines += ["## Left out", "", *(f"- {escaped(line)}" for line in found.left_out), ""]
     sources = Counter(record.source.partition("#")[0] for record in found.records)
     lines += ["## Made from", "", *(f"- `{name}` ({count_runs(count)})" for name, count in sorted(sources.items()))]
     return "\n".join(lines) + "\n"
-
-
-def _table_lines(group: Group) -> list[str]:
-    titles, rows = table(group)
-    return markdown_table(titles, [entries for _, entries in rows], ("method", "pattern", "scope", "kept (asked)", "settings"))

@@ -12,6 +12,7 @@ from microglia.core.errors import FileError
 from microglia.report.read import Collected, read_results
 from microglia.report.records import Record, export
 from microglia.report.rows import groups
+from microglia.report.section import pictures_of
 from microglia.report.table import markdown
 from microglia.storage.files import write_atomic
 
@@ -78,17 +79,19 @@ def report(paths: Sequence[str | Path], out: str | Path) -> Report:
         FileError: There is nothing at a path, no finished run at all, or the report cannot be written.
     """
     # Slow to import, and the command line imports this file for every command.
-    from microglia.report.figures import draw
     from microglia.report.page import page
-    from microglia.report.sections.at_init import draw_paths
-    from microglia.report.sections.savings import draw_dynamic
-    from microglia.report.sections.search import draw_search
+    from microglia.report.printed import save
 
     found = read_results(paths)
     _refuse_nothing(found, paths)
     out, tasks = Path(out), groups(found.records)
-    makers = (draw, draw_search, draw_dynamic, draw_paths)
-    figures = tuple(path for group in tasks for make in makers for path in make(group, out / "figures"))
+    figures = tuple(
+        path
+        for group in tasks
+        for picture in pictures_of(group)
+        if picture.paper
+        for path in save(picture.chart, out / "figures", group.slug, picture.name)
+    )
     tables, html = out / "results.md", out / "report.html"
     write_atomic(tables, markdown(found, tasks, [PurePath("figures") / figure.name for figure in figures]))
     write_atomic(html, page(found, tasks))

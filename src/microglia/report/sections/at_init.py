@@ -1,21 +1,16 @@
-"""Masks made before training: how many of their weights lie on a path from input to output, and which layers they emptied."""
+"""The section of masks made before training: weights on a path from input to output, and layers that keep nothing."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from statistics import fmean
-from typing import Any
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
-
-from microglia.report.cells import Entry, drop_column, markdown_table, of_spread, of_words
-from microglia.report.figures import COLORS, DASHES, MARKERS, save
-from microglia.report.records import Initialization
-from microglia.report.rows import Group, Row, Spread
+from microglia.methods import Initialization
+from microglia.report.cells import Entry, of_spread, of_words
+from microglia.report.chart import Axis, Chart, Line, Panel, look
+from microglia.report.rows import Group, Row
+from microglia.report.section import Picture, Section, Table, register
+from microglia.report.spread import Spread
 
 WORDS = ("method", "asked", "settings")
 EXPLAINED = (
@@ -23,52 +18,53 @@ EXPLAINED = (
     "dead. Emptied: layers that kept nothing, at most over seeds; one of them on the trunk collapses the network. Least: the "
     "smallest density of a layer."
 )
+CAPTION = "weights on a path, emptied layers and the least density against compression, of masks made before training"
 LEAST = 2  # budgets that make a line worth drawing
-PANELS: tuple[tuple[str, Callable[[Initialization], float]], ...] = (
-    ("of the weights kept, on a path (%)", lambda found: 100 * found.effective / max(1, found.kept)),
-    ("emptied layers", lambda found: len(found.emptied)),
-    ("least density of a layer (%)", lambda found: 100 * found.least),
+PANELS: tuple[tuple[Axis, Callable[[Initialization], float]], ...] = (
+    (Axis("of the weights kept, on a path (%)"), lambda found: 100 * found.effective / max(1, found.kept)),
+    (Axis("emptied layers", whole=True), lambda found: len(found.emptied)),
+    (Axis("least density of a layer (%)", "symlog", (0, None)), lambda found: 100 * found.least),
 )
 
 
-def paths_table(group: Group) -> tuple[list[str], list[tuple[Row, list[Entry]]]]:
-    """Returns the titles and rows of the table of a task's runs that prune before training; no row where there are none."""
+def tables(group: Group) -> list[Table]:
+    """Returns the table of a task's runs that prune before training."""
     unit = f", {group.unit.strip()}" if group.unit else ""
     titles = ["method", "asked", "settings", "n", "on a path, %", "emptied", "least, %", f"{group.headline}{unit}"]
     rows = [(row, _entries(row, group.scale)) for row in _rows(group)]
-    if not any(row.settings for row, _ in rows):
-        drop_column(titles, [entries for _, entries in rows], "settings")
-    return titles, rows
+    return [Table(titles, rows, WORDS, EXPLAINED).without_empty("settings")]
 
 
-def paths_lines(group: Group) -> list[str]:
-    """Returns that table for the Markdown file, empty where no run prunes before training."""
-    titles, rows = paths_table(group)
-    return [EXPLAINED, "", *markdown_table(titles, [entries for _, entries in rows], WORDS), ""] if rows else []
+def pictures(group: Group) -> Iterator[Picture]:
+    """Returns the collapse figure of a task, where several budgets show one."""
+    if lines := _lines(group):
+        yield Picture("collapse", CAPTION, collapse_chart(group, lines))
 
 
-def draw_paths(group: Group, directory: Path) -> list[Path]:
-    """Writes the collapse figure of a task as PNG and SVG, where several budgets show one; returns the paths.
-
-    Raises:
-        FileError: They cannot be written.
-    """
-    lines = _lines(group)
-    return save(partial(_figure, group, lines), directory, group.slug, "collapse") if lines else []
+def collapse_chart(group: Group, lines: dict[str, list[Row]]) -> Chart:
+    """Returns the three quantities of the table against compression, means over seeds."""
+    x = Axis("compression of the prunable weights", "log", suffix="x", unit="x")
+    panels = [
+        Panel(x, axis, [_line(name, number, rows, read) for number, (name, rows) in enumerate(lines.items())])
+        for axis, read in PANELS
+    ]
+    return Chart(f"{group.title}: masks before training", panels, columns=len(PANELS), size=(15, 5.2), legend=4)
 
 
 def _found(row: Row) -> list[Initialization]:
-    return [record.initialization for record in row.records if record.initialization is not None]
+    found = [record.observed(Initialization) for record in row.records]
+    return [one for one in found if one is not None]
 
 
 def _rows(group: Group) -> list[Row]:
-    return [row for row in group.rows if not row.baseline and _found(row)]
+    return [row for row in group.rows if _found(row)]
 
 
 def _entries(row: Row, scale: float) -> list[Entry]:
     found = _found(row)
     worst = max(found, key=lambda one: len(one.emptied))
     emptied = f"{len(worst.emptied)} of {len(worst.layers)}" if worst.emptied else "none"
+    least = min(one.least for one in found)
     return [
         of_words(row.method),
         Entry(row.asked, found[0].kept / found[0].total),
@@ -76,7 +72,7 @@ def _entries(row: Row, scale: float) -> list[Entry]:
         Entry(str(row.after.n), row.after.n),
         of_spread(Spread.of(one.effective / max(1, one.kept) for one in found), 100),
         Entry(emptied, len(worst.emptied)),
-        Entry(f"{100 * min(one.least for one in found):.2g}", min(one.least for one in found)),
+        Entry(f"{100 * least:.2g}", least),
         of_spread(row.after, scale),
     ]
 
@@ -88,29 +84,10 @@ def _lines(group: Group) -> dict[str, list[Row]]:
     return {name: rows for name, rows in lines.items() if len({row.asked for row in rows}) >= LEAST}
 
 
-def _figure(group: Group, lines: dict[str, list[Row]]) -> Figure:
-    figure = Figure(figsize=(15, 5.2), layout="constrained")
-    FigureCanvasAgg(figure)
-    figure.suptitle(f"{group.title}: masks before training")
-    for number, (title, read) in enumerate(PANELS, 1):
-        axes = figure.add_subplot(1, len(PANELS), number)
-        for place, (name, rows) in enumerate(lines.items()):
-            points = sorted((_found(row)[0].total / max(1, _found(row)[0].kept), fmean(map(read, _found(row)))) for row in rows)
-            style: dict[str, Any] = {"marker": MARKERS[place % len(MARKERS)], "linestyle": DASHES[place % len(DASHES)]}
-            axes.plot(*zip(*points, strict=True), label=name, color=COLORS[place % len(COLORS)], markersize=5, **style)
-        axes.set_xscale("log")
-        if "density" in title:
-            axes.set_yscale("symlog", linthresh=0.01)
-            axes.set_ylim(bottom=0)
-            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        if "layers" in title:
-            axes.yaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}x"))
-        axes.xaxis.set_minor_locator(NullLocator())
-        axes.set_xlabel("compression of the prunable weights")
-        axes.set_ylabel(title)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(True, color="0.9")
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", frameon=False, ncols=4)
-    return figure
+def _line(name: str, number: int, rows: list[Row], read: Callable[[Initialization], float]) -> Line:
+    points = sorted((_found(row)[0].total / max(1, _found(row)[0].kept), fmean(map(read, _found(row)))) for row in rows)
+    x, y = zip(*points, strict=True)
+    return Line(name, x, y, look=look(number, size=5), method=rows[0].method)
+
+
+register(Section("at_init", applies=lambda group: bool(_rows(group)), tables=tables, pictures=pictures))

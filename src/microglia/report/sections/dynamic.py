@@ -1,13 +1,24 @@
-"""Tables of dynamic runs: what their gates were expected to compute and what they do."""
+"""The section of dynamic runs, whose gates choose for each input what is computed: labels, table and figures."""
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from statistics import fmean
+from typing import Any
 
-from microglia.report.cells import Entry, drop_column, markdown_table, of_spread, of_words
-from microglia.report.labels import rule_of
-from microglia.report.rows import Group, Row, Spread
-from microglia.report.sections.routing import Routing
+import numpy as np
+
+from microglia.methods import Predicted, Routing
+from microglia.report.cells import Entry, of_spread, of_words
+from microglia.report.chart import Axis, Chart, Line, Panel, Rule, look
+from microglia.report.families import Family
+from microglia.report.records import Record
+from microglia.report.rows import Group, Row
+from microglia.report.section import Picture, Section, Table, register
+from microglia.report.spread import Spread
 
 WORDS = ("method", "rule", "asked", "settings")
 EXPLAINED = (
@@ -17,24 +28,86 @@ EXPLAINED = (
     "Routes: distinct ones of so many test inputs. ± is over seeds where a column does not say inputs. In the figure stand "
     "static runs beside, by the multiply-accumulates of their kept weights."
 )
+AXIS = "FLOPs reduction, % of dense (of gates the honest mean over inputs, heads counted)"
+USUAL_RULE = "prefix_le"
+"""Rule of the targets that goes without saying in the name of a row."""
+Point = tuple[Spread, Spread, Row]
+"""(fraction of operations saved, headline, row)."""
 
 
-def dynamic_table(group: Group) -> tuple[list[str], list[tuple[Row, list[Entry]]]]:
-    """Returns the titles and rows of the table of a task's dynamic models; no row where there are none."""
+# ------------------------------------------------------------------------------------------------------------ the labels
+def gated(record: Record) -> bool:
+    """Tells whether gates of a run's model choose for each input what is computed."""
+    return record.observed(Routing) is not None
+
+
+def left(record: Record) -> float | None:
+    """Returns the fraction of the dense operations that a gated model computes on average."""
+    routing = record.observed(Routing)
+    return routing.honest.mean if routing is not None else None
+
+
+def method(record: Record) -> str:
+    """Returns a run's method with its mode, and with its rule where that is not the usual one."""
+    rule = rule_of(record)
+    return " ".join(
+        filter(None, (record.recipe["method"], record.recipe["prune"].get("mode", ""), "" if rule == USUAL_RULE else rule))
+    )
+
+
+def rule_of(record: Record) -> str:
+    """Returns the rule of a run's targets."""
+    return str(record.recipe["prune"].get("rule", USUAL_RULE))
+
+
+def asked(record: Record) -> str:
+    """Returns the budget of a run: the operations, by which count, or r."""
+    prune: Mapping[str, Any] = record.recipe["prune"]
+    flops, r = prune.get("flops"), prune.get("r")
+    if flops is not None:
+        return f"flops {flops:g}{' by the paper count' if prune.get('count') == 'paper' else ''}"
+    if isinstance(r, dict):  # which of several such plans is meant shows in no number, so it gets a mark
+        mark = hashlib.blake2b(json.dumps(r, sort_keys=True).encode(), digest_size=3).hexdigest()
+        return f"r by layer, mean {fmean(r.values()):.4g} (plan {mark})"
+    return f"r {r:g}"
+
+
+def strength(record: Record) -> float:
+    """Returns what sorts budgets from weak to strong."""
+    flops, r = record.recipe["prune"].get("flops"), record.recipe["prune"].get("r")
+    return -float(flops if flops is not None else fmean(r.values()) if isinstance(r, dict) else r)
+
+
+def check(record: Record) -> None:
+    """Raises ValueError unless the recipe has a budget."""
+    if record.recipe["prune"].get("flops") is None and record.recipe["prune"].get("r") is None:
+        raise ValueError("the recipe of a run with routes has neither flops nor r")
+
+
+# ------------------------------------------------------------------------------------------------------------- the table
+def tables(group: Group) -> list[Table]:
+    """Returns the table of a task's dynamic models."""
     unit = f", {group.unit.strip()}" if group.unit else ""
     titles = ["method", "rule", "asked", "settings", "n", "r", "predicted (honest), %", "computed (honest), %"]
     titles += ["± over inputs", "least to most, %", "predicted (paper), %", "computed (paper), %", f"{group.headline}{unit}"]
     titles += ["precision, %", "recall, %", "routes"]
-    rows = [(row, _entries(row, group.scale)) for row in group.dynamic]
-    if not any(row.settings for row, _ in rows):
-        drop_column(titles, [entries for _, entries in rows], "settings")
-    return titles, rows
+    rows = [(row, _entries(row, group.scale)) for row in _rows(group)]
+    return [Table(titles, rows, WORDS, EXPLAINED).without_empty("settings")]
 
 
-def dynamic_lines(group: Group) -> list[str]:
-    """Returns that table for the Markdown file, empty where no run is dynamic."""
-    titles, rows = dynamic_table(group)
-    return [EXPLAINED, "", *markdown_table(titles, [entries for _, entries in rows], WORDS), ""] if rows else []
+def routings(row: Row) -> list[Routing]:
+    """Returns what the routes of each of a row's runs tell."""
+    found = [record.observed(Routing) for record in row.records]
+    return [routing for routing in found if routing is not None]
+
+
+def _estimates(row: Row) -> list[Predicted]:
+    found = [record.observed(Predicted) for record in row.records]
+    return [estimate for estimate in found if estimate is not None]
+
+
+def _rows(group: Group) -> list[Row]:
+    return [row for row in group.rows if row.family is FAMILY]
 
 
 def _entries(row: Row, scale: float) -> list[Entry]:
@@ -61,14 +134,8 @@ def _entries(row: Row, scale: float) -> list[Entry]:
     ]
 
 
-def routings(row: Row) -> list[Routing]:
-    """Returns what the routes of each of a row's runs tell."""
-    return [record.routes for record in row.records if record.routes is not None]
-
-
 def _r(row: Row) -> Entry:
-    found = [record.estimate.r for record in row.records if record.estimate is not None]
-    each = [set(r.values()) if isinstance(r, dict) else {r} for r in found]
+    each = [set(one.r.values()) if isinstance(one.r, dict) else {one.r} for one in _estimates(row)]
     if not each or max(map(len, each)) > 1:
         return Entry("by layer" if each else "", 0.0)
     mean = fmean(value for values in each for value in values)
@@ -76,10 +143,93 @@ def _r(row: Row) -> Entry:
 
 
 def _predicted(row: Row, count: str) -> Entry:
-    found = [getattr(record.estimate, count) for record in row.records if record.estimate is not None]
+    found = [getattr(one, count) for one in _estimates(row)]
     return of_spread(Spread.of(found) if found else None, 100)
 
 
 def _routes(routes: list[Routing]) -> Entry:
     distinct, inputs = fmean(one.routes for one in routes), fmean(one.inputs for one in routes)
     return Entry(f"{distinct:,.0f} of {inputs:,.0f}", distinct)
+
+
+# ----------------------------------------------------------------------------------------------------------- the figures
+def pictures(group: Group) -> Iterator[Picture]:
+    """Returns the figures of a task with dynamic runs."""
+    yield Picture("flops", "the metric against FLOPs reduction, dynamic and static", savings_chart(group))
+    yield Picture("gates", "kept and core filters of each layer", gates_chart(group))
+
+
+def saved_points(rows: Sequence[Row]) -> list[Point]:
+    """Returns the points of a line, least saved first; rows with no operations left are skipped."""
+    found = [(row.reduction, row.after, row) for row in rows]
+    return sorted(((x, y, row) for x, y, row in found if x is not None), key=lambda point: point[0].mean)
+
+
+def lines_of(group: Group) -> dict[str, list[Point]]:
+    """Returns the points of each line, dynamic and static ones alike; lines that save nothing at all are left out."""
+    found = {line: saved_points(rows) for line, rows in group.lines.items()}
+    return {line: points for line, points in found.items() if any(x.mean > 0 for x, _, _ in points)}
+
+
+def savings_chart(group: Group) -> Chart:
+    """Returns the headline against the operations saved: dynamic runs solid, static ones dashed; error bars over seeds."""
+    lines = []
+    for number, (name, points) in enumerate(lines_of(group).items()):
+        own = points[0][2].family is FAMILY
+        lines.append(
+            Line(
+                name,
+                [100 * x.mean for x, _, _ in points],
+                [group.scale * y.mean for _, y, _ in points],
+                x_error=[100 * (x.deviation or 0.0) for x, _, _ in points],
+                y_error=[group.scale * (y.deviation or 0.0) for _, y, _ in points],
+                notes=[f"{row.asked}, n = {row.after.n}" for _, _, row in points],
+                method=points[0][2].method,
+                look=replace(look(number), dash="solid" if own else "dash", hollow=not own),
+            )
+        )
+    rules = [Rule(group.scale * row.after.mean, row.line, dash="dot") for row in group.baselines]
+    panel = Panel(Axis(AXIS, unit=" % saved"), Axis(f"{group.headline}{group.in_unit}", unit=group.unit), lines, rules)
+    return Chart(group.title, [panel], note="dotted: the dense model; dashed: static pruning")
+
+
+def gates_chart(group: Group) -> Chart:
+    """Returns the fraction of each layer's filters kept on average (solid) and always, the core (dotted), by budget."""
+    budgets: dict[str, list[Row]] = {}
+    for row in _rows(group):
+        budgets.setdefault(row.asked, []).append(row)
+    names = sorted({row.line for row in _rows(group)})
+    panels = [
+        Panel(
+            Axis("gated layer", whole=True),
+            Axis("fraction of filters", limits=(0, 1.02)),
+            [line for row in rows for line in _gates(row, names.index(row.line))],
+            title=asked,
+        )
+        for asked, rows in budgets.items()
+    ]
+    size = (9, 1.2 + 3 * len(panels))
+    return Chart(group.title, panels, size=size, legend=4, height=160 + 240 * len(panels))
+
+
+def _gates(row: Row, number: int) -> Iterator[Line]:
+    """Returns the fractions of the filters of each layer that are kept and core, means over the runs."""
+    layers = [routing.layers for routing in routings(row)]
+    kept = np.mean([[layer.kept for layer in one] for one in layers], axis=0).tolist()
+    core = np.mean([[layer.core / layer.filters for layer in one] for one in layers], axis=0).tolist()
+    for name, values, size, dash in (("kept", kept, 4, "solid"), ("core", core, 3, "dot")):
+        style = replace(look(number, size), dash=dash)
+        yield Line(f"{row.line}: {name}", range(1, len(values) + 1), values, look=style, method=row.method)
+
+
+FAMILY = Family(
+    gated,
+    method,
+    asked,
+    strength,
+    left,
+    shown=("prune.r", "prune.count", "prune.mode", "prune.rule"),
+    patterned=False,
+    check=check,
+)
+register(Section("dynamic", applies=lambda group: bool(_rows(group)), tables=tables, pictures=pictures, family=FAMILY))

@@ -1,112 +1,131 @@
-"""Figures of how masks were found: the density of each layer by method, and the masks over a search."""
+"""The section of methods that learn their masks: the density of each layer, the masks over a search, and the freeze."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import partial
-from pathlib import Path
+import math
+from collections.abc import Iterator, Sequence
+from statistics import fmean
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import LogNorm
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from microglia.report.figures import COLORS, DASHES, MARKERS, save
-from microglia.report.records import Record, Search
+from microglia.methods import Search
+from microglia.methods.search_observed import Freeze
+from microglia.report.cells import Entry, of_words
+from microglia.report.chart import COLORS, Axis, Chart, Field, Line, Look, Panel, look
+from microglia.report.records import Record
 from microglia.report.rows import Group, Row
+from microglia.report.section import Picture, Section, Table, register
 
-PLAIN = FuncFormatter(lambda value, _: f"{value:g}")
-
-
-def draw_search(group: Group, directory: Path) -> list[Path]:
-    """Writes the figures of a task as PNG and SVG, where its runs tell of layers or of a search; returns their paths.
-
-    Raises:
-        FileError: They cannot be written.
-    """
-    written = []
-    if budgets := _budgets(group):
-        written += save(partial(_layers, group, budgets), directory, group.slug, "layers")
-    if searches := _searches(group):
-        written += save(partial(_search, group, searches), directory, group.slug, "search")
-    return written
+WORDS = ("method", "pattern", "kept (asked)")
+Budgets = dict[tuple[str, str], list[Row]]
+"""(pattern, budget) -> rows."""
 
 
 def densities(record: Record) -> dict[str, float]:
     """Returns the kept fraction of each layer, or of each group of coupled channels."""
-    return record.densities or (record.search.densities if record.search is not None else {})
+    search = record.observed(Search)
+    return record.densities or (search.densities if search is not None else {})
 
 
-def _budgets(group: Group) -> dict[tuple[str, str], list[Row]]:
-    """Returns the rows of each (pattern, budget) for which methods can be compared layer by layer, one of them learned."""
-    found: dict[tuple[str, str], list[Row]] = {}
+def tables(group: Group) -> list[Table]:
+    """Returns the table of what making the masks exact changed, without rows where no method learned any."""
+    explained = (
+        f"The freeze, when soft masks become exact, means over the runs; {group.headline} on the validation split with the "
+        f"soft and with the exact masks.{group.seen and f' {group.seen}'}"
+    )
+    titles = (*WORDS, "units", "undecided", "mean |f - mask|", "soft", "exact")
+    found = [(row, _freezes(row)) for row in group.rows]
+    rows = [(row, _entries(group, row, freezes)) for row, freezes in found if any(f.soft and f.softens for f in freezes)]
+    return [Table(titles, rows, WORDS, explained)]
+
+
+def pictures(group: Group) -> Iterator[Picture]:
+    """Returns the figures of a task whose runs tell of layers or of a search."""
+    if budgets := _budgets(group):
+        yield Picture("layers", "density of each layer", layers_chart(group, budgets))
+    if searches := _searches(group):
+        yield Picture("search", "masks and temperature over the search", search_chart(group, searches))
+
+
+def layers_chart(group: Group, budgets: Budgets) -> Chart:
+    """Returns the density of each layer in the order of the network, one panel for each budget, means over seeds."""
+    methods = sorted({row.method for rows in budgets.values() for row in rows})
+    panels = [
+        Panel(
+            Axis("layer" if pattern != "channel" else "group of coupled channels", whole=True),
+            Axis("density", limits=(0, 1.02)),
+            [_layers(row, methods.index(row.method)) for row in rows],
+            title=f"{pattern}, {asked}",
+        )
+        for (pattern, asked), rows in budgets.items()
+    ]
+    return Chart(group.title, panels, size=(9, 1 + 3 * len(panels)), legend=7, height=160 + 240 * len(panels))
+
+
+def search_chart(group: Group, searches: Sequence[tuple[Row, Search]]) -> Chart:
+    """Returns how binary the masks become: the units in each part of [0, 1] over the steps, and the temperature."""
+    panels = [_search(row, search) for row, search in searches]
+    return Chart(group.title, panels, size=(8, 1 + 2.6 * len(panels)), legend=-1, height=160 + 240 * len(panels))
+
+
+def _freezes(row: Row) -> list[Freeze]:
+    found = [record.observed(Search) for record in row.records]
+    return [search.freeze for search in found if search is not None and search.freeze is not None]
+
+
+def _entries(group: Group, row: Row, freezes: Sequence[Freeze]) -> list[Entry]:
+    undecided, mean = fmean(f.undecided for f in freezes), fmean(f.mean for f in freezes)
+    soft, hard = (
+        group.scale * fmean(metrics.get(group.headline, math.nan) for metrics in moment)
+        for moment in ([f.soft for f in freezes], [f.hard for f in freezes])
+    )
+    return [
+        *map(of_words, (row.method, row.pattern, row.asked)),
+        Entry(f"{freezes[0].units:,}", freezes[0].units),
+        Entry(f"{undecided:,.1f}", undecided),
+        Entry(f"{mean:.2g}", mean),
+        *(Entry(f"{value:.2f}{group.unit}", value if math.isfinite(value) else -math.inf) for value in (soft, hard)),
+    ]
+
+
+def _budgets(group: Group) -> Budgets:
+    """Returns the rows of each budget for which methods can be compared layer by layer, one of them learned."""
+    found: Budgets = {}
     for row in group.rows:
         if densities(row.records[0]):
             found.setdefault((row.pattern, row.asked), []).append(row)
     return {
         key: rows
         for key, rows in found.items()
-        if len({row.method for row in rows}) > 1 and any(row.records[0].search is not None for row in rows)
+        if len({row.method for row in rows}) > 1 and any(row.records[0].observed(Search) is not None for row in rows)
     }
 
 
 def _searches(group: Group) -> list[tuple[Row, Search]]:
-    """Returns one search of each row with temperatures: its first run's."""
-    found = [(row, row.records[0].search) for row in group.rows]
+    """Returns the search of the first run of each row with temperatures."""
+    found = [(row, row.records[0].observed(Search)) for row in group.rows]
     return [(row, s) for row, s in found if s is not None and any(h.temperature is not None for h in s.history)]
 
 
-def _layers(group: Group, budgets: dict[tuple[str, str], list[Row]]) -> Figure:
-    """Density of each layer, in the order of the network, one panel for each budget, mean over seeds."""
-    figure = Figure(figsize=(9, 1 + 3 * len(budgets)), layout="constrained")
-    FigureCanvasAgg(figure)
-    figure.suptitle(group.title)
-    methods = sorted({row.method for rows in budgets.values() for row in rows})
-    for number, ((pattern, asked), rows) in enumerate(budgets.items(), 1):
-        axes = figure.add_subplot(len(budgets), 1, number)
-        for row in rows:
-            style = methods.index(row.method)
-            means = np.mean([list(densities(record).values()) for record in row.records], axis=0)
-            axes.plot(
-                range(1, len(means) + 1),
-                means,
-                label=row.method,
-                color=COLORS[style % len(COLORS)],
-                marker=MARKERS[style % len(MARKERS)],
-                linestyle=DASHES[style % len(DASHES)],
-                markersize=5,
-            )
-        axes.set_title(f"{pattern}, {asked}", fontsize="medium")
-        axes.set_ylabel("density")
-        axes.set_ylim(0, 1.02)
-        axes.set_xlabel("layer" if pattern != "channel" else "group of coupled channels")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.grid(True, color="0.9")
-        axes.spines[["top", "right"]].set_visible(False)
-    handles = {label: h for axes in figure.axes for h, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(7, len(handles)), frameon=False)
-    return figure
+def _layers(row: Row, number: int) -> Line:
+    means = np.mean([list(densities(record).values()) for record in row.records], axis=0).tolist()
+    return Line(row.method, range(1, len(means) + 1), means, look=look(number, size=5), method=row.method)
 
 
-def _search(group: Group, searches: Sequence[tuple[Row, Search]]) -> Figure:
-    """How binary the masks become: the units in each twentieth of [0, 1] over the steps, and the temperature."""
-    figure = Figure(figsize=(8, 1 + 2.6 * len(searches)), layout="constrained")
-    FigureCanvasAgg(figure)
-    figure.suptitle(group.title)
-    for number, (row, search) in enumerate(searches, 1):
-        axes = figure.add_subplot(len(searches), 1, number)
-        steps = [snapshot.step for snapshot in search.history]
-        counts = np.array([snapshot.histogram for snapshot in search.history]).T
-        edges = np.linspace(0, 1, len(counts) + 1)
-        ends = [*steps, steps[-1] + max(1, steps[-1] - steps[-2] if len(steps) > 1 else 1)]
-        image = axes.pcolormesh(ends, edges, np.where(counts > 0, counts, np.nan), norm=LogNorm(1, counts.max()), cmap="Blues")
-        figure.colorbar(image, ax=axes, label="units", pad=0.12, format=PLAIN)
-        axes.set_title(f"{row.line}, {row.asked}", fontsize="medium")
-        axes.set_ylabel("mask")
-        axes.set_xlabel("step of the training")
-        other = axes.twinx()
-        other.semilogy(steps, [snapshot.temperature for snapshot in search.history], color=COLORS[1], label="temperature")
-        other.yaxis.set_major_formatter(PLAIN)
-        other.set_ylabel("temperature", color=COLORS[1])
-    return figure
+def _search(row: Row, search: Search) -> Panel:
+    steps = [snapshot.step for snapshot in search.history]
+    counts = np.array([snapshot.histogram for snapshot in search.history]).T
+    ends = [*steps, steps[-1] + max(1, steps[-1] - steps[-2] if len(steps) > 1 else 1)]
+    units = Field(ends, np.linspace(0, 1, len(counts) + 1).tolist(), np.where(counts > 0, counts, np.nan), "units", log=True)
+    temperatures = [math.nan if snapshot.temperature is None else snapshot.temperature for snapshot in search.history]
+    return Panel(
+        Axis("step of the training"),
+        Axis("mask"),
+        field=units,
+        title=f"{row.line}, {row.asked}",
+        right=Axis("temperature", "log", color=COLORS[1]),
+        right_lines=[Line("temperature", steps, temperatures, look=Look(COLORS[1]), method=row.method)],
+    )
+
+
+register(Section("search", tables=tables, pictures=pictures))

@@ -14,7 +14,7 @@ from microglia.core.errors import MicrogliaError
 from microglia.core.masks import MaskSet, masks_of
 from microglia.lab.execute import make_task
 from microglia.lab.recipe import Recipe, as_dict, method_config
-from microglia.report.rows import Spread
+from microglia.report.spread import Spread
 from microglia.storage.archive import load
 from microglia.storage.files import digest
 from microglia.storage.run import Run

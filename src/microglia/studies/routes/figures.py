@@ -12,7 +12,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from microglia.report.figures import COLORS, save
+from microglia.report.chart import COLORS
+from microglia.report.printed import save
 from microglia.studies.routes.study import Heat
 
 LABELS = 70  # at most so many layers or classes are named at an axis

@@ -1,24 +1,16 @@
-"""Pictures of a surface: the loss on a plane as contours on a log scale, and along a line."""
+"""Charts of a surface: the loss on a plane as contours on a log scale, and along a line."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import plotly.graph_objects as go
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import LogNorm
-from matplotlib.figure import Figure
-from matplotlib.ticker import NullLocator
 
+from microglia.report.chart import COLORS, Axis, Chart, Field, Line, Look, Panel
 from microglia.report.figure_files import write_figure
-from microglia.report.figures import COLORS
 
 SLUG = "surface"
 LEVELS = 24
@@ -39,13 +31,13 @@ def draw(told: Mapping[str, Any], directory: Path) -> list[Path]:
     plane = {key: told[key] for key in ("task", "split", "range", "normalization", "axis", "plane", "trajectory")}
     line = {key: told[key] for key in ("task", "split", "range", "normalization", "line")}
     figures = (
-        ("plane", partial(plane_figure, told), plane_page(told), plane, plane_rows(told)),
-        ("line", partial(line_figure, told), line_page(told), line, told["line"]),
+        ("plane", plane_chart(told), plane, plane_rows(told)),
+        ("line", line_chart(told), line, told["line"]),
     )
     return [
         path
-        for name, printed, page, content, rows in figures
-        for path in write_figure(directory, SLUG, name, printed=printed, interactive=page, told=content, rows=rows)
+        for name, chart, content, rows in figures
+        for path in write_figure(directory, SLUG, name, chart=chart, told=content, rows=rows)
     ]
 
 
@@ -59,132 +51,63 @@ def plane_rows(told: Mapping[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def plane_figure(told: Mapping[str, Any]) -> Figure:
+def plane_chart(told: Mapping[str, Any]) -> Chart:
     """Returns the contours of the loss, levels evenly spaced in its logarithm; the network is the cross in the middle."""
-    figure = Figure(figsize=(7.8, 6.2), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    loss = np.ma.masked_invalid(_losses(told["plane"]["loss"]))
+    loss, headline = _losses(told["plane"]["loss"]), told["metrics"][0]
     low, high = _bounds(loss)
-    levels = np.geomspace(low, high, LEVELS)
-    filled = axes.contourf(told["axis"], told["axis"], loss, levels=levels, norm=LogNorm(low, high), cmap="viridis")
-    axes.contour(told["axis"], told["axis"], loss, levels=levels[::2], colors="white", linewidths=0.4, alpha=0.7)
-    bar = figure.colorbar(filled, ax=axes, label=f"{told['split']} loss (nats, log scale)")
-    ticks, words = _ticks(low, high)
-    bar.set_ticks(ticks, labels=words)
-    bar.ax.minorticks_off()
+    ticks, labels = _ticks(low, high)
+    contours = Field(
+        told["axis"],
+        told["axis"],
+        loss,
+        f"{told['split']} loss (nats, log scale)",
+        levels=np.geomspace(low, high, LEVELS).tolist(),
+        colors="Viridis",
+        log=True,
+        ticks=ticks,
+        labels=labels,
+        traced=True,
+        under=(("loss", loss), (headline, told["plane"][headline])),
+    )
+    lines = [Line("", [0.0], [0.0], look=Look("black", "plus", "", size=11))]
     if told["trajectory"]:
         x, y = zip(*told["trajectory"]["places"], strict=True)
-        axes.plot(x, y, color="white", linewidth=2.5)
-        axes.plot(x, y, color=COLORS[1], linewidth=1.2, marker="o", markersize=3.5, label="training")
-        axes.legend(frameon=True, loc="upper right")
-    axes.plot(0, 0, marker="+", color="black", markersize=11, markeredgewidth=1.6)
-    axes.set_box_aspect(1)
+        lines.insert(0, Line("training", x, y, look=Look(COLORS[1], "circle", size=3.5, width=1.2, outline="white")))
     first, second = _labels(told)
-    axes.set_xlabel(first)
-    axes.set_ylabel(second)
-    figure.suptitle(_title(told), fontsize="medium")
-    return figure
+    panel = Panel(Axis(first), Axis(second), lines, field=contours, aspect=1)
+    return Chart(_title(told), [panel], size=(7.8, 6.2), legend=0, height=680)
 
 
-def line_figure(told: Mapping[str, Any]) -> Figure:
+def line_chart(told: Mapping[str, Any]) -> Chart:
     """Returns the loss, on a log scale, and the headline along the first direction."""
-    figure = Figure(figsize=(10.5, 4.4), layout="constrained")
-    FigureCanvasAgg(figure)
-    figure.suptitle(_title(told), fontsize="medium")
-    left, right = figure.subplots(1, 2)
-    headline = told["metrics"][0]
-    x = [row["x"] for row in told["line"]]
-    loss = np.ma.masked_invalid(_losses([row["loss"] for row in told["line"]]))
-    left.plot(x, loss, color=COLORS[0], marker="o", markersize=3)
-    left.set_yscale("log")
-    left.set_yticks(*_ticks(*_bounds(loss)))
-    left.yaxis.set_minor_locator(NullLocator())
-    right.plot(x, _numbers([row[headline] for row in told["line"]]), color=COLORS[1], marker="s", markersize=3)
-    for axes, name in ((left, "loss (nats, log scale)"), (right, headline)):
-        _plain(axes, _labels(told)[0], f"{told['split']} {name}")
-    return figure
-
-
-def plane_page(told: Mapping[str, Any]) -> go.Figure:
-    """Returns the contours for the screen, with the metrics of every place under the pointer."""
-    loss = _losses(told["plane"]["loss"])
-    headline = told["metrics"][0]
-    low, high = (math.log10(bound) for bound in _bounds(np.ma.masked_invalid(loss)))
-    exponents = np.linspace(low, high, 5)
-    contour = go.Contour(
-        x=told["axis"],
-        y=told["axis"],
-        z=_json(np.log10(loss)),
-        customdata=np.stack([loss, _numbers(told["plane"][headline])], axis=2).tolist(),
-        colorscale="Viridis",
-        contours={"start": low, "end": high, "size": (high - low) / (LEVELS - 1)},
-        colorbar={"title": "loss", "tickvals": exponents.tolist(), "ticktext": [f"{10**e:.3g}" for e in exponents]},
-        hovertemplate="x %{x:.3g}, y %{y:.3g}<br>loss %{customdata[0]:.4g}<br>"
-        + headline
-        + " %{customdata[1]:.4f}<extra></extra>",
-    )
-    figure = go.Figure([contour])
-    if told["trajectory"]:
-        x, y = zip(*told["trajectory"]["places"], strict=True)
-        figure.add_scatter(x=x, y=y, mode="lines+markers", line={"color": COLORS[1]}, name="training")
-    figure.add_scatter(
-        x=[0], y=[0], mode="markers", marker={"symbol": "cross-thin-open", "size": 12, "color": "black"}, showlegend=False
-    )
-    first, second = _labels(told)
-    figure.update_layout(title=_title(told, "<br>"), template="simple_white", height=680, width=820)
-    figure.update_xaxes(title=first, constrain="domain")
-    figure.update_yaxes(title=second, scaleanchor="x", constrain="domain")
-    return figure
-
-
-def line_page(told: Mapping[str, Any]) -> go.Figure:
-    """Returns the line for the screen."""
-    headline = told["metrics"][0]
-    x = [row["x"] for row in told["line"]]
-    loss = _json(_losses([row["loss"] for row in told["line"]]))
-    figure = go.Figure(
-        [
-            go.Scatter(x=x, y=loss, name="loss", mode="lines+markers", line={"color": COLORS[0]}),
-            go.Scatter(
-                x=x,
-                y=[row[headline] for row in told["line"]],
-                name=headline,
-                mode="lines+markers",
-                line={"color": COLORS[1], "dash": "dash"},
-                yaxis="y2",
-            ),
-        ]
-    )
-    figure.update_layout(
-        title=_title(told, "<br>"),
-        template="simple_white",
-        xaxis={"title": _labels(told)[0]},
-        yaxis={"title": f"{told['split']} loss (nats)", "type": "log"},
-        yaxis2={"title": f"{told['split']} {headline}", "overlaying": "y", "side": "right"},
-        hovermode="x unified",
-    )
-    return figure
+    headline, x = told["metrics"][0], [row["x"] for row in told["line"]]
+    loss = _losses([row["loss"] for row in told["line"]])
+    ticks, labels = _ticks(*_bounds(loss))
+    across, split = Axis(_labels(told)[0]), told["split"]
+    losses = Line("", x, loss.tolist(), look=Look(COLORS[0], "circle", size=3))
+    values = _numbers([row[headline] for row in told["line"]]).tolist()
+    panels = [
+        Panel(across, Axis(f"{split} loss (nats, log scale)", "log", ticks=ticks, labels=labels), [losses]),
+        Panel(across, Axis(f"{split} {headline}"), [Line("", x, values, look=Look(COLORS[1], "square", size=3))]),
+    ]
+    return Chart(_title(told), panels, columns=2, size=(10.5, 4.4), legend=-1)
 
 
 def _losses(values: Any) -> npt.NDArray[np.float64]:
-    """Returns losses fit for a log scale; what is no number is NaN."""
-    return np.maximum(_numbers(values), LEAST)
+    """Returns losses fit for a log scale; NaN and infinite ones are NaN."""
+    numbers = _numbers(values)
+    return np.where(np.isfinite(numbers), np.maximum(numbers, LEAST), np.nan)
 
 
 def _numbers(values: Any) -> npt.NDArray[np.float64]:
     return np.array(values, dtype=np.float64)  # None becomes NaN
 
 
-def _json(values: npt.NDArray[np.float64]) -> Any:
-    return np.where(np.isfinite(values), values, None).tolist()  # type: ignore[call-overload]
-
-
-def _bounds(loss: Any) -> tuple[float, float]:
-    """Returns the least and the largest loss, apart where all are the same or none is a number."""
-    if not loss.count():
+def _bounds(loss: npt.NDArray[np.float64]) -> tuple[float, float]:
+    """Returns the smallest and the largest loss, apart where all are the same or none is a number."""
+    if np.isnan(loss).all():
         return LEAST, 1.0
-    low, high = float(loss.min()), float(loss.max())
+    low, high = float(np.nanmin(loss)), float(np.nanmax(loss))
     return (low * (1 - 1e-9), high * (1 + 1e-9)) if high > 1.001 * low else (low / 1.01, high * 1.01)
 
 
@@ -201,17 +124,9 @@ def _labels(told: Mapping[str, Any]) -> Sequence[str]:
     return [f"{name} principal component ({share})" for name, share in zip(("first", "second"), shares, strict=True)]
 
 
-def _title(told: Mapping[str, Any], newline: str = "\n") -> str:
+def _title(told: Mapping[str, Any]) -> str:
     center = told["center"]
     headline = told["metrics"][0]
     here = ", ".join(f"{name} {center[name]:.4g}" for name in ("loss", headline) if center[name] is not None)
     how = "plane of its training" if told["trajectory"] else f"{told['normalization']} normalization"
-    return f"{told['task']}, {told['split']} split, {how}{newline}at the network: {here}"
-
-
-def _plain(axes: Axes, x: str, y: str) -> None:
-    axes.set_xlabel(x)
-    axes.set_ylabel(y)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(True, color="0.9")
-    axes.set_axisbelow(True)
+    return f"{told['task']}, {told['split']} split, {how}\nat the network: {here}"

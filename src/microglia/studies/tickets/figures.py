@@ -3,18 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import plotly.graph_objects as go
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullLocator
-from plotly.subplots import make_subplots
-
+from microglia.report.chart import Axis, Chart, Line, Panel, Rule, look
 from microglia.report.figure_files import write_figure
-from microglia.report.figures import COLORS, DASHES, MARKERS
 from microglia.studies.tickets.statements import ARMS
 from microglia.studies.tickets.study import NAMES
 
@@ -38,69 +31,35 @@ def draw(told: Json, directory: Path) -> list[Path]:
         }
         for r in told["summary"]
     ]
-    return write_figure(
-        directory, "tickets", "levels", printed=partial(_printed, told), interactive=_interactive(told), told=told, rows=rows
-    )
+    return write_figure(directory, "tickets", "levels", chart=chart(told), told=told, rows=rows)
 
 
-def _lines(told: Json, what: str, factor: float) -> dict[str, tuple[list[float], list[float], list[float]]]:
-    """Returns (densities in %, means, standard deviations or 0) by arm."""
-    lines: dict[str, tuple[list[float], list[float], list[float]]] = {}
-    for arm in ARMS:
-        own = [row for row in told["summary"] if row["arm"] == arm]
-        if own:
-            densities = [100 * row["density"] for row in own]
-            lines[arm] = (
-                densities,
-                [factor * row[what]["mean"] for row in own],
-                [factor * (row[what]["std"] or 0.0) for row in own],
-            )
-    return lines
+def chart(told: Json) -> Chart:
+    """Returns accuracy and early stopping of every arm against the density, means over seeds."""
+    ticks = [100.0 * 0.8**level for level in range(0, 16, 3)]
+    x = Axis("weights left (%)", "log", ticks=ticks, labels=[f"{tick:.3g}" for tick in ticks], falling=True, unit=" %")
+    panels = [Panel(x, Axis(title), _lines(told, what, factor), _rules(told, what, factor)) for what, title, factor in PANELS]
+    return Chart(told["task"], panels, columns=len(PANELS), size=(12.5, 5.2), legend=3)
 
 
-def _printed(told: Json) -> Figure:
-    figure = Figure(figsize=(12.5, 5.2), layout="constrained")
-    FigureCanvasAgg(figure)
-    figure.suptitle(told["task"])
-    for number, (what, title, factor) in enumerate(PANELS, 1):
-        axes = figure.add_subplot(1, 2, number)
-        for place, (arm, (densities, means, deviations)) in enumerate(_lines(told, what, factor).items()):
-            if arm == "dense":
-                axes.axhline(means[0], color="black", linestyle=(0, (6, 3)), linewidth=1, label=NAMES[arm])
-                continue
-            style: dict[str, Any] = {"color": COLORS[place - 1], "marker": MARKERS[place - 1], "linestyle": DASHES[place - 1]}
-            axes.errorbar(densities, means, yerr=deviations, capsize=2, markersize=5, label=NAMES[arm], **style)
-        axes.set_xscale("log")
-        axes.invert_xaxis()
-        axes.set_xticks([100.0 * 0.8**level for level in range(0, 16, 3)])
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
-        axes.xaxis.set_minor_locator(NullLocator())
-        axes.set_xlabel("weights left (%)")
-        axes.set_ylabel(title)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(True, color="0.9")
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", frameon=False, ncols=3)
-    return figure
+def _own(told: Json, arm: str) -> list[Json]:
+    return [row for row in told["summary"] if row["arm"] == arm]
 
 
-def _interactive(told: Json) -> go.Figure:
-    figure = make_subplots(cols=len(PANELS), horizontal_spacing=0.1)
-    for column, (what, title, factor) in enumerate(PANELS, 1):
-        for place, (arm, (densities, means, deviations)) in enumerate(_lines(told, what, factor).items()):
-            color = "black" if arm == "dense" else COLORS[place - 1]
-            trace = go.Scatter(
-                x=densities,
-                y=means,
-                error_y={"type": "data", "array": deviations},
-                name=NAMES[arm],
-                legendgroup=arm,
-                showlegend=column == 1,
-                mode="lines+markers",
-                line={"color": color},
-                hovertemplate="%{y:.4g} at %{x:.3g} %",
-            )
-            figure.add_trace(trace, row=1, col=column)
-        figure.update_xaxes(title="weights left (%)", type="log", autorange="reversed", row=1, col=column)
-        figure.update_yaxes(title=title, row=1, col=column)
-    return figure.update_layout(template="plotly_white", height=480, title=told["task"])
+def _lines(told: Json, what: str, factor: float) -> list[Line]:
+    arms = [arm for arm in ARMS if _own(told, arm)]
+    return [
+        Line(
+            NAMES[arm],
+            [100 * row["density"] for row in _own(told, arm)],
+            [factor * row[what]["mean"] for row in _own(told, arm)],
+            y_error=[factor * (row[what]["std"] or 0.0) for row in _own(told, arm)],
+            look=look(place - 1, size=5),
+        )
+        for place, arm in enumerate(arms)
+        if arm != "dense"
+    ]
+
+
+def _rules(told: Json, what: str, factor: float) -> list[Rule]:
+    return [Rule(factor * row[what]["mean"], NAMES["dense"], label=NAMES["dense"]) for row in _own(told, "dense")[:1]]

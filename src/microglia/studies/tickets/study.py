@@ -14,7 +14,7 @@ from microglia.lab.execute import make_task
 from microglia.lab.recipe import Recipe, RecipeError, as_dict, method_config
 from microglia.methods import LotteryConfig, methods
 from microglia.methods.lottery import Level, Tickets, levels_to
-from microglia.report.rows import Spread
+from microglia.report.spread import Spread
 from microglia.storage.run import Run
 from microglia.studies.tickets.statements import ARMS, statements
 from microglia.train.engine import accelerator

@@ -102,7 +102,7 @@ def _draw(figure: Figure, axes: Axes, panel: Panel) -> None:
 
 
 def _line(axes: Axes, line: Line, *, listed: bool) -> None:
-    look, thin = line.look, line.look.marker == "plus"
+    look = line.look
     style: dict[str, Any] = {
         "color": look.color,
         "marker": MARKERS[look.marker],
@@ -110,8 +110,8 @@ def _line(axes: Axes, line: Line, *, listed: bool) -> None:
         "linewidth": look.width,
         "markersize": look.size,
         "markerfacecolor": "white" if look.hollow else look.color,
-        "markeredgecolor": look.color if look.hollow or thin else "white",
-        "markeredgewidth": 1.6 if thin else 1.0 if look.hollow else 0.6,
+        "markeredgecolor": look.color,
+        "markeredgewidth": 1.6 if look.marker == "plus" else 1.0,
         "label": line.name if line.name and listed else None,
     }
     if look.outline:

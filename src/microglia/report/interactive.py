@@ -67,9 +67,8 @@ def _draw(figure: go.Figure, panel: Panel, at: dict[str, int], named: set[str]) 
     figure.update_yaxes(_axis(panel.y, [y for line in panel.lines for y in line.y]), secondary_y=False, **at)
     if panel.aspect == 1:
         name = next(figure.select_xaxes(**at)).plotly_name.replace("axis", "")
-        figure.update_yaxes(scaleanchor=name, constrain="domain", secondary_y=False, **at).update_xaxes(
-            constrain="domain", **at
-        )
+        figure.update_yaxes(scaleanchor=name, constrain="domain", secondary_y=False, **at)
+        figure.update_xaxes(constrain="domain", **at)
     if panel.right is not None:
         figure.update_yaxes(_axis(panel.right, []), secondary_y=True, **at)
 
@@ -84,8 +83,8 @@ def _trace(line: Line, x: Axis, y: Axis, named: set[str]) -> go.Scatter:
     return go.Scatter(
         x=_json(line.x),
         y=_json(line.y),
-        error_x={"type": "data", "array": list(line.x_error), "visible": any(line.x_error)} if line.x_error else None,
-        error_y={"type": "data", "array": list(line.y_error), "visible": any(line.y_error)} if line.y_error else None,
+        error_x=_bars(line.x_error),
+        error_y=_bars(line.y_error),
         text=None if isinstance(line.notes, str) else list(line.notes) or None,
         hovertemplate=f"%{{y:.4g}}{y.unit} at %{{x:.4g}}{x.unit}<br>{said}",
         name=line.name,
@@ -96,6 +95,10 @@ def _trace(line: Line, x: Axis, y: Axis, named: set[str]) -> go.Scatter:
         marker={"symbol": symbol, "size": 1.5 * look.size, "color": look.color} if symbol else None,
         line={"color": look.color, "dash": look.dash or "solid", "width": 4 / 3 * look.width},
     )
+
+
+def _bars(values: Sequence[float]) -> dict[str, Any] | None:
+    return {"type": "data", "array": list(values), "visible": any(values)} if len(values) else None
 
 
 def _rule(figure: go.Figure, rule: Rule, at: dict[str, int]) -> None:

@@ -3,15 +3,17 @@
 import copy
 import json
 import pickle
-from dataclasses import FrozenInstanceError
+from dataclasses import FrozenInstanceError, dataclass
 from pathlib import Path
 
 import pytest
 import torch
 
 from microglia.lab.result import Observed, Result, read, written
+from microglia.lab.summary import result_table
 from microglia.measure import measure, measure_latency
 from microglia.methods import Initialization, Predicted, Routing, Search
+from microglia.storage.observations import Observation, observations
 
 RUNS = sorted((Path(__file__).parents[1] / "fixtures" / "0.1.0" / "runs").glob("*/result.json"))
 KINDS = {"at_init": {Initialization}, "gated": {Routing, Predicted}, "searched": {Search}}
@@ -88,6 +90,30 @@ def test_a_damaged_result_names_the_place(content, damage, reason):
     damage(content)
     with pytest.raises(ValueError, match=reason.replace(".", r"\.")):
         Result.of(content)
+
+
+def test_an_observation_from_outside_is_in_the_final_table(content, monkeypatch):
+    @dataclass(frozen=True)
+    class Codes(Observation):
+        bits: int
+
+        def computed(self):
+            return {"MACs on codes": 1 / self.bits}
+
+        def kept(self, others):
+            return f"kept {self.bits} bits of {len(others)} observation"
+
+    monkeypatch.setattr(observations, "_items", dict(observations.items()))
+    observations.add("codes")(Codes)
+    table = result_table({**content, "codes": {"bits": 4}})
+    labels = list(table.columns[0].cells)
+    row = labels.index("MACs on codes")
+    total = content["dense"]["macs"]["total"]
+    assert labels[row - 1] == "MACs of kept weights"
+    cells = [list(column.cells)[row] for column in table.columns]
+    assert cells == ["MACs on codes", f"{total:,}", "-", f"{total / 4:,.0f}", "4.00x"]
+    assert "kept 4 bits of 1 observation" in table.caption
+    assert "of the prunable weights" in result_table(content).caption
 
 
 def test_a_part_of_a_result_is_read_alone():

@@ -138,9 +138,17 @@ def read(kind: type[T], content: Mapping[str, Any]) -> T:
     Raises:
         ValueError: A field is missing or wrong; the text names it.
     """
+    return _parse(kind, {**content, "observations": typed_observations(content)})
+
+
+def typed_observations(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the observations of a JSON form, by name, each of its registered type.
+
+    Raises:
+        ValueError: A field is missing or wrong; the text names it.
+    """
     stored = {name: content[name] for name in observations if content.get(name) is not None}
-    typed = {name: _parse(observations[name], value, name) for name, value in stored.items()}
-    return _parse(kind, {**content, "observations": typed})
+    return {name: _parse(observations[name], value, name) for name, value in stored.items()}
 
 
 def written(outcome: Outcome) -> dict[str, Any]:

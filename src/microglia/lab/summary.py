@@ -7,37 +7,45 @@ from typing import Any
 
 from rich.table import Table
 
+from microglia.lab.result import typed_observations
+from microglia.storage.observations import Observation
+
 Json = Mapping[str, Any]
+Row = tuple[str, Callable[[Json], Any], Callable[[Any], str]]
+"""(label, how a moment's value is read, how it is shown)."""
+LAST_OF_MACS = "MACs of kept weights"
 
 
 def result_table(result: Json) -> Table:
-    """Returns the table of a run's result (see `microglia.lab.execute.execute`)."""
+    """Returns the table of a run's result, as `microglia.lab.execute.execute` returns it or as ``result.json`` holds it."""
+    told = typed_observations(result)
     columns = {name: dict(result[name]) for name in ("dense", "before", "pruned") if name in result}
-    if routes := result.get("routes"):
-        columns["dense"]["computed"] = dict.fromkeys(("honest", "paper"), routes["dense"])
-        columns["pruned"]["computed"] = {count: routes[count]["mean"] * routes["dense"] for count in ("honest", "paper")}
     columns["pruned"]["saved"] = result.get("saved")
+    whole = result["dense"]["macs"]["total"]
+    for label, fraction in _computed(told).items():
+        columns["dense"].setdefault("computed", {})[label] = whole
+        columns["pruned"].setdefault("computed", {})[label] = fraction * whole
     asked = ", ".join(f"{k} {v:g}" for k, v in result["asked"].items() if v is not None) or "the pattern's own"
     recipe = result["recipe"]
     return comparison_table(
         columns,
         result.get("latency"),
         title=f"{result['task']}: {recipe['method']}, {recipe['prune']['pattern']}, {recipe['prune']['scope']}",
-        caption=f"asked: {asked}; {_kept(result)}. MACs (one multiply-add each) alone are theory.",
+        caption=f"asked: {asked}; {_kept(result, told)}. MACs (one multiply-add each) alone are theory.",
     )
 
 
-def _kept(result: Json) -> str:
+def _computed(told: Mapping[str, Any]) -> dict[str, float]:
+    return {label: value for one in told.values() if isinstance(one, Observation) for label, value in one.computed().items()}
+
+
+def _kept(result: Json, told: Mapping[str, Any]) -> str:
     if removed := result.get("removed"):
         got = ", ".join(f"{term} {value:.4g}" for term, value in removed["got"].items() if term != "round_to")
         return f"got {got}, the channels removed physically"
-    if routes := result.get("routes"):
-        spread, expected = routes["honest"], result["estimate"]
-        return (
-            f"computed {_percent(spread['mean'])} of the MACs by the honest count ({_percent(spread['min'])} to "
-            f"{_percent(spread['max'])}; expected {_percent(expected['honest'])}), {_percent(routes['paper']['mean'])} by the "
-            "published one"
-        )
+    for one in told.values():
+        if isinstance(one, Observation) and (words := one.kept(told)):
+            return words
     masks = result["masks"]
     part = f"{masks['kept']:,} of {masks['total']:,} = {masks['kept'] / masks['total']:.6g}" if masks["total"] else "none"
     order = result.get("permutation")
@@ -58,11 +66,11 @@ def comparison_table(columns: Mapping[str, Json], latency: Json | None, *, title
     titles = ["before recovery" if name == "before" else name for name in names]
     table = Table("", *titles, f"{names[0]} / {names[-1]}", title=title, caption=caption)
     against = columns.get("dense")
-    for label, read, show in _ROWS:
+    for label, read, show in _rows(columns):
         values = [read(_against(column, against)) for column in columns.values()]
         if all(value is None for value in values):
             continue
-        changed = label in _RATIOS or (label in _PHYSICAL and values[0] != values[-1])
+        changed = label in _RATIOS or label in _more(columns) or (label in _PHYSICAL and values[0] != values[-1])
         ratio = values[0] / values[-1] if changed and values[0] and values[-1] else None
         table.add_row(label, *("-" if v is None else show(v) for v in values), "" if ratio is None else f"{ratio:.2f}x")
     _add_latency(table, latency, names)
@@ -101,8 +109,20 @@ def _at(group: str, name: str) -> Callable[[Json], Any]:
     return lambda column: column[group][name]
 
 
-def _computed(count: str) -> Callable[[Json], Any]:
-    return lambda column: column.get("computed", {}).get(count)
+def _own(label: str) -> Callable[[Json], Any]:
+    return lambda column: column.get("computed", {}).get(label)
+
+
+def _more(columns: Mapping[str, Json]) -> list[str]:
+    """Returns the labels of operations that a method counts in its own way."""
+    return list(dict.fromkeys(label for column in columns.values() for label in column.get("computed", {})))
+
+
+def _rows(columns: Mapping[str, Json]) -> list[Row]:
+    """Returns the rows of the table, those of the method's own counts below the other operations."""
+    more: list[Row] = [(label, _own(label), _count) for label in _more(columns)]
+    place = next(number for number, (label, *_) in enumerate(_ROWS) if label == LAST_OF_MACS) + 1
+    return [*_ROWS[:place], *more, *_ROWS[place:]]
 
 
 def _percent(value: float) -> str:
@@ -113,7 +133,7 @@ def _count(value: float) -> str:
     return f"{value:,.0f}"
 
 
-_ROWS: list[tuple[str, Callable[[Json], Any], Callable[[Any], str]]] = [
+_ROWS: list[Row] = [
     ("accuracy, test", _metric("accuracy"), _percent),
     ("top-5, test", _metric("top5"), _percent),
     ("loss, test", _metric("loss"), lambda v: f"{v:.4f}"),
@@ -122,9 +142,7 @@ _ROWS: list[tuple[str, Callable[[Json], Any], Callable[[Any], str]]] = [
     ("density of prunable weights", _at("parameters", "density"), lambda v: f"{v:.4f}"),
     ("compression (all / left)", _at("parameters", "compression"), lambda v: f"{v:.2f}x"),
     ("MACs, all", _at("macs", "total"), _count),
-    ("MACs of kept weights", _at("macs", "effective"), _count),
-    ("MACs per input, honest count", _computed("honest"), _count),
-    ("MACs per input, paper's count", _computed("paper"), _count),
+    (LAST_OF_MACS, _at("macs", "effective"), _count),
     ("bytes of the weights alone, raw", _at("bytes", "raw"), _count),
     ("bytes of the weights alone, zipped", _at("bytes", "zipped"), _count),
     ("bytes of the saved model.safetensors", lambda column: column.get("saved"), _count),
@@ -132,9 +150,7 @@ _ROWS: list[tuple[str, Callable[[Json], Any], Callable[[Any], str]]] = [
 _PHYSICAL = {"parameters", "MACs, all"}
 _RATIOS = {
     "  not zero",
-    "MACs of kept weights",
-    "MACs per input, honest count",
-    "MACs per input, paper's count",
+    LAST_OF_MACS,
     "bytes of the weights alone, raw",
     "bytes of the weights alone, zipped",
 }
@@ -146,7 +162,7 @@ def _add_latency(table: Table, latency: Json | None, columns: list[str]) -> None
         return
     timings, best = latency["timings"], latency["best"]
     for execution in dict.fromkeys(name for own in timings.values() for name in own):
-        row = [timings.get(c, {}).get(execution) for c in columns]  # a gated model has one of its own
+        row = [timings.get(c, {}).get(execution) for c in columns]  # a model may have executions that the dense one has not
         ratio = row[0]["median"] / row[-1]["median"] if row[0] and row[-1] else None
         label = f"latency, {execution}, batch {latency['batch']} (ms)"
         table.add_row(label, *("" if t is None else _time(t) for t in row), "" if ratio is None else f"{ratio:.2f}x")

@@ -5,9 +5,11 @@ Both hold the part of `microglia.dynamic.Estimate` and `microglia.dynamic.statis
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
-from microglia.storage.observations import observations
+from microglia.storage.observations import Observation, observations
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class GatedLayer:
 
 @observations.add("routes")
 @dataclass(frozen=True)
-class Routing:
+class Routing(Observation):
     """What the gates compute on the test split.
 
     Attributes:
@@ -68,6 +70,19 @@ class Routing:
     routes: int
     signatures: int
     layers: list[GatedLayer]
+
+    def computed(self) -> dict[str, float]:
+        """Returns the mean over inputs by both counts."""
+        return {"MACs per input, honest count": self.honest.mean, "MACs per input, paper's count": self.paper.mean}
+
+    def kept(self, others: Mapping[str, Any]) -> str:
+        """Returns what is computed, over inputs, beside what was expected before the training."""
+        spread, expected = self.honest, others.get("estimate")
+        hoped = f"; expected {100 * expected.honest:.2f} %" if expected is not None else ""
+        return (
+            f"computed {100 * spread.mean:.2f} % of the MACs by the honest count ({100 * spread.min:.2f} % to "
+            f"{100 * spread.max:.2f} %{hoped}), {100 * self.paper.mean:.2f} % by the published one"
+        )
 
 
 @observations.add("estimate")

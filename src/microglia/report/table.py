@@ -41,9 +41,10 @@ LEGEND = """\
   seeds the deviation says little. Of *dense*, n counts the models: a checkpoint is one, whatever the seed.
 - *change*: against the dense model of the same run, in points. *compression*: all parameters over those left, biases,
   norms and layers left dense included.
-- *theoretical speed-up*: multiply-accumulates of the dense model over those of the kept weights, or over those that gates
-  compute on average. It is no time: beside it stands the measured one, the fastest execution of the dense model over the
-  fastest of the pruned one, both timed interleaved in one process; over several seeds, the median of each.
+- *theoretical speed-up*: multiply-accumulates of the dense model over those of the kept weights, or over the mean of those
+  computed, where that depends on the input. It is no time: beside it stands the measured one, the fastest execution of the
+  dense model over the fastest of the pruned one, both timed interleaved in one process; over several seeds, the median of
+  each.
 - *bytes*: of the weights alone, masks multiplied in, as a safetensors file, and of that file after zlib. A saved run has
   its masks beside them."""
 

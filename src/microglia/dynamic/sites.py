@@ -10,7 +10,7 @@ from torch import fx, nn
 from microglia.core.errors import SelectorError
 from microglia.core.layers import check_selectors, matches, prunable_layers
 from microglia.dynamic.flow import Flow, Step
-from microglia.dynamic.gates import Site
+from microglia.dynamic.gate_plan import Site
 from microglia.graph.dims.trace import operator_name, shape_of
 
 MIXING = frozenset({"group_norm", "layer_norm", "instance_norm", "rms_norm", "batch_norm", "softmax", "log_softmax", "sigmoid"})

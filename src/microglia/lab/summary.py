@@ -146,7 +146,7 @@ def _add_latency(table: Table, latency: Json | None, columns: list[str]) -> None
         return
     timings, best = latency["timings"], latency["best"]
     for execution in dict.fromkeys(name for own in timings.values() for name in own):
-        row = [timings.get(c, {}).get(execution) for c in columns]  # a gated model has one of its own
+        row = [timings.get(c, {}).get(execution) for c in columns]  # a model may have one of its own
         ratio = row[0]["median"] / row[-1]["median"] if row[0] and row[-1] else None
         label = f"latency, {execution}, batch {latency['batch']} (ms)"
         table.add_row(label, *("" if t is None else _time(t) for t in row), "" if ratio is None else f"{ratio:.2f}x")

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from microglia.core.modes import modes_kept
 from microglia.graph.cutting.cut import Cut, by_group, constants, positions, select
 from microglia.graph.dims.analysis import Analysis
 from microglia.graph.dims.trace import named_arguments
@@ -117,11 +118,8 @@ def cut_module(model: nn.Module, kept: Indices, changed: Attributes) -> nn.Modul
 
 def forget(model: nn.Module) -> None:
     """Lets a model compute anew what it keeps in one mode alone, such as biases by position, from the cut parameters."""
-    modes = {module: module.training for module in model.modules()}
-    for mode in (not model.training, model.training):
-        model.train(mode)
-    for module, mode in modes.items():
-        module.training = mode
+    with modes_kept(model, through_train=True):
+        model.train(not model.training)
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 from torch.export import Dim as ExportDim
 from torch.utils import _pytree as pytree
 
+from microglia.core.modes import modes_kept
 from microglia.graph.dims.refusals import TraceError, place_of
 
 CHECKS = ("_assert_tensor_metadata", "_assert_scalar", "_assert_async", "sym_constrain_range_for_size")
@@ -64,25 +65,22 @@ def trace(model: nn.Module, example_inputs: Any, *, dynamic: Sequence[int] = (0,
         TraceError: torch.export cannot trace it.
     """
     args, kwargs = arguments(example_inputs)
-    modes = {module: module.training for module in model.modules()}
-    model.train(not training)  # what a model keeps in one mode it forgets in the other
-    model.train(training)
-    if not training:
-        _run_once(model, args, kwargs)
     unknown: dict[str, None] = {}
 
     def known(module: nn.Module, args: Any, outputs: Any) -> Any:
         unknown.update(_unknown_outputs(outputs, module))
         return known_outputs(outputs)
 
-    hook = model.register_forward_hook(known)
-    try:
-        exported = _export(model, args, kwargs, dynamic)
-    finally:
-        hook.remove()
-        model.train(modes[model])  # a train of the model's own may keep or forget values that it computed
-        for module, mode in modes.items():
-            module.training = mode
+    with modes_kept(model, through_train=True):  # a train of the model's own may keep or forget values that it computed
+        model.train(not training)
+        model.train(training)
+        if not training:
+            _run_once(model, args, kwargs)
+        hook = model.register_forward_hook(known)
+        try:
+            exported = _export(model, args, kwargs, dynamic)
+        finally:
+            hook.remove()
     inline_wrappers(exported.graph_module)
     _refuse_unknown_sizes(exported.graph, model)
     return replace(_as_trace(exported, model), unknown_outputs=tuple(unknown))

@@ -26,7 +26,7 @@ from microglia.graph.cutting.reference import Reference
 from microglia.graph.cutting.remove import EXACT, Subject, model_outputs, noise, outputs_difference, remove
 from microglia.graph.cutting.verify import ShrinkError
 from microglia.graph.dims.analysis import Analysis, Consumer
-from microglia.graph.dims.trace import named_arguments, operator_name
+from microglia.graph.dims.nodes import named_arguments, operator_name
 from microglia.graph.prune import totals
 
 

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from microglia.graph.dims.algebra import Dim
 from microglia.graph.dims.analysis import Analysis
-from microglia.graph.dims.trace import named_arguments, operator_name, shape_of, split_dim
+from microglia.graph.dims.atoms import Dim
+from microglia.graph.dims.nodes import named_arguments, operator_name, shape_of, split_dim
 
 Kept = Mapping[int, Tensor]
 """Atom -> which of its units stay, boolean (size,), or (rows, size) where rows keep units of their own, each equally many;

@@ -14,7 +14,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from microglia.core.modes import modes_kept
 from microglia.graph.cutting.cut import Cut, by_group, constants, positions, select
 from microglia.graph.dims.analysis import Analysis
-from microglia.graph.dims.trace import named_arguments
+from microglia.graph.dims.nodes import named_arguments
 
 Indices = Mapping[str, Mapping[str, list[Any]]]
 """Tensor name -> dimension -> kept indices; of the weight of a convolution whose groups keep others, a list for each."""

@@ -22,7 +22,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from microglia.core.modes import modes_kept
 from microglia.graph.cutting.modules import issuer
-from microglia.graph.dims.trace import CHECKS, Trace, named_arguments, operator_name
+from microglia.graph.dims.nodes import named_arguments, operator_name
+from microglia.graph.dims.trace import CHECKS, Trace
 
 FLAGS = {
     **dict.fromkeys(("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout"), "train"),

@@ -56,7 +56,7 @@ class Cut:
         """Returns how many entries of a Dim stay."""
         return self.analysis.algebra.count(dim, self.counts)
 
-    def removed(self, name: str) -> dict[int, Tensor]:
+    def stays(self, name: str) -> dict[int, Tensor]:
         """Returns by dimension which entries of a tensor stay, for the dimensions that lose any.
 
         Boolean (size,), or (groups, size) of the weight of a convolution whose groups, those that stay, keep others.
@@ -74,7 +74,7 @@ class Cut:
 
     def slice(self, name: str, tensor: Tensor) -> Tensor:
         """Returns what stays of a tensor."""
-        for k, mask in self.removed(name).items():
+        for k, mask in self.stays(name).items():
             tensor = select(tensor, k, positions(mask))
         return tensor
 

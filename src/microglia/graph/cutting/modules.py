@@ -30,8 +30,8 @@ def indices(cut: Cut) -> dict[str, dict[str, list[Any]]]:
     """Returns the kept indices of every tensor that loses any."""
     found = {}
     for name in cut.analysis.parameter_dims:
-        if removed := cut.removed(name):
-            found[name] = {str(k): positions(mask) for k, mask in removed.items()}
+        if stays := cut.stays(name):
+            found[name] = {str(k): positions(mask) for k, mask in stays.items()}
     return found
 
 

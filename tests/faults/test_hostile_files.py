@@ -17,6 +17,7 @@ import microglia
 from microglia.cli.app import app
 from microglia.core.errors import CheckpointError, FileError
 from microglia.storage import archive
+from microglia.storage.changes import decode, replay
 from microglia.zoo import load_checkpoint
 from microglia.zoo.trust import require_known, trusting
 
@@ -222,7 +223,7 @@ def test_names_that_enter_generated_source_are_those_of_the_forward(place: Path,
     assert plan["graphs"][""]["kwargs"]
     plan["graphs"][""]["kwargs"] = {name: plan["graphs"][""]["kwargs"]["x"]}
     with pytest.raises(FileError, match="does not take"):
-        archive.cut_again(Pair(), plan)
+        replay(Pair(), decode({"shrunk": plan}, {}))
     assert untouched(place)
 
 
@@ -232,7 +233,7 @@ def test_names_that_enter_generated_source_are_those_of_the_forward(place: Path,
 def test_only_sizes_that_a_cut_notes_are_set(changed: dict[str, object]) -> None:
     model = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3))
     with pytest.raises(FileError):
-        archive.cut_again(model, {"kind": "module", "kept": {}, "attributes": {"0": changed}})
+        replay(model, decode({"shrunk": {"kind": "module", "kept": {}, "attributes": {"0": changed}}}, {}))
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])

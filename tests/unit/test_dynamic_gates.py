@@ -17,7 +17,7 @@ import microglia as mg
 from gated import bias, gated, images, network, plan_of, same, state_of
 from microglia.core.errors import FileError, MicrogliaError, SelectorError
 from microglia.dynamic import Flow, GatePlan, Passage, attach_gates, detach_gates, find_sites, gate_plan, gates_of, listening
-from microglia.dynamic.gates import ACTIVATIONS
+from microglia.dynamic.gate_plan import ACTIVATIONS
 
 SOME = ["plain", "residual", "branches", "depthwise", "signals"]
 SITES = {

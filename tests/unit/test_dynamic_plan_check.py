@@ -82,7 +82,7 @@ def test_nothing_is_built_for_a_plan_that_does_not_fit(tmp_path: Path, monkeypat
     assert mg.load(tmp_path, plain()).state_dict().keys() == gated().state_dict().keys()
     state = {**gated().state_dict(), "1.gate.weight": torch.zeros(1, 1)}
     plan = json.loads((tmp_path / "plan.json").read_text())
-    mark = archive.write_tensors(tmp_path / archive.WEIGHTS, state, kind="weights", document=archive._mark(None, plan["gates"]))
+    mark = archive.write_tensors(tmp_path / archive.WEIGHTS, state, kind="weights", document=archive._mark(plan))
     (tmp_path / "plan.json").write_text(json.dumps({**plan, "digest": mark}))
     monkeypatch.setattr(archive, "_build", lambda *args: pytest.fail("it was built"))
     with pytest.raises(FileError, match="should have shape"):

@@ -10,7 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from microglia.graph.dims.algebra import UNIT, Algebra, Misaligned
+from microglia.graph.dims.algebra import Algebra
+from microglia.graph.dims.atoms import UNIT, Misaligned
 
 SIZES = st.integers(2, 6)
 PROPERTY = settings(deadline=None, max_examples=60)

@@ -19,8 +19,9 @@ from microglia.graph.cutting.cut import Cut
 from microglia.graph.cutting.surgery import cut_graph, forward_names
 from microglia.graph.cutting.verify import ShrinkError, verify
 from microglia.graph.dims.analysis import Analysis
+from microglia.graph.dims.nodes import operator_name
 from microglia.graph.dims.rules import RULES
-from microglia.graph.dims.trace import operator_name, trace
+from microglia.graph.dims.trace import trace
 
 aten = torch.ops.aten
 

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 import microglia as mg
 from microglia.core.errors import BudgetError, MicrogliaError, PatternError, ScoreError, SelectorError, UnknownNameError
 from microglia.data import ImageData
+from microglia.graph.cutting.removal import removal
 from microglia.lab.recipe import method_config, resolve
-from microglia.lab.removed_channels import channels, draw, removal, removal_table
+from microglia.lab.removed_channels import channels, draw, removal_table
 from microglia.methods import ChannelsConfig, methods
 from microglia.storage.run import Run
 from microglia.tasks.classification import ImageSource

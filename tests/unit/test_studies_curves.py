@@ -14,6 +14,7 @@ from torch.func import functional_call
 
 from microglia.core.errors import MicrogliaError, TrainingError
 from microglia.core.masks import MaskSet, fold, mask
+from microglia.storage.changes import Change, Done
 from microglia.storage.files import read_state, write_state
 from microglia.storage.run import Progress
 from microglia.studies.connect import ends as connect_ends
@@ -495,7 +496,8 @@ def test_gates_and_other_data_are_refused(task, monkeypatch):
     monkeypatch.setattr(connect_ends, "open_target", lambda target, data: found[target])
     with pytest.raises(MicrogliaError, match="one and other are on different data"):
         connect(Connecting(("one", "other")))
-    monkeypatch.setattr(connect_ends, "gate_plan", lambda model: object())
+    kind = Change(of=id, encode=str, decode=max, replay=max, chooses="gates")
+    monkeypatch.setattr(connect_ends, "changes_of", lambda model: {"gates": Done(kind, 1)})
     with pytest.raises(MicrogliaError, match="one has gates"):
         connect(Connecting(("one", "one")))
 

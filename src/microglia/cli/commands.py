@@ -35,7 +35,8 @@ from microglia.report.write import collect
 from microglia.report.write import export as export_records
 from microglia.report.write import report as write_report
 from microglia.scores import scores
-from microglia.storage.archive import removed_from, saved_bytes
+from microglia.storage.archive import saved_bytes
+from microglia.storage.changes import changes_of
 from microglia.studies.routes.study import Viewing, layer_table, summary_table, view_routes
 from microglia.studies.shifts.study import Shifting, compare_shifts, shifts_table
 from microglia.tasks.task import SEEN, Split
@@ -154,8 +155,8 @@ def measure(
     if accelerate:
         measured["accelerated"] = accelerated(model, task, batch, precision=precision)[1]
         shown = acceleration_tables(measured["accelerated"])
-    if (removed := removed_from(model)) is not None:
-        measured["shrunk_from"] = {"parameters": list(removed.parameters), "MACs": list(removed.macs)}
+    for done in changes_of(model).values():
+        measured.update(done.kind.measured(done.value))
     return measured, [measurement_table(task.name, measured), *shown]
 
 

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from microglia.core.layers import prunable_attributes
+from microglia.core.modes import reading
 from microglia.core.recurrent import read_anew, settle
 
 
@@ -41,14 +42,8 @@ def parametrized_tensors(module: nn.Module) -> list[str]:
 def baked(module: nn.Module, attribute: str) -> Tensor:
     """Returns the value of a parametrized tensor in evaluation mode as a tensor of its own, trainable if anything below is."""
     steps = steps_of(module, attribute)
-    modes = {step: step.training for step in steps.modules()}
-    try:
-        for step in modes:  # not by eval(), which a parametrization may have rewritten
-            step.training = False
+    with reading(steps):  # not by eval(), which a parametrization may have rewritten
         value: Tensor = steps().detach().clone()
-    finally:
-        for step, mode in modes.items():
-            step.training = mode
     if not any(name.startswith("original") for name in steps._parameters):
         return value
     return nn.Parameter(value, any(p.requires_grad for p in steps.parameters()))

@@ -107,23 +107,6 @@ def undisturbed() -> Iterator[None]:
         yield
 
 
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Sets every module to evaluation without calling its ``train()``, and puts each flag back at the end.
-
-    A parametrization with a state of its own (spectral norm) is read this way without being moved on.
-    """
-    training = {module: module.training for module in model.modules()}
-    try:
-        for module in training:
-            module.training = False
-        with torch.no_grad():
-            yield
-    finally:
-        for module, flag in training.items():
-            module.training = flag
-
-
 def twin(model: nn.Module) -> nn.Module:
     """Returns a deep copy in evaluation mode, masks still attached.
 

@@ -5,11 +5,10 @@ from microglia.dynamic.choose import Estimate, choose_r, estimate, shares
 from microglia.dynamic.counting import COUNTS, Costs, Count, Counter
 from microglia.dynamic.fitting import fit_heads
 from microglia.dynamic.flow import Flow
+from microglia.dynamic.gate_plan import GatePlan, Site
 from microglia.dynamic.gates import (
     Gate,
-    GatePlan,
     Passage,
-    Site,
     attach_gates,
     detach_gates,
     gate_plan,

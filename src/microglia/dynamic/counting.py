@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from microglia.dynamic.flow import Convolution, Flow
-from microglia.dynamic.gates import GatePlan
+from microglia.dynamic.gate_plan import GatePlan
 from microglia.measure import count_macs
 
 Count = Literal["honest", "paper"]

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from microglia.graph.dims.trace import Trace, named_arguments, operator_name, shape_of, trace
+from microglia.graph.dims.nodes import named_arguments, operator_name, shape_of
+from microglia.graph.dims.trace import Trace, trace
 from microglia.runtime.sparse_layers.layout import every_block
 
 CHANNELWISE = frozenset(

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from microglia.dynamic.flow import Convolution
-from microglia.dynamic.gates import ACTIVATIONS, Gate
+from microglia.dynamic.gate_plan import ACTIVATIONS
+from microglia.dynamic.gates import Gate
 from microglia.runtime import operators
 
 mkldnn = torch.ops.mkldnn

@@ -10,8 +10,8 @@ from torch import fx, nn
 from microglia.core.errors import SelectorError
 from microglia.core.layers import check_selectors, matches, prunable_layers
 from microglia.dynamic.flow import Flow, Step
-from microglia.dynamic.gates import Site
-from microglia.graph.dims.trace import operator_name, shape_of
+from microglia.dynamic.gate_plan import Site
+from microglia.graph.dims.nodes import operator_name, shape_of
 
 MIXING = frozenset({"group_norm", "layer_norm", "instance_norm", "rms_norm", "batch_norm", "softmax", "log_softmax", "sigmoid"})
 """What must not follow a gate: these make something of a zero channel, or let it change the others."""

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from microglia.dynamic.flow import Step
 from microglia.dynamic.kernels import is_image
-from microglia.graph.dims.trace import concrete, shape_of
+from microglia.graph.dims.nodes import concrete, shape_of
 
 
 @dataclass(frozen=True)

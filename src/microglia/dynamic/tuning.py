@@ -18,7 +18,7 @@ from microglia.core.timing import time_interleaved
 from microglia.dynamic.flow import Convolution
 from microglia.dynamic.gathered import Gathered
 from microglia.dynamic.kernels import prepacked, run_depthwise, run_part, settings_key
-from microglia.graph.dims.trace import shape_of
+from microglia.graph.dims.nodes import shape_of
 from microglia.runtime.dense.packing import pack
 
 Call = Callable[[Tensor], Any]

@@ -1,32 +1,33 @@
-"""`shrink`: from masks to a smaller model. What a masked channel still adds is settled first, so that it can go.
+"""`shrink`: from masks to a smaller model, in four steps.
 
-A weight mask zeroes a channel's filter, but its bias and its norm's shift survive: the channel is a constant, not zero.
-A constant can be folded into the biases of the layers that read it, exactly where these do not pad with zeros (survey 0.7).
+1. Find which units the masks leave, and what the others still add (`microglia.graph.constants`).
+2. Settle the model: biases take what removed channels add, or, where that is to be cleared, it is set to zero.
+3. Check that the settled model without its removed channels computes what the masked one does.
+4. Remove the channels, and note in the plan what went.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping, Sequence
-from copy import deepcopy
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from microglia.graph.channels.groups import ChannelGroup, channel_groups, entry_rows
-from microglia.graph.channels.widths import Costs, highest
+from microglia.graph.channels.widths import Costs
+from microglia.graph.constants import evened, fold_constants, with_biases
 from microglia.graph.cutting.cut import Cut
 from microglia.graph.cutting.modules import indices, kept_units
 from microglia.graph.cutting.parts import Part, double_copy
-from microglia.graph.cutting.plan import after, attach, give_biases, plan_of
+from microglia.graph.cutting.plan import Plan, after, attach, plan_of
 from microglia.graph.cutting.reference import Reference
-from microglia.graph.cutting.remove import EXACT, Subject, model_outputs, noise, outputs_difference, remove
+from microglia.graph.cutting.remove import EXACT, Subject, model_outputs, outputs_difference, remove
 from microglia.graph.cutting.verify import ShrinkError
-from microglia.graph.dims.analysis import Analysis, Consumer
-from microglia.graph.dims.trace import named_arguments, operator_name
+from microglia.graph.dims.analysis import Analysis
 from microglia.graph.prune import totals
 
 
@@ -52,25 +53,14 @@ def shrink(model: nn.Module, example_inputs: Any, *, clear: bool = False, keep_c
         ShrinkError: The shrunk model would differ from the masked one; nothing is returned.
         TraceError: The model cannot be traced.
     """
-    subject, found = Subject.of(model, example_inputs), _Found()
-    for part in subject.parts:
-        own = [g for g in channel_groups(part.analysis) if not g.renormalized and not (keep_class and g.factor)]
-        _look(part, own, found, fold=not clear)
-    if not found.kept:
-        warnings.warn(f"Nothing to remove: {_why(found)}; the model stays as large as it is.", stacklevel=2)
-    ready = _with_biases(subject.model, found.biases)
-    settled = Subject.of(_silenced(ready, found.over) if clear else ready, subject.example)
-    again = _same_units(subject, settled, found.kept)
+    subject = Subject.of(model, example_inputs)
+    found = _find(subject, keep_class=keep_class, clear=clear)
+    settled = _settle(subject, found, clear=clear)
+    kept = _same_units(subject, settled, found.kept)
     if not clear:
-        _check_settled(subject, settled, again)
-    small = remove(settled, again, keep_class=keep_class)
-    plan = plan_of(small)
-    given = tuple(name for name in found.biases if subject.model.get_submodule(name).bias is None)
-    costs = Costs(subject.parts, found.groups, sum(p.numel() for p in subject.model.parameters()))
-    before, remaining = (total := totals(costs, found.kept, settled.unread(small)))["parameters"]
-    total["parameters"] = before, remaining + sum(small.get_parameter(f"{name}.bias").numel() for name in given)
-    plan = replace(plan, **total, biases=given, found=len(found.groups), notes=(*subject.notes, *plan.notes, *_notes(found)))
-    return attach(small, after(model, plan))
+        _check_settled(subject, settled, kept)
+    small = remove(settled, kept, keep_class=keep_class)
+    return attach(small, after(model, _plan(subject, settled, found, small)))
 
 
 @dataclass
@@ -100,17 +90,46 @@ def _why(found: _Found) -> str:
     return "no mask removes a whole channel (unstructured and block masks rarely do; pattern='channel' does)"
 
 
-def _look(part: Part, groups: Sequence[ChannelGroup], found: _Found, *, fold: bool) -> None:
+def _find(subject: Subject, *, keep_class: bool, clear: bool) -> _Found:
+    """Returns what the masks leave of all parts of a model; warns where that is everything."""
+    found = _Found()
+    for part in subject.parts:
+        groups = [g for g in channel_groups(part.analysis) if not g.renormalized and not (keep_class and g.factor)]
+        _find_in(part, groups, found, fold=not clear)
+    if not found.kept:
+        warnings.warn(f"Nothing to remove: {_why(found)}; the model stays as large as it is.", stacklevel=3)
+    return found
+
+
+def _find_in(part: Part, groups: Sequence[ChannelGroup], found: _Found, *, fold: bool) -> None:
     """Adds what the masks leave of a part."""
-    dead = {g.atom: alive for g in groups if not bool((alive := _alive(part.analysis, g)).all())}
-    found.masked += sum(int((~alive).sum()) for alive in dead.values())
+    alive = {g.atom: units for g in groups if not bool((units := _alive(part.analysis, g)).all())}
+    found.masked += sum(int((~units).sum()) for units in alive.values())
     if fold:
-        found.biases.update({part.name(name): delta for name, delta in _fold_constants(part, dead, found.stay).items()})
-    even = _evened(dead)
+        found.biases.update({part.name(name): delta for name, delta in fold_constants(part, alive, found.stay).items()})
+    even = evened(alive)
     cut = Cut(part.analysis, even)
-    found.over += [(part, g, _left(cut, g, dead[g.atom])) for g in groups if g.atom in dead and g.rows > 1]
-    found.kept.update({atom: alive for atom, alive in even.items() if not bool(alive.all())})
+    found.over += [(part, g, _left(cut, g, alive[g.atom])) for g in groups if g.atom in alive and g.rows > 1]
+    found.kept.update({atom: units for atom, units in even.items() if not bool(units.all())})
     found.groups += groups
+
+
+def _settle(subject: Subject, found: _Found, *, clear: bool) -> Subject:
+    """Returns the model, traced again, to which the removed channels add nothing any more."""
+    model = with_biases(subject.model, found.biases)
+    return Subject.of(_silenced(model, found.over) if clear else model, subject.example)
+
+
+def _plan(subject: Subject, settled: Subject, found: _Found, small: nn.Module) -> Plan:
+    """Returns the plan of the smaller model, counted from the masked one: biases that it was given are new."""
+    plan = plan_of(small)
+    given = tuple(name for name in found.biases if subject.model.get_submodule(name).bias is None)
+    costs = Costs(subject.parts, found.groups, sum(p.numel() for p in subject.model.parameters()))
+    total = totals(costs, found.kept, settled.unread(small))
+    before, remaining = total["parameters"]
+    total["parameters"] = before, remaining + sum(small.get_parameter(f"{name}.bias").numel() for name in given)
+    notes = (*subject.notes, *plan.notes, *_notes(found))
+    return replace(plan, **total, biases=given, found=len(found.groups), notes=notes)
 
 
 def _same_units(subject: Subject, settled: Subject, kept: dict[int, Tensor]) -> dict[int, Tensor]:
@@ -123,7 +142,7 @@ def _same_units(subject: Subject, settled: Subject, kept: dict[int, Tensor]) -> 
 
 
 def _left(cut: Cut, group: ChannelGroup, alive: Tensor) -> Tensor:
-    """Returns the dead units that a cut leaves, boolean (rows, size): their row stays, and needs as many as the others."""
+    """Returns the masked units that a cut leaves, boolean (rows, size): their row needs as many as the others."""
     analysis, left = cut.analysis, torch.zeros(alive.numel(), dtype=torch.bool)
     for member in group.members:
         dim = analysis.entries(member.name, member.dim)
@@ -134,7 +153,7 @@ def _left(cut: Cut, group: ChannelGroup, alive: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _silenced(model: nn.Module, silent: Sequence[tuple[Part, ChannelGroup, Tensor]]) -> nn.Module:
-    """Sets what dead units that stay still add to zero, their biases and the affine parameters of norms; returns the model."""
+    """Sets to zero what masked units that stay still add: their biases, the affine parameters of norms; returns the model."""
     held = dict(model.named_parameters(remove_duplicate=False))
     for part, group, units in silent:
         for member in group.members:
@@ -173,125 +192,6 @@ def _alive(analysis: Analysis, group: ChannelGroup) -> Tensor:
     if not bool(alive.any()):
         alive[0] = True
     return alive if group.rows == 1 else alive.view(group.rows, -1)
-
-
-def _evened(alive: Mapping[int, Tensor]) -> dict[int, Tensor]:
-    """Returns what stays if rows that choose for themselves keep equally many: as many as the one that needs most."""
-    return {a: highest(units.byte(), int(units.sum(-1).max())) if units.ndim > 1 else units for a, units in alive.items()}
-
-
-# ------------------------------------------------------------------------------------------------------------- constants
-@torch.no_grad()
-def _fold_constants(part: Part, kept: dict[int, Tensor], stay: Counter[str]) -> dict[str, Tensor]:
-    """Returns what to add to the biases of layers that read removed channels; channels that cannot be folded are kept.
-
-    ``kept`` is changed: it gets back the units whose value is not one constant, or is read through zero padding. ``stay``
-    counts them by reason.
-    """
-    while True:
-        found = list(_constants(part.analysis, Cut(part.analysis, _evened(kept))))
-        stubborn = [(consumer, values, why) for consumer, values in found if (why := _obstacle(part, consumer, values))]
-        if not stubborn:
-            break
-        for consumer, values, why in stubborn:
-            stay[why] += _give_back(part.analysis, consumer, values, kept)
-    biases: dict[str, Tensor] = {}
-    for consumer, values in found:
-        if bool(values.any()):
-            name = consumer.weight.rpartition(".")[0]
-            delta = _contribution(part.analysis, consumer, values)
-            biases[name] = biases[name] + delta if name in biases else delta
-    return biases
-
-
-def _constants(analysis: Analysis, cut: Cut) -> Iterator[tuple[Consumer, Tensor]]:
-    """Yields for each weight that reads removed channels their values: 0 for those kept, NaN for those not constant.
-
-    Infinity stands for those that are no numbers in the masked model itself.
-    """
-    generator = torch.Generator().manual_seed(0)
-    inputs = analysis.trace.example
-    other = tuple(noise(v, generator) for v in inputs)
-    consumers = [c for c in analysis.consumers if cut.changes(analysis.dims[c.source][c.dim])]
-    first, second = (_values(analysis, consumers, given) for given in (inputs, other))
-    for consumer in consumers:
-        removed = ~cut.mask(analysis.dims[consumer.source][consumer.dim])
-        rows = torch.cat([v[consumer].movedim(consumer.dim, 0).flatten(1) for v in (first, second)], 1)
-        low, high = rows.aminmax(dim=1)
-        constant = (high - low) <= 1e-12 * (1 + high.abs())
-        values = torch.where(constant, rows[:, 0], torch.nan).masked_fill(~rows.isfinite().all(1), torch.inf)
-        yield consumer, torch.where(removed.to(values.device), values, 0.0)
-
-
-def _values(analysis: Analysis, consumers: Sequence[Consumer], inputs: tuple[Any, ...]) -> dict[Consumer, Tensor]:
-    """Runs the graph and returns what each consumer reads, which operators in place may write after it was made."""
-    held: dict[fx.Node, Tensor | None] = {consumer.source: None for consumer in consumers}
-    found: dict[Consumer, Tensor] = {}
-    for node, value in Reference(Cut(analysis, {})).walk(inputs):
-        if node in held:
-            held[node] = value
-        for consumer in consumers:
-            if consumer.node is node:
-                found[consumer] = cast(Tensor, held[consumer.source]).clone()
-    return found
-
-
-def _obstacle(part: Part, consumer: Consumer, values: Tensor) -> str:
-    """Returns why what removed channels are where a weight reads them cannot become part of a bias; empty if it can."""
-    if bool(values.isinf().any()):
-        return "the masked model itself makes them infinite or NaN, as a division by a zero does"
-    if bool(values.isnan().any()):
-        return f"they are not constant where {consumer.weight} reads them"
-    if not bool(values.any()):
-        return ""
-    layer = part.module.get_submodule(consumer.weight.rpartition(".")[0])
-    name = operator_name(consumer.node)
-    if name not in ("linear", "conv1d", "conv2d", "conv3d") or not isinstance(layer, _WITH_BIAS):
-        return f"{consumer.weight} is not the weight of a linear layer or convolution, which could take a bias"
-    if name != "linear" and any(_numbers(named_arguments(consumer.node).get("padding"))):
-        return f"they are constants that {consumer.weight} reads behind zero padding, where no bias equals them"
-    return ""
-
-
-_WITH_BIAS = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
-
-
-def _numbers(padding: Any) -> list[Any]:
-    return list(padding) if isinstance(padding, list | tuple) else [padding != "valid"]
-
-
-def _give_back(analysis: Analysis, consumer: Consumer, values: Tensor, kept: dict[int, Tensor]) -> int:
-    """Keeps the units that are not zero where a weight reads them; returns how many were to go until now."""
-    before = sum(int(units.sum()) for units in kept.values())
-    dim = analysis.dims[consumer.source][consumer.dim]
-    entries = values.isnan() | (values != 0)
-    for atom in set(analysis.algebra.leaves(dim)) & set(kept):
-        rows = len(kept[atom]) if kept[atom].ndim > 1 else 1
-        place = analysis.algebra.coordinate(dim, atom, rows)
-        kept[atom].view(-1)[place[entries.cpu() & (place >= 0)]] = True
-    return sum(int(units.sum()) for units in kept.values()) - before
-
-
-def _contribution(analysis: Analysis, consumer: Consumer, values: Tensor) -> Tensor:
-    """Returns what constant channels add to each output of a layer: the layer applied to them, where it does not pad."""
-    weight = analysis.trace.tensors[consumer.weight].detach()
-    if weight.ndim == 2:
-        return nn.functional.linear(values, weight)
-    rank = weight.ndim - 2
-    image = values.view(1, -1, *[1] * rank).expand(1, -1, *weight.shape[2:])
-    convolve = (nn.functional.conv1d, nn.functional.conv2d, nn.functional.conv3d)[rank - 1]
-    return convolve(image, weight, groups=named_arguments(consumer.node)["groups"]).flatten()
-
-
-@torch.no_grad()
-def _with_biases(model: nn.Module, biases: Mapping[str, Tensor]) -> nn.Module:
-    """Returns a copy whose layers carry what the channels they lose added."""
-    model = deepcopy(model)
-    give_biases(model, tuple(biases))
-    for name, delta in biases.items():
-        bias = cast(nn.Linear, model.get_submodule(name)).bias
-        bias.add_(delta.to(bias))
-    return model
 
 
 @torch.no_grad()

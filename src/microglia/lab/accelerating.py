@@ -9,7 +9,7 @@ import torch
 from rich.table import Table
 from torch import Tensor, nn
 
-from microglia.core.running import evaluating
+from microglia.core.modes import evaluating
 from microglia.runtime import Accelerated, accelerate
 from microglia.runtime.accelerate import DENSE
 from microglia.runtime.report import is_dense
@@ -52,7 +52,7 @@ def agreement(model: nn.Module, fast: nn.Module, task: Task, batch: int) -> Json
     """
     images = equal = 0
     correct, difference = [0, 0], 0.0
-    with evaluating(model):
+    with torch.no_grad(), evaluating(model):
         for inputs, targets in task.data.batches("test", batch).epoch(0):
             count = len(inputs)
             filled = inputs[torch.arange(batch) % count]

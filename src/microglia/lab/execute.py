@@ -2,37 +2,36 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import platform
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from microglia.core.devices import device_of
 from microglia.core.errors import FileError
-from microglia.core.masks import masks_of
 from microglia.core.roles import means_role
 from microglia.core.timing import processor_name
-from microglia.dynamic import Gathered, gate_plan, tune
 from microglia.lab.accelerating import accelerated
 from microglia.lab.code_folder import CODE, ENVIRONMENT
 from microglia.lab.recipe import Recipe, as_dict, method_config
-from microglia.lab.removed_channels import PICTURE, draw, removal
+from microglia.lab.removed_channels import PICTURE, draw
 from microglia.lab.result import Result
 from microglia.measure import measure_latency
 from microglia.methods import MethodConfig, methods
 from microglia.methods.procedure import observe
-from microglia.storage.archive import check_whole, load, removed_from, save, saved_bytes
+from microglia.storage.archive import check_whole, load, save, saved_bytes
+from microglia.storage.changes import changes_of
 from microglia.storage.files import write_atomic
 from microglia.storage.run import Run
 from microglia.tasks.classification import ImageSource, check_fit, image_task
@@ -44,7 +43,7 @@ from microglia.zoo.origin import origin_of
 BUDGET = ("density", "params", "flops", "ms")
 """Terms of a budget; masks know the first two."""
 ROUTED = 32
-"""Test images over which a gated model is timed, for each takes its own time."""
+"""Test images over which an execution is timed that takes its own time for each."""
 
 
 def make_task(recipe: Recipe) -> Task:
@@ -73,8 +72,8 @@ def execute(recipe: Recipe, directory: Path | None = None) -> Result:
     ``removed`` (what went of a shrunk model, layer by layer; None for a masked one); ``saved`` (bytes of the file
     ``model.safetensors`` as it was written, masks included; None without a directory); ``dense``, ``before`` and ``pruned``
     (each with ``metrics`` on the test split, ``parameters``, ``macs``, ``bytes``; ``before`` is the pruned model before
-    recovery, where the method has such a moment); of a gated model ``estimate`` and ``routes`` (what was expected of the
-    gates, and `microglia.dynamic.statistics` on the test split); ``latency``; ``seconds``.
+    recovery, where the method has such a moment); what else the method observed, such as ``estimate`` and ``routes`` of a
+    model that chooses for every input what it computes; ``latency``; ``seconds``.
 
     Raises:
         MicrogliaError: Anything the user can mend; the text says how.
@@ -133,9 +132,11 @@ def _execute(recipe: Recipe, run: Run, task: Task) -> Result:
     if run.directory is not None and run.main:
         save(model, run.directory / "model")
         prove_equal(model, run.directory / "model", task.build())
-    masks = masks_of(model)
-    removed = removal(task.build(), model) if removed_from(model) is not None else None
-    if removed is not None and run.directory is not None and run.main:
+    changes = changes_of(model)
+    changed: dict[str, Any] = {"masks": {"kept": 0, "total": 0}, "densities": {}, "removed": None}
+    for done in changes.values():
+        changed.update(done.kind.result(done.value, model, task.build))
+    if (removed := changed["removed"]) is not None and run.directory is not None and run.main:
         draw(removed, f"{task.name}: {recipe.method}", run.directory / PICTURE)
     result: dict[str, Any] = {
         "recipe": as_dict(recipe),
@@ -143,10 +144,8 @@ def _execute(recipe: Recipe, run: Run, task: Task) -> Result:
         "task": task.name,
         "headline": task.headline,
         "normalization": asdict(task.data.images.normalization) if isinstance(task.data, ImageSource) else None,
-        "asked": _asked(config, masked=removed is None and gate_plan(model) is None),
-        "masks": {"kept": masks.kept, "total": masks.total},
-        "densities": {name: float(mask.float().mean()) for name, mask in masks.items()},
-        "removed": removed,
+        "asked": _asked(config, masked=not any(done.kind.cuts or done.kind.chooses for done in changes.values())),
+        **changed,
         "saved": None if run.directory is None else saved_bytes(run.directory),
         **run.observations,
         **_times(recipe, task, model, run.main),
@@ -180,8 +179,8 @@ def _times(recipe: Recipe, task: Task, model: nn.Module, main: bool) -> dict[str
     example = task.example.repeat(asked.batch, *[1] * (task.example.ndim - 1)).to(device)
     ready: dict[str, Callable[[], object]] = {}
     record: dict[str, Any] = {}
-    if gate_plan(model) is not None:
-        ready["gathered"] = _gathered(model, task, asked.batch)
+    for done in changes_of(model).values():
+        ready |= done.kind.executions(model, task.example.to(device), partial(_batches, task, asked.batch, device))
     if asked.accelerate:
         fast, record["accelerated"] = accelerated(model, task, asked.batch, against=asked.executions)
         ready["accelerated"] = lambda: fast(example)
@@ -193,14 +192,10 @@ def _times(recipe: Recipe, task: Task, model: nn.Module, main: bool) -> dict[str
     return {"latency": report.to_dict(), **record}
 
 
-def _gathered(model: nn.Module, task: Task, batch: int) -> Callable[[], object]:
-    """Returns the gathered execution of a gated model on one batch of test images after the other."""
-    fast = Gathered(model, task.example.to(device_of(model)))
-    if device_of(model).type == "cpu":
-        tune(fast)
+def _batches(task: Task, batch: int, device: torch.device) -> Sequence[Tensor]:
+    """Returns test images in batches that all have the same size."""
     images, _ = next(iter(task.data.batches("test", max(ROUTED, batch)).epoch(0)))
-    rounds = itertools.cycle(images.to(device_of(model)).split(batch)[: max(1, len(images) // batch)])
-    return lambda: fast(next(rounds))
+    return images.to(device).split(batch)[: max(1, len(images) // batch)]  # type: ignore[no-any-return]
 
 
 def environment() -> dict[str, Any]:

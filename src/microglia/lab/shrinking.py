@@ -11,14 +11,15 @@ import torch
 from torch import nn
 
 from microglia.core.errors import MicrogliaError, RunError
-from microglia.core.masks import masks_of
 from microglia.graph import ShrinkError, plan_of, shrink
+from microglia.graph.cutting.removal import removal
 from microglia.lab.execute import prove_equal
 from microglia.lab.recipe import MeasureConfig, read_yaml, resolve
-from microglia.lab.removed_channels import PICTURE, draw, removal
+from microglia.lab.removed_channels import PICTURE, draw
 from microglia.lab.target import open_target
 from microglia.measure import measure, measure_latency
-from microglia.storage.archive import PLAN, removed_from, save, saved_bytes
+from microglia.storage.archive import PLAN, save, saved_bytes
+from microglia.storage.changes import changes_of
 from microglia.storage.files import write_atomic
 from microglia.storage.run import read_json
 from microglia.tasks.task import Task
@@ -105,8 +106,9 @@ def _open(asked: Shrinking) -> tuple[nn.Module, Task]:
     if not (asked.target / "recipe.yaml").is_file() and not (asked.target / PLAN).is_file():
         raise RunError(f"{asked.target} is neither a run directory (recipe.yaml) nor a saved model ({PLAN}).")
     model, task = open_target(str(asked.target), asked.data)
-    if not masks_of(model):
-        if removed_from(model) is not None:
+    changes = changes_of(model)
+    if "masks" not in changes:
+        if any(done.kind.cuts for done in changes.values()):
             raise MicrogliaError(f"The model in {asked.target} was shrunk already, and has no masks since.")
         raise MicrogliaError(
             f"The model in {asked.target} has no masks, so there is nothing to remove. Prune with --pattern channel first, or "

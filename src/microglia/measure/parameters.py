@@ -13,7 +13,8 @@ from torch.nn.utils import parametrize
 
 from microglia.core.errors import SelectorError
 from microglia.core.layers import prunable_layers
-from microglia.core.running import evaluating, parametrizations
+from microglia.core.modes import reading
+from microglia.core.running import parametrizations
 
 
 @dataclass(frozen=True)
@@ -159,7 +160,7 @@ def count_parameters(model: nn.Module, layers: Sequence[str] = ("*",), exclude: 
     Raises:
         SelectorError: A selector meets no layer, or no layer is left.
     """
-    with evaluating(model):
+    with reading(model):
         table = {weight.name: weight.entries() for weight in _chosen(model, layers, exclude)}
         nonzero = sum(weight.nonzero() for weight in weights(model))
     return Parameters(

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from microglia.core.errors import FileError
 from microglia.core.layers import effective_state
-from microglia.core.running import evaluating, first_line
+from microglia.core.modes import reading
+from microglia.core.running import first_line
 
 _CHUNK = 1 << 20  # bytes
 
@@ -48,7 +49,7 @@ def bytes_on_disk(model: nn.Module) -> Bytes:
         FileError: A tensor of the model is of a kind that safetensors cannot hold.
     """
     try:
-        with evaluating(model):
+        with reading(model):
             serialised = memoryview(safetensors.torch.save(_unshared(model)))
     except Exception as error:
         raise FileError(f"{type(model).__name__} cannot be written as a safetensors file: {first_line(error)}") from error

@@ -16,7 +16,7 @@ from microglia.graph import ShrinkError, plan_of, prune_channels
 from microglia.graph.cutting.plan import attach
 from microglia.methods.config import MethodConfig, method, preset
 from microglia.methods.procedure import change, cut, dense_model, evidence, observe, train
-from microglia.storage.archive import removed_from
+from microglia.storage.changes import changes_of
 from microglia.storage.run import Progress, Run
 from microglia.tasks.task import Task
 from microglia.train.recover import RECALIBRATION, recalibrate_on
@@ -105,7 +105,7 @@ def channels(task: Task, run: Run, config: ChannelsConfig) -> nn.Module:
 
 def _prune(task: Task, run: Run, config: ChannelsConfig, number: int, model: nn.Module) -> nn.Module:
     """Returns the model of a round: after i of n the dense model's fraction is that of the budget to the power i / n."""
-    reached = removed.got if (removed := removed_from(model)) is not None else {}
+    reached = plan_of(model).got if "shrunk" in changes_of(model) else {}
     asked = {term: value for term in TERMS if (value := getattr(config, term)) is not None}
     left = {term: min(1.0, value ** (number / config.rounds) / reached.get(term, 1.0)) for term, value in asked.items()}
     small = prune_channels(

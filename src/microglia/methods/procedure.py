@@ -22,7 +22,7 @@ from microglia.methods.pruner import PruneConfig
 from microglia.methods.pruner import Pruner as Masks
 from microglia.methods.unit_pruner import UnitConfig, UnitPruner
 from microglia.scores import Evidence
-from microglia.storage.archive import cut_again
+from microglia.storage.changes import decode, replay
 from microglia.storage.run import Progress, Run
 from microglia.tasks.task import Task
 from microglia.train.engine import rank_and_world
@@ -75,7 +75,8 @@ def cut(task: Task, run: Run, name: str, model: nn.Module, work: Callable[[nn.Mo
         return made[0]
 
     done = run.stage(name, stage)
-    return restore(cut_again(task.build().to(run.device), done["plan"]), done["model"])
+    again = decode({"shrunk": done["plan"]}, done["model"])
+    return restore(replay(task.build().to(run.device), again), done["model"])
 
 
 def train(

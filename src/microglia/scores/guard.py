@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from microglia.core.errors import ScoreError
+from microglia.core.modes import modes_kept
 
 
 @contextmanager
@@ -24,21 +25,18 @@ def untouched(model: nn.Module) -> Iterator[None]:
     Raises:
         ScoreError: The body changed a parameter in place, or left a hook behind.
     """
-    modes = {module: module.training for module in model.modules()}
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     parameters = {name: (p, p._version, p.requires_grad, p.grad) for name, p in model.named_parameters()}
     versions = {id(p): p.grad._version for p in model.parameters() if p.grad is not None}
     hooks = _hooks(model)
     python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002 -- the global state is the point
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
-    with torch.random.fork_rng(devices=devices):
+    with modes_kept(model), torch.random.fork_rng(devices=devices):
         try:
             yield
         finally:
             random.setstate(python_state)
             np.random.set_state(numpy_state)  # noqa: NPY002
-            for module, training in modes.items():
-                module.training = training
             with torch.no_grad():
                 for buffer, before in buffers:
                     buffer.copy_(before)

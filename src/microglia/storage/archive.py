@@ -15,12 +15,11 @@ from torch import Tensor, nn
 
 from microglia.core import masks as core_masks
 from microglia.core.errors import FileError, MicrogliaError
-from microglia.core.masks import masks_of, parametrized, unfinished
+from microglia.core.house import ALWAYS
+from microglia.core.masks import parametrized, unfinished
 from microglia.core.restore import restore
-from microglia.dynamic.gates import GatePlan, attach_gates, gate_plan
-from microglia.graph import Plan, replay
-from microglia.graph.cutting.plan import PLAN as REMOVED
 from microglia.runtime.accelerated import Accelerated
+from microglia.storage.changes import SOURCE, changes, changes_of, decode, replay, written_changes
 from microglia.storage.files import VERSION, check_header, read_tensors, write_atomic, write_tensors
 from microglia.storage.run import read_json
 from microglia.zoo import build
@@ -33,32 +32,13 @@ DEPTH = 1000
 """Layers that any name may ask for."""
 TIMES, LEAST = 1000, 2**26
 """How many times as large as its weights a dense model may be, and what any may have."""
-SOURCE = "microglia_source"
-"""Attribute under which `microglia.build` notes on a model how it was built."""
-
-
-def removed_from(model: nn.Module) -> Plan | None:
-    """Returns the plan of what was removed from a shrunk model, None for any other."""
-    return getattr(model, REMOVED, None)
-
-
-def cut_again(model: nn.Module, plan: Mapping[str, Any]) -> nn.Module:
-    """Returns a freshly built model cut as a plan, written as JSON, says; it still notes how it was built.
-
-    Raises:
-        FileError: The plan is none, or does not fit the model.
-    """
-    small = replay(model, Plan.from_dict(plan))
-    if source := getattr(model, SOURCE, None):  # a graph is an object of its own
-        object.__setattr__(small, SOURCE, source)
-    return small
 
 
 def save(model: nn.Module, directory: str | Path, *, fold: bool = False) -> Path:
     """Writes ``model.safetensors`` (weights, buffers, masks) and ``plan.json`` (how to build it, what was done to it).
 
     Args:
-        model: Any module, masked, folded, shrunk or gated. One that `microglia.build` made needs its directory alone to
+        model: Any module, whatever of `changes_of` was done to it. One that `microglia.build` made needs its directory alone to
             load. Of an accelerated one is written what was accelerated, masks as zeros of the weights: accelerate it again.
         directory: Made if it is not there; a model saved there before is replaced, weights and plan each atomically.
         fold: Whether to write the masks as zeros of the weights (see `microglia.fold`) instead of beside them, an eighth of a
@@ -77,23 +57,20 @@ def save(model: nn.Module, directory: str | Path, *, fold: bool = False) -> Path
     directory = Path(directory)
     model = model.dense if isinstance(model, Accelerated) else model
     model = core_masks.fold(copy.deepcopy(model)) if fold else model
-    removed = removed_from(model)
-    shrunk = removed.to_dict() if removed is not None else None
-    gates = plan.to_dict() if (plan := gate_plan(model)) is not None else None
-    # The weights' header holds a mark of what was removed or gated, so that no other plan is ever replayed under them.
-    mark = write_tensors(directory / WEIGHTS, model.state_dict(), kind="weights", document=_mark(shrunk, gates))
+    found = changes_of(model)
+    written = {key: done.kind.encode(done.value) for key, done in found.items()}
     content = {
         "format": "microglia.model",
         "version": VERSION,
         # A build gives plain weights: with other parametrizations, only the user can make the model to load into.
         "source": getattr(model, SOURCE, None) if not parametrized(model) else None,
-        "class": getattr(removed, "model", "") or type(model).__name__,
-        "masks": {name: {"shape": list(m.shape), "kept": int(m.sum())} for name, m in masks_of(model).items()},
-        "shrunk": shrunk,
-        "gates": gates,
-        "digest": mark,
+        "class": next((name for d in found.values() if (name := d.kind.was(d.value))), type(model).__name__),
+        **{key: written.get(key, ALWAYS.get(key)) for key in dict.fromkeys((*ALWAYS, *written))},
     }
-    write_atomic(directory / PLAN, json.dumps(content, indent=None if shrunk else 2) + "\n")  # indices by the thousand
+    # The weights' header holds a mark of what binds them, so that no other change is ever replayed under them.
+    content["digest"] = write_tensors(directory / WEIGHTS, model.state_dict(), kind="weights", document=_mark(content))
+    long = any(done.kind.cuts for done in found.values())  # indices by the thousand
+    write_atomic(directory / PLAN, json.dumps(content, indent=None if long else 2) + "\n")
     return directory
 
 
@@ -114,14 +91,15 @@ def load(directory: str | Path, model: nn.Module | None = None, *, trust: bool =
     """
     directory = Path(directory)
     plan, state = _read(directory)
-    gates = GatePlan.from_dict(plan["gates"], state) if plan.get("gates") is not None else None
+    done = decode(plan, state)
     if model is None:
         with trusting(trust):
             model = _build(directory, plan, state)
-    model = _cut(model, plan.get("shrunk"), directory)
+    cut = next((key for key, before in changes_of(model).items() if before.kind.cuts), None)
+    if cut is not None:
+        raise FileError(f"Pass a freshly built, dense {type(model).__name__} to load {directory} into, not a {cut} one.")
+    model = replay(model, done)
     try:
-        if gates is not None:
-            attach_gates(model, gates)
         return restore(model, state)
     except (RuntimeError, MicrogliaError) as error:
         raise FileError(f"The weights in {directory} do not fit {type(model).__name__}: {error}") from error
@@ -144,37 +122,20 @@ def _read(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise FileError(f"{directory} holds no saved model: there is no {PLAN}.")
     plan = read_json(directory / PLAN)
     check_header(directory / PLAN, plan, "model")
-    state, removed, mark = read_tensors(directory / WEIGHTS, kind="weights")
-    if mark != plan.get("digest") or removed != _mark(plan.get("shrunk"), plan.get("gates")):
+    state, bound, mark = read_tensors(directory / WEIGHTS, kind="weights")
+    if mark != plan.get("digest") or bound != _mark(plan):
         raise FileError(f"{directory}: {WEIGHTS} and {PLAN} do not belong together; one of them was replaced.")
     return plan, state
 
 
-def _mark(shrunk: Any, gates: Any) -> str | None:
-    """Returns a digest of what was removed from a model or gated in it; None where nothing was."""
-    changes = {name: value for name, value in (("shrunk", shrunk), ("gates", gates)) if value is not None}
-    if not changes:
+def _mark(plan: Mapping[str, Any]) -> str | None:
+    """Returns a digest of the changes of a ``plan.json`` that bind its weights; None where there is none."""
+    bound = {key: value for key, (kind, value) in written_changes(plan).items() if kind.binds}
+    if not bound:
         return None
-    marked = shrunk if gates is None else changes
+    alone = [key for key in bound if changes[key].alone]
+    marked = bound[alone[0]] if len(bound) == 1 and alone else bound
     return hashlib.blake2b(json.dumps(marked, sort_keys=True).encode(), digest_size=16).hexdigest()
-
-
-def _cut(model: nn.Module, shrunk: Any, directory: Path) -> nn.Module:
-    """Returns the freshly built model with the recorded channels removed."""
-    if removed_from(model) is not None:
-        raise FileError(f"Pass a freshly built, dense {type(model).__name__} to load {directory} into, not a shrunk one.")
-    if shrunk is None:
-        return model
-    if not isinstance(shrunk, Mapping):
-        raise FileError(f"{directory / PLAN} is damaged: what was removed is no plan.")
-    try:
-        return cut_again(model, shrunk)
-    except FileError:
-        raise
-    except MicrogliaError as error:  # of the trace of a model that the plan's inputs do not fit
-        raise FileError(f"What was removed, in {directory / PLAN}, does not fit {type(model).__name__}: {error}") from error
-    except (AttributeError, TypeError, ValueError) as error:
-        raise FileError(f"{directory / PLAN} is damaged: what was removed is no plan ({error}).") from error
 
 
 def _check_size(source: Mapping[str, Any], state: Mapping[str, Tensor], path: Path) -> None:

@@ -15,7 +15,7 @@ from microglia.core.devices import device_of
 from microglia.core.errors import MicrogliaError
 from microglia.core.modes import evaluating
 from microglia.data import Batches, ImageData, Normalization, load_data
-from microglia.storage.archive import SOURCE
+from microglia.storage.changes import SOURCE
 from microglia.tasks.task import CLASSIFICATION, CrossEntropy, Split, Task
 from microglia.zoo import build, check_name, load_checkpoint
 from microglia.zoo.registry import ModelError

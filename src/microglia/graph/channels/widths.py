@@ -19,7 +19,7 @@ from microglia.core.budget import Budget
 from microglia.core.errors import BudgetError
 from microglia.graph.channels.groups import ChannelGroup, Member
 from microglia.graph.cutting.parts import Part
-from microglia.graph.dims.algebra import Dim
+from microglia.graph.dims.atoms import Dim
 
 WidthScope = Literal["uniform", "global"]
 Counts = dict[int, int]

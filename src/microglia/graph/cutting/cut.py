@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from microglia.graph.dims.algebra import Dim
 from microglia.graph.dims.analysis import Analysis
-from microglia.graph.dims.trace import named_arguments, operator_name, shape_of, split_dim
+from microglia.graph.dims.atoms import Dim
+from microglia.graph.dims.nodes import named_arguments, operator_name, shape_of, split_dim
 
 Kept = Mapping[int, Tensor]
 """Atom -> which of its units stay, boolean (size,), or (rows, size) where rows keep units of their own, each equally many;
@@ -56,7 +56,7 @@ class Cut:
         """Returns how many entries of a Dim stay."""
         return self.analysis.algebra.count(dim, self.counts)
 
-    def removed(self, name: str) -> dict[int, Tensor]:
+    def stays(self, name: str) -> dict[int, Tensor]:
         """Returns by dimension which entries of a tensor stay, for the dimensions that lose any.
 
         Boolean (size,), or (groups, size) of the weight of a convolution whose groups, those that stay, keep others.
@@ -74,7 +74,7 @@ class Cut:
 
     def slice(self, name: str, tensor: Tensor) -> Tensor:
         """Returns what stays of a tensor."""
-        for k, mask in self.removed(name).items():
+        for k, mask in self.stays(name).items():
             tensor = select(tensor, k, positions(mask))
         return tensor
 

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from microglia.graph.cutting.training import averaging, drew
+from microglia.graph.dims.nodes import named_arguments, operator_name
 from microglia.graph.dims.refusals import TraceError, is_random
-from microglia.graph.dims.trace import CHECKS, Trace, named_arguments, operator_name, trace
+from microglia.graph.dims.trace import CHECKS, Trace, trace
 
 
 def live_trace(model: nn.Module, example_inputs: Any, *, dynamic: Sequence[int] = (0,), training: bool = False) -> Trace:

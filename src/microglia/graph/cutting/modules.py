@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from microglia.core.modes import modes_kept
 from microglia.graph.cutting.cut import Cut, by_group, constants, positions, select
 from microglia.graph.dims.analysis import Analysis
-from microglia.graph.dims.trace import named_arguments
+from microglia.graph.dims.nodes import named_arguments
 
 Indices = Mapping[str, Mapping[str, list[Any]]]
 """Tensor name -> dimension -> kept indices; of the weight of a convolution whose groups keep others, a list for each."""
@@ -29,8 +30,8 @@ def indices(cut: Cut) -> dict[str, dict[str, list[Any]]]:
     """Returns the kept indices of every tensor that loses any."""
     found = {}
     for name in cut.analysis.parameter_dims:
-        if removed := cut.removed(name):
-            found[name] = {str(k): positions(mask) for k, mask in removed.items()}
+        if stays := cut.stays(name):
+            found[name] = {str(k): positions(mask) for k, mask in stays.items()}
     return found
 
 
@@ -117,11 +118,8 @@ def cut_module(model: nn.Module, kept: Indices, changed: Attributes) -> nn.Modul
 
 def forget(model: nn.Module) -> None:
     """Lets a model compute anew what it keeps in one mode alone, such as biases by position, from the cut parameters."""
-    modes = {module: module.training for module in model.modules()}
-    for mode in (not model.training, model.training):
-        model.train(mode)
-    for module, mode in modes.items():
-        module.training = mode
+    with modes_kept(model, through_train=True):
+        model.train(not model.training)
 
 
 @torch.no_grad()

@@ -129,17 +129,15 @@ def _record(model: nn.Module, example_inputs: Any) -> dict[nn.Module, list[Any]]
         calls.setdefault(module, []).append((args, kwargs))
 
     hooks = [m.register_forward_pre_hook(note, with_kwargs=True) for m in model.modules()]
-    modes = {m: m.training for m in model.modules()}
     try:
         args, kwargs = arguments(to_double(example_inputs))
-        model.eval()(*args, **kwargs)
+        with evaluating(model):
+            model(*args, **kwargs)
     except Exception as error:
         raise TraceError(f"{type(model).__name__} does not run on the example inputs: {error}") from error
     finally:
         for hook in hooks:
             hook.remove()
-        for module, mode in modes.items():
-            module.training = mode
     return calls
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
@@ -16,6 +16,7 @@ from microglia.graph.cutting.graph_model import graph_model
 from microglia.graph.cutting.hugging_face import set_fields
 from microglia.graph.cutting.modules import cut_module
 from microglia.graph.cutting.plan_check import check_form, check_names
+from microglia.storage.changes import Change, register_change
 
 PLAN = "microglia_plan"
 """Attribute under which a shrunk model carries its plan."""
@@ -80,6 +81,8 @@ class Plan:
         Raises:
             FileError: It is not one.
         """
+        if not isinstance(source, Mapping):
+            raise FileError("The plan of the shrunk model is damaged: what was removed is no plan.")
         known = {f.name for f in fields(Plan)}
         if not isinstance(source.get("kept"), dict) or not {"kind", "kept"} <= source.keys() <= known:
             raise FileError("The plan of the shrunk model is not one that this version understands.")
@@ -208,6 +211,29 @@ def give_biases(model: nn.Module, names: tuple[str, ...]) -> None:
         if layer.bias is None:
             outputs = getattr(layer, "out_channels", None) or layer.out_features
             layer.bias = nn.Parameter(layer.weight.new_zeros(outputs))
+
+
+def _result(plan: Plan, model: nn.Module, dense: Callable[[], nn.Module]) -> dict[str, Any]:
+    """Returns which layers lost which of their channels, for a run's result."""
+    from microglia.graph.cutting.removal import removal  # it reads plans
+
+    return {"removed": removal(dense(), model)}
+
+
+register_change(
+    "shrunk",
+    Change(
+        of=lambda model: getattr(model, PLAN, None),
+        encode=lambda plan: plan.to_dict(),
+        decode=lambda written, state: Plan.from_dict(written),
+        replay=replay,
+        alone=True,
+        cuts=True,
+        result=_result,
+        was=lambda plan: plan.model,
+        measured=lambda plan: {"shrunk_from": {"parameters": list(plan.parameters), "MACs": list(plan.macs)}},
+    ),
+)
 
 
 # -------------------------------------------------------------------------------------------------------------- examples

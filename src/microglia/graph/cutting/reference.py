@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, fx
 
 from microglia.graph.cutting.cut import Cut
-from microglia.graph.dims.trace import copied, named_arguments, operator_name
+from microglia.graph.dims.nodes import named_arguments, operator_name
+from microglia.graph.dims.trace import copied
 
 Handler = Callable[["Reference", fx.Node, dict[str, Any]], Any]
 

@@ -18,7 +18,8 @@ from microglia.core.layers import GraphLayer, layer_kind
 from microglia.graph.cutting.cut import Cut, Scaled, constants
 from microglia.graph.cutting.modules import issuer
 from microglia.graph.cutting.training import FLAGS, Mode, batch_norm, counter_of
-from microglia.graph.dims.trace import CHECKS, Trace, named_arguments, operator_name, split_dim
+from microglia.graph.dims.nodes import named_arguments, operator_name, split_dim
+from microglia.graph.dims.trace import CHECKS, Trace
 
 _TRAINING = "training_"
 """Begin of the names of constants that the graph of training alone holds."""

@@ -20,8 +20,10 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from microglia.core.modes import modes_kept
 from microglia.graph.cutting.modules import issuer
-from microglia.graph.dims.trace import CHECKS, Trace, named_arguments, operator_name
+from microglia.graph.dims.nodes import named_arguments, operator_name
+from microglia.graph.dims.trace import CHECKS, Trace
 
 FLAGS = {
     **dict.fromkeys(("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout"), "train"),
@@ -83,14 +85,11 @@ def batch_norm(
 
 def modes_of(model: nn.Module) -> dict[bool, dict[str, bool]]:
     """Returns the mode of each module, by path, after ``model.train(mode)``, which a class may write anew; restores them."""
-    before = {module: module.training for module in model.modules()}
     found = {}
-    for mode in (True, False):
-        model.train(mode)
-        found[mode] = {path: module.training for path, module in model.named_modules(remove_duplicate=False)}
-    model.train(before[model])
-    for module, mode in before.items():
-        module.training = mode
+    with modes_kept(model, through_train=True):
+        for mode in (True, False):
+            model.train(mode)
+            found[mode] = {path: module.training for path, module in model.named_modules(remove_duplicate=False)}
     return found
 
 

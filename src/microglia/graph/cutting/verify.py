@@ -18,7 +18,8 @@ from microglia.core.errors import MicrogliaError
 from microglia.graph.cutting.cut import Cut
 from microglia.graph.cutting.reference import MissingReference, Reference
 from microglia.graph.cutting.surgery import patched
-from microglia.graph.dims.trace import copied, operator_name
+from microglia.graph.dims.nodes import operator_name
+from microglia.graph.dims.trace import copied
 
 
 class ShrinkError(MicrogliaError):

@@ -12,9 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from microglia.graph.dims.algebra import UNIT, Algebra, Dim, Misaligned, Segment
+from microglia.graph.dims.algebra import Algebra
+from microglia.graph.dims.atoms import UNIT, Dim, Misaligned, Segment
+from microglia.graph.dims.nodes import concrete, named_arguments, operator_name, shape_of
 from microglia.graph.dims.rules import rule_of
-from microglia.graph.dims.trace import Trace, concrete, named_arguments, operator_name, shape_of
+from microglia.graph.dims.trace import Trace
 
 Dims = list[Dim]
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx
 
-from microglia.graph.dims.trace import nodes_in, operator_name, shape_of
+from microglia.graph.dims.nodes import nodes_in, operator_name, shape_of
 
 if TYPE_CHECKING:
     from microglia.graph.dims.analysis import Analysis, Arguments
@@ -37,7 +37,7 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
 
 def rule_of(node: fx.Node) -> Rule | None:
     """Returns the rule of a node; an in-place operator has its plain twin's, a pointwise one needs none of its own."""
-    for room in ("rules_layers", "rules_shape", "rules_reduce"):
+    for room in ("rules_layers", "rules_shape", "rules_entries", "rules_reduce"):
         import_module(f"microglia.graph.dims.{room}")
     name = operator_name(node)
     found = RULES.get(name) or RULES.get(name.rstrip("_"))

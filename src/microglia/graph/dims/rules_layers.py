@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import fx
 
-from microglia.graph.dims.algebra import UNIT, Dim
+from microglia.graph.dims.atoms import UNIT, Dim
+from microglia.graph.dims.nodes import operator_name, shape_of
 from microglia.graph.dims.rules import rule
-from microglia.graph.dims.trace import operator_name, shape_of
 
 if TYPE_CHECKING:
     from microglia.graph.dims.analysis import Analysis, Arguments, Dims

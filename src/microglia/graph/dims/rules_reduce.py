@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, fx
 
-from microglia.graph.dims.algebra import UNIT
+from microglia.graph.dims.atoms import UNIT
+from microglia.graph.dims.nodes import operator_name, shape_of
 from microglia.graph.dims.rules import pointwise, rule
-from microglia.graph.dims.trace import operator_name, shape_of
 
 if TYPE_CHECKING:
     from microglia.graph.dims.analysis import Analysis, Arguments

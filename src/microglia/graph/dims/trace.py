@@ -6,7 +6,7 @@ import io
 import itertools
 import logging
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,6 +16,8 @@ from torch import Tensor, fx, nn
 from torch.export import Dim as ExportDim
 from torch.utils import _pytree as pytree
 
+from microglia.core.modes import modes_kept
+from microglia.graph.dims.nodes import operator_name
 from microglia.graph.dims.refusals import TraceError, place_of
 
 CHECKS = ("_assert_tensor_metadata", "_assert_scalar", "_assert_async", "sym_constrain_range_for_size")
@@ -64,25 +66,22 @@ def trace(model: nn.Module, example_inputs: Any, *, dynamic: Sequence[int] = (0,
         TraceError: torch.export cannot trace it.
     """
     args, kwargs = arguments(example_inputs)
-    modes = {module: module.training for module in model.modules()}
-    model.train(not training)  # what a model keeps in one mode it forgets in the other
-    model.train(training)
-    if not training:
-        _run_once(model, args, kwargs)
     unknown: dict[str, None] = {}
 
     def known(module: nn.Module, args: Any, outputs: Any) -> Any:
         unknown.update(_unknown_outputs(outputs, module))
         return known_outputs(outputs)
 
-    hook = model.register_forward_hook(known)
-    try:
-        exported = _export(model, args, kwargs, dynamic)
-    finally:
-        hook.remove()
-        model.train(modes[model])  # a train of the model's own may keep or forget values that it computed
-        for module, mode in modes.items():
-            module.training = mode
+    with modes_kept(model, through_train=True):  # a train of the model's own may keep or forget values that it computed
+        model.train(not training)
+        model.train(training)
+        if not training:
+            _run_once(model, args, kwargs)
+        hook = model.register_forward_hook(known)
+        try:
+            exported = _export(model, args, kwargs, dynamic)
+        finally:
+            hook.remove()
     inline_wrappers(exported.graph_module)
     _refuse_unknown_sizes(exported.graph, model)
     return replace(_as_trace(exported, model), unknown_outputs=tuple(unknown))
@@ -299,50 +298,3 @@ def _inline(graph: fx.Graph, node: fx.Node, inner: fx.Graph, given: Iterable[Any
             graph.erase_node(user)
     else:
         node.replace_all_uses_with(results)
-
-
-# ------------------------------------------------------------------------------------------------------------ reading
-def operator_name(node: fx.Node) -> str:
-    """Returns the name of a node's operator without namespace and overload."""
-    target = node.target
-    if isinstance(target, torch._ops.OpOverload):
-        return target._schema.name.split("::")[1]
-    return str(getattr(target, "__name__", target))
-
-
-def named_arguments(node: fx.Node) -> dict[str, Any]:
-    """Returns a node's arguments by their names in the operator's schema, defaults filled in."""
-    found: dict[str, Any] = {}
-    for i, argument in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
-        if i < len(node.args):
-            found[argument.name] = node.args[i]
-        elif argument.name in node.kwargs:
-            found[argument.name] = node.kwargs[argument.name]
-        else:
-            found[argument.name] = argument.default_value if argument.has_default_value() else None
-    return found
-
-
-def split_dim(name: str, a: Mapping[str, Any], rank: int) -> int:
-    """Returns the dimension that an operator of the split family cuts."""
-    if name in ("hsplit", "vsplit"):
-        return int(name == "hsplit" and rank > 1)
-    return int(a["dim"]) % rank
-
-
-def concrete(size: Any) -> int:
-    """Returns an integer size; of a symbolic one the value it was traced with."""
-    return size if isinstance(size, int) else int(size.node.hint)
-
-
-def shape_of(value: fx.Node | Tensor) -> list[int]:
-    """Returns the concrete shape of a node's value."""
-    tensor = value.meta["val"] if isinstance(value, fx.Node) else value
-    return [concrete(s) for s in tensor.shape]
-
-
-def nodes_in(value: Any) -> list[fx.Node]:
-    """Returns the nodes in nested arguments, in order."""
-    found: list[fx.Node] = []
-    fx.node.map_arg(value, lambda n: found.append(n) or n)  # type: ignore[func-returns-value]
-    return found

@@ -23,6 +23,7 @@ from microglia.graph.cutting.remove import EXACT, SINGLE, Subject, noise, output
 from microglia.graph.cutting.verify import ShrinkError
 from microglia.graph.order.order_search import Stripes, best_mass, find_order
 from microglia.graph.order.permutable import Movable, movable, tensor_orders, unmoved
+from microglia.storage.changes import Change, register_change
 
 PERMUTATION = "microglia_permutation"
 """Attribute under which a permuted model carries what was done to it."""
@@ -77,6 +78,17 @@ class Permutation:
         """Returns what there is to tell, JSON-ready; without the orders, which the weights themselves show."""
         told = {k: v for k, v in asdict(self).items() if k != "orders"}
         return {"before": self.before, "after": self.after, **told}
+
+    @staticmethod
+    def from_dict(source: Mapping[str, Any]) -> Permutation:
+        """Returns what `to_dict` wrote, without the orders.
+
+        Raises:
+            TypeError, KeyError, ValueError: It is none.
+        """
+        layers = {str(name): LayerMass(**{k: float(v) for k, v in mass.items()}) for name, mass in source["layers"].items()}
+        left = {str(name): str(reason) for name, reason in source["left"].items()}
+        return Permutation(layers, left=left, error=float(source["error"]))
 
 
 def permutation_of(model: nn.Module) -> Permutation:
@@ -223,8 +235,7 @@ class _Search:
             masses = self._masses()
         left = {name: why for part in self.subject.parts for name, why in self._left(part).items()}
         found = Permutation(masses, self._named(self.orders), left, error)
-        object.__setattr__(permuted, PERMUTATION, found)
-        return permuted
+        return _note(permuted, found)
 
     def _verified(self) -> tuple[nn.Module, float]:
         permuted = self._permuted(self.orders)
@@ -275,3 +286,21 @@ class _Search:
         moved = set(self.orders)
         reasons = {g.atom: g.reason for g in self.found if g.reason} | self.notes
         return unmoved(part, [n for n in self.keep if len(self.scores[n]) > self.block.out], moved, reasons)
+
+
+def _note(model: nn.Module, permutation: Permutation) -> nn.Module:
+    """Notes on a model what was done to it; the order itself is in the weights."""
+    object.__setattr__(model, PERMUTATION, permutation)
+    return model
+
+
+register_change(
+    "permuted",
+    Change(
+        of=lambda model: getattr(model, PERMUTATION, None),
+        encode=Permutation.to_dict,
+        decode=lambda written, state: Permutation.from_dict(written),
+        replay=_note,
+        binds=False,
+    ),
+)

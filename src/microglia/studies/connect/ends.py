@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from microglia.core.errors import MicrogliaError
 from microglia.core.masks import MaskSet, fold, masks_of
-from microglia.dynamic import gate_plan
 from microglia.lab.target import open_target
+from microglia.storage.changes import changes_of
 from microglia.studies.routes.study import image_data
 from microglia.studies.space.curves import LINE, Curve, on_line
 from microglia.studies.space.points import check_alike, point_of
@@ -61,8 +61,11 @@ def open_ends(targets: tuple[str, str], data: str | None = None) -> Ends:
         raise MicrogliaError(f"Both ends are {targets[0]}; a connection needs two different networks.")
     (one, task), (other, its_task) = (open_target(target, data) for target in targets)
     for target, model in zip(targets, (one, other), strict=True):
-        if gate_plan(model) is not None:
-            raise MicrogliaError(f"{target} has gates, whose choices no path can pass smoothly; give networks without gates.")
+        chooses = next((done.kind.chooses for done in changes_of(model).values() if done.kind.chooses), None)
+        if chooses is not None:
+            raise MicrogliaError(
+                f"{target} has {chooses}, whose choices no path can pass smoothly; give networks without {chooses}."
+            )
     _check_data(targets, task, its_task)
     masks = (masks_of(one), masks_of(other))
     models = (fold(deepcopy(one)), fold(deepcopy(other)))

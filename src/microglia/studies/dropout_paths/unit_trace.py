@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from microglia.core.errors import MicrogliaError
-from microglia.graph.dims.trace import Trace, named_arguments, nodes_in, operator_name, shape_of, trace
+from microglia.graph.dims.nodes import named_arguments, nodes_in, operator_name, shape_of
+from microglia.graph.dims.trace import Trace, trace
 from microglia.studies.dropout_paths.unit_chain import UnitChain, UnitLayer
 
 WEIGHTED = ("linear", "conv1d", "conv2d", "conv3d")

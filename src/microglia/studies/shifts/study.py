@@ -16,10 +16,11 @@ from microglia.core.devices import device_of
 from microglia.core.errors import MicrogliaError
 from microglia.data import ImageData, ImageSet
 from microglia.data.shifts import SHIFTS, check_severity, shifted
-from microglia.dynamic import Counter, gate_plan, record
+from microglia.dynamic import Counter, record
 from microglia.dynamic.routes import agreement
 from microglia.lab.target import open_target
 from microglia.measure import count_macs
+from microglia.storage.changes import changes_of
 from microglia.studies.routes.study import counter_of, image_data
 from microglia.tasks.classification import ImageSource
 from microglia.tasks.task import Task
@@ -144,7 +145,7 @@ def _conditions(images: ImageSet, severities: Sequence[int]) -> Iterator[tuple[s
 
 def _open(asked: Shifting, target: str, name: str) -> Contender:
     model, task = open_target(target, asked.data, asked.checkpoint)
-    gated = gate_plan(model) is not None
+    gated = any(done.kind.chooses for done in changes_of(model).values())
     counter = counter_of(model, task, target) if gated else None
     macs = 0.0 if gated else count_macs(model, task.example).effective / count_macs(task.build(), task.example).total
     model = model.to(accelerator(asked.device).device).eval()

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from microglia.core.devices import device_of
 from microglia.core.errors import MicrogliaError, TrainingError
+from microglia.core.modes import evaluating
 from microglia.storage.run import Progress
 from microglia.tasks.task import Split, Task
 from microglia.train.engine import accelerator
@@ -77,15 +78,13 @@ def probabilities(
     """
     if "accuracy" not in task.metrics:
         raise MicrogliaError(f"{task.name} is no classification, and only probabilities of classes can be averaged.")
-    device, modes = device_of(model), {module: module.training for module in model.modules()}
-    model.eval()
+    device = device_of(model)
     found, labels = [], []
     batches = task.data.batches(split, batch_size, seed=seed, shuffle=limit is not None)
-    for inputs, targets in islice(batches.epoch(0), limit):
-        found.append(model(inputs.to(device)).cpu().double().softmax(1))
-        labels.append(targets)
-    for module, training in modes.items():
-        module.training = training
+    with evaluating(model):
+        for inputs, targets in islice(batches.epoch(0), limit):
+            found.append(model(inputs.to(device)).cpu().double().softmax(1))
+            labels.append(targets)
     return torch.cat(found), torch.cat(labels)
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from microglia.core.errors import MicrogliaError
+from microglia.core.modes import modes_kept
 
 Point = Mapping[str, Tensor]
 """Every parameter by name. Buffers (batch-norm statistics) are no coordinates: they follow from the place and the data."""
@@ -52,15 +53,13 @@ def check_alike(one: Point, other: Point) -> None:
 def visiting(model: nn.Module) -> Iterator[None]:
     """Runs its body, which may move the model, and puts parameters, buffers and modes back, bit for bit."""
     before = [(tensor, tensor.detach().clone()) for tensor in (*model.parameters(), *model.buffers())]
-    modes = {module: module.training for module in model.modules()}
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for tensor, value in before:
-                tensor.copy_(value)
-        for module, training in modes.items():
-            module.training = training
+    with modes_kept(model):
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for tensor, value in before:
+                    tensor.copy_(value)
 
 
 def combine(points: Sequence[Point], weights: Sequence[float]) -> dict[str, Tensor]:

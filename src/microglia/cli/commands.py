@@ -148,7 +148,7 @@ def measure(
     if precision != "float32" and not accelerate:
         raise MicrogliaError(f"--precision {precision} is of the accelerated model: give it beside --accelerate.")
     model, task = open_target(target, data, checkpoint)
-    example = task.example.repeat(batch, *[1] * (task.example.ndim - 1))
+    example = task.example_batch(batch)
     measured = {**measure_model(model, example, latency=latency).to_dict(), "saved": saved_bytes(target)}
     shown: list[Any] = []
     if accelerate:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from microglia.core.batch import call, to_device
 from microglia.core.devices import device_of
 from microglia.core.errors import FileError
 from microglia.core.masks import masks_of
@@ -171,14 +172,14 @@ def _times(recipe: Recipe, task: Task, model: nn.Module, main: bool) -> dict[str
     if not main or not (asked.latency or asked.accelerate):
         return {"latency": None}
     device = device_of(model)
-    example = task.example.repeat(asked.batch, *[1] * (task.example.ndim - 1)).to(device)
+    example = to_device(task.example_batch(asked.batch), device)
     ready: dict[str, Callable[[], object]] = {}
     record: dict[str, Any] = {}
     if gate_plan(model) is not None:
         ready["gathered"] = _gathered(model, task, asked.batch)
     if asked.accelerate:
         fast, record["accelerated"] = accelerated(model, task, asked.batch, against=asked.executions)
-        ready["accelerated"] = lambda: fast(example)
+        ready["accelerated"] = lambda: call(fast, example)
     if not asked.latency:
         return {"latency": None, **record}
     models = {"dense": task.build().to(device), "pruned": model}
@@ -189,7 +190,7 @@ def _times(recipe: Recipe, task: Task, model: nn.Module, main: bool) -> dict[str
 
 def _gathered(model: nn.Module, task: Task, batch: int) -> Callable[[], object]:
     """Returns the gathered execution of a gated model on one batch of test images after the other."""
-    fast = Gathered(model, task.example.to(device_of(model)))
+    fast = Gathered(model, to_device(task.example, device_of(model)))
     if device_of(model).type == "cpu":
         tune(fast)
     images, _ = next(iter(task.data.batches("test", max(ROUTED, batch)).epoch(0)))

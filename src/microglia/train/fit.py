@@ -9,7 +9,6 @@ from itertools import islice
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 
 from microglia.core.errors import TrainingError
@@ -19,7 +18,7 @@ from microglia.train.engine import accelerator, rank_and_world
 from microglia.train.evaluate import evaluate
 from microglia.train.optim import FitConfig, epoch_length, lay_out, learning_rate, make_optimizers
 from microglia.train.progress import Bar
-from microglia.train.recover import distillation
+from microglia.train.step import Step, objective, require_finite
 
 Row = dict[str, Any]
 
@@ -106,7 +105,10 @@ def fit(
     wrapped = engine.prepare(model) if world > 1 else model.to(engine.device)
     optimizers = make_optimizers(config, [{"params": parameters}, *own])
     start, rows = _resume(model, optimizers, pruner, progress)
-    loss = _loss(task, config, teacher)
+    loss = objective(task, teacher=teacher, weight=config.distill, temperature=config.temperature)
+    bound = config.clip
+    clip = None if bound is None else lambda: engine.clip_grad_norm_(wrapped.parameters(), bound)
+    step = Step(task, wrapped, optimizers, loss, engine.device, config.precision, engine.backward, clip)
     length = epoch_length(config, len(batches))
     end = config.epochs if stop is None else min(stop, config.epochs)
     with torch.random.fork_rng(), Bar(title, total=end * length, done=start * length) as bar:
@@ -114,8 +116,7 @@ def fit(
             began = time.perf_counter()
             torch.manual_seed(seed * 1_000_003 + epoch)  # dropout and the like
             wrapped.train()
-            steps = _Steps(engine, wrapped, optimizers, batches, loss, config, pruner)
-            mean = steps.epoch(epoch, bar)
+            mean = _Steps(step, batches, config, pruner).epoch(epoch, bar)
             row = {"epoch": epoch + 1, "loss": mean, "lr": optimizers[0].param_groups[0]["lr"]}
             row |= {f"validation_{k}": v for k, v in evaluate(model, task, "validation").items()}
             rows.append(row | {"seconds": round(time.perf_counter() - began, 3)})
@@ -142,56 +143,36 @@ def _check_arguments(model: object, task: object, config: object) -> None:
 class _Steps:
     """Everything one epoch of optimizer steps needs."""
 
-    engine: Accelerator
-    model: nn.Module
-    optimizers: list[torch.optim.Optimizer]
+    step: Step
     batches: Batches
-    loss: Callable[[Any, Any, Any], Tensor]
     config: FitConfig
     pruner: Pruner | None
 
     def epoch(self, epoch: int, bar: Bar) -> float:
         """Trains one epoch; returns the mean loss over the batches it took."""
-        device = self.engine.device
+        step, device = self.step, self.step.device
+        penalty = None if self.pruner is None else self.pruner.penalty
         total = torch.zeros((), device=device)
         length = epoch_length(self.config, len(self.batches))
         for number, (inputs, targets) in enumerate(islice(self.batches.epoch(epoch), length)):
-            inputs, targets = inputs.to(device), targets.to(device)  # noqa: PLW2901
             lr = learning_rate(self.config, epoch * length + number, length)
-            for group in (g for optimizer in self.optimizers for g in optimizer.param_groups):
+            for group in (g for optimizer in step.optimizers for g in optimizer.param_groups):
                 group["lr"] = group.get("constant_lr", lr)
-            value = self._loss(inputs, targets)
-            if not torch.isfinite(value):
-                raise TrainingError(
-                    f"The loss became {value.item()} in epoch {epoch + 1}, step {number + 1} (learning rate {lr:.4g}). The "
-                    "state of the last finished epoch is kept; try a smaller lr, a warm-up or clip=1.0, in a new directory."
-                )
-            value = value * _share(len(targets), device)
-            self._descend(value)
+            diverged = (
+                f"The loss became {{loss}} in epoch {epoch + 1}, step {number + 1} (learning rate {lr:.4g}). The state of the "
+                "last finished epoch is kept; try a smaller lr, a warm-up or clip=1.0, in a new directory."
+            )
+            value = require_finite(step.loss_of(inputs, targets, penalty), diverged)
+            value = value * _share(step.task.count(targets), device)
+            step.descend(value, rest=lambda: _replaces_step(self.pruner))
+            if self.pruner is not None:
+                self.pruner.step(step.optimizers[0])
             total += value.detach()
             bar.advance()
         _, world = rank_and_world()
         if world > 1:
             torch.distributed.all_reduce(total)
         return float(total / world / max(1, length))
-
-    def _loss(self, inputs: Tensor, targets: Any) -> Tensor:
-        bfloat16 = self.config.precision == "bfloat16"
-        with torch.autocast(self.engine.device.type, torch.bfloat16, enabled=bfloat16):
-            value = self.loss(self.model(inputs), targets, inputs)
-        return value if self.pruner is None else value + self.pruner.penalty()
-
-    def _descend(self, value: Tensor) -> None:
-        for optimizer in self.optimizers:
-            optimizer.zero_grad(set_to_none=True)
-        self.engine.backward(value)
-        if self.config.clip is not None:
-            self.engine.clip_grad_norm_(self.model.parameters(), self.config.clip)
-        if not _replaces_step(self.pruner):
-            for optimizer in self.optimizers:
-                optimizer.step()
-        if self.pruner is not None:
-            self.pruner.step(self.optimizers[0])
 
 
 def _replaces_step(pruner: object) -> bool:
@@ -206,13 +187,6 @@ def _share(examples: int, device: torch.device) -> Tensor | float:
     everyone = torch.tensor(float(examples), device=device)
     torch.distributed.all_reduce(everyone)
     return examples * world / everyone
-
-
-def _loss(task: Task, config: FitConfig, teacher: nn.Module | None) -> Callable[[Any, Any, Any], Tensor]:
-    plain = task.training_loss or task.loss
-    if config.distill and teacher is not None:
-        return distillation(plain, teacher, weight=config.distill, temperature=config.temperature)
-    return lambda outputs, targets, inputs: plain(outputs, targets)
 
 
 def _resume(

@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 from torch.export import Dim as ExportDim
 from torch.utils import _pytree as pytree
 
+from microglia.core.batch import Example
 from microglia.graph.dims.refusals import TraceError, place_of
 
 CHECKS = ("_assert_tensor_metadata", "_assert_scalar", "_assert_async", "sym_constrain_range_for_size")
@@ -127,9 +128,8 @@ def _as_trace(exported: torch.export.ExportedProgram, model: nn.Module) -> Trace
 
 def arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Returns (args, kwargs) of example inputs in any of the accepted forms."""
-    if isinstance(example_inputs, dict):
-        return (), dict(example_inputs)
-    return (tuple(example_inputs), {}) if isinstance(example_inputs, tuple | list) else ((example_inputs,), {})
+    example = Example.of(example_inputs)
+    return example.args, example.kwargs
 
 
 def copied(value: Any) -> Any:

@@ -20,7 +20,7 @@ from microglia.studies.space.points import Point, check_alike, visiting
 from microglia.tasks.task import Task
 from microglia.train.engine import accelerator
 from microglia.train.fit import Row
-from microglia.train.optim import FitConfig, epoch_length, lay_out, make_optimizers
+from microglia.train.optim import FitConfig, epoch_batches, lay_out, make_optimizers
 from microglia.train.progress import Bar
 from microglia.train.step import Step, clipped, objective
 
@@ -80,7 +80,7 @@ def train_curve(
     with _on(model, accelerator(device).device), visiting(model), torch.random.fork_rng():
         training = _Training(model, task, curve, config, masks=masks or {}, seed=seed)
         rows = training.resume(progress)
-        length = epoch_length(config, len(training.batches))
+        length = epoch_batches(config, len(training.batches))
         with Bar(title, total=config.epochs * length, done=len(rows) * length) as bar:
             for epoch in range(len(rows), config.epochs):
                 torch.manual_seed(seed * 1_000_003 + epoch)  # dropout and the like
@@ -185,7 +185,7 @@ class _Training:
         """Trains one epoch; returns its row."""
         began = time.perf_counter()
         self._model.train()
-        length = epoch_length(self._config, len(self.batches))
+        length = epoch_batches(self._config, len(self.batches))
         total, rate = torch.zeros((), device=self._device), self._config.lr
         for number, batch in enumerate(islice(self.batches.epoch(epoch), length)):
             rate = learning_rate(self._config.lr, (epoch * length + number) / (self._config.epochs * length))

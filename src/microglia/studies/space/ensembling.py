@@ -18,7 +18,7 @@ from microglia.storage.run import Progress
 from microglia.tasks.task import Split, Task
 from microglia.train.engine import accelerator
 from microglia.train.fit import Row
-from microglia.train.optim import FitConfig, epoch_length, lay_out, make_optimizers
+from microglia.train.optim import FitConfig, epoch_batches, lay_out, make_optimizers
 from microglia.train.progress import Bar
 from microglia.train.step import Step, clipped, objective
 
@@ -245,7 +245,7 @@ class _Cycling:
     def epoch(self, epoch: int) -> float:
         """Trains one epoch; returns the mean loss over its batches."""
         self._model.train()
-        length, total = epoch_length(self._config, len(self._batches)), 0.0
+        length, total = epoch_batches(self._config, len(self._batches)), 0.0
         for number, batch in enumerate(islice(self._batches.epoch(epoch), length)):
             rate = self._cycles.rate(epoch, number / length)
             diverged = f"The loss became {{loss}} in epoch {epoch + 1} (learning rate {rate:.4g}); try smaller ones."

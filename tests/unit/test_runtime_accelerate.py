@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 import microglia as mg
+from microglia.core.batch import Example
 from microglia.core.errors import MicrogliaError
-from microglia.core.running import Example, folded_twin
+from microglia.core.running import folded_twin
 from microglia.core.timing import Timing
 from microglia.runtime import BlockChain, BlockConv2d, RowConv2d, accelerate, level
 from microglia.runtime import timing_cache as choices_module

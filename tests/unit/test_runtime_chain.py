@@ -13,8 +13,8 @@ from safetensors.torch import load, save
 from test_runtime_kernels import BAD, HERE, process, site, sparse
 from torch import nn
 
+from microglia.core.batch import Example
 from microglia.core.errors import MicrogliaError
-from microglia.core.running import Example
 from microglia.runtime import BlockChain, BlockConv2d, Link, RowConv2d
 from microglia.runtime.dense.fusion import fuse
 from microglia.runtime.sparse_layers.chain import chained

@@ -10,8 +10,9 @@ from torch import nn
 from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_leaves
 
+from microglia.core.batch import Example
 from microglia.core.errors import MicrogliaError, UnknownNameError
-from microglia.core.running import Example, folded_twin
+from microglia.core.running import folded_twin
 from microglia.measure import executions
 from microglia.runtime.dense.packing import Packed, pack
 

@@ -22,7 +22,7 @@ from microglia.core.errors import MicrogliaError
 from microglia.core.patterns import PATTERN_FORMS
 from microglia.lab.accelerating import accelerated, acceleration_tables
 from microglia.lab.execute import execute
-from microglia.lab.recipe import Recipe, RecipeError, as_dict, override, put, read_yaml, resolve, schema
+from microglia.lab.recipe import Recipe, RecipeError, as_dict, as_whole_dict, override, put, read_yaml, resolve, schema
 from microglia.lab.removed_channels import PICTURE, removal_table
 from microglia.lab.shrinking import Shrinking, shrink_saved
 from microglia.lab.summary import comparison_table, measurement_table, result_table
@@ -149,7 +149,7 @@ def measure(
     if precision != "float32" and not accelerate:
         raise MicrogliaError(f"--precision {precision} is of the accelerated model: give it beside --accelerate.")
     model, task = open_target(target, data, checkpoint)
-    example = task.example.repeat(batch, *[1] * (task.example.ndim - 1))
+    example = task.example_batch(batch)
     measured = {**measure_model(model, example, latency=latency).to_dict(), "saved": saved_bytes(target)}
     shown: list[Any] = []
     if accelerate:
@@ -281,7 +281,7 @@ def recipe(
     if schema_:
         found = schema(source.get("method"))
         return found, [json.dumps(found, indent=2)]
-    resolved = as_dict(resolve(source))
+    resolved = as_whole_dict(resolve(source))
     return resolved, [yaml.safe_dump(resolved, sort_keys=False)]
 
 

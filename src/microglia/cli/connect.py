@@ -14,6 +14,7 @@ from microglia.cli.app import Data, Device, Json, Shown, command
 from microglia.core.errors import MicrogliaError
 from microglia.studies.connect.study import TRAINING, Connecting, connection_table, sentences
 from microglia.studies.connect.study import connect as connect_networks
+from microglia.train.optim import identity
 
 
 @command
@@ -53,6 +54,7 @@ def connect(
 def _own_directory(asked: Connecting) -> Path:
     """Returns the directory under runs/ of a connection: the same command, the same directory."""
     names = [Path(target).resolve().name for target in asked.targets]
-    told = {**asdict(asked), "targets": [str(Path(target).resolve()) for target in asked.targets], "device": None, "out": None}
+    own = {**asdict(asked), "fit": identity(asdict(asked.fit))}
+    told = {**own, "targets": [str(Path(target).resolve()) for target in asked.targets], "device": None, "out": None}
     mark = hashlib.blake2b(json.dumps(told, sort_keys=True).encode(), digest_size=3).hexdigest()
     return Path("runs") / f"connect-{names[0]}-{names[1]}-{mark}"

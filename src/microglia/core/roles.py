@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
+from microglia.core.batch import Example
 from microglia.core.errors import MicrogliaError
 from microglia.core.layers import ROLES, prunable_layers
 from microglia.core.modes import evaluating
@@ -97,11 +98,11 @@ def _outputs(model: nn.Module, example_inputs: Any) -> _Seen:
         seen.made.update(node for tensor in _tensors(output) if (node := tensor.grad_fn) is not None)
 
     hooks = [m.register_forward_hook(note) for path, m in model.named_modules() if not _parametrizes(path, m)]
-    args, kwargs = _arguments(example_inputs)
+    example = Example.of(example_inputs).map(_own)
     devices = [p.device.index for p in model.parameters() if p.device.type == "cuda"][:1]
     try:
         with evaluating(model), torch.random.fork_rng(devices=devices), torch.enable_grad(), _all_trainable(model):
-            seen.output = model(*args, **kwargs)
+            seen.output = model(*example.args, **example.kwargs)
     except Exception as error:  # whatever the user's own forward raises
         raise MicrogliaError(f"{type(model).__name__} does not run on the example inputs: {error}") from error
     finally:
@@ -114,19 +115,10 @@ def _parametrizes(path: str, module: nn.Module) -> bool:
     return isinstance(module, parametrize.ParametrizationList) or "parametrizations." in path
 
 
-def _arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Returns (args, kwargs) with tensors of their own, through which gradients go, for a model may write into its inputs."""
-
-    def own(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor):
-            return leaf
-        copy = leaf.detach().clone()
-        return copy.requires_grad_().clone() if copy.is_floating_point() else copy
-
-    copied = tree_map(own, example_inputs)
-    if isinstance(copied, Mapping):
-        return (), dict(copied)
-    return (tuple(copied) if isinstance(copied, list | tuple) else (copied,)), {}
+def _own(tensor: Tensor) -> Tensor:
+    """Returns a copy through which gradients go, for a model may write into its inputs."""
+    copy = tensor.detach().clone()
+    return copy.requires_grad_().clone() if copy.is_floating_point() else copy
 
 
 @contextmanager

@@ -4,70 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils import parametrize
-from torch.utils._pytree import tree_leaves, tree_map
 
+from microglia.core.batch import Example
 from microglia.core.errors import MicrogliaError
-
-
-@dataclass(frozen=True)
-class Example:
-    """What a model is called with.
-
-    Attributes:
-        args: Positional arguments.
-        kwargs: Keyword arguments.
-    """
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-    @classmethod
-    def of(cls, example_inputs: Any) -> Example:
-        """Reads example inputs: a tensor, a tuple or list of positional arguments, or a mapping of keyword arguments.
-
-        A model that takes one dictionary or one list as its argument is given it inside a tuple: ``(batch,)``.
-
-        Raises:
-            MicrogliaError: The inputs are none of these.
-        """
-        if isinstance(example_inputs, Example):
-            return example_inputs
-        if isinstance(example_inputs, Tensor):
-            return cls((example_inputs,), {})
-        if isinstance(example_inputs, Mapping):
-            return cls((), dict(example_inputs))
-        if isinstance(example_inputs, list | tuple):
-            return cls(tuple(example_inputs), {})
-        raise MicrogliaError(
-            f"Example inputs are a tensor, a tuple of arguments or a mapping of keyword arguments, not "
-            f"{type(example_inputs).__name__}."
-        )
-
-    @property
-    def tensors(self) -> list[Tensor]:
-        """Every tensor among the arguments, in order."""
-        return [leaf for leaf in tree_leaves((self.args, self.kwargs)) if isinstance(leaf, Tensor)]
-
-    @property
-    def batch(self) -> int:
-        """Length of the first dimension of the first tensor; 1 without one."""
-        return next((tensor.shape[0] for tensor in self.tensors if tensor.ndim > 0), 1)
-
-    def map(self, function: Callable[[Tensor], Tensor]) -> Example:
-        """Returns the example with ``function`` applied to each tensor."""
-        args, kwargs = tree_map(lambda leaf: function(leaf) if isinstance(leaf, Tensor) else leaf, (self.args, self.kwargs))
-        return Example(args, kwargs)
-
-    def copied(self) -> Example:
-        """Returns the example with its own tensors, for a model that writes into its inputs."""
-        return self.map(lambda tensor: tensor.detach().clone())
 
 
 def run(model: nn.Module, example: Example) -> Any:

@@ -58,7 +58,7 @@ class Batches:
         channels_last: bool = False,
         device: str | torch.device = "cpu",
     ) -> None:
-        _check_parts(batch_size, rank, world)
+        check_parts(batch_size, rank, world)
         normalization.check(images.images.shape[1])
         self.images = images
         self.batch_size = batch_size
@@ -95,7 +95,7 @@ class Batches:
         """
         if number < 0:
             raise DataError(f"Epoch {number} was asked for; expected 0 or more.")
-        return self._batches(_generator(self.seed, number))
+        return self._batches(epoch_generator(self.seed, number))
 
     def _batches(self, generator: Generator) -> Iterator[tuple[Tensor, Tensor]]:
         count = len(self.images)
@@ -115,7 +115,7 @@ class Batches:
         return inputs, self.images.labels.index_select(0, chosen).to(self.device)
 
 
-def _check_parts(batch_size: int, rank: int, world: int) -> None:
+def check_parts(batch_size: int, rank: int, world: int) -> None:
     """Raises a ``DataError`` unless a batch of this size can be shared out to this many ranks."""
     if world < 1 or not 0 <= rank < world:
         raise DataError(f"Rank {rank} of {world} was given; expected 0 <= rank < world.")
@@ -126,6 +126,6 @@ def _check_parts(batch_size: int, rank: int, world: int) -> None:
         )
 
 
-def _generator(seed: int, epoch: int) -> Generator:
+def epoch_generator(seed: int, epoch: int) -> Generator:
     """Returns a generator for one epoch, unrelated to those of neighbouring seeds and epochs."""
     return Generator().manual_seed(int(mix(seed, np.array([epoch], dtype=np.uint64))[0]))

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from microglia.core.batch import call, to_device
 from microglia.core.modes import evaluating
 from microglia.dynamic.counting import Count, Counter
 from microglia.dynamic.gates import Passage, gates_of, listening
@@ -50,7 +51,7 @@ def calibrate(
         Layer -> how far its biases moved, in log-odds; positive keeps more.
     """
     device, gates = next(model.parameters()).device, gates_of(model)
-    inputs = [x.to(device) for x, _ in batches]
+    inputs = [to_device(x, device) for x, _ in batches]
     moved = dict.fromkeys(gates, 0.0)
     with evaluating(model):
         for _ in range(PASSES):
@@ -65,7 +66,7 @@ def calibrate(
     return moved
 
 
-def _logits(model: nn.Module, inputs: list[Tensor]) -> dict[str, Tensor]:
+def _logits(model: nn.Module, inputs: list[Any]) -> dict[str, Tensor]:
     """Returns what the heads say of some batches, layer -> (inputs, outputs), every mask acting."""
     found: dict[str, list[Tensor]] = {}
 
@@ -74,7 +75,7 @@ def _logits(model: nn.Module, inputs: list[Tensor]) -> dict[str, Tensor]:
 
     with listening(model, hear, fade=1.0):
         for x in inputs:
-            model(x)
+            call(model, x)
     return {layer: torch.cat(parts) for layer, parts in found.items()}
 
 

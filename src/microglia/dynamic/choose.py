@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from microglia.core.batch import call, count_examples, to_device
 from microglia.core.errors import BudgetError
 from microglia.core.modes import evaluating
 from microglia.dynamic.counting import Count, Counter
@@ -52,8 +53,8 @@ def shares(model: nn.Module, batches: Iterable[tuple[Any, Any]], count: int, dev
     seen = 0
     with evaluating(model), listening(model, hear, fade=0.0):
         for inputs, _ in islice(batches, count):
-            model(inputs.to(device))
-            seen += len(inputs)
+            call(model, to_device(inputs, device))
+            seen += count_examples(inputs)
             if seen >= count:
                 break
     return {layer: torch.cat(parts)[:count] for layer, parts in found.items()}

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from microglia.core.batch import call, to_device
 from microglia.core.errors import MicrogliaError
 from microglia.core.modes import evaluating
 from microglia.dynamic.gates import Gate, Passage, gates_of, listening
@@ -46,7 +47,7 @@ def fit_heads(model: nn.Module, batches: Iterable[tuple[Any, Any]]) -> dict[str,
 
     with torch.no_grad(), evaluating(model), listening(model, hear, fade=0.0):
         for inputs, _ in batches:
-            model(inputs.to(device))
+            call(model, to_device(inputs, device))
     if not any(len(embedded) for parts in seen.values() for embedded, _ in parts):
         raise MicrogliaError(
             "Heads are fitted to images of the training data: give at least one batch, and a model with gates."

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from microglia.core.batch import call, count_examples, to_device
 from microglia.core.modes import evaluating
 from microglia.dynamic.counting import Counter
 from microglia.dynamic.gates import Passage, gates_of, listening
@@ -52,8 +53,8 @@ def record(
 
     with evaluating(model), listening(model, hear):
         for inputs, targets in islice(batches, limit):
-            if len(inputs):
-                model(inputs.to(device))
+            if count_examples(inputs):
+                call(model, to_device(inputs, device))
                 labels.append(torch.as_tensor(targets).cpu())
     return Routes(_joined(masks), _joined(wanted), torch.cat(labels))
 

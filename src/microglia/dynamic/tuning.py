@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from microglia.core.running import Example, folded_twin
+from microglia.core.batch import Example
+from microglia.core.running import folded_twin
 from microglia.core.timing import time_interleaved
 from microglia.dynamic.flow import Convolution
 from microglia.dynamic.gathered import Gathered

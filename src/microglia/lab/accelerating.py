@@ -9,6 +9,7 @@ import torch
 from rich.table import Table
 from torch import Tensor, nn
 
+from microglia.core.batch import take_examples, tensors_of
 from microglia.core.modes import evaluating
 from microglia.runtime import Accelerated, accelerate
 from microglia.runtime.accelerate import DENSE
@@ -36,35 +37,45 @@ def accelerated(
         The accelerated model; and what `AccelerationReport.to_dict` says, with how many predictions on the test split
         agree (``agreement``), for classification.
     """
-    example = task.example.repeat(batch, *[1] * (task.example.ndim - 1))
+    example = task.example_batch(batch)
     with Bar("accelerate: layers", 0) as bar:
         fast = accelerate(model, example, against=against, precision=precision, rounds=rounds, progress=bar.at)
     return fast, {**fast.report().to_dict(), "batch": batch, "agreement": agreement(model, fast, task, batch)}
 
 
 def agreement(model: nn.Module, fast: nn.Module, task: Task, batch: int) -> Json | None:
-    """Returns how many images of the test split both models put in the same class; None where they do not classify.
+    """Returns on how many examples of the test split both models say the same by `Task.agree`; None where that is unknown.
 
-    The last images are repeated to fill their batch, for a smaller one would run in the dense model.
+    The last examples are repeated to fill their batch, for a smaller one would run in the dense model.
 
     Returns:
-        ``images``, ``equal``, ``correct`` (of the first and of the second model) and the largest ``difference`` of outputs.
+        ``images``, ``equal``, ``correct`` (right classes of the first and of the second model; None where targets are no
+        classes) and the largest ``difference`` of outputs.
     """
     images = equal = 0
-    correct, difference = [0, 0], 0.0
+    correct: list[int] | None = [0, 0]
+    difference = 0.0
     with torch.no_grad(), evaluating(model):
         for inputs, targets in task.data.batches("test", batch).epoch(0):
-            count = len(inputs)
-            filled = inputs[torch.arange(batch) % count]
-            outputs = [one(filled) for one in (model, fast)]
-            if not all(isinstance(out, Tensor) and out.ndim == 2 for out in outputs) or targets.ndim != 1:
+            count = task.count(targets)
+            filled = take_examples(inputs, torch.arange(batch) % count)
+            outputs = [task.forward(one, filled) for one in (model, fast)]
+            first, second = (take_examples(out, torch.arange(count)) for out in outputs)
+            if (agreed := task.agree(first, second)) is None:
                 return None
-            classes = [out[:count].argmax(1) for out in outputs]
-            images += count
-            equal += int((classes[0] == classes[1]).sum())
-            correct = [right + int((own == targets).sum()) for right, own in zip(correct, classes, strict=True)]
-            difference = max(difference, float((outputs[0] - outputs[1]).abs().max()))
+            equal, images = equal + agreed[0], images + agreed[1]
+            hits = [_right(own, targets) for own in (first, second)]
+            correct = None if correct is None or None in hits else [old + new for old, new in zip(correct, hits, strict=True)]  # type: ignore[operator]
+            pairs = zip(tensors_of(first), tensors_of(second), strict=True)
+            difference = max([difference, *(float((one - other).abs().max()) for one, other in pairs)])
     return {"images": images, "equal": equal, "correct": correct, "difference": difference}
+
+
+def _right(outputs: Any, targets: Any) -> int | None:
+    """Returns how many logits (batch, classes) have their label (batch,) largest; None where these are no such ones."""
+    if not isinstance(outputs, Tensor) or not isinstance(targets, Tensor) or outputs.ndim != 2 or targets.ndim != 1:
+        return None
+    return int((outputs.argmax(1) == targets).sum())
 
 
 def acceleration_tables(record: Json) -> list[Any]:
@@ -88,6 +99,11 @@ def acceleration_tables(record: Json) -> list[Any]:
 def _agreed(found: Json | None) -> list[str]:
     if found is None:
         return []
+    if found["correct"] is None:
+        return [
+            f"The same prediction on {found['equal']:,} of {found['images']:,} in the test split; outputs differ by "
+            f"{found['difference']:.1e} at most."
+        ]
     accuracy = [f"{100 * count / found['images']:.2f} %" for count in found["correct"]]
     return [
         f"The same class on {found['equal']:,} of {found['images']:,} test images; accuracy {accuracy[0]} before and "

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from microglia.core.batch import call, to_device
 from microglia.core.devices import device_of
 from microglia.core.errors import FileError
 from microglia.core.roles import means_role
@@ -176,14 +177,14 @@ def _times(recipe: Recipe, task: Task, model: nn.Module, main: bool) -> dict[str
     if not main or not (asked.latency or asked.accelerate):
         return {"latency": None}
     device = device_of(model)
-    example = task.example.repeat(asked.batch, *[1] * (task.example.ndim - 1)).to(device)
+    example = to_device(task.example_batch(asked.batch), device)
     ready: dict[str, Callable[[], object]] = {}
     record: dict[str, Any] = {}
     for done in changes_of(model).values():
-        ready |= done.kind.executions(model, task.example.to(device), partial(_batches, task, asked.batch, device))
+        ready |= done.kind.executions(model, to_device(task.example, device), partial(_batches, task, asked.batch, device))
     if asked.accelerate:
         fast, record["accelerated"] = accelerated(model, task, asked.batch, against=asked.executions)
-        ready["accelerated"] = lambda: fast(example)
+        ready["accelerated"] = lambda: call(fast, example)
     if not asked.latency:
         return {"latency": None, **record}
     models = {"dense": task.build().to(device), "pruned": model}

@@ -13,7 +13,7 @@ from microglia.core.errors import MicrogliaError
 from microglia.methods import MethodConfig, methods
 from microglia.methods.arguments import check_choices
 from microglia.storage.plain_yaml import DEEPEST, parse_yaml, read_yaml_text
-from microglia.train.optim import RECOVERY, FitConfig
+from microglia.train.optim import RECOVERY, FitConfig, identity
 
 MOST, LONGEST = 20, 200
 """Problems of a recipe that are told at once, and characters of each value in them."""
@@ -133,7 +133,16 @@ def _meant(source: Mapping[str, Any]) -> dict[str, str]:
 
 
 def as_dict(recipe: Recipe) -> dict[str, Any]:
-    """Returns a recipe as plain JSON values."""
+    """Returns a recipe as plain JSON values: what a run is known by.
+
+    Fields that came later are there where they differ from their defaults, so that runs of earlier versions go on.
+    """
+    found = as_whole_dict(recipe)
+    return {**found, "dense": identity(found["dense"]), "train": identity(found["train"])}
+
+
+def as_whole_dict(recipe: Recipe) -> dict[str, Any]:
+    """Returns a recipe as plain JSON values, every field of it."""
     return _recipe.dump_python(recipe, mode="json")  # type: ignore[no-any-return]
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from microglia.core.batch import tensors_of
 from microglia.core.errors import MicrogliaError, RunError
 from microglia.graph import ShrinkError, plan_of, shrink
 from microglia.graph.cutting.removal import removal
@@ -121,8 +122,10 @@ def _difference(task: Task, masked: nn.Module, small: nn.Module) -> float:
     """Returns the largest difference of the outputs on test inputs, relative to the largest output."""
     inputs, _ = next(iter(task.data.batches("test", 64).epoch(0)))
     with torch.no_grad():
-        expected, got = masked.eval()(inputs), small.eval()(inputs)
-    return float((expected - got).abs().max() / expected.abs().max().clamp_min(1e-12))
+        outputs = [tensors_of(task.forward(model.eval(), inputs)) for model in (masked, small)]
+    pairs = [(one, other) for one, other in zip(*outputs, strict=True) if one.numel()]
+    largest = max((float(one.abs().max()) for one, _ in pairs), default=0.0)
+    return max((float((one - other).abs().max()) for one, other in pairs), default=0.0) / max(largest, 1e-12)
 
 
 def _observe(task: Task, model: nn.Module) -> Json:
@@ -140,5 +143,5 @@ def _dense(asked: Shrinking, task: Task, model: nn.Module) -> Json:
 
 def _latency(asked: Shrinking, task: Task, models: dict[str, nn.Module]) -> Json:
     config = resolve(read_yaml(asked.run / "recipe.yaml")).measure if asked.run is not None else MeasureConfig()
-    example = task.example.repeat(config.batch, *[1] * (task.example.ndim - 1))
+    example = task.example_batch(config.batch)
     return measure_latency(models, example, executions=config.executions, rounds=config.rounds).to_dict()

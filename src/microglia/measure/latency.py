@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from microglia.core.batch import Example
 from microglia.core.errors import MicrogliaError
 from microglia.core.registry import unknown_name
-from microglia.core.running import Example
 from microglia.core.timing import Timing, processor_name, time_interleaved
 from microglia.runtime.dense.execution import executions as prepare_executions
 

@@ -17,8 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from microglia.core.batch import Example
 from microglia.core.errors import MicrogliaError
-from microglia.core.running import Example, run, twin, undisturbed
+from microglia.core.running import run, twin, undisturbed
 from microglia.measure.parameters import Weight, weights
 
 aten = torch.ops.aten

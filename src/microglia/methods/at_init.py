@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from microglia.core.batch import to_device
 from microglia.core.errors import BudgetError, MicrogliaError
 from microglia.core.iterative import Alive
 from microglia.core.masks import MaskSet, enforce, mask, masks_of
@@ -170,7 +171,7 @@ def at_init(task: Task, run: Run, config: AtInitConfig) -> nn.Module:
         enforce(model)
         left = loss_of(model, seen)
         warn_of_explosion(whole, left)
-        found = paths(masks, effective_masks(model, task.example.to(run.device)))
+        found = paths(masks, effective_masks(model, to_device(task.example, run.device)))
         return {**found, "loss": {"dense": whole, "masked": left}}
 
     run.observations["initialization"] = change(run, "prune", model, prune)

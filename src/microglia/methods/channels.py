@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
-from torch import Tensor, nn
+from torch import nn
 
+from microglia.core.batch import to_device
 from microglia.core.budget import Budget
 from microglia.core.errors import BudgetError, PatternError, SelectorError
 from microglia.core.registry import unknown_name
@@ -110,7 +111,7 @@ def _prune(task: Task, run: Run, config: ChannelsConfig, number: int, model: nn.
     left = {term: min(1.0, value ** (number / config.rounds) / reached.get(term, 1.0)) for term, value in asked.items()}
     small = prune_channels(
         model,
-        _batch(task, config).to(run.device),
+        to_device(_batch(task, config), run.device),
         Budget(**left, ms=config.ms),
         score=config.score,
         evidence=evidence(task, run, config),
@@ -125,8 +126,8 @@ def _recalibrate(task: Task, run: Run, config: ChannelsConfig, model: nn.Module,
     recalibrate_on(model, task, batch_size=config.train.batch_size, count=config.recalibrate, seed=run.seed)
 
 
-def _batch(task: Task, config: ChannelsConfig) -> Tensor:
-    return task.example.repeat(config.batch, *[1] * (task.example.ndim - 1))
+def _batch(task: Task, config: ChannelsConfig) -> Any:
+    return task.example_batch(config.batch)
 
 
 def _settings(config: ChannelsConfig) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import bisect
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
@@ -23,8 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from microglia.core.batch import call, to_device
 from microglia.core.budget import Budget
-from microglia.core.errors import BudgetError, PatternError, SelectorError, TrainingError
+from microglia.core.devices import device_of
+from microglia.core.errors import BudgetError, PatternError, SelectorError
 from microglia.core.layers import prunable_layers
 from microglia.core.masks import mask
 from microglia.graph import plan_of, shrink
@@ -36,6 +38,7 @@ from microglia.methods.soft import SoftMasks
 from microglia.methods.units import ChannelUnits
 from microglia.storage.run import Progress, Run
 from microglia.tasks.task import Task
+from microglia.train.step import Step, objective
 
 INPUTS, HIDDEN = 64, 128  # length of the importance network's inputs, and of each direction of its GRU
 OFFSET, TEMPERATURE, MEMORY, JITTER, DECAY, TOLERANCE = 3.0, 0.4, 0.99, 0.02, 1e-4, 0.01
@@ -198,7 +201,13 @@ def whole_widths(channels: CoupledChannels, widths: Tensor, kept: float) -> Tens
 
 
 @torch.no_grad()
-def energies(model: nn.Module, channels: CoupledChannels, batches: Iterable[tuple[Any, Any]], device: torch.device) -> Tensor:
+def energies(
+    model: nn.Module,
+    channels: CoupledChannels,
+    batches: Iterable[tuple[Any, Any]],
+    device: torch.device,
+    forward: Callable[[nn.Module, Any], Any] = call,
+) -> Tensor:
     """Returns each channel's energy, the sum over data and positions of x^2 in all layers that read it, float64 (channels,).
 
     It is only compared within a group; 0 where no module is called with what is read, as inside attention.
@@ -216,14 +225,14 @@ def energies(model: nn.Module, channels: CoupledChannels, batches: Iterable[tupl
         module, rank = model.get_submodule(place.name.rpartition(".")[0]), model.get_parameter(place.name).ndim
         hooks.append(module.register_forward_pre_hook(partial(note, place.units, rank)))
     for inputs, _ in batches:
-        model(inputs.to(device))
+        forward(model, to_device(inputs, device))
     for hook in hooks:
         hook.remove()
     return energy[:-1].to(device)
 
 
 def _units(model: nn.Module, task: Task, config: DdnpConfig) -> ChannelUnits:
-    example = task.example.to(next(model.parameters()).device)
+    example = to_device(task.example, device_of(model))
     return ChannelUnits(model, prunable_layers(model), "auto", example, config.exclude)
 
 
@@ -251,12 +260,13 @@ def search(task: Task, run: Run, config: DdnpConfig, model: nn.Module, progress:
     units, frozen = _units(model, task, config), deepcopy(model).eval().requires_grad_(False)
     batches = task.data.batches("train", config.score_batch_size, seed=run.seed, shuffle=True)
     share = max(1, round(config.search_share * len(batches)))
-    energy = energies(frozen, units.channels, islice(batches.epoch(0), share), run.device)
+    energy = energies(frozen, units.channels, islice(batches.epoch(0), share), run.device, task.forward)
     own = Search(units.channels, config, energy, generator := torch.Generator().manual_seed(run.seed))
     SoftMasks(frozen, units, lambda: own.gates, None)
     rest = [parameter for parameter in own.parameters() if parameter is not own.linear]
     groups = [{"params": [own.linear], "weight_decay": 0.0}, {"params": rest, "weight_decay": DECAY}]
     optimizer, rows = torch.optim.AdamW(groups, config.search_lr), []
+    step = Step(task, frozen, [optimizer], objective(task, training=False), own.noise.device)
     if (state := progress.state) is not None:
         own.load_state_dict(state["networks"])
         own.average.copy_(state["average"])
@@ -265,7 +275,7 @@ def search(task: Task, run: Run, config: DdnpConfig, model: nn.Module, progress:
         rows = list(state["rows"])
     while len(rows) < config.search_epochs:
         optimizer.param_groups[0]["lr"] = config.search_lr * (1 + math.cos(math.pi * len(rows) / config.search_epochs)) / 2
-        rows.append({"loss": _epoch(own, optimizer, frozen, task, islice(batches.epoch(0), share))})
+        rows.append({"loss": _epoch(own, step, islice(batches.epoch(0), share))})
         state = {"networks": own.state_dict(), "average": own.average, "optimizer": optimizer.state_dict(), "rows": rows}
         progress.save({**state, "generator": generator.get_state()})
     widths = own.widths().detach().cpu()
@@ -275,18 +285,12 @@ def search(task: Task, run: Run, config: DdnpConfig, model: nn.Module, progress:
     return {"kept": kept, "report": {"widths": learned, "counts": final, "history": rows}}
 
 
-def _epoch(own: Search, optimizer: torch.optim.Optimizer, frozen: nn.Module, task: Task, batches: Iterable[Any]) -> float:
+def _epoch(own: Search, step: Step, batches: Iterable[Any]) -> float:
     """Goes on by one pass over the batches; returns the mean loss."""
-    losses = []
-    for inputs, targets in batches:
-        penalty, device = own(), own.noise.device
-        loss = task.loss(frozen(inputs.to(device)), targets.to(device)) + penalty
-        if not torch.isfinite(loss):
-            raise TrainingError(f"The loss of the search became {loss.item()}; look for non-finite weights or inputs.")
-        optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        losses.append(float(loss.detach()))
+    losses, diverged = [], "The loss of the search became {loss}; look for non-finite weights or inputs."
+    for batch in batches:
+        penalty = own()  # first: it draws the gates of the forward pass
+        losses.append(float(step(batch, penalty=lambda drawn=penalty: drawn, diverged=diverged)))  # type: ignore[misc]
     return sum(losses) / len(losses)
 
 
@@ -294,6 +298,6 @@ def _removed(task: Task, run: Run, config: DdnpConfig, kept: Tensor, model: nn.M
     """Returns the model without the other channels, biases and shifts of theirs included."""
     masked = deepcopy(model)
     mask(masked, _units(model, task, config).masks(kept.to(run.device)))
-    small = shrink(masked, task.example.to(run.device), clear=True)
+    small = shrink(masked, to_device(task.example, run.device), clear=True)
     plan = plan_of(small)
     return attach(small, replace(plan, asked={"flops": config.kept}, got={"flops": plan.macs[1] / plan.macs[0]}))

@@ -188,7 +188,8 @@ class Tickets:
     def _look(self, level: Level) -> dict[str, Any]:
         restore(self.model, level.state["model"])
         steps = epoch_length(self.config.train, len(self.task.data.batches("train", self.config.train.batch_size)))
-        best = min(level.rows, key=lambda row: row["validation_loss"], default=None)
+        seen = [row for row in level.rows if "validation_loss" in row]  # not of every epoch, nor of every task
+        best = min(seen, key=lambda row: row["validation_loss"], default=None)
         headline = f"validation_{self.task.headline}"
         return {
             "level": level.number,

@@ -11,6 +11,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 
+from microglia.core.batch import to_device
 from microglia.core.errors import ScoreError
 from microglia.core.layers import effective_state
 from microglia.core.patterns import parse_pattern
@@ -138,7 +139,7 @@ def dense_in_order(task: Task, run: Run, config: MaskConfig) -> nn.Module:
     def work(progress: Progress) -> dict[str, Any]:
         permuted = permute_channels(
             model,
-            task.example.to(run.device),
+            to_device(task.example, run.device),
             parse_pattern(config.pattern),
             density=_densities(model, config),
             generator=torch.Generator().manual_seed(run.seed),
@@ -164,7 +165,7 @@ def observe(task: Task, run: Run, name: str, model: nn.Module) -> None:
 
     def stage(progress: Progress) -> dict[str, Any]:
         metrics = evaluate(model, task, "test")
-        return {"metrics": metrics, **measure(model, task.example.to(run.device), latency=False).to_dict()}
+        return {"metrics": metrics, **measure(model, to_device(task.example, run.device), latency=False).to_dict()}
 
     run.observations[name] = run.stage(f"{name}-observed", stage)
 
@@ -184,8 +185,9 @@ def evidence(task: Task, run: Run, config: MethodConfig, *, per_class: int | Non
     drawn: Iterable[tuple[Tensor, Tensor]] = islice(batches.epoch(0), config.score_batches)
     if per_class is not None:
         drawn = _balanced(batches.epoch(0), -(-per_class // world), None if halves else config.score_batch_size)
-    chosen = [(inputs.to(run.device), targets.to(run.device)) for inputs, targets in drawn]
-    return Evidence(chosen, task.loss, torch.Generator().manual_seed(run.seed))
+    chosen = [to_device(batch, run.device) for batch in drawn]
+    generator = torch.Generator().manual_seed(run.seed)
+    return Evidence(chosen, task.loss, generator, forward=task.forward, count=task.count)
 
 
 def _balanced(batches: Iterable[tuple[Tensor, Tensor]], per_class: int, size: int | None) -> Iterator[tuple[Tensor, Tensor]]:
@@ -196,10 +198,11 @@ def _balanced(batches: Iterable[tuple[Tensor, Tensor]], per_class: int, size: in
     found: dict[int, int] = {}
     kept: list[tuple[Tensor, Tensor]] = []
     for inputs, targets in batches:
-        if targets.ndim != 1:
-            raise ScoreError(
-                f"Examples of each class need one label each; these targets have the shape {tuple(targets.shape)}."
+        if not isinstance(targets, Tensor) or not isinstance(inputs, Tensor) or targets.ndim != 1:
+            shown = (
+                f"have the shape {tuple(targets.shape)}" if isinstance(targets, Tensor) else f"are a {type(targets).__name__}"
             )
+            raise ScoreError(f"Examples of each class need one tensor of inputs and one label each; these targets {shown}.")
         take = []
         for number, target in enumerate(targets.tolist()):
             found[target] = found.get(target, 0) + 1
@@ -235,12 +238,12 @@ def searched(task: Task, run: Run, config: UnitConfig, pruner: type[UnitPruner])
             model,
             config,
             total_steps=max(1, steps),  # without epochs the masks are those of finish()
-            example_inputs=task.example.to(run.device),
+            example_inputs=to_device(task.example, run.device),
             evidence=evidence(task, run, config),
             at_freeze=moment,
         )
 
     run.observations["search"] = train(task, run, "train", model, config.train, pruner=make, teacher=teacher)
     if config.pattern == "channel":
-        model = cut(task, run, "shrink", model, lambda masked: shrink(masked, task.example.to(run.device)))
+        model = cut(task, run, "shrink", model, lambda masked: shrink(masked, to_device(task.example, run.device)))
     return model

@@ -111,6 +111,8 @@ def _curves(text: str, headline: str) -> Curves:
     curves: Curves = {}
     for line in text.splitlines():
         row = json.loads(line)
+        if f"validation_{headline}" not in row:  # not every epoch is evaluated
+            continue
         values = {"epoch": row["epoch"], "loss": row["loss"], "validation": row[f"validation_{headline}"]}
         stage = curves.setdefault(str(row["stage"]), {name: [] for name in values})
         for name, value in values.items():

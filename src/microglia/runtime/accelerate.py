@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from microglia.core.batch import Example
 from microglia.core.errors import MicrogliaError
-from microglia.core.running import Example, first_line, folded_twin, run, undisturbed
+from microglia.core.running import first_line, folded_twin, run, undisturbed
 from microglia.core.timing import time_interleaved
 from microglia.runtime.accelerated import Accelerated, refuse_autocast
 from microglia.runtime.bfloat16 import TOLERANCE, dense_lowered, lower, lowered_site

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
+from microglia.core.batch import Example
 from microglia.core.errors import MicrogliaError
-from microglia.core.running import Example
 from microglia.runtime.dense.execution import Runner
 from microglia.runtime.report import AccelerationReport
 

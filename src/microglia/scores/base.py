@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from microglia.core.batch import call, count_examples
 from microglia.core.errors import ScoreError
 from microglia.core.layers import Layer
 from microglia.core.registry import Registry
@@ -26,11 +27,15 @@ class Evidence:
         batches: (input, target) batches on the model's device. On several ranks each brings its own slice.
         loss: Mean loss of (output, target).
         generator: The source of every random number a score draws, seeded alike on all ranks.
+        forward: (model, inputs) -> outputs.
+        count: Targets -> number of examples in the batch.
     """
 
     batches: Iterable[Batch] = ()
     loss: Callable[[Any, Any], Tensor] | None = None
     generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
+    forward: Callable[[nn.Module, Any], Any] = call
+    count: Callable[[Any], int] = count_examples
 
 
 Score = Callable[[nn.Module, Mapping[str, Layer], Evidence], dict[str, Tensor]]

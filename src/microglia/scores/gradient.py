@@ -37,9 +37,9 @@ def loss_gradient(model: nn.Module, layers: Mapping[str, Layer], evidence: Evide
     total = [torch.zeros_like(p, dtype=torch.float32) for p in raw]
     count = torch.zeros((), device=raw[0].device)
     for inputs, targets in evidence.batches:
-        if not (examples := len(targets)):  # a rank may come out empty at the end of an epoch
+        if not (examples := evidence.count(targets)):  # a rank may come out empty at the end of an epoch
             continue
-        loss = loss_of(evidence.loss, outputs_of(model, inputs), targets)
+        loss = loss_of(evidence.loss, outputs_of(model, inputs, evidence.forward), targets)
         gradients = torch.autograd.grad(loss, raw, allow_unused=True)
         for mean, gradient in zip(total, gradients, strict=True):
             if gradient is not None:

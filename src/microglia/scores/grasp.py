@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from microglia.core.batch import map_tensors
 from microglia.core.errors import ScoreError
 from microglia.core.layers import Layer
 from microglia.scores.base import Evidence, score
@@ -57,21 +59,26 @@ def hessian_gradient(
     """
     if evidence.loss is None:
         raise ScoreError("GraSP differentiates the loss twice: give batches=[(inputs, targets), ...] and loss=function.")
-    batches = [(x, y) for x, y in evidence.batches if len(y)]
+    batches = [(x, y) for x, y in evidence.batches if evidence.count(y)]
     raw: list[Tensor] = [layer.raw.requires_grad_() for layer in layers.values()]
-    count = float(_over_ranks([torch.tensor(float(sum(len(y) for _, y in batches)), device=raw[0].device)])[0])
+    count = float(_over_ranks([torch.tensor(float(sum(evidence.count(y) for _, y in batches)), device=raw[0].device)])[0])
     if count == 0:
         raise ScoreError("This score needs at least one batch of (inputs, targets); it got none.")
 
-    def gradient(inputs: Tensor, targets: Tensor, *, again: bool) -> tuple[Tensor, ...]:
+    def gradient(inputs: Any, targets: Any, *, again: bool) -> tuple[Tensor, ...]:
         assert evidence.loss is not None
-        loss = loss_of(evidence.loss, outputs_of(model, inputs) / temperature, targets)
-        scaled = loss * (len(targets) / count)
+        loss = loss_of(evidence.loss, softened(outputs_of(model, inputs, evidence.forward), temperature), targets)
+        scaled = loss * (evidence.count(targets) / count)
         return torch.autograd.grad(scaled, raw, create_graph=again, allow_unused=True, materialize_grads=True)
 
     flow = _over_ranks(_total(raw, (gradient(x, y, again=False) for x, y in batches)))
     product = _over_ranks(_total(raw, (_twice(gradient(x, y, again=True), flow, raw) for x, y in batches)))
     return dict(zip(layers, product, strict=True))
+
+
+def softened(outputs: Any, temperature: float) -> Any:
+    """Returns the outputs with every floating-point tensor among them divided by a temperature."""
+    return map_tensors(lambda tensor: tensor / temperature if tensor.is_floating_point() else tensor, outputs)
 
 
 def _twice(gradients: tuple[Tensor, ...], flow: list[Tensor], raw: list[Tensor]) -> tuple[Tensor, ...]:

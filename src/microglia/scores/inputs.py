@@ -49,7 +49,7 @@ def mean_inputs(model: nn.Module, layers: Mapping[str, Layer], evidence: Evidenc
         try:
             model.eval()
             for inputs, _ in evidence.batches:
-                outputs_of(model, inputs)
+                outputs_of(model, inputs, evidence.forward)
         finally:
             for handle in handles:
                 handle.remove()

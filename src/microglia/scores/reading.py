@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from microglia.core.batch import call
 from microglia.core.errors import ScoreError
 
 MISFITS = (RuntimeError, TypeError, ValueError, IndexError, AttributeError, KeyError)
@@ -29,14 +30,19 @@ def fitting(model: nn.Module, inputs: Any) -> Iterator[None]:
         ) from error
 
 
-def outputs_of(model: nn.Module, inputs: Any) -> Any:
+def outputs_of(model: nn.Module, inputs: Any, forward: Callable[[nn.Module, Any], Any] = call) -> Any:
     """Returns the model's outputs for a batch.
+
+    Args:
+        model: Any module.
+        inputs: A tree of tensors.
+        forward: (model, inputs) -> outputs.
 
     Raises:
         ScoreError: The inputs are of a shape or kind that it does not take.
     """
     with fitting(model, inputs):
-        return model(inputs)
+        return forward(model, inputs)
 
 
 def loss_of(loss: Any, outputs: Any, targets: Any) -> Tensor:

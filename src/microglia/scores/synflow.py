@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from microglia.core.batch import Example, map_tensors, tensors_of
 from microglia.core.errors import ScoreError
 from microglia.core.layers import Layer, prunable_layers
 from microglia.core.masks import MaskSet
@@ -52,27 +53,27 @@ def synflow(model: nn.Module, layers: Mapping[str, Layer], evidence: Evidence) -
     return shares(model, layers, example_of(evidence))
 
 
-def example_of(evidence: Evidence) -> Tensor:
-    """Returns the first input of a batch, (1, ...).
+def example_of(evidence: Evidence) -> Any:
+    """Returns the inputs of the first example of a batch: every tensor (1, ...).
 
     Raises:
         ScoreError: There is no batch.
     """
     inputs = next(iter(evidence.batches), (None,))[0]
-    if not isinstance(inputs, Tensor):
+    if not tensors_of(inputs):
         raise ScoreError("SynFlow takes the shape of the input from a batch: give batches=[(inputs, targets)].")
-    return inputs[:1]
+    return map_tensors(lambda tensor: tensor[:1] if tensor.ndim else tensor, inputs)
 
 
 def shares(
-    model: nn.Module, layers: Mapping[str, Layer], example: Tensor, *, dtype: torch.dtype | None = None
+    model: nn.Module, layers: Mapping[str, Layer], example: Any, *, dtype: torch.dtype | None = None
 ) -> dict[str, Tensor]:
     """Returns the shares of the flow, see `synflow`; the model is only read.
 
     Args:
         model: Masked or dense.
         layers: Whose weights to score.
-        example: One input, (1, ...).
+        example: Inputs of one example: tensors (1, ...).
         dtype: To compute in; None takes float32 where the flow fits in it.
 
     Raises:
@@ -87,13 +88,13 @@ class PositiveFlow:
     Args:
         model: Without masks; only read.
         layers: Whose weights to score.
-        example: One input, (1, ...).
+        example: Inputs of one example: tensors (1, ...).
 
     Attributes:
         weights: Layer -> absolute weights, a copy; those set to 0 are removed.
     """
 
-    def __init__(self, model: nn.Module, layers: Mapping[str, Layer], example: Tensor) -> None:
+    def __init__(self, model: nn.Module, layers: Mapping[str, Layer], example: Any) -> None:
         self.model, self.layers, self.example = model, layers, example
         self.weights = {name: layer.raw.detach().abs() for name, layer in layers.items()}
         self._own = {id(layer.raw): self.weights[name] for name, layer in layers.items()}
@@ -116,16 +117,16 @@ class PositiveFlow:
 def _factors(
     model: nn.Module,
     layers: Mapping[str, Layer],
-    example: Tensor,
+    example: Any,
     read: Callable[[Tensor], Tensor],
     *,
     dtype: torch.dtype | None = None,
     known: float = -math.inf,
 ) -> tuple[Factors, float]:
     """Returns the factors of the shares, and log2 of the flow R; one ``known`` to be about as large saves a try in vain."""
-    flow = 0.0
+    flow, floating = 0.0, any(tensor.is_floating_point() for tensor in tensors_of(example))
     for kind, small, (least, most) in TRIES:
-        scale = small if example.is_floating_point() else 1.0  # tokens enter as they are
+        scale = small if floating else 1.0  # tokens enter as they are
         if dtype in (None, kind) and known + math.log2(scale) <= math.log2(most) + MARGIN:
             with untouched(model):
                 found, flow = _factors_in(model, layers, example, read, kind, scale)
@@ -139,7 +140,7 @@ def _factors(
     )
 
 
-def effective_masks(model: nn.Module, example: Tensor) -> MaskSet:
+def effective_masks(model: nn.Module, example: Any) -> MaskSet:
     """Returns the masks of the weights that lie on a path from input to output: the others are dead, kept or not.
 
     Source: Frankle et al. 2021, section 4; Vysogorets and Kempe 2021 ("effective sparsity"). A weight that only ever reads
@@ -147,7 +148,7 @@ def effective_masks(model: nn.Module, example: Tensor) -> MaskSet:
 
     Args:
         model: Masked or with zeros in its weights; left as it is.
-        example: One input, (1, ...).
+        example: Inputs of one example: tensors (1, ...).
     """
     layers = prunable_layers(model)
 
@@ -189,7 +190,7 @@ def _multiplied(factors: Factors) -> dict[str, Tensor]:
 def _factors_in(  # noqa: PLR0917 -- the parts of one computation
     model: nn.Module,
     layers: Mapping[str, Layer],
-    example: Tensor,
+    example: Any,
     read: Callable[[Tensor], Tensor],
     dtype: torch.dtype,
     scale: float,
@@ -211,11 +212,11 @@ def _factors_in(  # noqa: PLR0917 -- the parts of one computation
         if layer is not None:
             leaves[layer] = state[name].requires_grad_()
     state |= {name: b.to(dtype) for name, b in model.named_buffers() if b.is_floating_point()}
-    ones = torch.full_like(example, scale, dtype=dtype) if example.is_floating_point() else example
+    ones = Example.of(example).map(lambda x: torch.full_like(x, scale, dtype=dtype) if x.is_floating_point() else x)
     model.eval()
     with torch.enable_grad(), _passing(model):
         with fitting(model, example):
-            outputs = torch.func.functional_call(model, state, (ones,))
+            outputs = torch.func.functional_call(model, state, ones.args, ones.kwargs)
         flow = sum(_outputs(outputs), torch.zeros((), dtype=dtype))
         if not (torch.isfinite(flow) and flow > 0):
             return ({}, {}), float(flow.detach().nan_to_num(torch.inf, torch.inf))

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from microglia.core.batch import call, count_examples, repeat_example
 from microglia.core.errors import MicrogliaError
+from microglia.tasks.metrics import AnyMetric, mean_metric
 
 Split = Literal["train", "validation", "test"]
 
@@ -49,59 +51,108 @@ SEEN = "A checkpoint may have been trained on these images."
 """What to say beside numbers of the training or the validation split where trained weights were loaded."""
 
 
-@dataclass(frozen=True)
-class Metric:
-    """A number over a data set, made of statistics that add up over batches and ranks.
+def _as_they_are(outputs: Any) -> Any:
+    return outputs
 
-    Attributes:
-        statistics: (outputs, targets) of a batch -> tensor to be summed.
-        value: The sum -> the metric.
+
+def softened_divergence(outputs: Tensor, wanted: Tensor, temperature: float) -> Tensor:
+    """Returns KL(teacher / T || student / T) over dimension 1, the mean over all other dimensions, in nats.
+
+    Args:
+        outputs: Logits of the student, (batch, classes, ...).
+        wanted: Those of the teacher, of the same shape.
+        temperature: T > 0.
     """
+    if not isinstance(outputs, Tensor) or outputs.ndim < 2:
+        raise MicrogliaError(
+            "Distillation compares logits of shape (batch, classes, ...); give the task its own distance=function of "
+            "(student's outputs, teacher's outputs, temperature), or train with distill=0."
+        )
+    with torch.no_grad():
+        wanted = functional.log_softmax(wanted / temperature, dim=1)
+    given = functional.log_softmax(outputs / temperature, dim=1)
+    total = functional.kl_div(given, wanted, reduction="sum", log_target=True)
+    return total / (outputs.numel() // outputs.shape[1])
 
-    statistics: Callable[[Any, Any], Tensor]
-    value: Callable[[Tensor], float]
+
+def same_class(first: Any, second: Any) -> tuple[int, int] | None:
+    """Returns on how many examples two models' logits (batch, classes) have the same largest one, and of how many.
+
+    None for outputs of another form.
+    """
+    if not all(isinstance(one, Tensor) and one.ndim == 2 for one in (first, second)):
+        return None
+    return int((first.argmax(1) == second.argmax(1)).sum()), len(first)
 
 
 @dataclass(frozen=True)
 class Task:
     """What a network is for.
 
+    Inputs, outputs and targets are any trees of tensors; what follows from their form are functions of the task.
+
     Attributes:
         name: For people.
         build: Returns a new model: same architecture and initial weights at every call, checkpoint loaded if there is one.
-        data: The batches.
+        data: The batches; `microglia.tasks.loaders` makes them of any iterable, such as a `torch.utils.data.DataLoader`.
         loss: Mean loss of (outputs, targets), used to evaluate and to score.
-        metrics: By name; the first is the headline and higher is better.
-        example: One input (batch of 1), for tracing and measuring.
+        metrics: By name, of (predictions, targets); the first is the headline. Each says which direction is better.
+        example: Inputs of one example (batch of 1), for tracing and measuring.
         training_loss: The loss to train with, if another (label smoothing).
         pretrained: Whether `build` returns trained weights, so that dense training is skipped.
         fresh: Returns a new model with the initial weights of a seed, never a checkpoint's; None where there is no such way.
+        forward: (model, inputs) -> outputs; a mapping of inputs is given by keyword, a tuple by position. In training mode a
+            model may return more than in evaluation, such as auxiliary outputs.
+        predict: Outputs -> predictions, for metrics alone: arg-max, suppression of duplicate boxes, a shift of logits.
+        count: Targets -> number of examples in the batch.
+        distance: (student's outputs, teacher's outputs, temperature) -> mean divergence, for distillation.
+        groups: Model -> optimizer groups, each with ``params`` and perhaps ``lr_scale``, ``weight_decay`` and ``warmup_from``
+            (learning rate at the start of the warm-up); None for one group of all parameters. What is in no group is one more.
+        agree: (outputs of one model, of another) -> (examples on which they say the same, examples), or None where that
+            cannot be told.
+        kind: What the task is called in reports; nothing depends on it.
+
+    Raises:
+        MicrogliaError: ``data`` are batches themselves, not a source of batches.
     """
 
     name: str
     build: Callable[[], nn.Module]
     data: Data
     loss: Callable[[Any, Any], Tensor]
-    metrics: Mapping[str, Metric]
-    example: Tensor
+    metrics: Mapping[str, AnyMetric]
+    example: Any
     training_loss: Callable[[Any, Any], Tensor] | None = None
     pretrained: bool = False
     fresh: Callable[[int], nn.Module] | None = None
+    forward: Callable[[nn.Module, Any], Any] = call
+    predict: Callable[[Any], Any] = _as_they_are
+    count: Callable[[Any], int] = count_examples
+    distance: Callable[[Any, Any, float], Tensor] = softened_divergence
+    groups: Callable[[nn.Module], list[dict[str, Any]]] | None = None
+    agree: Callable[[Any, Any], tuple[int, int] | None] = same_class
+    kind: str = "classification"
+
+    def __post_init__(self) -> None:
+        if not hasattr(self.data, "batches") and (hasattr(self.data, "__iter__") or hasattr(self.data, "__getitem__")):
+            raise MicrogliaError(
+                f"The data of a task are the batches of every split, not one {type(self.data).__name__}; give "
+                "data=mg.tasks.loaders(train=my_loader, test=my_test_loader)."
+            )
 
     @property
     def headline(self) -> str:
         """Name of the metric that counts."""
         return next(iter(self.metrics))
 
+    def is_better(self, value: float, other: float, metric: str | None = None) -> bool:
+        """Tells whether one value of a metric, by default of the headline, is better than another."""
+        better = self.metrics[metric or self.headline].better
+        return value > other if better == "higher" else value < other
 
-def mean_metric(values: Callable[[Any, Any], Tensor]) -> Metric:
-    """Returns the metric that is the mean over examples of ``values(outputs, targets)``, shaped (batch,)."""
-
-    def statistics(outputs: Any, targets: Any) -> Tensor:
-        each = values(outputs, targets).double()
-        return torch.stack([each.sum(), each.new_tensor(each.numel())])
-
-    return Metric(statistics, lambda total: float(total[0] / total[1]))
+    def example_batch(self, n: int) -> Any:
+        """Returns the example as inputs of ``n`` equal examples."""
+        return repeat_example(self.example, n)
 
 
 def _hits(k: int) -> Callable[[Tensor, Tensor], Tensor]:
@@ -112,10 +163,12 @@ def _hits(k: int) -> Callable[[Tensor, Tensor], Tensor]:
     return values
 
 
-CLASSIFICATION: Mapping[str, Metric] = {
+CLASSIFICATION: Mapping[str, AnyMetric] = {
     "accuracy": mean_metric(_hits(1)),
     "top5": mean_metric(_hits(5)),
-    "loss": mean_metric(lambda outputs, targets: functional.cross_entropy(outputs, targets, reduction="none")),
+    "loss": mean_metric(
+        lambda outputs, targets: functional.cross_entropy(outputs, targets, reduction="none"), better="lower", unit=""
+    ),
 }
 """Top-1 and top-5 accuracy in [0, 1], mean cross-entropy in nats."""
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from itertools import islice
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from microglia.core.batch import to_device
 from microglia.core.devices import device_of
 from microglia.core.modes import evaluating
 from microglia.tasks.task import Split, Task
@@ -25,6 +27,8 @@ def evaluate(
 ) -> dict[str, float]:
     """Returns the task's metrics on a split, over all ranks; the modes of the model are left as they were.
 
+    A split without batches has no metrics: an empty dictionary.
+
     Args:
         model: Anything that maps the task's inputs to its outputs.
         task: Data and metrics.
@@ -35,17 +39,19 @@ def evaluate(
     """
     rank, world = rank_and_world()
     device = device_of(model)
-    sums: dict[str, Tensor] = {}
+    states: dict[str, Any] = {}
     batches = task.data.batches(split, batch_size * world, seed=seed, shuffle=limit is not None, rank=rank, world=world)
     with evaluating(model):
         for inputs, targets in islice(batches.epoch(0), limit):
-            if not len(targets):  # the last batch may leave nothing for this rank
+            if not task.count(targets):  # the last batch may leave nothing for this rank
                 continue
-            outputs, targets = model(inputs.to(device)), targets.to(device)  # noqa: PLW2901
+            predictions = task.predict(task.forward(model, to_device(inputs, device)))
+            wanted = to_device(targets, device)
             for name, metric in task.metrics.items():
-                statistics = metric.statistics(outputs, targets)
-                sums[name] = sums[name] + statistics if name in sums else statistics
+                states[name] = metric.update(states.get(name), predictions, wanted)
     if world > 1:
-        for total in sums.values():
-            torch.distributed.all_reduce(total)
-    return {name: task.metrics[name].value(total) for name, total in sums.items()}
+        states = {name: task.metrics[name].over_ranks(state) for name, state in states.items()}
+    found: dict[str, float] = {}
+    for name, state in states.items():
+        found |= task.metrics[name].values(name, state)
+    return found

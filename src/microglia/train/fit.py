@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 
 from microglia.core.errors import TrainingError
 from microglia.storage.run import Progress
 from microglia.tasks.task import Batches, Task
+from microglia.train.average import MovingAverage
 from microglia.train.engine import accelerator, rank_and_world
 from microglia.train.evaluate import evaluate
-from microglia.train.optim import FitConfig, epoch_length, lay_out, learning_rate, make_optimizers
+from microglia.train.groups import parameter_groups, plain_name
+from microglia.train.optim import FitConfig, epoch_batches, epoch_length, lay_out, make_optimizers, set_rates
 from microglia.train.progress import Bar
-from microglia.train.recover import distillation
+from microglia.train.step import Step, objective, require_finite
 
 Row = dict[str, Any]
+FEW = 10
+"""Optimizer steps an epoch, below which accumulation deserves a warning."""
 
 
 class Pruner(Protocol):
@@ -76,6 +81,9 @@ def fit(
 ) -> list[Row]:
     """Trains a model in place and returns one row per epoch (loss, learning rate, validation metrics, seconds).
 
+    With ``config.ema`` the model ends as the moving average of its weights, and that is what is validated. Rows of epochs that
+    ``config.evaluate_every`` leaves out, and of tasks without a validation split, have no validation metrics.
+
     Order, augmentation and dropout of an epoch depend on (seed, epoch) alone and the learning rate on the step alone, so
     a loop that goes on from ``progress`` ends in the same bits on the same machine. Several ranks share each batch.
 
@@ -102,27 +110,42 @@ def fit(
     batches = task.data.batches("train", config.batch_size, seed=seed, shuffle=True, augment=True, rank=rank, world=world)
     own = pruner.param_groups() if pruner is not None else []
     theirs = {id(p) for group in own for p in group["params"]}
-    parameters = [p for p in model.parameters() if p.requires_grad and id(p) not in theirs]  # theirs may live in the model
     wrapped = engine.prepare(model) if world > 1 else model.to(engine.device)
-    optimizers = make_optimizers(config, [{"params": parameters}, *own])
-    start, rows = _resume(model, optimizers, pruner, progress)
-    loss = _loss(task, config, teacher)
+    asked = task.groups(model) if task.groups is not None else []
+    groups = parameter_groups(model, asked, config.no_decay, theirs)  # what is the pruner's may live in the model
+    optimizers = make_optimizers(config, [*groups, *own])
+    average = None if config.ema is None else MovingAverage(model, config.ema, config.ema_ramp, theirs)
+    start, rows = _resume(model, optimizers, pruner, average, progress)
+    loss = objective(task, teacher=teacher, weight=config.distill, temperature=config.temperature)
+    bound = config.clip
+    clip = None if bound is None else lambda: engine.clip_grad_norm_(wrapped.parameters(), bound)
+    step = Step(task, wrapped, optimizers, loss, engine.device, config.precision, engine.backward, clip)
     length = epoch_length(config, len(batches))
+    if config.accumulate > 1 and length < FEW:
+        warnings.warn(
+            f"With accumulate={config.accumulate} an epoch of {len(batches)} batches has {length} optimizer steps; take "
+            "smaller batches or more epochs.",
+            stacklevel=2,
+        )
     end = config.epochs if stop is None else min(stop, config.epochs)
     with torch.random.fork_rng(), Bar(title, total=end * length, done=start * length) as bar:
         for epoch in range(start, end):
             began = time.perf_counter()
             torch.manual_seed(seed * 1_000_003 + epoch)  # dropout and the like
             wrapped.train()
-            steps = _Steps(engine, wrapped, optimizers, batches, loss, config, pruner)
-            mean = steps.epoch(epoch, bar)
+            mean = _Steps(step, batches, config, pruner, average).epoch(epoch, bar)
             row = {"epoch": epoch + 1, "loss": mean, "lr": optimizers[0].param_groups[0]["lr"]}
-            row |= {f"validation_{k}": v for k, v in evaluate(model, task, "validation").items()}
+            if (epoch + 1) % config.evaluate_every == 0 or epoch + 1 == config.epochs:
+                with average.in_place() if average is not None else nullcontext():
+                    row |= {f"validation_{k}": v for k, v in evaluate(model, task, "validation").items()}
             rows.append(row | {"seconds": round(time.perf_counter() - began, 3)})
-            bar.say(f"{task.headline} {row[f'validation_{task.headline}']:.4f}")
+            if f"validation_{task.headline}" in row:
+                bar.say(f"{task.headline} {row[f'validation_{task.headline}']:.4f}")
             if log is not None:  # before the state: a run killed in between repeats the epoch, and its row
                 log(rows)
-            _save(model, optimizers, pruner, progress, rows)
+            _save(model, optimizers, pruner, average, progress=progress, rows=rows)
+    if average is not None and end == config.epochs:
+        average.put()
     if world > 1:
         engine.free_memory()
     return rows
@@ -142,56 +165,55 @@ def _check_arguments(model: object, task: object, config: object) -> None:
 class _Steps:
     """Everything one epoch of optimizer steps needs."""
 
-    engine: Accelerator
-    model: nn.Module
-    optimizers: list[torch.optim.Optimizer]
+    step: Step
     batches: Batches
-    loss: Callable[[Any, Any, Any], Tensor]
     config: FitConfig
     pruner: Pruner | None
+    average: MovingAverage | None
 
     def epoch(self, epoch: int, bar: Bar) -> float:
         """Trains one epoch; returns the mean loss over the batches it took."""
-        device = self.engine.device
-        total = torch.zeros((), device=device)
-        length = epoch_length(self.config, len(self.batches))
-        for number, (inputs, targets) in enumerate(islice(self.batches.epoch(epoch), length)):
-            inputs, targets = inputs.to(device), targets.to(device)  # noqa: PLW2901
-            lr = learning_rate(self.config, epoch * length + number, length)
-            for group in (g for optimizer in self.optimizers for g in optimizer.param_groups):
-                group["lr"] = group.get("constant_lr", lr)
-            value = self._loss(inputs, targets)
-            if not torch.isfinite(value):
-                raise TrainingError(
-                    f"The loss became {value.item()} in epoch {epoch + 1}, step {number + 1} (learning rate {lr:.4g}). The "
-                    "state of the last finished epoch is kept; try a smaller lr, a warm-up or clip=1.0, in a new directory."
-                )
-            value = value * _share(len(targets), device)
-            self._descend(value)
-            total += value.detach()
-            bar.advance()
+        total = torch.zeros((), device=self.step.device)
+        count = epoch_batches(self.config, len(self.batches))
+        length, many = epoch_length(self.config, len(self.batches)), self.config.accumulate
+        for number, batch in enumerate(islice(self.batches.epoch(epoch), count)):
+            index, place = divmod(number, many)
+            together = min(many, count - index * many)  # the last step of an epoch may have fewer batches
+            if place == 0:
+                lr = set_rates(self.step.optimizers, self.config, epoch * length + index, length)
+            total += self._accumulate(
+                batch, place, together, f"in epoch {epoch + 1}, step {index + 1} (learning rate {lr:.4g})"
+            )
+            if place + 1 == together:
+                self._act()
+                bar.advance()
         _, world = rank_and_world()
         if world > 1:
             torch.distributed.all_reduce(total)
-        return float(total / world / max(1, length))
+        return float(total / world / max(1, count))
 
-    def _loss(self, inputs: Tensor, targets: Any) -> Tensor:
-        bfloat16 = self.config.precision == "bfloat16"
-        with torch.autocast(self.engine.device.type, torch.bfloat16, enabled=bfloat16):
-            value = self.loss(self.model(inputs), targets, inputs)
-        return value if self.pruner is None else value + self.pruner.penalty()
+    def _accumulate(self, batch: tuple[Any, Any], place: int, together: int, where: str) -> Tensor:
+        """Adds the gradient of one batch to those of its step, of which it is a fair share; returns its loss."""
+        step = self.step
+        diverged = (
+            f"The loss became {{loss}} {where}. The state of the last finished epoch is kept; try a smaller lr, a warm-up or "
+            "clip=1.0, in a new directory."
+        )
+        # Some penalties are of the forward pass just done, so each batch brings its own, as it brings its own loss.
+        value = require_finite(step.loss_of(*batch, None if self.pruner is None else self.pruner.penalty), diverged)
+        value = value * _share(step.task.count(batch[1]), step.device)
+        if place == 0:
+            step.clear()
+        step.backward(value if together == 1 else value / together)
+        return value.detach()
 
-    def _descend(self, value: Tensor) -> None:
-        for optimizer in self.optimizers:
-            optimizer.zero_grad(set_to_none=True)
-        self.engine.backward(value)
-        if self.config.clip is not None:
-            self.engine.clip_grad_norm_(self.model.parameters(), self.config.clip)
-        if not _replaces_step(self.pruner):
-            for optimizer in self.optimizers:
-                optimizer.step()
+    def _act(self) -> None:
+        """Takes the step along the gradients that are there."""
+        self.step.act(rest=lambda: _replaces_step(self.pruner))
         if self.pruner is not None:
-            self.pruner.step(self.optimizers[0])
+            self.pruner.step(self.step.optimizers[0])
+        if self.average is not None:
+            self.average.update()
 
 
 def _replaces_step(pruner: object) -> bool:
@@ -208,15 +230,12 @@ def _share(examples: int, device: torch.device) -> Tensor | float:
     return examples * world / everyone
 
 
-def _loss(task: Task, config: FitConfig, teacher: nn.Module | None) -> Callable[[Any, Any, Any], Tensor]:
-    plain = task.training_loss or task.loss
-    if config.distill and teacher is not None:
-        return distillation(plain, teacher, weight=config.distill, temperature=config.temperature)
-    return lambda outputs, targets, inputs: plain(outputs, targets)
-
-
 def _resume(
-    model: nn.Module, optimizers: list[torch.optim.Optimizer], pruner: Pruner | None, progress: Progress | None
+    model: nn.Module,
+    optimizers: list[torch.optim.Optimizer],
+    pruner: Pruner | None,
+    average: MovingAverage | None,
+    progress: Progress | None,
 ) -> tuple[int, list[Row]]:
     if progress is None or progress.state is None:
         return 0, []
@@ -227,6 +246,8 @@ def _resume(
     for optimizer, own in zip(optimizers, state["optimizers"], strict=True):
         optimizer.load_state_dict(own)
         lay_out(optimizer)
+    if average is not None and "average" in state:
+        average.load_state_dict(state["average"])
     return len(state["rows"]), list(state["rows"])
 
 
@@ -234,9 +255,18 @@ def _save(
     model: nn.Module,
     optimizers: list[torch.optim.Optimizer],
     pruner: Pruner | None,
+    average: MovingAverage | None,
+    *,
     progress: Progress | None,
     rows: list[Row],
 ) -> None:
-    if progress is not None:
-        state = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers], "rows": rows}
-        progress.save(state | ({"pruner": pruner.state_dict()} if pruner is not None else {}))
+    if progress is None:
+        return
+    state = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers], "rows": rows}
+    names = {id(p): name for name, p in model.named_parameters()}
+    order = [names[id(p)] for group in optimizers[0].param_groups for p in group["params"] if id(p) in names]
+    if order != [name for name, p in model.named_parameters() if p.requires_grad][: len(order)]:
+        state["parameters"] = [plain_name(name) for name in order]
+    if average is not None:
+        state["average"] = average.state_dict()
+    progress.save(state | ({"pruner": pruner.state_dict()} if pruner is not None else {}))

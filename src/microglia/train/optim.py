@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from dataclasses import fields as dataclass_fields
 from typing import Any, Literal
 
 import torch
@@ -12,6 +13,13 @@ from pydantic import ConfigDict
 from torch import Tensor
 
 from microglia.core.registry import known_fields
+
+LOWEST = {"epochs": 0, "batch_size": 1, "lr": 0, "weight_decay": 0, "warmup_epochs": 0, "accumulate": 1, "evaluate_every": 1}
+"""The smallest value of fields."""
+FALLING = ("cosine", "linear", "poly")
+"""Schedules that fall from ``lr`` to ``final_lr`` times it."""
+ADDED = ("final_lr", "power", "warmup", "warmup_start", "accumulate", "ema", "ema_ramp", "no_decay", "evaluate_every")
+"""Fields that recipes of version 0.1.0 do not have: at their defaults they are no part of a run's identity."""
 
 
 @known_fields
@@ -28,14 +36,26 @@ class FitConfig:
         momentum: Of ``sgd``.
         nesterov: Whether ``sgd`` looks ahead.
         weight_decay: L2 coefficient (decoupled for ``adamw``).
-        schedule: ``cosine`` to 0, ``step`` (times ``gamma`` at each milestone), or ``constant``.
+        schedule: ``cosine``, ``linear`` or ``poly`` ((1 - t)^``power``) down to ``final_lr``, ``step`` (times ``gamma`` at each
+            milestone), or ``constant``.
         milestones: Fractions of the training at which ``step`` acts.
         gamma: Factor of ``step``.
-        warmup_epochs: Linear warm-up from 0, may be fractional.
+        warmup_epochs: Length of the warm-up, may be fractional.
         clip: Largest gradient norm, or None.
         precision: ``float32``, or ``bfloat16`` autocast.
         distill: Weight in [0, 1) of distillation from the dense model; 0 for none.
         temperature: Of the distillation.
+        final_lr: Fraction of ``lr`` at the end of ``cosine``, ``linear`` and ``poly``, in [0, 1].
+        power: Exponent of ``poly``.
+        warmup: ``linear`` from 0, or ``exponential``: ``lr`` times ``warmup_start``^(1 - t) at the fraction t of the warm-up.
+        warmup_start: Fraction of ``lr`` where an exponential warm-up starts, in (0, 1].
+        accumulate: Batches per optimizer step: their mean gradient is taken. The last step of an epoch may have fewer.
+        ema: Final decay in (0, 1) of an exponential moving average of the weights, which is evaluated and kept in the end; None
+            for none. At update u the decay is ``ema`` (1 - exp(-u / ``ema_ramp``)).
+        ema_ramp: Updates in which the decay comes near to ``ema``.
+        no_decay: Parameters without weight decay: ``norm`` (all of normalization layers), ``bias``, or globs of
+            parameter names.
+        evaluate_every: Epochs between two evaluations of the validation split; the last epoch is always evaluated.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -48,7 +68,7 @@ class FitConfig:
     momentum: float = 0.9
     nesterov: bool = False
     weight_decay: float = 1e-4
-    schedule: Literal["cosine", "step", "constant"] = "cosine"
+    schedule: Literal["cosine", "step", "constant", "poly", "linear"] = "cosine"
     milestones: tuple[float, ...] = (0.5, 0.75)
     gamma: float = 0.1
     warmup_epochs: float = 0.0
@@ -56,9 +76,18 @@ class FitConfig:
     precision: Literal["float32", "bfloat16"] = "float32"
     distill: float = 0.0
     temperature: float = 4.0
+    final_lr: float = 0.0
+    power: float = 0.9
+    warmup: Literal["linear", "exponential"] = "linear"
+    warmup_start: float = 0.1
+    accumulate: int = 1
+    ema: float | None = None
+    ema_ramp: float = 2000.0
+    no_decay: tuple[str, ...] = ()
+    evaluate_every: int = 1
 
     def __post_init__(self) -> None:
-        for name, low in (("epochs", 0), ("batch_size", 1), ("lr", 0), ("weight_decay", 0), ("warmup_epochs", 0)):
+        for name, low in LOWEST.items():
             if not getattr(self, name) >= low:
                 raise ValueError(f"{name} must be at least {low}; got {getattr(self, name)}")
         if self.max_batches is not None and self.max_batches < 1:
@@ -69,28 +98,95 @@ class FitConfig:
             raise ValueError(f"momentum is in [0, 1), and above 0 for nesterov; got {self.momentum}")
         if (self.clip is not None and not self.clip > 0) or not self.temperature > 0:
             raise ValueError(f"clip and temperature must be above 0; got {self.clip} and {self.temperature}")
+        self._check_additions()
+
+    def _check_additions(self) -> None:
+        if not 0 <= self.final_lr <= 1 or (self.final_lr and self.schedule not in FALLING):
+            raise ValueError(
+                f"final_lr is a fraction of lr in [0, 1], for the schedules {', '.join(FALLING)}; got {self.final_lr} with "
+                f"{self.schedule!r}"
+            )
+        if not 0 < self.warmup_start <= 1 or not self.power > 0 or not self.ema_ramp > 0:
+            raise ValueError(
+                "warmup_start is in (0, 1], power and ema_ramp are above 0; got "
+                f"{self.warmup_start}, {self.power} and {self.ema_ramp}"
+            )
+        if self.ema is not None and not 0 < self.ema < 1:
+            raise ValueError(f"ema is a decay in (0, 1), such as 0.9999, or None; got {self.ema}")
 
 
 RECOVERY = FitConfig(epochs=10, lr=0.05, distill=0.5)
 """The default training after pruning: shorter and gentler than from scratch, and with the dense model as teacher."""
 
 
+def identity(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the fields of a config without those of `ADDED` at their defaults, so that old runs keep their identity."""
+    usual = {f.name: f.default for f in dataclass_fields(FitConfig) if f.name in ADDED}
+    return {key: value for key, value in fields.items() if key not in usual or _plain(value) != _plain(usual[key])}
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def epoch_batches(config: FitConfig, batches: int) -> int:
+    """Returns how many batches an epoch takes of a split of so many."""
+    return batches if config.max_batches is None else min(batches, config.max_batches)
+
+
 def epoch_length(config: FitConfig, batches: int) -> int:
     """Returns the optimizer steps of an epoch over a split of so many batches."""
-    return batches if config.max_batches is None else min(batches, config.max_batches)
+    return -(-epoch_batches(config, batches) // config.accumulate)
 
 
 def learning_rate(config: FitConfig, step: int, steps_per_epoch: int) -> float:
     """Returns the learning rate of a step, a pure function of its number (0-based)."""
     warmup, total = config.warmup_epochs * steps_per_epoch, config.epochs * steps_per_epoch
     if step < warmup:
-        return config.lr * (step + 1) / (warmup + 1)
+        return warm_rate(config, config.lr, step, warmup)
     progress = (step - warmup) / max(1.0, total - warmup)
-    if config.schedule == "cosine":
-        return config.lr * (1 + math.cos(math.pi * progress)) / 2
     if config.schedule == "step":
         return config.lr * config.gamma ** sum(step >= m * total for m in config.milestones)
-    return config.lr
+    if config.schedule == "constant":
+        return config.lr
+    left = 1 - progress
+    if config.schedule == "cosine":
+        left = (1 + math.cos(math.pi * progress)) / 2
+    elif config.schedule == "poly":
+        left = math.pow(left, config.power)
+    return config.lr * (left * (1 - config.final_lr) + config.final_lr)
+
+
+def warm_rate(config: FitConfig, peak: float, step: int, warmup: float, start: float | None = None) -> float:
+    """Returns the learning rate of a step of the warm-up.
+
+    Args:
+        config: Says which warm-up.
+        peak: Learning rate at its end.
+        step: Number of the step (0-based), below ``warmup``.
+        warmup: Steps of the warm-up.
+        start: Learning rate from which a linear warm-up of one group goes, above or below the peak; None for the config's way.
+    """
+    if start is not None:
+        return start + (peak - start) * (step + 1) / (warmup + 1)
+    if config.warmup == "exponential":
+        return peak * math.pow(config.warmup_start, 1 - step / warmup)
+    return peak * (step + 1) / (warmup + 1)
+
+
+def set_rates(optimizers: Iterable[torch.optim.Optimizer], config: FitConfig, step: int, steps_per_epoch: int) -> float:
+    """Sets the learning rate of every parameter group for a step; returns the one of groups without wishes.
+
+    A group may have a rate of its own (``constant_lr``), a factor (``lr_scale``), and where its warm-up starts
+    (``warmup_from``).
+    """
+    rate, warmup = learning_rate(config, step, steps_per_epoch), config.warmup_epochs * steps_per_epoch
+    for group in (g for optimizer in optimizers for g in optimizer.param_groups):
+        own = rate * group["lr_scale"] if "lr_scale" in group else rate
+        if "warmup_from" in group and step < warmup:
+            own = warm_rate(config, config.lr * group.get("lr_scale", 1.0), step, warmup, group["warmup_from"])
+        group["lr"] = group.get("constant_lr", own)
+    return rate
 
 
 def make_optimizers(config: FitConfig, groups: Iterable[dict[str, Any]]) -> list[torch.optim.Optimizer]:

@@ -8,13 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
+from microglia.core.batch import Example, call, to_device
 from microglia.core.devices import device_of
 from microglia.core.errors import TrainingError
 from microglia.core.modes import evaluating
-from microglia.core.running import Example
-from microglia.tasks.task import Task
+from microglia.tasks.task import Task, softened_divergence
 from microglia.train.engine import rank_and_world
 
 Norm = nn.modules.batchnorm._BatchNorm
@@ -25,7 +24,13 @@ RECALIBRATION = 20
 
 
 @torch.no_grad()
-def recalibrate(model: nn.Module, batches: Iterable[tuple[Any, Any]], *, count: int = 100) -> nn.Module:
+def recalibrate(
+    model: nn.Module,
+    batches: Iterable[tuple[Any, Any]],
+    *,
+    count: int = 100,
+    forward: Callable[[nn.Module, Any], Any] = call,
+) -> nn.Module:
     """Estimates batch-norm statistics anew, in place, by their average over up to ``count`` batches.
 
     Weights that change without training leave the running statistics stale. The average is cumulative: batch i enters with
@@ -38,6 +43,7 @@ def recalibrate(model: nn.Module, batches: Iterable[tuple[Any, Any]], *, count: 
         batches: (inputs, targets), **augmented as in training**: statistics of images that were not augmented cost a trained
             ResNet-20 three points (see `recalibrate_on`). Inputs are a tensor, a tuple of arguments or a mapping of keywords.
         count: Batches to look at, at most.
+        forward: (model, inputs) -> outputs.
 
     Returns:
         The model; its modes and momenta are as before.
@@ -52,7 +58,7 @@ def recalibrate(model: nn.Module, batches: Iterable[tuple[Any, Any]], *, count: 
     before = [{name: buffer.clone() for name, buffer in norm.named_buffers(recurse=False)} for norm in norms]
     try:
         with evaluating(model):
-            seen = _estimate(model, norms, batches, count)
+            seen = _estimate(model, norms, islice(batches, count), forward)
             if not _averaged(norms, seen):
                 raise TrainingError(
                     "recalibrate was given no example, so there is nothing to estimate batch-norm statistics from: pass "
@@ -83,23 +89,28 @@ def recalibrate_on(model: nn.Module, task: Task, *, batch_size: int, count: int 
         return model
     rank, world = rank_and_world()
     batches = task.data.batches("train", batch_size, seed=seed, shuffle=True, augment=True, rank=rank, world=world)
-    return recalibrate(model, batches.epoch(0), count=count)
+    return recalibrate(model, batches.epoch(0), count=count, forward=task.forward)
 
 
-def _estimate(model: nn.Module, norms: Sequence[Norm], batches: Iterable[tuple[Any, Any]], count: int) -> int:
+def _estimate(
+    model: nn.Module,
+    norms: Sequence[Norm],
+    batches: Iterable[tuple[Any, Any]],
+    forward: Callable[[nn.Module, Any], Any],
+) -> int:
     """Lets norms average the statistics of batches; returns the number of examples seen."""
     for norm in norms:
         norm.reset_running_stats()
         norm.train()
     seen, device = 0, device_of(model)
-    for inputs, _ in islice(batches, count):
-        example = Example.of(inputs).map(lambda tensor: tensor.to(device))
-        if not example.batch:
+    for inputs, _ in batches:
+        example = to_device(inputs, device)
+        if not (examples := Example.of(example).batch):
             continue
-        seen += example.batch
+        seen += examples
         for norm in norms:
-            norm.momentum = example.batch / seen
-        model(*example.args, **example.kwargs)
+            norm.momentum = examples / seen
+        forward(model, example)
     return seen
 
 
@@ -118,19 +129,32 @@ def _averaged(norms: Sequence[Norm], seen: int) -> int:
 
 
 def distillation(
-    loss: Callable[[Any, Any], Tensor], teacher: nn.Module, *, weight: float, temperature: float
+    loss: Callable[[Any, Any], Tensor],
+    teacher: nn.Module,
+    *,
+    weight: float,
+    temperature: float,
+    forward: Callable[[nn.Module, Any], Any] = call,
+    distance: Callable[[Any, Any, float], Tensor] = softened_divergence,
 ) -> Callable[[Any, Any, Any], Tensor]:
     """Returns the loss (outputs, targets, inputs) that mixes in the teacher's softened predictions.
 
     (1 - weight) loss + weight T^2 KL(teacher / T || student / T) (Hinton et al. 2015); the teacher is in eval mode.
+
+    Args:
+        loss: Mean loss of (outputs, targets).
+        teacher: Dense model.
+        weight: Share of the distillation, in [0, 1).
+        temperature: T > 0.
+        forward: (teacher, inputs) -> outputs.
+        distance: (student's outputs, teacher's outputs, T) -> mean divergence.
     """
     teacher.eval()
 
-    def mixed(outputs: Tensor, targets: Any, inputs: Any) -> Tensor:
+    def mixed(outputs: Any, targets: Any, inputs: Any) -> Tensor:
         with torch.no_grad():
-            wanted = functional.log_softmax(teacher(inputs) / temperature, dim=1)
-        given = functional.log_softmax(outputs / temperature, dim=1)
-        divergence = functional.kl_div(given, wanted, reduction="batchmean", log_target=True)
+            wanted = forward(teacher, inputs)
+        divergence = distance(outputs, wanted, temperature)
         return (1 - weight) * loss(outputs, targets) + weight * temperature**2 * divergence
 
     return mixed

@@ -15,6 +15,7 @@ from microglia.core.restore import restore
 from microglia.storage.run import Progress, Run
 from microglia.tasks.task import Task
 from microglia.train.fit import fit
+from microglia.train.groups import plain_name
 from microglia.train.optim import FitConfig
 
 State = dict[str, Any]
@@ -73,6 +74,8 @@ def advance(
             title=name,
             stop=stop,
         )
+        if config.ema is not None:  # which the model is at the end
+            reached = {**reached, "model": model.state_dict()}
         return deepcopy(reached)  # what `fit` hands over are the live tensors
 
     state: State = run.stage(name, work)
@@ -92,9 +95,13 @@ def with_masks(model: nn.Module, state: State, masks: Mapping[str, Tensor]) -> S
     restore(model, state["model"])
     mask(model, masks)
     enforce(model)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if "parameters" in state:  # the optimizer has them in groups, in another order
+        by_name = {plain_name(name): p for name, p in model.named_parameters()}
+        trained = [by_name[name] for name in state["parameters"]]
     removed = {
         number: ~masks[name].bool().to(p.device)
-        for number, p in enumerate(p for p in model.parameters() if p.requires_grad)
+        for number, p in enumerate(trained)
         for name, layer in prunable_layers(model).items()
         if layer.raw is p and name in masks
     }

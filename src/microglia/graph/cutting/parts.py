@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from microglia.core.batch import Example
 from microglia.core.errors import MicrogliaError
 from microglia.core.layers import layer_kind
 from microglia.core.modes import evaluating
-from microglia.core.running import Example, run, undisturbed
+from microglia.core.running import run, undisturbed
 from microglia.graph.cutting.live import live_trace
 from microglia.graph.cutting.training import drew
 from microglia.graph.dims.algebra import Algebra

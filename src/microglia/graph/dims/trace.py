@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 from torch.export import Dim as ExportDim
 from torch.utils import _pytree as pytree
 
+from microglia.core.batch import Example
 from microglia.core.modes import modes_kept
 from microglia.graph.dims.nodes import operator_name
 from microglia.graph.dims.refusals import TraceError, place_of
@@ -126,9 +127,8 @@ def _as_trace(exported: torch.export.ExportedProgram, model: nn.Module) -> Trace
 
 def arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Returns (args, kwargs) of example inputs in any of the accepted forms."""
-    if isinstance(example_inputs, dict):
-        return (), dict(example_inputs)
-    return (tuple(example_inputs), {}) if isinstance(example_inputs, tuple | list) else ((example_inputs,), {})
+    example = Example.of(example_inputs)
+    return example.args, example.kwargs
 
 
 def copied(value: Any) -> Any:

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from microglia.core.batch import Example
 from microglia.core.errors import MicrogliaError
 from microglia.core.registry import Registry
-from microglia.core.running import Example, first_line, folded_twin, run, undisturbed
+from microglia.core.running import first_line, folded_twin, run, undisturbed
 from microglia.runtime.dense.packing import pack
 
 Execution = Callable[[], object]

@@ -16,8 +16,9 @@ from torch.fx import GraphModule, Node
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torch.utils._pytree import tree_leaves
 
+from microglia.core.batch import Example
 from microglia.core.errors import MicrogliaError
-from microglia.core.running import Example, first_line
+from microglia.core.running import first_line
 from microglia.runtime.dense.overwriting import overwrite_residuals
 
 aten = torch.ops.aten

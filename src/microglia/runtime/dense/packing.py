@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from microglia.core.batch import Example
 from microglia.core.errors import MicrogliaError
-from microglia.core.running import Example
 from microglia.runtime.dense.fusion import Activation, Site, fuse
 
 mkldnn = torch.ops.mkldnn

@@ -13,15 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from microglia.core.devices import device_of
-from microglia.core.errors import MicrogliaError, TrainingError
+from microglia.core.errors import MicrogliaError
 from microglia.storage.run import Progress
 from microglia.studies.space.curves import Curve
 from microglia.studies.space.points import Point, check_alike, visiting
 from microglia.tasks.task import Task
 from microglia.train.engine import accelerator
 from microglia.train.fit import Row
-from microglia.train.optim import FitConfig, epoch_length, lay_out, make_optimizers
+from microglia.train.optim import FitConfig, epoch_batches, lay_out, make_optimizers
 from microglia.train.progress import Bar
+from microglia.train.step import Step, clipped, objective
 
 Loss = Callable[[Any, Any], Tensor]
 
@@ -79,7 +80,7 @@ def train_curve(
     with _on(model, accelerator(device).device), visiting(model), torch.random.fork_rng():
         training = _Training(model, task, curve, config, masks=masks or {}, seed=seed)
         rows = training.resume(progress)
-        length = epoch_length(config, len(training.batches))
+        length = epoch_batches(config, len(training.batches))
         with Bar(title, total=config.epochs * length, done=len(rows) * length) as bar:
             for epoch in range(len(rows), config.epochs):
                 torch.manual_seed(seed * 1_000_003 + epoch)  # dropout and the like
@@ -166,7 +167,17 @@ class _Training:
         groups = [{"params": [tensor for point in self._inner for tensor in point]}]
         # The decay is that of phi(t), in the gradient; of the inner points themselves there is none.
         self._optimizers = make_optimizers(replace(config, weight_decay=0.0), groups)
-        self._loss: Loss = task.training_loss or task.loss
+        self._coefficients: Sequence[float] = ()
+        self._step = Step(
+            task,
+            model,
+            self._optimizers,
+            objective(task),
+            self._device,
+            config.precision,
+            backward=self._leave_gradients,
+            clip=clipped(lambda: [tensor for point in self._inner for tensor in point], config.clip),
+        )
         self._generator = torch.Generator().manual_seed(seed)
         self.batches = task.data.batches("train", config.batch_size, seed=seed, shuffle=True, augment=True)
 
@@ -174,41 +185,32 @@ class _Training:
         """Trains one epoch; returns its row."""
         began = time.perf_counter()
         self._model.train()
-        length = epoch_length(self._config, len(self.batches))
+        length = epoch_batches(self._config, len(self.batches))
         total, rate = torch.zeros((), device=self._device), self._config.lr
-        for number, (inputs, targets) in enumerate(islice(self.batches.epoch(epoch), length)):
+        for number, batch in enumerate(islice(self.batches.epoch(epoch), length)):
             rate = learning_rate(self._config.lr, (epoch * length + number) / (self._config.epochs * length))
-            loss = self._step(inputs.to(self._device), targets.to(self._device), rate)
-            if not torch.isfinite(loss):
-                raise TrainingError(
-                    f"The loss on the curve became {loss.item()} in epoch {epoch + 1}, step {number + 1} (learning rate "
-                    f"{rate:.4g}). The state of the last finished epoch is kept; try a smaller lr, in a new directory."
-                )
-            total += loss
+            self._visit()
+            diverged = (
+                f"The loss on the curve became {{loss}} in epoch {epoch + 1}, step {number + 1} (learning rate {rate:.4g}). "
+                "The state of the last finished epoch is kept; try a smaller lr, in a new directory."
+            )
+            total += self._step(batch, rate=rate, diverged=diverged)
             bar.advance()
         seconds = round(time.perf_counter() - began, 3)
         return {"epoch": epoch + 1, "loss": float(total / max(1, length)), "lr": rate, "seconds": seconds}
 
-    def _step(self, inputs: Tensor, targets: Any, rate: float) -> Tensor:
-        """Moves the inner points by one batch; returns its loss, and does not move them where that is not finite."""
+    def _visit(self) -> None:
+        """Draws a place of the curve and writes phi(t) into the model."""
         t = float(torch.rand((), dtype=torch.float64, generator=self._generator))
-        coefficients = self._start.kind.coefficients(t)
-        self._places.visit(coefficients)
-        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._config.precision == "bfloat16"):
-            loss = self._loss(self._model(inputs), targets)
-        if not torch.isfinite(loss):
-            return loss.detach()
-        for point, gradient in zip(self._inner, self._places.gradients(loss, coefficients), strict=True):
+        self._coefficients = self._start.kind.coefficients(t)
+        self._places.visit(self._coefficients)
+
+    def _leave_gradients(self, loss: Tensor) -> None:
+        """Leaves the gradients of the inner points, within the masks, in their ``grad``."""
+        for point, gradient in zip(self._inner, self._places.gradients(loss, self._coefficients), strict=True):
             self._mask(gradient)
             for tensor, value in zip(point, gradient, strict=True):
                 tensor.grad = value
-        if self._config.clip is not None:
-            nn.utils.clip_grad_norm_([tensor for point in self._inner for tensor in point], self._config.clip)
-        for optimizer in self._optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            optimizer.step()
-        return loss.detach()
 
     def _mask(self, tensors: Sequence[Tensor]) -> None:
         """Sets what lies outside the masks to 0, in place."""

@@ -23,7 +23,7 @@ from microglia.studies.space.plane import evaluate_plane, grid_axes, plane_throu
 from microglia.studies.space.points import difference, norm, point_of
 from microglia.studies.space.profile import ensemble, profile, visit_all
 from microglia.train.engine import accelerator
-from microglia.train.optim import FitConfig
+from microglia.train.optim import FitConfig, identity
 
 KINDS = ("bezier", "chain", "none")
 AVERAGED = 11
@@ -135,7 +135,7 @@ def _check_apart(asked: Connecting, ends: Ends) -> None:
 def _recipe(asked: Connecting, ends: Ends) -> Json:
     """Returns what makes this connection: in a directory of another it is refused."""
     settings = {name: getattr(asked, name) for name in ("bends", "points", "recalibrate", "limit", "plane", "ensemble", "seed")}
-    curve = {"curve": asked.curve, **({"fit": asdict(asked.fit)} if asked.kind is not None else {})}
+    curve = {"curve": asked.curve, **({"fit": identity(asdict(asked.fit))} if asked.kind is not None else {})}
     weights = [digest(model.state_dict()) for model in ends.models]
     return {"command": "connect", "task": ends.task.name, "weights": weights, **curve, **settings}
 

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from microglia.core.devices import device_of
-from microglia.core.errors import MicrogliaError, TrainingError
+from microglia.core.errors import MicrogliaError
 from microglia.data import ImageData
 from microglia.storage.run import Progress, Run
 from microglia.tasks.classification import ImageSource
 from microglia.tasks.task import CLASSIFICATION, CrossEntropy, Task
 from microglia.train.evaluate import evaluate
+from microglia.train.step import Step, objective
 from microglia.zoo import build
 
 Row = dict[str, Any]
@@ -226,18 +227,13 @@ def train(model: nn.Module, task: Task, config: DescentConfig, samples: int, pro
         model.load_state_dict(progress.state["model"])
         optimizer.load_state_dict(progress.state["optimizer"])
         step = progress.state["step"]
-    saved, device = step, device_of(model)
+    saved = step
+    advance = Step(task, model, [optimizer], objective(task, training=False), device_of(model))
     model.train()
     while step < config.steps:  # always at the start of an epoch
-        for inputs, targets in islice(batches.epoch(step // length), min(length, config.steps - step)):
-            for group in optimizer.param_groups:
-                group["lr"] = config.rate(step)
-            loss = task.loss(model(inputs.to(device)), targets.to(device))
-            if not torch.isfinite(loss):
-                raise TrainingError(f"The loss became {loss.item()} in step {step + 1}; try a smaller lr than {config.lr:g}.")
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
+        for batch in islice(batches.epoch(step // length), min(length, config.steps - step)):
+            diverged = f"The loss became {{loss}} in step {step + 1}; try a smaller lr than {config.lr:g}."
+            advance(batch, rate=config.rate(step), diverged=diverged)
             step += 1
         if progress is not None and step - saved >= SAVED:
             progress.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step})

@@ -90,7 +90,7 @@ class Contender:
         left = costs.honest / costs.dense
         both = [torch.cat([part.flatten() for part in each.values()]) for each in (routes.masks, routes.targets)]
         return {
-            "accuracy": metric.value(metric.statistics(torch.cat(outputs), routes.labels)),
+            "accuracy": metric.values("accuracy", metric.update(None, torch.cat(outputs), routes.labels))["accuracy"],
             "macs": {"mean": float(left.mean()), "std": float(left.std(correction=0))},
             "agreement": agreement(*both),
         }

@@ -11,15 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from microglia.core.batch import to_device
 from microglia.core.devices import device_of
-from microglia.core.errors import MicrogliaError, TrainingError
+from microglia.core.errors import MicrogliaError
 from microglia.core.modes import evaluating
 from microglia.storage.run import Progress
 from microglia.tasks.task import Split, Task
 from microglia.train.engine import accelerator
 from microglia.train.fit import Row
-from microglia.train.optim import FitConfig, epoch_length, lay_out, make_optimizers
+from microglia.train.optim import FitConfig, epoch_batches, lay_out, make_optimizers
 from microglia.train.progress import Bar
+from microglia.train.step import Step, clipped, objective
 
 EXPECTED = "give the state_dict of the optimizer that trained this model."
 
@@ -83,7 +85,7 @@ def probabilities(
     batches = task.data.batches(split, batch_size, seed=seed, shuffle=limit is not None)
     with evaluating(model):
         for inputs, targets in islice(batches.epoch(0), limit):
-            found.append(model(inputs.to(device)).cpu().double().softmax(1))
+            found.append(task.forward(model, to_device(inputs, device)).cpu().double().softmax(1))
             labels.append(targets)
     return torch.cat(found), torch.cat(labels)
 
@@ -208,9 +210,17 @@ class _Cycling:
         optimizer: Mapping[str, Any] | None,
     ) -> None:
         self._model, self._config, self._cycles, self._device = model, config, cycles, device_of(model)
-        self._loss = task.training_loss or task.loss
         self._batches = task.data.batches("train", config.batch_size, seed=seed, shuffle=True, augment=True)
         (self._optimizer,) = make_optimizers(config, [{"params": [p for p in model.parameters() if p.requires_grad]}])
+        self._step = Step(
+            task,
+            model,
+            [self._optimizer],
+            objective(task),
+            self._device,
+            config.precision,
+            clip=clipped(model.parameters, config.clip),
+        )
         if optimizer is not None:
             self._go_on_with(optimizer)
 
@@ -234,26 +244,12 @@ class _Cycling:
     def epoch(self, epoch: int) -> float:
         """Trains one epoch; returns the mean loss over its batches."""
         self._model.train()
-        length, total = epoch_length(self._config, len(self._batches)), 0.0
-        for number, (inputs, targets) in enumerate(islice(self._batches.epoch(epoch), length)):
+        length, total = epoch_batches(self._config, len(self._batches)), 0.0
+        for number, batch in enumerate(islice(self._batches.epoch(epoch), length)):
             rate = self._cycles.rate(epoch, number / length)
-            total += self._step(inputs.to(self._device), targets.to(self._device), rate, epoch)
+            diverged = f"The loss became {{loss}} in epoch {epoch + 1} (learning rate {rate:.4g}); try smaller ones."
+            total += float(self._step(batch, rate=rate, diverged=diverged))
         return total / max(1, length)
-
-    def _step(self, inputs: Tensor, targets: Any, rate: float, epoch: int) -> float:
-        for group in self._optimizer.param_groups:
-            group["lr"] = rate
-        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._config.precision == "bfloat16"):
-            loss = self._loss(self._model(inputs), targets)
-        value = float(loss.detach())
-        if not torch.isfinite(loss):
-            raise TrainingError(f"The loss became {value} in epoch {epoch + 1} (learning rate {rate:.4g}); try smaller ones.")
-        self._optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        if self._config.clip is not None:
-            nn.utils.clip_grad_norm_(self._model.parameters(), self._config.clip)
-        self._optimizer.step()
-        return value
 
     def state(self, rows: list[Row], average: Averaged, epochs: int) -> dict[str, Any]:
         """Returns what is needed to go on."""

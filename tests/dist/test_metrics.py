@@ -1,0 +1,65 @@
+"""Metrics over two gloo processes: records of all ranks in order, each example once; sums and records as of one process."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+from commands import LIMIT
+
+SCRIPT = """
+import json, os, sys
+import torch
+from torch import nn
+import microglia as mg
+from microglia.data.images import ImageData, ImageSet
+from microglia.data.normalization import Normalization
+from microglia.tasks.classification import ImageSource
+from microglia.tasks.metrics import Gathered
+from microglia.tasks.task import CLASSIFICATION, CrossEntropy
+
+if os.environ.get("WORLD_SIZE"):
+    torch.distributed.init_process_group("gloo")
+torch.manual_seed(0)
+images = torch.randint(0, 256, (11, 1, 4, 4), dtype=torch.uint8)
+labels = torch.arange(11)  # a label is the index in the split: what a gathered metric needs of an example
+part = ImageSet(images, labels)
+data = ImageData("own", tuple(map(str, range(11))), part, part, part, Normalization((0.5,), (0.5,)), None)
+orders = []
+
+def records(outputs, targets):
+    found = list(zip(targets, outputs.argmax(1), strict=True))
+    return found + found[:1]  # the padding of a sampler: an example that comes twice
+
+def value(kept):
+    orders.append([int(index) for index, _ in kept])
+    return {"where": float(sum(int(i) * int(c) for i, c in kept)), "n": float(len(kept))}
+
+model = nn.Sequential(nn.Flatten(), nn.Linear(16, 11))
+task = mg.Task("own", lambda: model, ImageSource(data), CrossEntropy(),
+               {"where": Gathered(records, value), **CLASSIFICATION}, images[:1] / 255)
+found = mg.evaluate(model, task, batch_size=3 if os.environ.get("WORLD_SIZE") else 4)
+print(json.dumps([found, orders]))
+"""
+
+
+def run(**environment: str) -> "subprocess.Popen[str]":
+    source = Path(__file__).parents[2] / "src"
+    env = {**os.environ, "PYTHONPATH": str(source), "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.Popen([sys.executable, "-c", SCRIPT], env=env, stdout=subprocess.PIPE, text=True)
+
+
+def test_two_ranks_measure_what_one_does() -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    names = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    ranks = [run(RANK=str(rank), LOCAL_RANK=str(rank), **names) for rank in range(2)]
+    found = [json.loads(process.communicate(timeout=LIMIT)[0]) for process in [run(), *ranks]]
+    assert found[0] == found[1] == found[2]
+    metrics, orders = found[0]
+    assert orders == [list(range(11))]
+    assert metrics["n"] == 11.0
+    assert set(metrics) == {"where", "n", "accuracy", "top5", "loss"}

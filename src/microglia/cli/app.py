@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from pathlib import Path
@@ -12,17 +13,16 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+import microglia
+from microglia.cli.lazy import COMMANDS, STUDIES, LazyGroup
 from microglia.core.errors import MicrogliaError
-from microglia.lab.code_folder import admit
-from microglia.lab.recipe import override
-from microglia.train.engine import rank_and_world
-from microglia.zoo.trust import trusting
 
 app = typer.Typer(
+    cls=LazyGroup,
     help="Prune any PyTorch model, see it get measurably faster and smaller, and load the result anywhere.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
 )
 
 Shown = tuple[Any, list[Any]]
@@ -32,17 +32,42 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs inst
 Trust = Annotated[bool, typer.Option("--trust", help="Build whatever model a file names, also by its own code.")]
 Data = Annotated[str | None, typer.Option(help="digits, cifar10, mnist, hf:NAME or a folder.")]
 Checkpoint = Annotated[str | None, typer.Option(help="File with trained weights.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda or auto.")]
-DeviceName = Annotated[str | None, typer.Option("--device", help="cpu, cuda or auto; default the recipe's.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, or auto: a GPU where there is one.")]
+DeviceName = Annotated[
+    str | None, typer.Option("--device", help="cpu, cuda, or auto: a GPU where there is one; default the recipe's.")
+]
 SplitName = Annotated[str, typer.Option("--split", help="train, validation or test.")]
 Target = Annotated[str, typer.Argument(help="A run directory, a saved model's directory, or a model's name.")]
 
 
-def command(function: Callable[..., Shown]) -> Callable[..., Any]:
-    """Registers a command that prints what it returns; errors of the user's making end in one sentence and status 1."""
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"microglia {microglia.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def top(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and end.")
+    ] = False,
+) -> None:
+    """Prune any PyTorch model, see it get measurably faster and smaller, and load the result anywhere."""
+
+
+def command(function: Callable[..., Shown], *, example: str | None = None) -> Callable[..., Any]:
+    """Registers a command that prints what it returns; errors of the user's making end in one sentence and status 1.
+
+    Args:
+        function: The command; its docstring is the help text and its arguments are the options.
+        example: A command line that the help text ends with.
+    """
 
     @wraps(function)
     def printed(*args: Any, **kwargs: Any) -> None:
+        from microglia.train.engine import rank_and_world  # imports torch, which `microglia --help` does without
+        from microglia.zoo.trust import trusting
+
         as_json = kwargs["json_"]
         try:
             with trusting(kwargs.pop("trust", False)):
@@ -68,7 +93,8 @@ def command(function: Callable[..., Shown]) -> Callable[..., Any]:
     option = inspect.Parameter("trust", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Trust)
     printed.__signature__ = own.replace(parameters=[*own.parameters.values(), option])  # type: ignore[attr-defined]
     printed.__annotations__ = {**{name: p.annotation for name, p in own.parameters.items()}, "trust": Trust}
-    return app.command()(printed)
+    panel = COMMANDS[function.__name__].panel if function.__name__ in COMMANDS else STUDIES
+    return app.command(rich_help_panel=panel, epilog=example and f"Example: [bold]{example}[/bold]")(printed)
 
 
 def given_recipe(
@@ -85,8 +111,20 @@ def given_recipe(
     Raises:
         FileError: The file names a model that it may not name without ``--trust``.
     """
+    from microglia.lab.code_folder import admit
+    from microglia.lab.recipe import override
+
     asked = override(source, words)
     if file is not None:
         own = {word.partition("=")[0] for word in words} | {key for key, value in typed.items() if value is not None}
         admit({key: value for key, value in asked.items() if key not in own}, file / "recipe.yaml" if file.is_dir() else file)
     return asked
+
+
+def main() -> None:
+    """Runs the command line.
+
+    The current folder comes last on the import path, so that ``mynet:MyNet`` is found there and hides no library.
+    """
+    sys.path.append(str(Path.cwd()))
+    app(prog_name="microglia")

@@ -26,7 +26,7 @@ from microglia.core.timing import processor_name
 from microglia.dynamic import Gathered, gate_plan, tune
 from microglia.lab.accelerating import accelerated
 from microglia.lab.code_folder import CODE, ENVIRONMENT
-from microglia.lab.recipe import Recipe, as_dict, method_config
+from microglia.lab.recipe import Recipe, as_dict, begun, method_config
 from microglia.lab.removed_channels import PICTURE, draw, removal
 from microglia.measure import measure_latency
 from microglia.methods import MethodConfig, methods
@@ -78,6 +78,7 @@ def execute(recipe: Recipe, directory: Path | None = None) -> Result:
     Raises:
         MicrogliaError: Anything the user can mend; the text says how.
     """
+    recipe = begun(recipe, directory)
     engine = accelerator(recipe.device)
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)

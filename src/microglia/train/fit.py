@@ -6,10 +6,9 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 
 from microglia.core.errors import TrainingError
@@ -20,6 +19,9 @@ from microglia.train.evaluate import evaluate
 from microglia.train.optim import FitConfig, epoch_length, lay_out, learning_rate, make_optimizers
 from microglia.train.progress import Bar
 from microglia.train.recover import distillation
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 Row = dict[str, Any]
 

@@ -5,8 +5,8 @@ from typer.testing import CliRunner
 
 import microglia
 import microglia.cli.commands
-from microglia.cli.app import app
-from microglia.cli.lazy import COMMANDS, LazyGroup
+from microglia.cli.app import LazyGroup, app
+from microglia.cli.listed import COMMANDS
 
 
 def run(*words, **environment):

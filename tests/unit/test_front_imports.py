@@ -10,7 +10,7 @@ import warnings
 import pytest
 
 import microglia
-from microglia.cli.lazy import COMMANDS
+from microglia.cli.listed import COMMANDS
 
 HEAVY = ("accelerate", "sklearn", "scipy", "datasets", "matplotlib", "plotly", "pandas", "pyarrow", "torch._dynamo")
 HEAVY += ("torchvision", "timm", "transformers", "onnx", "onnxruntime", "openvino", "triton", "sympy", "PIL")

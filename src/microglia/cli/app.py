@@ -7,15 +7,39 @@ import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from typer import main as typer_main
+from typer.core import TyperCommand, TyperGroup
 
 import microglia
-from microglia.cli.lazy import COMMANDS, STUDIES, LazyGroup
+from microglia.cli.listed import COMMANDS, STUDIES
 from microglia.core.errors import MicrogliaError
+
+
+class LazyGroup(TyperGroup):
+    """The commands of `COMMANDS`, each imported when it is called, and whatever else was registered."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        known = dict(self.commands)
+        listed = {
+            name: known.pop(name) if name in known else TyperCommand(name, help=of.sentence, rich_help_panel=of.panel)
+            for name, of in COMMANDS.items()
+        }
+        self.commands = {**listed, **known}
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """Imports the command that is called, then returns it as the base class does."""
+        name = args[0]
+        if name in COMMANDS and self.commands[name].callback is None:
+            self.commands[name] = _imported(name)
+        return super().resolve_command(ctx, args)
+
 
 app = typer.Typer(
     cls=LazyGroup,
@@ -119,6 +143,13 @@ def given_recipe(
         own = {word.partition("=")[0] for word in words} | {key for key, value in typed.items() if value is not None}
         admit({key: value for key, value in asked.items() if key not in own}, file / "recipe.yaml" if file.is_dir() else file)
     return asked
+
+
+def _imported(name: str) -> Any:
+    """Imports the module of a command and returns the command that it registered."""
+    import_module(f"microglia.cli.{COMMANDS[name].module}")
+    info = next(info for info in app.registered_commands if info.callback is not None and info.callback.__name__ == name)
+    return typer_main.get_command_from_info(info, pretty_exceptions_short=False, rich_markup_mode="rich")
 
 
 def main() -> None:

@@ -243,29 +243,6 @@ def report(
 
 
 @command
-def demo(
-    out: Annotated[Path, typer.Option(help="Run directory.")] = Path("runs/demo"),
-    json_: Json = False,
-) -> Shown:
-    """Take all three roads on real 8x8 digits: masks, removed channels, accelerated blocks; one table."""
-    recipe = {
-        "model": "conv-2",
-        "data": "digits",
-        "method": "magnitude",
-        "prune": {"density": 0.1, "scope": "global"},
-        "dense": {"epochs": 20, "lr": 0.05, "batch_size": 64},
-        "train": {"epochs": 10, "lr": 0.02, "batch_size": 64},
-    }
-    result = execute(resolve(recipe), out)
-    lines = [
-        f"The saved model was loaded again and equals the pruned one bit for bit: {out / 'model'}",
-        f"Recipe, metrics, result: {out}/recipe.yaml, metrics.jsonl, result.json",
-        f"Go on: microglia eval {out}   |   microglia report {out} --out {out}/report",
-    ]
-    return result, [result_table(result), *lines]
-
-
-@command
 def methods(json_: Json = False) -> Shown:
     """List the methods and scores there are, with their defaults."""
     rows = {

@@ -1,12 +1,8 @@
-"""A group of commands that lists all of them without importing any: ``microglia --help`` waits for no torch."""
+"""What the list of commands says of each, so that ``microglia --help`` imports none of them and waits for no torch."""
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import Any, NamedTuple
-
-from typer import main as typer_main
-from typer.core import TyperCommand, TyperGroup
+from typing import NamedTuple
 
 PRUNE, LOOK, STUDIES = "Prune", "Look and compare", "Studies"
 
@@ -32,7 +28,7 @@ COMMANDS = {
     ),
     "sweep": Listed("commands", PRUNE, "Run a grid of recipes, each a durable run; what is finished is not run again."),
     "demo": Listed(
-        "commands", PRUNE, "Take all three roads on real 8x8 digits: masks, removed channels, accelerated blocks; one table."
+        "demo", PRUNE, "Take all three roads on real 8x8 digits: masks, removed channels, accelerated blocks; one table."
     ),
     "eval": Listed("commands", LOOK, "Evaluate a run, a saved model or a checkpoint."),
     "measure": Listed("commands", LOOK, "Measure a run, a saved model or a network: parameters, MACs, latency, bytes."),
@@ -72,32 +68,3 @@ COMMANDS = {
     ),
 }
 """The commands of this package. Another package registers its own with `microglia.cli.app.command`."""
-
-
-class LazyGroup(TyperGroup):
-    """The commands of `COMMANDS`, each imported when it is called, and whatever else was registered."""
-
-    def __init__(self, **settings: Any) -> None:
-        super().__init__(**settings)
-        known = dict(self.commands)
-        listed = {
-            name: known.pop(name) if name in known else TyperCommand(name, help=of.sentence, rich_help_panel=of.panel)
-            for name, of in COMMANDS.items()
-        }
-        self.commands = {**listed, **known}
-
-    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        """Imports the command that is called, then returns it as the base class does."""
-        name = args[0]
-        if name in COMMANDS and self.commands[name].callback is None:
-            self.commands[name] = _imported(name)
-        return super().resolve_command(ctx, args)
-
-
-def _imported(name: str) -> Any:
-    """Imports the module of a command and returns the command that it registered."""
-    from microglia.cli.app import app
-
-    import_module(f"microglia.cli.{COMMANDS[name].module}")
-    info = next(info for info in app.registered_commands if info.callback is not None and info.callback.__name__ == name)
-    return typer_main.get_command_from_info(info, pretty_exceptions_short=False, rich_markup_mode="rich")

@@ -11,7 +11,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["microglia.cli", "sklearn.datasets", "scipy.io", "torch.distributed.tensor", "torch._dynamo"])
+CONTEXT.set_forkserver_preload(
+    [
+        "microglia.cli.commands",
+        "accelerate",
+        "matplotlib.backends.backend_agg",
+        "sklearn.datasets",
+        "scipy.io",
+        "torch.distributed.tensor",
+        "torch._dynamo",
+    ]
+)
 LIMIT = 120
 """Seconds after which a command counts as hanging."""
 

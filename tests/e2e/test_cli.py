@@ -1,6 +1,7 @@
 """The command line as a user runs it: what it prints, what it keeps, and one clear sentence for everything wrong."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -183,7 +184,7 @@ def test_recipe_schema(work):
 
 @pytest.mark.slow
 def test_demo(tmp_path):
-    """The installed console script; the demo measures latency and proves that save and load are equal."""
+    """The installed console script: three roads, each timed, counted and tested; save and load are proved to be equal."""
     script = Path(sys.executable).with_name("microglia")
     command = [str(script)] if script.exists() else [sys.executable, "-m", "microglia"]
     command += ["demo", "--out", "demo"]
@@ -194,6 +195,16 @@ def test_demo(tmp_path):
     assert result["masks"]["kept"] == pytest.approx(0.1 * result["masks"]["total"], rel=1e-3)
     assert result["pruned"]["metrics"]["accuracy"] > 0.9
     assert set(result["latency"]["timings"]) == {"dense", "pruned"}
+    channels, blocks = (json.loads((tmp_path / "demo" / road / "result.json").read_text()) for road in ("channels", "blocks"))
+    assert channels["pruned"]["macs"]["total"] <= 0.26 * channels["dense"]["macs"]["total"]
+    assert channels["pruned"]["bytes"]["raw"] < 0.5 * channels["dense"]["bytes"]["raw"]
+    assert result["pruned"]["bytes"]["zipped"] < 0.2 * result["dense"]["bytes"]["zipped"]
+    assert blocks["masks"]["kept"] == pytest.approx(0.2 * blocks["masks"]["total"], rel=0.02)
+    assert all(road["dense"]["metrics"] == result["dense"]["metrics"] for road in (channels, blocks))
+    assert all(road["pruned"]["metrics"]["accuracy"] > 0.9 for road in (channels, blocks))
+    rows = [line for line in done.stdout.splitlines() if line.startswith(("│ dense", "│ masks", "│ channels", "│ blocks"))]
+    assert len(rows) == 4
+    assert all(len(re.findall(r"[\d,.]*\d", row)) >= 3 for row in rows)  # accuracy, bytes and milliseconds
 
 
 COMMANDS = (

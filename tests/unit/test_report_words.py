@@ -5,7 +5,6 @@ import torch
 from test_report import curves, result, save
 from typer.testing import CliRunner
 
-import microglia.cli  # noqa: F401  (registers the commands)
 from microglia.cli.app import app
 from microglia.lab.summary import result_table
 from microglia.report.page import page

@@ -1,5 +1,5 @@
 """The command line: `microglia`."""
 
-from microglia.cli.commands import main
+from microglia.cli.app import main
 
 __all__ = ["main"]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
+from collections.abc import Callable
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
@@ -13,11 +14,7 @@ import typer
 import yaml
 from rich.table import Table
 
-import microglia.cli.connect  # these register their commands
-import microglia.cli.instability
-import microglia.cli.surface
-import microglia.cli.tickets  # noqa: F401
-from microglia.cli.app import Checkpoint, Data, Device, Json, Shown, SplitName, Target, app, command, given_recipe
+from microglia.cli.app import Checkpoint, Data, Device, Json, Shown, SplitName, Target, command, given_recipe
 from microglia.core.errors import MicrogliaError
 from microglia.core.patterns import PATTERN_FORMS
 from microglia.lab.accelerating import accelerated, acceleration_tables
@@ -42,36 +39,47 @@ from microglia.studies.shifts.study import Shifting, compare_shifts, shifts_tabl
 from microglia.tasks.task import SEEN, Split
 from microglia.train.evaluate import evaluate
 
+EXAMPLE = "microglia prune resnet20 --data cifar10 --method magnitude --density 0.2 --epochs 3"
+MODELS = "A name of the zoo, timm:NAME, torchvision:NAME, hf:NAME or mypackage.module:function; then settings of the recipe."
 
-@command
+
+def _under(panel: str) -> Callable[..., Any]:
+    """Returns `typer.Option` with the heading under which the help lists it."""
+    return partial(typer.Option, rich_help_panel=panel)
+
+
+kept, trained, ran = _under("What to keep"), _under("Training"), _under("Run")
+
+
 def prune(
-    words: Annotated[list[str] | None, typer.Argument(metavar="[MODEL] [KEY=VALUE]...")] = None,
+    words: Annotated[list[str] | None, typer.Argument(metavar="[MODEL] [KEY=VALUE]...", help=MODELS)] = None,
     data: Data = None,
     checkpoint: Checkpoint = None,
-    method: Annotated[str | None, typer.Option(help="See `microglia methods`.")] = None,
-    pattern: Annotated[str | None, typer.Option(help=", ".join(PATTERN_FORMS))] = None,
-    scope: Annotated[str | None, typer.Option(help="global, layer, row or erk; of removed channels uniform or global.")] = None,
-    density: Annotated[float | None, typer.Option(help="Fraction of the prunable weights to keep, in (0, 1].")] = None,
-    params: Annotated[float | None, typer.Option(help="Fraction of all parameters to keep, in (0, 1].")] = None,
-    flops: Annotated[float | None, typer.Option(help="Fraction of the operations to keep: removes channels.")] = None,
-    ms: Annotated[float | None, typer.Option(help="Milliseconds per example, measured here: removes channels.")] = None,
-    round_to: Annotated[int | None, typer.Option(help="Widths in multiples of this, where channels are removed.")] = None,
-    permute: Annotated[bool | None, typer.Option(help="First order the channels so that blocks keep more.")] = None,
-    layers: Annotated[
-        list[str] | None, typer.Option(help="Layers to prune (name globs, type:Conv2d, role:classifier, !not).")
-    ] = None,
-    exclude: Annotated[list[str] | None, typer.Option(help="Layers neither pruned nor counted.")] = None,
-    protect: Annotated[list[str] | None, typer.Option(help="Layers kept dense but counted.")] = None,
-    epochs: Annotated[int | None, typer.Option(help="Epochs of training after (or while) pruning.")] = None,
-    lr: Annotated[float | None, typer.Option(help="Peak learning rate of that training.")] = None,
-    accelerate: Annotated[bool | None, typer.Option("--accelerate", help="Time its fastest execution, layer by layer.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Root of every random number.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda or auto.")] = None,
-    recipe: Annotated[Path | None, typer.Option(help="YAML recipe; options and KEY=VALUE override it.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Run directory; the same command goes on there.")] = None,
+    method: Annotated[str | None, kept(help="See `microglia methods`.")] = None,
+    pattern: Annotated[str | None, kept(help=", ".join(PATTERN_FORMS))] = None,
+    scope: Annotated[str | None, kept(help="global, layer, row or erk; where channels are removed: uniform or global.")] = None,
+    density: Annotated[float | None, kept(help="Fraction of the prunable weights to keep, in (0, 1].")] = None,
+    params: Annotated[float | None, kept(help="Fraction of all parameters to keep, in (0, 1].")] = None,
+    flops: Annotated[float | None, kept(help="Fraction of the operations to keep: removes channels.")] = None,
+    ms: Annotated[float | None, kept(help="Milliseconds per example, measured here: removes channels.")] = None,
+    round_to: Annotated[int | None, kept(help="Make widths multiples of this, where channels are removed.")] = None,
+    permute: Annotated[bool | None, kept(help="First order the channels so that blocks keep more.")] = None,
+    layers: Annotated[list[str] | None, kept(help="Layers to prune (name globs, type:Conv2d, role:classifier, !not).")] = None,
+    exclude: Annotated[list[str] | None, kept(help="Layers neither pruned nor counted.")] = None,
+    protect: Annotated[list[str] | None, kept(help="Layers kept dense but counted.")] = None,
+    epochs: Annotated[int | None, trained(help="Epochs of training after (or while) pruning.")] = None,
+    lr: Annotated[float | None, trained(help="Peak learning rate of that training.")] = None,
+    accelerate: Annotated[bool | None, ran("--accelerate", help="Time its fastest execution, layer by layer.")] = None,
+    seed: Annotated[int | None, ran(help="Root of every random number.")] = None,
+    device: Annotated[str | None, ran(help="cpu, cuda, or auto (the default): a GPU where there is one.")] = None,
+    recipe: Annotated[Path | None, ran(help="YAML recipe; options and KEY=VALUE override it.")] = None,
+    out: Annotated[Path | None, ran(help="Run directory; the same command goes on there.")] = None,
     json_: Json = False,
 ) -> Shown:
-    """Prune a model on data: load or train it, prune, recover, measure, save."""
+    """Prune a model on data: load or train it, prune, recover, measure, save.
+
+    Every other setting is a KEY=VALUE, such as `train.batch_size=64`; `microglia recipe` prints them all.
+    """
     words = list(words or [])
     given = {
         "model": words.pop(0) if words and "=" not in words[0] else None,
@@ -84,7 +92,10 @@ def prune(
     for key, value in given.items():
         if value is not None and value != []:
             source = put(source, key, value)
-    resolved = resolve(given_recipe(source, words, recipe, typed=given))
+    asked = given_recipe(source, words, recipe, typed=given)
+    if "model" not in asked:
+        raise RecipeError(f"Which model is to be pruned? Name one, such as `{EXAMPLE}`, or give a --recipe that names one.")
+    resolved = resolve(asked)
     directory = out if out is not None else _own_directory(resolved)
     result = execute(resolved, directory)
     shown: list[Any] = [f"Run: {directory}\nModel: {directory / 'model'}"]
@@ -93,6 +104,9 @@ def prune(
     if result.get("removed"):
         shown = [removal_table(result["removed"]), f"Picture: {directory / PICTURE}", *shown]
     return result, [result_table(result), *shown]
+
+
+command(prune, example=EXAMPLE)
 
 
 @command
@@ -167,7 +181,7 @@ def routes(
     split: SplitName = "test",
     layer: Annotated[str | None, typer.Option(help="Layer of the heat maps; default at two thirds of the depth.")] = None,
     out: Annotated[Path | None, typer.Option(help="Where the pictures go; default RUN/routes.")] = None,
-    device: Device = "cpu",
+    device: Device = "auto",
     json_: Json = False,
 ) -> Shown:
     """Show which filters each input uses in a dynamically pruned network: tables and pictures."""
@@ -183,7 +197,7 @@ def shifts(
     checkpoint: Checkpoint = None,
     severity: Annotated[str, typer.Option(help="From 1 (mild) to 5, such as 1,3,5.")] = "1,3,5",
     limit: Annotated[int | None, typer.Option(help="Test images to use; default all.")] = None,
-    device: Device = "cpu",
+    device: Device = "auto",
     json_: Json = False,
 ) -> Shown:
     """Compare accuracy and operations on clean and on noisy, blurred, compressed and pale test images."""
@@ -227,29 +241,6 @@ def report(
     if export is not None:
         export_records(collect(paths), export)
     return written.to_dict(), [written.sentence]
-
-
-@command
-def demo(
-    out: Annotated[Path, typer.Option(help="Run directory.")] = Path("runs/demo"),
-    json_: Json = False,
-) -> Shown:
-    """Train on real 8x8 digits, prune to a tenth, recover, measure, save, load and prove equality."""
-    recipe = {
-        "model": "conv-2",
-        "data": "digits",
-        "method": "magnitude",
-        "prune": {"density": 0.1, "scope": "global"},
-        "dense": {"epochs": 20, "lr": 0.05, "batch_size": 64},
-        "train": {"epochs": 10, "lr": 0.02, "batch_size": 64},
-    }
-    result = execute(resolve(recipe), out)
-    lines = [
-        f"The saved model was loaded again and equals the pruned one bit for bit: {out / 'model'}",
-        f"Recipe, metrics, result: {out}/recipe.yaml, metrics.jsonl, result.json",
-        f"Go on: microglia eval {out}   |   microglia report {out} --out {out}/report",
-    ]
-    return result, [result_table(result), *lines]
 
 
 @command
@@ -298,16 +289,8 @@ def _defaults(config: type) -> dict[str, Any]:
 
 
 def _own_directory(recipe: Recipe) -> Path:
-    """Returns the directory under runs/ of a recipe: the same recipe, the same directory."""
-    mark = hashlib.blake2b(json.dumps(as_dict(recipe), sort_keys=True).encode(), digest_size=3).hexdigest()
+    """Returns the directory under runs/ of a recipe: the same recipe, the same directory, also of the time before ``auto``."""
+    told = {**as_dict(recipe), "device": "cpu" if recipe.device == "auto" else recipe.device}
+    mark = hashlib.blake2b(json.dumps(told, sort_keys=True).encode(), digest_size=3).hexdigest()
     name = f"{recipe.model}-{recipe.data}-{recipe.method}-{mark}"
     return Path("runs") / "".join(c if c.isalnum() or c in "-_." else "_" for c in name)
-
-
-def main() -> None:
-    """Runs the command line.
-
-    The current folder comes last on the import path, so that ``mynet:MyNet`` is found there and hides no library.
-    """
-    sys.path.append(str(Path.cwd()))
-    app()

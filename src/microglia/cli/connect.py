@@ -34,7 +34,7 @@ def connect(
     ensemble: Annotated[bool, typer.Option(help="Whether to average the networks along the curve.")] = False,
     seed: Annotated[int, typer.Option(help="Root of every random number.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Directory; the same command goes on there. Default under runs/.")] = None,
-    device: Device = "cpu",
+    device: Device = "auto",
     json_: Json = False,
 ) -> Shown:
     """Connect two trained networks: how high is the loss on the straight line, and on a curve trained between them?"""

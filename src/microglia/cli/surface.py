@@ -28,7 +28,7 @@ def surface(
     checkpoint: Checkpoint = None,
     seed: Annotated[int, typer.Option(help="Of the directions.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Directory; default RUN/surface. The same command goes on there.")] = None,
-    device: Device = "cpu",
+    device: Device = "auto",
     json_: Json = False,
 ) -> Shown:
     """Picture the loss around a network: a plane of contours and a line, filter-normalized."""
@@ -55,7 +55,7 @@ def descent(
     schedule: Annotated[str, typer.Option(help="constant, or root: lr / sqrt(1 + step // 512).")] = "constant",
     seed: Annotated[int, typer.Option(help="Root of every random number.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Directory; what is trained there is not trained again.")] = None,
-    device: Device = "cpu",
+    device: Device = "auto",
     json_: Json = False,
 ) -> Shown:
     """Train networks of growing width, or on growing data, with noisy labels: does the test error rise and fall again?"""

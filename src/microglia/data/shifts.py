@@ -13,7 +13,6 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image
 from torch import Generator, Tensor
 from torch.nn import functional
 
@@ -114,6 +113,8 @@ def _bytes(values: Tensor) -> Tensor:
 
 def _through_jpeg(image: npt.NDArray[np.uint8], mode: str, quality: int) -> npt.NDArray[np.uint8]:
     """Returns one image, (H, W, C) in and (H, W) or (H, W, C) out, after a round trip."""
+    from PIL import Image  # not before an image is compressed
+
     file = io.BytesIO()
     Image.fromarray(image[..., 0] if mode == "L" else image).save(file, "JPEG", quality=quality)
     return np.asarray(Image.open(file))

@@ -25,7 +25,7 @@ from microglia.core.roles import means_role
 from microglia.core.timing import processor_name
 from microglia.lab.accelerating import accelerated
 from microglia.lab.code_folder import CODE, ENVIRONMENT
-from microglia.lab.recipe import Recipe, as_dict, method_config
+from microglia.lab.recipe import Recipe, as_dict, begun, method_config
 from microglia.lab.removed_channels import PICTURE, draw
 from microglia.lab.result import Result
 from microglia.measure import measure_latency
@@ -79,6 +79,7 @@ def execute(recipe: Recipe, directory: Path | None = None) -> Result:
     Raises:
         MicrogliaError: Anything the user can mend; the text says how.
     """
+    recipe = begun(recipe, directory)
     engine = accelerator(recipe.device)
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -65,7 +65,7 @@ class Recipe:
         train: Training after (or while) pruning; by default the method's own.
         measure: What to measure.
         seed: Root of every random number.
-        device: ``cpu``, ``cuda`` or ``auto``.
+        device: ``cpu``, ``cuda``, or ``auto``: what the run began on, and for a new run a GPU where there is one.
         threads: CPU threads, or None for torch's choice.
     """
 
@@ -83,7 +83,7 @@ class Recipe:
     train: FitConfig = RECOVERY
     measure: MeasureConfig = field(default_factory=MeasureConfig)
     seed: int = 0
-    device: Literal["cpu", "cuda", "auto"] = "cpu"
+    device: Literal["cpu", "cuda", "auto"] = "auto"
     threads: int | None = None
 
     def __post_init__(self) -> None:
@@ -130,6 +130,21 @@ def _meant(source: Mapping[str, Any]) -> dict[str, str]:
     if not isinstance(prune, Mapping) or (prune.get("flops") is None and prune.get("ms") is None):
         return {}
     return {"method": "channels"} if prune.get("pattern", "channel") == "channel" else {}
+
+
+def begun(recipe: Recipe, directory: Path | None) -> Recipe:
+    """Returns the recipe with the device that a run directory began on, where the recipe leaves the device to the house.
+
+    A run goes on where it began: another device would give other bits, and ``cpu`` was the default before ``auto`` was.
+    """
+    if recipe.device != "auto" or directory is None:
+        return recipe
+    try:
+        stored = read_yaml(directory / "recipe.yaml")
+    except RecipeError:  # a new run, or a file that the run itself refuses
+        return recipe
+    device = stored.get("recipe", stored).get("device") if isinstance(stored.get("recipe", stored), Mapping) else None
+    return replace(recipe, device=device) if device in ("cpu", "cuda") else recipe
 
 
 def as_dict(recipe: Recipe) -> dict[str, Any]:

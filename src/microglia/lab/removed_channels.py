@@ -8,8 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from rich.table import Table
 
 from microglia.storage.files import write_atomic
@@ -58,6 +56,9 @@ def draw(removed: Json, title: str, path: Path) -> Path:
     Raises:
         FileError: It cannot be written.
     """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import
+    from matplotlib.figure import Figure
+
     layers = removed["layers"]
     figure = Figure(figsize=(max(6.0, min(18.0, 2 + 0.24 * len(layers))), 4.8), layout="constrained")
     FigureCanvasAgg(figure)

@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from microglia.core.errors import MicrogliaError, RunError
-from microglia.lab.recipe import as_dict, read_yaml, resolve
+from microglia.lab.recipe import as_dict, begun, read_yaml, resolve
 from microglia.lab.sweep_grid import Cell, Sweep, cells, plan_table, read_sweep
 from microglia.storage.files import write_atomic
 from microglia.storage.run import flatten
@@ -239,7 +239,7 @@ def _refuse_other_recipes(chosen: Sequence[Cell], out: Path) -> None:
         path = out / cell.name / "recipe.yaml"
         if not path.is_file():
             continue
-        before, now = flatten(as_dict(resolve(read_yaml(path)))), flatten(as_dict(cell.recipe))
+        before, now = flatten(as_dict(resolve(read_yaml(path)))), flatten(as_dict(begun(cell.recipe, path.parent)))
         changed = [f"{k}: {before.get(k)!r} -> {now.get(k)!r}" for k in sorted({*before, *now}) if before.get(k) != now.get(k)]
         if changed:
             raise RunError(

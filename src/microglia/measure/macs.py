@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
 
 from microglia.core.batch import Example
 from microglia.core.errors import MicrogliaError
@@ -254,6 +253,8 @@ def _formula(packet: Any) -> Callable[..., int] | None:
     """Returns a function of the operator's arguments and ``out_val`` that gives its MACs."""
     if packet in _FORMULAS:
         return _FORMULAS[packet]
+    from torch.utils.flop_counter import flop_registry  # imports Triton, which takes half a second
+
     if packet in flop_registry:
         return lambda *args, **kwargs: flop_registry[packet](*args, **kwargs) // 2
     return None

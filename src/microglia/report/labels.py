@@ -46,6 +46,8 @@ def settings_of(record: Record, keys: Iterable[str]) -> str:
 def _whole(record: Record) -> dict[str, Any]:
     """Returns a run's recipe, flat, and, if this version reads it, later fields at the defaults it ran with."""
     own = flatten(record.recipe)
+    if own.get("device") == "auto":
+        own["device"] = "cuda" if record.environment.gpu else "cpu"
     with suppress(MicrogliaError, ValueError, TypeError):
         return {**flatten(as_dict(resolve(record.recipe))), **own}
     return own

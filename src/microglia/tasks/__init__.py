@@ -1,8 +1,9 @@
 """Tasks: model, data, loss and metrics as one value."""
 
-from microglia.tasks.classification import image_task
+from microglia.tasks.classification import ImageSource, image_task
+from microglia.tasks.classification import build_noted as build
 from microglia.tasks.loaders import loaders, samples
 from microglia.tasks.metrics import Gathered, Metric, mean_metric
 from microglia.tasks.task import Task
 
-__all__ = ["Gathered", "Metric", "Task", "image_task", "loaders", "mean_metric", "samples"]
+__all__ = ["Gathered", "ImageSource", "Metric", "Task", "build", "image_task", "loaders", "mean_metric", "samples"]

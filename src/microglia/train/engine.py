@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import functools
+from typing import TYPE_CHECKING
 
 import torch
-from accelerate import Accelerator
 
 from microglia.core.errors import MicrogliaError
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 
 @functools.cache
@@ -24,6 +27,8 @@ def accelerator(device: str = "cpu") -> Accelerator:
         raise MicrogliaError("device 'cuda' was asked for, but torch sees no GPU here; use device 'cpu' or 'auto'.")
     if device not in ("cpu", "cuda", "auto"):
         raise MicrogliaError(f"The device is cpu, cuda or auto; got {device!r}.")
+    from accelerate import Accelerator  # half a second that only a training needs
+
     return Accelerator(cpu=device == "cpu" or not torch.cuda.is_available())
 
 

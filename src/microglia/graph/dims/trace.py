@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.export import Dim as ExportDim
 from torch.utils import _pytree as pytree
 
 from microglia.core.batch import Example
@@ -238,11 +237,12 @@ def _double(value: Any) -> Any:
 def _free(inputs: Any, dynamic: Sequence[int]) -> Any:
     if not dynamic:
         return None
+    from torch.export import Dim  # half a second that only a trace needs
 
     def one(value: Any) -> Any:
         if not isinstance(value, Tensor):
             return None
-        return {d: ExportDim.AUTO for d in dynamic if d < value.ndim and value.shape[d] > 1}
+        return {d: Dim.AUTO for d in dynamic if d < value.ndim and value.shape[d] > 1}
 
     positional, named = pytree.tree_map(one, inputs)
     return (*positional, *named.values()) if positional else named

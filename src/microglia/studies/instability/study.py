@@ -13,7 +13,7 @@ from rich.table import Table
 from microglia.core.errors import MicrogliaError
 from microglia.core.masks import MaskSet, masks_of
 from microglia.lab.execute import make_task
-from microglia.lab.recipe import Recipe, as_dict, method_config
+from microglia.lab.recipe import Recipe, as_dict, begun, method_config
 from microglia.report.spread import Spread
 from microglia.storage.archive import load
 from microglia.storage.files import digest
@@ -107,7 +107,8 @@ def _masks(asked: Sensing) -> MaskSet | None:
 
 
 def _of_seed(asked: Sensing, number: int, masks: MaskSet | None) -> Iterator[Json]:
-    recipe = replace(asked.recipe, seed=asked.recipe.seed + number)
+    seed = asked.recipe.seed + number
+    recipe = begun(replace(asked.recipe, seed=seed), asked.directory / f"seed-{seed}")
     task = make_task(recipe)
     if task.pretrained:
         raise MicrogliaError("Copies part on the way from the initialization; leave the checkpoint out.")

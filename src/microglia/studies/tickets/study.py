@@ -11,7 +11,7 @@ from rich.table import Table
 
 from microglia.core.errors import MicrogliaError
 from microglia.lab.execute import make_task
-from microglia.lab.recipe import Recipe, RecipeError, as_dict, method_config
+from microglia.lab.recipe import Recipe, RecipeError, as_dict, begun, method_config
 from microglia.methods import LotteryConfig, methods
 from microglia.methods.lottery import Level, Tickets, levels_to
 from microglia.report.spread import Spread
@@ -74,7 +74,8 @@ def find_tickets(asked: Search) -> Json:
 
 
 def _of_seed(asked: Search, number: int) -> list[Json]:
-    recipe = replace(asked.recipe, seed=asked.recipe.seed + number)
+    seed = asked.recipe.seed + number
+    recipe = begun(replace(asked.recipe, seed=seed), asked.directory / f"seed-{seed}")
     config = method_config(recipe)
     if not isinstance(config, LotteryConfig) or not config.iterative or config.control != "none":
         raise MicrogliaError("The experiment starts from the method 'tickets', iterative and without a control of its own.")

@@ -17,7 +17,8 @@ import torch
 from safetensors.torch import load_file
 
 import microglia as mg
-from microglia.lab.recipe import read_yaml
+from microglia.graph import plan_of
+from microglia.lab.recipe import read_yaml, resolve
 from microglia.lab.target import open_target
 from microglia.report.write import collect, export, report
 
@@ -45,7 +46,7 @@ def test_a_run_evaluates_as_when_it_was_frozen(version: Path, name: str):
 def test_a_finished_run_is_known_and_not_run_again(version: Path, name: str, tmp_path: Path):
     shutil.copytree(version / "runs" / name, tmp_path / "run")
     recipe = mg.Recipe(**json.loads((tmp_path / "run" / "result.json").read_text())["recipe"])
-    assert mg.execute(mg.resolve(recipe_dict(tmp_path / "run")), tmp_path / "run") == stored_result(tmp_path / "run")
+    assert mg.execute(resolve(recipe_dict(tmp_path / "run")), tmp_path / "run") == stored_result(tmp_path / "run")
     assert recipe.method == stored_result(tmp_path / "run")["recipe"]["method"]
     assert not list((tmp_path / "run").glob("stages/*")), "a stage was run again"
 
@@ -54,7 +55,7 @@ def test_a_finished_run_is_known_and_not_run_again(version: Path, name: str, tmp
 def test_an_interrupted_run_goes_on_from_its_stages(version: Path, tmp_path: Path):
     shutil.copytree(version / "interrupted", tmp_path / "run")
     before = (tmp_path / "run" / "stages" / "dense.safetensors").read_bytes()
-    result = mg.execute(mg.resolve(recipe_dict(tmp_path / "run")), tmp_path / "run")
+    result = mg.execute(resolve(recipe_dict(tmp_path / "run")), tmp_path / "run")
     finished = stored_result(version / "runs" / "masked")
     assert result["masks"] == finished["masks"]
     assert result["dense"]["metrics"] == finished["dense"]["metrics"]  # observed before, hence read and not measured
@@ -69,7 +70,7 @@ def test_a_model_of_the_caller_loads_with_its_outputs(version: Path, name: str):
     model = mg.load(version / "models" / name, OWN[name]().eval()).eval()
     torch.testing.assert_close(model(outputs[f"{name}.input"]), outputs[f"{name}.output"], atol=1e-5, rtol=1e-5)
     if name != "masked":
-        assert mg.plan_of(model).kind == name
+        assert plan_of(model).kind == name
 
 
 @pytest.mark.parametrize("version", VERSIONS, ids=ids)

@@ -28,6 +28,7 @@ from microglia.methods import (
     Smart,
     SparseTraining,
 )
+from microglia.scores import Evidence
 from microglia.train.optim import FitConfig, make_optimizers
 
 STEPS = 12
@@ -68,7 +69,7 @@ def images() -> tuple[Tensor, Tensor]:
 
 
 def made(kind: type, model: nn.Module, **settings: Any) -> PrunerProtocol:
-    evidence = mg.Evidence([images()], functional.cross_entropy, torch.Generator().manual_seed(0))
+    evidence = Evidence([images()], functional.cross_entropy, torch.Generator().manual_seed(0))
     known = {"total_steps": STEPS, "example_inputs": images()[0][:1], "evidence": evidence}
     pruner: PrunerProtocol = kind(model, **known, **(SETTINGS[kind] | settings))
     return pruner
@@ -298,7 +299,7 @@ def test_the_rate_of_ddnp_widths_falls_along_a_cosine() -> None:
 )
 def test_ddnp_says_what_it_needs_and_leaves_the_model_alone(settings: dict[str, Any], text: str) -> None:
     model = network()
-    known: dict[str, Any] = {"total_steps": 3, "example_inputs": images()[0][:1], "evidence": mg.Evidence([images()])}
+    known: dict[str, Any] = {"total_steps": 3, "example_inputs": images()[0][:1], "evidence": Evidence([images()])}
     with pytest.raises(MicrogliaError, match=text):
         Ddnp(model, **known | {"flops": 0.5} | settings)
     assert model.training

@@ -15,13 +15,15 @@ from typer.testing import CliRunner
 
 import microglia as mg
 from microglia.cli.app import app
+from microglia.core.layers import prunable_layers
 from microglia.core.patterns import Block, Unstructured
-from microglia.lab.recipe import schema
+from microglia.lab.recipe import resolve, schema
 from microglia.methods import MethodConfig, Takes, method, methods
 from microglia.methods.procedure import change, dense_model, observe, train
 from microglia.methods.what import NAMES
 from microglia.report.write import report
 from microglia.storage.run import Run
+from microglia.tasks import build
 
 WORDS = [
     "--method",
@@ -61,8 +63,8 @@ def registered() -> Iterator[None]:
         def prune(progress: object) -> None:
             assert config.density is not None
             step = round(1 / config.density)
-            kept = {n: torch.arange(layer.raw.numel()) % step == config.first for n, layer in mg.prunable_layers(model).items()}
-            mg.mask(model, {n: kept[n].view(layer.shape) for n, layer in mg.prunable_layers(model).items()})
+            kept = {n: torch.arange(layer.raw.numel()) % step == config.first for n, layer in prunable_layers(model).items()}
+            mg.mask(model, {n: kept[n].view(layer.shape) for n, layer in prunable_layers(model).items()})
 
         change(run, "prune", model, prune)
         observe(task, run, "before", model)
@@ -75,7 +77,7 @@ def registered() -> Iterator[None]:
 
 def test_it_runs_through_execute_and_report(tmp_path: Path) -> None:
     short = {"dense": {"epochs": 1}, "train": {"epochs": 1}, "measure": {"latency": False}, "threads": 1}
-    recipe = mg.resolve({"model": "lenet-300-100", "method": "every-other", "prune": {"density": 0.5, "first": 1}, **short})
+    recipe = resolve({"model": "lenet-300-100", "method": "every-other", "prune": {"density": 0.5, "first": 1}, **short})
     assert recipe.prune.keys() == {"density", "exclude", "pattern", "first"}
     result = mg.execute(recipe, tmp_path / "runs" / "toy")
     assert result["masks"]["kept"] * 2 == result["masks"]["total"]
@@ -94,7 +96,7 @@ def test_the_command_line_prunes_with_it(tmp_path: Path) -> None:
     outcome = invoke("prune", "lenet-300-100", *WORDS, "--out", str(tmp_path / "run"))
     assert outcome.exit_code == 0, outcome.output
     assert "every-other, unstructured, global" in outcome.output
-    assert mg.load(tmp_path / "run" / "model", mg.build("lenet-300-100", classes=10, shape=(1, 8, 8))) is not None
+    assert mg.load(tmp_path / "run" / "model", build("lenet-300-100", classes=10, shape=(1, 8, 8))) is not None
 
 
 @pytest.mark.parametrize(

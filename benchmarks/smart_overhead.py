@@ -38,16 +38,15 @@ class Training:
     def __init__(self, name: str, kind: str) -> None:
         self.model = model_of(name).train()
         self.pruner = None
-        own = []
+        further: list[torch.optim.Optimizer] = []
+        rest = list(self.model.parameters())
         if kind == "smart":
             self.pruner = Smart(self.model, pattern="block:16x8", density=DENSITY, total_steps=1000, search=1.0)
             self.pruner.steps = 500  # where temperature separates the masks
-            own = self.pruner.param_groups()
+            rest, further = self.pruner.weights_to_train(), self.pruner.optimizers()
         elif kind == "masked":
             mg.OneShot(self.model, pattern="block:16x8", density=DENSITY)
-        ids = {id(p) for group in own for p in group["params"]}
-        rest = [p for p in self.model.parameters() if id(p) not in ids]
-        self.optimizers = make_optimizers(FitConfig(lr=0.01), [{"params": rest}, *own])
+        self.optimizers = make_optimizers(FitConfig(lr=0.01), [{"params": rest}], further)
 
     def step(self, inputs: torch.Tensor, targets: torch.Tensor) -> float:
         """Returns the seconds of one training step."""

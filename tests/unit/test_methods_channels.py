@@ -179,7 +179,7 @@ def test_recovery_distils_from_the_dense_model(task: mg.Task) -> None:
     ("settings", "error", "text"),
     [
         ({"pattern": "nm:2:4"}, PatternError, "its pattern is channel, not nm:2:4"),
-        ({"scope": "layer"}, UnknownNameError, "no scope of removed channels named 'layer'"),
+        ({"scope": "layer"}, UnknownNameError, "no scope of the method 'channels' named 'layer'"),
         ({"layers": ("head",)}, SelectorError, "takes exclude"),
         ({"protect": ("head",)}, SelectorError, "takes exclude"),
         ({"allow_empty": True}, SelectorError, "takes exclude"),
@@ -227,11 +227,10 @@ def test_a_model_with_a_nan_is_refused(task: mg.Task) -> None:
 @pytest.mark.parametrize("term", ["flops", "ms"])
 @pytest.mark.parametrize("name", ["magnitude", "gradual"])
 def test_masks_have_no_such_budget(task: mg.Task, term: str, name: str) -> None:
-    chosen = methods[name].config(**{term: 0.5, "pattern": "channel"})
     with pytest.raises(
         BudgetError, match=r"budgets of removed channels: masks .channel. save neither. Take the method 'channels'"
     ):
-        methods[name].check(task, chosen)
+        methods[name].check(task, methods[name].config(**{term: 0.5, "pattern": "channel"}))
 
 
 def test_such_a_budget_alone_means_this_method() -> None:

@@ -119,7 +119,7 @@ def test_heads_rest_after_the_cool_down(cooldown: float, zero: bool) -> None:
 def test_a_constant_rate_and_no_decay_for_heads() -> None:
     model, pruner = made(head_lr=0.3)
     (group,) = pruner.param_groups()
-    assert {n: group[n] for n in ("lr", "constant_lr", "weight_decay")} == {"lr": 0.3, "constant_lr": 0.3, "weight_decay": 0.0}
+    assert {n: v for n, v in group.items() if n != "params"} == {"lr": 0.3, "momentum": 0.9, "weight_decay": 0.0}
     assert [id(p) for p in group["params"]] == [id(p) for g in gates_of(model).values() for p in g.parameters()]
 
 
@@ -257,12 +257,11 @@ def test_a_config_that_means_nothing(settings: dict[str, Any], error: type[Excep
     ],
 )
 def test_a_config_that_does_not_fit(task: mg.Task, settings: dict[str, Any], error: type[Exception], says: str) -> None:
-    config = FtwtConfig(**{"r": 0.9} | settings)
     with pytest.raises(error, match=says):
-        methods["ftwt"].check(task, config)
+        methods["ftwt"].check(task, FtwtConfig(**{"r": 0.9} | settings))
     if settings.get("r", 0.9) is not None:
         with pytest.raises(MicrogliaError, match=says):
-            mg.Ftwt(task.build(), config, total_steps=5, example_inputs=task.example)
+            mg.Ftwt(task.build(), total_steps=5, example_inputs=task.example, **{"r": 0.9} | settings)
 
 
 def test_a_pruner_needs_r_and_an_example() -> None:

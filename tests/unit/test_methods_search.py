@@ -63,10 +63,8 @@ def pruner_of(kind: type[UnitPruner], model: nn.Module, **settings: Any) -> Unit
 
 
 def optimizers_of(model: nn.Module, pruner: UnitPruner) -> list[torch.optim.Optimizer]:
-    own = pruner.param_groups()
-    ids = {id(p) for group in own for p in group["params"]}
-    rest = [p for p in model.parameters() if id(p) not in ids]
-    return make_optimizers(FitConfig(lr=0.05, weight_decay=1e-3), [{"params": rest}, *own])
+    config = FitConfig(lr=0.05, weight_decay=1e-3)
+    return make_optimizers(config, [{"params": pruner.weights_to_train()}], pruner.optimizers())
 
 
 def steps(model: nn.Module, pruner: UnitPruner, count: int, optimizers: list[torch.optim.Optimizer] | None = None) -> Any:

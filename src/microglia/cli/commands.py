@@ -19,7 +19,19 @@ from microglia.core.errors import MicrogliaError
 from microglia.core.patterns import PATTERN_FORMS
 from microglia.lab.accelerating import accelerated, acceleration_tables
 from microglia.lab.execute import execute
-from microglia.lab.recipe import Recipe, RecipeError, as_dict, as_whole_dict, override, put, read_yaml, resolve, schema
+from microglia.lab.recipe import (
+    Recipe,
+    RecipeError,
+    as_dict,
+    as_whole_dict,
+    completed,
+    is_setting,
+    override,
+    put,
+    read_yaml,
+    resolve,
+    schema,
+)
 from microglia.lab.removed_channels import PICTURE, removal_table
 from microglia.lab.shrinking import Shrinking, shrink_saved
 from microglia.lab.summary import comparison_table, measurement_table, result_table
@@ -27,6 +39,7 @@ from microglia.lab.sweep import run_sweep
 from microglia.lab.sweep_grid import plan_table, read_sweep
 from microglia.lab.target import open_target
 from microglia.measure import measure as measure_model
+from microglia.methods import MethodConfig
 from microglia.methods import methods as known_methods
 from microglia.report.write import collect
 from microglia.report.write import export as export_records
@@ -247,7 +260,11 @@ def report(
 def methods(json_: Json = False) -> Shown:
     """List the methods and scores there are, with their defaults."""
     rows = {
-        m.name: {"description": m.description, "defaults": {**_defaults(m.config), **m.defaults}}
+        m.name: {
+            "description": m.description,
+            "defaults": {**_defaults(m.config), **m.defaults},
+            "patterns": m.config.takes.forms,
+        }
         for _, m in known_methods.items()
     }
     table = Table("method", "what it does", "its own settings")
@@ -283,14 +300,14 @@ def _split(name: str) -> Split:
     raise RecipeError(f"The split is train, validation or test; got {name!r}.")
 
 
-def _defaults(config: type) -> dict[str, Any]:
+def _defaults(config: type[MethodConfig]) -> dict[str, Any]:
     example = config()
-    return {f.name: getattr(example, f.name) for f in fields(config) if f.name not in ("dense", "train")}
+    return {f.name: getattr(example, f.name) for f in fields(config) if is_setting(config, f.name)}
 
 
 def _own_directory(recipe: Recipe) -> Path:
     """Returns the directory under runs/ of a recipe: the same recipe, the same directory, also of the time before ``auto``."""
-    told = {**as_dict(recipe), "device": "cpu" if recipe.device == "auto" else recipe.device}
+    told = {**completed(as_dict(recipe)), "device": "cpu" if recipe.device == "auto" else recipe.device}
     mark = hashlib.blake2b(json.dumps(told, sort_keys=True).encode(), digest_size=3).hexdigest()
     name = f"{recipe.model}-{recipe.data}-{recipe.method}-{mark}"
     return Path("runs") / "".join(c if c.isalnum() or c in "-_." else "_" for c in name)

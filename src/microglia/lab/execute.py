@@ -25,7 +25,7 @@ from microglia.core.roles import means_role
 from microglia.core.timing import processor_name
 from microglia.lab.accelerating import accelerated
 from microglia.lab.code_folder import CODE, ENVIRONMENT
-from microglia.lab.recipe import Recipe, as_dict, begun, method_config
+from microglia.lab.recipe import Recipe, as_dict, begun, completed, method_config
 from microglia.lab.removed_channels import PICTURE, draw
 from microglia.lab.result import Result
 from microglia.measure import measure_latency
@@ -85,7 +85,7 @@ def execute(recipe: Recipe, directory: Path | None = None) -> Result:
         torch.set_num_threads(recipe.threads)
     # What is wrong with a new recipe shows before its directory is made; a known directory answers before data is read.
     prepared = None if directory is not None and (directory / "recipe.yaml").exists() else prepare(recipe)
-    run = Run(directory, as_dict(recipe), seed=recipe.seed, device=engine.device.type)
+    run = Run(directory, as_dict(recipe), seed=recipe.seed, device=engine.device.type, identity=completed)
     run.trajectory = recipe.measure.trajectory
     try:
         return _finished(run) or _execute(recipe, run, prepared or make_task(recipe))

@@ -12,6 +12,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from microglia.core.errors import MicrogliaError
 from microglia.methods import MethodConfig, methods
 from microglia.methods.arguments import check_choices
+from microglia.methods.what import is_taken, left_out
 from microglia.storage.plain_yaml import DEEPEST, parse_yaml, read_yaml_text
 from microglia.train.optim import RECOVERY, FitConfig, identity
 
@@ -109,7 +110,7 @@ def method_config(recipe: Recipe) -> MethodConfig:
 
 
 def resolve(source: Mapping[str, Any]) -> Recipe:
-    """Returns the recipe with every default of its method filled in, so that it says all that happens.
+    """Returns the recipe with every default of its method filled in, so that it says all that happens, and nothing else.
 
     Raises:
         RecipeError: A field is unknown or wrong; the text names it.
@@ -119,9 +120,26 @@ def resolve(source: Mapping[str, Any]) -> Recipe:
     if isinstance(name, str):  # anything else is refused below
         defaults["train"] = asdict(methods[name].training)
     recipe: Recipe = _validate(_recipe, merge(defaults, source), "recipe")
-    config = asdict(method_config(recipe))
-    prune = {key: value for key, value in config.items() if key not in ("dense", "train")}
+    config = method_config(recipe)
+    prune = {key: value for key, value in asdict(config).items() if is_setting(type(config), key)}
     return _validate(_recipe, {**asdict(recipe), "prune": prune}, "recipe")  # type: ignore[no-any-return]
+
+
+def is_setting(config: type[MethodConfig], name: str) -> bool:
+    """Tells whether a field of a method's config is one of ``prune``: taken, and no training."""
+    return is_taken(config, name) and name not in ("dense", "train")
+
+
+def completed(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a recipe, as plain values, with the fields that its method does not take, at the defaults they stay at.
+
+    Version 0.1 wrote these out. With them a run has the same identity whichever version wrote its recipe.
+    """
+    prune, name = recipe.get("prune"), recipe.get("method")
+    if not isinstance(prune, Mapping) or not isinstance(name, str) or name not in methods:
+        return dict(recipe)
+    usual = TypeAdapter(dict[str, Any]).dump_python(left_out(methods[name].config), mode="json")
+    return {**recipe, "prune": {**usual, **prune}}
 
 
 def _meant(source: Mapping[str, Any]) -> dict[str, str]:
@@ -165,7 +183,11 @@ def schema(method: str | None = None) -> dict[str, Any]:
     """Returns the JSON schema of a recipe, with ``prune`` spelled out for a method if one is named."""
     found = _recipe.json_schema()
     if method is not None:
-        found["properties"]["prune"] = TypeAdapter(methods[method].config).json_schema()
+        config = methods[method].config
+        prune = TypeAdapter(config).json_schema()
+        prune["properties"] = {key: value for key, value in prune["properties"].items() if is_setting(config, key)}
+        prune["properties"]["pattern"]["description"] = f"{config.takes.forms}."
+        found["properties"]["prune"] = prune
     return found
 
 

@@ -30,7 +30,7 @@ def result_table(result: Json) -> Table:
     return comparison_table(
         columns,
         result.get("latency"),
-        title=f"{result['task']}: {recipe['method']}, {recipe['prune']['pattern']}, {recipe['prune']['scope']}",
+        title=f"{result['task']}: {recipe['method']}, {recipe['prune']['pattern']}, {recipe['prune'].get('scope', 'global')}",
         caption=f"asked: {asked}; {_kept(result, told)}. MACs (one multiply-add each) alone are theory.",
     )
 

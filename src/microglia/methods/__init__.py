@@ -5,22 +5,22 @@ from microglia.methods.at_init import AtInit, AtInitConfig
 from microglia.methods.at_init_observed import Initialization
 from microglia.methods.awg import Awg, AwgConfig
 from microglia.methods.channels import ChannelsConfig
-from microglia.methods.config import Method, MethodConfig, method, methods, preset
-from microglia.methods.ddnp import DdnpConfig
-from microglia.methods.ftwt import Ftwt
-from microglia.methods.ftwt_config import FtwtConfig
+from microglia.methods.config import Method, MethodConfig, SearchConfig, UnitConfig, method, methods, preset
+from microglia.methods.ddnp import Ddnp, DdnpConfig
+from microglia.methods.ftwt import Ftwt, FtwtConfig
+from microglia.methods.ftwt_method import ftwt as _  # noqa: F401 -- registers it
 from microglia.methods.ftwt_observed import Predicted, Routing
 from microglia.methods.gradual import Gradual, GradualConfig
 from microglia.methods.lottery import Level, LotteryConfig, Tickets
 from microglia.methods.oneshot import OneShot, OneShotConfig
 from microglia.methods.pas import Pas, PasConfig
 from microglia.methods.pdp import Pdp, PdpConfig
-from microglia.methods.pruner import PruneConfig, Pruner
+from microglia.methods.pruner import Pruner, PrunerProtocol
 from microglia.methods.search_observed import Search
 from microglia.methods.smart import Smart, SmartConfig
-from microglia.methods.sparse_training import SparseTraining
-from microglia.methods.sparse_training_config import SparseTrainingConfig
-from microglia.methods.unit_pruner import SearchConfig, UnitConfig, UnitPruner
+from microglia.methods.sparse_training import SparseTraining, SparseTrainingConfig
+from microglia.methods.unit_pruner import UnitPruner
+from microglia.methods.what import PruneConfig, Takes
 
 __all__ = [
     "Acdc",
@@ -30,6 +30,7 @@ __all__ = [
     "Awg",
     "AwgConfig",
     "ChannelsConfig",
+    "Ddnp",
     "DdnpConfig",
     "Ftwt",
     "FtwtConfig",
@@ -49,6 +50,7 @@ __all__ = [
     "Predicted",
     "PruneConfig",
     "Pruner",
+    "PrunerProtocol",
     "Routing",
     "Search",
     "SearchConfig",
@@ -56,6 +58,7 @@ __all__ = [
     "SmartConfig",
     "SparseTraining",
     "SparseTrainingConfig",
+    "Takes",
     "Tickets",
     "UnitConfig",
     "UnitPruner",

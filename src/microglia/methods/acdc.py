@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from microglia.core.errors import BudgetError
-from microglia.methods.config import method
+from microglia.methods.config import UnitConfig, method
 from microglia.methods.procedure import searched
-from microglia.methods.unit_pruner import UnitConfig, UnitPruner, fits
+from microglia.methods.unit_pruner import UnitPruner, fits
 from microglia.storage.run import Run
 from microglia.tasks.task import Task
 
@@ -40,8 +40,8 @@ class AcdcConfig(UnitConfig):
     reset_momentum: bool = True
     max_sparsity: float = 0.98
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check_values(self) -> None:
+        """Raises `BudgetError` unless compressed and dense phases take turns."""
         both = [t for pair in zip(self.compress, (*self.decompress, 1.0), strict=False) for t in pair]
         if len(self.compress) != len(self.decompress) + 1 or both != sorted(set(both)) or both[0] < 0:
             raise BudgetError(

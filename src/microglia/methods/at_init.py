@@ -20,7 +20,8 @@ from microglia.core.schedules import schedules
 from microglia.core.shuffle import shuffled
 from microglia.methods.config import MethodConfig, fits, method, preset
 from microglia.methods.procedure import change, dense_model, evidence, observe, train
-from microglia.methods.pruner import PruneConfig, Pruner
+from microglia.methods.pruner import Pruner
+from microglia.methods.what import PruneConfig
 from microglia.scores import Evidence, PositiveFlow, effective_masks, example_of
 from microglia.scores.guard import in_training, untouched
 from microglia.storage.run import Run
@@ -60,7 +61,8 @@ class AtInitConfig(MethodConfig):
     halves: bool = False
     ablation: Ablation = "none"
 
-    def __post_init__(self) -> None:
+    def check_values(self) -> None:
+        """Raises `BudgetError` for rounds or examples that do not go together."""
         schedules[self.schedule]
         if self.rounds < 1 or (self.per_class is not None and self.per_class < 1):
             raise BudgetError(f"rounds and per_class are at least 1; got {self.rounds} and {self.per_class}.")

@@ -8,24 +8,25 @@ The algorithm (spec: AWG 6.2). As many times as there are steps, with equal incr
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, cast
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from microglia.core.errors import BudgetError
-from microglia.methods.config import method
+from microglia.methods.config import UNITS, SearchConfig, UnitConfig, method
 from microglia.methods.procedure import searched
-from microglia.methods.unit_pruner import SearchConfig, UnitPruner, fits
+from microglia.methods.unit_pruner import UnitPruner, fits
 from microglia.methods.units import split
+from microglia.methods.what import SAMPLING, Takes
 from microglia.scores.accumulated import accumulated_gradient
 from microglia.storage.run import Run
 from microglia.tasks.task import Task
 
 
 @dataclass(frozen=True)
-class AwgConfig(SearchConfig):
+class AwgConfig(SearchConfig, UnitConfig):
     """AWG; ``score_batches`` of ``score_batch_size`` examples are the calibration.
 
     Attributes:
@@ -34,14 +35,15 @@ class AwgConfig(SearchConfig):
         beta: Of the moving average over calibration batches.
     """
 
+    takes: ClassVar[Takes] = replace(UNITS, fields=(*UNITS.fields, *SAMPLING))
     updates: int = 5
     beta: float = 0.99
     search: float = 0.5
     max_sparsity: float = 0.98
     score_batches: int = 16
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check_values(self) -> None:
+        """Raises `BudgetError` for updates or beta out of range."""
         if self.updates < 1 or not 0 <= self.beta < 1:
             raise BudgetError(f"updates is at least 1 and beta in [0, 1); got {self.updates} and {self.beta}.")
 

@@ -5,18 +5,19 @@ from __future__ import annotations
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import nn
 
 from microglia.core.batch import to_device
 from microglia.core.budget import Budget
-from microglia.core.errors import BudgetError, PatternError, SelectorError
-from microglia.core.registry import unknown_name
+from microglia.core.errors import BudgetError
+from microglia.core.patterns import Channel
 from microglia.graph import ShrinkError, plan_of, prune_channels
 from microglia.graph.cutting.plan import attach
 from microglia.methods.config import MethodConfig, method, preset
 from microglia.methods.procedure import change, cut, dense_model, evidence, observe, train
+from microglia.methods.what import BUDGET, SAMPLING, SCORING, Takes
 from microglia.storage.changes import changes_of
 from microglia.storage.run import Progress, Run
 from microglia.tasks.task import Task
@@ -43,6 +44,16 @@ class ChannelsConfig(MethodConfig):
         rounds: Times that channels are scored, removed and the model trained; each round removes the same fraction.
     """
 
+    takes: ClassVar[Takes] = Takes(
+        fields=(*BUDGET, *SCORING, *SAMPLING, "exclude", "scope"),
+        patterns={Channel: "shrunk"},
+        scopes=("uniform", "global"),
+        why={
+            "layers": "channels are coupled across layers, and exclude keeps layers whole",
+            "protect": "channels are coupled across layers, and exclude keeps layers whole",
+            "allow_empty": "no layer is ever emptied of channels",
+        },
+    )
     pattern: str = "channel"
     scope: Literal["uniform", "global"] = "uniform"  # type: ignore[assignment]  # masks compete elsewhere
     reduction: Literal["mean", "sum", "max", "l2"] = "l2"
@@ -53,16 +64,8 @@ class ChannelsConfig(MethodConfig):
     recalibrate: int = RECALIBRATION
     rounds: int = 1
 
-    def __post_init__(self) -> None:  # here, so that it shows before the dense model is trained
-        if self.pattern != "channel":
-            raise PatternError(f"The method 'channels' removes whole channels: its pattern is channel, not {self.pattern}.")
-        if self.scope not in ("uniform", "global"):
-            raise unknown_name("scope of removed channels", self.scope, ("uniform", "global"))
-        if self.layers != ("*",) or self.protect or self.allow_empty:
-            raise SelectorError(
-                "The method 'channels' takes exclude, which keeps layers whole, and not layers, protect or allow_empty: "
-                "channels are coupled across layers, and none is ever emptied."
-            )
+    def check_values(self) -> None:
+        """Raises `BudgetError` for counts below 1 and for rounds towards a time."""
         if min(self.round_to, self.batch, self.rounds) < 1:
             raise BudgetError(
                 f"round_to, batch and rounds are at least 1; got {self.round_to}, {self.batch} and {self.rounds}."

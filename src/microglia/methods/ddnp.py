@@ -11,38 +11,43 @@ end channels rank by the moving average of their importance, and a common factor
 
 from __future__ import annotations
 
-import bisect
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from microglia.core.batch import call, to_device
+from microglia.core.batch import to_device
 from microglia.core.budget import Budget
 from microglia.core.devices import device_of
-from microglia.core.errors import BudgetError, PatternError, SelectorError
+from microglia.core.errors import BudgetError, ScoreError
 from microglia.core.layers import prunable_layers
-from microglia.core.masks import mask
+from microglia.core.masks import MaskSet, enforce, mask, masks_of
+from microglia.core.modes import evaluating
+from microglia.core.patterns import Channel
 from microglia.graph import plan_of, shrink
-from microglia.graph.channels.coupled import CoupledChannels
 from microglia.graph.cutting.plan import attach
+from microglia.methods.arguments import check_evidence, check_model, check_steps, plain_settings
 from microglia.methods.config import MethodConfig, method
+from microglia.methods.ddnp_networks import Prefix, Search, energies, ranks, to_channels, whole_widths
 from microglia.methods.procedure import cut, dense_model, observe, train
+from microglia.methods.pruner import own_optimizer, set_rate
 from microglia.methods.soft import SoftMasks
 from microglia.methods.units import ChannelUnits
+from microglia.methods.what import Takes
+from microglia.scores import Evidence
 from microglia.storage.run import Progress, Run
 from microglia.tasks.task import Task
 from microglia.train.step import Step, objective
 
-INPUTS, HIDDEN = 64, 128  # length of the importance network's inputs, and of each direction of its GRU
-OFFSET, TEMPERATURE, MEMORY, JITTER, DECAY, TOLERANCE = 3.0, 0.4, 0.99, 0.02, 1e-4, 0.01
-RAMP, FLOOR = 0.05, 0.025  # half the prefix's ramp as a fraction of the channels; what is added to the prefix
+__all__ = ["Ddnp", "DdnpConfig", "Prefix", "Search", "ddnp", "energies", "fits", "ranks", "search", "whole_widths"]
+
+DECAY = 1e-4
 
 
 @dataclass(frozen=True)
@@ -58,177 +63,178 @@ class DdnpConfig(MethodConfig):
         search_lr: Learning rate of both networks (AdamW); that of the widths falls along a cosine.
     """
 
+    takes: ClassVar[Takes] = Takes(
+        fields=("flops", "exclude", "score_batch_size"),
+        patterns={Channel: "shrunk"},
+        why={"layers": "channels are coupled across layers, and exclude keeps layers whole"},
+    )
     pattern: str = "channel"
     search_epochs: int = 200
     search_share: float = 0.05
     strength: float = 2.0
     search_lr: float = 1e-3
 
-    def __post_init__(self) -> None:  # here, so that it shows before the dense model is trained
-        if self.pattern != "channel":
-            raise PatternError(f"The method 'ddnp' removes whole channels: its pattern is channel, not {self.pattern}.")
-        if self.layers != ("*",) or self.protect or self.allow_empty or self.scope != "global":
-            raise SelectorError(
-                "The method 'ddnp' takes exclude, which keeps layers whole, and not layers, protect, allow_empty or scope."
-            )
+    def check_values(self) -> None:
+        """Raises `BudgetError` for values of the search out of range."""
         if self.search_epochs < 1 or not 0 < self.search_share <= 1 or not self.search_lr > 0 or self.strength < 0:
             raise BudgetError("search_epochs is at least 1, search_share in (0, 1], search_lr above 0, strength at least 0.")
 
     @property
     def kept(self) -> float:
         """p, the kept fraction of the multiply-accumulates."""
-        if self.flops is None or (self.density, self.params, self.ms) != (None, None, None):
-            text = "takes flops, the kept fraction of the multiply-accumulates such as 0.5, and not density, params or ms"
-            raise BudgetError(f"The method 'ddnp' {text}.")
+        if self.flops is None:
+            raise BudgetError("The method 'ddnp' takes flops, the kept fraction of the multiply-accumulates such as 0.5.")
         return Budget(flops=self.flops).flops or 0.0  # which checks it
 
 
-def by_group(vector: Tensor, lengths: Sequence[int]) -> Tensor:
-    """Returns the mean over each group's channels, (groups,)."""
-    return torch.stack([part.mean() for part in torch.split(vector, list(lengths))])
+class Ddnp:
+    """Learns widths and ranks of a frozen model's channels, to be stepped inside anybody's loop; see `PrunerProtocol`.
 
+    The model rests until `finish`: in evaluation mode, without gradients. Its channels have new gates at every step. The
+    networks are no part of the model, so that a data-parallel wrapper does not average their gradients.
 
-def to_channels(values: Tensor, lengths: Sequence[int]) -> Tensor:
-    """Returns each group's value for all its channels, (channels,)."""
-    return values.repeat_interleave(torch.tensor(lengths, device=values.device))
-
-
-def ranks(importance: Tensor, lengths: Sequence[int]) -> Tensor:
-    """Returns each channel's rank in its group, 0 = most important, ties by position: a permutation of each group."""
-    parts = torch.split(importance, list(lengths))
-    return torch.cat([part.argsort(descending=True, stable=True).argsort() for part in parts])
-
-
-class Prefix(torch.autograd.Function):
-    """The soft mask of the first kappa C of each group's channels by rank, (channels,), with a smooth step at the end.
-
-    The step q(x) = -2 (x/T)^3 + 1.5 (x/T) + 0.5 is T = 2 s channels long, s = int(0.05 C) or less, where the group ends; with
-    s = 0 the mask is the first round(kappa C). x runs from the middles of channels, so that the mask sums to kappa C; in the
-    authors' code it has half a channel more. ``floor`` is added to all, up to 1.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, widths: Tensor, ranks: Tensor, lengths: list[int], floor: float = 0.0) -> Tensor:  # noqa: D102
-        ctx.lengths = lengths
-        sizes = torch.tensor(lengths, device=widths.device)
-        whole = (widths * sizes + 0.5).floor()
-        half = torch.minimum((RAMP * sizes).floor(), torch.minimum(whole, sizes - whole))
-        wide, first, half = (to_channels(v, lengths) for v in (widths * sizes, whole, half))
-        x = torch.maximum(torch.minimum(wide - ranks - 0.5, half), -half) / (2 * half).clamp(min=1)
-        prefix = torch.where(half > 0, -2 * x**3 + 1.5 * x + 0.5, (ranks < first).to(x.dtype))
-        return (prefix + floor).clamp(max=1)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
-        """Returns dL/dkappa, the mean over channels of dL/dmask (spec: 9.1)."""
-        return by_group(gradients[0], ctx.lengths), None, None, None
-
-
-def _uniform(like: Tensor, inputs: int, generator: torch.Generator) -> nn.Parameter:
-    return nn.Parameter(nn.init.uniform_(like, -(inputs**-0.5), inputs**-0.5, generator=generator))
-
-
-class Search(nn.Module):
-    """The two networks and the moving average of the importance; everything random is drawn on the CPU."""
-
-    def __init__(self, channels: CoupledChannels, config: DdnpConfig, energy: Tensor, generator: torch.Generator) -> None:
-        super().__init__()
-        self.channels, self.config, self.lengths, self.generator = channels, config, channels.lengths, generator
-        self.gates: Tensor | None = None
-        groups, device = len(self.lengths), energy.device
-        self.noise = torch.randn(groups, generator=generator).to(device)
-        self.linear = _uniform(torch.empty(groups, groups), groups, generator)
-        self.inputs = nn.init.orthogonal_(torch.empty(groups, INPUTS), generator=generator).to(device)
-        self.gru = nn.GRU(INPUTS, HIDDEN, bidirectional=True, device="meta").to_empty(device="cpu")  # draws nothing
-        for parameter in self.gru.parameters():
-            _uniform(parameter.data, HIDDEN, generator)
-        self.norm = nn.LayerNorm(2 * HIDDEN)
-        self.heads = nn.ParameterList([_uniform(torch.empty(n, 2 * HIDDEN), 2 * HIDDEN, generator) for n in self.lengths])
-        self.energy = torch.cat([part / part.max().clamp_min(1e-30) for part in torch.split(energy, self.lengths)]).float()
-        self.average = torch.zeros(channels.count, device=device)
-        self.to(device)
-
-    def widths(self) -> Tensor:
-        """Returns kappa, (groups,)."""
-        return torch.sigmoid(self.linear @ self.noise + OFFSET)
-
-    def forward(self) -> Tensor:
-        """Draws new gates and returns what is added to the task's loss for them."""
-        widths, lengths = self.widths(), self.lengths
-        features = torch.relu(self.norm(self.gru(self.inputs)[0]))
-        outputs = torch.cat([head @ row for head, row in zip(self.heads, features, strict=True)])
-        drawn = torch.rand(len(outputs) + len(lengths), generator=self.generator).to(outputs.device)
-        shifted = outputs - (-drawn[: len(outputs)].clamp_min(1e-20).log()).log() + OFFSET  # with Gumbel noise
-        importance = (torch.sigmoid(shifted) + self.energy).detach() / 2
-        self.average.lerp_(importance, 1 - MEMORY)
-        soft = torch.sigmoid(shifted / TEMPERATURE)
-        prefix: Tensor = Prefix.apply(widths, ranks(importance, lengths), lengths, FLOOR)  # type: ignore[no-untyped-call]
-        self.gates = prefix * soft
-        shares = by_group(soft + ((soft >= 0.5).to(soft.dtype) - soft).detach(), lengths)
-        macs = self.channels.macs(to_channels((widths + shares).double() / 2, lengths))
-        pursuit = (shares - widths + (2 * drawn[len(outputs) :] - 1) * JITTER).abs().log1p().sum()
-        return 2 * self.config.strength * (macs / self.config.kept).log().abs() + pursuit
-
-
-def whole_widths(channels: CoupledChannels, widths: Tensor, kept: float) -> Tensor:
-    """Returns how many channels each group keeps, at least one, so that ``kept`` of the multiply-accumulates is left, int64.
-
-    A common factor on the widths reaches the channels of all groups in one order; with each the multiply-accumulates rise, and
-    bisection finds the place nearest to the budget. Where that is off, for the last channel is a large one, others go for it.
+    Args:
+        model: The model to prune, in place.
+        config: See `DdnpConfig`; its trainings and the length of its search are not used here.
+        total_steps: Optimizer steps of the search, over which the rate of the widths falls along a cosine.
+        example_inputs: One batch of inputs.
+        evidence: Batches, over which the energy of channels is summed, and the generator of all that is random.
+        **settings: The fields of the config by keyword instead.
 
     Raises:
-        BudgetError: One channel in each group is too much already.
+        MicrogliaError: The config or the evidence does not fit the model; the text says how.
     """
-    lengths = channels.lengths
-    place, group = ranks(torch.zeros(channels.count), lengths), to_channels(torch.arange(len(lengths)), lengths)
-    factor = (place + 0.5) / to_channels(widths * torch.tensor(lengths), lengths)
-    order = torch.where(place > 0, factor, -1.0).argsort(stable=True)
 
-    def ratio(stay: Tensor) -> float:
-        return float(channels.macs(torch.zeros(channels.count, dtype=torch.float64).index_fill_(0, stay, 1.0))) / kept
+    def __init__(
+        self,
+        model: nn.Module,
+        config: DdnpConfig | None = None,
+        *,
+        total_steps: int,
+        example_inputs: Any = None,
+        evidence: Evidence | None = None,
+        **settings: Any,
+    ) -> None:
+        user = type(self).__name__
+        check_model(model, user)
+        self.total_steps = check_steps(total_steps, user)
+        self.model, self.steps = model, 0
+        self.config = config if config is not None else DdnpConfig(**plain_settings(DdnpConfig, settings, user))
+        evidence = check_evidence(evidence, user)
+        if example_inputs is None:
+            raise BudgetError(f"{user} traces the model to find coupled channels: give example_inputs, one batch of inputs.")
+        self.units = ChannelUnits(model, prunable_layers(model), "auto", example_inputs, self.config.exclude)
+        whole_widths(self.units.channels, torch.ones(len(self.units.channels.lengths)), self.config.kept)  # can it be met
+        device = device_of(model)
+        with evaluating(model):
+            energy = energies(model, self.units.channels, evidence.batches, device, evidence.forward)
+        if not energy.any():
+            raise ScoreError(f"{user} weighs channels by their energy: give evidence with batches, (inputs, targets).")
+        self._frozen = [p for p in model.parameters() if p.requires_grad]
+        self._modes = [(module, module.training) for module in model.modules()]
+        model.eval().requires_grad_(False)
+        self.search = Search(self.units.channels, self.config, energy, evidence.generator)
+        self._made: list[torch.optim.Optimizer] = []
+        self._penalty: Tensor | None = None
+        self._rest = model.register_forward_pre_hook(_rest)
+        self._soft: SoftMasks | None = SoftMasks(model, self.units, self._gates, None)
 
-    at = bisect.bisect_right(range(len(lengths), channels.count + 1), 1.0, key=lambda n: ratio(order[:n])) + len(lengths) - 1
-    if at < len(lengths):
-        raise BudgetError(f"flops={kept:g} cannot be met with one channel in each group; ask for more, or exclude less.")
-    below, above, stuck = order[:at], order[: at + 1], set()
-    if min(1 - ratio(below), ratio(above) - 1) > TOLERANCE:
-        for channel in reversed(order[len(lengths) : at].tolist()):
-            if int(group[channel]) not in stuck and ratio(fewer := above[above != channel]) >= 1:
-                above = fewer
-            else:
-                stuck.add(int(group[channel]))
-    return group[min(below, above, key=lambda stay: abs(ratio(stay) - 1))].bincount(minlength=len(lengths))
+    def _gates(self) -> Tensor | None:
+        """Returns the gates of this step, drawn at its first forward pass; evaluation sees the last ones."""
+        if torch.is_grad_enabled() and self._penalty is None:
+            self._penalty = self.search()
+        return self.search.gates
+
+    def penalty(self) -> Tensor | float:
+        """Returns what the gates of the last forward pass add to the loss."""
+        return 0.0 if self._penalty is None else self._penalty
+
+    def replaces_step(self) -> bool:
+        """Tells that the optimizers act at every step."""
+        return False
+
+    def step(self, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Goes on by one optimizer step: new gates, and the next rate of the widths."""
+        self.steps, self._penalty = self.steps + 1, None
+        rate = cosine(self.config.search_lr, self.steps / self.total_steps)
+        set_rate([optimizer, *self._made], [self.search.linear], rate)
+
+    def param_groups(self) -> list[dict[str, Any]]:
+        """Returns the groups of both networks; see `Pruner.param_groups`."""
+        if self._soft is None:
+            return []
+        return groups_of(self.search, self.config.search_lr)
+
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        """Returns AdamW for both networks; the rate of the widths falls from step to step."""
+        made = [own_optimizer("adamw", groups)] if (groups := self.param_groups()) else []
+        self._made += made
+        return list(made)
+
+    def weights_to_train(self) -> list[nn.Parameter]:
+        """Returns the parameters of the model, which rest: none gets a gradient before `finish`."""
+        return list(self.model.parameters())
+
+    @torch.no_grad()
+    def kept(self) -> Tensor:
+        """Returns the channels that meet the budget, by width and rank as learned so far, boolean (channels,)."""
+        counts = whole_widths(self.units.channels, self.search.widths().cpu(), self.config.kept)
+        return ranks(self.search.average.cpu(), self.search.lengths) < to_channels(counts, self.search.lengths)
+
+    def finish(self) -> MaskSet:
+        """Ends the search: masks all other channels, and lets the model be trained again; returns the masks."""
+        if self._soft is not None:
+            kept = self.kept().to(device_of(self.model))
+            masks = self.units.masks(kept)
+            self._soft.harden(self.model, masks)
+            self._soft.kept = kept
+            self._soft.detach_companions(self.model)
+            self._soft.leave(self.model)
+            self._rest.remove()
+            self._soft, self._penalty = None, None
+            mask(self.model, masks)
+            enforce(self.model)
+            for parameter in self._frozen:
+                parameter.requires_grad_(True)
+            for module, training in self._modes:
+                module.training = training
+        return masks_of(self.model)
+
+    def report(self) -> dict[str, Any]:
+        """Returns the learned widths by group."""
+        return {"widths": dict(zip(self.units.names, self.search.widths().tolist(), strict=True))}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns where the search stands."""
+        state = {"networks": self.search.state_dict(), "average": self.search.average}
+        return {"steps": self.steps, **state, "generator": self.search.generator.get_state()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from a state."""
+        self.steps = int(state["steps"])
+        self.search.load_state_dict(state["networks"])
+        self.search.average.copy_(state["average"])
+        self.search.generator.set_state(state["generator"])
 
 
-@torch.no_grad()
-def energies(
-    model: nn.Module,
-    channels: CoupledChannels,
-    batches: Iterable[tuple[Any, Any]],
-    device: torch.device,
-    forward: Callable[[nn.Module, Any], Any] = call,
-) -> Tensor:
-    """Returns each channel's energy, the sum over data and positions of x^2 in all layers that read it, float64 (channels,).
+def _rest(module: nn.Module, args: Any) -> None:
+    """Keeps a model that rests in evaluation mode, whatever the loop around it sets."""
+    if module.training:
+        module.eval()
 
-    It is only compared within a group; 0 where no module is called with what is read, as inside attention.
-    """
-    energy = torch.zeros(channels.count + 1, dtype=torch.float64)
 
-    def note(units: Tensor, rank: int, _: nn.Module, args: tuple[Any, ...]) -> None:
-        if args and isinstance(args[0], Tensor):  # channels are in front of as many dimensions as the kernel has
-            each = args[0].movedim(args[0].ndim - rank + 1, 0).flatten(1).float().square().sum(1).double().cpu()
-            if len(each) % len(units) == 0:  # a grouped convolution's weight has the channels of one group
-                energy.index_add_(0, units, each.view(-1, len(units)).sum(0))
+def cosine(rate: float, progress: float) -> float:
+    """Returns a rate that falls along half a cosine, from all of it at progress 0 to 0 at 1."""
+    return rate * (1 + math.cos(math.pi * progress)) / 2
 
-    hooks = []
-    for place in channels.read:
-        module, rank = model.get_submodule(place.name.rpartition(".")[0]), model.get_parameter(place.name).ndim
-        hooks.append(module.register_forward_pre_hook(partial(note, place.units, rank)))
-    for inputs, _ in batches:
-        forward(model, to_device(inputs, device))
-    for hook in hooks:
-        hook.remove()
-    return energy[:-1].to(device)
+
+def groups_of(search: Search, rate: float) -> list[dict[str, Any]]:
+    """Returns the groups of the networks: that of the widths, without decay, and the rest."""
+    rest = [parameter for parameter in search.parameters() if parameter is not search.linear]
+    return [
+        {"params": [search.linear], "lr": rate, "weight_decay": 0.0},
+        {"params": rest, "lr": rate, "weight_decay": DECAY},
+    ]
 
 
 def _units(model: nn.Module, task: Task, config: DdnpConfig) -> ChannelUnits:
@@ -263,9 +269,7 @@ def search(task: Task, run: Run, config: DdnpConfig, model: nn.Module, progress:
     energy = energies(frozen, units.channels, islice(batches.epoch(0), share), run.device, task.forward)
     own = Search(units.channels, config, energy, generator := torch.Generator().manual_seed(run.seed))
     SoftMasks(frozen, units, lambda: own.gates, None)
-    rest = [parameter for parameter in own.parameters() if parameter is not own.linear]
-    groups = [{"params": [own.linear], "weight_decay": 0.0}, {"params": rest, "weight_decay": DECAY}]
-    optimizer, rows = torch.optim.AdamW(groups, config.search_lr), []
+    optimizer, rows = torch.optim.AdamW(groups_of(own, config.search_lr)), []
     step = Step(task, frozen, [optimizer], objective(task, training=False), own.noise.device)
     if (state := progress.state) is not None:
         own.load_state_dict(state["networks"])
@@ -274,7 +278,7 @@ def search(task: Task, run: Run, config: DdnpConfig, model: nn.Module, progress:
         generator.set_state(state["generator"])
         rows = list(state["rows"])
     while len(rows) < config.search_epochs:
-        optimizer.param_groups[0]["lr"] = config.search_lr * (1 + math.cos(math.pi * len(rows) / config.search_epochs)) / 2
+        optimizer.param_groups[0]["lr"] = cosine(config.search_lr, len(rows) / config.search_epochs)
         rows.append({"loss": _epoch(own, step, islice(batches.epoch(0), share))})
         state = {"networks": own.state_dict(), "average": own.average, "optimizer": optimizer.state_dict(), "rows": rows}
         progress.save({**state, "generator": generator.get_state()})

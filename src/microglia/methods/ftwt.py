@@ -10,46 +10,144 @@ gradient to it. No gradient of the task's loss reaches a head, for M has none. T
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from copy import deepcopy
-from dataclasses import asdict, dataclass, field, replace
-from functools import partial
-from itertools import islice
-from typing import Any, cast
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from microglia.core.devices import device_of
-from microglia.core.errors import MicrogliaError
+from microglia.core.budget import Budget
+from microglia.core.errors import BudgetError, MicrogliaError, SelectorError
+from microglia.core.patterns import Channel
 from microglia.dynamic import (
-    Counter,
+    COUNTS,
+    RULES,
+    Count,
     Flow,
     GatePlan,
     Passage,
+    Rule,
     attach_gates,
-    calibrate,
-    choose_r,
-    estimate,
-    fit_heads,
+    find_sites,
     gate_plan,
     gates_of,
     note_plan,
-    record,
-    shares,
-    statistics,
 )
-from microglia.methods.config import method
-from microglia.methods.ftwt_config import FtwtConfig, plan_gates, with_r_of
-from microglia.methods.procedure import change, dense_model, train
-from microglia.storage.run import Progress, Run
-from microglia.tasks.task import Task
-from microglia.train.optim import epoch_length
+from microglia.methods.arguments import check_evidence, check_model, plain_settings
+from microglia.methods.config import MethodConfig
+from microglia.methods.pruner import own_optimizer, set_rate
+from microglia.methods.what import Takes
+from microglia.scores import Evidence
+
+Mode = Literal["decoupled", "joint", "heads", "random"]
+
+
+@dataclass(frozen=True)
+class FtwtConfig(MethodConfig):
+    """FTWT; the budget is ``flops``, the mean fraction of the operations computed, or ``r`` itself.
+
+    Attributes:
+        pattern: Always ``channel``.
+        layers: Selectors of the convolutions to gate; those that cannot be are left out.
+        exclude: Selectors of convolutions not to gate.
+        mode: ``decoupled``; ``joint``, where the loss of the heads trains the network too; ``heads``, where the network rests;
+            ``random``, the baseline whose heads are never trained and keep as many filters of each layer as the targets do.
+        r: Fraction of a layer's mass that its target keeps, in (0, 1], for all layers or by layer; instead of ``flops``.
+        rule: Of the targets; see `microglia.dynamic.targets`.
+        count: What ``flops`` counts: ``honest``, all that is computed, or ``paper``, as published (heads for free).
+        images: Training images on which r is chosen before the training.
+        pool: What a head sees of its input: the average of each channel (the authors' code) or its maximum (their figures).
+        softmax: Whether that goes through a softmax over channels.
+        head_lr: Constant learning rate of the heads, which have SGD with momentum 0.9 and no weight decay.
+        cooldown: Fraction of the training after which the heads rest.
+        soften: Fraction of the training over which the masks come in, from no effect at all to all of it; 0 as in the paper,
+            where half the filters go at the first step.
+        initial: Heads at the start: ``random``, as in the paper, or ``fitted`` (ours): each the logistic regression of its
+            targets on what it sees of about ``images`` training images, so that a short training is not spent on them.
+        calibrate: Whether, with ``flops``, the heads' thresholds are moved so that the masks cost what was asked: when the
+            heads are fitted, when they rest, and at the end. Otherwise, and with ``r``, they are the paper's, a probability of
+            one half.
+    """
+
+    takes: ClassVar[Takes] = Takes(
+        fields=("flops", "layers", "exclude"),
+        patterns={Channel: "gated"},
+        also=("r",),
+        why={"density": "all weights stay", "params": "all weights stay"},
+    )
+    pattern: str = "channel"
+    mode: Mode = "decoupled"
+    r: float | dict[str, float] | None = None
+    rule: Rule = "prefix_le"
+    count: Count = "honest"
+    images: int = 2048
+    pool: Literal["avg", "max"] = "avg"
+    softmax: bool = True
+    head_lr: float = 0.1
+    cooldown: float = 0.5
+    soften: float = 0.0
+    initial: Literal["random", "fitted"] = "random"
+    calibrate: bool = False
+
+    def check_values(self) -> None:
+        """Raises `BudgetError` for an unknown choice and for fractions out of range."""
+        if self.mode not in ("decoupled", "joint", "heads", "random") or self.rule not in RULES or self.count not in COUNTS:
+            raise BudgetError(f"There is no mode {self.mode!r}, rule {self.rule!r} or count {self.count!r}.")
+        if self.initial not in ("random", "fitted") or (self.initial == "fitted" and self.mode == "random"):
+            raise BudgetError(
+                f"initial is random, or fitted where heads are trained; got {self.initial!r} with mode {self.mode!r}."
+            )
+        if not (0 <= self.cooldown <= 1 and 0 <= self.soften <= 1 and self.head_lr > 0 and self.images > 0):
+            raise BudgetError(
+                "cooldown and soften are fractions of the training, head_lr and images are above 0; got "
+                f"{self.cooldown}, {self.soften}, {self.head_lr} and {self.images}."
+            )
+
+    def check_budget(self) -> None:
+        """Raises `BudgetError` unless there is one of flops and r, in range."""
+        if (self.flops is None) == (self.r is None):
+            raise BudgetError(
+                "The method 'ftwt' takes one of flops, the mean fraction of the operations such as 0.5, and r, the fraction of "
+                f"the mass such as 0.9; got flops={self.flops} and r={self.r}."
+            )
+        if self.flops is not None:
+            Budget(flops=self.flops)
+        for value in self.r.values() if isinstance(self.r, dict) else (() if self.r is None else (self.r,)):
+            if not 0 < value <= 1:
+                raise BudgetError(f"r is the fraction of the mass to keep, in (0, 1]; got {value}.")
+
+
+def plan_gates(model: nn.Module, flow: Flow, config: FtwtConfig) -> GatePlan:
+    """Returns the plan of a model's gates, with the config's r where it has one.
+
+    Raises:
+        SelectorError: No convolution can be gated, or r names one that is not.
+    """
+    sites = find_sites(flow, model, config.layers, config.exclude).sites
+    plan = GatePlan(sites, pool=config.pool, softmax=config.softmax, rule=config.rule)
+    return plan if config.r is None else with_r_of(plan, config.r)
+
+
+def with_r_of(plan: GatePlan, r: float | dict[str, float]) -> GatePlan:
+    """Returns the plan with one r for all layers, or one for each.
+
+    Raises:
+        SelectorError: r by layer names another layer than the gated ones, or leaves one out.
+    """
+    layers = [site.layer for site in plan.sites]
+    if isinstance(r, dict):
+        wrong = next((name for name in (*r, *layers) if (name in r) != (name in layers)), None)
+        if wrong is not None:
+            raise SelectorError(
+                f"r by layer needs every gated layer and no other; look at {wrong!r}. Gated: {', '.join(layers)}."
+            )
+    return plan.with_r(r)
 
 
 class Ftwt:
-    """The heads of a model and their loss, to be stepped inside anybody's training loop.
+    """The heads of a model and their loss, to be stepped inside anybody's training loop; see `PrunerProtocol`.
 
     Example:
         >>> pruner = mg.Ftwt(model, r=0.9, total_steps=1000, example_inputs=x)      # doctest: +SKIP
@@ -59,7 +157,8 @@ class Ftwt:
         config: See `FtwtConfig`; its training fields are not used here.
         total_steps: Optimizer steps of the training, over which fractions count.
         example_inputs: One batch of inputs, where the model has no gates yet.
-        generator: Draws the heads' initial weights.
+        evidence: Its generator draws the heads' initial weights.
+        generator: Draws them instead.
         at_rest: Called when the heads come to rest, and again at the end, to calibrate them.
         **settings: The fields of the config by keyword instead.
     """
@@ -71,12 +170,18 @@ class Ftwt:
         *,
         total_steps: int,
         example_inputs: Any = None,
+        evidence: Evidence | None = None,
         generator: torch.Generator | None = None,
         at_rest: Callable[[], dict[str, float]] | None = None,
         **settings: Any,
     ) -> None:
-        self.model, self.config = model, config if config is not None else FtwtConfig(**settings)
+        user = type(self).__name__
+        check_model(model, user)
+        generator = check_evidence(evidence, user).generator if generator is None and evidence is not None else generator
+        self.model = model
+        self.config = config if config is not None else FtwtConfig(**plain_settings(FtwtConfig, settings, user))
         self.total_steps, self.steps = max(1, total_steps), 0
+        self._made: list[torch.optim.Optimizer] = []
         self._at_rest = at_rest
         self._moved: dict[str, float] = {}
         plan = gate_plan(model)
@@ -151,11 +256,12 @@ class Ftwt:
         self._fade()
         if learned and not self.learning:
             self._calibrate()
-        if optimizer is not None and not self.learning:  # under DDP they go on getting gradients, of zeros
-            own = {id(p) for p in self.parameters()}
-            for group in optimizer.param_groups:
-                if any(id(p) in own for p in group["params"]):
-                    group["constant_lr"] = group["lr"] = 0.0
+        if not self.learning:  # under DDP they go on getting gradients, of zeros
+            set_rate([optimizer, *self._made], self.parameters(), 0.0)
+
+    def replaces_step(self) -> bool:
+        """Tells that the optimizers act at every step."""
+        return False
 
     def _calibrate(self) -> None:
         if self._at_rest is not None:
@@ -167,12 +273,21 @@ class Ftwt:
             gate.fade = min(1.0, self.progress / soften) if soften else 1.0
 
     def param_groups(self) -> list[dict[str, Any]]:
-        """Returns the heads' group: SGD at a constant learning rate, no weight decay."""
+        """Returns the heads' group: its own rate and no weight decay; see `Pruner.param_groups`."""
         if self.config.mode == "random":
             return []
-        rate = self.config.head_lr
-        own = {"lr": rate, "constant_lr": rate, "momentum": 0.9, "weight_decay": 0.0, "optimizer": "sgd"}
-        return [{"params": self.parameters(), **own}]
+        return [{"params": self.parameters(), "lr": self.config.head_lr, "momentum": 0.9, "weight_decay": 0.0}]
+
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        """Returns SGD with momentum 0.9 for the heads, at a constant rate until they rest."""
+        made = [own_optimizer("sgd", groups)] if (groups := self.param_groups()) else []
+        self._made += made
+        return list(made)
+
+    def weights_to_train(self) -> list[nn.Parameter]:
+        """Returns the parameters of the network without the heads."""
+        own = {id(p) for p in self.parameters()}
+        return [p for p in self.model.parameters() if id(p) not in own]
 
     def finish(self) -> nn.Module:
         """Ends the training of the heads; returns the gated model."""
@@ -206,102 +321,3 @@ def _norms_rest(module: nn.Module, args: Any) -> None:
     for norm in module.modules():
         if isinstance(norm, nn.modules.batchnorm._BatchNorm):
             norm.training = False  # not eval(): a gate that hangs on it goes on
-
-
-# --------------------------------------------------------------------------------------------------------- the procedure
-def fits(task: Task, config: FtwtConfig) -> None:
-    """Raises unless the task's model has convolutions to gate and the config a budget."""
-    config.check_budget()
-    model = task.build().eval()
-    plan_gates(model, Flow(model, task.example), config)
-
-
-@dataclass(frozen=True)
-class Planned:
-    """What is known before the training.
-
-    Attributes:
-        plan: Of the gates.
-        counter: Of operations.
-        estimate: What the targets would cost.
-    """
-
-    plan: GatePlan
-    counter: Counter
-    estimate: dict[str, Any] = field(default_factory=dict)
-
-
-@method("ftwt", FtwtConfig, check=fits)
-def ftwt(task: Task, run: Run, config: FtwtConfig) -> nn.Module:
-    """Heads predict per input which channels to compute, trained on each layer's own activation mass."""
-    model = dense_model(task, run, config.dense)
-    teacher = deepcopy(model) if config.train.distill else None
-    planned = plan_before(task, run, config, model)
-    run.observations["estimate"] = planned.estimate
-    attach_gates(model, planned.plan, torch.Generator().manual_seed(run.seed))
-    if config.initial == "fitted":
-        run.observations["fitted"] = fitted(task, run, config, model, planned)
-    steps = config.train.epochs * epoch_length(config.train, len(task.data.batches("train", config.train.batch_size)))
-    at_rest = calibration(task, run, config, model, planned)
-    make = partial(Ftwt, model, config, total_steps=steps, at_rest=at_rest)
-    run.observations["heads"] = train(task, run, "train", model, config.train, pruner=make, teacher=teacher)
-
-    def observe_routes(progress: Progress) -> dict[str, Any]:
-        routes = record(model, task.data.batches("test", 256).epoch(0), run.device)
-        return {"routes": statistics(routes, planned.counter)}
-
-    run.observations["routes"] = run.stage("routes", observe_routes)["routes"]
-    return model
-
-
-def fitted(task: Task, run: Run, config: FtwtConfig, model: nn.Module, planned: Planned) -> dict[str, Any]:
-    """Fits the heads to their targets as a stage, and calibrates them if asked; returns how well they agree, and the moves."""
-    calibrated = calibration(task, run, config, model, planned)
-
-    def work(progress: Progress) -> dict[str, Any]:
-        agreement = fit_heads(model, images_of(task, run, config))
-        return {"agreement": agreement, "moved": calibrated() if calibrated is not None else {}}
-
-    return cast("dict[str, Any]", change(run, "fit", model, work))
-
-
-def calibration(
-    task: Task, run: Run, config: FtwtConfig, model: nn.Module, planned: Planned
-) -> Callable[[], dict[str, float]] | None:
-    """Returns what calibrates the heads of a model to the operations asked, None where nothing is to be met."""
-    asked = config.flops
-    if asked is None or not config.calibrate or config.mode == "random":
-        return None
-    kept, count = planned.estimate["kept"], config.count
-    return lambda: calibrate(model, images_of(task, run, config), planned.counter, kept, flops=asked, count=count)
-
-
-def images_of(task: Task, run: Run, config: FtwtConfig) -> Iterator[tuple[Any, Any]]:
-    """Returns batches of the training images that r is chosen on, and heads are fitted and calibrated to."""
-    batches = task.data.batches("train", 128, seed=run.seed, shuffle=True)
-    return islice(batches.epoch(0), -(-config.images // 128))
-
-
-def plan_before(task: Task, run: Run, config: FtwtConfig, model: nn.Module) -> Planned:
-    """Returns the gates and their r, chosen as a stage on training images for the budget asked."""
-    config.check_budget()
-    plain = task.build().eval()
-    flow = Flow(plain, task.example)
-    plan = plan_gates(plain, flow, config)
-    counter = Counter(plain, flow, plan, task.example)
-
-    def work(progress: Progress) -> dict[str, Any]:
-        trial = attach_gates(deepcopy(model), plan)
-        share = shares(trial, images_of(task, run, config), config.images, device_of(model))
-        if config.flops is not None:
-            return asdict(choose_r(share, config.flops, config.rule, counter, config.count))
-        assert config.r is not None
-        return asdict(estimate(share, config.r, config.rule, counter))
-
-    found: dict[str, Any] = run.stage("estimate", work)
-    if config.flops is not None:
-        plan = plan.with_r(found["r"])
-    if config.mode == "random":
-        keep = {site.layer: max(1, round(found["kept"][site.layer] * site.outputs)) for site in plan.sites}
-        plan = replace(plan, keep=keep)
-    return Planned(plan, counter, found)

@@ -15,9 +15,10 @@ from microglia.core.errors import BudgetError
 from microglia.core.masks import MaskSet, mask
 from microglia.core.schedules import schedules
 from microglia.methods.arguments import check_steps
-from microglia.methods.config import MaskConfig, method
+from microglia.methods.config import MethodConfig, Permuting, method
 from microglia.methods.procedure import dense_in_order, evidence, train
-from microglia.methods.pruner import PruneConfig, Pruner
+from microglia.methods.pruner import Pruner
+from microglia.methods.what import PruneConfig
 from microglia.scores import Evidence
 from microglia.storage.run import Run
 from microglia.tasks.task import Task
@@ -25,7 +26,7 @@ from microglia.train.optim import epoch_length
 
 
 @dataclass(frozen=True)
-class GradualConfig(MaskConfig):
+class GradualConfig(Permuting, MethodConfig):
     """Gradual pruning.
 
     Attributes:
@@ -40,7 +41,8 @@ class GradualConfig(MaskConfig):
     end: float = 0.75
     updates: int = 20
 
-    def __post_init__(self) -> None:  # here, so that it shows before the dense model is trained
+    def check_values(self) -> None:
+        """Raises `BudgetError` for densities by layer and for a schedule that does not go forward."""
         schedules[self.schedule]
         if not isinstance(self.scope, str):
             raise BudgetError("Gradual pruning leads from dense to one budget; densities by layer are not supported.")

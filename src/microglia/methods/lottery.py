@@ -63,7 +63,8 @@ class LotteryConfig(MethodConfig):
     noise: bool = False
     control: Control = "none"
 
-    def __post_init__(self) -> None:
+    def check_values(self) -> None:
+        """Raises `BudgetError` for levels, rewinding and controls that do not go together."""
         if not 0 < self.rate < 1:
             raise BudgetError(f"rate is the fraction of the weights that a level removes, in (0, 1); got {self.rate}.")
         if not 0 <= self.rewind < max(1, self.train.epochs):

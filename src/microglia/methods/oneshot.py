@@ -8,9 +8,10 @@ from typing import Any
 
 from torch import nn
 
-from microglia.methods.config import MaskConfig, method, preset
+from microglia.methods.config import MethodConfig, Permuting, method, preset
 from microglia.methods.procedure import change, dense_in_order, evidence, observe, train
-from microglia.methods.pruner import PruneConfig, Pruner
+from microglia.methods.pruner import Pruner
+from microglia.methods.what import PruneConfig
 from microglia.scores import Evidence
 from microglia.storage.run import Run
 from microglia.tasks.task import Task
@@ -34,7 +35,7 @@ class OneShot(Pruner):
 
 
 @dataclass(frozen=True)
-class OneShotConfig(MaskConfig):
+class OneShotConfig(Permuting, MethodConfig):
     """One-shot pruning.
 
     Attributes:

@@ -9,18 +9,20 @@ with s clamped to [0, 1] after each step. The budget is met only nearly, so the 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Literal, cast
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
-from microglia.core.errors import BudgetError, PatternError
-from microglia.core.patterns import NM, parse_pattern
-from microglia.methods.config import method
+from microglia.core.errors import BudgetError
+from microglia.core.patterns import Block, Channel, Unstructured
+from microglia.methods.config import UNITS, SearchConfig, UnitConfig, method
 from microglia.methods.procedure import searched
-from microglia.methods.unit_pruner import SearchConfig, UnitPruner, fits
+from microglia.methods.pruner import own_optimizer
+from microglia.methods.unit_pruner import UnitPruner, fits
 from microglia.methods.units import ChannelUnits
+from microglia.methods.what import Takes
 from microglia.storage.run import Run
 from microglia.tasks.task import Task
 
@@ -30,7 +32,7 @@ TIE = 1e-6
 
 
 @dataclass(frozen=True)
-class PasConfig(SearchConfig):
+class PasConfig(SearchConfig, UnitConfig):
     """PaS.
 
     Attributes:
@@ -39,16 +41,22 @@ class PasConfig(SearchConfig):
         mask_optimizer: Of the gates.
     """
 
+    takes: ClassVar[Takes] = replace(
+        UNITS,
+        patterns={Channel: "shrunk", Unstructured: "masked", Block: "masked"},
+        why={
+            **UNITS.why,
+            "nm:N:M": "PaS has one gate per unit and one budget for all; N:M is a budget of every row. Take smart",
+        },
+    )
     strength: float = 1.0
     mask_lr: float = 1e-2
     mask_optimizer: Literal["adam", "adamw", "sgd"] = "adam"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check_values(self) -> None:
+        """Raises `BudgetError` for a negative strength."""
         if self.strength < 0:
             raise BudgetError(f"strength is at least 0; got {self.strength}.")
-        if isinstance(parse_pattern(self.pattern), NM):
-            raise PatternError("PaS has one gate per unit and one budget for all; N:M is a budget of every row. Take smart.")
 
 
 class Pas(UnitPruner):
@@ -94,9 +102,11 @@ class Pas(UnitPruner):
         """Returns the group of the gates."""
         if self.soft is None:
             return []
-        rate = self.pas.mask_lr
-        own = {"lr": rate, "constant_lr": rate, "weight_decay": 0.0, "optimizer": self.pas.mask_optimizer}
-        return [{"params": [self._scores], **own}]
+        return [{"params": [self._scores], "lr": self.pas.mask_lr, "weight_decay": 0.0}]
+
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        """Returns the optimizer of the gates that ``mask_optimizer`` names."""
+        return [own_optimizer(self.pas.mask_optimizer, groups)] if (groups := self.param_groups()) else []
 
     @property
     def _scores(self) -> Tensor:

@@ -19,16 +19,16 @@ from torch import Tensor, nn
 from microglia.core.errors import BudgetError
 from microglia.core.patterns import NM
 from microglia.core.selection import keep_best
-from microglia.methods.config import method
+from microglia.methods.config import SearchConfig, UnitConfig, method
 from microglia.methods.procedure import searched
-from microglia.methods.unit_pruner import SearchConfig, UnitPruner, fits
+from microglia.methods.unit_pruner import UnitPruner, fits
 from microglia.methods.units import split
 from microglia.storage.run import Run
 from microglia.tasks.task import Task
 
 
 @dataclass(frozen=True)
-class PdpConfig(SearchConfig):
+class PdpConfig(SearchConfig, UnitConfig):
     """PDP.
 
     Attributes:
@@ -42,8 +42,8 @@ class PdpConfig(SearchConfig):
     relative: bool = True
     ramp: float = 0.75
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check_values(self) -> None:
+        """Raises `BudgetError` for a temperature or a ramp out of range."""
         if not self.temperature > 0 or not 0 <= self.ramp <= 1:
             raise BudgetError(f"temperature is above 0 and ramp in [0, 1]; got {self.temperature} and {self.ramp}.")
 

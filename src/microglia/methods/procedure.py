@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from copy import deepcopy
 from dataclasses import fields
 from itertools import islice
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,32 +18,19 @@ from microglia.core.patterns import parse_pattern
 from microglia.core.restore import restore
 from microglia.graph import permutation_of, permute_channels, plan_of, shrink
 from microglia.measure import measure
-from microglia.methods.config import MaskConfig, MethodConfig
-from microglia.methods.pruner import PruneConfig
-from microglia.methods.pruner import Pruner as Masks
-from microglia.methods.unit_pruner import UnitConfig, UnitPruner
+from microglia.methods.config import MethodConfig, Permuting, UnitConfig
+from microglia.methods.pruner import Pruner, PrunerProtocol
+from microglia.methods.unit_pruner import UnitPruner
+from microglia.methods.what import PruneConfig
 from microglia.scores import Evidence
 from microglia.storage.changes import decode, replay
 from microglia.storage.run import Progress, Run
 from microglia.tasks.task import Task
 from microglia.train.engine import rank_and_world
 from microglia.train.evaluate import evaluate
-from microglia.train.fit import Pruner as Stepped
 from microglia.train.fit import fit
 from microglia.train.optim import FitConfig, epoch_length
 from microglia.train.recover import recalibrate_on
-
-
-class Pruner(Stepped, Protocol):
-    """A pruner that a training stage makes, steps and finishes."""
-
-    def finish(self) -> Any:
-        """Ends the pruning."""
-        ...
-
-    def report(self) -> dict[str, Any]:
-        """Returns what to tell of it."""
-        ...
 
 
 def change(run: Run, name: str, model: nn.Module, work: Callable[[Progress], Any]) -> Any:
@@ -87,7 +74,7 @@ def train(
     model: nn.Module,
     config: FitConfig,
     *,
-    pruner: Callable[[], Pruner] | None = None,
+    pruner: Callable[[], PrunerProtocol] | None = None,
     teacher: nn.Module | None = None,
 ) -> dict[str, Any]:
     """Trains a model in place as a stage, epoch by epoch durable; returns the pruner's report.
@@ -132,7 +119,7 @@ def dense_model(task: Task, run: Run, config: FitConfig) -> nn.Module:
     return model
 
 
-def dense_in_order(task: Task, run: Run, config: MaskConfig) -> nn.Module:
+def dense_in_order(task: Task, run: Run, config: MethodConfig) -> nn.Module:
     """Returns the task's dense model, its channels permuted for the pattern where the config says so, as a stage."""
     model = dense_model(task, run, config.dense)
 
@@ -147,15 +134,15 @@ def dense_in_order(task: Task, run: Run, config: MaskConfig) -> nn.Module:
         model.load_state_dict(permuted.state_dict())
         return permutation_of(permuted).to_dict()
 
-    if config.permute:
+    if isinstance(config, Permuting) and config.permute:
         run.observations["permutation"] = change(run, "permute", model, work)
     return model
 
 
-def _densities(model: nn.Module, config: MaskConfig) -> dict[str, float]:
+def _densities(model: nn.Module, config: MethodConfig) -> dict[str, float]:
     """Returns what the scope leaves of each layer when the magnitude decides; protected layers stay whole in any order."""
     shared = {f.name: getattr(config, f.name) for f in fields(PruneConfig)}
-    pruner = Masks(deepcopy(model), PruneConfig(**shared | {"score": "magnitude"}))
+    pruner = Pruner(deepcopy(model), PruneConfig(**shared | {"score": "magnitude"}))
     found = {name: float(kept.float().mean()) for name, kept in pruner.prune_to(pruner.target).items()}
     return {name: density for name, density in found.items() if name not in pruner.protected}
 

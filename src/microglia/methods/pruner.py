@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, ClassVar, Protocol
 
 import torch
-from pydantic import ConfigDict
 from torch import Tensor, nn
 
 from microglia.core.allocation import Scope, check_scope
@@ -18,43 +16,48 @@ from microglia.core.left_out import announce, chosen_layers
 from microglia.core.masks import MaskSet, enforce, mask, masks_of
 from microglia.core.patterns import Channel, Pattern, parse_pattern
 from microglia.core.selection import select
-from microglia.methods.arguments import check_evidence, check_model, plain_settings
+from microglia.methods.arguments import check_evidence, check_model, check_steps, plain_settings
+from microglia.methods.what import PruneConfig
 from microglia.scores import Evidence, scores
+from microglia.train.fit import Pruner as Stepped
+
+__all__ = ["PruneConfig", "Pruner", "PrunerProtocol", "own_optimizer", "set_rate"]
 
 
-@dataclass(frozen=True)
-class PruneConfig:
-    """What to keep, common to all methods.
+class PrunerProtocol(Stepped, Protocol):
+    """The protocol of every pruner, so that in a loop of one's own each can replace each other.
 
-    Attributes:
-        density: Kept fraction of the prunable weights, in (0, 1].
-        params: Kept fraction of all parameters, in (0, 1]; with ``density`` the tighter one binds.
-        flops: Kept fraction of the multiply-accumulates; only where channels are removed (the method ``channels``).
-        ms: Milliseconds that one example may take on this machine, by measurement; only there too.
-        pattern: ``unstructured``, ``block:OUTxIN``, ``nm:N:M`` or ``channel``.
-        scope: ``global``, ``layer``, ``row``, ``erk``, or densities by layer name.
-        score: Name of a score; see ``microglia methods``.
-        reduction: How the scores of a unit's weights become one: ``mean``, ``sum``, ``max``, ``l2``.
-        layers: Selectors of the layers to prune.
-        exclude: Selectors of layers to leave out: neither pruned nor counted.
-        protect: Selectors of layers to keep dense but count as kept.
-        allow_empty: Whether a layer may lose all its weights.
+    All are made by ``(model, total_steps=..., example_inputs=..., evidence=..., **settings)`` and all go through this loop:
+
+        optimizers = [torch.optim.SGD(pruner.weights_to_train(), lr=0.1, momentum=0.9), *pruner.optimizers()]
+        for x, y in loader:
+            loss = loss_fn(model(x), y) + pruner.penalty()
+            for optimizer in optimizers: optimizer.zero_grad()
+            loss.backward()
+            for optimizer in optimizers: optimizer.step()
+            pruner.step(optimizers[0])
+        pruner.finish()
     """
 
-    __pydantic_config__ = ConfigDict(extra="forbid")
+    def replaces_step(self) -> bool:
+        """Tells, after the backward pass, whether the optimizers had better rest at this step, as with RigL."""
+        ...
 
-    density: float | None = None
-    params: float | None = None
-    flops: float | None = None
-    ms: float | None = None
-    pattern: str = "unstructured"
-    scope: Literal["global", "layer", "row", "erk"] | dict[str, float] = "global"
-    score: str = "magnitude"
-    reduction: Literal["mean", "sum", "max", "l2"] = "mean"
-    layers: tuple[str, ...] = ("*",)
-    exclude: tuple[str, ...] = ()
-    protect: tuple[str, ...] = ()
-    allow_empty: bool = False
+    def weights_to_train(self) -> list[nn.Parameter]:
+        """Returns the parameters of the model without the pruner's own; those that it freezes get no gradient."""
+        ...
+
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        """Returns new optimizers of the pruner's own parameters, of the kind and with the rates that the method wants."""
+        ...
+
+    def finish(self) -> Any:
+        """Ends the pruning."""
+        ...
+
+    def report(self) -> dict[str, Any]:
+        """Returns what to tell of the pruning, JSON-ready."""
+        ...
 
 
 class Pruner:
@@ -64,6 +67,8 @@ class Pruner:
         model: The model to prune, in place. What it has been masked before stays masked.
         config: See `PruneConfig`.
         evidence: What a score may look at (batches, loss, generator), where the score needs it.
+        total_steps: Optimizer steps of the training. All pruners take it; those that prune at once do not need it.
+        example_inputs: One batch of inputs. All pruners take it; those that look at single layers do not need it.
         **settings: The fields of the config by keyword instead, such as ``density=0.2, scope="layer"``.
 
     Raises:
@@ -75,10 +80,19 @@ class Pruner:
     """Whether its channels are those of the whole model, coupled, and not the rows of each layer by itself."""
 
     def __init__(
-        self, model: nn.Module, config: PruneConfig | None = None, *, evidence: Evidence | None = None, **settings: Any
+        self,
+        model: nn.Module,
+        config: PruneConfig | None = None,
+        *,
+        evidence: Evidence | None = None,
+        total_steps: int | None = None,
+        example_inputs: Any = None,
+        **settings: Any,
     ) -> None:
         user = type(self).__name__
         check_model(model, user)
+        if total_steps is not None:
+            check_steps(total_steps, user, least=0)
         self.model, self.config = model, _config(self.Config, config, settings, user)
         config = self.config
         self.evidence = check_evidence(evidence, user)
@@ -160,8 +174,26 @@ class Pruner:
         return {}
 
     def param_groups(self) -> list[dict[str, Any]]:
-        """Returns optimizer groups of the pruner's own parameters."""
+        """Returns groups of the pruner's own parameters, plain: parameters, ``lr``, ``weight_decay``; [] where it has none.
+
+        Any torch optimizer takes them and honours their rate and decay: ``for g in pruner.param_groups():
+        optimizer.add_param_group(g)``. They then learn by that optimizer's rule, and a scheduler of its rates moves theirs too.
+        Where the method wants a rule of its own and a rate that stays, take `optimizers` instead, not both.
+        """
         return []
+
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        """Returns new optimizers of the pruner's own parameters, as the method wants them; [] where it has none.
+
+        A pruner with ``param_groups`` of its own and without a wish leaves this empty; `microglia.fit` then adds the groups to
+        its own optimizer, at their rates.
+        """
+        return []
+
+    def weights_to_train(self) -> list[nn.Parameter]:
+        """Returns the parameters of the model without the pruner's own."""
+        own = {id(p) for group in self.param_groups() for p in group["params"]}
+        return [p for p in self.model.parameters() if id(p) not in own]
 
     def state_dict(self) -> dict[str, Any]:
         """Returns what is needed, beside the model's state, to go on."""
@@ -178,6 +210,29 @@ class Pruner:
         return self.budget.kept_weights(self.weights, total)
 
 
+def own_optimizer(name: str, groups: Sequence[Mapping[str, Any]]) -> torch.optim.Optimizer:
+    """Returns the optimizer of a pruner's own parameters.
+
+    Args:
+        name: ``sgd`` (with momentum 0.9), ``adam`` or ``adamw``.
+        groups: Each with its rate and decay.
+    """
+    plain: Any = [dict(group) for group in groups]
+    if name == "sgd":
+        return torch.optim.SGD(plain, momentum=0.9, fused=True)
+    return torch.optim.Adam(plain, fused=True) if name == "adam" else torch.optim.AdamW(plain, fused=True)
+
+
+def set_rate(optimizers: Iterable[torch.optim.Optimizer | None], parameters: Iterable[Tensor], rate: float) -> None:
+    """Sets the rate of every group that holds one of the parameters, in the loop's optimizers as in a pruner's own."""
+    own = {id(p) for p in parameters}
+    for group in (g for optimizer in optimizers if optimizer is not None for g in optimizer.param_groups):
+        if any(id(p) in own for p in group["params"]):
+            group["lr"] = rate
+            if "constant_lr" in group:  # where `microglia.fit` sets the rates of each step
+                group["constant_lr"] = rate
+
+
 def _config(kind: type[PruneConfig], config: object, settings: Mapping[str, Any], user: str) -> PruneConfig:
     """Returns the config that is given whole or by keyword."""
     if config is None:
@@ -190,11 +245,6 @@ def _config(kind: type[PruneConfig], config: object, settings: Mapping[str, Any]
 
 
 def _budget(config: PruneConfig, pattern: Pattern) -> Budget | None:
-    if config.flops is not None or config.ms is not None:
-        raise BudgetError(
-            f"flops and ms are budgets of removed channels: masks ({pattern}) save neither. Take the method 'channels' "
-            "(pattern channel), or give density or params."
-        )
     fixed = pattern.fixed_density
     if fixed is not None:
         if config.params is not None or config.density not in (None, fixed):

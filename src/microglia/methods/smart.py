@@ -10,8 +10,8 @@ then keep the exact top-k, fixed, and fine-tune. With N:M the weights' own magni
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal, cast
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,10 +21,12 @@ from microglia.core.patterns import NM
 from microglia.core.registry import unknown_name
 from microglia.core.schedules import geometric
 from microglia.core.soft_topk import soft_topk
-from microglia.methods.config import method
+from microglia.methods.config import UNITS, SearchConfig, UnitConfig, method
 from microglia.methods.procedure import searched
-from microglia.methods.unit_pruner import Report, SearchConfig, UnitPruner, fits
+from microglia.methods.pruner import own_optimizer
+from microglia.methods.unit_pruner import Report, UnitPruner, fits
 from microglia.methods.units import split
+from microglia.methods.what import SAMPLING, Takes
 from microglia.scores.inputs import mean_inputs
 from microglia.storage.run import Run
 from microglia.tasks.task import Task
@@ -33,7 +35,7 @@ INITS = ("magnitude", "normalized", "layerwise", "noise", "activation")
 
 
 @dataclass(frozen=True)
-class SmartConfig(SearchConfig):
+class SmartConfig(SearchConfig, UnitConfig):
     """SMART.
 
     Attributes:
@@ -46,14 +48,15 @@ class SmartConfig(SearchConfig):
         mask_optimizer: Of the scores. Their gradient grows as the temperature falls, which ``adam`` does not see.
     """
 
+    takes: ClassVar[Takes] = replace(UNITS, fields=(*UNITS.fields, *SAMPLING))  # init=activation
     init_temp: float = 10.0
     final_temp: float = 1e-4
     init: Literal["magnitude", "normalized", "layerwise", "noise", "activation"] = "normalized"
     mask_lr: float = 0.1
     mask_optimizer: Literal["adam", "adamw", "sgd"] = "adam"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check_values(self) -> None:
+        """Raises for temperatures that do not fall and for an unknown initialization."""
         if not 0 < self.final_temp <= self.init_temp:
             raise BudgetError(
                 f"The temperature falls from init_temp to final_temp > 0; got {self.init_temp} and {self.final_temp}."
@@ -68,10 +71,13 @@ class Smart(UnitPruner):
     Example:
         >>> model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16))
         >>> pruner = Smart(model, pattern="block:16x8", density=0.5, total_steps=10, search=0.5)
-        >>> optimizer = torch.optim.Adam([*pruner.param_groups(), {"params": pruner.weights_to_train()}])
+        >>> optimizers = [torch.optim.SGD(pruner.weights_to_train(), lr=0.1), *pruner.optimizers()]
         >>> for _ in range(10):
         ...     loss = model(torch.randn(8, 16)).square().mean() + pruner.penalty()
-        ...     optimizer.zero_grad(); loss.backward(); optimizer.step(); pruner.step(optimizer)
+        ...     _ = [optimizer.zero_grad() for optimizer in optimizers]
+        ...     loss.backward()
+        ...     _ = [optimizer.step() for optimizer in optimizers]
+        ...     pruner.step(optimizers[0])
         >>> pruner.finish().kept
         512
     """
@@ -141,14 +147,11 @@ class Smart(UnitPruner):
         """Returns the group of the scores: no weight decay, which would only raise the temperature, and its own rate."""
         if self.soft is None or self.soft.scores is None:
             return []
-        rate = self.smart.mask_lr
-        own = {"lr": rate, "constant_lr": rate, "weight_decay": 0.0, "optimizer": self.smart.mask_optimizer}
-        return [{"params": [self.soft.scores], **own}]
+        return [{"params": [self.soft.scores], "lr": self.smart.mask_lr, "weight_decay": 0.0}]
 
-    def weights_to_train(self) -> list[nn.Parameter]:
-        """Returns the parameters of the model without the scores."""
-        own = {id(p) for group in self.param_groups() for p in group["params"]}
-        return [p for p in self.model.parameters() if id(p) not in own]
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        """Returns the optimizer of the scores that ``mask_optimizer`` names."""
+        return [own_optimizer(self.smart.mask_optimizer, groups)] if (groups := self.param_groups()) else []
 
     def _snapshot(self) -> Report:
         return super()._snapshot() | {"temperature": self.temperature}

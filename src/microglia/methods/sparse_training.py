@@ -12,117 +12,106 @@ and gradient descent on what is kept at all other steps.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import replace
-from functools import partial
-from typing import Any, cast
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Literal, cast, get_args
 
 import torch
-from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from torch import nn
 
-from microglia.core.errors import BudgetError, TrainingError
-from microglia.core.layers import Layer
-from microglia.core.masks import Masked, MaskSet, enforce, mask
-from microglia.core.selection import keep_best
+from microglia.core.errors import BudgetError
+from microglia.core.masks import MaskSet, enforce, mask
+from microglia.core.patterns import Unstructured
+from microglia.core.registry import unknown_name
 from microglia.methods.arguments import check_steps
 from microglia.methods.at_init import refuse_trained
-from microglia.methods.config import method, preset
+from microglia.methods.config import MethodConfig, method, preset
+from microglia.methods.exchange import DenseGradients, exchange, mask_of
 from microglia.methods.procedure import dense_model, evidence, train
-from microglia.methods.pruner import PruneConfig, Pruner
-from microglia.methods.sparse_training_config import SparseTrainingConfig
+from microglia.methods.pruner import Pruner
+from microglia.methods.what import LAYERS, NO_SUCH_BUDGET, SAMPLING, PruneConfig, Takes
 from microglia.scores import Evidence, scores
 from microglia.storage.run import Run
 from microglia.tasks.task import Task
 from microglia.train.optim import FitConfig, epoch_length
 
+Growth = Literal["gradient", "random"]
+Decay = Literal["cosine", "constant"]
 
-class DenseGradients:
-    """Reads dL / d(m w) in backward passes: what each weight would get were it not masked.
 
-    The mask's own backward zeroes it at removed weights, so it is read at the mask's output, and only between `listen` and
-    `rest`: other steps pay nothing. Several uses of a weight, and micro-batches of one step, add up as they do in ``.grad``.
+@dataclass(frozen=True)
+class SparseTrainingConfig(MethodConfig):
+    """Sparse training from scratch; the defaults are RigL's with Erdős-Rényi-kernel densities (Evci et al. 2020).
+
+    Attributes:
+        scope: How the budget is shared among layers for good: ``erk``, ``layer`` (uniform), or densities by layer name;
+            ``global`` as the score of the first masks has it.
+        score: Of the first masks, ``random`` in the papers.
+        train: The training of the sparse network, from its initial weights on.
+        first_dense: Whether the first layer stays dense under ``layer``, as in the paper. It counts as kept, so the others
+            are a little sparser; the paper does not count it, which is what ``exclude`` does.
+        drop: Fraction of a layer's weights exchanged at the first updates, in [0, 1); 0 never exchanges any.
+        every: Optimizer steps between updates.
+        until: Fraction of the training after which the masks rest.
+        decay: How the dropped fraction falls until then: ``cosine`` to 0 (RigL), or ``constant`` (SET).
+        grow: Where weights grow: where the ``gradient`` is largest (RigL), or at ``random`` (SET).
     """
 
-    def __init__(self) -> None:
-        self._sums: dict[nn.Module, Tensor] = {}
-        self._handles: list[RemovableHandle] = []
+    takes: ClassVar[Takes] = Takes(
+        fields=("density", "params", *LAYERS, "score", *SAMPLING),
+        patterns={Unstructured: "masked"},
+        why={
+            "pattern": "sparse training exchanges single weights",
+            "reduction": "each unit is one weight",
+            "flops": NO_SUCH_BUDGET,
+            "ms": NO_SUCH_BUDGET,
+        },
+    )
+    scope: Literal["global", "layer", "row", "erk"] | dict[str, float] = "erk"
+    score: str = "random"
+    train: FitConfig = field(default_factory=FitConfig)
+    first_dense: bool = True
+    drop: float = 0.3
+    every: int = 100
+    until: float = 0.75
+    decay: Decay = "cosine"
+    grow: Growth = "gradient"
 
-    def listen(self, masked: Iterable[Masked]) -> None:
-        """Reads the backward passes from now on, from zero."""
-        self.rest()
-        sums, known = self._sums, set(masked)
+    def check_values(self) -> None:
+        """Raises for a scope, fractions and choices that mean nothing here."""
+        if self.scope == "row":
+            raise BudgetError("Sparse training keeps the count of each layer, not of each row: take scope erk or layer.")
+        if not 0 <= self.drop < 1 or not 0 < self.until <= 1:
+            raise BudgetError(f"drop is a fraction in [0, 1) and until one in (0, 1]; got {self.drop} and {self.until}.")
+        if self.every < 1:
+            raise BudgetError(f"every is a number of optimizer steps, at least 1; got {self.every}.")
+        if self.decay not in get_args(Decay):
+            raise unknown_name("decay", self.decay, get_args(Decay))
+        if self.grow not in get_args(Growth):
+            raise unknown_name("growth", self.grow, get_args(Growth))
 
-        def add(module: nn.Module, gradient: Tensor) -> None:
-            sums[module] = sums[module] + gradient if module in sums else gradient.detach()
+    def due(self, step: int, total_steps: int) -> bool:
+        """Tells whether a step, counted from 1, exchanges weights: every so many of them, before ``until``."""
+        return self.drop > 0 and step % self.every == 0 and step < self.until * total_steps
 
-        def after_forward(module: nn.Module, inputs: Any, weight: Tensor) -> None:
-            if weight.requires_grad and module in known:  # not while evaluating, and not in a copy of the model
-                weight.register_hook(partial(add, module))  # type: ignore[no-untyped-call]
+    def dropped(self, step: int, total_steps: int) -> float:
+        """Returns the fraction of a layer's weights to drop at a step t, in [0, drop]; 0 from the end T on.
 
-        self._handles = [module.register_forward_hook(after_forward) for module in known]
-
-    def rest(self) -> None:
-        """Forgets what was read and reads no more."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles, self._sums = [], {}
-
-    def of(self, layers: Mapping[str, Layer]) -> dict[str, Tensor]:
-        """Returns the gradients by layer, summed over all ranks; 0 for a layer that the loss did not reach.
-
-        Raises:
-            TrainingError: No backward pass was read.
+        It is drop / 2 (1 + cos(pi t / T)) with T = until * total_steps (Evci et al. 2020, section 3), or constant until T.
         """
-        if not self._sums:
-            raise TrainingError(
-                "Weights grow where the gradient is large, but this step had none: call loss.backward() before pruner.step()."
+        end = self.until * total_steps
+        if step >= end:
+            return 0.0
+        return self.drop if self.decay == "constant" else self.drop / 2 * (1 + math.cos(math.pi * step / end))
+
+    def check_updates(self, total_steps: int) -> None:
+        """Raises `BudgetError` when masks that should move never would in a training of so many steps."""
+        if self.drop > 0 and not self.due(self.every, total_steps):
+            raise BudgetError(
+                f"No update of the masks falls into this training: every {self.every} steps, before step "
+                f"{self.until * total_steps:g} of {total_steps:,}. Give a smaller every or a longer training, or take the "
+                "method 'static' (drop=0), whose masks never move."
             )
-        found = {}
-        for name, layer in layers.items():
-            gradient = self._sums.get(_masked(layer))
-            gradient = torch.zeros_like(layer.raw) if gradient is None else gradient
-            gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
-            found[name] = gradient.clone(memory_format=torch.contiguous_format)
-            if torch.distributed.is_available() and torch.distributed.is_initialized():
-                torch.distributed.all_reduce(found[name])
-        return found
-
-
-def _masked(layer: Layer) -> Masked:
-    module, attribute = layer.holders[0]  # the others share it
-    return next(p for p in module.parametrizations[attribute] if isinstance(p, Masked))  # type: ignore[union-attr,index]
-
-
-def exchange(
-    kept: Tensor, weight: Tensor, growth: Tensor, *, count: int, generator: torch.Generator, name: str = "weight"
-) -> Tensor:
-    """Returns the mask in which the ``count`` smallest weights gave way to as many others.
-
-    Args:
-        kept: The mask, of the weight's shape.
-        weight: The weights, of which |w| counts.
-        growth: Where to grow, higher first, among all not kept after the drop.
-        count: Weights to exchange, 0 <= count <= those kept.
-        generator: Decides among equals. The paper's code adds noise of 1e-5 to |w| to that end; this is exact instead.
-        name: Of the layer, for errors.
-
-    Raises:
-        ScoreError: A weight or a gradient is NaN.
-    """
-    renewed, size, growth = kept.flatten(), weight.flatten().abs(), growth.flatten()
-    active = renewed.nonzero().squeeze(1)
-    staying = active[_best(name, size[active], len(active) - count, generator)]
-    renewed = torch.zeros_like(renewed).index_fill_(0, staying, True)
-    free = (~renewed).nonzero().squeeze(1)
-    growing = free[_best(name, growth[free], count, generator)]
-    return renewed.index_fill_(0, growing, True).view(kept.shape)
-
-
-def _best(name: str, values: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """Returns the positions of the ``count`` largest values, equal ones in random order."""
-    order = torch.randperm(len(values), generator=generator).to(values.device)
-    return order[keep_best({name: values[order]}, count)[name]]
 
 
 class SparseTraining(Pruner):
@@ -194,7 +183,7 @@ class SparseTraining(Pruner):
 
     def _prepare(self) -> None:
         if self.own.grow == "gradient" and self.replaces_step():
-            self._gradients.listen(_masked(layer) for layer in self.layers.values())
+            self._gradients.listen(mask_of(layer) for layer in self.layers.values())
         else:
             self._gradients.rest()
 

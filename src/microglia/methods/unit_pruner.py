@@ -4,25 +4,25 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from microglia.core.errors import BudgetError, PatternError, SelectorError
+from microglia.core.errors import BudgetError, PatternError
 from microglia.core.layers import Layer, prunable_layers
 from microglia.core.masks import MaskSet, enforce, mask, masks_of
 from microglia.core.patterns import Channel
 from microglia.graph.order.permute import check_permutable
 from microglia.methods.arguments import check_steps, check_unwrapped
-from microglia.methods.config import MaskConfig
+from microglia.methods.config import SearchConfig, UnitConfig
 from microglia.methods.pruner import Pruner
 from microglia.methods.soft import SoftMasks
-from microglia.methods.units import Cost, Units, choose, keep_count, make_units, split
+from microglia.methods.units import Units, choose, keep_count, make_units, split
 from microglia.scores import Evidence
 from microglia.tasks.task import Task
-from microglia.train.recover import RECALIBRATION
+
+__all__ = ["SearchConfig", "UnitConfig", "UnitPruner", "fits"]
 
 SNAPSHOTS = 24
 """How often a search notes the distribution of its masks."""
@@ -33,61 +33,6 @@ UNDECIDED = (0.01, 0.99)
 Report = dict[str, Any]
 Moment = Callable[[str], Report]
 """Called with ``soft`` and ``hard`` around the freeze; returns what to report of the model as it is then."""
-
-
-@dataclass(frozen=True)
-class UnitConfig(MaskConfig):
-    """Methods that choose among all units of a model while it trains.
-
-    Attributes:
-        cost: What the budget counts: ``units``, the ``weights`` they hold, or their ``macs``. ``auto`` is weights, and for the
-            pattern channel the number of channels, coupled across layers.
-        max_sparsity: Largest fraction of a layer's units that may go.
-        recalibrate: Training batches over which batch-norm statistics are estimated anew when the masks are final; 0 for none.
-    """
-
-    pattern: str = "block:16x8"
-    cost: Cost = "auto"
-    max_sparsity: float = 1.0
-    recalibrate: int = RECALIBRATION
-
-    def __post_init__(self) -> None:  # here, so that it shows before the dense model is trained
-        if self.scope != "global":
-            raise SelectorError(f"This method finds the share of each layer itself: scope is global, not {self.scope!r}.")
-        if self.protect:
-            raise SelectorError("This method takes exclude, which leaves layers dense and uncounted, and not protect.")
-        if not 0 < self.max_sparsity <= 1:
-            raise BudgetError(f"max_sparsity is the largest fraction of a layer that goes, in (0, 1]; got {self.max_sparsity}.")
-
-    @property
-    def span(self) -> tuple[float, float]:
-        """Fractions of the training between which the masks move."""
-        return 0.0, 1.0
-
-
-@dataclass(frozen=True)
-class SearchConfig(UnitConfig):
-    """Methods with one search inside a training.
-
-    Attributes:
-        begin: Fraction of the training at which the search begins; dense until then.
-        search: Fraction of the training that the search takes; then the masks are exact and fixed.
-    """
-
-    begin: float = 0.0
-    search: float = 0.2
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not (self.begin >= 0 and self.search > 0 and self.begin + self.search <= 1 + 1e-9):
-            raise BudgetError(
-                f"begin and search are fractions of the training, together at most 1; got {self.begin} and {self.search}."
-            )
-
-    @property
-    def span(self) -> tuple[float, float]:
-        """Fractions of the training between which the masks move."""
-        return self.begin, self.begin + self.search
 
 
 def fits(task: Task, config: UnitConfig) -> None:
@@ -317,7 +262,7 @@ class UnitPruner(Pruner):
         if self._first is not None and self.steps > 0 and torch.equal(self._first, self.soft.scores.detach().to(self._first)):  # type: ignore[union-attr]
             warnings.warn(
                 f"No optimizer moved the scores of {type(self).__name__}, so its masks learned nothing: give the optimizer "
-                "pruner.param_groups() too.",
+                "pruner.param_groups() too, or step pruner.optimizers().",
                 stacklevel=3,
             )
 

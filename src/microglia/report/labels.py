@@ -7,7 +7,7 @@ from contextlib import suppress
 from typing import Any
 
 from microglia.core.errors import MicrogliaError
-from microglia.lab.recipe import as_dict, resolve
+from microglia.lab.recipe import as_dict, completed, resolve
 from microglia.report.families import family_of
 from microglia.report.records import Record
 from microglia.storage.run import flatten
@@ -45,11 +45,11 @@ def settings_of(record: Record, keys: Iterable[str]) -> str:
 
 def _whole(record: Record) -> dict[str, Any]:
     """Returns a run's recipe, flat, and, if this version reads it, later fields at the defaults it ran with."""
-    own = flatten(record.recipe)
+    own = flatten(completed(record.recipe))
     if own.get("device") == "auto":
         own["device"] = "cuda" if record.environment.gpu else "cpu"
     with suppress(MicrogliaError, ValueError, TypeError):
-        return {**flatten(as_dict(resolve(record.recipe))), **own}
+        return {**flatten(completed(as_dict(resolve(record.recipe)))), **own}
     return own
 
 

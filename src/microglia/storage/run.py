@@ -51,6 +51,7 @@ class Run:
         recipe: What is being run; a directory of another recipe is refused.
         seed: Root of every random number of the run.
         device: Where to compute.
+        identity: Maps a recipe, this one and the one in the directory, to what must be the same in both.
 
     Attributes:
         observations: What was measured of the model on its way, by name (``dense``, ``before`` ...).
@@ -61,9 +62,16 @@ class Run:
     """
 
     def __init__(
-        self, directory: Path | None = None, recipe: Mapping[str, Any] | None = None, *, seed: int = 0, device: str = "cpu"
+        self,
+        directory: Path | None = None,
+        recipe: Mapping[str, Any] | None = None,
+        *,
+        seed: int = 0,
+        device: str = "cpu",
+        identity: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict,
     ) -> None:
         self.directory, self.seed, self.device = directory, seed, torch.device(device)
+        self._identity = identity
         self.recipe = json.loads(json.dumps(dict(recipe or {})))  # as its file will spell it
         self.observations: dict[str, dict[str, Any]] = {}
         self.trajectory = False
@@ -97,7 +105,7 @@ class Run:
             raise RunError(f"{path} is not readable YAML; the directory is not a run of this library.") from error
         if not isinstance(before, Mapping):
             raise RunError(f"{path} holds no recipe; the directory is not a run of this library.")
-        old, new = flatten(before), flatten(self.recipe)
+        old, new = flatten(self._identity(before)), flatten(self._identity(self.recipe))
         changed = [f"{k}: {old.get(k)!r} -> {new.get(k)!r}" for k in sorted({*old, *new}) if old.get(k) != new.get(k)]
         if changed:
             raise RunError(

@@ -41,10 +41,7 @@ class Pruner(Protocol):
         ...
 
     def param_groups(self) -> list[dict[str, Any]]:
-        """Returns optimizer groups of the pruner's own parameters.
-
-        A group may ask for its own ``optimizer`` (``sgd``, ``adam``, ``adamw``) and its own ``constant_lr``.
-        """
+        """Returns optimizer groups of the pruner's own parameters; a group's own ``lr`` is held constant."""
         ...
 
     def state_dict(self) -> dict[str, Any]:
@@ -62,6 +59,15 @@ class Replacing(Protocol):
 
     def replaces_step(self) -> bool:
         """Tells, after the backward pass, whether the optimizers rest at this step."""
+        ...
+
+
+@runtime_checkable
+class Optimizing(Protocol):
+    """A pruner that wants optimizers of its own for the parameters in its groups."""
+
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        """Returns new optimizers of the pruner's own parameters; [] where those of the training will do."""
         ...
 
 
@@ -113,7 +119,8 @@ def fit(
     wrapped = engine.prepare(model) if world > 1 else model.to(engine.device)
     asked = task.groups(model) if task.groups is not None else []
     groups = parameter_groups(model, asked, config.no_decay, theirs)  # what is the pruner's may live in the model
-    optimizers = make_optimizers(config, [*groups, *own])
+    further: list[torch.optim.Optimizer] = pruner.optimizers() if isinstance(pruner, Optimizing) else []
+    optimizers = make_optimizers(config, [*groups, *([] if further else own)], further)
     average = None if config.ema is None else MovingAverage(model, config.ema, config.ema_ramp, theirs)
     start, rows = _resume(model, optimizers, pruner, average, progress)
     loss = objective(task, teacher=teacher, weight=config.distill, temperature=config.temperature)

@@ -189,12 +189,35 @@ def set_rates(optimizers: Iterable[torch.optim.Optimizer], config: FitConfig, st
     return rate
 
 
-def make_optimizers(config: FitConfig, groups: Iterable[dict[str, Any]]) -> list[torch.optim.Optimizer]:
-    """Returns the optimizer of a config over parameter groups, and further ones for groups that name their own."""
+def make_optimizers(
+    config: FitConfig, groups: Iterable[dict[str, Any]], further: Iterable[torch.optim.Optimizer] = ()
+) -> list[torch.optim.Optimizer]:
+    """Returns the optimizer of a config over parameter groups, and further ones.
+
+    Args:
+        config: Says the kind of the first.
+        groups: A group with a rate of its own (``lr`` or ``constant_lr``) keeps it; one may name another ``optimizer``.
+        further: Optimizers of parameters in none of the groups, at rates that stay. One of the first's kind joins it, group
+            by group, as files of interrupted trainings have it.
+    """
     by_name: dict[str, list[dict[str, Any]]] = {config.optimizer: []}
     for group in groups:
-        by_name.setdefault(group.get("optimizer", config.optimizer), []).append(group)
-    return [_make_optimizer(name, config, own) for name, own in by_name.items()]
+        by_name.setdefault(group.get("optimizer", config.optimizer), []).append(_constant(group))
+    made = [_make_optimizer(name, config, own) for name, own in by_name.items()]
+    for optimizer in further:
+        own = [_constant(group) for group in optimizer.param_groups]
+        if type(optimizer) is type(made[0]):
+            for group in own:
+                made[0].add_param_group(group)
+        else:
+            optimizer.param_groups[:] = own
+            made.append(optimizer)
+    return made
+
+
+def _constant(group: dict[str, Any]) -> dict[str, Any]:
+    """Returns a parameter group whose own rate, where it has one, is kept at every step."""
+    return {"constant_lr": group["lr"], **group} if "lr" in group else group
 
 
 def _make_optimizer(name: str, config: FitConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:

@@ -232,13 +232,13 @@ def test_a_run_keeps_its_trajectory_when_asked(tmp_path):
         "train": {"epochs": 3, "max_batches": 2, "batch_size": 16},
         "measure": {"latency": False, "trajectory": True},
     }
-    mg.execute(mg.resolve(recipe), tmp_path / "run")
+    mg.execute(mg.lab.recipe.resolve(recipe), tmp_path / "run")
     path = read_trajectory(tmp_path / "run" / "trajectory")
     assert len(path) == 3
     model = mg.fold(mg.load(tmp_path / "run" / "model"))
     assert all(torch.equal(value, path[-1][name]) for name, value in point_of(model).items())
     assert any(not torch.equal(value, path[0][name]) for name, value in path[-1].items())
-    mg.execute(mg.resolve({**recipe, "measure": {"latency": False}}), tmp_path / "other")
+    mg.execute(mg.lab.recipe.resolve({**recipe, "measure": {"latency": False}}), tmp_path / "other")
     assert not (tmp_path / "other" / "trajectory").exists()
 
 

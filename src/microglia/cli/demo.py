@@ -54,7 +54,7 @@ def demo(
     value = {"roads": results, "latency": latency, "accelerated": record}
     agreed = record["agreement"]
     lines = [
-        "masks: a tenth of the weights is left. Zeros make the zipped file small; a dense execution multiplies by them all the same.",
+        "masks: a tenth of the weights is left. Zeros make the zipped file small; dense kernels multiply by them all the same.",
         "channels: a quarter of the operations is left. What is left is an ordinary dense model, for any engine.",
         "blocks: a fifth of the blocks of 16 outputs x 1 input is left, and kernels skip the zeros: `accelerate` picks them.",
         f"Accelerated, {agreed['equal']} of {agreed['images']} test images are classified as by the masked model.",

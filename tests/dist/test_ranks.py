@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import microglia as mg
+from microglia.train.recover import recalibrate
 from commands import CONTEXT, LIMIT, TINY, microglia, start
 from microglia.core.layers import prunable_layers
 from microglia.scores.gradient import gradient_magnitude
@@ -244,7 +245,7 @@ def test_the_gradient_score_of_split_batches_is_that_of_the_whole():
 def recalibrated(rank):
     model = network()
     mine = batches(8, 8, 8, 8)[rank::WORLD]
-    mg.train.recover.recalibrate(model, mine)
+    recalibrate(model, mine)
     return {name: buffer.tolist() for name, buffer in model[1].named_buffers() if name != "num_batches_tracked"}
 
 
@@ -252,7 +253,7 @@ def test_recalibration_averages_over_ranks():
     first, second = every_rank(recalibrated)
     assert first == second
     model = network()
-    mg.train.recover.recalibrate(model, batches(8, 8, 8, 8))
+    recalibrate(model, batches(8, 8, 8, 8))
     torch.testing.assert_close(torch.tensor(first["running_mean"]), model[1].running_mean)
     torch.testing.assert_close(torch.tensor(first["running_var"]), model[1].running_var)
 

@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import microglia as mg
 from microglia.core.errors import BudgetError, FileError, MicrogliaError, ScoreError, TrainingError, UnknownNameError
+from microglia.lab.recipe import resolve
 
 
 def net() -> nn.Sequential:
@@ -44,7 +45,7 @@ def test_an_unknown_choice_names_the_choices(settings, text):
     with pytest.raises(UnknownNameError, match=text):
         mg.methods.OneShot(net(), density=0.5, **settings)
     with pytest.raises(UnknownNameError, match=text):
-        mg.lab.recipe.resolve({"prune": {"density": 0.5, **settings}})
+        resolve({"prune": {"density": 0.5, **settings}})
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

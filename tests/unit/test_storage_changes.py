@@ -16,6 +16,7 @@ from microglia.cli.app import app
 from microglia.core.errors import FileError
 from microglia.core.house import ALWAYS, CHANGES
 from microglia.dynamic import GatePlan, Site, attach_gates, gate_plan
+from microglia.lab.recipe import resolve
 from microglia.storage import changes as seam
 from microglia.storage.changes import Change, changes_of, decode, register_change, replay
 
@@ -99,7 +100,7 @@ def test_a_run_tells_of_a_change_from_outside(scaled, tmp_path, monkeypatch):
 
     kept = execute.methods["oneshot"]
     monkeypatch.setitem(execute.methods._items, "oneshot", Registered())
-    recipe = mg.lab.recipe.resolve({"model": "lenet-300-100", "method": "oneshot", "prune": {"density": 0.5},
+    recipe = resolve({"model": "lenet-300-100", "method": "oneshot", "prune": {"density": 0.5},
                          "dense": {"epochs": 1}, "train": {"epochs": 0},
                          "measure": {"rounds": 2, "executions": ["eager"]}})  # fmt: skip
     result = mg.execute(recipe, tmp_path / "run")

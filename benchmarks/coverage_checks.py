@@ -59,7 +59,7 @@ def equality(dense: nn.Module, small: nn.Module, inputs: Any) -> tuple[float, st
     Raises:
         CheckError: They differ.
     """
-    kept = mg.plan_of(small).kept
+    kept = mg.graph.plan_of(small).kept
     got, masked = call(deepcopy(small).eval(), inputs), call(zeroed(dense, kept), inputs)
     if same(masked, call(dense, inputs)):
         raise CheckError("the mask does not change the outputs: their equality would say nothing")

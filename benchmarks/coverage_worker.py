@@ -152,7 +152,7 @@ def job_ours(subject: Subject, options: Update) -> Iterator[Update]:
     if small is None:
         yield update | {"traced": "TraceError" not in update["prune_why"]}
         return
-    plan = mg.plan_of(small)
+    plan = mg.graph.plan_of(small)
     told = {"kind": plan.kind, "groups": plan.found, "groups_pruned": plan.pruned, "error64": plan.error, "notes": plan.notes}
     before, after = plan.parameters
     share = {"params_kept": after / before, "macs_kept": plan.macs[1] / max(1, plan.macs[0])}
@@ -176,7 +176,7 @@ def job_ours(subject: Subject, options: Update) -> Iterator[Update]:
 def job_keep_class(subject: Subject, options: Update) -> Iterator[Update]:
     update = step("keep_class", lambda: ours(subject.model, subject.inputs, subject.case.heads, keep_class=True))
     if (small := update.pop("keep_class_result", None)) is not None:
-        before, after = mg.plan_of(small).parameters
+        before, after = mg.graph.plan_of(small).parameters
         update |= {"keep_class_kept": after / before, "keep_class_type": type(small) is type(subject.model)}
     yield update
 

@@ -37,7 +37,7 @@ class Subject:
     def __init__(self, name: str) -> None:
         source, side = CASES[name]
         torch.manual_seed(0)
-        self.build = lambda: mg.build(source, classes=10, shape=(3, side, side)).eval()
+        self.build = lambda: mg.tasks.build(source, classes=10, shape=(3, side, side)).eval()
         self.dense = self.build()
         self.x = torch.randn(1, 3, side, side)
         flow = Flow(self.dense, self.x)

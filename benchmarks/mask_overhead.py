@@ -37,8 +37,8 @@ def main() -> None:
     models = {}
     for name in ("dense", "masked"):
         torch.manual_seed(0)
-        models[name] = mg.build("resnet56").to(memory_format=torch.channels_last)
-    mg.OneShot(models["masked"], density=0.2)
+        models[name] = mg.tasks.build("resnet56").to(memory_format=torch.channels_last)
+    mg.methods.OneShot(models["masked"], density=0.2)
     optimizers = {n: torch.optim.SGD(m.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4) for n, m in models.items()}
 
     times: dict[str, list[float]] = {name: [] for name in models}

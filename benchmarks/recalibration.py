@@ -47,9 +47,9 @@ class Frozen(Exception):
     """The masks are exact."""
 
 
-def source(task: Task, seed: int) -> mg.Evidence:
+def source(task: Task, seed: int) -> mg.scores.Evidence:
     batches = task.data.batches("train", 128, seed=seed, shuffle=True)
-    return mg.Evidence(list(islice(batches.epoch(0), 4)), task.loss, torch.Generator().manual_seed(seed))
+    return mg.scores.Evidence(list(islice(batches.epoch(0), 4)), task.loss, torch.Generator().manual_seed(seed))
 
 
 def oneshot(task: Task) -> Iterator[Case]:
@@ -58,7 +58,7 @@ def oneshot(task: Task) -> Iterator[Case]:
 
             def made(seed: int, score: str = score, density: float = density) -> nn.Module:
                 model = task.build()
-                mg.OneShot(model, density=density, score=score, evidence=source(task, seed))
+                mg.methods.OneShot(model, density=density, score=score, evidence=source(task, seed))
                 return model
 
             yield f"{score}, density {density}", made
@@ -158,7 +158,7 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(1)
     checkpoint = Path(os.environ["MICROGLIA_DATA"]) / "checkpoints" / "resnet20-12fca82f.th"
-    task = mg.image_task("resnet20", "cifar10", checkpoint=checkpoint, normalize="imagenet")
+    task = mg.tasks.image_task("resnet20", "cifar10", checkpoint=checkpoint, normalize="imagenet")
     drawn = task.data.batches("test", 256, seed=0, shuffle=True).epoch(0)
     batches = [
         (inputs.contiguous(memory_format=torch.channels_last), targets)

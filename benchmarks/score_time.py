@@ -38,7 +38,7 @@ Job = Callable[[], object]
 def make(name: str) -> tuple[nn.Module, Evidence]:
     shape, batch = MODELS[name]
     torch.manual_seed(0)
-    model = mg.build(name, classes=10, shape=shape)
+    model = mg.tasks.build(name, classes=10, shape=shape)
     return model, Evidence([(torch.randn(batch, *shape), torch.randint(10, (batch,)))], functional.cross_entropy)
 
 
@@ -54,7 +54,7 @@ def one_pass(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> Jo
 def jobs(name: str, rounds: int) -> dict[str, Job]:
     model, evidence = make(name)
     images, labels = next(iter(evidence.batches))
-    layers = mg.prunable_layers(model)
+    layers = mg.core.layers.prunable_layers(model)
 
     unit = one_pass(model, images[:1], labels[:1])
 
@@ -63,7 +63,9 @@ def jobs(name: str, rounds: int) -> dict[str, Job]:
         passes: list[float] = []
         begin = time.perf_counter()
         with between_rounds(lambda: passes.append(seconds(unit))):
-            mg.AtInit(fresh, density=0.01, score="synflow", rounds=rounds, evidence=Evidence([(images[:1], labels[:1])]))
+            mg.methods.AtInit(
+                fresh, density=0.01, score="synflow", rounds=rounds, evidence=Evidence([(images[:1], labels[:1])])
+            )
         synflow.seconds = time.perf_counter() - begin - sum(passes)  # type: ignore[attr-defined] # without the building
         synflow.passes = passes  # type: ignore[attr-defined]
 

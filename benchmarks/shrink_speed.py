@@ -17,6 +17,7 @@ from rich.table import Table
 from torch import nn
 
 import microglia as mg
+from microglia.measure import measure_latency
 from models import timm, torchvision
 
 MODELS = ("resnet50", "mobilenet_v2", "convnext_tiny", "vit_small_patch16_224")
@@ -41,7 +42,7 @@ def shrunk(dense: nn.Module, size: int) -> tuple[Sides, Ratios]:
     for round_to in ROUNDINGS:
         start = time.perf_counter()
         small = mg.prune_channels(dense, torch.randn(1, 3, size, size), mg.Budget(density=0.5), round_to=round_to)
-        plan = mg.plan_of(small)
+        plan = mg.graph.plan_of(small)
         name = f"half, to {round_to}" if round_to > 1 else "half, exact"
         models[name], ratios[name] = small, plan.macs[0] / plan.macs[1]
         print(
@@ -54,7 +55,7 @@ def compare(
     name: str, models: dict[str, nn.Module], ratios: dict[str, float], batch: int, arguments: argparse.Namespace
 ) -> Table:
     """Times dense and shrunk models on one batch size; returns the table, and notes the quotients on the arguments."""
-    report = mg.measure_latency(
+    report = measure_latency(
         models,
         torch.randn(batch, 3, arguments.size, arguments.size),
         executions=arguments.executions,

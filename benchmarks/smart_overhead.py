@@ -29,7 +29,7 @@ CASES = {"resnet50": ("torchvision:resnet50", 64, 32, 1000), "resnet56": ("resne
 def model_of(name: str) -> nn.Module:
     source, side, _, classes = CASES[name]
     torch.manual_seed(0)
-    return mg.build(source, classes=classes, shape=(3, side, side)).to(memory_format=torch.channels_last)
+    return mg.tasks.build(source, classes=classes, shape=(3, side, side)).to(memory_format=torch.channels_last)
 
 
 class Training:
@@ -45,7 +45,7 @@ class Training:
             self.pruner.steps = 500  # where temperature separates the masks
             rest, further = self.pruner.weights_to_train(), self.pruner.optimizers()
         elif kind == "masked":
-            mg.OneShot(self.model, pattern="block:16x8", density=DENSITY)
+            mg.methods.OneShot(self.model, pattern="block:16x8", density=DENSITY)
         self.optimizers = make_optimizers(FitConfig(lr=0.01), [{"params": rest}], further)
 
     def step(self, inputs: torch.Tensor, targets: torch.Tensor) -> float:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import microglia as mg
+from microglia.train.recover import recalibrate
 from commands import CONTEXT, LIMIT, TINY, microglia, start
 from microglia.core.layers import prunable_layers
 from microglia.scores.gradient import gradient_magnitude
@@ -91,7 +92,7 @@ def test_two_ranks_gate_as_one(tmp_path):
 def gates_trained(rank):
     """All parameters after each step of a decoupled training on this rank's half of the images."""
     model = network()
-    pruner = mg.Ftwt(model, r=0.8, total_steps=6, example_inputs=torch.zeros(1, 1, 8, 8), cooldown=0.5,
+    pruner = mg.methods.Ftwt(model, r=0.8, total_steps=6, example_inputs=torch.zeros(1, 1, 8, 8), cooldown=0.5,
                      generator=torch.Generator().manual_seed(0))  # fmt: skip
     heads = {id(p) for p in pruner.parameters()}
     wrapped = nn.parallel.DistributedDataParallel(model)
@@ -112,7 +113,7 @@ def gates_trained(rank):
 def heads_fitted(rank):
     """The heads that this rank has after fitting them to images of its own."""
     model = network()
-    mg.Ftwt(model, r=0.8, total_steps=6, example_inputs=torch.zeros(1, 1, 8, 8), generator=torch.Generator().manual_seed(0))
+    mg.methods.Ftwt(model, r=0.8, total_steps=6, example_inputs=torch.zeros(1, 1, 8, 8), generator=torch.Generator().manual_seed(0))
     mine = batches(8, 8)[rank : rank + 1]
     mg.dynamic.fit_heads(model, mine)
     return {n: p.tolist() for n, p in model.named_parameters() if ".gate." in n}
@@ -220,7 +221,7 @@ def batches(*sizes):
 
 def gradient(batches):
     model = plain()
-    values = gradient_magnitude(model, prunable_layers(model), mg.Evidence(batches, nn.functional.cross_entropy))
+    values = gradient_magnitude(model, prunable_layers(model), mg.scores.Evidence(batches, nn.functional.cross_entropy))
     return {name: value.tolist() for name, value in values.items()}
 
 
@@ -244,7 +245,7 @@ def test_the_gradient_score_of_split_batches_is_that_of_the_whole():
 def recalibrated(rank):
     model = network()
     mine = batches(8, 8, 8, 8)[rank::WORLD]
-    mg.recalibrate(model, mine)
+    recalibrate(model, mine)
     return {name: buffer.tolist() for name, buffer in model[1].named_buffers() if name != "num_batches_tracked"}
 
 
@@ -252,13 +253,13 @@ def test_recalibration_averages_over_ranks():
     first, second = every_rank(recalibrated)
     assert first == second
     model = network()
-    mg.recalibrate(model, batches(8, 8, 8, 8))
+    recalibrate(model, batches(8, 8, 8, 8))
     torch.testing.assert_close(torch.tensor(first["running_mean"]), model[1].running_mean)
     torch.testing.assert_close(torch.tensor(first["running_var"]), model[1].running_var)
 
 
 def evaluated(rank):
-    task = mg.image_task("lenet-300-100", "digits")
+    task = mg.tasks.image_task("lenet-300-100", "digits")
     return {split: mg.evaluate(task.build(), task, split) for split in ("validation", "test")} | {
         "tiny": mg.evaluate(task.build(), task, "test", batch_size=179)  # 360 images: 358, then one each
     }

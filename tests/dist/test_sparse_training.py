@@ -15,7 +15,7 @@ def masks_on_the_way(rank, world=WORLD):
     found = {}
     for grow in ("gradient", "random"):
         model = network()
-        evidence = mg.Evidence(generator=torch.Generator().manual_seed(3))
+        evidence = mg.scores.Evidence(generator=torch.Generator().manual_seed(3))
         pruner = SparseTraining(model, density=0.3, total_steps=7, every=2, until=1.0, grow=grow, evidence=evidence)
         wrapped = nn.parallel.DistributedDataParallel(model) if world > 1 else model
         optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)

@@ -16,11 +16,11 @@ def trained(rank):
     found = {}
     for first in ("masks", "wrapper", "wrapper, by its module"):
         model = network()
-        pruner = mg.Gradual(model, density=0.3, total_steps=4, updates=2) if first == "masks" else None
+        pruner = mg.methods.Gradual(model, density=0.3, total_steps=4, updates=2) if first == "masks" else None
         wrapped = nn.parallel.DistributedDataParallel(model)
         if pruner is None:
             given = wrapped if first == "wrapper" else wrapped.module
-            pruner = mg.Gradual(given, density=0.3, total_steps=4, updates=2)
+            pruner = mg.methods.Gradual(given, density=0.3, total_steps=4, updates=2)
         optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.05, momentum=0.9)
         model.eval()  # batch norm would see other batches
         for x, y in batches(*[SIZE] * 4):
@@ -45,7 +45,7 @@ def test_two_ranks_agree_whichever_came_first():
 def refused(rank):
     wrapped = nn.parallel.DistributedDataParallel(network())
     try:
-        mg.Smart(wrapped.module, pattern="unstructured", density=0.5, total_steps=4)
+        mg.methods.Smart(wrapped.module, pattern="unstructured", density=0.5, total_steps=4)
     except MicrogliaError as error:
         return str(error)
     return ""

@@ -119,7 +119,7 @@ def test_a_checkpoint_spares_the_dense_training(work, run, tmp_path):
     torch.save(model.state_dict(), tmp_path / "weights.pt")
     words = ("prune", *TINY, "--checkpoint", tmp_path / "weights.pt", "normalize=half", "--out", tmp_path / "run", "--json")
     result = json.loads(good(microglia(*words, folder=work)))
-    expected = mg.evaluate(model, mg.image_task("lenet-300-100", "digits", normalize="half"))
+    expected = mg.evaluate(model, mg.tasks.image_task("lenet-300-100", "digits", normalize="half"))
     assert result["dense"]["metrics"] == pytest.approx(expected, rel=1e-5)
     assert not (tmp_path / "run" / "stages" / "dense.safetensors").exists()
 

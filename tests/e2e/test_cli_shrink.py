@@ -199,7 +199,7 @@ def test_what_cannot_be_shrunk(work, removed, tmp_path):
     )
     refused(microglia("shrink", "lenet-300-100", folder=work), "is neither a run directory")
     refused(microglia("shrink", removed[0], folder=work), "was shrunk already")
-    mg.save(mg.build("lenet-300-100", classes=10, shape=(1, 8, 8)), tmp_path / "dense")
+    mg.save(mg.tasks.build("lenet-300-100", classes=10, shape=(1, 8, 8)), tmp_path / "dense")
     refused(
         microglia("shrink", tmp_path / "dense", folder=work), "has no masks, so there is nothing to remove", "--pattern channel"
     )

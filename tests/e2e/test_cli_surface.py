@@ -79,7 +79,7 @@ def test_surface_of_a_saved_model_and_of_a_name(run, work, tmp_path):
 
 
 def test_the_plane_of_a_training(run, work, tmp_path):
-    model = mg.fold(mg.load(run[0] / "model", mg.build("lenet-300-100", shape=(1, 8, 8))))
+    model = mg.fold(mg.load(run[0] / "model", mg.tasks.build("lenet-300-100", shape=(1, 8, 8))))
     end = point_of(model)
     generator = torch.Generator().manual_seed(0)
     for number, share in enumerate((1.0, 0.5, 0.2, 0.0)):

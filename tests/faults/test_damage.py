@@ -92,8 +92,8 @@ def test_damage_outside_the_stages_is_no_traceback(tmp_path, interrupted, finish
 @pytest.fixture
 def saved(tmp_path):
     torch.manual_seed(0)
-    model = mg.build("lenet-300-100", classes=10, shape=(1, 8, 8))
-    mg.OneShot(model, density=0.1)
+    model = mg.tasks.build("lenet-300-100", classes=10, shape=(1, 8, 8))
+    mg.methods.OneShot(model, density=0.1)
     mg.save(model, tmp_path / "model")
     return model, tmp_path / "model"
 
@@ -106,7 +106,7 @@ def same(model, other):
 def test_a_whole_model_is_loaded_bit_for_bit(saved):
     model, folder = saved
     assert same(model, mg.load(folder))
-    assert same(model, mg.load(folder, mg.build("lenet-300-100", classes=10, shape=(1, 8, 8))))
+    assert same(model, mg.load(folder, mg.tasks.build("lenet-300-100", classes=10, shape=(1, 8, 8))))
     assert mg.masks_of(mg.load(folder)).same(mg.masks_of(model))
 
 
@@ -188,7 +188,7 @@ def test_weights_of_another_save_are_refused(saved, tmp_path):
 
 def test_a_model_that_does_not_fit_is_refused(saved):
     _, folder = saved
-    for other in (mg.build("lenet-5", classes=10, shape=(1, 8, 8)), torch.nn.ReLU(), torch.nn.Linear(64, 300)):
+    for other in (mg.tasks.build("lenet-5", classes=10, shape=(1, 8, 8)), torch.nn.ReLU(), torch.nn.Linear(64, 300)):
         with pytest.raises(FileError, match="do not fit"):
             mg.load(folder, other)
 

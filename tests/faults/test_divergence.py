@@ -27,7 +27,7 @@ def test_a_loss_that_is_not_finite_names_epoch_and_step(tmp_path):
     ],
 )
 def test_a_checkpoint_with_a_nan(tmp_path, words, text):
-    model = mg.build("lenet-300-100", classes=10, shape=(1, 8, 8))
+    model = mg.tasks.build("lenet-300-100", classes=10, shape=(1, 8, 8))
     with torch.no_grad():
         model.fc2.weight[3, 4] = model.fc2.bias[3] = torch.nan
     torch.save(model.state_dict(), tmp_path / "nan.pt")
@@ -36,7 +36,7 @@ def test_a_checkpoint_with_a_nan(tmp_path, words, text):
 
 
 def test_the_model_holds_the_weights_before_the_step_that_failed():
-    task = mg.image_task("lenet-300-100", "digits")
+    task = mg.tasks.image_task("lenet-300-100", "digits")
     model = task.build()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with torch.no_grad():

@@ -39,14 +39,14 @@ class Doubled(nn.Module):
 
 
 def masked() -> nn.Module:
-    model = microglia.build("lenet-300-100", classes=4, shape=(1, 4, 4))
+    model = microglia.tasks.build("lenet-300-100", classes=4, shape=(1, 4, 4))
     microglia.mask(model, {name: torch.rand_like(p) > 0.5 for name, p in model.named_parameters() if p.ndim == 2})
     return model
 
 
 def as_module() -> nn.Module:
     return microglia.prune_channels(
-        microglia.build("conv-2", classes=4, shape=(1, 4, 4)), IMAGE, microglia.Budget(flops=0.6), round_to=1
+        microglia.tasks.build("conv-2", classes=4, shape=(1, 4, 4)), IMAGE, microglia.Budget(flops=0.6), round_to=1
     )
 
 
@@ -56,7 +56,7 @@ def as_graph() -> nn.Module:
 
 def gated(model: nn.Module | None = None) -> nn.Module:
     """FTWT: heads that choose for each input, one of them by number."""
-    model = (model or microglia.build("conv-2", classes=4, shape=(1, 4, 4))).eval()
+    model = (model or microglia.tasks.build("conv-2", classes=4, shape=(1, 4, 4))).eval()
     sites = find_sites(Flow(model, IMAGE), model).sites
     plan = GatePlan(sites, keep={sites[0].layer: 2}).with_r(0.8)
     return attach_gates(model, plan, torch.Generator().manual_seed(1))

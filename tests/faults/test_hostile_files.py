@@ -61,7 +61,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def saved(place: Path, name: str, options: dict[str, object]) -> Path:
-    directory = microglia.save(microglia.build("conv-2", classes=10, shape=(1, 8, 8)), place / "saved")
+    directory = microglia.save(microglia.tasks.build("conv-2", classes=10, shape=(1, 8, 8)), place / "saved")
     plan = json.loads((directory / "plan.json").read_text())
     plan["source"] = {"name": name, "classes": 10, "shape": [1, 8, 8], "options": options}
     (directory / "plan.json").write_text(json.dumps(plan))
@@ -69,7 +69,7 @@ def saved(place: Path, name: str, options: dict[str, object]) -> Path:
 
 
 def ran(place: Path, name: str) -> Path:
-    microglia.save(microglia.build("conv-2", classes=10, shape=(1, 8, 8)), place / "run" / "model")
+    microglia.save(microglia.tasks.build("conv-2", classes=10, shape=(1, 8, 8)), place / "run" / "model")
     (place / "run" / "recipe.yaml").write_text(yaml.safe_dump({"model": name, "data": "digits"}))
     return place / "run"
 
@@ -219,7 +219,7 @@ class Pair(torch.nn.Module):
 @pytest.mark.parametrize("name", ["x=open('imported', 'w')", "class", "other"])
 def test_names_that_enter_generated_source_are_those_of_the_forward(place: Path, name: str) -> None:
     small = microglia.prune_channels(Pair(), {"x": torch.ones(2, 4)}, microglia.Budget(flops=0.7), round_to=1)
-    plan = microglia.plan_of(small).to_dict()
+    plan = microglia.graph.plan_of(small).to_dict()
     assert plan["graphs"][""]["kwargs"]
     plan["graphs"][""]["kwargs"] = {name: plan["graphs"][""]["kwargs"]["x"]}
     with pytest.raises(FileError, match="does not take"):
@@ -249,7 +249,7 @@ def test_weights_of_a_checkpoint_that_are_not_finite_are_named(place: Path, valu
 @pytest.mark.parametrize("damage", ["plan.json", "model.safetensors", "both"])
 def test_a_finished_run_whose_model_is_damaged_is_mended(place: Path, damage: str) -> None:
     training = {"epochs": 1, "batch_size": 512}
-    recipe = microglia.resolve(
+    recipe = microglia.lab.recipe.resolve(
         {"model": "conv-2", "prune": {"density": 0.5}, "dense": training, "train": training, "measure": {"latency": False}}
     )
     microglia.execute(recipe, place / "done")

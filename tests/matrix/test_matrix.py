@@ -86,7 +86,7 @@ NETWORKS = {"mlp": mlp, "conv": conv, "residual": Residual, "depthwise": depthwi
 
 @pytest.fixture(scope="module")
 def digits() -> ImageData:
-    data = mg.load_data("digits")
+    data = mg.data.load_data("digits")
     few = torch.arange(96)
     return ImageData(
         name="digits",
@@ -120,7 +120,7 @@ def config_of(name: str, pattern: str) -> Any:
 
 
 def largest_unit(model: nn.Module, pattern: str) -> int:
-    return max(int(parse_pattern(pattern).sizes(layer.shape).max()) for layer in mg.prunable_layers(model).values())
+    return max(int(parse_pattern(pattern).sizes(layer.shape).max()) for layer in mg.core.layers.prunable_layers(model).values())
 
 
 @pytest.mark.parametrize("kind", list(NETWORKS))
@@ -130,7 +130,7 @@ def test_method(name: str, pattern: str, kind: str, digits: ImageData, tmp_path:
     run = Run(tmp_path / "run", {"method": name, "config": asdict(config)})
     model = methods[name].procedure(task, run, config)
     masks = mg.masks_of(model)
-    layers = mg.prunable_layers(model)
+    layers = mg.core.layers.prunable_layers(model)
 
     # The budget is met exactly, or as near as whole units and one unit per layer allow.
     assert set(masks) == set(layers)
@@ -159,7 +159,7 @@ def test_method(name: str, pattern: str, kind: str, digits: ImageData, tmp_path:
     again = mg.load(tmp_path / "model", task.build())
     assert all(torch.equal(value, again.state_dict()[key]) for key, value in model.state_dict().items())
     folded, images = mg.fold(again), task.example.repeat(3, 1, 1, 1)
-    assert all(torch.equal(layer.weight, layers[n].weight) for n, layer in mg.prunable_layers(folded).items())
+    assert all(torch.equal(layer.weight, layers[n].weight) for n, layer in mg.core.layers.prunable_layers(folded).items())
     torch.testing.assert_close(folded.eval()(images), model.eval()(images))
 
     # A finished run only reads its stages.
@@ -176,7 +176,7 @@ def test_method_that_removes(name: str, pattern: str, kind: str, digits: ImageDa
     task, config = make_task(kind, digits), config_of(name, pattern)
     run = Run(tmp_path / "run", {"method": name, "config": asdict(config)})
     model = methods[name].procedure(task, run, config)
-    plan = mg.plan_of(model)
+    plan = mg.graph.plan_of(model)
     dense = task.build()
 
     # The budget is met as near as whole channels allow, and the model is smaller in fact.
@@ -209,7 +209,7 @@ def test_method_that_removes(name: str, pattern: str, kind: str, digits: ImageDa
     resumed = methods[name].procedure(task, Run(tmp_path / "run", {"method": name, "config": asdict(config)}), config)
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run" / "stages").iterdir()} == before
     assert all(torch.equal(value, resumed.state_dict()[key]) for key, value in model.state_dict().items())
-    assert mg.plan_of(resumed).kept == plan.kept
+    assert mg.graph.plan_of(resumed).kept == plan.kept
 
 
 @pytest.mark.parametrize("kind", [kind for kind in NETWORKS if kind != "mlp"])

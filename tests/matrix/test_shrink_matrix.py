@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from microglia import Budget, plan_of, prune_channels
+from microglia import Budget, prune_channels
+from microglia.graph import plan_of
 from microglia.zoo import build, model_names
 
 SIZES = {"vgg16-bn": 16, "vgg19-bn": 16, "conv-6": 8, "lenet-300-100": 8, "densenet40": 8}

@@ -63,8 +63,8 @@ def twin(model: nn.Module) -> nn.Module:
     return same
 
 
-def turned(masks: mg.MaskSet) -> mg.MaskSet:
-    return mg.MaskSet({n: m.T if n.startswith("c_") else m for n, m in masks.items()})
+def turned(masks: mg.core.masks.MaskSet) -> mg.core.masks.MaskSet:
+    return mg.core.masks.MaskSet({n: m.T if n.startswith("c_") else m for n, m in masks.items()})
 
 
 def batch() -> tuple[Tensor, Tensor]:
@@ -72,8 +72,8 @@ def batch() -> tuple[Tensor, Tensor]:
     return torch.randn(8, 12, generator=generator), torch.randint(5, (8,), generator=generator)
 
 
-def evidence() -> mg.Evidence:
-    return mg.Evidence([batch()], functional.cross_entropy, generator=torch.Generator().manual_seed(0))
+def evidence() -> mg.scores.Evidence:
+    return mg.scores.Evidence([batch()], functional.cross_entropy, generator=torch.Generator().manual_seed(0))
 
 
 CHOICES: list[dict[str, Any]] = [
@@ -95,19 +95,19 @@ def test_one_shot_masks_are_those_of_the_linear_twin(choice: dict[str, Any]) -> 
     choice = {k: v for k, v in choice.items() if k != "density" or not isinstance(choice.get("scope"), dict)}
     model = Mlp()
     other = twin(model)
-    found = mg.OneShot(model, evidence=evidence(), **choice).masks
-    wanted = mg.OneShot(other, evidence=evidence(), **choice).masks
+    found = mg.methods.OneShot(model, evidence=evidence(), **choice).masks
+    wanted = mg.methods.OneShot(other, evidence=evidence(), **choice).masks
     assert found["c_fc.weight"].shape == (12, 24)
     assert 0 < found.kept < found.total
     assert turned(found).same(wanted)
-    again = mg.OneShot(model, evidence=evidence(), **choice).masks  # what is masked stays masked
+    again = mg.methods.OneShot(model, evidence=evidence(), **choice).masks  # what is masked stays masked
     assert again.nested_in(found)
     torch.testing.assert_close(model(batch()[0]), other(batch()[0]), rtol=0, atol=1e-6)
 
 
 def test_a_channel_is_an_output_of_the_layer() -> None:
     model = Mlp()
-    mg.OneShot(model, density=0.5, pattern="channel", layers=["c_fc"])
+    mg.methods.OneShot(model, density=0.5, pattern="channel", layers=["c_fc"])
     with torch.no_grad():
         model.c_fc.bias.zero_()
     silent = model.c_fc(batch()[0]).abs().amax(0) == 0
@@ -116,14 +116,14 @@ def test_a_channel_is_an_output_of_the_layer() -> None:
 
 def test_a_pattern_that_fits_no_layer_is_told_by_its_true_sides() -> None:
     with pytest.raises(PatternError, match=r"c_fc\.weight with 24 x 12"):
-        mg.OneShot(Mlp(), density=0.5, pattern="block:16x16", layers=["c_fc"])
+        mg.methods.OneShot(Mlp(), density=0.5, pattern="block:16x16", layers=["c_fc"])
 
 
 @pytest.mark.parametrize(
     ("kind", "pattern"),
     [
         (k, p)
-        for k in (mg.Gradual, Smart, Pdp, Pas, Awg, Acdc)
+        for k in (mg.methods.Gradual, Smart, Pdp, Pas, Awg, Acdc)
         for p in ("unstructured", "block:4x2", "nm:2:4")
         if (k, p[:2]) != (Pas, "nm")
     ],
@@ -173,10 +173,11 @@ def test_sparse_training_moves_their_weights() -> None:
 def test_inputs_are_measured_along_their_own_dimension() -> None:
     model = Mlp()
     other = twin(model)
-    found, wanted = (mean_inputs(m, mg.prunable_layers(m), evidence()) for m in (model, other))
+    found, wanted = (mean_inputs(m, mg.core.layers.prunable_layers(m), evidence()) for m in (model, other))
     for name in ("c_fc.weight", "c_proj.weight"):
         mine, theirs = (
-            values[name].expand(mg.prunable_layers(m)[name].shape) for m, values in ((model, found), (other, wanted))
+            values[name].expand(mg.core.layers.prunable_layers(m)[name].shape)
+            for m, values in ((model, found), (other, wanted))
         )
         torch.testing.assert_close(mine.T, theirs)
 
@@ -185,7 +186,7 @@ def test_counts_are_those_of_the_linear_twin() -> None:
     model = Mlp()
     other = twin(model)
     for each in (model, other):
-        mg.OneShot(each, density=0.25, layers=["c_fc", "c_proj"])
+        mg.methods.OneShot(each, density=0.25, layers=["c_fc", "c_proj"])
     found, wanted = (count_macs(m, batch()[0]) for m in (model, other))
     assert found.total == wanted.total == 2 * 12 * 24 + 12 * 5
     assert found.to_dict() == wanted.to_dict()
@@ -195,7 +196,7 @@ def test_counts_are_those_of_the_linear_twin() -> None:
 
 def test_fold_save_and_load_keep_the_masks(tmp_path: Any) -> None:
     model, x = Mlp(), batch()[0]
-    mg.OneShot(model, density=0.4, pattern="block:4x2")
+    mg.methods.OneShot(model, density=0.4, pattern="block:4x2")
     wanted, masks = model(x).detach(), mg.masks_of(model)
     mg.save(model, tmp_path / "model")
     back = mg.load(tmp_path / "model", Mlp())
@@ -209,7 +210,7 @@ def test_fold_save_and_load_keep_the_masks(tmp_path: Any) -> None:
 
 def test_dead_units_of_a_masked_mlp_are_removed_and_the_outputs_stay() -> None:
     model, x = Mlp().double(), batch()[0].double()
-    mg.OneShot(model, density=0.5, pattern="channel", layers=["c_fc"])
+    mg.methods.OneShot(model, density=0.5, pattern="channel", layers=["c_fc"])
     with torch.no_grad():
         model.c_fc.bias.masked_fill_(~mg.masks_of(model)["c_fc.weight"].any(0), 0.0)
     wanted = model(x).detach()
@@ -227,11 +228,11 @@ def test_what_came_back_as_a_graph_has_the_same_layout() -> None:
 
     x = batch()[0]
     small = mg.prune_channels(Written(), x, mg.Budget(density=0.5), round_to=1)
-    assert mg.plan_of(small).kind == "graph"
-    layer = mg.prunable_layers(small)["c_fc.weight"]
+    assert mg.graph.plan_of(small).kind == "graph"
+    layer = mg.core.layers.prunable_layers(small)["c_fc.weight"]
     assert layer.swapped
     assert layer.sides == (layer.shape[1], 12)
-    mg.OneShot(small, density=0.5, pattern="channel", layers=["type:Conv1D"], exclude=["c_proj"])
+    mg.methods.OneShot(small, density=0.5, pattern="channel", layers=["type:Conv1D"], exclude=["c_proj"])
     columns = mg.masks_of(small)["c_fc.weight"]
     assert torch.equal(columns.any(0), columns.all(0))
 
@@ -240,7 +241,7 @@ def test_channels_are_permuted_for_blocks_of_true_outputs() -> None:
     model, x = Mlp(), batch()[0]
     other = twin(model)
     found, wanted = (
-        mg.permutation_of(mg.permute_channels(m, x, Block(4, 1), density=0.3)) for m in (model, other)
+        mg.graph.permutation_of(mg.permute_channels(m, x, Block(4, 1), density=0.3)) for m in (model, other)
     )  # fmt: skip
     assert found.layers.keys() == wanted.layers.keys()
     for name, mass in found.layers.items():
@@ -252,16 +253,16 @@ def test_channels_are_permuted_for_blocks_of_true_outputs() -> None:
 def test_shuffles_are_those_of_the_linear_twin() -> None:
     """The control of a ticket: orientation first, then the shuffle."""
     model = Mlp()
-    masks = mg.OneShot(model, density=0.4, pattern="block:4x2").masks
-    layers = mg.prunable_layers(model)
+    masks = mg.methods.OneShot(model, density=0.4, pattern="block:4x2").masks
+    layers = mg.core.layers.prunable_layers(model)
     found = oriented(layers, shuffled(oriented(layers, masks), Block(4, 2), 0))
     wanted = shuffled(turned(masks), Block(4, 2), 0)
-    assert turned(mg.MaskSet(found)).same(wanted)
+    assert turned(mg.core.masks.MaskSet(found)).same(wanted)
 
 
 def test_accelerated_models_leave_them_dense() -> None:
     model, x = Mlp().eval(), batch()[0]
-    mg.OneShot(model, density=0.2, pattern="block:16x1", layers=["c_fc", "c_proj"])
+    mg.methods.OneShot(model, density=0.2, pattern="block:16x1", layers=["c_fc", "c_proj"])
     with torch.no_grad():
         wanted = model(x)
         fast = mg.accelerate(model, x)
@@ -297,7 +298,7 @@ def test_gpt2_is_masked_and_its_tied_embedding_is_not() -> None:
     )
     net = transformers.GPT2LMHeadModel(config).eval()
     with pytest.warns(UserWarning, match=r"embedding shares the weight: lm_head\.weight"):
-        pruner = mg.OneShot(net, density=0.5)
+        pruner = mg.methods.OneShot(net, density=0.5)
     own = [f"transformer.h.{i}.{n}.weight" for i in (0, 1) for n in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")]
     assert list(pruner.layers) == own
     mg.fold(net)

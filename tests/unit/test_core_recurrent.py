@@ -43,11 +43,11 @@ def batch() -> tuple[Tensor, Tensor]:
     return torch.randn(5, 4, 6, generator=generator), torch.randint(3, (5,), generator=generator)
 
 
-def evidence() -> mg.Evidence:
-    return mg.Evidence([batch()], functional.cross_entropy, generator=torch.Generator().manual_seed(0))
+def evidence() -> mg.scores.Evidence:
+    return mg.scores.Evidence([batch()], functional.cross_entropy, generator=torch.Generator().manual_seed(0))
 
 
-def multiplied(kind: str, masks: mg.MaskSet) -> Net:
+def multiplied(kind: str, masks: mg.core.masks.MaskSet) -> Net:
     """Returns the dense model with the masks multiplied in by hand."""
     net = Net(kind)
     with torch.no_grad():
@@ -63,7 +63,7 @@ def test_each_forward_sees_the_masks_of_now(kind: str, mode: bool) -> None:
     net, x = Net(kind).train(mode), batch()[0]
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="Left out")
-        masks = mg.OneShot(net, density=0.3).masks
+        masks = mg.methods.OneShot(net, density=0.3).masks
     names = [n for n, p in Net(kind).named_parameters() if p.ndim > 1]
     assert sorted(masks) == sorted(names)
     assert all(0 < int(m.sum()) < m.numel() for n, m in masks.items() if "weight_hh" in n)
@@ -79,7 +79,7 @@ def test_each_forward_sees_the_masks_of_now(kind: str, mode: bool) -> None:
 @KINDS
 def test_gradients_are_those_of_the_masked_weights_at_every_step(kind: str) -> None:
     net, (x, y) = Net(kind), batch()
-    masks = mg.OneShot(net, density=0.4).masks
+    masks = mg.methods.OneShot(net, density=0.4).masks
     other = multiplied(kind, masks)
     optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (net, other)]
     for _ in range(3):
@@ -89,7 +89,7 @@ def test_gradients_are_those_of_the_masked_weights_at_every_step(kind: str) -> N
             for name, value in masks.items() if model is other else ():
                 other.get_parameter(name).grad.mul_(value)
             optimizer.step()
-    mg.enforce(net)
+    mg.core.masks.enforce(net)
     mg.fold(net)
     for name, value in other.state_dict().items():
         torch.testing.assert_close(net.state_dict()[name], value, rtol=0, atol=1e-7)
@@ -99,7 +99,7 @@ def test_gradients_are_those_of_the_masked_weights_at_every_step(kind: str) -> N
 @KINDS
 def test_fold_leaves_a_fresh_layer_that_trains(kind: str) -> None:
     net, (x, y) = Net(kind), batch()
-    mg.OneShot(net, density=0.4)
+    mg.methods.OneShot(net, density=0.4)
     wanted = net(x).detach()
     mg.fold(net)
     assert type(net.rnn) is type(LAYERS[kind]())
@@ -116,7 +116,7 @@ def test_fold_leaves_a_fresh_layer_that_trains(kind: str) -> None:
 @KINDS
 def test_copies_are_independent_and_masked(kind: str) -> None:
     net, x = Net(kind), batch()[0]
-    masks = mg.OneShot(net, density=0.4).masks
+    masks = mg.methods.OneShot(net, density=0.4).masks
     wanted = net(x)  # a graph hangs on what this forward computed
     twin = copy.deepcopy(net)
     assert torch.equal(twin(x), wanted)
@@ -131,14 +131,14 @@ def test_copies_are_independent_and_masked(kind: str) -> None:
 @KINDS
 def test_files_and_states_hold_the_masks(kind: str, tmp_path: Any) -> None:
     net, x = Net(kind), batch()[0]
-    masks = mg.OneShot(net, density=0.4).masks
+    masks = mg.methods.OneShot(net, density=0.4).masks
     wanted = net(x)
     mg.save(net, tmp_path / "model")
     back = mg.load(tmp_path / "model", Net(kind))
     assert mg.masks_of(back).same(masks)
     assert torch.equal(back(x), wanted)
     fresh = Net(kind)
-    mg.OneShot(fresh, density=0.9)
+    mg.methods.OneShot(fresh, density=0.9)
     fresh.load_state_dict(net.state_dict())
     assert torch.equal(fresh(x), wanted)
 
@@ -146,7 +146,7 @@ def test_files_and_states_hold_the_masks(kind: str, tmp_path: Any) -> None:
 @KINDS
 def test_a_change_of_precision_reaches_the_masked_weights(kind: str) -> None:
     net, x = Net(kind), batch()[0].double()
-    mg.OneShot(net, density=0.4)
+    mg.methods.OneShot(net, density=0.4)
     wanted = mg.fold(copy.deepcopy(net)).double()(x)
     assert torch.equal(net.double()(x), wanted)
     assert torch.equal(mg.fold(net)(x), wanted)
@@ -157,7 +157,7 @@ def test_cells_are_masked(kind: str) -> None:
     torch.manual_seed(0)
     cell, x = CELLS[kind](6, 8), torch.randn(5, 6)
     dense = copy.deepcopy(cell)
-    masks = mg.OneShot(cell, density=0.3).masks
+    masks = mg.methods.OneShot(cell, density=0.3).masks
     assert set(masks) == {"weight_ih", "weight_hh"}
     with torch.no_grad():
         for name, value in masks.items():
@@ -172,9 +172,9 @@ def test_cells_are_masked(kind: str) -> None:
 @pytest.mark.parametrize("score", ["gradient", "snip", "synflow"])
 def test_scores_see_them(score: str) -> None:
     net = Net("lstm")
-    masks = mg.OneShot(net, density=0.3, score=score, evidence=evidence()).masks
+    masks = mg.methods.OneShot(net, density=0.3, score=score, evidence=evidence()).masks
     assert 0 < int(masks["rnn.weight_ih_l0"].sum()) < masks["rnn.weight_ih_l0"].numel()
-    again = mg.OneShot(net, density=0.2, score=score, evidence=evidence()).masks
+    again = mg.methods.OneShot(net, density=0.2, score=score, evidence=evidence()).masks
     assert again.nested_in(masks)
     assert again.kept < masks.kept
 
@@ -182,7 +182,7 @@ def test_scores_see_them(score: str) -> None:
 @pytest.mark.parametrize("pattern", ["block:4x2", "nm:2:4"])
 def test_blocks_and_neighbours_are_those_of_the_stacked_gates(pattern: str) -> None:
     net = Net("lstm")
-    mg.OneShot(net, pattern=pattern, **({} if pattern.startswith("nm") else {"density": 0.5}))
+    mg.methods.OneShot(net, pattern=pattern, **({} if pattern.startswith("nm") else {"density": 0.5}))
     kept = mg.masks_of(net)["rnn.weight_hh_l0"]
     if pattern.startswith("nm"):
         assert (kept.view(32, 2, 4).sum(2) == 2).all()
@@ -193,13 +193,13 @@ def test_blocks_and_neighbours_are_those_of_the_stacked_gates(pattern: str) -> N
 
 def test_output_channels_of_gates_are_refused_and_the_rest_is_not() -> None:
     with pytest.raises(PatternError, match=r"rnn\.weight_ih_l0, rnn\.weight_hh_l0 is one gate.*exclude=\['type:LSTM'\]"):
-        mg.OneShot(Net("lstm"), density=0.5, pattern="channel")
-    masks = mg.OneShot(Net("lstm"), density=0.5, pattern="channel", exclude=["type:LSTM"], allow_empty=True).masks
+        mg.methods.OneShot(Net("lstm"), density=0.5, pattern="channel")
+    masks = mg.methods.OneShot(Net("lstm"), density=0.5, pattern="channel", exclude=["type:LSTM"], allow_empty=True).masks
     assert list(masks) == ["fc.weight"]
 
 
 @pytest.mark.filterwarnings("ignore:No optimizer moved")
-@pytest.mark.parametrize("method", [mg.Gradual, Smart, Pdp, Acdc, SparseTraining], ids=lambda m: m.__name__)
+@pytest.mark.parametrize("method", [mg.methods.Gradual, Smart, Pdp, Acdc, SparseTraining], ids=lambda m: m.__name__)
 def test_methods_that_train_reach_their_density(method: Any) -> None:
     net, (x, y) = Net("gru"), batch()
     settings: Any = {Acdc: {"compress": (0.1, 0.7), "decompress": (0.4,)}, SparseTraining: {"every": 2}}.get(method, {})
@@ -224,7 +224,7 @@ def test_methods_that_train_reach_their_density(method: Any) -> None:
 def test_counts_see_the_masks() -> None:
     net, x = Net("lstm").eval(), batch()[0]
     dense = count_macs(Net("lstm").eval(), x)
-    mg.OneShot(net, density=0.25)
+    mg.methods.OneShot(net, density=0.25)
     masked = count_macs(net, x)
     assert masked.total == dense.total == dense.effective
     assert masked.effective < 0.5 * masked.total
@@ -247,7 +247,7 @@ def test_a_weight_with_another_parametrization_is_masked_too() -> None:
 
 def test_hidden_units_of_a_masked_layer_are_removed_by_shrink_only_where_the_outputs_stay() -> None:
     net, x = Net("lstm").double().eval(), batch()[0].double()
-    mg.OneShot(net, density=0.4)
+    mg.methods.OneShot(net, density=0.4)
     wanted = net(x)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -136,12 +136,12 @@ def test_the_classifier_is_the_last_layer_whatever_its_name(case):
 def test_a_tied_output_layer_is_the_classifier_and_the_body_is_not():
     model = Tied()
     assert set(mark_roles(model, {"ids": torch.tensor([[1, 2, 3]])})["classifier"]) == {"embedding", "head"}
-    assert set(mg.prunable_layers(model, exclude=["role:classifier"])) == {"body.weight"}
+    assert set(mg.core.layers.prunable_layers(model, exclude=["role:classifier"])) == {"body.weight"}
 
 
 def test_a_mask_hides_nothing():
     model = net(nn.Linear(16, 3))
-    mg.mask(model, {name: torch.rand(layer.shape) < 0.5 for name, layer in mg.prunable_layers(model).items()})
+    mg.mask(model, {name: torch.rand(layer.shape) < 0.5 for name, layer in mg.core.layers.prunable_layers(model).items()})
     assert mark_roles(model, x) == {"classifier": ("2",)}
 
 
@@ -161,7 +161,7 @@ def test_models_of_every_source(name, shape, expected):
         pytest.importorskip("timm")
     if name.startswith("torchvision:"):
         pytest.importorskip("torchvision")
-    model = mg.build(name, classes=7, shape=shape)
+    model = mg.tasks.build(name, classes=7, shape=shape)
     found = set(mark_roles(model, torch.randn(1, *shape))["classifier"])
     assert expected is None or found == expected
     modules = dict(model.named_modules())
@@ -182,25 +182,28 @@ def test_selectors_mean_a_role_and_copies_keep_it():
     model = copy.deepcopy(MODELS["two heads"][0])
     mark_roles(model, x)
     for each in (model, copy.deepcopy(model)):
-        assert set(mg.prunable_layers(each, exclude=["role:classifier"])) == {"classifier.weight", "unused.weight"}
-        assert set(mg.prunable_layers(each, ["role:classifier"])) == {"a.weight", "b.weight"}
-        assert set(mg.prunable_layers(each, ["!role:classifier"])) == {"classifier.weight", "unused.weight"}
-    assert mg.OneShot(model, density=0.5, exclude=["role:classifier"]).masks.keys() == {"classifier.weight", "unused.weight"}
+        assert set(mg.core.layers.prunable_layers(each, exclude=["role:classifier"])) == {"classifier.weight", "unused.weight"}
+        assert set(mg.core.layers.prunable_layers(each, ["role:classifier"])) == {"a.weight", "b.weight"}
+        assert set(mg.core.layers.prunable_layers(each, ["!role:classifier"])) == {"classifier.weight", "unused.weight"}
+    assert mg.methods.OneShot(model, density=0.5, exclude=["role:classifier"]).masks.keys() == {
+        "classifier.weight",
+        "unused.weight",
+    }
 
 
 def test_a_role_without_marks_or_of_another_name_is_refused():
     with pytest.raises(SelectorError, match="mark_roles"):
-        mg.OneShot(net(nn.Linear(16, 3)), density=0.5, exclude=["role:classifier"])
+        mg.methods.OneShot(net(nn.Linear(16, 3)), density=0.5, exclude=["role:classifier"])
     model = net(nn.Linear(16, 3))
     mark_roles(model, x)
     with pytest.raises(SelectorError, match="'role:stem'"):
-        mg.OneShot(model, density=0.5, exclude=["role:stem"])
+        mg.methods.OneShot(model, density=0.5, exclude=["role:stem"])
 
 
 def test_a_classifier_that_cannot_be_masked_is_no_mistake():
     model = copy.deepcopy(MODELS["weight norm"][0])
     mark_roles(model, x)
-    assert set(mg.OneShot(model, density=0.5, exclude=["role:classifier"]).masks) == {"0.weight"}
+    assert set(mg.methods.OneShot(model, density=0.5, exclude=["role:classifier"]).masks) == {"0.weight"}
 
 
 @pytest.mark.parametrize(
@@ -218,9 +221,9 @@ def test_the_baselines_of_shrinkbench_leave_the_classifier_alone(method):
     task = make_task(recipe)
     methods[method].check(task, config)
     model, (last,) = task.build(), mark_roles(task.build(), task.example)["classifier"]
-    pruner = mg.OneShot(model, density=0.5, exclude=config.exclude)
-    assert set(pruner.masks) == set(mg.prunable_layers(model)) - {f"{last}.weight"}
-    assert set(mg.OneShot(task.fresh(1), density=0.5, exclude=config.exclude).masks) == set(pruner.masks)
+    pruner = mg.methods.OneShot(model, density=0.5, exclude=config.exclude)
+    assert set(pruner.masks) == set(mg.core.layers.prunable_layers(model)) - {f"{last}.weight"}
+    assert set(mg.methods.OneShot(task.fresh(1), density=0.5, exclude=config.exclude).masks) == set(pruner.masks)
     named = resolve({"model": "conv-2", "method": method, "prune": {"density": 0.5, "exclude": []}})
     assert method_config(named).exclude == ()
 

@@ -406,7 +406,7 @@ def test_saved_and_loaded_bit_for_bit(name: str, tmp_path: Path) -> None:
 
 
 def test_a_model_of_the_zoo_loads_by_its_directory_alone(tmp_path: Path) -> None:
-    model = mg.build("resnet8", classes=5, shape=networks.SHAPE).eval()
+    model = mg.tasks.build("resnet8", classes=5, shape=networks.SHAPE).eval()
     gated(model, images(1))
     mg.save(model, tmp_path)
     assert torch.equal(mg.load(tmp_path).eval()(images(2)), model(images(2)))

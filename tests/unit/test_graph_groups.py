@@ -64,7 +64,7 @@ def test_each_group_keeps_its_own_best_channels():
         entering.append(sorted(sorted(range(6), key=lambda c, w=worth: -w[c])[:3]))
         worth = [float(rows[c].sum() + score["6.weight"][:, 8 * group + c].sum()) for c in range(8)]
         leaving.append(sorted(sorted(range(8), key=lambda c, w=worth: -w[c])[:4]))
-    kept = mg.plan_of(small).kept
+    kept = mg.graph.plan_of(small).kept
     assert kept["3.weight"]["1"] == entering
     assert kept["1.weight"]["0"] == [6 * g + c for g in range(4) for c in entering[g]]
     assert kept["4.weight"]["0"] == kept["3.weight"]["0"] == [8 * g + c for g in range(4) for c in leaving[g]]
@@ -77,13 +77,13 @@ def test_whole_groups_go_unless_asked_and_few_wide_ones_are_thinned():
     assert mg.prune_channels(bottleneck(), image(), HALF, round_to=1)[3].groups == 2
     thinned = mg.prune_channels(bottleneck(groups=2), image(), HALF, round_to=1)
     assert (thinned[3].groups, thinned[3].weight.shape[1]) == (2, 6)
-    assert isinstance(mg.plan_of(thinned).kept["3.weight"]["1"][0], list)
+    assert isinstance(mg.graph.plan_of(thinned).kept["3.weight"]["1"][0], list)
 
 
 def test_the_count_of_what_is_left_is_that_of_the_model():
     model = bottleneck()
     small = mg.prune_channels(model, image(), HALF, round_to=1, within_groups=True)
-    plan = mg.plan_of(small)
+    plan = mg.graph.plan_of(small)
     assert plan.parameters == tuple(sum(p.numel() for p in m.parameters()) for m in (model, small))
     pixels = 36
     inside = 12 * 27 + 16 * 3 * 9 + 5 * 16
@@ -101,7 +101,7 @@ def test_two_cuts_are_one_plan(order, tmp_path):
     mg.save(small, tmp_path / "small")
     again = mg.load(tmp_path / "small", bottleneck(seed=5))
     assert torch.equal(again(image(1)), small(image(1)))
-    replayed = replay(deepcopy(model), mg.plan_of(small))
+    replayed = replay(deepcopy(model), mg.graph.plan_of(small))
     assert all(torch.equal(a, b) for a, b in zip(replayed.state_dict().values(), small.state_dict().values(), strict=True))
 
 
@@ -120,11 +120,11 @@ def test_uneven_masks_leave_as_many_in_each_group():
         even[3].weight[[16, 17]] = 0
     small = mg.shrink(masked, image())
     assert small[3].weight.shape[0] == 32
-    assert "13 masked channels stay: the groups" in " ".join(mg.plan_of(small).notes)
+    assert "13 masked channels stay: the groups" in " ".join(mg.graph.plan_of(small).notes)
     agree(small(image(1)), masked(image(1)))
     small = mg.shrink(even, image())
     assert small[3].weight.shape[0] == 24
-    assert "7 masked channels stay" in " ".join(mg.plan_of(small).notes)
+    assert "7 masked channels stay" in " ".join(mg.graph.plan_of(small).notes)
     agree(small(image(1)), even(image(1)))
 
 
@@ -141,7 +141,7 @@ def test_a_group_without_inputs_and_outputs_goes_whole():
     small = mg.shrink(model, image())
     assert small[3].groups == 3
     assert small[3].weight.shape[0] == 24
-    assert "2 masked channels stay: the groups" in " ".join(mg.plan_of(small).notes)
+    assert "2 masked channels stay: the groups" in " ".join(mg.graph.plan_of(small).notes)
     agree(small(image(1)), model(image(1)))
 
 
@@ -188,7 +188,7 @@ def test_two_cuts_of_a_weight_by_another_name(buffer):
     model = small = stir(Named(buffer))
     for _ in range(2):
         small = mg.prune_channels(small, image(), mg.Budget(density=0.6), round_to=1, within_groups=True)
-    again = replay(deepcopy(model), mg.plan_of(small))
+    again = replay(deepcopy(model), mg.graph.plan_of(small))
     assert torch.equal(again(image(1)), small(image(1)))
 
 
@@ -208,8 +208,8 @@ class Noisy(nn.Module):
 
 def test_training_code_that_cannot_follow_is_noted():
     small = mg.prune_channels(stir(Noisy()), image(), HALF, round_to=1)
-    assert isinstance(mg.plan_of(small).kept["mix.weight"]["1"][0], list)
-    assert "In training Noisy runs this graph too" in " ".join(mg.plan_of(small).notes)
+    assert isinstance(mg.graph.plan_of(small).kept["mix.weight"]["1"][0], list)
+    assert "In training Noisy runs this graph too" in " ".join(mg.graph.plan_of(small).notes)
     small.train()(image()).sum().backward()
 
 
@@ -219,8 +219,8 @@ def test_a_transposed_convolution():
     small = mg.prune_channels(model, image(), HALF, round_to=1, within_groups=True)
     assert small[2].weight.shape == (8, 2, 2, 2)
     assert small[2].groups == 4
-    assert isinstance(mg.plan_of(small).kept["2.weight"]["1"][0], list)
-    assert mg.plan_of(small).error < EXACT
+    assert isinstance(mg.graph.plan_of(small).kept["2.weight"]["1"][0], list)
+    assert mg.graph.plan_of(small).error < EXACT
 
 
 class Shuffled(nn.Module):
@@ -246,7 +246,7 @@ def test_rows_that_are_told_apart_choose_alike(twice, free):
     makers = [n for n in ("enter", "mix") for a in analysis.algebra.leaves(analysis.parameter_dims[f"{n}.weight"][0])
               if a in analysis.rows]  # fmt: skip
     assert makers == free
-    assert mg.plan_of(mg.prune_channels(model, image(), HALF, round_to=1, within_groups=True)).error < EXACT
+    assert mg.graph.plan_of(mg.prune_channels(model, image(), HALF, round_to=1, within_groups=True)).error < EXACT
 
 
 class Written(nn.Module):
@@ -264,7 +264,7 @@ class Written(nn.Module):
 def test_a_graph(tmp_path):
     model = Written()
     small = mg.prune_channels(model, image(), HALF, round_to=1, within_groups=True)
-    plan = mg.plan_of(small)
+    plan = mg.graph.plan_of(small)
     assert plan.kind == "graph"
     assert small.get_parameter("body.3.weight").shape == (16, 3, 3, 3)
     mg.save(small, tmp_path / "small")
@@ -279,7 +279,7 @@ def test_groups_of_different_numbers_are_refused():
     units[0, 0] = False
     with pytest.raises(ValueError, match="equally many channels"):
         Cut(analysis, {atom: units})
-    plan = mg.plan_of(mg.prune_channels(model, image(), HALF, round_to=1, within_groups=True))
+    plan = mg.graph.plan_of(mg.prune_channels(model, image(), HALF, round_to=1, within_groups=True))
     kept = deepcopy(plan.kept)
     kept["3.weight"]["1"][0] = [0]
     with pytest.raises(FileError, match="does not fit"):

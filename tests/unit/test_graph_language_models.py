@@ -53,7 +53,7 @@ def test_a_decoder_that_returns_its_cache_keeps_its_class_and_generates(keep_cla
     small = mg.prune_channels(llama(), {"input_ids": ids}, HALF, keep_class=keep_class, **OPTIONS)
     assert type(small) is transformers.LlamaForCausalLM
     assert small.model.layers[0].mlp.gate_proj.out_features == 32
-    plan = mg.plan_of(small)
+    plan = mg.graph.plan_of(small)
     assert plan.kind == "module"
     assert plan.error < 1e-10
     dense = masked(llama(), plan)
@@ -94,7 +94,7 @@ def test_an_output_that_is_an_object_does_not_cost_the_class():
 
 def test_a_graph_says_that_it_returns_no_object():
     small = mg.prune_channels(WithState(16).eval(), torch.randn(2, 8), HALF, round_to=1)
-    plan = mg.plan_of(small)
+    plan = mg.graph.plan_of(small)
     assert plan.kind == "graph"
     assert "The graph of WithState returns None where its own code returns State." in plan.notes
     assert small(torch.randn(2, 8))["state"] is None
@@ -107,7 +107,7 @@ def test_a_wrong_number_among_the_outputs_still_costs_the_class():
             return {**super().forward(x), "width": torch.tensor(float(self.first.out_features))}
 
     small = mg.prune_channels(Counts().eval(), torch.randn(2, 8), HALF, round_to=1)
-    assert mg.plan_of(small).kind == "graph"
+    assert mg.graph.plan_of(small).kind == "graph"
 
 
 def test_a_trace_of_a_model_that_returns_an_object_alone_is_refused_in_a_sentence():
@@ -150,11 +150,11 @@ def test_the_length_of_token_ids_is_free_where_it_was_asked():
     torch.manual_seed(0)
     model = Attention()
     small = pruned(model, (0, 1))
-    plan = mg.plan_of(small)
+    plan = mg.graph.plan_of(small)
     assert plan.kind == "graph"
     assert not [note for note in plan.notes if "stays" in note]
     short = mg.prune_channels(model.eval(), tokens(2, 5), HALF, round_to=1, exclude=["e"], dynamic=())
-    assert mg.plan_of(short).kept == plan.kept  # the same cut, traced at another length
+    assert mg.graph.plan_of(short).kept == plan.kept  # the same cut, traced at another length
     torch.testing.assert_close(small(tokens(2, 5)), short(tokens(2, 5)))
     for shape in ((3, 8), (2, 13), (1, 3)):
         assert small(tokens(*shape)).shape == (*shape, 5)
@@ -178,7 +178,7 @@ def test_a_saved_graph_names_the_class_to_load_it_into(tmp_path):
 def test_a_length_that_the_code_fixes_is_named():
     small = pruned(Attention(length=8), (0, 1))
     text = "Dimension 1 of the input ids stays 8, as in the example: the model's own code fixes it."
-    assert text in mg.plan_of(small).notes
+    assert text in mg.graph.plan_of(small).notes
     assert small(tokens(3, 8)).shape == (3, 8, 5)
 
 

@@ -41,7 +41,7 @@ def one_above_elu(x):
 
 def cut(model, x):
     small = mg.prune_channels(model.eval(), x, HALF, round_to=1)
-    plan = mg.plan_of(small)
+    plan = mg.graph.plan_of(small)
     assert plan.error < 1e-10
     return small, plan, [note for note in plan.notes if note.startswith("Removed channels leave")]
 
@@ -130,4 +130,4 @@ def test_shrink_never_removes_what_such_a_sum_still_counts():
     x = torch.randn(4, 8)
     small = mg.shrink(model, x)
     torch.testing.assert_close(small(x), model(x))
-    assert not [note for note in mg.plan_of(small).notes if note.startswith("Removed channels leave")]
+    assert not [note for note in mg.graph.plan_of(small).notes if note.startswith("Removed channels leave")]

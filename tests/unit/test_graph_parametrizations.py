@@ -36,7 +36,7 @@ def test_shrink_keeps_the_outputs(kind: str, order: str, tmp_path: Path) -> None
     wanted = net(inputs())
     small = mg.shrink(net, inputs())
     torch.testing.assert_close(small(inputs()), wanted, rtol=0, atol=1e-12)
-    assert "0.weight" in " ".join(mg.plan_of(small).notes)
+    assert "0.weight" in " ".join(mg.graph.plan_of(small).notes)
     assert all(torch.equal(value, net.state_dict()[name]) for name, value in state.items()), "the model given stays"
     if kind == "spectral" or order == "mask last":
         assert small[0].out_features == 5
@@ -49,12 +49,12 @@ def test_shrink_keeps_the_outputs(kind: str, order: str, tmp_path: Path) -> None
 def test_prune_channels_of_a_model_without_masks(kind: str) -> None:
     net = build(kind).eval()
     small = mg.prune_channels(net, inputs(), mg.Budget(density=0.5), round_to=1)
-    kept = mg.plan_of(small).kept["0.weight"]["0"]
+    kept = mg.graph.plan_of(small).kept["0.weight"]["0"]
     weight = net[0].weight.detach()[kept]
     hidden = torch.relu(nn.functional.linear(inputs(), weight, net[0].bias[kept]))
     wanted = nn.functional.linear(hidden, net[2].weight[:, kept], net[2].bias)
     torch.testing.assert_close(small(inputs()), wanted, rtol=0, atol=1e-12)
-    assert mg.plan_of(small).notes
+    assert mg.graph.plan_of(small).notes
 
 
 def test_shrink_of_a_weight_norm_elsewhere() -> None:
@@ -117,7 +117,7 @@ def test_saved_and_loaded_bit_for_bit(kind: str, order: str, folded: bool, tmp_p
 
 def test_a_built_model_with_a_parametrization_asks_for_one_to_load_into(tmp_path: Path) -> None:
     def fresh() -> nn.Module:
-        net = mg.build("lenet-300-100", classes=10, shape=(1, 8, 8))
+        net = mg.tasks.build("lenet-300-100", classes=10, shape=(1, 8, 8))
         first = next(m for m in net.modules() if isinstance(m, nn.Linear))
         parametrizations.spectral_norm(first)
         return net.eval()

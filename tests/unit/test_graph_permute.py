@@ -96,14 +96,14 @@ class Unsaved(nn.Module):
 
 
 def mobile() -> nn.Module:
-    return mg.build("mobilenet-v1", classes=10, shape=IMAGES[1:], width=0.0625)
+    return mg.tasks.build("mobilenet-v1", classes=10, shape=IMAGES[1:], width=0.0625)
 
 
 MODELS = {
     "residual": (Residual, IMAGES),
     "depthwise": (mobile, IMAGES),
     "concatenated": (Concatenated, IMAGES),
-    "option-a": (lambda: mg.build("resnet8", classes=10, shape=IMAGES[1:]), IMAGES),
+    "option-a": (lambda: mg.tasks.build("resnet8", classes=10, shape=IMAGES[1:]), IMAGES),
     "attention": (Attention, (2, 3, 6)),
 }
 
@@ -115,14 +115,14 @@ def test_the_function_stays_and_the_mass_does_not_fall(name: str, pattern: mg.Bl
     model = stir(make(), seed=1)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     permuted = mg.permute_channels(model, torch.zeros(shape), pattern, density=0.3)
-    found = mg.permutation_of(permuted)
+    found = mg.graph.permutation_of(permuted)
     assert type(permuted) is type(model)
     assert found.orders
     assert found.error < 1e-12
     inputs = torch.randn(shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
     agree(permuted(inputs), model(inputs))
     assert found.after > found.before
-    for layer, weight in mg.prunable_layers(permuted).items():
+    for layer, weight in mg.core.layers.prunable_layers(permuted).items():
         mass, score = found.layers[layer], weight.weight.detach().abs().float()
         assert mass.after == pytest.approx(best_mass(pattern, score, round(0.3 * score.numel())))
         assert mass.total == pytest.approx(float(score.sum()), rel=1e-5)
@@ -135,7 +135,7 @@ def test_training_stays_the_same_too() -> None:
     inputs = torch.randn(IMAGES, dtype=torch.float64)
     agree(permuted.train()(inputs), model.train()(inputs))
     (model(inputs).square().sum() + permuted(inputs).square().sum()).backward()
-    order = mg.permutation_of(permuted).orders["inner.0.weight"]
+    order = mg.graph.permutation_of(permuted).orders["inner.0.weight"]
     grad = model.inner[0].weight.grad
     for dim, places in order.items():
         grad = grad.index_select(int(dim), torch.tensor(places))
@@ -146,9 +146,9 @@ def test_selection_keeps_what_was_promised() -> None:
     """One-shot pruning of the permuted model by layer keeps exactly the mass that the permutation reports."""
     model = stir(Residual()).float()
     permuted = mg.permute_channels(model, torch.zeros(IMAGES), mg.Block(8, 1), density=0.25)
-    found = mg.permutation_of(permuted)
-    weights = {name: layer.raw.detach().abs() for name, layer in mg.prunable_layers(permuted).items()}
-    masks = mg.OneShot(permuted, pattern=mg.Block(8, 1), density=0.25, scope="layer").masks
+    found = mg.graph.permutation_of(permuted)
+    weights = {name: layer.raw.detach().abs() for name, layer in mg.core.layers.prunable_layers(permuted).items()}
+    masks = mg.methods.OneShot(permuted, pattern=mg.Block(8, 1), density=0.25, scope="layer").masks
     kept = sum(float(weights[name][mask].sum()) for name, mask in masks.items())
     assert kept == pytest.approx(sum(m.after for m in found.layers.values()), rel=1e-3)
 
@@ -161,7 +161,7 @@ def test_the_same_seed_gives_the_same_order() -> None:
         )
         for _ in range(2)
     )
-    assert mg.permutation_of(first) == mg.permutation_of(second)
+    assert mg.graph.permutation_of(first) == mg.graph.permutation_of(second)
     assert all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True))
 
 
@@ -213,13 +213,13 @@ def test_rows_that_belong_together_are_found() -> None:
 
 def test_what_stays_says_why() -> None:
     model = stir(Residual())
-    left = mg.permutation_of(mg.permute_channels(model, torch.zeros(IMAGES), mg.Block(4, 1), density=0.3)).left
+    left = mg.graph.permutation_of(mg.permute_channels(model, torch.zeros(IMAGES), mg.Block(4, 1), density=0.3)).left
     assert left == {"head.weight": "output of the model"}
     example = torch.zeros(2, 8)
     for make, text in ((Unread, "second.weight is not read in evaluation"), (Unsaved, "scale is not saved with the weights")):
         model = stir(make())
         permuted = mg.permute_channels(model, example, mg.Block(4, 1), density=0.3)
-        assert text in mg.permutation_of(permuted).left["body.weight"]
+        assert text in mg.graph.permutation_of(permuted).left["body.weight"]
         assert all(torch.equal(a, b) for a, b in zip(permuted.parameters(), model.parameters(), strict=True))
 
 
@@ -234,7 +234,7 @@ def test_an_order_under_which_the_outputs_differ_is_left_out(monkeypatch: pytest
     monkeypatch.setattr(permute, "tensor_orders", forgetful)
     model = stir(Residual())
     permuted = mg.permute_channels(model, torch.zeros(IMAGES), mg.Block(4, 1), density=0.3)
-    found = mg.permutation_of(permuted)
+    found = mg.graph.permutation_of(permuted)
     assert "in another order the outputs would differ" in found.left["inner.0.weight"]
     assert "inner.1.weight" in found.orders
     agree(permuted(torch.ones(IMAGES).double()), model(torch.ones(IMAGES).double()))
@@ -243,7 +243,7 @@ def test_an_order_under_which_the_outputs_differ_is_left_out(monkeypatch: pytest
 def test_layers_and_densities_by_name() -> None:
     model = stir(Residual())
     permuted = mg.permute_channels(model, torch.zeros(IMAGES), mg.Block(4, 1), density={"inner.0.weight": 0.5})
-    found = mg.permutation_of(permuted)
+    found = mg.graph.permutation_of(permuted)
     assert list(found.layers) == ["inner.0.weight"]
     assert set(found.orders) == {"inner.0.weight", "inner.0.bias", "outer.0.weight"} | {
         f"norms.0.{name}" for name in ("weight", "bias", "running_mean", "running_var")
@@ -253,9 +253,9 @@ def test_layers_and_densities_by_name() -> None:
 
 def test_a_given_score_decides() -> None:
     model = stir(Residual())
-    score = {name: torch.rand(layer.shape) for name, layer in mg.prunable_layers(model).items()}
+    score = {name: torch.rand(layer.shape) for name, layer in mg.core.layers.prunable_layers(model).items()}
     kept = deepcopy(score)
-    found = mg.permutation_of(mg.permute_channels(model, torch.zeros(IMAGES), mg.Block(4, 1), density=0.3, score=score))
+    found = mg.graph.permutation_of(mg.permute_channels(model, torch.zeros(IMAGES), mg.Block(4, 1), density=0.3, score=score))
     assert found.layers["inner.0.weight"].total == pytest.approx(float(score["inner.0.weight"].sum()), rel=1e-5)
     assert all(torch.equal(score[name], kept[name]) for name in score)
 
@@ -271,14 +271,14 @@ def test_what_is_refused() -> None:
     with pytest.raises(BudgetError, match=r"fraction in \[0, 1\]; got 30"):
         mg.permute_channels(model, torch.zeros(IMAGES), density=30)
     with pytest.raises(MicrogliaError, match="was not permuted"):
-        mg.permutation_of(model)
-    mg.OneShot(model, density=0.5)
+        mg.graph.permutation_of(model)
+    mg.methods.OneShot(model, density=0.5)
     with pytest.raises(MicrogliaError, match="before masks are attached"):
         mg.permute_channels(model, torch.zeros(IMAGES), density=0.3)
 
 
 def test_a_permuted_model_is_saved_and_loaded_as_any_other(tmp_path) -> None:  # type: ignore[no-untyped-def]
-    model = mg.build("resnet8", classes=10, shape=IMAGES[1:])
+    model = mg.tasks.build("resnet8", classes=10, shape=IMAGES[1:])
     permuted = mg.permute_channels(model, torch.zeros(IMAGES), mg.Block(4, 1), density=0.3)
     loaded = mg.load(mg.save(permuted, tmp_path / "model"))
     assert torch.equal(loaded.eval()(torch.ones(IMAGES)), permuted.eval()(torch.ones(IMAGES)))

@@ -14,20 +14,17 @@ from torch.nn import functional as F
 
 from microglia import (
     Budget,
-    Evidence,
-    Smart,
     accelerate,
     fold,
     load,
     mask,
     masks_of,
-    plan_of,
-    prunable_layers,
     prune_channels,
     save,
 )
 from microglia.core.errors import BudgetError, FileError, MicrogliaError, ScoreError, SelectorError
-from microglia.graph import Plan, ShrinkError, replay, shrink
+from microglia.core.layers import prunable_layers
+from microglia.graph import Plan, ShrinkError, plan_of, replay, shrink
 from microglia.graph import prune as prune_room
 from microglia.graph.channels.groups import channel_groups, why
 from microglia.graph.channels.latency_table import LatencyTable
@@ -35,6 +32,8 @@ from microglia.graph.channels.widths import Costs, choose_widths
 from microglia.graph.cutting.remove import Subject
 from microglia.graph.dims.analysis import Analysis
 from microglia.graph.dims.trace import TraceError, trace
+from microglia.methods import Smart
+from microglia.scores import Evidence
 from microglia.scores.inputs import mean_inputs
 
 

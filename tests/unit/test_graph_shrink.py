@@ -8,8 +8,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from graph_checks import agree, stir
-from microglia import Budget, mask, plan_of, prune_channels
-from microglia.graph import ShrinkError, shrink
+from microglia import Budget, mask, prune_channels
+from microglia.graph import ShrinkError, plan_of, shrink
 
 X = torch.randn(7, 6, generator=torch.Generator().manual_seed(0))
 IMAGES = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))

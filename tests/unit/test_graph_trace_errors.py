@@ -116,7 +116,7 @@ def test_a_model_with_parts_is_pruned_in_silence(capfd):
         warnings.simplefilter("error")
         small = PATHS[0](Parted(), X)
     assert small.a[0].out_channels == 8
-    assert [n for n in mg.plan_of(small).notes if "cannot be traced whole" in n]
+    assert [n for n in mg.graph.plan_of(small).notes if "cannot be traced whole" in n]
     assert capfd.readouterr() == ("", "")
 
 
@@ -220,7 +220,7 @@ class ExtraSized(Extra):
 def test_a_state_that_is_no_tensor_is_no_hindrance(kind, made):
     model = kind().eval()
     small = PATHS[0](model, X)
-    assert mg.plan_of(small).kind == made
+    assert mg.graph.plan_of(small).kind == made
     assert small(X).shape == model(X).shape
     if made == "module":
         assert small.state_dict()["_extra_state"] == {"seen": 3}

@@ -36,7 +36,7 @@ class Sized(nn.Module):
 def pair(model, density=0.5):
     """The dense model and its graph."""
     small = mg.prune_channels(model, X[:2], mg.Budget(density=density), round_to=1)
-    assert mg.plan_of(small).kind == "graph"
+    assert mg.graph.plan_of(small).kind == "graph"
     return model, small
 
 
@@ -45,14 +45,14 @@ def masked(model):
     dense, small = pair(model)
     with torch.no_grad():
         for name in ("one", "two"):
-            layer, stay = getattr(dense, name), mg.plan_of(small).kept[f"{name}.weight"]["0"]
+            layer, stay = getattr(dense, name), mg.graph.plan_of(small).kept[f"{name}.weight"]["0"]
             gone = [i for i in range(len(layer.weight)) if i not in stay]
             layer.weight[gone], layer.bias[gone] = 0, 0
     return dense, small
 
 
 def notes(small):
-    return [n for n in mg.plan_of(small).notes if "training" in n]
+    return [n for n in mg.graph.plan_of(small).notes if "training" in n]
 
 
 # ------------------------------------------------------------------------------------------------------- code of one's own
@@ -206,7 +206,7 @@ def same_statistics(dense, small):
     wanted, got = ({n: b for n, b in model.named_buffers() if "norm." in n} for model in (dense, small))
     assert wanted.keys() - got.keys() <= {"norm.num_batches_tracked"}
     for name, value in got.items():
-        kept = mg.plan_of(small).kept.get(name, {}).get("0")
+        kept = mg.graph.plan_of(small).kept.get(name, {}).get("0")
         torch.testing.assert_close(value, wanted[name] if kept is None else wanted[name][kept], rtol=1e-4, atol=1e-5)
 
 

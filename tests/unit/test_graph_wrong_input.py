@@ -60,7 +60,7 @@ def test_an_unknown_scope_or_reduction_is_refused_in_a_sentence():
 @pytest.mark.parametrize("number", [np.float32(0.5), np.float64(0.5)])
 def test_numbers_of_numpy_are_taken(number):
     small = mg.prune_channels(net(), torch.randn(2, 8), mg.Budget(density=number), round_to=np.int64(1))
-    assert [type(v) for v in mg.plan_of(small).asked.values()] == [float]
+    assert [type(v) for v in mg.graph.plan_of(small).asked.values()] == [float]
     assert small[0].out_features == 6
 
 

@@ -61,8 +61,8 @@ def normed() -> nn.Module:
 
 def test_snip_in_inference_mode_is_the_gradient_at_mean_0_and_variance_1() -> None:
     model, x, y = normed(), torch.randn(8, 4) * 3 + 1, torch.randint(3, (8,))
-    evidence = mg.Evidence([(x, y)], functional.cross_entropy)
-    layers = mg.prunable_layers(model)
+    evidence = mg.scores.Evidence([(x, y)], functional.cross_entropy)
+    layers = mg.core.layers.prunable_layers(model)
     first, last = (layer.raw.detach().clone().requires_grad_() for layer in layers.values())
     hidden = functional.relu((x @ first.T) / math.sqrt(1 + model[1].eps))  # by hand: batch norm of untouched statistics
     loss = functional.cross_entropy(hidden @ last.T, y)
@@ -76,7 +76,7 @@ def test_snip_in_inference_mode_is_the_gradient_at_mean_0_and_variance_1() -> No
     assert any(not torch.allclose(found[name], train[name], rtol=0.1) for name in found)  # train mode stays the default
     assert methods["snip"].defaults["score"] == "snip"
     plain = nn.Sequential(nn.Linear(4, 3))  # without norms there is one mode
-    layers = mg.prunable_layers(plain)
+    layers = mg.core.layers.prunable_layers(plain)
     both = [scores[name](plain, layers, evidence) for name in ("snip", "snip-inference")]
     assert torch.equal(both[0]["0.weight"], both[1]["0.weight"])
 

@@ -49,7 +49,7 @@ def build() -> nn.Module:
 
 @pytest.fixture(scope="module")
 def task() -> mg.Task:
-    data, few = mg.load_data("digits"), torch.arange(96)
+    data, few = mg.data.load_data("digits"), torch.arange(96)
     parts = {split: getattr(data, split).subset(few) for split in ("train", "validation", "test")}
     images = ImageData(
         name="digits", classes=data.classes, **parts, normalization=data.normalization, augmentation=data.augmentation
@@ -99,7 +99,7 @@ def test_groups_go_whole_or_are_thinned(task: mg.Task, within: bool, groups: int
 @pytest.mark.parametrize("scope", ["uniform", "global"])
 def test_budgets_are_met_by_what_is_measured(task: mg.Task, budget: dict[str, float], scope: Any) -> None:
     model, own = run(task, config(scope=scope, **budget, train=replace(SHORT, epochs=0)))
-    plan, dense, before = mg.plan_of(model), own.observations["dense"], own.observations["before"]
+    plan, dense, before = mg.graph.plan_of(model), own.observations["dense"], own.observations["before"]
     measured = {
         "flops": before["macs"]["total"] / dense["macs"]["total"],
         "params": before["parameters"]["all"] / dense["parameters"]["all"],
@@ -115,7 +115,7 @@ def test_budgets_are_met_by_what_is_measured(task: mg.Task, budget: dict[str, fl
 def test_a_time_budget(task: mg.Task, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     model, own = run(task, config(ms=1e6, train=replace(SHORT, epochs=0)))
-    assert mg.plan_of(model).got["ms"] < 1e6
+    assert mg.graph.plan_of(model).got["ms"] < 1e6
     assert own.observations["before"]["parameters"]["all"] == own.observations["dense"]["parameters"]["all"]
     with pytest.raises(BudgetError, match="cannot be met"):
         methods["channels"].check(task, config(ms=1e-6))
@@ -124,7 +124,7 @@ def test_a_time_budget(task: mg.Task, monkeypatch: pytest.MonkeyPatch, tmp_path:
 @pytest.mark.parametrize("score", ["magnitude", "gradient", "random"])
 def test_scores(task: mg.Task, score: str) -> None:
     model, _ = run(task, config(flops=0.5, score=score, dense=replace(SHORT, epochs=0), train=replace(SHORT, epochs=0)))
-    assert mg.plan_of(model).got["flops"] == pytest.approx(0.5, abs=0.03)
+    assert mg.graph.plan_of(model).got["flops"] == pytest.approx(0.5, abs=0.03)
 
 
 def test_the_weakest_channels_go(task: mg.Task) -> None:
@@ -138,7 +138,7 @@ def test_the_weakest_channels_go(task: mg.Task) -> None:
 
     settings = config(density=0.5, exclude=("stem",), dense=replace(SHORT, epochs=0), train=replace(SHORT, epochs=0))
     model, _ = run(replace(task, build=marked), settings)
-    plan = mg.plan_of(model)
+    plan = mg.graph.plan_of(model)
     assert plan.kept["inner.weight"]["0"] == list(range(1, 32, 2))
     assert "stem.weight" not in plan.kept
     assert model.stem.weight.shape[0] == 16
@@ -154,7 +154,7 @@ def test_a_run_goes_on_after_any_stage_and_ends_in_the_same_bits(task: mg.Task, 
     again, other = run(task, settings, tmp_path / "run")
     assert_same(whole, again)
     assert other.observations == own.observations
-    assert mg.plan_of(again).kept == mg.plan_of(whole).kept
+    assert mg.graph.plan_of(again).kept == mg.graph.plan_of(whole).kept
     assert_same(whole, run(task, settings)[0])  # and without a directory
 
 
@@ -259,7 +259,7 @@ def test_what_went_is_shown_layer_by_layer(task: mg.Task, tmp_path: Path) -> Non
     first = draw(removed, "network: $a_b$", tmp_path / "a.png").read_bytes()
     assert first == draw(removed, "network: $a_b$", tmp_path / "b.png").read_bytes()
     assert first.startswith(b"\x89PNG")
-    mg.OneShot(small, density=0.5)
+    mg.methods.OneShot(small, density=0.5)
     assert removal(build(), small)["layers"] == removed["layers"]  # masked since, the same shapes
 
 
@@ -267,7 +267,7 @@ def test_what_went_is_shown_layer_by_layer(task: mg.Task, tmp_path: Path) -> Non
 def test_rounds_remove_a_part_each_and_reach_the_budget(task: mg.Task, tmp_path: Path, term: str) -> None:
     settings = config(**{term: 0.25}, rounds=2)
     model, own = run(task, settings, tmp_path / "run")
-    plan = mg.plan_of(model)
+    plan = mg.graph.plan_of(model)
     assert plan.asked == {term: 0.25}
     assert plan.got[term] == pytest.approx(0.25, rel=0.1)
     assert plan.parameters == tuple(own.observations[name]["parameters"]["all"] for name in ("dense", "before"))
@@ -303,7 +303,7 @@ def test_a_model_that_becomes_a_graph(task: mg.Task, tmp_path: Path) -> None:
     shuffled = replace(task, build=make)
     settings = config(flops=0.4, recalibrate=1)
     model, own = run(shuffled, settings, tmp_path / "run")
-    assert mg.plan_of(model).kind == "graph"
+    assert mg.graph.plan_of(model).kind == "graph"
     assert model.microglia_source == {"name": "mine"}
     assert own.observations["before"]["macs"]["total"] / own.observations["dense"]["macs"]["total"] < 0.45
     (tmp_path / "run" / "stages" / "train.safetensors").unlink()
@@ -311,4 +311,7 @@ def test_a_model_that_becomes_a_graph(task: mg.Task, tmp_path: Path) -> None:
     assert len(removal(make(), model)["layers"]) == 4
     with pytest.raises(MicrogliaError, match="comes back from a cut as a graph, which cannot be cut again"):
         methods["channels"].check(shuffled, replace(settings, rounds=2))
-    assert mg.plan_of(run(shuffled, replace(settings, rounds=2, keep_class=True, density=0.7, flops=None))[0]).kind == "module"
+    assert (
+        mg.graph.plan_of(run(shuffled, replace(settings, rounds=2, keep_class=True, density=0.7, flops=None))[0]).kind
+        == "module"
+    )

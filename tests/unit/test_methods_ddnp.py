@@ -50,7 +50,7 @@ def build() -> nn.Module:
 
 @pytest.fixture(scope="module")
 def task() -> mg.Task:
-    data, few = mg.load_data("digits"), torch.arange(96)
+    data, few = mg.data.load_data("digits"), torch.arange(96)
     parts = {split: getattr(data, split).subset(few) for split in ("train", "validation", "test")}
     images = ImageData(
         name="digits", classes=data.classes, **parts, normalization=data.normalization, augmentation=data.augmentation
@@ -217,7 +217,7 @@ def test_the_budget_is_met_by_whole_channels(task: mg.Task, flops: float) -> Non
 def test_the_budget_is_met_by_what_is_measured(task: mg.Task) -> None:
     settings = config(train=replace(SHORT, epochs=0))
     model, own = run(task, settings)
-    plan, dense, before = mg.plan_of(model), own.observations["dense"], own.observations["before"]
+    plan, dense, before = mg.graph.plan_of(model), own.observations["dense"], own.observations["before"]
     assert plan.asked == {"flops": 0.5}
     assert plan.got["flops"] == pytest.approx(before["macs"]["total"] / dense["macs"]["total"], rel=1e-9)
     assert plan.got["flops"] == pytest.approx(0.5, rel=0.01)
@@ -230,7 +230,7 @@ def test_the_budget_is_met_by_what_is_measured(task: mg.Task) -> None:
 def test_excluded_layers_keep_their_shape(task: mg.Task) -> None:
     model, _ = run(task, config(exclude=("stem",), flops=0.6))
     assert model.stem.weight.shape[0] == 24
-    assert mg.plan_of(model).got["flops"] == pytest.approx(0.6, abs=0.02)
+    assert mg.graph.plan_of(model).got["flops"] == pytest.approx(0.6, abs=0.02)
 
 
 @pytest.mark.parametrize("killed_after", [2, 3])
@@ -242,7 +242,7 @@ def test_a_run_goes_on_and_ends_in_the_same_bits(task: mg.Task, tmp_path: Path, 
     again, other = run(task, config(), tmp_path / "run")
     assert_same(whole, again)
     assert other.observations == own.observations
-    assert mg.plan_of(again).kept == mg.plan_of(whole).kept
+    assert mg.graph.plan_of(again).kept == mg.graph.plan_of(whole).kept
     assert_same(whole, run(task, config())[0])  # the same seed, without a directory
 
 

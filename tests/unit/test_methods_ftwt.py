@@ -26,13 +26,13 @@ from microglia.train.fit import fit
 STEPS = 12
 
 
-def made(name: str = "residual", **settings: Any) -> tuple[nn.Module, mg.Ftwt]:
+def made(name: str = "residual", **settings: Any) -> tuple[nn.Module, mg.methods.Ftwt]:
     model = network(name).train()
     attach_gates(model, plan_of(model, images(1)), torch.Generator().manual_seed(1))  # a trace takes long
-    return model, mg.Ftwt(model, **{"r": 0.8, "total_steps": STEPS} | settings)
+    return model, mg.methods.Ftwt(model, **{"r": 0.8, "total_steps": STEPS} | settings)
 
 
-def optimizer_of(model: nn.Module, pruner: mg.Ftwt, **settings: Any) -> torch.optim.Optimizer:
+def optimizer_of(model: nn.Module, pruner: mg.methods.Ftwt, **settings: Any) -> torch.optim.Optimizer:
     own = {id(p) for p in pruner.parameters()}
     rest = [p for p in model.parameters() if id(p) not in own]
     optimizer = torch.optim.SGD(rest, **{"lr": 0.02, "momentum": 0.9, "weight_decay": 1e-3} | settings)
@@ -41,7 +41,7 @@ def optimizer_of(model: nn.Module, pruner: mg.Ftwt, **settings: Any) -> torch.op
     return optimizer
 
 
-def go(model: nn.Module, pruner: mg.Ftwt, optimizer: torch.optim.Optimizer, count: int, **zero: Any) -> None:
+def go(model: nn.Module, pruner: mg.methods.Ftwt, optimizer: torch.optim.Optimizer, count: int, **zero: Any) -> None:
     for number in range(count):
         x = images(8, seed=pruner.steps * 7 + number % 2)
         loss = functional.cross_entropy(model(x), torch.arange(8) % 5) + pruner.penalty()
@@ -174,7 +174,7 @@ def test_random_gates_are_never_trained() -> None:
 def test_as_its_docstring_says_in_a_loop_written_by_hand() -> None:
     model = network("plain").train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
-    pruner = mg.Ftwt(model, r=0.9, total_steps=6, example_inputs=images(1))
+    pruner = mg.methods.Ftwt(model, r=0.9, total_steps=6, example_inputs=images(1))
     optimizer.add_param_group(*pruner.param_groups())
     for number in range(6):
         loss = functional.cross_entropy(model(images(8, seed=number)), torch.arange(8) % 5) + pruner.penalty()
@@ -210,10 +210,10 @@ def test_a_training_on_from_its_state_ends_in_the_same_bits() -> None:
 def test_a_gated_model_goes_on_with_another_r() -> None:
     model, pruner = made(r=0.8)
     pruner.finish()
-    mg.Ftwt(model, r=0.5, total_steps=3)
+    mg.methods.Ftwt(model, r=0.5, total_steps=3)
     assert set(gate_plan(model).r.values()) == {0.5}  # type: ignore[union-attr]
     assert all(g.r == 0.5 for g in gates_of(model).values())
-    mg.Ftwt(model, total_steps=3)  # or with its own
+    mg.methods.Ftwt(model, total_steps=3)  # or with its own
     assert all(g.r == 0.5 for g in gates_of(model).values())
 
 
@@ -261,15 +261,15 @@ def test_a_config_that_does_not_fit(task: mg.Task, settings: dict[str, Any], err
         methods["ftwt"].check(task, FtwtConfig(**{"r": 0.9} | settings))
     if settings.get("r", 0.9) is not None:
         with pytest.raises(MicrogliaError, match=says):
-            mg.Ftwt(task.build(), total_steps=5, example_inputs=task.example, **{"r": 0.9} | settings)
+            mg.methods.Ftwt(task.build(), total_steps=5, example_inputs=task.example, **{"r": 0.9} | settings)
 
 
 def test_a_pruner_needs_r_and_an_example() -> None:
     for settings in ({"r": 0.9, "example_inputs": None}, {"r": None}, {"r": None, "flops": 0.5}):
         with pytest.raises(MicrogliaError, match="choose_r or the method 'ftwt'"):
-            mg.Ftwt(network("plain"), total_steps=5, **{"example_inputs": images(1)} | settings)
+            mg.methods.Ftwt(network("plain"), total_steps=5, **{"example_inputs": images(1)} | settings)
     with pytest.raises(SelectorError, match="no convolution to gate"):
-        mg.Ftwt(nn.Sequential(nn.Flatten(), nn.Linear(432, 5)), r=0.9, total_steps=5, example_inputs=images(1))
+        mg.methods.Ftwt(nn.Sequential(nn.Flatten(), nn.Linear(432, 5)), r=0.9, total_steps=5, example_inputs=images(1))
 
 
 # ------------------------------------------------------------------------------------------------------------- the method
@@ -295,7 +295,7 @@ def build() -> nn.Module:
 
 @pytest.fixture(scope="module")
 def digits() -> ImageData:
-    return mg.load_data("digits")
+    return mg.data.load_data("digits")
 
 
 def task_of(data: ImageData, count: int) -> mg.Task:
@@ -368,7 +368,7 @@ def test_heads_that_are_never_trained_are_not_fitted() -> None:
 
 def test_a_loop_of_one_s_own_fits_heads_itself() -> None:
     with pytest.raises(mg.MicrogliaError, match="fit_heads"):
-        mg.Ftwt(nn.Conv2d(3, 4, 3), r=0.8, initial="fitted", total_steps=4, example_inputs=torch.zeros(1, 3, 8, 8))
+        mg.methods.Ftwt(nn.Conv2d(3, 4, 3), r=0.8, initial="fitted", total_steps=4, example_inputs=torch.zeros(1, 3, 8, 8))
 
 
 @pytest.mark.parametrize("settings", [{"r": 0.8}, {"flops": 0.6, "mode": "random"}])
@@ -455,7 +455,7 @@ def test_what_was_estimated_is_about_what_is_achieved(digits: ImageData) -> None
 def test_heads_have_their_rate_whatever_the_schedule(task: mg.Task) -> None:
     """Also in the loop of the library, from the first step to the cool-down."""
     model = task.build()
-    pruner = mg.Ftwt(model, r=0.8, total_steps=6, example_inputs=task.example, cooldown=0.5)
+    pruner = mg.methods.Ftwt(model, r=0.8, total_steps=6, example_inputs=task.example, cooldown=0.5)
     rates = []
     step = pruner.step
 

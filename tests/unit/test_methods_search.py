@@ -55,7 +55,7 @@ class Residual(nn.Module):
 def pruner_of(kind: type[UnitPruner], model: nn.Module, **settings: Any) -> UnitPruner:
     x, y = images()
     known: dict[str, Any] = {"total_steps": STEPS, "example_inputs": x[:2], "pattern": "block:8x4", "density": 0.4}
-    known |= {"evidence": mg.Evidence([(x, y)], functional.cross_entropy)}
+    known |= {"evidence": mg.scores.Evidence([(x, y)], functional.cross_entropy)}
     settings = known | settings
     if settings["pattern"].startswith("nm"):
         settings.pop("density")
@@ -93,8 +93,8 @@ def test_exact_masks_that_last(kind: type[UnitPruner], pattern: str) -> None:
     pruner = pruner_of(kind, model, pattern=pattern)
     optimizers = steps(model, pruner, STEPS)
     masks = pruner.finish()
-    assert set(masks) == set(mg.prunable_layers(model))
-    for name, layer in mg.prunable_layers(model).items():
+    assert set(masks) == set(mg.core.layers.prunable_layers(model))
+    for name, layer in mg.core.layers.prunable_layers(model).items():
         units = parse_pattern(pattern).reduce(masks[name].float())
         if pattern == "nm:2:4":
             real = parse_pattern(pattern).sizes(layer.shape).sum(1)
@@ -102,7 +102,9 @@ def test_exact_masks_that_last(kind: type[UnitPruner], pattern: str) -> None:
         else:
             assert torch.isin(units, torch.tensor([0.0, 1.0])).all()
     if pattern != "nm:2:4":
-        largest = max(int(parse_pattern(pattern).sizes(layer.shape).max()) for layer in mg.prunable_layers(model).values())
+        largest = max(
+            int(parse_pattern(pattern).sizes(layer.shape).max()) for layer in mg.core.layers.prunable_layers(model).values()
+        )
         assert abs(masks.kept - round(0.4 * masks.total)) <= (0 if pattern == "unstructured" else largest)
     fresh = network()
     mg.mask(fresh, masks)
@@ -112,7 +114,7 @@ def test_exact_masks_that_last(kind: type[UnitPruner], pattern: str) -> None:
         optimizers[0].zero_grad()
         functional.cross_entropy(model(x), y).backward()
         optimizers[0].step()
-    for name, layer in mg.prunable_layers(model).items():
+    for name, layer in mg.core.layers.prunable_layers(model).items():
         assert not layer.raw[~masks[name]].any()
 
 
@@ -129,13 +131,13 @@ def test_channels_shrink_and_stay_equal(kind: type[UnitPruner], build: Any) -> N
     small = mg.shrink(model, images()[0][:2])
     torch.testing.assert_close(small(images()[0]), model(images()[0]), atol=1e-5, rtol=1e-5)
     assert sum(p.numel() for p in small.parameters()) < 0.75 * sum(p.numel() for p in model.parameters())
-    assert not mg.plan_of(small).notes  # every masked channel went
+    assert not mg.graph.plan_of(small).notes  # every masked channel went
 
 
 def test_a_stream_that_padding_cuts_in_pieces_is_several_groups() -> None:
     """The shortcuts of CIFAR ResNets pad channels on both sides: one layer makes the units of three groups."""
     x = torch.randn(2, 3, 16, 16)
-    model = mg.build("resnet8", classes=10, shape=(3, 16, 16)).eval()
+    model = mg.tasks.build("resnet8", classes=10, shape=(3, 16, 16)).eval()
     pruner = Smart(model, pattern="channel", density=0.5, total_steps=4, example_inputs=x)
     assert len(set(pruner.units.names)) == len(pruner.units.names)
     assert sum(pruner.units.lengths) == pruner.units.count == int(pruner.units.costs.sum())
@@ -154,7 +156,10 @@ def test_nothing_pruned_is_the_dense_network(kind: type[UnitPruner]) -> None:
     torch.testing.assert_close(model(x), dense(x), atol=1e-4 if kind is Pdp else 0, rtol=0)
     pruner.finish()
     assert pruner.masks.density == 1
-    assert all(torch.equal(layer.weight, mg.prunable_layers(dense)[n].weight) for n, layer in mg.prunable_layers(model).items())
+    assert all(
+        torch.equal(layer.weight, mg.core.layers.prunable_layers(dense)[n].weight)
+        for n, layer in mg.core.layers.prunable_layers(model).items()
+    )
 
 
 @pytest.mark.parametrize("kind", EVERY)
@@ -219,7 +224,7 @@ def test_gradients_are_those_of_the_formula() -> None:
     pruner = Smart(model, pattern="block:8x4", density=0.5, total_steps=10, init_temp=0.5)
     f = pruner.factors().detach()
     model(x).square().sum().backward()
-    layer = mg.prunable_layers(model)["0.weight"]
+    layer = mg.core.layers.prunable_layers(model)["0.weight"]
     effective = (layer.raw * Block(8, 4).expand(f, (16, 16))).detach().requires_grad_()
     (big,) = torch.autograd.grad(functional.linear(x, effective).square().sum(), effective)
     torch.testing.assert_close(layer.raw.grad, Block(8, 4).expand(f, (16, 16)) * big)
@@ -253,10 +258,10 @@ def test_undecided_units_vanish_as_the_temperature_falls() -> None:
 def test_the_first_ranking_is_what_the_initialization_says(init: str) -> None:
     model = network()
     pruner = pruner_of(Smart, model, init=init, density=0.3)
-    values = {n: layer.raw.abs() for n, layer in mg.prunable_layers(model).items()}
+    values = {n: layer.raw.abs() for n, layer in mg.core.layers.prunable_layers(model).items()}
     if init == "activation":
         dense = network()
-        inputs = mean_inputs(dense, mg.prunable_layers(dense), mg.Evidence([images()]))
+        inputs = mean_inputs(dense, mg.core.layers.prunable_layers(dense), mg.scores.Evidence([images()]))
         values = {n: v * inputs[n] for n, v in values.items()}
     means = [Block(8, 4).reduce(v, "mean").flatten() for v in values.values()]
     if init == "layerwise":
@@ -269,7 +274,7 @@ def test_the_first_ranking_is_what_the_initialization_says(init: str) -> None:
 
 def test_mean_inputs_are_those_of_each_layer() -> None:
     model, (x, y) = nn.Sequential(nn.Conv2d(3, 6, 1, groups=3), nn.Flatten(), nn.Linear(6 * 64, 2)), images()
-    found = mean_inputs(model, mg.prunable_layers(model), mg.Evidence([(x, y), (x * 3, y)]))
+    found = mean_inputs(model, mg.core.layers.prunable_layers(model), mg.scores.Evidence([(x, y), (x * 3, y)]))
     torch.testing.assert_close(found["0.weight"][::2, 0, 0, 0], 2 * x.abs().mean((0, 2, 3)))
     torch.testing.assert_close(found["2.weight"][0], 2 * model[:2](x).abs().mean(0), atol=1e-1, rtol=0.5)
     assert found["2.weight"].shape == (2, 384)
@@ -293,10 +298,10 @@ def test_useful_blocks_with_small_weights_are_kept_where_magnitude_removes_them(
             model.weight.copy_(start)
         settings = {"pattern": "unstructured", "density": 8 / 64}
         if not smart:
-            return int(mg.OneShot(model, **settings).masks["weight"][0, useful].sum())
+            return int(mg.methods.OneShot(model, **settings).masks["weight"][0, useful].sum())
         pruner = Smart(model, total_steps=200, search=1.0, init="noise", init_temp=1.0, mask_lr=0.05, **settings)
         own = pruner.param_groups()
-        optimizer = torch.optim.Adam([{"params": [mg.prunable_layers(model)["weight"].raw], "lr": 1e-3}, *own])
+        optimizer = torch.optim.Adam([{"params": [mg.core.layers.prunable_layers(model)["weight"].raw], "lr": 1e-3}, *own])
         for _ in range(200):
             loss = (model(x) - y).square().mean()
             optimizer.zero_grad()
@@ -379,7 +384,7 @@ def test_nm_ranks_the_weights_themselves() -> None:
     f = pruner.factors().detach().view(4, 8)
     torch.testing.assert_close(f.view(-1, 4).sum(1), torch.full((8,), 2.0, dtype=torch.float64))
     model(x).square().sum().backward()
-    raw = mg.prunable_layers(model)["weight"].raw
+    raw = mg.core.layers.prunable_layers(model)["weight"].raw
     effective = (raw * f).detach().requires_grad_()
     (big,) = torch.autograd.grad(functional.linear(x, effective).square().sum(), effective)
     v, u = (f * (1 - f)).view(-1, 4), (big * raw.detach()).view(-1, 4)
@@ -410,7 +415,7 @@ def test_pdp_mask_is_one_half_at_the_threshold_and_follows_its_formula() -> None
         model = nn.Linear(64, 8, bias=False)
         settings = {} if pattern == "nm:2:4" else {"density": 0.25}
         pruner = Pdp(model, pattern=pattern, total_steps=10, ramp=0, temperature=1e-3, relative=False, **settings)
-        w = mg.prunable_layers(model)["weight"].raw
+        w = mg.core.layers.prunable_layers(model)["weight"].raw
         m = pruner.factors().view(8, 64)
         assert int((m > 0.5).sum()) == (256 if pattern == "nm:2:4" else 128)
         order = w.abs().flatten().argsort()
@@ -427,7 +432,7 @@ def test_pdp_mask_is_one_half_at_the_threshold_and_follows_its_formula() -> None
 def test_pdp_shares_out_the_budget_by_magnitude_and_ends_in_the_magnitude_mask() -> None:
     model = network()
     pruner = pruner_of(Pdp, model, pattern="unstructured", search=1.0)
-    expected = {n: int(m.sum()) for n, m in mg.OneShot(network(), density=0.4).masks.items()}
+    expected = {n: int(m.sum()) for n, m in mg.methods.OneShot(network(), density=0.4).masks.items()}
     assert pruner.shares == expected
     seen = []
     for _ in range(STEPS):
@@ -435,7 +440,7 @@ def test_pdp_shares_out_the_budget_by_magnitude_and_ends_in_the_magnitude_mask()
         steps(model, pruner, 1)
     assert seen[0] == sum(mask.numel() for mask in pruner.masks.values())
     assert seen == sorted(seen, reverse=True)
-    weights = {n: layer.raw.detach().clone() for n, layer in mg.prunable_layers(model).items()}
+    weights = {n: layer.raw.detach().clone() for n, layer in mg.core.layers.prunable_layers(model).items()}
     for name, mask in pruner.finish().items():
         assert int(mask.sum()) == expected[name]
         assert weights[name][mask].abs().min() >= weights[name][~mask].abs().max()
@@ -501,7 +506,7 @@ def test_awg_leaves_the_weights_alone_and_does_not_see_the_scale_of_the_loss() -
     for scale in (1.0, 2.0):
         model = network()
         before = copy.deepcopy(model.state_dict())
-        evidence = mg.Evidence([(x, y), (x * 0.5, y)], lambda o, t, s=scale: s * functional.cross_entropy(o, t))
+        evidence = mg.scores.Evidence([(x, y), (x * 0.5, y)], lambda o, t, s=scale: s * functional.cross_entropy(o, t))
         pruner = pruner_of(Awg, model, evidence=evidence, updates=1)
         pruner.ranking()
         assert all(torch.equal(value, pruner.model.state_dict()[_soft(name, pruner)]) for name, value in before.items())
@@ -532,7 +537,7 @@ def test_acdc_alternates_and_ends_compressed() -> None:
     for step in range(1, STEPS + 1):
         optimizers = steps(model, pruner, 1, optimizers)
         kept.append(pruner.masks.kept)
-        raw = torch.cat([layer.raw.flatten() for layer in mg.prunable_layers(model).values()])
+        raw = torch.cat([layer.raw.flatten() for layer in mg.core.layers.prunable_layers(model).values()])
         zeros.append(int((raw == 0).sum()))
         if step == 20:
             momenta = [s["momentum_buffer"] for s in optimizers[0].state.values()]
@@ -595,7 +600,7 @@ def test_wrong_settings_are_explained(kind: type[UnitPruner], settings: dict[str
 
 def test_a_masked_model_is_refused_and_so_is_one_without_channels() -> None:
     model = network()
-    mg.OneShot(model, density=0.5)
+    mg.methods.OneShot(model, density=0.5)
     with pytest.raises(PatternError, match="without masks"):
         pruner_of(Smart, model)
     with pytest.raises(ShrinkError, match="No channels"):

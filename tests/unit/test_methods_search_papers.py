@@ -59,7 +59,7 @@ def test_pdp_ranks_a_block_at_the_edge_by_the_mean_of_what_it_holds() -> None:
 @pytest.mark.parametrize(("updates", "begin", "expected"), [(1, 0.0, [1]), (4, 0.0, [1, 5, 10, 15]), (2, 0.2, [8, 14])])
 def test_awg_prunes_at_the_start_of_each_part_of_the_search(updates: int, begin: float, expected: list[int]) -> None:
     x = torch.randn(4, 8)
-    evidence = mg.Evidence([(x, x)], lambda o, t: (o - t).square().mean())
+    evidence = mg.scores.Evidence([(x, x)], lambda o, t: (o - t).square().mean())
     share = 0.5 if begin == 0 else 0.3
     total = 40
     pruner = Awg(

@@ -43,7 +43,9 @@ def batch(number: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tens
 
 def pruner_of(model: nn.Module, seed: int = 0, **config: Any) -> SparseTraining:
     usual = {"density": 0.2, "total_steps": 24, "every": 3}
-    return SparseTraining(model, evidence=mg.Evidence(generator=torch.Generator().manual_seed(seed)), **{**usual, **config})
+    return SparseTraining(
+        model, evidence=mg.scores.Evidence(generator=torch.Generator().manual_seed(seed)), **{**usual, **config}
+    )
 
 
 def advance(model: nn.Module, pruner: SparseTraining, optimizer: torch.optim.Optimizer, number: int) -> bool:
@@ -58,19 +60,19 @@ def advance(model: nn.Module, pruner: SparseTraining, optimizer: torch.optim.Opt
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:
-    return {name: layer.raw.detach().clone() for name, layer in mg.prunable_layers(model).items()}
+    return {name: layer.raw.detach().clone() for name, layer in mg.core.layers.prunable_layers(model).items()}
 
 
 def momenta(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, list[Tensor]]:
     """The optimizer's tensors of each weight."""
     found = {}
-    for name, layer in mg.prunable_layers(model).items():
+    for name, layer in mg.core.layers.prunable_layers(model).items():
         state = optimizer.state.get(layer.raw, {}).values()
         found[name] = [v.clone() for v in state if isinstance(v, Tensor) and v.shape == layer.shape]
     return found
 
 
-def counts(masks: mg.MaskSet) -> dict[str, int]:
+def counts(masks: mg.core.masks.MaskSet) -> dict[str, int]:
     return {name: int(mask.sum()) for name, mask in masks.items()}
 
 
@@ -182,15 +184,15 @@ def dense_gradients(model: nn.Module, inputs: Tensor, targets: Tensor) -> dict[s
     twin = mg.fold(deepcopy(model))
     state = {name: p.detach().clone().requires_grad_() for name, p in twin.named_parameters()}
     functional.cross_entropy(functional_call(twin, state, (inputs,)), targets).backward()
-    return {name: state[name].grad for name in mg.prunable_layers(twin)}
+    return {name: state[name].grad for name in mg.core.layers.prunable_layers(twin)}
 
 
 def test_the_dense_gradient_is_that_of_the_unmasked_tensor() -> None:
     model = network(torch.float64)
-    mg.OneShot(model, density=0.3, score="random", scope="erk")
+    mg.methods.OneShot(model, density=0.3, score="random", scope="erk")
     inputs, targets = batch(1, torch.float64)
     expected = dense_gradients(model, inputs, targets)
-    layers, gradients = mg.prunable_layers(model), DenseGradients()
+    layers, gradients = mg.core.layers.prunable_layers(model), DenseGradients()
     masked = [module for module in model.modules() if isinstance(module, Masked)]
     gradients.listen(masked)
     with torch.no_grad():
@@ -211,12 +213,12 @@ def test_the_dense_gradient_is_that_of_the_unmasked_tensor() -> None:
 def test_uses_of_a_tied_weight_add_up() -> None:
     model = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6)).double()
     model[2].weight = model[0].weight
-    mg.OneShot(model, density=0.5, score="random")
+    mg.methods.OneShot(model, density=0.5, score="random")
     inputs, targets = torch.randn(5, 6).double(), torch.randint(6, (5,))
     gradients = DenseGradients()
     gradients.listen(module for module in model.modules() if isinstance(module, Masked))
     functional.cross_entropy(model(inputs), targets).backward()
-    found = gradients.of(mg.prunable_layers(model))["0.weight"]
+    found = gradients.of(mg.core.layers.prunable_layers(model))["0.weight"]
     twin = mg.fold(deepcopy(model))
     twin.zero_grad()
     functional.cross_entropy(twin(inputs), targets).backward()
@@ -279,7 +281,7 @@ def test_without_drop_it_is_static_sparse_training_to_the_bit() -> None:
         return model
 
     moving = trained(lambda model: pruner_of(model, **methods["static"].defaults))
-    still = trained(lambda model: mg.OneShot(model, density=0.2, scope="erk", score="random"))
+    still = trained(lambda model: mg.methods.OneShot(model, density=0.2, scope="erk", score="random"))
     assert same(moving.state_dict(), still.state_dict())
 
 
@@ -348,7 +350,7 @@ def test_it_goes_on_from_its_state(grow: str, after: int) -> None:
 # --------------------------------------------------------------------------------------------------------- counts
 @pytest.mark.parametrize("density", [0.02, 0.05, 0.1, 0.33, 0.5, 0.9, 1.0])
 def test_erdos_renyi_counts_are_exact(density: float) -> None:
-    model = mg.build("lenet-5", classes=10, shape=(1, 28, 28))
+    model = mg.tasks.build("lenet-5", classes=10, shape=(1, 28, 28))
     pruner = pruner_of(model, density=density)
     sizes = {name: layer.raw.numel() for name, layer in pruner.layers.items()}
     shapes = {name: layer.shape for name, layer in pruner.layers.items()}
@@ -408,7 +410,7 @@ def test_wrong_settings_end_in_one_sentence(config: dict[str, Any], error: type[
 # --------------------------------------------------------------------------------------------------- through the loop
 @pytest.fixture(scope="module")
 def task() -> mg.Task:
-    return mg.image_task("lenet-300-100", "digits")
+    return mg.tasks.image_task("lenet-300-100", "digits")
 
 
 SHORT = mg.FitConfig(epochs=3, batch_size=256, lr=0.1)
@@ -422,7 +424,7 @@ class Witness(SparseTraining):
     seen: list[int]
 
     def _update(self, step: int, optimizer: torch.optim.Optimizer | None) -> None:
-        task = mg.image_task("lenet-300-100", "digits")
+        task = mg.tasks.image_task("lenet-300-100", "digits")
         batches = task.data.batches("train", SHORT.batch_size, seed=4, shuffle=True, augment=True)
         inputs, targets = list(batches.epoch((step - 1) // LENGTH))[(step - 1) % LENGTH]
         found = self._gradients.of(self.layers)
@@ -512,8 +514,8 @@ def test_first_masks_may_come_from_another_score(task: mg.Task) -> None:
     methods["static"].check(task, config)
     model = methods["static"].procedure(task, Run(), config)
     expected = task.build()
-    evidence = mg.Evidence(list(task.data.batches("train", 128, shuffle=True).epoch(0))[:1], task.loss)
-    mg.OneShot(expected, density=0.05, score="gradient", scope="layer", evidence=evidence)
+    evidence = mg.scores.Evidence(list(task.data.batches("train", 128, shuffle=True).epoch(0))[:1], task.loss)
+    mg.methods.OneShot(expected, density=0.05, score="gradient", scope="layer", evidence=evidence)
     assert mg.masks_of(model).same(mg.masks_of(expected))
 
 
@@ -524,7 +526,7 @@ def test_rigl_beats_static_masks_on_digits(task: mg.Task) -> None:
     for name in ("rigl", "static"):
         found = []
         for seed in range(3):
-            there = mg.image_task("lenet-300-100", "digits", seed=seed)
+            there = mg.tasks.image_task("lenet-300-100", "digits", seed=seed)
             model = methods[name].procedure(there, Run(seed=seed), config_of(name, every=20, train=train))
             assert mg.masks_of(model).kept == 2510
             found.append(mg.evaluate(model, there)["accuracy"])

@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import microglia as mg
 from microglia.core.errors import BudgetError, FileError, MicrogliaError, ScoreError, TrainingError, UnknownNameError
+from microglia.lab.recipe import resolve
 
 
 def net() -> nn.Sequential:
@@ -20,19 +21,19 @@ def net() -> nn.Sequential:
     return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
 
 
-def smart(model: nn.Module, **settings: object) -> mg.Smart:
-    return mg.Smart(model, pattern="block:4x4", density=0.5, total_steps=4, search=0.5, **settings)
+def smart(model: nn.Module, **settings: object) -> mg.methods.Smart:
+    return mg.methods.Smart(model, pattern="block:4x4", density=0.5, total_steps=4, search=0.5, **settings)
 
 
 @pytest.mark.parametrize("word", ["sparsity", "amount", "pruning_ratio"])
 def test_the_fraction_removed_is_answered_with_the_fraction_kept(word):
     with pytest.raises(BudgetError, match=r"say density=..., the fraction kept, here density=0\.2"):
-        mg.OneShot(net(), **{word: 0.8})
+        mg.methods.OneShot(net(), **{word: 0.8})
 
 
 def test_an_unknown_keyword_is_answered_with_the_nearest():
     with pytest.raises(UnknownNameError, match="Did you mean 'density'"):
-        mg.OneShot(net(), densty=0.5)
+        mg.methods.OneShot(net(), densty=0.5)
     with pytest.raises(UnknownNameError, match="Did you mean 'epochs'"):
         mg.FitConfig(epoch=3)
 
@@ -42,9 +43,9 @@ def test_an_unknown_keyword_is_answered_with_the_nearest():
 )
 def test_an_unknown_choice_names_the_choices(settings, text):
     with pytest.raises(UnknownNameError, match=text):
-        mg.OneShot(net(), density=0.5, **settings)
+        mg.methods.OneShot(net(), density=0.5, **settings)
     with pytest.raises(UnknownNameError, match=text):
-        mg.resolve({"prune": {"density": 0.5, **settings}})
+        resolve({"prune": {"density": 0.5, **settings}})
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -59,29 +60,29 @@ def test_what_is_no_model_that_can_be_masked_is_named():
         (nn.Sequential(nn.LazyLinear(3)), "0.weight is lazy"),
     ]:
         with pytest.raises(MicrogliaError, match=text):
-            mg.OneShot(model, density=0.5)
+            mg.methods.OneShot(model, density=0.5)
 
 
 def test_a_float_for_a_config_is_refused():
     with pytest.raises(BudgetError, match="say density="):
-        mg.OneShot(net(), 0.5)
+        mg.methods.OneShot(net(), 0.5)
 
 
 @pytest.mark.parametrize("field", ["layers", "exclude", "protect"])
 def test_a_lone_selector_is_a_list_of_one(field):
-    lone, listed = (mg.OneShot(net(), density=0.9, **{field: s}).masks for s in ("0", ["0"]))
+    lone, listed = (mg.methods.OneShot(net(), density=0.9, **{field: s}).masks for s in ("0", ["0"]))
     assert lone.same(listed)
-    assert list(mg.OneShot(net(), density=0.5, layers="type:Linear").layers) == ["0.weight", "2.weight"]
+    assert list(mg.methods.OneShot(net(), density=0.5, layers="type:Linear").layers) == ["0.weight", "2.weight"]
 
 
 def test_numbers_of_numpy_are_numbers():
-    assert mg.OneShot(net(), density=np.float64(0.5)).masks.same(mg.OneShot(net(), density=0.5).masks)
-    assert mg.OneShot(net(), density=np.float32(0.5)).masks.kept == 96
-    assert mg.Gradual(net(), density=0.5, total_steps=np.int64(4)).finish().kept == 96
+    assert mg.methods.OneShot(net(), density=np.float64(0.5)).masks.same(mg.methods.OneShot(net(), density=0.5).masks)
+    assert mg.methods.OneShot(net(), density=np.float32(0.5)).masks.kept == 96
+    assert mg.methods.Gradual(net(), density=0.5, total_steps=np.int64(4)).finish().kept == 96
 
 
 @pytest.mark.parametrize("steps", [0, -1, 2.5, None, True])
-@pytest.mark.parametrize("method", [mg.Gradual, mg.Smart, mg.Pas])
+@pytest.mark.parametrize("method", [mg.methods.Gradual, mg.methods.Smart, mg.methods.Pas])
 def test_a_training_without_steps_is_refused(method, steps):
     with pytest.raises(BudgetError, match=r"total_steps of \w+ is .*, at least 1"):
         method(net(), density=0.5, total_steps=steps)
@@ -91,21 +92,21 @@ def test_a_training_without_steps_is_refused(method, steps):
     ("evidence", "text"),
     [
         (torch.ones(2, 8), r"got a tensor of shape \(2, 8\)"),
-        (mg.Evidence(batches=torch.ones(2, 8)), r"are a list of \(inputs, targets\)"),
-        (mg.Evidence(batches=[torch.ones(2, 8)]), "is a pair"),
-        (mg.Evidence(batches=iter([])), "used up"),
+        (mg.scores.Evidence(batches=torch.ones(2, 8)), r"are a list of \(inputs, targets\)"),
+        (mg.scores.Evidence(batches=[torch.ones(2, 8)]), "is a pair"),
+        (mg.scores.Evidence(batches=iter([])), "used up"),
     ],
 )
 def test_evidence_that_is_none_is_refused(evidence, text):
     with pytest.raises(ScoreError, match=text):
-        mg.OneShot(net(), density=0.5, score="gradient", evidence=evidence)
+        mg.methods.OneShot(net(), density=0.5, score="gradient", evidence=evidence)
 
 
 def test_a_generator_of_batches_can_be_read_twice():
     batch = (torch.ones(2, 8), torch.zeros(2, dtype=torch.long))
-    evidence = mg.Evidence(batches=(b for b in [batch]), loss=nn.functional.cross_entropy)
+    evidence = mg.scores.Evidence(batches=(b for b in [batch]), loss=nn.functional.cross_entropy)
     for _ in range(2):
-        assert mg.OneShot(net(), density=0.5, score="gradient", evidence=evidence).masks.kept == 96
+        assert mg.methods.OneShot(net(), density=0.5, score="gradient", evidence=evidence).masks.kept == 96
 
 
 def test_a_dense_model_has_a_readable_empty_mask_set():
@@ -116,7 +117,7 @@ def test_a_dense_model_has_a_readable_empty_mask_set():
 
 def test_a_model_that_is_not_there_is_refused_before_its_data_is_read():
     with pytest.raises(UnknownNameError, match="Did you mean 'resnet20'"):
-        mg.image_task("resnt20", "no such data either")
+        mg.tasks.image_task("resnt20", "no such data either")
 
 
 def test_fit_without_a_task_or_a_config_says_so():
@@ -141,7 +142,7 @@ def test_an_unfinished_search_is_not_saved(tmp_path):
 
 
 @pytest.mark.parametrize("with_scores", [False, True])
-@pytest.mark.parametrize("method", [mg.Smart, mg.Pas])
+@pytest.mark.parametrize("method", [mg.methods.Smart, mg.methods.Pas])
 def test_scores_that_no_optimizer_moved_are_told_of(method, with_scores):
     model = net()
     optimizers = [torch.optim.SGD(model.parameters(), lr=0.1)]  # made before the pruner, so without its scores
@@ -174,10 +175,10 @@ def test_masks_attached_after_ddp_train_as_those_before(inner):
     for wrapped_first in (False, True):
         model = net()
         if not wrapped_first:
-            mg.OneShot(model, density=0.3)
+            mg.methods.OneShot(model, density=0.3)
         ddp = DistributedDataParallel(model)
         if wrapped_first:
-            mg.OneShot(model if inner else ddp, density=0.3)
+            mg.methods.OneShot(model if inner else ddp, density=0.3)
         optimizer = torch.optim.SGD(ddp.parameters(), lr=0.1)
         torch.manual_seed(1)
         for _ in range(3):

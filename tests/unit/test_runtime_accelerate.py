@@ -52,7 +52,7 @@ def net(pattern, density=0.3):
             nn.init.uniform_(layer.weight, 0.5, 1.5)
             layer.running_mean.normal_()
             layer.running_var.uniform_(0.5, 2)
-    mg.OneShot(model, pattern=pattern, density=density, scope="layer").finish()
+    mg.methods.OneShot(model, pattern=pattern, density=density, scope="layer").finish()
     return model.eval()
 
 

@@ -160,7 +160,7 @@ class Net(nn.Module):
 torch.manual_seed(0)
 model, x = Net(), torch.randn(2, 3, 6, 6)
 model.norm.running_mean.normal_()
-mg.OneShot(model, pattern=mg.Block(64, 1), density=0.3, scope="layer").finish()
+mg.methods.OneShot(model, pattern=mg.Block(64, 1), density=0.3, scope="layer").finish()
 model.eval()
 fast = mg.accelerate(model, x, against=("eager",), cache=None)
 report = fast.report()

@@ -97,7 +97,7 @@ class Net(nn.Module):
 def pruned(density=0.3, pattern=None):
     torch.manual_seed(0)
     model = Net()
-    mg.OneShot(model, pattern=pattern or mg.Block(16, 1), density=density, scope="layer").finish()
+    mg.methods.OneShot(model, pattern=pattern or mg.Block(16, 1), density=density, scope="layer").finish()
     return model.eval()
 
 

@@ -24,8 +24,8 @@ def net() -> nn.Module:
 
 
 def prune(model: nn.Module, score: str, batches: Any, **settings: Any) -> None:
-    evidence = mg.Evidence(batches=batches, **{"loss": functional.cross_entropy, **settings})
-    mg.OneShot(model, density=0.5, score=score, evidence=evidence)
+    evidence = mg.scores.Evidence(batches=batches, **{"loss": functional.cross_entropy, **settings})
+    mg.methods.OneShot(model, density=0.5, score=score, evidence=evidence)
 
 
 def refused(told: str, score: str, batches: Any, **settings: Any) -> None:
@@ -97,7 +97,7 @@ def test_a_loss_for_each_example_is_no_mean(score: str) -> None:
 
 
 def test_channels_say_it_too() -> None:
-    evidence = mg.Evidence([(INPUTS["channels"], GOOD[1])], functional.cross_entropy)
+    evidence = mg.scores.Evidence([(INPUTS["channels"], GOOD[1])], functional.cross_entropy)
     with pytest.raises(ScoreError, match="does not take the inputs of evidence"):
         mg.prune_channels(net(), GOOD[0], mg.Budget(params=0.5), score="gradient", evidence=evidence)
 

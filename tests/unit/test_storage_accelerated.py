@@ -13,8 +13,8 @@ from microglia.core.errors import MicrogliaError
 
 def small(pattern):
     torch.manual_seed(0)
-    model = mg.build("resnet20", classes=10, shape=(3, 32, 32))
-    mg.OneShot(model, pattern=pattern, density=0.3, scope="layer").finish()
+    model = mg.tasks.build("resnet20", classes=10, shape=(3, 32, 32))
+    mg.methods.OneShot(model, pattern=pattern, density=0.3, scope="layer").finish()
     return model.eval()
 
 

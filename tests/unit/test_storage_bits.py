@@ -143,7 +143,7 @@ def test_folded_on_request_the_file_has_no_masks_and_the_model_keeps_its_own(tmp
 
 def test_folded_a_shrunk_and_masked_model_stays_shrunk(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    dense = mg.build("conv-2", classes=4, shape=(1, 4, 4))
+    dense = mg.tasks.build("conv-2", classes=4, shape=(1, 4, 4))
     model = mg.prune_channels(dense, torch.ones(1, 1, 4, 4), mg.Budget(params=0.5), round_to=1)
     name = next(n for n, p in model.named_parameters() if p.ndim == 2)
     mg.mask(model, {name: torch.rand_like(model.get_parameter(name)) > 0.5})

@@ -16,6 +16,7 @@ from microglia.cli.app import app
 from microglia.core.errors import FileError
 from microglia.core.house import ALWAYS, CHANGES
 from microglia.dynamic import GatePlan, Site, attach_gates, gate_plan
+from microglia.lab.recipe import resolve
 from microglia.storage import changes as seam
 from microglia.storage.changes import Change, changes_of, decode, register_change, replay
 
@@ -68,7 +69,7 @@ def scaled(monkeypatch):
 
 def model() -> nn.Module:
     torch.manual_seed(0)
-    return mg.build("lenet-300-100", classes=10, shape=(1, 8, 8)).eval()
+    return mg.tasks.build("lenet-300-100", classes=10, shape=(1, 8, 8)).eval()
 
 
 X = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(1))
@@ -76,7 +77,7 @@ X = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(1))
 
 def test_a_change_from_outside_is_saved_loaded_and_measured(scaled, tmp_path):
     made = times(model(), 3.0)
-    mg.mask(made, {name: layer.weight > 0 for name, layer in mg.prunable_layers(made).items()})
+    mg.mask(made, {name: layer.weight > 0 for name, layer in mg.core.layers.prunable_layers(made).items()})
     assert {key: done.kind is scaled for key, done in changes_of(made).items()} == {"masks": False, "scaled": True}
     mg.save(made, tmp_path / "saved")
     again = mg.load(tmp_path / "saved")
@@ -99,7 +100,7 @@ def test_a_run_tells_of_a_change_from_outside(scaled, tmp_path, monkeypatch):
 
     kept = execute.methods["oneshot"]
     monkeypatch.setitem(execute.methods._items, "oneshot", Registered())
-    recipe = mg.resolve({"model": "lenet-300-100", "method": "oneshot", "prune": {"density": 0.5},
+    recipe = resolve({"model": "lenet-300-100", "method": "oneshot", "prune": {"density": 0.5},
                          "dense": {"epochs": 1}, "train": {"epochs": 0},
                          "measure": {"rounds": 2, "executions": ["eager"]}})  # fmt: skip
     result = mg.execute(recipe, tmp_path / "run")
@@ -184,7 +185,7 @@ def test_a_permuted_model_tells_so_after_it_was_loaded(tmp_path):
     permuted = mg.permute_channels(net(), X, mg.Block(4, 1), density=0.3)
     again = mg.load(mg.save(permuted, tmp_path), net())
     assert torch.equal(again(X), permuted(X))
-    assert mg.permutation_of(again).to_dict() == mg.permutation_of(permuted).to_dict()
+    assert mg.graph.permutation_of(again).to_dict() == mg.graph.permutation_of(permuted).to_dict()
     plan = json.loads((tmp_path / "plan.json").read_text())
     for damaged in (3, {}, {"layers": 1, "left": {}, "error": 0}, {**plan["permuted"], "layers": {"0.weight": {"total": "x"}}}):
         (tmp_path / "plan.json").write_text(json.dumps(plan | {"permuted": damaged}))

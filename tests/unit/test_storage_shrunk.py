@@ -36,7 +36,7 @@ class Shuffle(nn.Module):
 
 def dense() -> nn.Module:
     torch.manual_seed(0)
-    return mg.build("conv-2", classes=10, shape=(1, 8, 8))
+    return mg.tasks.build("conv-2", classes=10, shape=(1, 8, 8))
 
 
 def shuffle() -> nn.Module:
@@ -52,7 +52,7 @@ def small() -> nn.Module:
 @pytest.fixture(scope="module")
 def graph() -> nn.Module:
     found = mg.prune_channels(shuffle(), IMAGES[:1], mg.Budget(density=0.5), round_to=1)
-    assert mg.plan_of(found).kind == "graph"
+    assert mg.graph.plan_of(found).kind == "graph"
     return found
 
 
@@ -72,7 +72,7 @@ def assert_same(model: nn.Module, other: nn.Module) -> None:
 def test_a_shrunk_network_is_loaded_by_its_directory_alone(small: nn.Module, saved: Path) -> None:
     again = mg.load(saved)
     assert_same(small, again)
-    assert mg.plan_of(again).to_dict()["kept"] == mg.plan_of(small).to_dict()["kept"]
+    assert mg.graph.plan_of(again).to_dict()["kept"] == mg.graph.plan_of(small).to_dict()["kept"]
     assert sum(p.numel() for p in again.parameters()) < 0.51 * sum(p.numel() for p in dense().parameters())
     assert_same(small, mg.load(saved, dense()))
 
@@ -95,7 +95,7 @@ def test_a_graph_is_traced_again(graph: nn.Module, tmp_path: Path) -> None:
 @pytest.mark.parametrize("folded", [False, True])
 def test_masks_on_a_shrunk_model(folded: bool, tmp_path: Path) -> None:
     model = mg.prune_channels(dense(), IMAGES[:1], mg.Budget(density=0.5))
-    mg.OneShot(model, density=0.3)
+    mg.methods.OneShot(model, density=0.3)
     if folded:
         mg.fold(model)
     mg.save(model, tmp_path / "model")
@@ -106,7 +106,7 @@ def test_masks_on_a_shrunk_model(folded: bool, tmp_path: Path) -> None:
 
 def test_from_masks_to_a_file_and_back(tmp_path: Path) -> None:
     model = dense()
-    mg.OneShot(model, pattern=mg.Channel(), density=0.5, scope="layer", exclude=["classifier.4"])
+    mg.methods.OneShot(model, pattern=mg.Channel(), density=0.5, scope="layer", exclude=["classifier.4"])
     small = mg.shrink(model, IMAGES[:1])
     mg.save(small, tmp_path / "model")
     assert_same(small, mg.load(tmp_path / "model"))
@@ -184,7 +184,7 @@ def test_a_plan_that_is_none_is_refused_even_with_the_right_mark(
     small: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str
 ) -> None:
     plan, text = FOREIGN[case]
-    monkeypatch.setattr(type(mg.plan_of(small)), "to_dict", lambda self: plan)
+    monkeypatch.setattr(type(mg.graph.plan_of(small)), "to_dict", lambda self: plan)
     mg.save(small, tmp_path / "model")
     monkeypatch.undo()
     with pytest.raises(FileError, match=text):
@@ -195,7 +195,7 @@ def test_what_it_is_loaded_into(saved: Path, small: nn.Module, tmp_path: Path) -
     with pytest.raises(FileError, match="Pass a freshly built, dense"):
         mg.load(saved, mg.load(saved))
     with pytest.raises(FileError, match="fit"):
-        mg.load(saved, mg.build("lenet-5", classes=10, shape=(1, 28, 28)))
+        mg.load(saved, mg.tasks.build("lenet-5", classes=10, shape=(1, 28, 28)))
     mg.save(dense(), tmp_path / "dense")
     with pytest.raises(FileError, match="Pass a freshly built, dense"):
         mg.load(tmp_path / "dense", mg.load(saved))
@@ -227,7 +227,7 @@ def test_a_graph_saved_before_graphs_counted_batches_is_read(tmp_path):
 
     example = torch.randn(2, 3, 8, 8)
     small = mg.prune_channels(Net().eval(), example, mg.Budget(density=0.5), round_to=1)
-    assert mg.plan_of(small).kind == "graph"
+    assert mg.graph.plan_of(small).kind == "graph"
     mg.save(small, tmp_path)
     state, document, _ = read_tensors(tmp_path / "model.safetensors", kind="weights")
     old = {name: value for name, value in state.items() if not name.endswith("num_batches_tracked")}

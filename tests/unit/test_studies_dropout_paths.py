@@ -243,11 +243,11 @@ def test_networks_of_the_zoo_are_read_or_refused():
         ("lenet-300-100", (300, 100)),
         ("conv-4", (64, 64, 128, 128, 256, 256)),
     ):
-        assert unit_chain(mg.build(name, shape=(1, 8, 8)), torch.zeros(1, 1, 8, 8)).hidden == hidden
-    vgg = unit_chain(mg.build("vgg16-bn", shape=(3, 16, 16), hidden="norm"), torch.zeros(1, 3, 16, 16))
+        assert unit_chain(mg.tasks.build(name, shape=(1, 8, 8)), torch.zeros(1, 1, 8, 8)).hidden == hidden
+    vgg = unit_chain(mg.tasks.build("vgg16-bn", shape=(3, 16, 16), hidden="norm"), torch.zeros(1, 3, 16, 16))
     assert vgg.hidden == (64, 64, 128, 128, 256, 256, 256, *[512] * 7)
     with pytest.raises(MicrogliaError, match="as in a residual network"):
-        unit_chain(mg.build("resnet8", shape=(1, 8, 8)), torch.zeros(1, 1, 8, 8))
+        unit_chain(mg.tasks.build("resnet8", shape=(1, 8, 8)), torch.zeros(1, 1, 8, 8))
 
 
 class Weighted(nn.Sequential):

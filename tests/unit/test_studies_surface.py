@@ -10,6 +10,7 @@ from torch import nn
 
 import microglia as mg
 from microglia.core.errors import FileError, MicrogliaError
+from microglia.lab.recipe import resolve
 from microglia.studies.space.gauge import Gauge
 from microglia.studies.space.points import difference, inner, norm, point_of
 from microglia.studies.space.trajectory import keep_place, principal_plane, project, read_trajectory
@@ -232,13 +233,13 @@ def test_a_run_keeps_its_trajectory_when_asked(tmp_path):
         "train": {"epochs": 3, "max_batches": 2, "batch_size": 16},
         "measure": {"latency": False, "trajectory": True},
     }
-    mg.execute(mg.resolve(recipe), tmp_path / "run")
+    mg.execute(resolve(recipe), tmp_path / "run")
     path = read_trajectory(tmp_path / "run" / "trajectory")
     assert len(path) == 3
     model = mg.fold(mg.load(tmp_path / "run" / "model"))
     assert all(torch.equal(value, path[-1][name]) for name, value in point_of(model).items())
     assert any(not torch.equal(value, path[0][name]) for name, value in path[-1].items())
-    mg.execute(mg.resolve({**recipe, "measure": {"latency": False}}), tmp_path / "other")
+    mg.execute(resolve({**recipe, "measure": {"latency": False}}), tmp_path / "other")
     assert not (tmp_path / "other" / "trajectory").exists()
 
 

@@ -24,7 +24,7 @@ SHORT = mg.FitConfig(epochs=3, batch_size=256, lr=0.05)
 
 @pytest.fixture(scope="module")
 def task() -> mg.Task:
-    return mg.image_task("lenet-300-100", "digits")
+    return mg.tasks.image_task("lenet-300-100", "digits")
 
 
 class Dropped(nn.Module):
@@ -90,10 +90,10 @@ def test_fit_learns_and_the_same_seed_gives_the_same_bits(task: mg.Task) -> None
 def test_fit_goes_on_to_the_same_bits(task: mg.Task, after: int) -> None:
     saved: list[Any] = []
     whole = fresh()
-    mg.OneShot(whole, density=0.3)
+    mg.methods.OneShot(whole, density=0.3)
     mg.fit(whole, task, SHORT, seed=1, progress=Progress(None, lambda s: saved.append(_copy(s))))
     resumed = fresh()
-    mg.OneShot(resumed, density=0.3)
+    mg.methods.OneShot(resumed, density=0.3)
     rows = mg.fit(resumed, task, SHORT, seed=1, progress=Progress(saved[after - 1], lambda s: None))
     assert same(state(whole), state(resumed))
     assert len(rows) == 3
@@ -110,9 +110,9 @@ def _copy(value: Any) -> Any:
 @pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
 def test_masked_weights_stay_exactly_zero(task: mg.Task, optimizer: Any) -> None:
     model = fresh()
-    masks = mg.OneShot(model, density=0.2).masks
+    masks = mg.methods.OneShot(model, density=0.2).masks
     mg.fit(model, task, mg.FitConfig(epochs=1, batch_size=256, lr=0.01, optimizer=optimizer, weight_decay=1e-2))
-    for name, layer in mg.prunable_layers(model).items():
+    for name, layer in mg.core.layers.prunable_layers(model).items():
         assert not layer.raw[~masks[name]].any()
         assert layer.raw[masks[name]].all()
     assert mg.masks_of(model).same(masks)
@@ -187,14 +187,14 @@ def test_recalibration_is_the_average_over_all_examples() -> None:
     model[1].eval()
     generator = torch.Generator().manual_seed(0)
     batches = [(torch.randn(n, 3, generator=generator) * 3 + 1, None) for n in (4, 10, 7)]
-    mg.recalibrate(model, batches)
+    mg.train.recover.recalibrate(model, batches)
     mean = sum(x.mean(0) * len(x) for x, _ in batches) / 21
     variance = sum(x.var(0) * len(x) for x, _ in batches) / 21
     torch.testing.assert_close(model[0].running_mean, mean)
     torch.testing.assert_close(model[0].running_var, variance)
     assert model[0].momentum == 0.1
     assert [m.training for m in model] == [True, False, True]
-    mg.recalibrate(model, batches, count=1)
+    mg.train.recover.recalibrate(model, batches, count=1)
     torch.testing.assert_close(model[0].running_mean, batches[0][0].mean(0))
 
 
@@ -205,7 +205,7 @@ def test_recalibration_rescues_a_network_with_stale_statistics(task: mg.Task) ->
     with torch.no_grad():
         model.layers[1].weight.mul_(30)
     assert mg.evaluate(model, task)["accuracy"] < accuracy
-    mg.recalibrate(model, task.data.batches("train", 128, shuffle=True).epoch(0))
+    mg.train.recover.recalibrate(model, task.data.batches("train", 128, shuffle=True).epoch(0))
     assert mg.evaluate(model, task)["accuracy"] > accuracy - 0.03
 
 
@@ -231,7 +231,7 @@ def test_metrics_by_hand() -> None:
 
 def test_a_task_builds_the_same_weights_every_time(task: mg.Task) -> None:
     assert same(state(task.build()), state(task.build()))
-    other = mg.image_task("lenet-300-100", "digits", seed=1)
+    other = mg.tasks.image_task("lenet-300-100", "digits", seed=1)
     assert not same(state(task.build()), state(other.build()))
 
 

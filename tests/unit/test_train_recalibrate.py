@@ -52,7 +52,7 @@ def test_where_no_example_comes_the_model_stays_as_it_was(batches: list[tuple[Te
     model = net()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(TrainingError, match="no example"):
-        mg.recalibrate(model, batches)
+        mg.train.recover.recalibrate(model, batches)
     assert untouched(model, before)
 
 
@@ -60,21 +60,21 @@ def test_an_error_midway_leaves_the_model_as_it_was() -> None:
     model = net()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(RuntimeError, match="channels"):
-        mg.recalibrate(model, broken())
+        mg.train.recover.recalibrate(model, broken())
     assert untouched(model, before)
 
 
 def test_mappings_reach_the_model_as_keywords() -> None:
     model, generator = Keyword(), torch.Generator().manual_seed(0)
     inputs = [torch.randn(n, 3, 5, 5, generator=generator) + 2 for n in (2, 6)]
-    mg.recalibrate(model, [({"pixels": x}, 0) for x in inputs])
+    mg.train.recover.recalibrate(model, [({"pixels": x}, 0) for x in inputs])
     torch.testing.assert_close(model.norm.running_mean, torch.cat(inputs).mean((0, 2, 3)))
 
 
 def test_batches_are_shuffled_and_augmented_as_in_training(monkeypatch: pytest.MonkeyPatch) -> None:
     asked, batches = [], ImageSource.batches
     monkeypatch.setattr(ImageSource, "batches", lambda self, *a, **k: (asked.append((a, k)), batches(self, *a, **k))[1])
-    task = mg.image_task("resnet8", "digits")
+    task = mg.tasks.image_task("resnet8", "digits")
     model = task.build()
     Gauge(task, (), recalibrate=1, batch_size=8)(model)
     recalibrate_on(model, task, batch_size=8, count=1, seed=3)
@@ -91,7 +91,7 @@ def test_it_is_the_default_where_weights_go_at_once(name: str) -> None:
 
 @pytest.mark.data
 def test_a_trained_checkpoint_keeps_its_error_and_a_pruned_one_gains(data_root: Path) -> None:
-    task = mg.image_task(
+    task = mg.tasks.image_task(
         "resnet20", "cifar10", checkpoint=data_root / "checkpoints" / "resnet20-12fca82f.th", normalize="imagenet"
     )
 
@@ -103,7 +103,7 @@ def test_a_trained_checkpoint_keeps_its_error_and_a_pruned_one_gains(data_root: 
     recalibrate_on(model, task, batch_size=128, count=10)
     assert abs(accuracy(model) - dense) < 0.005
     pruned = task.build()
-    mg.OneShot(pruned, density=0.25)
+    mg.methods.OneShot(pruned, density=0.25)
     stale = accuracy(pruned)
     recalibrate_on(pruned, task, batch_size=128, count=10)
     assert accuracy(pruned) > stale + 0.01

@@ -28,7 +28,7 @@ class Frozen(Exception):
 
 @pytest.fixture(scope="module")
 def task(data_root: Path) -> Task:
-    return mg.image_task(
+    return mg.tasks.image_task(
         "resnet20", "cifar10", checkpoint=data_root / "checkpoints" / "resnet20-12fca82f.th", normalize="imagenet"
     )
 
@@ -40,9 +40,9 @@ def gain(model: nn.Module, task: Task, *, batch_size: int, count: int) -> float:
     return mg.evaluate(model, task, limit=2)["accuracy"] - stale
 
 
-def source(task: Task) -> mg.Evidence:
+def source(task: Task) -> mg.scores.Evidence:
     batches = task.data.batches("train", 64, seed=0, shuffle=True)
-    return mg.Evidence(list(islice(batches.epoch(0), 2)), task.loss, torch.Generator().manual_seed(0))
+    return mg.scores.Evidence(list(islice(batches.epoch(0), 2)), task.loss, torch.Generator().manual_seed(0))
 
 
 @pytest.mark.data

@@ -142,8 +142,8 @@ def matches(name: str, module: nn.Module, selectors: Sequence[str]) -> bool:
 
     The language, the same in Python, YAML and on the command line: a glob over the layer's name (``layer1.*``; a bare
     layer name means its weight too), ``type:Conv2d`` for a module class, ``role:classifier`` for the layers that make the
-    output (see `microglia.mark_roles`), ``!`` in front to take out again. A list means what any positive entry matches and no
-    negative one does; a list of negatives alone starts from everything.
+    output (see `microglia.core.roles.mark_roles`), ``!`` in front to take out again. A list means what
+    any positive entry matches and no negative one does; a list of negatives alone starts from everything.
     """
     positive = [s for s in selectors if not s.startswith("!")]
     negative = [s[1:] for s in selectors if s.startswith("!")]
@@ -221,8 +221,8 @@ def _check_role(layers: dict[str, Layer], selector: str) -> None:
         raise SelectorError(f"The only role that a selector may mean is {KNOWN_ROLE!r}; got {selector!r}.")
     if not any(hasattr(module, ROLES) for layer in layers.values() for module, _ in layer.holders):
         raise SelectorError(
-            f"The selector {selector!r} needs to know which layers make the output: call microglia.mark_roles(model, "
-            "example_inputs) first."
+            f"The selector {selector!r} needs to know which layers make the output: "
+            "call microglia.core.roles.mark_roles(model, example_inputs) first."
         )
 
 

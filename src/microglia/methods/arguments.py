@@ -145,7 +145,7 @@ def check_evidence(evidence: object, user: str) -> Evidence:
         return Evidence()
     if not isinstance(evidence, Evidence):
         raise ScoreError(
-            f"evidence of {user} is mg.Evidence(batches=[(inputs, targets), ...], loss=...); got {_kind(evidence)}."
+            f"evidence of {user} is mg.scores.Evidence(batches=[(inputs, targets), ...], loss=...); got {_kind(evidence)}."
         )
     batches: Any = evidence.batches
     if isinstance(batches, Tensor) or not isinstance(batches, Iterable):

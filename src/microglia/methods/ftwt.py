@@ -150,7 +150,7 @@ class Ftwt:
     """The heads of a model and their loss, to be stepped inside anybody's training loop; see `PrunerProtocol`.
 
     Example:
-        >>> pruner = mg.Ftwt(model, r=0.9, total_steps=1000, example_inputs=x)      # doctest: +SKIP
+        >>> pruner = mg.methods.Ftwt(model, r=0.9, total_steps=1000, example_inputs=x)      # doctest: +SKIP
 
     Args:
         model: With gates, which a new r reaches, or to be given some, in place.

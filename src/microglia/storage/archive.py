@@ -38,8 +38,9 @@ def save(model: nn.Module, directory: str | Path, *, fold: bool = False) -> Path
     """Writes ``model.safetensors`` (weights, buffers, masks) and ``plan.json`` (how to build it, what was done to it).
 
     Args:
-        model: Any module, whatever of `changes_of` was done to it. One that `microglia.build` made needs its directory alone to
-            load. Of an accelerated one is written what was accelerated, masks as zeros of the weights: accelerate it again.
+        model: Any module, whatever of `changes_of` was done to it. One that `microglia.tasks.build` made needs its
+            directory alone to load. An accelerated one is written as it was before, masks as zeros of the weights: accelerate
+            it again.
         directory: Made if it is not there; a model saved there before is replaced, weights and plan each atomically.
         fold: Whether to write the masks as zeros of the weights (see `microglia.fold`) instead of beside them, an eighth of a
             byte for each weight. The model itself keeps its masks, the loaded one has none.
@@ -80,7 +81,7 @@ def load(directory: str | Path, model: nn.Module | None = None, *, trust: bool =
     Args:
         directory: Where `save` put it.
         model: A freshly built model of the same architecture to load into, dense also where the saved one was shrunk;
-            needed when that was not made by `microglia.build`.
+            needed when that was not made by `microglia.tasks.build`.
         trust: Whether the files may name any model to build, such as ``package.module:function``, which is then imported
             and called. Otherwise only the library's own are built, and those of timm, torchvision and transformers by
             plain name.

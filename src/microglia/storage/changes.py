@@ -18,7 +18,7 @@ from microglia.core.house import CHANGES
 from microglia.core.registry import Registry
 
 SOURCE = "microglia_source"
-"""Attribute under which `microglia.build` notes on a model how it was built; a replayed model keeps it."""
+"""Attribute under which `microglia.tasks.build` notes on a model how it was built; a replayed model keeps it."""
 
 Batches = Callable[[], Sequence[Tensor]]
 """Returns test inputs, batch by batch, on the model's device; called only where they are needed."""

@@ -69,8 +69,8 @@ def image_task(
     """Returns the task of classifying a data set's images with a network of the zoo.
 
     Args:
-        model: A name `microglia.build` knows.
-        data: A name `microglia.load_data` knows, or loaded images.
+        model: A name `microglia.tasks.build` knows.
+        data: A name `microglia.data.load_data` knows, or loaded images.
         checkpoint: File with trained weights.
         normalize: Name of the statistics, ``data`` for the data set's own, or ``auto``: the same; with a checkpoint, those of
             the usual ones under which it has clearly less loss on training images. A checkpoint does not say how its

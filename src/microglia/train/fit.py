@@ -161,7 +161,7 @@ def fit(
 def _check_arguments(model: object, task: object, config: object) -> None:
     for name, value, kind, hint in (
         ("model", model, nn.Module, "a torch.nn.Module"),
-        ("task", task, Task, "a Task, such as mg.image_task('resnet20', 'cifar10')"),
+        ("task", task, Task, "a Task, such as mg.tasks.image_task('resnet20', 'cifar10')"),
         ("config", config, FitConfig, "a FitConfig, such as mg.FitConfig(epochs=3)"),
     ):
         if not isinstance(value, kind):

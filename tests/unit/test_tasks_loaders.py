@@ -67,7 +67,7 @@ def test_a_segmentation_of_ones_own_through_the_whole_house(tmp_path: Path) -> N
     assert dense > before + 0.1
     assert not any(key.startswith("validation") for row in rows for key in row)  # there is no such split
     steps = 3 * len(TRAIN)
-    pruner = mg.Smart(model, pattern="channel", density=0.5, total_steps=steps, example_inputs=task.example)
+    pruner = mg.methods.Smart(model, pattern="channel", density=0.5, total_steps=steps, example_inputs=task.example)
     mg.fit(model, task, mg.FitConfig(epochs=3, lr=0.05), pruner=pruner)
     pruner.finish()
     small = mg.shrink(model, task.example)

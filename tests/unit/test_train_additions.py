@@ -14,7 +14,7 @@ from torch.nn import functional
 
 import microglia as mg
 from microglia.core.errors import TrainingError
-from microglia.lab.recipe import as_dict
+from microglia.lab.recipe import as_dict, resolve
 from microglia.storage.run import Progress, Run
 from microglia.studies.space.ensembling import Cycles, fast_ensemble
 from microglia.train.average import MovingAverage
@@ -337,12 +337,12 @@ def test_defaults_change_nothing_and_every_addition_is_listed() -> None:
 
 
 def test_additions_at_their_defaults_are_no_part_of_a_recipes_identity() -> None:
-    plain = as_dict(mg.resolve({"method": "magnitude"}))
+    plain = as_dict(resolve({"method": "magnitude"}))
     assert not set(ADDED) & (set(plain["dense"]) | set(plain["train"]))
-    changed = as_dict(mg.resolve({"method": "magnitude", "train": {"ema": 0.99, "no_decay": ["norm"], "accumulate": 1}}))
+    changed = as_dict(resolve({"method": "magnitude", "train": {"ema": 0.99, "no_decay": ["norm"], "accumulate": 1}}))
     assert (changed["train"]["ema"], changed["train"]["no_decay"]) == (0.99, ["norm"])
     assert "accumulate" not in changed["train"]
-    assert mg.resolve(changed) == mg.resolve({"method": "magnitude", "train": {"ema": 0.99, "no_decay": ["norm"]}})
+    assert resolve(changed) == resolve({"method": "magnitude", "train": {"ema": 0.99, "no_decay": ["norm"]}})
 
 
 @pytest.mark.parametrize("field", [{"accumulate": 2}, {"ema": 0.9}, {"no_decay": ("bias",)}])

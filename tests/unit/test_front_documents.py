@@ -48,9 +48,9 @@ assert torch.equal(again(x), model(x))
 
 
 def test_contributing(tmp_path):
-    """A score, a method, a model and a command, from outside the package, through the command line."""
+    """A score, a method, a model, a command, an observation and its section, from outside, through the command line."""
     found = {block.splitlines()[0].rpartition("/")[2]: block for block in blocks("CONTRIBUTING.md")}
-    assert set(found) == {"squared.py", "twice.py", "mine.py", "commands.py"}
+    assert set(found) == {"squared.py", "twice.py", "mine.py", "commands.py", "codes.py"}
     code = "\n".join(found.values())
     code += """
 import sys
@@ -66,10 +66,18 @@ short = ("dense.epochs=1", "dense.max_batches=2", "train.epochs=1", "train.max_b
 words = ("prune", "my-net", "--data", "digits", "--method", "twice", "--density", "0.25", "prune.score=squared")
 microglia(*words, *short, "--out", "run")
 microglia("parameters", "my-net")
+
+import json
+from pathlib import Path
+
+result = Path("run/result.json")
+result.write_text(json.dumps({**json.loads(result.read_text()), "codes": {"bits": 4}}))
+microglia("report", "run", "--out", "told")
 """
     told = runs(code, tmp_path)
     assert "twice" in told
     assert "my-net: 650 parameters" in told
+    assert "| twice | 4 |" in (tmp_path / "told" / "results.md").read_text()
     assert {path.name for path in (tmp_path / "run" / "stages").iterdir()} >= {
         "prune-half.safetensors",
         "train-full.safetensors",

@@ -116,6 +116,17 @@ def test_an_observation_from_outside_is_in_the_final_table(content, monkeypatch)
     assert "of the prunable weights" in result_table(content).caption
 
 
+def test_the_final_table_shows_every_metric_in_its_unit(content):
+    for name in ("dense", "before", "pruned"):
+        content[name]["metrics"] = {"iou": 0.5, "psnr": 31.25, "accuracy": 0.25}
+    table = result_table({**content, "units": {"iou": "%", "psnr": "", "accuracy": "%"}})
+    cells = {row[0]: row[1] for row in zip(*(column.cells for column in table.columns), strict=True)}
+    assert (cells["iou, test"], cells["psnr, test"], cells["accuracy, test"]) == ("50.00 %", "31.2500", "25.00 %")
+    older = result_table(content)  # without units
+    cells = {row[0]: row[1] for row in zip(*(column.cells for column in older.columns), strict=True)}
+    assert (cells["iou, test"], cells["accuracy, test"]) == ("0.5000", "25.00 %")
+
+
 def test_a_part_of_a_result_is_read_alone():
     with pytest.raises(ValueError, match="metrics is missing"):
         read(Observed, {})

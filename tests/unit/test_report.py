@@ -317,6 +317,17 @@ class TestNumbers:
         texts = dict(zip(found.columns, [entry.text for entry in found.rows[1][1]], strict=True))
         assert (texts["psnr, after"], texts["change"]) == ("30.2500", "-1.2500")
 
+    def test_a_unit_that_a_run_tells_decides_over_its_values(self, tmp_path):
+        content = result(dense=0.5, before=0.2, accuracy=0.4)
+        save(tmp_path / "a", {**content, "units": {"accuracy": ""}})
+        (group,) = groups(collect([tmp_path]))
+        assert (group.scale, group.unit) == (1.0, "")
+        other = result(seed=1, dense=0.5, before=0.2, accuracy=0.4)
+        save(tmp_path / "b", {**other, "task": "other", "units": {"accuracy": "%"}})
+        assert [one.unit for one in groups(collect([tmp_path]))] == [" %", ""]
+        kept = collect([export(collect([tmp_path]), tmp_path / "kept.json")])
+        assert {record.units["accuracy"] for record in kept} == {"", "%"}
+
     def test_methods_without_a_moment_before_recovery_and_infinite_compression(self, tmp_path):
         content = result(before=None)
         content["pruned"]["parameters"] |= {"kept": 0, "compression": None}

@@ -60,13 +60,13 @@ def execute(recipe: Recipe, directory: Path | None = None) -> Result:
     A run that finished before is not run again: its result is returned. One that was interrupted goes on.
 
     The result has typed fields (see `microglia.lab.result.Result`), and is the dict that ``result.json`` holds. The dict has
-    ``recipe``; ``environment``; ``asked`` and ``masks`` (budget asked, weights kept of all masked);
-    ``densities`` (kept fraction of each masked layer); ``search`` (how a method that learns its masks came to them);
-    ``removed`` (what went of a shrunk model, layer by layer; None for a masked one); ``saved`` (bytes of the file
-    ``model.safetensors`` as it was written, masks included; None without a directory); ``dense``, ``before`` and ``pruned``
-    (each with ``metrics`` on the test split, ``parameters``, ``macs``, ``bytes``; ``before`` is the pruned model before
-    recovery, where the method has such a moment); what else the method observed, such as ``estimate`` and ``routes`` of a
-    model that chooses for every input what it computes; ``latency``; ``seconds``.
+    ``recipe``; ``environment``; ``units`` (of each metric: ``%`` for a fraction that is shown in per cent); ``asked`` and
+    ``masks`` (budget asked, weights kept of all masked); ``densities`` (kept fraction of each masked layer); ``search`` (how a
+    method that learns its masks found them); ``removed`` (what a shrunk model lost, layer by layer; None for a masked one);
+    ``saved`` (bytes of the file ``model.safetensors`` as it was written, masks included; None without a directory);
+    ``dense``, ``before`` and ``pruned`` (each with ``metrics`` on the test split, ``parameters``, ``macs``, ``bytes``;
+    ``before`` is the pruned model before recovery, where the method has such a moment); what else the method observed, such
+    as ``estimate`` and ``routes`` of a model that chooses for every input what it computes; ``latency``; ``seconds``.
 
     Raises:
         MicrogliaError: Anything the user can mend; the text says how.
@@ -137,6 +137,7 @@ def _execute(recipe: Recipe, run: Run, task: Task) -> Result:
         "environment": environment(),
         "task": task.name,
         "headline": task.headline,
+        "units": {name: metric.unit for name, metric in task.metrics.items()},
         "normalization": asdict(task.data.images.normalization) if isinstance(task.data, ImageSource) else None,
         "asked": _asked(config, masked=not any(done.kind.cuts or done.kind.chooses for done in changes.values())),
         **changed,

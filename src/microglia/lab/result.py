@@ -78,6 +78,7 @@ class Outcome:
         environment: Where it ran.
         task: Model and data, in words.
         headline: Name of the metric that counts.
+        units: Unit of each metric: ``%`` for a fraction that is shown in per cent; empty where a version did not store it.
         asked: Budget: ``density``, ``params`` and ``flops`` are fractions, ``ms`` is a time; None or missing where not asked.
         dense: The model before pruning.
         pruned: The model at the end.
@@ -97,6 +98,7 @@ class Outcome:
     dense: Observed
     pruned: Observed
     before: Observed | None = None
+    units: dict[str, str] = field(default_factory=dict)
     latency: Annotated[
         LatencyReport | None,
         BeforeValidator(_named),

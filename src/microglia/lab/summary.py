@@ -13,6 +13,10 @@ from microglia.storage.observations import Observation
 Json = Mapping[str, Any]
 Row = tuple[str, Callable[[Json], Any], Callable[[Any], str]]
 """(label, how a moment's value is read, how it is shown)."""
+NAMES = {"top5": "top-5"}
+"""What the table calls a metric, where not by its own name."""
+UNITS = {"accuracy": "%", "top5": "%"}
+"""Units of the metrics of classification, for results of versions that did not store them."""
 LAST_OF_MACS = "MACs of kept weights"
 
 
@@ -30,6 +34,7 @@ def result_table(result: Json) -> Table:
     return comparison_table(
         columns,
         result.get("latency"),
+        units=result.get("units"),
         title=f"{result['task']}: {recipe['method']}, {recipe['prune']['pattern']}, {recipe['prune'].get('scope', 'global')}",
         caption=f"asked: {asked}; {_kept(result, told)}. MACs (one multiply-add each) alone are theory.",
     )
@@ -53,20 +58,28 @@ def _kept(result: Json, told: Mapping[str, Any]) -> str:
     return f"kept {part} of the prunable weights{gained}"
 
 
-def comparison_table(columns: Mapping[str, Json], latency: Json | None, *, title: str, caption: str) -> Table:
+def comparison_table(
+    columns: Mapping[str, Json],
+    latency: Json | None,
+    *,
+    units: Mapping[str, str] | None = None,
+    title: str,
+    caption: str,
+) -> Table:
     """Returns the table of several moments of one model beside each other, and of the ratio of the first to the last.
 
     Args:
         columns: Name -> what was observed; where the first is dense, the others are counted against it.
-        latency: Of models by the same names, or None.
-        title: Of the table.
-        caption: Below it.
+        latency: Times of models by the same names, or None.
+        units: Unit of each metric, ``%`` for a fraction that is shown in per cent; None for the usual ones.
+        title: Title of the table.
+        caption: Text below it.
     """
     names = list(columns)
     titles = ["before recovery" if name == "before" else name for name in names]
     table = Table("", *titles, f"{names[0]} / {names[-1]}", title=title, caption=caption)
     against = columns.get("dense")
-    for label, read, show in _rows(columns):
+    for label, read, show in [*_metrics(columns, units or {}), *_rows(columns)]:
         values = [read(_against(column, against)) for column in columns.values()]
         if all(value is None for value in values):
             continue
@@ -92,13 +105,22 @@ def measurement_table(name: str, measured: Json) -> Table:
     table = Table("", "measured", title=name)
     for label, (before, after) in measured.get("shrunk_from", {}).items():
         table.add_row(f"{label}, dense / shrunk", f"{before:,} / {after:,} = {before / max(1, after):.2f}x")
-    for label, read, show in _ROWS:
+    for label, read, show in [*_metrics({name: measured}, {}), *_ROWS]:
         value = read(measured)
         if value is not None:
             table.add_row(label, show(value))
     for execution, timing in ((measured.get("latency") or {}).get("timings", {}).get("model", {})).items():
         table.add_row(f"latency, {execution} (ms)", _time(timing))
     return table
+
+
+def _metrics(columns: Mapping[str, Json], units: Mapping[str, str]) -> list[Row]:
+    """Returns a row for every metric that one of the columns has."""
+    names = dict.fromkeys(name for column in columns.values() for name in column.get("metrics", {}))
+    return [
+        (f"{NAMES.get(name, name)}, test", _metric(name), _percent if units.get(name, UNITS.get(name)) == "%" else _decimal)
+        for name in names
+    ]
 
 
 def _metric(name: str) -> Callable[[Json], Any]:
@@ -125,6 +147,10 @@ def _rows(columns: Mapping[str, Json]) -> list[Row]:
     return [*_ROWS[:place], *more, *_ROWS[place:]]
 
 
+def _decimal(value: float) -> str:
+    return f"{value:.4f}"
+
+
 def _percent(value: float) -> str:
     return f"{100 * value:.2f} %"
 
@@ -134,9 +160,6 @@ def _count(value: float) -> str:
 
 
 _ROWS: list[Row] = [
-    ("accuracy, test", _metric("accuracy"), _percent),
-    ("top-5, test", _metric("top5"), _percent),
-    ("loss, test", _metric("loss"), lambda v: f"{v:.4f}"),
     ("parameters", _at("parameters", "all"), _count),
     ("  not zero", _at("parameters", "nonzero_all"), _count),
     ("density of prunable weights", _at("parameters", "density"), lambda v: f"{v:.4f}"),

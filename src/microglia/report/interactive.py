@@ -35,12 +35,14 @@ def interactive(chart: Chart) -> go.Figure:
     rows = -(-len(chart.panels) // chart.columns)
     titles = [panel.title for panel in chart.panels]
     right = any(panel.right is not None for panel in chart.panels)
+    fields = any(panel.field is not None for panel in chart.panels)
+    between = 0.06 if chart.shared else 0.18 if fields else 0.1  # a scale of colors stands there
     figure = make_subplots(
         rows=rows,
         cols=chart.columns,
         shared_yaxes=chart.shared,
         subplot_titles=titles if any(titles) else None,
-        horizontal_spacing=(0.06 if chart.shared else 0.1) if chart.columns > 1 else None,
+        horizontal_spacing=min(between, 0.25 / (chart.columns - 1)) if chart.columns > 1 else None,
         vertical_spacing=0.2 / rows if rows > 1 else None,
         specs=[[{"secondary_y": right}] * chart.columns] * rows,
     )
@@ -49,6 +51,8 @@ def interactive(chart: Chart) -> go.Figure:
         _draw(figure, panel, {"row": number // chart.columns + 1, "col": number % chart.columns + 1}, named)
     title = (chart.note or chart.title).replace("\n", "<br>")
     figure.update_layout(template="plotly_white", height=chart.height, title=title)
+    if fields:
+        figure.update_layout(legend={"orientation": "h", "y": -0.12})  # scales of colors stand on the right
     return figure
 
 

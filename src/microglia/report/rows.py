@@ -185,7 +185,9 @@ class Group:
 
     @property
     def scale(self) -> float:
-        """100 where the headline is a fraction, shown in per cent; else 1."""
+        """100 where the headline is a fraction, shown in per cent; else 1. Runs that do not say it are told by their values."""
+        if units := {record.units[self.headline] for record in self.records if self.headline in record.units}:
+            return 100.0 if units == {"%"} else 1.0
         values = [r.value(o) for r in self.records for o in (r.dense, r.before, r.pruned) if o is not None]
         return 100.0 if all(0 <= value <= 1 for value in values) else 1.0
 

@@ -27,7 +27,6 @@ from microglia.core.batch import call, to_device
 from microglia.core.budget import Budget
 from microglia.core.devices import device_of
 from microglia.core.errors import BudgetError, PatternError, SelectorError
-from microglia.core.layers import prunable_layers
 from microglia.core.masks import mask
 from microglia.graph import plan_of, shrink
 from microglia.graph.channels.coupled import CoupledChannels
@@ -35,7 +34,6 @@ from microglia.graph.cutting.plan import attach
 from microglia.methods.config import MethodConfig, method
 from microglia.methods.procedure import cut, dense_model, observe, train
 from microglia.methods.soft import SoftMasks
-from microglia.methods.units import ChannelUnits
 from microglia.storage.run import Progress, Run
 from microglia.tasks.task import Task
 from microglia.train.step import Step, objective
@@ -133,7 +131,7 @@ class Search(nn.Module):
 
     def __init__(self, channels: CoupledChannels, config: DdnpConfig, energy: Tensor, generator: torch.Generator) -> None:
         super().__init__()
-        self.channels, self.config, self.lengths, self.generator = channels, config, channels.lengths, generator
+        self.channels, self.config, self.lengths, self.generator = channels, config, list(channels.lengths), generator
         self.gates: Tensor | None = None
         groups, device = len(self.lengths), energy.device
         self.noise = torch.randn(groups, generator=generator).to(device)
@@ -231,14 +229,14 @@ def energies(
     return energy[:-1].to(device)
 
 
-def _units(model: nn.Module, task: Task, config: DdnpConfig) -> ChannelUnits:
+def _units(model: nn.Module, task: Task, config: DdnpConfig) -> CoupledChannels:
     example = to_device(task.example, device_of(model))
-    return ChannelUnits(model, prunable_layers(model), "auto", example, config.exclude)
+    return CoupledChannels(model, example, config.exclude)
 
 
 def fits(task: Task, config: DdnpConfig) -> None:
     """Raises unless the channels of the task's model can be removed down to the budget."""
-    kept, channels = config.kept, _units(task.build(), task, config).channels
+    kept, channels = config.kept, _units(task.build(), task, config)
     whole_widths(channels, torch.ones(len(channels.lengths)), kept)
 
 
@@ -260,8 +258,8 @@ def search(task: Task, run: Run, config: DdnpConfig, model: nn.Module, progress:
     units, frozen = _units(model, task, config), deepcopy(model).eval().requires_grad_(False)
     batches = task.data.batches("train", config.score_batch_size, seed=run.seed, shuffle=True)
     share = max(1, round(config.search_share * len(batches)))
-    energy = energies(frozen, units.channels, islice(batches.epoch(0), share), run.device, task.forward)
-    own = Search(units.channels, config, energy, generator := torch.Generator().manual_seed(run.seed))
+    energy = energies(frozen, units, islice(batches.epoch(0), share), run.device, task.forward)
+    own = Search(units, config, energy, generator := torch.Generator().manual_seed(run.seed))
     SoftMasks(frozen, units, lambda: own.gates, None)
     rest = [parameter for parameter in own.parameters() if parameter is not own.linear]
     groups = [{"params": [own.linear], "weight_decay": 0.0}, {"params": rest, "weight_decay": DECAY}]
@@ -279,7 +277,7 @@ def search(task: Task, run: Run, config: DdnpConfig, model: nn.Module, progress:
         state = {"networks": own.state_dict(), "average": own.average, "optimizer": optimizer.state_dict(), "rows": rows}
         progress.save({**state, "generator": generator.get_state()})
     widths = own.widths().detach().cpu()
-    counts = whole_widths(units.channels, widths, config.kept)
+    counts = whole_widths(units, widths, config.kept)
     learned, final = (dict(zip(units.names, values.tolist(), strict=True)) for values in (widths, counts))
     kept = ranks(own.average.cpu(), own.lengths) < to_channels(counts, own.lengths)
     return {"kept": kept, "report": {"widths": learned, "counts": final, "history": rows}}

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from microglia.core.errors import BudgetError, PatternError
 from microglia.core.patterns import NM, parse_pattern
+from microglia.graph.channels.coupled import CoupledChannels
 from microglia.methods.config import method
 from microglia.methods.procedure import searched
 from microglia.methods.unit_pruner import SearchConfig, UnitPruner, fits
-from microglia.methods.units import ChannelUnits
 from microglia.storage.run import Run
 from microglia.tasks.task import Task
 
@@ -106,8 +106,8 @@ class Pas(UnitPruner):
     def _cost(self, gates: Tensor) -> Tensor:
         """Returns the cost left over the budget; of channels counted in MACs, the product of widths."""
         units: object = self.units
-        if isinstance(units, ChannelUnits) and self.pas.cost == "macs":
-            return units.channels.macs(gates) / self._density()
+        if isinstance(units, CoupledChannels) and self.pas.cost == "macs":
+            return units.macs(gates) / self._density()
         return (gates * self.units.costs).sum() / self.keep
 
 

@@ -20,6 +20,7 @@ from microglia.storage.files import digest
 from microglia.storage.run import Progress, Run
 from microglia.tasks.classification import ImageSource
 from microglia.tasks.task import CLASSIFICATION, CrossEntropy
+from microglia.train.step import Step
 
 SHORT = mg.FitConfig(epochs=1, batch_size=32, lr=0.05)
 STAGES = ["dense", "dense-observed", "search", "prune", "before-observed", "train"]
@@ -153,11 +154,11 @@ def test_the_backbone_is_bit_identical_after_the_search(task: mg.Task, monkeypat
     searched: list[nn.Module] = []
     epoch = ddnp._epoch
 
-    def noting(own: Search, optimizer: Any, frozen: nn.Module, *rest: Any) -> float:
-        assert not frozen.training
-        assert not frozen.norm.training
-        searched.append(frozen)
-        return epoch(own, optimizer, frozen, *rest)
+    def noting(own: Search, step: Step, batches: Any) -> float:
+        assert not step.model.training
+        assert not step.model.norm.training
+        searched.append(step.model)
+        return epoch(own, step, batches)
 
     monkeypatch.setattr(ddnp, "_epoch", noting)
     before, modes = digest(model.state_dict()), [module.training for module in model.modules()]

@@ -8,9 +8,24 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from microglia.core.errors import BudgetError, ScoreError
 from microglia.core.largest import CHUNK
-from microglia.core.soft_one import COMPUTE, FINE, TURNS, Shift, Units, logits, share_out, shares, shift_of, slopes
+from microglia.core.soft_sigmoid import (
+    COMPUTE,
+    FINE,
+    TURNS,
+    Shift,
+    Units,
+    can_keep,
+    keeps_least,
+    keeps_most,
+    logits,
+    refuse_keep,
+    refuse_nan,
+    share_out,
+    shares,
+    shift_of,
+    slopes,
+)
 
 LONG = CHUNK // 8
 """Longest row that is solved together with others."""
@@ -52,10 +67,7 @@ class _Columns(NamedTuple):
 def solve_rows(units: Units, keep: Tensor, start: Tensor, mask: Tensor, threshold: Tensor) -> None:
     """Writes masks (rows, m) and thresholds (rows,); see `microglia.core.soft_topk.soft_topk`. A start of NaN is none."""
     if (scores := units.scores).aminmax().min.isnan():
-        raise ScoreError(
-            f"{int(scores.isnan().sum()):,} of {scores.numel():,} scores of a soft top-k are NaN. Scores must be numbers: look "
-            "for a non-finite weight or gradient."
-        )
+        refuse_nan(scores)
 
     def piece(own: slice) -> None:
         columns = _Columns.of(units.at(own))
@@ -95,7 +107,7 @@ def _thetas(columns: _Columns, keep: Tensor, start: Tensor, first: int) -> Tenso
     least = (weights * (values == torch.inf)).sum(0, dtype=torch.float64)
     most = (weights * (values > -torch.inf)).sum(0, dtype=torch.float64)
     _refuse_impossible(keep, least, most, first)
-    none, every = keep <= least * (1 + 1e-12), keep >= most * (1 - 1e-12)
+    none, every = keeps_least(keep, least), keeps_most(keep, most)
     offset = columns.temperature * ((keep - least) / (most - keep)).log().masked_fill(none | every, 0.0)
     finite = values.isfinite()
     low = torch.where(finite, values, torch.inf).amin(0) - offset
@@ -121,14 +133,11 @@ def _between(values: Tensor, keep: Tensor) -> Tensor:
 
 
 def _refuse_impossible(keep: Tensor, least: Tensor, most: Tensor, first: int) -> None:
-    wrong = ~((keep >= least * (1 - 1e-6)) & (keep <= most * (1 + 1e-6)))
+    wrong = ~can_keep(keep, least, most)
     if wrong.any():
         row = int(wrong.nonzero()[0])
         wanted, low, high = (float(t[row]) for t in (keep, least, most))
-        raise BudgetError(
-            f"A soft top-k cannot keep {wanted:g} of a row, number {first + row}: its scores admit {low:g} to {high:g} (a "
-            "score of +inf is always kept, one of -inf never)."
-        )
+        refuse_keep(wanted, low, high, f" of a row, number {first + row}")
 
 
 def _roots(columns: _Columns, state: Tensor) -> Tensor:

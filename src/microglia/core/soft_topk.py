@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from microglia.core.errors import BudgetError, ScoreError
-from microglia.core.soft_one import COMPUTE, Units, gradient_of, solve
+from microglia.core.soft_one import gradient_of, solve
 from microglia.core.soft_rows import LONG, gradient_of_rows, solve_rows
+from microglia.core.soft_sigmoid import COMPUTE, Units
 
 
 class SoftTopK(NamedTuple):

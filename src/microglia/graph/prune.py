@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from itertools import chain
 from typing import Any
 
@@ -96,38 +96,75 @@ def prune_channels(
     """
     round_to, dynamic = check_asked(budget, scope=scope, reduction=reduction, round_to=round_to, dynamic=dynamic)
     subject = Subject.of(model, example_inputs, dynamic)
-    elements = _elements(subject, score, evidence)
-    excluded = excluded_tensors(subject.model, exclude)
-
-    def free(part: Part) -> list[ChannelGroup]:
-        return independent(part.analysis, channel_groups(part.analysis, excluded, part.path), within=within_groups)
-
-    def attempt(reach: Reach) -> nn.Module:
-        by_part = [[g for g in free(part) if reach(part, g)] for part in subject.parts]
-        groups, ranks = list(chain.from_iterable(by_part)), _ranked(subject, by_part, elements, reduction)
-        chosen = [g for g in groups if g.atom in ranks]
-        costs = Costs(subject.parts, chosen, sum(p.numel() for p in subject.model.parameters()))
-        timer = LatencyTable(subject.example, _candidates(subject, ranks)) if budget.ms is not None else None
-        widths = choose_widths(costs, chosen, budget, ranks, scope=scope, round_to=round_to, milliseconds=timer)
-        kept = never_empty(subject, keep_units(ranks, widths.counts), ranks)
-        small = remove(subject, kept, keep_class=keep_class, verified=verified)
-        notes = (*plan_of(small).notes, *_notes(subject, widths, len(groups) - len(chosen)))
-        asked = {f.name: v for f in fields(budget) if (v := getattr(budget, f.name)) is not None}
-        got = {**widths.got, "round_to": widths.round_to}
-        plan = replace(
-            plan_of(small), **totals(costs, kept, subject.unread(small)), found=len(groups), asked=asked, got=got, notes=notes
-        )
-        return attach(small, after(model, plan))
-
+    pruning = _Pruning(
+        model,
+        subject,
+        _elements(subject, score, evidence),
+        budget,
+        reduction=reduction,
+        scope=scope,
+        round_to=round_to,
+        excluded=excluded_tensors(subject.model, exclude),
+        within_groups=within_groups,
+        keep_class=keep_class,
+        verified=verified,
+    )
     if keep_class:
         for reach in (_all, _whole):
             with suppress(ShrinkError):
-                return attempt(reach)
-    return attempt(_followed if keep_class else _all)
+                return pruning.of(reach)
+    return pruning.of(_followed if keep_class else _all)
 
 
 Reach = Callable[[Part, ChannelGroup], bool]
 """Which groups to prune: forwards with sizes written in follow some cuts and not others."""
+
+
+@dataclass(frozen=True)
+class _Pruning:
+    """A request on one model; see `prune_channels`. Where the user's class is to follow, it is tried for several groups."""
+
+    model: nn.Module
+    subject: Subject
+    elements: Mapping[str, Tensor]
+    budget: Budget
+    reduction: GroupReduction
+    scope: WidthScope
+    round_to: int
+    excluded: Collection[str]
+    within_groups: bool
+    keep_class: bool
+    verified: bool
+
+    def of(self, reach: Reach) -> nn.Module:
+        """Returns the smaller model, of which only the groups in reach lose units."""
+        subject, by_part = self.subject, [self._free(part, reach) for part in self.subject.parts]
+        groups, ranks = list(chain.from_iterable(by_part)), _ranked(subject, by_part, self.elements, self.reduction)
+        chosen = [g for g in groups if g.atom in ranks]
+        costs = Costs(subject.parts, chosen, sum(p.numel() for p in subject.model.parameters()))
+        widths = self._widths(costs, chosen, ranks)
+        kept = never_empty(subject, keep_units(ranks, widths.counts), ranks)
+        small = remove(subject, kept, keep_class=self.keep_class, verified=self.verified)
+        plan = replace(
+            plan_of(small),
+            **totals(costs, kept, subject.unread(small)),
+            found=len(groups),
+            asked={f.name: v for f in fields(self.budget) if (v := getattr(self.budget, f.name)) is not None},
+            got={**widths.got, "round_to": widths.round_to},
+            notes=(*plan_of(small).notes, *_notes(subject, widths, len(groups) - len(chosen))),
+        )
+        return attach(small, after(self.model, plan))
+
+    def _free(self, part: Part, reach: Reach) -> list[ChannelGroup]:
+        """Returns the groups of a part that may lose units, in reach."""
+        groups = channel_groups(part.analysis, self.excluded, part.path)
+        return [g for g in independent(part.analysis, groups, within=self.within_groups) if reach(part, g)]
+
+    def _widths(self, costs: Costs, groups: Sequence[ChannelGroup], ranks: Mapping[int, Tensor]) -> Widths:
+        """Returns the widths that meet the budget; models are timed where it is one of milliseconds."""
+        subject, timed = self.subject, self.budget.ms is not None
+        timer = LatencyTable(subject.example, _candidates(subject, ranks)) if timed else None
+        return choose_widths(costs, groups, self.budget, ranks, scope=self.scope, round_to=self.round_to, milliseconds=timer)
 
 
 def _all(part: Part, group: ChannelGroup) -> bool:

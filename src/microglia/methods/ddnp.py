@@ -26,11 +26,11 @@ from microglia.core.batch import to_device
 from microglia.core.budget import Budget
 from microglia.core.devices import device_of
 from microglia.core.errors import BudgetError, ScoreError
-from microglia.core.layers import prunable_layers
 from microglia.core.masks import MaskSet, enforce, mask, masks_of
 from microglia.core.modes import evaluating
 from microglia.core.patterns import Channel
 from microglia.graph import plan_of, shrink
+from microglia.graph.channels.coupled import CoupledChannels
 from microglia.graph.cutting.plan import attach
 from microglia.methods.arguments import check_evidence, check_model, check_steps, plain_settings
 from microglia.methods.config import MethodConfig, method
@@ -38,7 +38,6 @@ from microglia.methods.ddnp_networks import Prefix, Search, energies, ranks, to_
 from microglia.methods.procedure import cut, dense_model, observe, train
 from microglia.methods.pruner import own_optimizer, set_rate
 from microglia.methods.soft import SoftMasks
-from microglia.methods.units import ChannelUnits
 from microglia.methods.what import Takes
 from microglia.scores import Evidence
 from microglia.storage.run import Progress, Run
@@ -123,17 +122,17 @@ class Ddnp:
         evidence = check_evidence(evidence, user)
         if example_inputs is None:
             raise BudgetError(f"{user} traces the model to find coupled channels: give example_inputs, one batch of inputs.")
-        self.units = ChannelUnits(model, prunable_layers(model), "auto", example_inputs, self.config.exclude)
-        whole_widths(self.units.channels, torch.ones(len(self.units.channels.lengths)), self.config.kept)  # can it be met
+        self.units = CoupledChannels(model, example_inputs, self.config.exclude)
+        whole_widths(self.units, torch.ones(len(self.units.lengths)), self.config.kept)  # can it be met
         device = device_of(model)
         with evaluating(model):
-            energy = energies(model, self.units.channels, evidence.batches, device, evidence.forward)
+            energy = energies(model, self.units, evidence.batches, device, evidence.forward)
         if not energy.any():
             raise ScoreError(f"{user} weighs channels by their energy: give evidence with batches, (inputs, targets).")
         self._frozen = [p for p in model.parameters() if p.requires_grad]
         self._modes = [(module, module.training) for module in model.modules()]
         model.eval().requires_grad_(False)
-        self.search = Search(self.units.channels, self.config, energy, evidence.generator)
+        self.search = Search(self.units, self.config, energy, evidence.generator)
         self._made: list[torch.optim.Optimizer] = []
         self._penalty: Tensor | None = None
         self._rest = model.register_forward_pre_hook(_rest)
@@ -178,7 +177,7 @@ class Ddnp:
     @torch.no_grad()
     def kept(self) -> Tensor:
         """Returns the channels that meet the budget, by width and rank as learned so far, boolean (channels,)."""
-        counts = whole_widths(self.units.channels, self.search.widths().cpu(), self.config.kept)
+        counts = whole_widths(self.units, self.search.widths().cpu(), self.config.kept)
         return ranks(self.search.average.cpu(), self.search.lengths) < to_channels(counts, self.search.lengths)
 
     def finish(self) -> MaskSet:
@@ -237,14 +236,14 @@ def groups_of(search: Search, rate: float) -> list[dict[str, Any]]:
     ]
 
 
-def _units(model: nn.Module, task: Task, config: DdnpConfig) -> ChannelUnits:
+def _units(model: nn.Module, task: Task, config: DdnpConfig) -> CoupledChannels:
     example = to_device(task.example, device_of(model))
-    return ChannelUnits(model, prunable_layers(model), "auto", example, config.exclude)
+    return CoupledChannels(model, example, config.exclude)
 
 
 def fits(task: Task, config: DdnpConfig) -> None:
     """Raises unless the channels of the task's model can be removed down to the budget."""
-    kept, channels = config.kept, _units(task.build(), task, config).channels
+    kept, channels = config.kept, _units(task.build(), task, config)
     whole_widths(channels, torch.ones(len(channels.lengths)), kept)
 
 
@@ -266,8 +265,8 @@ def search(task: Task, run: Run, config: DdnpConfig, model: nn.Module, progress:
     units, frozen = _units(model, task, config), deepcopy(model).eval().requires_grad_(False)
     batches = task.data.batches("train", config.score_batch_size, seed=run.seed, shuffle=True)
     share = max(1, round(config.search_share * len(batches)))
-    energy = energies(frozen, units.channels, islice(batches.epoch(0), share), run.device, task.forward)
-    own = Search(units.channels, config, energy, generator := torch.Generator().manual_seed(run.seed))
+    energy = energies(frozen, units, islice(batches.epoch(0), share), run.device, task.forward)
+    own = Search(units, config, energy, generator := torch.Generator().manual_seed(run.seed))
     SoftMasks(frozen, units, lambda: own.gates, None)
     optimizer, rows = torch.optim.AdamW(groups_of(own, config.search_lr)), []
     step = Step(task, frozen, [optimizer], objective(task, training=False), own.noise.device)
@@ -283,7 +282,7 @@ def search(task: Task, run: Run, config: DdnpConfig, model: nn.Module, progress:
         state = {"networks": own.state_dict(), "average": own.average, "optimizer": optimizer.state_dict(), "rows": rows}
         progress.save({**state, "generator": generator.get_state()})
     widths = own.widths().detach().cpu()
-    counts = whole_widths(units.channels, widths, config.kept)
+    counts = whole_widths(units, widths, config.kept)
     learned, final = (dict(zip(units.names, values.tolist(), strict=True)) for values in (widths, counts))
     kept = ranks(own.average.cpu(), own.lengths) < to_channels(counts, own.lengths)
     return {"kept": kept, "report": {"widths": learned, "counts": final, "history": rows}}

@@ -83,7 +83,7 @@ class Search(nn.Module):
 
     def __init__(self, channels: CoupledChannels, config: Aim, energy: Tensor, generator: torch.Generator) -> None:
         super().__init__()
-        self.channels, self.config, self.lengths, self.generator = channels, config, channels.lengths, generator
+        self.channels, self.config, self.lengths, self.generator = channels, config, list(channels.lengths), generator
         self.gates: Tensor | None = None
         groups, device = len(self.lengths), energy.device
         self.noise = torch.randn(groups, generator=generator).to(device)

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from microglia.core.errors import BudgetError
 from microglia.core.patterns import Block, Channel, Unstructured
+from microglia.graph.channels.coupled import CoupledChannels
 from microglia.methods.config import UNITS, SearchConfig, UnitConfig, method
 from microglia.methods.procedure import searched
 from microglia.methods.pruner import own_optimizer
 from microglia.methods.unit_pruner import UnitPruner, fits
-from microglia.methods.units import ChannelUnits
 from microglia.methods.what import Takes
 from microglia.storage.run import Run
 from microglia.tasks.task import Task
@@ -116,8 +116,8 @@ class Pas(UnitPruner):
     def _cost(self, gates: Tensor) -> Tensor:
         """Returns the cost left over the budget; of channels counted in MACs, the product of widths."""
         units: object = self.units
-        if isinstance(units, ChannelUnits) and self.pas.cost == "macs":
-            return units.channels.macs(gates) / self._density()
+        if isinstance(units, CoupledChannels) and self.pas.cost == "macs":
+            return units.macs(gates) / self._density()
         return (gates * self.units.costs).sum() / self.keep
 
 

@@ -1,7 +1,8 @@
 """Units: everything a method keeps or removes, numbered through over all layers, so that one vector holds a mask.
 
-`LayerUnits` are the units of a pattern in each layer; `ChannelUnits` the channels of the whole model, coupled as they must be
-removed. A vector of factors, soft or 0 and 1, is applied where it acts: at the weights, or where a channel is read.
+`LayerUnits` are the units of a pattern in each layer; `microglia.graph.channels.coupled.CoupledChannels` those of the whole
+model, coupled as they must be removed. A vector of factors, soft or 0 and 1, is applied where it acts: at the weights, or
+where a channel is read.
 """
 
 from __future__ import annotations
@@ -166,84 +167,6 @@ class LayerUnits:
         return oriented(self._layers, {n: self.pattern.expand(self.of(n, kept), self.shapes[n]) for n in self.names})
 
 
-class ChannelUnits:
-    """The channels of a model, coupled across layers.
-
-    Args:
-        model: The model.
-        layers: Its prunable layers by name.
-        cost: What counts; ``auto`` is the number of channels.
-        example_inputs: To trace the model with.
-        exclude: Selectors of layers that stay as they are, inputs and outputs both.
-    """
-
-    names: Sequence[str]
-    lengths: Sequence[int]
-    scaled_names: Sequence[str]
-    companions: Sequence[str]
-
-    def __init__(
-        self, model: nn.Module, layers: Mapping[str, Layer], cost: Cost, example_inputs: Any, exclude: Sequence[str] = ()
-    ) -> None:
-        self.channels = CoupledChannels(model, example_inputs, exclude)
-        self.names, self.lengths, self.count = self.channels.names, self.channels.lengths, self.channels.count
-        self._read = {p.name: [q for q in self.channels.read if q.name == p.name] for p in self.channels.read}
-        self.scaled_names = tuple(dict.fromkeys([*self._read, *layers]))
-        self._made: dict[str, list[Any]] = {}
-        for place in self.channels.made:
-            self._made.setdefault(place.name, []).append(place)
-        self._shapes = {name: tuple(layer.shape) for name, layer in layers.items()}
-        self.companions = tuple(name for name in self._made if name not in self._shapes)
-        each = {"weights": self.channels.weights, "macs": self.channels.macs_each}.get(cost)
-        self.costs = each() if each is not None else torch.ones(self.count, dtype=torch.int64)
-
-    def reduce(self, values: Mapping[str, Tensor], how: Reduction) -> Tensor:
-        """See `Units`: over all weights that make a channel; mean and l2 over all of them together."""
-        like = values[next(name for name in self._made if name in values)]
-        dtype = like.dtype if like.is_floating_point() else torch.float32
-        total = torch.full((self.count + 1,), -torch.inf if how == "max" else 0.0, dtype=dtype, device=like.device)
-        held = torch.zeros_like(total)
-        for name, places in self._made.items():
-            if name not in values or values[name].ndim < 2:
-                continue
-            for place in places:
-                value = values[name].to(dtype).movedim(place.dim, 0).flatten(1)
-                index = place.units.to(total.device)
-                if how == "max":
-                    total = total.scatter_reduce(0, index, value.amax(1), "amax")
-                else:
-                    total = total.index_add(0, index, (value.square() if how == "l2" else value).sum(1))
-                held = held.index_add(0, index, torch.full_like(total[:1], value.shape[1]).expand(len(index)))
-        total, held = total[:-1], held[:-1].clamp(min=1)
-        if how == "mean":
-            return total / held
-        return total.clamp_min(torch.finfo(dtype).tiny).sqrt() if how == "l2" else total
-
-    def scale(self, name: str, parameter: Tensor, factors: Tensor) -> Tensor:
-        """See `Units`."""
-        return _times(parameter, self._read.get(name, ()), factors)
-
-    def companion(self, name: str, parameter: Tensor, kept: Tensor) -> Tensor:
-        """See `Units`."""
-        return _times(parameter, self._made[name], kept)
-
-    def masks(self, kept: Tensor) -> dict[str, Tensor]:
-        """See `Units`: the rows that make a channel; layers that make none of these channels are all ones."""
-        ones = {name: torch.ones(shape, dtype=torch.bool, device=kept.device) for name, shape in self._shapes.items()}
-        own = {name: places for name, places in self._made.items() if name in ones}
-        return {**ones, **{name: _times(ones[name].float(), places, kept) > 0 for name, places in own.items()}}
-
-
-def _times(parameter: Tensor, places: Sequence[Any], factors: Tensor) -> Tensor:
-    """Returns a parameter times the factors of the channels it holds, 1 where it holds none."""
-    padded = torch.cat([factors.to(parameter.dtype), parameter.new_ones(1)])
-    for place in places:
-        shape = [1] * parameter.ndim
-        shape[place.dim] = -1
-        parameter = parameter * padded[place.units.to(padded.device)].view(shape)
-    return parameter
-
-
 def make_units(
     model: nn.Module,
     pattern: Pattern,
@@ -270,7 +193,7 @@ def make_units(
     left = missing if exclude else []
     if len(left) < len(missing):
         raise SelectorError("Channels are coupled across layers: choose them with exclude, not with layers.")
-    return ChannelUnits(model, everything, cost, example_inputs, left)
+    return CoupledChannels(model, example_inputs, left, layers=everything, cost=cost)
 
 
 def _positions(model: nn.Module, layers: Mapping[str, Layer], example_inputs: Any) -> dict[str, int]:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from microglia.core.layers import Layer, prunable_layers
+from microglia.core.patterns import Reduction
 from microglia.graph.channels.groups import ChannelGroup, channel_groups, excluded_tensors, independent
 from microglia.graph.channels.widths import Costs
 from microglia.graph.cutting.parts import Part
@@ -47,6 +49,8 @@ class CoupledChannels:
         model: Any model `torch.export` can trace; it is left as it is.
         example_inputs: A tensor, a tuple of arguments, or a mapping of keyword arguments.
         exclude: Selectors of layers that stay as they are, inputs and outputs both; see `prune_channels`.
+        layers: The prunable layers that get masks; all of the model unless given.
+        cost: What a channel counts for in a budget: ``weights``, ``macs``, or each one the same.
 
     Attributes:
         names: Of the groups, each another: the first weight that makes them.
@@ -54,6 +58,9 @@ class CoupledChannels:
         count: Channels in all.
         read: Places where a channel is read.
         made: Places that make it.
+        costs: What each counts for, int64 (count,).
+        scaled_names: Parameters that factors or masks act on.
+        companions: Parameters beside the masked weights that must be zero for a removed channel to be zero.
 
     Raises:
         SelectorError: A selector meets nothing.
@@ -61,7 +68,20 @@ class CoupledChannels:
         TraceError: The model cannot be traced.
     """
 
-    def __init__(self, model: nn.Module, example_inputs: Any, exclude: Sequence[str] = ()) -> None:
+    names: Sequence[str]
+    lengths: Sequence[int]
+    scaled_names: Sequence[str]
+    companions: Sequence[str]
+
+    def __init__(
+        self,
+        model: nn.Module,
+        example_inputs: Any,
+        exclude: Sequence[str] = (),
+        *,
+        layers: Mapping[str, Layer] | None = None,
+        cost: str = "auto",
+    ) -> None:
         subject = Subject.of(model, example_inputs)
         excluded = excluded_tensors(subject.model, exclude)
         found = [(part, group) for part in subject.parts for group in _groups(part, excluded)]
@@ -73,17 +93,25 @@ class CoupledChannels:
         self._costs = Costs(subject.parts, self.groups, sum(p.numel() for p in model.parameters()))
         starts = dict(zip((g.atom for g in self.groups), _starts(self.lengths), strict=True))
         parameters = dict(model.named_parameters(remove_duplicate=False))
-        self.names: list[str] = []
+        names: list[str] = []
         read: dict[tuple[str, int], Place] = {}
         made: dict[tuple[str, int], Place] = {}
         for part, group in found:
             maker = next(m.name for m in group.members if (m.name, m.dim) in part.analysis.producers)
-            self.names.append(_unused(part.name(maker), self.names))
+            names.append(_unused(part.name(maker), names))
             for place, reads in _places(part, group, starts[group.atom], self.count):
                 if place.name in parameters:
                     _merge(read if reads else made, place)
+        self.names = names
         self.read, self.made = tuple(read.values()), tuple(made.values())
         self._shapes = {p.name: parameters[p.name].shape for p in (*self.read, *self.made)}
+        self._read, self._made = _by_name(self.read), _by_name(self.made)
+        masked = prunable_layers(model) if layers is None else layers
+        self._masked = {name: tuple(layer.shape) for name, layer in masked.items()}
+        self.scaled_names = tuple(dict.fromkeys([*self._read, *self._masked]))
+        self.companions = tuple(name for name in self._made if name not in self._masked)
+        each = {"weights": self.weights, "macs": self.macs_each}.get(cost)
+        self.costs = each() if each is not None else torch.ones(self.count, dtype=torch.int64)
 
     def weights(self) -> Tensor:
         """Returns how many weights make each channel, int64 (count,)."""
@@ -98,15 +126,68 @@ class CoupledChannels:
         """Returns what the first channel removed from each group saves, in multiply-accumulates, int64 (count,)."""
         whole = self._costs.macs({})
         each = [whole - self._costs.macs({g.atom: g.size - 1}) for g in self.groups]
-        return torch.tensor(each).repeat_interleave(torch.tensor(self.lengths))
+        return torch.tensor(each).repeat_interleave(torch.tensor(list(self.lengths)))
 
     def macs(self, kept: Tensor) -> Tensor:
         """Returns the fraction of multiply-accumulates left when each channel stays by ``kept`` in [0, 1]; differentiable.
 
         The product of the widths of every layer, as they stand together (PaS: the sum over layers of in x out).
         """
-        counts = {g.atom: part.sum() for g, part in zip(self.groups, torch.split(kept, self.lengths), strict=True)}
+        counts = {g.atom: part.sum() for g, part in zip(self.groups, torch.split(kept, list(self.lengths)), strict=True)}
         return self._costs.macs(counts) / self._costs.dense["flops"]  # type: ignore[arg-type,return-value]
+
+    def reduce(self, values: Mapping[str, Tensor], how: Reduction) -> Tensor:
+        """Returns one value per channel from one value per weight; mean and l2 over all weights that make it together."""
+        like = values[next(name for name in self._made if name in values)]
+        dtype = like.dtype if like.is_floating_point() else torch.float32
+        total = torch.full((self.count + 1,), -torch.inf if how == "max" else 0.0, dtype=dtype, device=like.device)
+        held = torch.zeros_like(total)
+        for name, places in self._made.items():
+            if name not in values or values[name].ndim < 2:
+                continue
+            for place in places:
+                value = values[name].to(dtype).movedim(place.dim, 0).flatten(1)
+                index = place.units.to(total.device)
+                if how == "max":
+                    total = total.scatter_reduce(0, index, value.amax(1), "amax")
+                else:
+                    total = total.index_add(0, index, (value.square() if how == "l2" else value).sum(1))
+                held = held.index_add(0, index, torch.full_like(total[:1], value.shape[1]).expand(len(index)))
+        total, held = total[:-1], held[:-1].clamp(min=1)
+        if how == "mean":
+            return total / held
+        return total.clamp_min(torch.finfo(dtype).tiny).sqrt() if how == "l2" else total
+
+    def scale(self, name: str, parameter: Tensor, factors: Tensor) -> Tensor:
+        """Returns a parameter times the factors of the channels that it reads; differentiable in both."""
+        return _times(parameter, self._read.get(name, ()), factors)
+
+    def companion(self, name: str, parameter: Tensor, kept: Tensor) -> Tensor:
+        """Returns a parameter with what it adds to removed channels set to zero."""
+        return _times(parameter, self._made[name], kept)
+
+    def masks(self, kept: Tensor) -> dict[str, Tensor]:
+        """Returns masks of the rows that make a channel; layers that make none of these channels are all ones."""
+        ones = {name: torch.ones(shape, dtype=torch.bool, device=kept.device) for name, shape in self._masked.items()}
+        own = {name: places for name, places in self._made.items() if name in ones}
+        return {**ones, **{name: _times(ones[name].float(), places, kept) > 0 for name, places in own.items()}}
+
+
+def _times(parameter: Tensor, places: Sequence[Place], factors: Tensor) -> Tensor:
+    """Returns a parameter times the factors of the channels it holds, 1 where it holds none."""
+    padded = torch.cat([factors.to(parameter.dtype), parameter.new_ones(1)])
+    for place in places:
+        shape = [1] * parameter.ndim
+        shape[place.dim] = -1
+        parameter = parameter * padded[place.units.to(padded.device)].view(shape)
+    return parameter
+
+
+def _by_name(places: Sequence[Place]) -> dict[str, list[Place]]:
+    found: dict[str, list[Place]] = {}
+    for place in places:
+        found.setdefault(place.name, []).append(place)
+    return found
 
 
 def _groups(part: Part, excluded: Collection[str]) -> list[ChannelGroup]:

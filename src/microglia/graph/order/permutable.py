@@ -3,60 +3,49 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from microglia.core.patterns import Block
-from microglia.graph.channels.groups import channel_groups
+from microglia.graph.channels.groups import ChannelGroup, channel_groups
 from microglia.graph.cutting.parts import Part
 from microglia.graph.order.order_search import Stripes
 
 
-@dataclass(frozen=True)
-class Movable:
-    """A group of coupled channels.
+def tensors_of(part: Part, group: ChannelGroup) -> tuple[str, ...]:
+    """Returns the tensors of the model that hold a group's channels, by name."""
+    return tuple(dict.fromkeys(part.name(member.name) for member in group.members))
 
-    Attributes:
-        part: Where it is.
-        atom: Its number in the algebra.
-        size: How many channels.
-        layers: Tensors of the model that hold them.
-        reason: Why they have to stay, empty if they need not.
-    """
 
-    part: Part
-    atom: int
-    size: int
-    layers: tuple[str, ...]
-    reason: str = ""
+def shared_dims(part: Part, group: ChannelGroup, block: Block) -> list[tuple[str, int]]:
+    """Returns the tensors and dimensions, 0 for outputs, in which a group's channels share blocks with others."""
+    named = ((name, dim) for name in tensors_of(part, group) for dim in (0, 1))
+    return [(name, dim) for name, dim in named if _entries(part, group, block, name, dim) is not None]
 
-    def dims(self, block: Block) -> list[tuple[str, int]]:
-        """Returns the tensors and dimensions of theirs, 0 for outputs, whose entries share blocks with others."""
-        return [(name, dim) for name in self.layers for dim in (0, 1) if self._places(block, name, dim) is not None]
 
-    def stripes(self, block: Block, name: str, score: Tensor, keep: int) -> list[Stripes]:
-        """Returns a layer's scores, (out, in, *kernel), along each dimension in which the channels share blocks with others."""
-        found = []
-        for dim in (0, 1):
-            places = self._places(block, name, dim)
-            if places is not None:
-                found.append(_stripes(block, score, dim, places, keep))
-        return found
+def stripes(part: Part, group: ChannelGroup, block: Block, name: str, *, score: Tensor, keep: int) -> list[Stripes]:
+    """Returns a layer's scores, (out, in, *kernel), along each dimension in which the channels share blocks with others."""
+    found = []
+    for dim in (0, 1):
+        places = _entries(part, group, block, name, dim)
+        if places is not None:
+            found.append(_stripes(block, score, dim, places, keep))
+    return found
 
-    def _places(self, block: Block, name: str, dim: int) -> Tensor | None:
-        """Returns the entries of each unit, (units, entries); None where their order makes no difference."""
-        dims = self.part.dims_of(name)
-        side = (block.out, block.in_)[dim]
-        if len(dims) < 2 or side == 1:
-            return None
-        unit = self.part.analysis.algebra.coordinate(dims[dim], self.atom)
-        inside = (unit >= 0).nonzero()[:, 0]
-        if not len(inside) or len(unit) <= side or len(inside) % self.size:
-            return None
-        return inside[unit[inside].argsort(stable=True)].view(self.size, -1)
+
+def _entries(part: Part, group: ChannelGroup, block: Block, name: str, dim: int) -> Tensor | None:
+    """Returns the entries of each unit, (units, entries); None where their order makes no difference."""
+    dims = part.dims_of(name)
+    side = (block.out, block.in_)[dim]
+    if len(dims) < 2 or side == 1:
+        return None
+    unit = part.analysis.algebra.coordinate(dims[dim], group.atom)
+    inside = (unit >= 0).nonzero()[:, 0]
+    if not len(inside) or len(unit) <= side or len(inside) % group.size:
+        return None
+    return inside[unit[inside].argsort(stable=True)].view(group.size, -1)
 
 
 def _stripes(block: Block, score: Tensor, dim: int, places: Tensor, keep: int) -> Stripes:
@@ -77,8 +66,8 @@ def _lengths(length: int, side: int) -> Tensor:
     return torch.arange(0, length, side).neg().add(length).clamp(max=side)
 
 
-def movable(part: Part) -> list[Movable]:
-    """Returns the groups of several channels, each with the reason why it has to stay where there is one."""
+def movable(part: Part) -> list[tuple[ChannelGroup, str]]:
+    """Returns the groups of several channels, each with the reason why it has to stay, empty where there is none."""
     unread = _unread(part)
     saved = part.module.state_dict().keys()
     found = []
@@ -89,9 +78,7 @@ def movable(part: Part) -> list[Movable]:
         reason = f"{lost} is not saved with the weights, so that a loaded model would have it in the old order" if lost else ""
         if unread:
             reason = f"{part.name(unread)} is not read in evaluation; what it would read in training is not known"
-        found.append(
-            Movable(part, group.atom, group.size, tuple(dict.fromkeys(part.name(m.name) for m in group.members)), reason)
-        )
+        found.append((group, reason))
     return found
 
 

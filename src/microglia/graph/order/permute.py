@@ -17,12 +17,13 @@ from microglia.core.errors import BudgetError, MicrogliaError, PatternError
 from microglia.core.layers import oriented, prunable_layers
 from microglia.core.masks import masks_of
 from microglia.core.patterns import Block, Pattern
+from microglia.graph.channels.groups import ChannelGroup
 from microglia.graph.cutting.modules import cut_module
 from microglia.graph.cutting.parts import Part
 from microglia.graph.cutting.remove import EXACT, SINGLE, Subject, noise, outputs_difference, outputs_of
 from microglia.graph.cutting.verify import ShrinkError
 from microglia.graph.order.order_search import Stripes, best_mass, find_order
-from microglia.graph.order.permutable import Movable, movable, tensor_orders, unmoved
+from microglia.graph.order.permutable import movable, shared_dims, stripes, tensor_orders, tensors_of, unmoved
 from microglia.storage.changes import Change, register_change
 
 PERMUTATION = "microglia_permutation"
@@ -194,30 +195,32 @@ class _Search:
 
     def __init__(self, subject: Subject, block: Block, scores: Mapping[str, Tensor], keep: Mapping[str, int]) -> None:
         self.subject, self.block, self.scores, self.keep = subject, block, scores, keep
-        self.found = [group for part in subject.parts for group in movable(part)]
+        found = [(part, group, why) for part in subject.parts for group, why in movable(part)]
+        self.free = [(part, group) for part, group, why in found if not why]
+        self.held = {group.atom: why for _, group, why in found if why}
         self.orders: dict[int, Tensor] = {}
         self.notes: dict[int, str] = {}
 
     def run(self, generator: torch.Generator, starts: int) -> None:
         """Finds orders, in several passes where layers hold channels of several groups."""
-        due = [g for g in self.found if not g.reason]
+        due = self.free
         for _ in range(PASSES):
             changed = set()
-            for group in due:
-                layers = [s for name in group.layers if name in self.keep for s in self._stripes(group, name)]
+            for part, group in due:
+                layers = [s for name in tensors_of(part, group) if name in self.keep for s in self._stripes(part, group, name)]
                 if not layers:
                     continue
                 order = find_order(layers, generator, starts)
                 if not torch.equal(order, torch.arange(group.size)):
                     self.orders[group.atom] = self.orders.get(group.atom, torch.arange(group.size))[order]
                     changed.add(group.atom)
-            layered = {g.atom: set(g.dims(self.block)) for g in due}
+            layered = {group.atom: set(shared_dims(part, group, self.block)) for part, group in due}
             moved = {place: {a for a in changed if place in layered[a]} for places in layered.values() for place in places}
-            due = [g for g in due if any(moved[place] - {g.atom} for place in layered[g.atom])]
+            due = [(part, g) for part, g in due if any(moved[place] - {g.atom} for place in layered[g.atom])]
 
-    def _stripes(self, group: Movable, name: str) -> list[Stripes]:
-        part = group.part
-        return group.stripes(self.block, name, self._ordered(part, name, self.orders), self.keep[name])
+    def _stripes(self, part: Part, group: ChannelGroup, name: str) -> list[Stripes]:
+        score = self._ordered(part, name, self.orders)
+        return stripes(part, group, self.block, name, score=score, keep=self.keep[name])
 
     def _ordered(self, part: Part, name: str, orders: Mapping[int, Tensor]) -> Tensor:
         score = self.scores[name]
@@ -284,7 +287,7 @@ class _Search:
 
     def _left(self, part: Part) -> dict[str, str]:
         moved = set(self.orders)
-        reasons = {g.atom: g.reason for g in self.found if g.reason} | self.notes
+        reasons = self.held | self.notes
         return unmoved(part, [n for n in self.keep if len(self.scores[n]) > self.block.out], moved, reasons)
 
 

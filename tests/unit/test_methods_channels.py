@@ -238,9 +238,11 @@ def test_such_a_budget_alone_means_this_method() -> None:
         recipe = resolve({"prune": prune})
         assert recipe.method == "channels"
         assert isinstance(method_config(recipe), ChannelsConfig)
-    assert resolve({"prune": {"flops": 0.5, "pattern": "nm:2:4"}}).method == "magnitude"
+    with pytest.raises(BudgetError, match="'oneshot' takes density or params"):  # of magnitude, the default
+        resolve({"prune": {"flops": 0.5, "pattern": "nm:2:4"}})
     assert resolve({"prune": {"density": 0.5, "pattern": "channel"}}).method == "magnitude"
-    assert resolve({"method": "magnitude", "prune": {"flops": 0.5}}).method == "magnitude"
+    with pytest.raises(BudgetError, match=r"masks .unstructured. save neither"):
+        resolve({"method": "magnitude", "prune": {"flops": 0.5}})
     assert resolve({"method": "channels-global", "prune": {"flops": 0.5}}).prune["scope"] == "global"
 
 

@@ -153,11 +153,11 @@ def test_the_backbone_is_bit_identical_after_the_search(task: mg.Task, monkeypat
     searched: list[nn.Module] = []
     epoch = ddnp._epoch
 
-    def noting(own: Search, optimizer: Any, frozen: nn.Module, *rest: Any) -> float:
-        assert not frozen.training
-        assert not frozen.norm.training
-        searched.append(frozen)
-        return epoch(own, optimizer, frozen, *rest)
+    def noting(own: Search, step: Any, *rest: Any) -> float:
+        assert not step.model.training
+        assert not step.model.norm.training
+        searched.append(step.model)
+        return epoch(own, step, *rest)
 
     monkeypatch.setattr(ddnp, "_epoch", noting)
     before, modes = digest(model.state_dict()), [module.training for module in model.modules()]

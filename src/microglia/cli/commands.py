@@ -309,5 +309,6 @@ def _own_directory(recipe: Recipe) -> Path:
     """Returns the directory under runs/ of a recipe: the same recipe, the same directory, also of the time before ``auto``."""
     told = {**completed(as_dict(recipe)), "device": "cpu" if recipe.device == "auto" else recipe.device}
     mark = hashlib.blake2b(json.dumps(told, sort_keys=True).encode(), digest_size=3).hexdigest()
-    name = f"{recipe.model}-{recipe.data}-{recipe.method}-{mark}"
+    data = "" if recipe.data == recipe.model else f"-{recipe.data}"  # a task of one's own brings both
+    name = f"{recipe.model}{data}-{recipe.method}-{mark}"
     return Path("runs") / "".join(c if c.isalnum() or c in "-_." else "_" for c in name)

@@ -24,8 +24,9 @@ from microglia.core.errors import FileError
 from microglia.core.roles import means_role
 from microglia.core.timing import processor_name
 from microglia.lab.accelerating import accelerated
-from microglia.lab.code_folder import CODE, ENVIRONMENT
+from microglia.lab.code_folder import ENVIRONMENT, origins
 from microglia.lab.recipe import Recipe, as_dict, begun, completed, method_config
+from microglia.lab.recipe_task import build_task
 from microglia.lab.removed_channels import PICTURE, draw
 from microglia.lab.result import Result
 from microglia.measure import measure_latency
@@ -35,11 +36,10 @@ from microglia.storage.archive import check_whole, load, save, saved_bytes
 from microglia.storage.changes import changes_of
 from microglia.storage.files import write_atomic
 from microglia.storage.run import Run
-from microglia.tasks.classification import ImageSource, check_fit, image_task
+from microglia.tasks.classification import ImageSource, check_fit
 from microglia.tasks.roles import with_roles
 from microglia.tasks.task import Task
 from microglia.train.engine import accelerator
-from microglia.zoo.origin import origin_of
 
 BUDGET = ("density", "params", "flops", "ms")
 """Terms of a budget; masks know the first two."""
@@ -49,15 +49,7 @@ ROUTED = 32
 
 def make_task(recipe: Recipe) -> Task:
     """Returns the task a recipe names, its layers' roles found where a selector of the recipe means one."""
-    task = image_task(
-        recipe.model,
-        recipe.data,
-        checkpoint=recipe.checkpoint,
-        normalize=recipe.normalize,
-        image_size=recipe.image_size,
-        label_smoothing=recipe.label_smoothing,
-        seed=recipe.seed,
-    )
+    task = build_task(recipe)
     named = chain.from_iterable(value for value in recipe.prune.values() if isinstance(value, list | tuple))
     return with_roles(task) if means_role(named) else task
 
@@ -126,7 +118,7 @@ def prepare(recipe: Recipe) -> Task:
 def _execute(recipe: Recipe, run: Run, task: Task) -> Result:
     began = time.perf_counter()
     if run.directory is not None and run.main:
-        found = {**environment(), CODE: origin_of(recipe.model)}
+        found = {**environment(), **origins(as_dict(recipe))}
         write_atomic(run.directory / ENVIRONMENT, json.dumps(found, indent=2) + "\n")
     config = method_config(recipe)
     model = methods[recipe.method].procedure(task, run, config)

@@ -10,12 +10,15 @@ from typing import Any, Literal
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from microglia.core.errors import MicrogliaError
+from microglia.lab.recipe_task import settle_task
 from microglia.methods import MethodConfig, methods
 from microglia.methods.arguments import check_choices
 from microglia.methods.what import is_taken, left_out
 from microglia.storage.plain_yaml import DEEPEST, parse_yaml, read_yaml_text
 from microglia.train.optim import RECOVERY, FitConfig, identity
 
+LATER = ("task", "task_options")
+"""Fields that recipes of version 0.1.0 do not have."""
 MOST, LONGEST = 20, 200
 """Problems of a recipe that are told at once, and characters of each value in them."""
 
@@ -60,6 +63,9 @@ class Recipe:
             set's own, or with a checkpoint those among the usual ones under which it fits the training images best.
         image_size: Side to resize images to, or None for their own.
         label_smoothing: In [0, 1), of the training loss.
+        task: What the model is for: a mapping with ``kind`` and the options of that kind, or ``package.module:function``, which
+            returns a `microglia.Task`. None for image classification with the four fields above, which are its options.
+        task_options: Keywords of that function.
         method: A name that ``microglia methods`` lists; ``channels`` by default where the budget has ``flops`` or ``ms``.
         prune: The fields of that method's config, except the trainings below.
         dense: Training of the dense model.
@@ -78,6 +84,8 @@ class Recipe:
     normalize: str = "auto"
     image_size: int | None = None
     label_smoothing: float = 0.0
+    task: str | dict[str, Any] | None = None
+    task_options: dict[str, Any] = field(default_factory=dict)
     method: str = "magnitude"
     prune: dict[str, Any] = field(default_factory=dict)
     dense: FitConfig = field(default_factory=FitConfig)
@@ -115,6 +123,7 @@ def resolve(source: Mapping[str, Any]) -> Recipe:
     Raises:
         RecipeError: A field is unknown or wrong; the text names it.
     """
+    source = settle_task(source)
     defaults = {**as_dict(Recipe()), **_meant(source)}
     name = source.get("method", defaults["method"])
     if isinstance(name, str):  # anything else is refused below
@@ -171,7 +180,8 @@ def as_dict(recipe: Recipe) -> dict[str, Any]:
     Fields that came later are there where they differ from their defaults, so that runs of earlier versions go on.
     """
     found = as_whole_dict(recipe)
-    return {**found, "dense": identity(found["dense"]), "train": identity(found["train"])}
+    trainings = {name: identity(found[name]) for name in ("dense", "train")}
+    return {key: trainings.get(key, value) for key, value in found.items() if value or key not in LATER}
 
 
 def as_whole_dict(recipe: Recipe) -> dict[str, Any]:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import importlib.util
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from microglia.core.errors import UnknownNameError
+from microglia.zoo.own_code import called, function_of, unknown
 from microglia.zoo.registry import ModelError, Shape
 
 OPERATORS = (
@@ -53,7 +51,7 @@ def timm_model(name: str, classes: int, shape: Shape, *, pretrained: bool = Fals
     _torchvision(f"timm:{name}")
     timm = _library("timm", f"timm:{name}")
     if not timm.is_model(name) and not name.startswith(("hf-hub:", "hf_hub:", "local-dir:")):
-        raise _unknown("timm", name, timm.list_models(), "timm.list_models()")
+        raise unknown("timm", name, timm.list_models(), "timm.list_models()")
     with _refusals(f"timm:{name}"):
         settings = timm.get_pretrained_cfg(name, allow_unregistered=True) if timm.is_model(name) else None
         if settings is not None and settings.fixed_input_size:
@@ -70,7 +68,7 @@ def torchvision_model(name: str, classes: int, shape: Shape, *, pretrained: bool
     models = _torchvision(f"torchvision:{name}").models
     known = models.list_models()
     if name.lower() not in known:
-        raise _unknown("torchvision", name, known, "torchvision.models.list_models()")
+        raise unknown("torchvision", name, known, "torchvision.models.list_models()")
     if shape[0] != 3:
         raise ModelError(f"The models of torchvision take 3 channels, not {shape[0]}; those of timm take any (timm:NAME).")
     accepted = inspect.signature(models.get_model_builder(name)).parameters
@@ -131,43 +129,11 @@ def hf_model(name: str, classes: int, shape: Shape, *, pretrained: bool = False,
 
 def factory_model(name: str, classes: int, shape: Shape, **options: Any) -> nn.Module:
     """Calls ``package.module:function``; it gets ``classes`` and ``shape`` when its signature takes them."""
-    factory = _factory(name)
-    try:
-        signature = inspect.signature(factory)
-    except ValueError:  # some callables written in C have none
-        signature = inspect.Signature()
-    takes = {p.name for p in signature.parameters.values() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-    takes_any = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
-    offered = {"classes": classes, "shape": shape}
-    arguments = {key: value for key, value in offered.items() if takes_any or key in takes} | options
-    try:
-        signature.bind(**arguments)
-    except TypeError as error:
-        raise ModelError(f"{name}{signature} cannot be called with {', '.join(arguments) or 'nothing'}: {error}.") from error
-    model = factory(**arguments)
+    factory = function_of(name, other=" (The other sources are timm:, torchvision: and hf:.)")
+    model = called(name, factory, {"classes": classes, "shape": shape}, options)
     if not isinstance(model, nn.Module):
         raise ModelError(f"{name} returned {type(model).__name__}; a model factory returns a torch.nn.Module.")
     return model
-
-
-def _factory(name: str) -> Callable[..., Any]:
-    module_name, _, attribute = name.partition(":")
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-            raise  # the module was found; an import inside it failed
-        raise UnknownNameError(
-            f"There is no module {module_name!r} for the model {name!r}: is its folder on PYTHONPATH? "
-            f"(The other sources are timm:, torchvision: and hf:.)"
-        ) from error
-    try:
-        factory = attrgetter(attribute)(module)
-    except AttributeError as error:
-        raise _unknown(module_name, attribute, [n for n in vars(module) if n[0] != "_"], f"dir({module_name})") from error
-    if not callable(factory):
-        raise ModelError(f"{name} is a {type(factory).__name__}, not a function that returns a model.")
-    return factory  # type: ignore[no-any-return]
 
 
 def import_torchvision() -> Any:
@@ -217,12 +183,6 @@ def _not_installed(module: str, wanted: str, error: ModuleNotFoundError) -> Exce
     if error.name != module:
         return error  # installed, but something it needs is not
     return ModelError(f"The model {wanted!r} needs {module}, which is not installed: pip install 'microglia[zoo]'")
-
-
-def _unknown(source: str, name: str, known: Sequence[str], listing: str) -> UnknownNameError:
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
-    return UnknownNameError(f"There is no {source} model named {name!r}.{hint} {listing} lists all {len(known)}.")
 
 
 @contextmanager

@@ -50,18 +50,42 @@ def require_known(name: object, options: object, where: object, *, folder: str |
     if _trusting.get() or _known(name, options):
         return
     given = f" with {_short(dict(options))}" if options else ""
-    given += f" (the module {_short(name.partition(':')[0])} in the folder {_short(folder)})" if folder is not None else ""
-    raise FileError(
-        f"{where} names the model {_short(name)}{given}, which is none that this library builds from a file by itself, for it "
+    raise FileError(_refusal(where, "model", f"{_short(name)}{given}", name, folder))
+
+
+def _refusal(where: object, what: str, shown: str, name: str, folder: str | None) -> str:
+    place = f" (the module {_short(name.partition(':')[0])} in the folder {_short(folder)})" if folder is not None else ""
+    return (
+        f"{where} names the {what} {shown}{place}, which is none that this library builds from a file by itself, for it "
         f"may run code: look at {'the name' if folder is None else 'that module'} and, if you trust it, add --trust (in Python "
-        "pass the model, or trust=True)."
+        f"pass the {what}, or trust=True)."
     )
 
 
-def require_known_recipe(recipe: Mapping[str, Any], where: object, *, folder: str | None = None) -> None:
-    """Raises as `require_known` for the model of a recipe that a file holds, and for data that would be a folder's own code."""
-    require_known(recipe.get("model", "conv-2"), {}, where, folder=folder)
-    data = recipe.get("data")
+def require_known_recipe(
+    recipe: Mapping[str, Any], where: object, *, folder: str | None = None, model_folder: str | None = None
+) -> None:
+    """Raises as `require_known` for task and model of a recipe that a file holds, and for data that would be a folder's code.
+
+    Args:
+        recipe: As the file spells it.
+        where: The file, for the message.
+        folder: Where the code of the task, or of the model, is said to be, for the message.
+        model_folder: Where the code of the model is said to be beside that of the task.
+    """
+    task, model = recipe.get("task"), recipe.get("model", "conv-2")
+    if isinstance(task, str) and ":" in task:
+        if not _trusting.get():
+            raise FileError(_refusal(where, "task", _short(task), task, folder))
+        folder = model_folder
+    if model != task or not isinstance(task, str):  # a task of one's own brings its model, which is called like it
+        require_known(model, {}, where, folder=folder)
+    _require_plain_data(recipe.get("data"), where)
+    if isinstance(task, Mapping):
+        _require_plain_data(task.get("data"), where)
+
+
+def _require_plain_data(data: object, where: object) -> None:
     if isinstance(data, str) and data.startswith("hf:") and not _trusting.get() and not _of_hub(data.removeprefix("hf:")):
         raise FileError(
             f"{where} names the data {_short(data)}, which is no plain name on the hub, for a folder may bring code: look at "

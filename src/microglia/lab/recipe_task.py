@@ -1,0 +1,138 @@
+"""The task of a recipe: by kind, ``task: {kind: ..., ...}``, or a function of one's own, ``task: package.module:function``."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Any
+
+from pydantic import TypeAdapter, ValidationError
+from torch import nn
+
+from microglia.core.errors import MicrogliaError
+from microglia.core.registry import unknown_name
+from microglia.tasks.kinds import DEFAULT, ClassificationOptions, kinds
+from microglia.tasks.task import Task
+from microglia.zoo import load_checkpoint
+from microglia.zoo.own_code import called, function_of, takes
+from microglia.zoo.registry import ModelError
+
+if TYPE_CHECKING:
+    from microglia.lab.recipe import Recipe
+
+OWN = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
+"""How a function of the user's own is spelled."""
+
+
+class TaskFieldError(MicrogliaError):
+    """A task of a recipe that is not valid; the text names the field."""
+
+
+def settle_task(source: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a recipe's mapping with its task in the one form that `microglia.Recipe` has.
+
+    ``task: {kind: classification, data: ...}`` becomes the fields of the recipe that these options always were. The options of
+    another kind are filled in with their defaults. Data and model of a task of one's own are called by its name.
+
+    Raises:
+        TaskFieldError: The task, or an option of it, is wrong, or a field of classification stands beside another task.
+        UnknownNameError: There is no such kind.
+    """
+    task = source.get("task")
+    rest = {key: value for key, value in source.items() if key not in ("task", "task_options")}
+    options = source.get("task_options") or {}
+    if options and not (isinstance(task, str) and OWN.fullmatch(task)):
+        raise TaskFieldError(
+            "task_options are the keywords of a task package.module:function; give a kind its options in task."
+        )
+    if task is None:
+        return rest
+    if isinstance(task, str) and OWN.fullmatch(task):
+        _refuse_beside(rest, task, task)
+        return {"model": task, **rest, "data": task, "task": task, **({"task_options": dict(options)} if options else {})}
+    if isinstance(task, str):
+        task = {"kind": task}
+    if not isinstance(task, Mapping):
+        raise TaskFieldError(f"The task is a mapping such as {{kind: {DEFAULT}}}, or package.module:function; got {task!r}.")
+    return _of_kind(dict(task), rest)
+
+
+def _of_kind(task: dict[str, Any], rest: dict[str, Any]) -> dict[str, Any]:
+    kind = task.pop("kind", DEFAULT)
+    if kind not in kinds:
+        raise unknown_name("kind of task", kind, kinds)
+    options = asdict(_options(kind, task))
+    if kind != DEFAULT:
+        data = str(options.get("data", kind))
+        _refuse_beside(rest, data, f"of kind {kind!r}")
+        return {**rest, "data": data, "task": {"kind": kind, **options}}
+    for key, value in task.items():
+        if key in rest and rest[key] != value:
+            raise TaskFieldError(f"{key} is given twice, as {rest[key]!r} and in task as {value!r}; give it once.")
+    return {**rest, **task}
+
+
+def _refuse_beside(rest: Mapping[str, Any], data: str, task: str) -> None:
+    """Raises where a field of classification stands beside another task; what a resolved recipe says of itself is none."""
+    usual = {**asdict(ClassificationOptions()), "data": data}
+    for key, value in usual.items():
+        if key in rest and rest[key] != value:
+            raise TaskFieldError(
+                f"{key} is a field of the task {DEFAULT}, and this recipe's task is {task}; give the task what it needs in "
+                f"{'task_options' if OWN.fullmatch(task) else 'task'}."
+            )
+
+
+def _options(kind: str, given: Mapping[str, Any]) -> Any:
+    try:
+        return TypeAdapter(kinds[kind].options).validate_python(dict(given))
+    except ValidationError as error:
+        problems = [f"task.{'.'.join(map(str, e['loc']))}: {_said(e['type'], e['msg'])}" for e in error.errors()]
+        raise TaskFieldError(f"The task of kind {kind!r} is not valid: {' | '.join(problems)}.") from None
+
+
+def _said(kind: str, message: str) -> str:
+    return "there is no such field" if "unexpected_keyword" in kind or kind == "extra_forbidden" else message
+
+
+def build_task(recipe: Recipe) -> Task:
+    """Returns the task that a recipe names.
+
+    Raises:
+        MicrogliaError: Model, data, checkpoint or task are not as they should be.
+    """
+    if isinstance(recipe.task, str):
+        return own_task(recipe.task, recipe)
+    given = {"kind": DEFAULT, **{key: getattr(recipe, key) for key in asdict(ClassificationOptions())}}
+    task = dict(recipe.task or given)
+    kind = task.pop("kind", DEFAULT)
+    return kinds[kind].make(recipe.model, _options(kind, task), checkpoint=recipe.checkpoint, seed=recipe.seed)
+
+
+def own_task(name: str, recipe: Recipe) -> Task:
+    """Returns the task that a function of the user's own makes of ``task_options``; this imports its module.
+
+    The function gets ``seed`` and, where the recipe names one, ``model``, if its signature takes them.
+
+    Raises:
+        ModelError: It takes other keywords, does not take the model, or returns no Task.
+    """
+    function = function_of(name, "task")
+    offered: dict[str, Any] = {"seed": recipe.seed}
+    if recipe.model != name:
+        if not takes(function, "model"):
+            raise ModelError(f"The task {name} brings its model; leave out the model {recipe.model!r}, or let it take model=.")
+        offered["model"] = recipe.model
+    task = called(name, function, offered, recipe.task_options)
+    if not isinstance(task, Task):
+        raise ModelError(f"{name} returned {type(task).__name__}; a function named as task returns a microglia.Task.")
+    if recipe.checkpoint is None:
+        return task
+
+    def loaded() -> nn.Module:
+        model = task.build()
+        load_checkpoint(model, str(recipe.checkpoint))
+        return model
+
+    return replace(task, build=loaded, pretrained=True)

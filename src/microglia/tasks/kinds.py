@@ -1,0 +1,81 @@
+"""Kinds of tasks by name: what a recipe's ``task: {kind: ..., ...}`` may say. A new kind registers itself here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from pydantic import ConfigDict
+
+from microglia.core.registry import Registry
+from microglia.tasks.classification import image_task
+from microglia.tasks.task import Task
+
+DEFAULT = "classification"
+"""The kind of a recipe that names none; its options are fields of the recipe itself too."""
+
+
+class MakesTask(Protocol):
+    """Makes a task of a model's name and the options of its kind."""
+
+    def __call__(self, model: str, options: Any, *, checkpoint: str | None, seed: int) -> Task:
+        """Returns the task; ``seed`` is that of the initial weights."""
+        ...
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of task.
+
+    Attributes:
+        options: Frozen dataclass of its options, each with a default.
+        make: Makes the task.
+    """
+
+    options: type
+    make: MakesTask
+
+
+kinds: Registry[Kind] = Registry("kind of task")
+
+
+def kind(name: str, options: type) -> Callable[[MakesTask], MakesTask]:
+    """Returns a decorator that registers how tasks of a kind are made.
+
+    Args:
+        name: As in ``task: {kind: name}``.
+        options: Frozen dataclass of what else the mapping may say.
+    """
+
+    def register(make: MakesTask) -> MakesTask:
+        kinds.add(name)(Kind(options, make))
+        return make
+
+    return register
+
+
+@dataclass(frozen=True)
+class ClassificationOptions:
+    """The options of image classification; see `microglia.Recipe`."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    data: str = "digits"
+    normalize: str = "auto"
+    image_size: int | None = None
+    label_smoothing: float = 0.0
+
+
+@kind(DEFAULT, ClassificationOptions)
+def classification(model: str, options: ClassificationOptions, *, checkpoint: str | None, seed: int) -> Task:
+    """Returns the task of classifying a data set's images with a network of the zoo."""
+    return image_task(
+        model,
+        options.data,
+        checkpoint=checkpoint,
+        normalize=options.normalize,
+        image_size=options.image_size,
+        label_smoothing=options.label_smoothing,
+        seed=seed,
+    )

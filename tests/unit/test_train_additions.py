@@ -16,9 +16,10 @@ import microglia as mg
 from microglia.core.errors import TrainingError
 from microglia.lab.recipe import as_dict, resolve
 from microglia.storage.run import Progress, Run
+from microglia.studies.space.ensembling import Cycles, fast_ensemble
 from microglia.train.average import MovingAverage
 from microglia.train.groups import parameter_groups, plain_name, undecayed
-from microglia.train.optim import ADDED, FitConfig, epoch_length, learning_rate, make_optimizers, set_rates
+from microglia.train.optim import ADDED, FitConfig, epoch_length, learning_rate, make_optimizers, refuse_additions, set_rates
 from microglia.train.rewind import advance, start_of, with_masks
 
 
@@ -342,3 +343,11 @@ def test_additions_at_their_defaults_are_no_part_of_a_recipes_identity() -> None
     assert (changed["train"]["ema"], changed["train"]["no_decay"]) == (0.99, ["norm"])
     assert "accumulate" not in changed["train"]
     assert resolve(changed) == resolve({"method": "magnitude", "train": {"ema": 0.99, "no_decay": ["norm"]}})
+
+
+@pytest.mark.parametrize("field", [{"accumulate": 2}, {"ema": 0.9}, {"no_decay": ("bias",)}])
+def test_loops_with_steps_of_their_own_refuse_what_they_do_not_do(field: dict[str, Any]) -> None:
+    refuse_additions(FitConfig(schedule="poly"), "A curve")
+    (name,) = field
+    with pytest.raises(TrainingError, match=f"A fast ensemble is trained without {name}"):
+        fast_ensemble(build(), task(), FitConfig(**field), Cycles())

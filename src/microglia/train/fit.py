@@ -8,7 +8,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,10 @@ from microglia.train.evaluate import evaluate
 from microglia.train.groups import parameter_groups, plain_name
 from microglia.train.optim import FitConfig, epoch_batches, epoch_length, lay_out, make_optimizers, set_rates
 from microglia.train.progress import Bar
-from microglia.train.step import Step, objective, require_finite
+from microglia.train.step import Step, clipped, objective, require_finite
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 Row = dict[str, Any]
 FEW = 10
@@ -114,48 +117,108 @@ def fit(
     engine = accelerator(device)
     rank, world = rank_and_world()
     batches = task.data.batches("train", config.batch_size, seed=seed, shuffle=True, augment=True, rank=rank, world=world)
-    own = pruner.param_groups() if pruner is not None else []
-    theirs = {id(p) for group in own for p in group["params"]}
-    wrapped = engine.prepare(model) if world > 1 else model.to(engine.device)
-    asked = task.groups(model) if task.groups is not None else []
-    groups = parameter_groups(model, asked, config.no_decay, theirs)  # what is the pruner's may live in the model
-    further: list[torch.optim.Optimizer] = pruner.optimizers() if isinstance(pruner, Optimizing) else []
-    optimizers = make_optimizers(config, [*groups, *([] if further else own)], further)
-    average = None if config.ema is None else MovingAverage(model, config.ema, config.ema_ramp, theirs)
-    start, rows = _resume(model, optimizers, pruner, average, progress)
-    loss = objective(task, teacher=teacher, weight=config.distill, temperature=config.temperature)
-    bound = config.clip
-    clip = None if bound is None else lambda: engine.clip_grad_norm_(wrapped.parameters(), bound)
-    step = Step(task, wrapped, optimizers, loss, engine.device, config.precision, engine.backward, clip)
+    wrapped, trained = _trained(model, task, config, pruner, engine)
+    rows = trained.resume(progress)
     length = epoch_length(config, len(batches))
-    if config.accumulate > 1 and length < FEW:
-        warnings.warn(
-            f"With accumulate={config.accumulate} an epoch of {len(batches)} batches has {length} optimizer steps; take "
-            "smaller batches or more epochs.",
-            stacklevel=2,
-        )
+    loss = objective(task, teacher=teacher, weight=config.distill, temperature=config.temperature)
+    clip = clipped(wrapped.parameters, config.clip, by=engine.clip_grad_norm_)
+    step = Step(task, wrapped, trained.optimizers, loss, engine.device, config.precision, engine.backward, clip)
+    steps = _Steps(step, batches, config, pruner, trained.average)
+    _warn_of_few(config, len(batches))
     end = config.epochs if stop is None else min(stop, config.epochs)
-    with torch.random.fork_rng(), Bar(title, total=end * length, done=start * length) as bar:
-        for epoch in range(start, end):
+    with torch.random.fork_rng(), Bar(title, total=end * length, done=len(rows) * length) as bar:
+        for epoch in range(len(rows), end):
             began = time.perf_counter()
             torch.manual_seed(seed * 1_000_003 + epoch)  # dropout and the like
             wrapped.train()
-            mean = _Steps(step, batches, config, pruner, average).epoch(epoch, bar)
-            row = {"epoch": epoch + 1, "loss": mean, "lr": optimizers[0].param_groups[0]["lr"]}
-            if (epoch + 1) % config.evaluate_every == 0 or epoch + 1 == config.epochs:
-                with average.in_place() if average is not None else nullcontext():
-                    row |= {f"validation_{k}": v for k, v in evaluate(model, task, "validation").items()}
-            rows.append(row | {"seconds": round(time.perf_counter() - began, 3)})
-            if f"validation_{task.headline}" in row:
-                bar.say(f"{task.headline} {row[f'validation_{task.headline}']:.4f}")
+            mean = steps.epoch(epoch, bar)
+            rows.append(trained.row(task, config, epoch, mean) | {"seconds": round(time.perf_counter() - began, 3)})
+            bar.say(_headline(task, rows[-1]))
             if log is not None:  # before the state: a run killed in between repeats the epoch, and its row
                 log(rows)
-            _save(model, optimizers, pruner, average, progress=progress, rows=rows)
-    if average is not None and end == config.epochs:
-        average.put()
+            if progress is not None:
+                progress.save(trained.state(rows))
+    if trained.average is not None and end == config.epochs:
+        trained.average.put()
     if world > 1:
         engine.free_memory()
     return rows
+
+
+@dataclass(frozen=True)
+class _Trained:
+    """Everything that a training changes, and that its state holds."""
+
+    model: nn.Module
+    optimizers: list[torch.optim.Optimizer]
+    pruner: Pruner | None
+    average: MovingAverage | None
+    grouped: bool
+
+    def resume(self, progress: Progress | None) -> list[Row]:
+        """Goes on from a state, if there is one; returns the rows of the finished epochs."""
+        if progress is None or progress.state is None:
+            return []
+        state = progress.state
+        if self.pruner is not None:  # first: its masks may have other names in a later phase
+            self.pruner.load_state_dict(state["pruner"])
+        self.model.load_state_dict(state["model"])
+        for optimizer, own in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(own)
+            lay_out(optimizer)
+        if self.average is not None and "average" in state:
+            self.average.load_state_dict(state["average"])
+        return list(state["rows"])
+
+    def state(self, rows: list[Row]) -> dict[str, Any]:
+        """Returns what is needed to go on."""
+        state = {"model": self.model.state_dict(), "optimizers": [o.state_dict() for o in self.optimizers], "rows": rows}
+        if self.grouped:  # the optimizer counts the parameters in another order than the model
+            names = {id(p): plain_name(name) for name, p in self.model.named_parameters()}
+            own = (p for group in self.optimizers[0].param_groups for p in group["params"])
+            state["parameters"] = [names[id(p)] for p in own if id(p) in names]
+        if self.average is not None:
+            state["average"] = self.average.state_dict()
+        return state | ({"pruner": self.pruner.state_dict()} if self.pruner is not None else {})
+
+    def row(self, task: Task, config: FitConfig, epoch: int, mean: float) -> Row:
+        """Returns what is told of a finished epoch; validation metrics are of the averaged weights where there are some."""
+        row = {"epoch": epoch + 1, "loss": mean, "lr": self.optimizers[0].param_groups[0]["lr"]}
+        if (epoch + 1) % config.evaluate_every and epoch + 1 != config.epochs:
+            return row
+        with self.average.in_place() if self.average is not None else nullcontext():
+            return row | {f"validation_{k}": v for k, v in evaluate(self.model, task, "validation").items()}
+
+
+def _trained(
+    model: nn.Module, task: Task, config: FitConfig, pruner: Pruner | None, engine: Accelerator
+) -> tuple[nn.Module, _Trained]:
+    """Returns the model as steps call it, and what the training changes: optimizers over its groups, perhaps an average."""
+    own = pruner.param_groups() if pruner is not None else []
+    theirs = {id(p) for group in own for p in group["params"]}  # which may live in the model
+    wrapped = engine.prepare(model) if rank_and_world()[1] > 1 else model.to(engine.device)
+    asked = task.groups(model) if task.groups is not None else []
+    groups = parameter_groups(model, asked, config.no_decay, theirs)
+    further: list[torch.optim.Optimizer] = pruner.optimizers() if isinstance(pruner, Optimizing) else []
+    optimizers = make_optimizers(config, [*groups, *([] if further else own)], further)
+    average = None if config.ema is None else MovingAverage(model, config.ema, config.ema_ramp, theirs)
+    return wrapped, _Trained(model, optimizers, pruner, average, grouped=bool(asked or config.no_decay))
+
+
+def _headline(task: Task, row: Row) -> str:
+    """Returns the headline of an epoch in words, nothing where it was not evaluated."""
+    value = row.get(f"validation_{task.headline}")
+    return "" if value is None else f"{task.headline} {value:.4f}"
+
+
+def _warn_of_few(config: FitConfig, batches: int) -> None:
+    length = epoch_length(config, batches)
+    if config.accumulate > 1 and length < FEW:
+        warnings.warn(
+            f"With accumulate={config.accumulate} an epoch of {batches} batches has {length} optimizer steps; take smaller "
+            "batches or more epochs.",
+            stacklevel=3,
+        )
 
 
 def _check_arguments(model: object, task: object, config: object) -> None:
@@ -235,45 +298,3 @@ def _share(examples: int, device: torch.device) -> Tensor | float:
     everyone = torch.tensor(float(examples), device=device)
     torch.distributed.all_reduce(everyone)
     return examples * world / everyone
-
-
-def _resume(
-    model: nn.Module,
-    optimizers: list[torch.optim.Optimizer],
-    pruner: Pruner | None,
-    average: MovingAverage | None,
-    progress: Progress | None,
-) -> tuple[int, list[Row]]:
-    if progress is None or progress.state is None:
-        return 0, []
-    state = progress.state
-    if pruner is not None:  # first: its masks may have other names in a later phase
-        pruner.load_state_dict(state["pruner"])
-    model.load_state_dict(state["model"])
-    for optimizer, own in zip(optimizers, state["optimizers"], strict=True):
-        optimizer.load_state_dict(own)
-        lay_out(optimizer)
-    if average is not None and "average" in state:
-        average.load_state_dict(state["average"])
-    return len(state["rows"]), list(state["rows"])
-
-
-def _save(
-    model: nn.Module,
-    optimizers: list[torch.optim.Optimizer],
-    pruner: Pruner | None,
-    average: MovingAverage | None,
-    *,
-    progress: Progress | None,
-    rows: list[Row],
-) -> None:
-    if progress is None:
-        return
-    state = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers], "rows": rows}
-    names = {id(p): name for name, p in model.named_parameters()}
-    order = [names[id(p)] for group in optimizers[0].param_groups for p in group["params"] if id(p) in names]
-    if order != [name for name, p in model.named_parameters() if p.requires_grad][: len(order)]:
-        state["parameters"] = [plain_name(name) for name in order]
-    if average is not None:
-        state["average"] = average.state_dict()
-    progress.save(state | ({"pruner": pruner.state_dict()} if pruner is not None else {}))

@@ -12,6 +12,7 @@ import torch
 from pydantic import ConfigDict
 from torch import Tensor
 
+from microglia.core.errors import TrainingError
 from microglia.core.registry import known_fields
 
 LOWEST = {"epochs": 0, "batch_size": 1, "lr": 0, "weight_decay": 0, "warmup_epochs": 0, "accumulate": 1, "evaluate_every": 1}
@@ -117,6 +118,22 @@ class FitConfig:
 
 RECOVERY = FitConfig(epochs=10, lr=0.05, distill=0.5)
 """The default training after pruning: shorter and gentler than from scratch, and with the dense model as teacher."""
+
+
+def refuse_additions(config: FitConfig, what: str) -> None:
+    """Raises where a config asks for what a loop with its own steps does not do: accumulation, averages, no-decay selectors.
+
+    Args:
+        config: Given to that loop.
+        what: What the loop trains, for the message.
+
+    Raises:
+        TrainingError: One of these fields is set.
+    """
+    usual = FitConfig()
+    for name in ("accumulate", "ema", "no_decay"):
+        if getattr(config, name) != getattr(usual, name):
+            raise TrainingError(f"{what} is trained without {name}; leave it at {getattr(usual, name)!r}.")
 
 
 def identity(fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -134,8 +134,19 @@ def require_finite(value: Tensor, diverged: str) -> Tensor:
     return value
 
 
-def clipped(parameters: Callable[[], Iterable[Tensor]], norm: float | None) -> Callable[[], object] | None:
-    """Returns what bounds the norm of the parameters' gradients; None without a bound."""
+def clipped(
+    parameters: Callable[[], Iterable[Tensor]],
+    norm: float | None,
+    *,
+    by: Callable[[Any, float], object] = nn.utils.clip_grad_norm_,
+) -> Callable[[], object] | None:
+    """Returns what bounds the norm of the parameters' gradients; None without a bound.
+
+    Args:
+        parameters: Gives them.
+        norm: The bound.
+        by: Clips the gradients of parameters to a norm.
+    """
     if norm is None:
         return None
-    return lambda: nn.utils.clip_grad_norm_(list(parameters()), norm)
+    return lambda: by(list(parameters()), norm)

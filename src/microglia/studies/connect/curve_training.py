@@ -20,11 +20,9 @@ from microglia.studies.space.points import Point, check_alike, visiting
 from microglia.tasks.task import Task
 from microglia.train.engine import accelerator
 from microglia.train.fit import Row
-from microglia.train.optim import FitConfig, epoch_batches, lay_out, make_optimizers
+from microglia.train.optim import FitConfig, epoch_batches, lay_out, make_optimizers, refuse_additions
 from microglia.train.progress import Bar
 from microglia.train.step import Step, clipped, objective
-
-Loss = Callable[[Any, Any], Tensor]
 
 
 def learning_rate(base: float, progress: float) -> float:
@@ -77,6 +75,7 @@ def train_curve(
     """
     check_alike(dict(model.named_parameters()), curve.points[0])
     _check(curve, masks or {})
+    refuse_additions(config, "A curve")
     with _on(model, accelerator(device).device), visiting(model), torch.random.fork_rng():
         training = _Training(model, task, curve, config, masks=masks or {}, seed=seed)
         rows = training.resume(progress)

@@ -19,7 +19,7 @@ from microglia.storage.run import Progress
 from microglia.tasks.task import Split, Task
 from microglia.train.engine import accelerator
 from microglia.train.fit import Row
-from microglia.train.optim import FitConfig, epoch_batches, lay_out, make_optimizers
+from microglia.train.optim import FitConfig, epoch_batches, lay_out, make_optimizers, refuse_additions
 from microglia.train.progress import Bar
 from microglia.train.step import Step, clipped, objective
 
@@ -177,6 +177,7 @@ def fast_ensemble(
         MicrogliaError: The task is no classification, or the state is of another optimizer.
         TrainingError: The loss is not finite.
     """
+    refuse_additions(config, "A fast ensemble")
     model.to(accelerator(device).device)
     training = _Cycling(model, task, config, cycles, seed=seed, optimizer=optimizer)
     rows, average, start = training.resume(progress)

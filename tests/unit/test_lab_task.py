@@ -15,7 +15,7 @@ from torch import nn
 import microglia as mg
 from microglia.core.errors import FileError, MicrogliaError
 from microglia.lab.execute import make_task
-from microglia.lab.recipe import as_dict
+from microglia.lab.recipe import as_dict, resolve
 from microglia.tasks.kinds import kind, kinds
 from microglia.zoo.trust import needs_trust, require_known_recipe, trusting
 
@@ -53,13 +53,13 @@ def module(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_options_of_classification_are_the_recipes_old_fields() -> None:
-    old = mg.resolve({"model": "lenet-300-100", "data": "digits", "label_smoothing": 0.1})
+    old = resolve({"model": "lenet-300-100", "data": "digits", "label_smoothing": 0.1})
     for task in (
         {"kind": "classification", "data": "digits", "label_smoothing": 0.1},
         {"data": "digits", "label_smoothing": 0.1},
     ):
-        assert mg.resolve({"model": "lenet-300-100", "task": task}) == old
-    assert mg.resolve({"task": "classification"}) == mg.resolve({})
+        assert resolve({"model": "lenet-300-100", "task": task}) == old
+    assert resolve({"task": "classification"}) == resolve({})
     assert not {"task", "task_options"} & set(as_dict(old))  # so that run directories of version 0.1.0 go on
     assert make_task(old).training_loss is not None
 
@@ -67,21 +67,21 @@ def test_the_options_of_classification_are_the_recipes_old_fields() -> None:
 def test_a_task_of_ones_own_runs_and_its_run_goes_on(module: None, tmp_path: Path) -> None:
     source = {"task": "owntasks:sums", "task_options": {"inputs": 5}, "method": "magnitude", "prune": {"density": 0.5}}
     source |= {"dense": FAST, "train": {**FAST, "distill": 0.0}, "measure": {"latency": False}, "seed": 3}
-    recipe = mg.resolve(source)
+    recipe = resolve(source)
     assert (recipe.model, recipe.data, recipe.task) == ("owntasks:sums",) * 3
     result = mg.execute(recipe, tmp_path / "run")
     assert (result["task"], result["headline"]) == ("sum of 5", "error")
     assert set(result["pruned"]["metrics"]) == {"error"}
     assert result["masks"]["kept"] == pytest.approx(0.5 * result["masks"]["total"], abs=1)
-    again = mg.resolve(as_dict(recipe))  # as a directory keeps it
+    again = resolve(as_dict(recipe))  # as a directory keeps it
     assert as_dict(again) == as_dict(recipe)
     assert mg.execute(again, tmp_path / "run") == result
 
 
 def test_the_recipes_seed_and_model_reach_the_function(module: None) -> None:
-    one, other = (make_task(mg.resolve({"task": "owntasks:sums", "seed": s})).build() for s in (0, 1))
+    one, other = (make_task(resolve({"task": "owntasks:sums", "seed": s})).build() for s in (0, 1))
     assert not torch.equal(one[0].weight, other[0].weight)  # type: ignore[index]
-    wide = make_task(mg.resolve({"task": "owntasks:sums", "model": "wide"})).build()
+    wide = make_task(resolve({"task": "owntasks:sums", "model": "wide"})).build()
     assert wide[0].weight.shape == (64, 3)  # type: ignore[index]
 
 
@@ -102,15 +102,13 @@ def sums() -> Any:
 
 
 def test_a_kind_from_outside_has_its_options_checked_and_filled_in(sums: Any, tmp_path: Path) -> None:
-    recipe = mg.resolve(
-        {"model": "small", "task": {"kind": "sums", "inputs": 2}, "dense": FAST, "train": FAST | {"distill": 0}}
-    )
+    recipe = resolve({"model": "small", "task": {"kind": "sums", "inputs": 2}, "dense": FAST, "train": FAST | {"distill": 0}})
     assert recipe.task == {"kind": "sums", "inputs": 2, "data": "numbers"}
     assert recipe.data == "numbers"
-    assert mg.resolve(as_dict(recipe)) == recipe
+    assert resolve(as_dict(recipe)) == recipe
     assert make_task(recipe).name == "sum of 2"
     with pytest.raises(MicrogliaError, match=r"task\.inputs: Input should be a valid integer"):
-        mg.resolve({"task": {"kind": "sums", "inputs": "many"}})
+        resolve({"task": {"kind": "sums", "inputs": "many"}})
 
 
 @pytest.mark.parametrize(
@@ -129,7 +127,7 @@ def test_a_kind_from_outside_has_its_options_checked_and_filled_in(sums: Any, tm
 )
 def test_a_wrong_task_is_refused_in_a_sentence(source: dict[str, Any], said: str) -> None:
     with pytest.raises(MicrogliaError, match=said):
-        mg.resolve(source)
+        resolve(source)
 
 
 @pytest.mark.parametrize(
@@ -147,7 +145,7 @@ def test_a_wrong_task_is_refused_in_a_sentence(source: dict[str, Any], said: str
 )
 def test_a_wrong_function_is_refused_in_a_sentence(module: None, source: dict[str, Any], said: str) -> None:
     with pytest.raises(MicrogliaError, match=said):
-        make_task(mg.resolve(source))
+        make_task(resolve(source))
 
 
 @pytest.mark.parametrize(

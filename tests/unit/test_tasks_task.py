@@ -17,7 +17,7 @@ import microglia as mg
 from microglia.core.batch import Example
 from microglia.core.layers import prunable_layers
 from microglia.lab.accelerating import agreement
-from microglia.scores import scores
+from microglia.scores import Evidence, scores
 from microglia.tasks.metrics import Gathered, Metric, mean_metric
 from microglia.tasks.task import CLASSIFICATION, softened_divergence
 from microglia.train.recover import recalibrate_on
@@ -101,7 +101,7 @@ def test_trees_go_through_training_evaluation_recovery_and_scores() -> None:
     assert mg.evaluate(model, task)["worst"] != before["worst"]
     assert rows[-1]["validation_worst"] == mg.evaluate(model, task, "validation")["worst"]
     recalibrate_on(model, task, batch_size=4)
-    evidence = mg.scores.Evidence(list(Made().epoch(0)), task.loss, forward=task.forward, count=lambda t: len(t["index"]))
+    evidence = Evidence(list(Made().epoch(0)), task.loss, forward=task.forward, count=lambda t: len(t["index"]))
     for name in ("gradient", "snip", "grasp", "synflow", "magnitude"):
         values = scores[name](model, prunable_layers(model), evidence)
         assert set(values) == set(prunable_layers(model))

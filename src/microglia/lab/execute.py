@@ -137,6 +137,8 @@ def _execute(recipe: Recipe, run: Run, task: Task) -> Result:
         "environment": environment(),
         "task": task.name,
         "headline": task.headline,
+        "unit": task.metrics[task.headline].unit,
+        "better": task.metrics[task.headline].better,
         "normalization": asdict(task.data.images.normalization) if isinstance(task.data, ImageSource) else None,
         "asked": _asked(config, masked=not any(done.kind.cuts or done.kind.chooses for done in changes.values())),
         **changed,

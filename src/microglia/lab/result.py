@@ -11,6 +11,7 @@ from pydantic import AfterValidator, BeforeValidator, PlainSerializer, TypeAdapt
 from microglia.measure import Bytes, LatencyReport, Macs, Parameters
 from microglia.methods import methods  # the families, which register their observations  # noqa: F401
 from microglia.storage.observations import observations
+from microglia.tasks.metrics import Better, Unit
 
 T = TypeVar("T")
 DETAILS = {"layers", "nonzero_all", "other"}
@@ -78,6 +79,8 @@ class Outcome:
         environment: Where it ran.
         task: Model and data, in words.
         headline: Name of the metric that counts.
+        unit: Its unit, ``%`` for a fraction that is shown in per cent; None in results of version 0.1.0.
+        better: Whether a higher or a lower value of it is better; None likewise.
         asked: Budget: ``density``, ``params`` and ``flops`` are fractions, ``ms`` is a time; None or missing where not asked.
         dense: The model before pruning.
         pruned: The model at the end.
@@ -106,6 +109,8 @@ class Outcome:
     seconds: float = 0.0
     densities: dict[str, float] = field(default_factory=dict)
     observations: dict[str, Any] = field(default_factory=dict)
+    unit: Unit | None = None
+    better: Better | None = None
 
     def observed(self, kind: type[T]) -> T | None:
         """Returns the observation of a type, or None where the run's method told none."""

@@ -185,7 +185,10 @@ class Group:
 
     @property
     def scale(self) -> float:
-        """100 where the headline is a fraction, shown in per cent; else 1."""
+        """100 where the headline is a fraction, shown in per cent; else 1. Results of version 0.1.0 do not say which it is."""
+        told = {record.unit for record in self.records} - {None}
+        if told:
+            return 100.0 if told == {"%"} else 1.0
         values = [r.value(o) for r in self.records for o in (r.dense, r.before, r.pruned) if o is not None]
         return 100.0 if all(0 <= value <= 1 for value in values) else 1.0
 

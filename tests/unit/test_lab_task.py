@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,8 @@ import microglia as mg
 from microglia.core.errors import FileError, MicrogliaError
 from microglia.lab.execute import make_task
 from microglia.lab.recipe import as_dict, resolve
+from microglia.report.records import parse
+from microglia.report.rows import groups
 from microglia.tasks.kinds import kind, kinds
 from microglia.zoo.trust import needs_trust, require_known_recipe, trusting
 
@@ -165,3 +168,13 @@ def test_a_file_may_name_no_task_that_runs_code(recipe: dict[str, Any]) -> None:
         require_known_recipe(recipe, "recipe.yaml")
     assert not needs_trust({"task": {"kind": "classification", "data": "digits"}, "model": "conv-2"})
     assert "evil" not in sys.modules
+
+
+@pytest.mark.parametrize(("unit", "scale"), [("%", 100.0), ("", 1.0), (None, 100.0)])
+def test_a_report_reads_the_unit_of_the_headline_and_guesses_it_in_old_results(unit: str | None, scale: float) -> None:
+    path = Path(__file__).parent.parent / "fixtures" / "0.1.0" / "runs" / "masked" / "result.json"
+    content = json.loads(path.read_text())
+    record = parse({**content, **({} if unit is None else {"units": {content["headline"]: unit}})})
+    assert record.units.get("accuracy") == unit
+    (group,) = groups([record])
+    assert group.scale == scale

@@ -106,7 +106,7 @@ def prune(
         if value is not None and value != []:
             source = put(source, key, value)
     asked = given_recipe(source, words, recipe, typed=given)
-    if "model" not in asked:
+    if "model" not in asked and not isinstance(asked.get("task"), str):  # a task of one's own brings its model
         raise RecipeError(f"Which model is to be pruned? Name one, such as `{EXAMPLE}`, or give a --recipe that names one.")
     resolved = resolve(asked)
     directory = out if out is not None else _own_directory(resolved)

@@ -8,10 +8,9 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 
 from microglia.core.errors import TrainingError
@@ -24,6 +23,9 @@ from microglia.train.groups import parameter_groups, plain_name
 from microglia.train.optim import FitConfig, epoch_batches, epoch_length, lay_out, make_optimizers, set_rates
 from microglia.train.progress import Bar
 from microglia.train.step import Step, clipped, objective, require_finite
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 Row = dict[str, Any]
 FEW = 10

@@ -24,7 +24,7 @@ from microglia.report.write import collect, export, report
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
 sys.path.insert(0, str(FIXTURES))
-from own_models import Attention, Conv  # noqa: E402
+from frozen_models import Attention, Conv  # noqa: E402
 
 VERSIONS = sorted(path for path in FIXTURES.iterdir() if (path / "runs").is_dir())
 EVERY = [(version, run.name) for version in VERSIONS for run in sorted((version / "runs").iterdir())]

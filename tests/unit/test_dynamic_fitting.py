@@ -133,7 +133,7 @@ def test_every_module_is_in_its_own_mode_again() -> None:
     model.train()
     model.get_submodule("norm").eval()
     fit_heads(model, batches)
-    with pytest.raises(AttributeError):
+    with pytest.raises(MicrogliaError, match="not object"):
         fit_heads(model, [(object(), None)])
     assert model.training
     assert not model.get_submodule("norm").training

@@ -159,15 +159,17 @@ def check_evidence(evidence: object, user: str) -> Evidence:
         for batch in batches:
             if not isinstance(batch, Sequence) or isinstance(batch, str) or len(batch) != PAIR:
                 raise ScoreError(f"Each batch of evidence is a pair (inputs, targets); got {_kind(batch)}.")
-            _check_batch(*batch)
+            _check_batch(*batch, needed=evidence.loss is not None)
     _check_loss(evidence.loss, evidence.generator)
     return evidence
 
 
-def _check_batch(inputs: Any, targets: Any) -> None:
-    """Raises unless inputs and targets, where both are tensors, have as many examples."""
+def _check_batch(inputs: Any, targets: Any, *, needed: bool) -> None:
+    """Raises unless inputs and targets are as many, where both are tensors; a score without a loss needs no targets."""
     if isinstance(inputs, Tensor) and inputs.ndim == 0:
         raise ScoreError(f"The inputs of evidence are a batch, (batch, ...); got {_kind(inputs)}.")
+    if targets is None and not needed:
+        return
     if not hasattr(targets, "__len__") or (isinstance(targets, Tensor) and targets.ndim == 0):
         raise ScoreError(f"The targets of evidence are one for each input of a batch; got {_kind(targets)}.")
     if isinstance(inputs, Tensor) and isinstance(targets, Tensor) and len(inputs) != len(targets):

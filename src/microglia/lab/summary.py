@@ -47,7 +47,7 @@ def _computed(told: Mapping[str, Any]) -> dict[str, float]:
 def _kept(result: Json, told: Mapping[str, Any]) -> str:
     if removed := result.get("removed"):
         got = ", ".join(f"{term} {value:.4g}" for term, value in removed["got"].items() if term != "round_to")
-        return f"got {got}, the channels removed physically"
+        return f"got {got}, the channels removed physically" if got else "the channels removed physically"
     for one in told.values():
         if isinstance(one, Observation) and (words := one.kept(told)):
             return words

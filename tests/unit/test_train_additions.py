@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import microglia as mg
-from microglia.core.errors import TrainingError
+from microglia.core.errors import TrainingError, UnknownNameError
 from microglia.lab.recipe import as_dict, resolve
 from microglia.storage.run import Progress, Run
 from microglia.studies.space.ensembling import Cycles, fast_ensemble
@@ -351,3 +351,12 @@ def test_loops_with_steps_of_their_own_refuse_what_they_do_not_do(field: dict[st
     (name,) = field
     with pytest.raises(TrainingError, match=f"A fast ensemble is trained without {name}"):
         fast_ensemble(build(), task(), FitConfig(**field), Cycles())
+
+
+@pytest.mark.parametrize(
+    ("field", "word"),
+    [("schedule", "cubic"), ("warmup", "odd"), ("optimizer", "sdg"), ("precision", "float8"), ("schedule", None)],
+)
+def test_a_word_that_is_none_is_refused_where_the_config_is_made(field: str, word: Any) -> None:
+    with pytest.raises(UnknownNameError, match=f"There is no {field} named {word!r}"):
+        FitConfig(**{field: word})

@@ -59,7 +59,7 @@ def time_interleaved(
         warmup: Calls of each function before the first round, at least 1.
         min_round_seconds: Least time of one turn, in seconds.
         max_seconds: No further round starts after this time, in seconds; there are always three, or ``rounds`` if fewer.
-        seed: Of the order; the global generators are left alone.
+        seed: Seeds the order; the global generators are left alone.
         clock: Returns the time in seconds.
 
     Returns:

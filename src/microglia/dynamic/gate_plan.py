@@ -59,7 +59,7 @@ class GatePlan:
         sites: Where the gates are, in the order of the network.
         pool: How a head sees its input: ``avg`` as in the code that made the published numbers, or ``max`` as in the figures.
         softmax: Whether the pooled input goes through a softmax over channels.
-        rule: Of the targets.
+        rule: How targets are made.
         r: Layer -> fraction of the mass that its target keeps.
         keep: Layer -> how many filters stay whatever the input, those of the largest logits; for random gates.
     """

@@ -51,7 +51,7 @@ def check_weights(sites: Any, weights: Mapping[str, Tensor]) -> None:
     """Raises `FileError` unless the file's weights hold the head of each site, in the shape that the plan says.
 
     Args:
-        sites: Of the plan.
+        sites: Where the plan has gates.
         weights: By the names of the model's state.
     """
     for site in sites:

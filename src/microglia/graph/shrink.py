@@ -72,7 +72,7 @@ class _Found:
         kept: Which units stay.
         biases: What to add to the biases of layers that read removed channels.
         masked: How many units the masks removed whole.
-        stay: Of these that cannot go, by reason.
+        stay: How many of these cannot go, by reason.
         over: Those that could, but are more than the other groups of a convolution have masked.
     """
 

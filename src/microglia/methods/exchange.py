@@ -85,7 +85,7 @@ def exchange(
         growth: Where to grow, higher first, among all not kept after the drop.
         count: Weights to exchange, 0 <= count <= those kept.
         generator: Decides among equals. The paper's code adds noise of 1e-5 to |w| to that end; this is exact instead.
-        name: Of the layer, for errors.
+        name: The layer's name, for errors.
 
     Raises:
         ScoreError: A weight or a gradient is NaN.

@@ -55,7 +55,7 @@ class FtwtConfig(MethodConfig):
         mode: ``decoupled``; ``joint``, where the loss of the heads trains the network too; ``heads``, where the network rests;
             ``random``, the baseline whose heads are never trained and keep as many filters of each layer as the targets do.
         r: Fraction of a layer's mass that its target keeps, in (0, 1], for all layers or by layer; instead of ``flops``.
-        rule: Of the targets; see `microglia.dynamic.targets`.
+        rule: How targets are made; see `microglia.dynamic.targets`.
         count: What ``flops`` counts: ``honest``, all that is computed, or ``paper``, as published (heads for free).
         images: Training images on which r is chosen before the training.
         pool: What a head sees of its input: the average of each channel (the authors' code) or its maximum (their figures).

@@ -46,8 +46,8 @@ class Planned:
     """What is known before the training.
 
     Attributes:
-        plan: Of the gates.
-        counter: Of operations.
+        plan: The plan of the gates.
+        counter: Counts operations.
         estimate: What the targets would cost.
     """
 

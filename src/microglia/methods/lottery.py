@@ -111,10 +111,10 @@ class Tickets:
     """The levels of a search for tickets, each a durable stage of a run that is never done twice.
 
     Args:
-        task: Of an untrained network.
+        task: A task of an untrained network.
         run: Where the stages are kept.
         config: See `LotteryConfig`.
-        prefix: Of the names of its stages, where one run holds searches that differ in where they rewind to. The dense training
+        prefix: Prefix of the names of its stages, where one run holds searches that differ in where they rewind to. The dense training
             has none: it ends in the same bits wherever it was parted, so that all searches of a run share it.
     """
 

@@ -46,7 +46,7 @@ class SparseTrainingConfig(MethodConfig):
     Attributes:
         scope: How the budget is shared among layers for good: ``erk``, ``layer`` (uniform), or densities by layer name;
             ``global`` as the score of the first masks has it.
-        score: Of the first masks, ``random`` in the papers.
+        score: Score of the first masks, ``random`` in the papers.
         train: The training of the sparse network, from its initial weights on.
         first_dense: Whether the first layer stays dense under ``layer``, as in the paper. It counts as kept, so the others
             are a little sparser; the paper does not count it, which is what ``exclude`` does.

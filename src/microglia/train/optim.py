@@ -6,15 +6,21 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from dataclasses import fields as dataclass_fields
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from pydantic import ConfigDict
 from torch import Tensor
 
 from microglia.core.errors import TrainingError
-from microglia.core.registry import known_fields
+from microglia.core.registry import known_fields, unknown_name
 
+Optimizer = Literal["sgd", "adam", "adamw"]
+Schedule = Literal["cosine", "step", "constant", "poly", "linear"]
+Precision = Literal["float32", "bfloat16"]
+Warmup = Literal["linear", "exponential"]
+CHOICES: dict[str, Any] = {"optimizer": Optimizer, "schedule": Schedule, "precision": Precision, "warmup": Warmup}
+"""The words of fields; recipes are held against the types before, configs made in Python against this table."""
 LOWEST = {"epochs": 0, "batch_size": 1, "lr": 0, "weight_decay": 0, "warmup_epochs": 0, "accumulate": 1, "evaluate_every": 1}
 """The smallest value of fields."""
 FALLING = ("cosine", "linear", "poly")
@@ -64,22 +70,22 @@ class FitConfig:
     epochs: int = 30
     batch_size: int = 128
     max_batches: int | None = None
-    optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
+    optimizer: Optimizer = "sgd"
     lr: float = 0.1
     momentum: float = 0.9
     nesterov: bool = False
     weight_decay: float = 1e-4
-    schedule: Literal["cosine", "step", "constant", "poly", "linear"] = "cosine"
+    schedule: Schedule = "cosine"
     milestones: tuple[float, ...] = (0.5, 0.75)
     gamma: float = 0.1
     warmup_epochs: float = 0.0
     clip: float | None = None
-    precision: Literal["float32", "bfloat16"] = "float32"
+    precision: Precision = "float32"
     distill: float = 0.0
     temperature: float = 4.0
     final_lr: float = 0.0
     power: float = 0.9
-    warmup: Literal["linear", "exponential"] = "linear"
+    warmup: Warmup = "linear"
     warmup_start: float = 0.1
     accumulate: int = 1
     ema: float | None = None
@@ -88,6 +94,9 @@ class FitConfig:
     evaluate_every: int = 1
 
     def __post_init__(self) -> None:
+        for name, words in CHOICES.items():
+            if getattr(self, name) not in get_args(words):
+                raise unknown_name(name, getattr(self, name), get_args(words))
         for name, low in LOWEST.items():
             if not getattr(self, name) >= low:
                 raise ValueError(f"{name} must be at least {low}; got {getattr(self, name)}")

@@ -22,7 +22,7 @@ def origin_of(name: str) -> dict[str, str] | None:
     """Returns the ``module`` of a user's own model and the ``folder`` from which that is imported.
 
     Args:
-        name: Of the model; None is returned where it is no ``package.module:function``, or is not on the import path.
+        name: The model's name; None is returned where it is no ``package.module:function``, or is not on the import path.
     """
     module = module_of(name)
     if module is None or (folder := _folder(module.partition(".")[0])) is None:
@@ -36,7 +36,7 @@ def import_from(name: str, folder: str, where: object) -> None:
     The folder comes just before the current one on the import path, so that it hides no library.
 
     Args:
-        name: Of the model, ``package.module:function``.
+        name: The model's name, ``package.module:function``.
         folder: Absolute path.
         where: What remembers the folder, for the message.
 

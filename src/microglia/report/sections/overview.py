@@ -17,7 +17,7 @@ class Ratio:
     """A ratio of every row, for the horizontal axis.
 
     Attributes:
-        title: Of the axis.
+        title: Title of the axis.
         read: Returns the ratio of a row, None where it is not known.
         missing: What an empty diagram says.
     """

@@ -33,7 +33,7 @@ class Training:
     """What is trained twice.
 
     Attributes:
-        task: Of an untrained network.
+        task: A task of an untrained network.
         run: Every training is a stage of it, never done twice.
         config: The whole training, from epoch 0.
         masks: Of a subnetwork, or None for the dense network; put on at the epoch the copies part.

@@ -20,8 +20,8 @@ def check_rewound(task: Task, recipe: Recipe, at: Sequence[int]) -> None:
     """Raises unless a recipe says how masks are found, and every epoch is one that can be rewound to.
 
     Args:
-        task: Of the recipe.
-        recipe: Of iterative magnitude pruning with a density.
+        task: The recipe's task.
+        recipe: A recipe of iterative magnitude pruning with a density.
         at: Epochs.
 
     Raises:
@@ -55,7 +55,7 @@ class Rewound:
     copies part; the control permutes a mask within each layer.
 
     Args:
-        task: Of an untrained network.
+        task: A task of an untrained network.
         run: Where the stages are kept.
         recipe: See `check_rewound`; its own ``rewind`` is not looked at.
     """

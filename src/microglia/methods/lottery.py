@@ -114,8 +114,8 @@ class Tickets:
         task: A task of an untrained network.
         run: Where the stages are kept.
         config: See `LotteryConfig`.
-        prefix: Prefix of the names of its stages, where one run holds searches that differ in where they rewind to. The dense training
-            has none: it ends in the same bits wherever it was parted, so that all searches of a run share it.
+        prefix: Prefix of the names of its stages, where one run holds searches that differ in where they rewind to. The
+            dense training has none: it ends in the same bits wherever it was parted, so that all searches of a run share it.
     """
 
     def __init__(self, task: Task, run: Run, config: LotteryConfig, *, prefix: str = "") -> None:

@@ -87,6 +87,7 @@ def prune(
     device: Annotated[str | None, ran(help="cpu, cuda, or auto (the default): a GPU where there is one.")] = None,
     recipe: Annotated[Path | None, ran(help="YAML recipe; options and KEY=VALUE override it.")] = None,
     out: Annotated[Path | None, ran(help="Run directory; the same command goes on there.")] = None,
+    starts: Annotated[Path | None, ran(help="Directory in which runs share the dense networks they start from.")] = None,
     json_: Json = False,
 ) -> Shown:
     """Prune a model on data: load or train it, prune, recover, measure, save.
@@ -110,7 +111,7 @@ def prune(
         raise RecipeError(f"Which model is to be pruned? Name one, such as `{EXAMPLE}`, or give a --recipe that names one.")
     resolved = resolve(asked)
     directory = out if out is not None else _own_directory(resolved)
-    result = execute(resolved, directory)
+    result = execute(resolved, directory, starts=starts)
     shown: list[Any] = [f"Run: {directory}\nModel: {directory / 'model'}"]
     if result.get("accelerated"):
         shown = [*acceleration_tables(result["accelerated"]), *shown]

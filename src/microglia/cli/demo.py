@@ -39,7 +39,8 @@ ROADS: dict[str, dict[str, Any]] = {
         "measure": {"latency": False},
     },
 }
-"""What each road asks for, over `BASE`. The dense network is trained from the same seed on each: it has the same bits."""
+"""What each road asks for, over `BASE`. They share one dense network, which the first trains."""
+STARTS = ".starts"
 PLACES = {"masks": ".", "channels": "channels", "blocks": "blocks"}
 """Where the run of a road lies in the directory of the demo."""
 
@@ -49,7 +50,9 @@ def demo(
     json_: Json = False,
 ) -> Shown:
     """Take all three roads on real 8x8 digits: masks, removed channels, accelerated blocks; one table."""
-    results = {road: execute(resolve({**BASE, **recipe}), out / PLACES[road]) for road, recipe in ROADS.items()}
+    results = {
+        road: execute(resolve({**BASE, **recipe}), out / PLACES[road], starts=out / STARTS) for road, recipe in ROADS.items()
+    }
     latency, record = _timed(out)
     value = {"roads": results, "latency": latency, "accelerated": record}
     agreed = record["agreement"]

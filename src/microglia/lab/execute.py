@@ -25,7 +25,7 @@ from microglia.core.roles import means_role
 from microglia.core.timing import processor_name
 from microglia.lab.accelerating import accelerated
 from microglia.lab.code_folder import ENVIRONMENT, origins
-from microglia.lab.recipe import Recipe, as_dict, begun, completed, method_config
+from microglia.lab.recipe import Recipe, as_dict, begun, completed, method_config, start_of
 from microglia.lab.recipe_task import build_task
 from microglia.lab.removed_channels import PICTURE, draw
 from microglia.lab.result import Result
@@ -54,10 +54,11 @@ def make_task(recipe: Recipe) -> Task:
     return with_roles(task) if means_role(named) else task
 
 
-def execute(recipe: Recipe, directory: Path | None = None) -> Result:
+def execute(recipe: Recipe, directory: Path | None = None, *, starts: Path | None = None) -> Result:
     """Runs a recipe and returns its result, which a run directory keeps as ``result.json``.
 
-    A run that finished before is not run again: its result is returned. One that was interrupted goes on.
+    A run that finished before is not run again: its result is returned. One that was interrupted goes on. Runs with the same
+    ``starts``, a directory, train a dense network that they have in common once: equal model, data, training and seed.
 
     The result has typed fields (see `microglia.lab.result.Result`), and is the dict that ``result.json`` holds. The dict has
     ``recipe``; ``environment``; ``units`` (of each metric: ``%`` for a fraction that is shown in per cent); ``asked`` and
@@ -79,6 +80,7 @@ def execute(recipe: Recipe, directory: Path | None = None) -> Result:
     prepared = None if directory is not None and (directory / "recipe.yaml").exists() else prepare(recipe)
     run = Run(directory, as_dict(recipe), seed=recipe.seed, device=engine.device.type, identity=completed)
     run.trajectory = recipe.measure.trajectory
+    run.shared = None if starts is None else starts / start_of(as_dict(recipe))
     try:
         return _finished(run) or _execute(recipe, run, prepared or make_task(recipe))
     finally:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -19,6 +21,8 @@ from microglia.train.optim import RECOVERY, FitConfig, identity
 
 LATER = ("task", "task_options")
 """Fields that recipes of version 0.1.0 do not have."""
+AFTER_DENSE = ("method", "prune", "train", "measure")
+"""Fields that do not reach the training of the dense network."""
 MOST, LONGEST = 20, 200
 """Problems of a recipe that are told at once, and characters of each value in them."""
 
@@ -182,6 +186,15 @@ def as_dict(recipe: Recipe) -> dict[str, Any]:
     found = as_whole_dict(recipe)
     trainings = {name: identity(found[name]) for name in ("dense", "train")}
     return {key: trainings.get(key, value) for key, value in found.items() if value or key not in LATER}
+
+
+def start_of(recipe: Mapping[str, Any]) -> str:
+    """Returns the name of a recipe's start: recipes with the same one have the same dense network, bit for bit.
+
+    All counts but what happens to the dense network afterwards: the method with its settings, its training, measurements.
+    """
+    start = {key: value for key, value in recipe.items() if key not in AFTER_DENSE}
+    return hashlib.sha256(json.dumps(start, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def as_whole_dict(recipe: Recipe) -> dict[str, Any]:

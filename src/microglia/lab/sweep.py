@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
@@ -31,6 +32,8 @@ from microglia.zoo.trust import needs_trust
 
 __all__ = ["Cell", "CellOutcome", "Sweep", "SweepOutcome", "cells", "plan_table", "read_sweep", "run_cell", "run_sweep"]
 
+STARTS = ".starts"
+"""Directory, in that of a sweep, of the dense networks that cells share."""
 CELL = "cell.yaml"
 """The recipe a cell is started with; ``recipe.yaml`` appears beside it once the recipe has proved to fit model and data."""
 
@@ -132,7 +135,14 @@ class Children:
                         os.killpg(child.pid, signal.SIGKILL)
 
 
-def run_cell(cell: Cell, directory: Path, *, threads: int | None = None, children: Children | None = None) -> CellOutcome:
+def run_cell(
+    cell: Cell,
+    directory: Path,
+    *,
+    threads: int | None = None,
+    children: Children | None = None,
+    starts: Path | None = None,
+) -> CellOutcome:
     """Runs one cell to its end as ``microglia prune`` in a process of its own; here a cluster would come in.
 
     A process of an earlier sweep that still works on the cell is waited for, not doubled.
@@ -142,6 +152,7 @@ def run_cell(cell: Cell, directory: Path, *, threads: int | None = None, childre
         directory: Of the run; its output goes to ``log.txt`` there.
         threads: CPU threads of the process, or None for torch's choice.
         children: Where the process is known while it runs.
+        starts: Directory in which cells share the dense networks they start from.
     """
     children, began = children or Children(), time.monotonic()
     try:
@@ -154,7 +165,7 @@ def run_cell(cell: Cell, directory: Path, *, threads: int | None = None, childre
             write_atomic(recipe, yaml.safe_dump(as_dict(cell.recipe), sort_keys=False))
             command = [sys.executable, "-m", "microglia", "prune", "--recipe", str(recipe), "--out", str(directory)]
             command += ["--trust"] if needs_trust(as_dict(cell.recipe)) else []  # `read_sweep` asked; a cell's file is ours
-            command += ["--json"]
+            command += [*(["--starts", str(starts)] if starts is not None else []), "--json"]
             start = log.seek(0, os.SEEK_END)
             log.write(f"$ {shlex.join(command)}\n")
             log.flush()
@@ -193,6 +204,8 @@ def _tail(log: Path, start: int, lines: int = 8, width: int = 400) -> str:
 def run_sweep(sweep: Sweep, out: str | Path, jobs: int = 1) -> SweepOutcome:
     """Runs every cell that is not finished, ``jobs`` at a time; a failed one does not stop the others.
 
+    Cells with the same model, data, dense training and seed share one dense network, which the first of them trains.
+
     Killed at any moment and started again, it goes on: finished cells are left alone and the interrupted ones resume.
 
     Args:
@@ -216,7 +229,8 @@ def run_sweep(sweep: Sweep, out: str | Path, jobs: int = 1) -> SweepOutcome:
         try:
             bar = progress.add_task(sweep.name, total=len(chosen), completed=len(outcomes))
             progress.advance(bar, 0)  # from here on time is counted
-            futures = [pool.submit(run_cell, c, out / c.name, threads=threads, children=children) for c in left]
+            run = partial(run_cell, threads=threads, children=children, starts=out / STARTS)
+            futures = [pool.submit(run, cell, out / cell.name) for cell in left]
             for future in as_completed(futures):
                 outcome = outcomes[future.result().name] = future.result()
                 progress.advance(bar)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import fcntl
 import json
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -22,6 +23,8 @@ PLACE = "place"
 """Kind of file that holds the parameters at one moment of a training."""
 TRAJECTORY = "trajectory"
 """Directory of a run for those of its last training."""
+DENSE_STAGES = ("dense", "dense-observed")
+"""Stages that only the start of a recipe decides, so that runs with the same start can share them."""
 
 
 @dataclass
@@ -56,6 +59,7 @@ class Run:
     Attributes:
         observations: What was measured of the model on its way, by name (``dense``, ``before`` ...).
         trajectory: Whether trainings keep their parameters after every epoch.
+        shared: Directory in which runs with the same start keep `DENSE_STAGES` for each other, or None.
 
     Raises:
         RunError: The directory belongs to another recipe, or another process works in it.
@@ -75,6 +79,7 @@ class Run:
         self.recipe = json.loads(json.dumps(dict(recipe or {})))  # as its file will spell it
         self.observations: dict[str, dict[str, Any]] = {}
         self.trajectory = False
+        self.shared: Path | None = None
         self.main = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
         self._lock: TextIO | None = None
         if directory is not None and self.main:
@@ -126,11 +131,41 @@ class Run:
         partial = self.directory / "stages" / f"{name}.partial.safetensors"
         state = _read_if_whole(final)
         if state is None:
-            state = work(Progress(_read_if_whole(partial), lambda s: self._write(partial, s)))
+            with self._sharing(name) as common:
+                state = None if common is None else self._take(name, common)
+                if state is None:
+                    state = work(Progress(_read_if_whole(partial), lambda s: self._write(partial, s)))
+                    if common is not None:
+                        self._give(name, common, state)
             self._write(final, state)
         if self.main:  # also one that a process killed between the two left behind
             partial.unlink(missing_ok=True)
         return state
+
+    @contextmanager
+    def _sharing(self, name: str) -> Iterator[Path | None]:
+        """Holds the lock of a stage that runs share; yields its file. Another run that works on the stage is waited for."""
+        if self.shared is None or name not in DENSE_STAGES or torch.distributed.is_initialized():
+            yield None
+            return
+        self.shared.mkdir(parents=True, exist_ok=True)
+        with (self.shared / f".{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # a killed process lets go of it
+            yield self.shared / f"{name}.safetensors"
+
+    def _take(self, name: str, common: Path) -> State | None:
+        """Returns the state of a stage that another run finished, or None; takes the stage's rows of the metrics too."""
+        state = _read_if_whole(common)
+        if state is not None and (rows := _read_rows(common.with_suffix(".jsonl"))):
+            self.log(name, [{k: v for k, v in json.loads(row).items() if k != "stage"} for row in rows])
+        return state
+
+    def _give(self, name: str, common: Path, state: State) -> None:
+        """Keeps the finished state of a stage, and its rows of the metrics, for other runs."""
+        assert self.directory is not None
+        rows = [row for row in _read_rows(self.directory / "metrics.jsonl") if json.loads(row)["stage"] == name]
+        write_atomic(common.with_suffix(".jsonl"), "".join(f"{row}\n" for row in rows))
+        write_state(common, state)
 
     def _write(self, path: Path, state: State) -> None:
         if self.main:

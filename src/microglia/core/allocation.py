@@ -27,8 +27,8 @@ def apportion(shares: Sequence[float], total: int, low: Sequence[int], high: Seq
     Args:
         shares: Wanted real values, not negative; only their proportions matter.
         total: The sum, sum(low) <= total <= sum(high).
-        low: Least value of each.
-        high: Greatest value of each.
+        low: Lower bound of each value.
+        high: Upper bound of each value.
 
     Raises:
         BudgetError: The bounds do not admit the total.
@@ -66,7 +66,7 @@ def erk_shares(shapes: Mapping[str, Sequence[int]]) -> dict[str, float]:
     """Returns the unscaled Erdős-Rényi-kernel kept weights of each layer: the sum of the weight's dimensions.
 
     Density is proportional to sum(dims) / prod(dims) (Evci et al. 2020, RigL; Mocanu et al. 2018, SET), so the kept weights
-    are proportional to sum(dims); `apportion` clips layers at dense and shares the rest out again.
+    are proportional to sum(dims); `apportion` clips layers at density 1 and distributes the rest again.
     """
     return {name: float(sum(shape)) for name, shape in shapes.items()}
 
@@ -85,9 +85,9 @@ def layer_counts(
     Args:
         shapes: Weight shape by layer.
         keep: Weights to keep in all; ignored where densities are given.
-        scope: See `Scope`; ``row`` shares out like ``layer``.
-        low: Least weights of each layer, so that none is emptied.
-        high: Greatest weights of each layer: those not pruned before.
+        scope: See `Scope`; ``row`` distributes like ``layer``.
+        low: Lower bound of the kept weights of each layer, so that none is emptied.
+        high: Upper bound of the kept weights of each layer: the weights not pruned before.
         protected: Layers that keep their greatest number.
     """
     sizes = {name: math.prod(shape) for name, shape in shapes.items()}

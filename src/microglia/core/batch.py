@@ -18,7 +18,7 @@ from microglia.core.errors import MicrogliaError
 
 @dataclass(frozen=True)
 class Example:
-    """What a model is called with.
+    """The arguments of one call of a model.
 
     Attributes:
         args: Positional arguments.
@@ -32,7 +32,7 @@ class Example:
     def of(cls, example_inputs: Any) -> Example:
         """Reads example inputs: a tensor, a tuple or list of positional arguments, or a mapping of keyword arguments.
 
-        A model that takes one dictionary or one list as its argument is given it inside a tuple: ``(batch,)``.
+        If a model takes one dictionary or one list as its argument, put it inside a tuple: ``(batch,)``.
 
         Raises:
             MicrogliaError: The inputs are none of these.
@@ -106,13 +106,13 @@ def to_device(tree: Any, device: torch.device | str) -> Any:
 
 
 def count_examples(tree: Any) -> int:
-    """Returns how many examples a batch has: the length of its first tensor, or of a list of mappings (one an example).
+    """Returns the number of examples of a batch: the length of its first tensor, or of a list of mappings, one per example.
 
     Args:
         tree: Inputs or targets.
 
     Raises:
-        MicrogliaError: It holds no tensor with a first dimension and is no list.
+        MicrogliaError: The tree holds no tensor with a first dimension and is not a list.
     """
     if isinstance(tree, list | tuple) and tree and all(isinstance(entry, Mapping) for entry in tree):
         return len(tree)

@@ -1,4 +1,4 @@
-"""Budgets: how much is *kept*, and the count of weights it comes to."""
+"""Budgets: the fraction that is *kept*, and the number of weights that follows from it."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from microglia.core.errors import BudgetError
 
 @dataclass(frozen=True)
 class Budget:
-    """What is kept, as fractions in (0, 1]; several together mean that all must hold, so the tightest binds.
+    """The kept fractions, in (0, 1]. If several are given, all must hold, so the tightest one binds.
 
     Attributes:
         density: Kept fraction of the prunable weights.
         params: Kept fraction of all parameters of the model (biases, norms and excluded layers included): 1 / the
             compression ratio of ShrinkBench (Blalock et al. 2020).
-        flops: Kept fraction of the multiply-accumulates; only where channels are removed physically.
-        ms: Milliseconds that one batch of the example inputs may take on this machine, by measurement; only there too.
+        flops: Kept fraction of the multiply-accumulates; only for the removal of channels.
+        ms: Measured milliseconds that one batch of the example inputs may take on this machine; only for the removal of
+            channels.
 
     Where channels are removed, ``density`` is the kept fraction of the prunable channels.
     """
@@ -51,8 +52,8 @@ class Budget:
             total: All parameters of the model, T.
 
         Raises:
-            BudgetError: ``params`` asks for less than what cannot be pruned; the fraction to keep
-                (T * params - (T - P)) / P of ShrinkBench would not be positive. Or flops or ms are asked of masks.
+            BudgetError: ``params`` is below the share of parameters that cannot be pruned: the fraction to keep, (T * params -
+                (T - P)) / P of ShrinkBench, would not be positive. Or flops or ms are given for masks.
         """
         if self.flops is not None or self.ms is not None:
             raise BudgetError("flops and ms are budgets of removed channels: masks alone save neither. See prune_channels.")

@@ -1,4 +1,4 @@
-"""Where each family of the house registers: a table of names, so that a file which names one finds its module."""
+"""The modules in which families register: a table of names. A file that names a family finds its module here."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ CHANGES: dict[str, str] = {
 }
 """Field of ``plan.json`` -> module that registers this change, in the order in which changes are replayed.
 
-A file names a field, never a module: what is not in this table is only known if somebody imported and registered it.
+A file names a field, never a module. A field outside this table is known only after its module was imported.
 """
 
 ALWAYS: dict[str, Any] = {"masks": {}, "shrunk": None, "gates": None}

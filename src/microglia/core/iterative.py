@@ -1,4 +1,4 @@
-"""What is left of single weights over many rounds of pruning: selection costs about what is left, not what there once was."""
+"""Iterative unstructured pruning: the cost of a round depends on the remaining weights, not on the original number."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ from microglia.core.largest import Largest, largest, zeros
 from microglia.core.masks import MaskSet
 
 SPARSE = 0.7
-"""Fraction of the places looked at below which those that are left are collected: more often costs more than it saves."""
+"""Fraction of the examined positions; when fewer remain, they are collected anew. A higher value costs more than it saves."""
 
 
 class Alive:
-    """The weights of some layers that are left, competing in one ordering.
+    """The remaining weights of some layers, which compete in one ordering.
 
-    Removed weights are set to 0 where they are; masks are made once, at the end. The result is that of `select` with
-    masks in every round where a weight's score does not depend on the gradients of removed ones.
+    Removed weights are set to 0 in place; masks are made once, at the end. If a weight's score does not depend on the gradients
+    of removed weights, the result equals `select` with masks in every round.
 
     Args:
-        weights: By layer, without masks; of a network, or a copy of them that is scored in their place.
+        weights: Weights by layer, without masks: those of a network, or a copy that is scored in their place.
     """
 
     def __init__(self, weights: Mapping[str, Tensor]) -> None:
         self.weights = weights
         self.count = sum(weight.numel() for weight in weights.values())
-        self._places: dict[str, Tensor] = {}  # positions looked at; of a layer that is not here, all
-        self._stays: dict[str, Tensor] = {}  # which of them are left; of a layer that is not here, all
+        self._places: dict[str, Tensor] = {}  # positions examined; all positions of a layer that is absent
+        self._stays: dict[str, Tensor] = {}  # True for those that remain; all positions of a layer that is absent
 
     @torch.no_grad()
     def of(self, *factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Returns the product of values, one per weight, where `keep` looks, flat; may overwrite the first of several."""
+        """Returns the flat product of values, one per weight, where `keep` examines them; may overwrite the first."""
         return {name: self._product(name, [values[name] for values in factors]) for name in self.weights}
 
     def _product(self, name: str, factors: list[Tensor]) -> Tensor:
@@ -48,14 +48,14 @@ class Alive:
 
     @torch.no_grad()
     def keep(self, scores: Mapping[str, Tensor], count: int) -> None:
-        """Keeps the best of what is left, ties by position, and sets the others to 0.
+        """Keeps the best of the remaining weights, ties by position, and sets the others to 0.
 
         Args:
-            scores: Of all layers, as `of` returns them, higher = keep; overwritten.
+            scores: Scores of all layers, as `of` returns them, higher = keep; overwritten.
             count: How many to keep, from 0 to `count`.
 
         Raises:
-            BudgetError: More is asked for than is left.
+            BudgetError: The count exceeds the number of remaining weights.
             ScoreError: A score is NaN.
         """
         if not 0 <= count <= self.count:
@@ -74,13 +74,13 @@ class Alive:
                 self._collect(name)
 
     def _best(self, scores: Mapping[str, Tensor], names: list[str], count: int) -> Largest:
-        """Returns the best of what is left."""
+        """Returns the best of the remaining weights."""
         for name, stays in self._stays.items():
             scores[name].mul_(stays.view(torch.int8))  # six times as fast as filling in -inf
         found = largest([scores[name] for name in names], count)
         if found.value > 0 or not self._stays:
             return found
-        for name, stays in self._stays.items():  # zeros would be among the best, or what is removed had an infinite score
+        for name, stays in self._stays.items():  # zeros would be among the best, or a removed weight had an infinite score
             scores[name].masked_fill_(~stays, -torch.inf)
         return largest([scores[name] for name in names], count)
 
@@ -100,7 +100,7 @@ class Alive:
         self._places[name] = self._places[name].index_select(0, left) if name in self._places else left
 
     def masks(self) -> MaskSet:
-        """Returns the masks of what is left."""
+        """Returns the masks of the remaining weights."""
         made = {}
         for name, weight in self.weights.items():
             places, stays = self._places.get(name), self._stays.get(name)

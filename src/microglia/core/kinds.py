@@ -1,4 +1,4 @@
-"""Kinds of modules whose weights can be masked: which tensors, how they are laid out, what their rows mean. A table."""
+"""A table of the modules whose weights can be masked: their tensors, the layout of these, the meaning of their rows."""
 
 from __future__ import annotations
 
@@ -14,9 +14,8 @@ class Kind:
     Attributes:
         weights: Their attributes, or globs of them, such as ``weight_ih_l*``.
         swapped: Whether a weight is laid out (in, out), as for y = x W, and not (out, in, *kernel).
-        gates: Whether rows are gates of a unit, so that to remove one removes no output channel.
-        inputs: Dimension that counts the input channels in what the module is called with; None where it is not called
-            with what its weights read.
+        gates: Whether rows are gates of a unit, so that removing a row removes no output channel.
+        inputs: Dimension of the input channels in the module's input; None if the weights read another tensor than that input.
     """
 
     weights: tuple[str, ...] = ("weight",)
@@ -39,7 +38,7 @@ PRUNABLE: dict[type[nn.Module] | str, Kind] = {
 
 
 def kind_of(module: nn.Module) -> Kind | None:
-    """Returns what the table says of a module, by its class or the nearest class that it inherits from; None for nothing."""
+    """Returns a module's entry in the table, by its class or its nearest base class; None without an entry."""
     for base in type(module).__mro__:
         found = PRUNABLE.get(base) or PRUNABLE.get(f"{base.__module__.partition('.')[0]}.{base.__name__}")
         if found is not None:

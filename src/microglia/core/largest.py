@@ -10,9 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-CHUNK = 31 << 10  # elements of one operation: stays in the cache; from 2^15 on torch would call in its own threads
+CHUNK = 31 << 10  # elements of one operation: stays in the cache; from 2^15 on torch would use its own threads
 GPU_CHUNK = 1 << 24  # the same on a GPU, where few large operations are best
-SMALL = 1 << 20  # elements of all tensors together that are better copied into one
+SMALL = 1 << 20  # up to this many elements in all, the tensors are copied into one
 DEVIATIONS = 3  # half-width of the bracket; the sample misjudges about once in 400 times, which costs one more pass
 
 
@@ -24,14 +24,14 @@ class Largest(NamedTuple):
 
 
 class _Block(NamedTuple):
-    """A piece of one tensor and of its mask; as many elements as a multiple of eight, or fewer than eight."""
+    """A piece of one tensor and of its mask; its length is a multiple of eight, or below eight."""
 
     values: Tensor
     mask: Tensor
 
 
 class _Sides(NamedTuple):
-    """Where the elements of a block lie, seen from the bracket (low, high)."""
+    """Positions of the elements of a block relative to the bracket (low, high)."""
 
     at_least: int  # how many are >= high
     larger: int  # how many are > low
@@ -42,8 +42,8 @@ class _Sides(NamedTuple):
 def largest(tensors: Sequence[Tensor], k: int) -> Largest:
     """Returns masks of the k largest elements of all tensors together; among equal ones the first are taken.
 
-    Floyd and Rivest's SELECT (1975), streamed: order statistics of a strided sample bracket the answer, one pass decides what
-    lies outside and collects what lies inside, and the rest of the work is on those few. Extra memory is the masks and
+    Floyd and Rivest's SELECT (1975), streamed. Order statistics of a strided sample bracket the answer. One pass decides the
+    elements outside the bracket and collects those inside; the rest of the work is on these few. Extra memory is the masks and
     about a tenth of the input.
 
     Args:
@@ -51,7 +51,7 @@ def largest(tensors: Sequence[Tensor], k: int) -> Largest:
         k: Rank, 1 <= k <= total number of elements.
     """
     total = sum(len(t) for t in tensors)
-    if len(tensors) > 1 and total <= SMALL:  # of small tensors the calls cost more than the elements
+    if len(tensors) > 1 and total <= SMALL:  # for small tensors the calls cost more than the elements
         whole = largest([torch.cat(list(tensors))], k)
         return Largest(list(torch.split(whole.masks[0], [len(t) for t in tensors])) if whole.masks else [], whole.value)
     masks = [torch.empty_like(t, dtype=torch.bool) for t in tensors]
@@ -62,7 +62,7 @@ def largest(tensors: Sequence[Tensor], k: int) -> Largest:
         at_least, larger = sum(s.at_least for s in sides), sum(s.larger for s in sides)
         if low == high:
             if any(len(s.inside) for s in sides):
-                break  # what is neither >= nor <= is NaN
+                break  # an element neither >= nor <= is NaN
             if larger < k <= at_least:
                 _drop_last_equal(blocks, low, at_least - k)
                 return Largest(masks, low)
@@ -88,7 +88,7 @@ def _blocks(values: Tensor, mask: Tensor) -> list[_Block]:
 
 
 def _bracket(tensors: Sequence[Tensor], total: int, k: int) -> tuple[float, float]:
-    """Returns (low, high): sample quantiles that enclose the k-th largest nearly always, or of few elements itself, twice."""
+    """Returns (low, high): sample quantiles that nearly always enclose the k-th largest; for few elements, that value twice."""
     if total <= CHUNK:
         value = torch.cat(list(tensors)).kthvalue(total - k + 1).values.item()
         return value, value
@@ -102,9 +102,9 @@ def _bracket(tensors: Sequence[Tensor], total: int, k: int) -> tuple[float, floa
 
 
 def _stride(total: int) -> int:
-    """Returns a stride without small factors: one in step with the sizes of layers would see some of their channels alone."""
+    """Returns a stride without small factors: a stride that divides a layer's sizes would sample only some channels."""
     stride: int = math.ceil(total ** (1 / 3) / 2)
-    while stride > 10 and math.gcd(stride, 2 * 3 * 5 * 7) > 1:  # of few elements more have to be looked at
+    while stride > 10 and math.gcd(stride, 2 * 3 * 5 * 7) > 1:  # a short tensor needs a denser sample
         stride += 1
     return stride
 
@@ -132,14 +132,14 @@ def _sides(block: _Block, low: float, high: float) -> _Sides:
 
 
 def _count(flags: Tensor) -> int:
-    """Returns how many of the bytes are 1; most are added eight at a time (128 ones fit a byte)."""
+    """Returns how many of the bytes are 1. Most are added eight at a time (128 ones fit a byte)."""
     whole = len(flags) // 1024 * 1024
     count = flags[:whole].view(torch.int64).view(128, whole // 1024).sum(0).view(torch.uint8).sum()
     return int(count) + (int(flags[whole:].sum()) if whole < len(flags) else 0)
 
 
 def zeros(mask: Tensor) -> Tensor:
-    """Returns the positions at which a boolean vector is false; where few are, faster than through ``nonzero``."""
+    """Returns the positions at which a boolean vector is false; faster than ``nonzero`` where few are."""
     whole = len(mask) // 8 * 8
     if not whole or mask.storage_offset() % 8:
         return mask.logical_not().nonzero().squeeze(1)

@@ -1,4 +1,4 @@
-"""Which weights can be pruned, under which names, and the one selector language to choose among them."""
+"""The prunable weights of a model, their names, and the one selector language to choose among them."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from microglia.core.errors import SelectorError
 from microglia.core.kinds import Kind, kind_of
 
 ROLES = "_microglia_roles"
-"""Attribute of the modules of a model whose roles were found; see `microglia.core.roles`."""
+"""Attribute that holds the roles of a module after `microglia.core.roles.mark_roles`."""
 KNOWN_ROLE = "role:classifier"
 
 
 class GraphLayer(nn.Module):
-    """Holds the tensors of a layer whose operator is called elsewhere: in the traced graph of a model.
+    """Holds the tensors of a layer; its operator is called elsewhere, in the traced graph of a model.
 
     Attributes:
-        kinds: Names of the classes that the layer had, its own first.
-        kind: Which of its attributes can be masked, and how they are laid out.
+        kinds: Names of the layer's original classes, its own first.
+        kind: The attributes that can be masked, and their layout.
     """
 
     kinds: tuple[str, ...] = ()
@@ -32,12 +32,12 @@ class GraphLayer(nn.Module):
 
 
 def layer_kind(module: nn.Module) -> Kind | None:
-    """Returns which weights of a module can be masked, and how they are laid out; None where none can."""
+    """Returns the weights of a module that can be masked, and their layout; None if there are none."""
     return module.kind if isinstance(module, GraphLayer) else kind_of(module)
 
 
 def prunable_attributes(module: nn.Module) -> list[str]:
-    """Returns the attributes of a module that hold weights which can be masked, masked or not."""
+    """Returns the attributes of a module that hold maskable weights, masked or not."""
     kind = layer_kind(module)
     if kind is None:
         return []
@@ -84,7 +84,7 @@ class Layer:
 
     @property
     def kind(self) -> Kind:
-        """What the weight's module is; a plain one where only the tensor is known."""
+        """Kind of the weight's module; a plain kind where only the tensor is known."""
         return layer_kind(self.module) or Kind()
 
     @property
@@ -94,17 +94,17 @@ class Layer:
 
     @property
     def sides(self) -> tuple[int, ...]:
-        """The weight's (out, in, *kernel), however it is stored."""
+        """The weight's (out, in, *kernel), independent of its layout."""
         first, second, *kernel = self.shape
         return (second, first, *kernel) if self.swapped else (first, second, *kernel)
 
 
 def oriented(layers: Mapping[str, Layer], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Returns tensors stored like the weights of layers as (out, in, *kernel), which patterns see; or takes them back.
+    """Returns tensors stored like layers' weights as (out, in, *kernel), the layout that patterns see; or the inverse.
 
     Args:
-        layers: By name.
-        tensors: By name of a layer, shaped like its weight, or all of them as this function returned them.
+        layers: Layers by name.
+        tensors: Tensors by name of a layer, shaped like its weight, or all of them as this function returned them.
     """
     return {
         name: value.transpose(0, 1).contiguous() if name in layers and layers[name].swapped else value
@@ -129,7 +129,7 @@ def _walk(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
 def _own_tensors(module: nn.Module) -> list[str]:
     """Returns the attributes of a module that stand for one trainable tensor each, masked or not.
 
-    Parametrizations that make a tensor from several others (weight normalization) have none to prune.
+    A parametrization that makes one tensor from several others (weight normalization) has no tensor to prune.
     """
     own = [name for name, parameter in module._parameters.items() if parameter is not None]
     if isinstance(module, parametrize.ParametrizationList) or not parametrize.is_parametrized(module):
@@ -138,12 +138,12 @@ def _own_tensors(module: nn.Module) -> list[str]:
 
 
 def matches(name: str, module: nn.Module, selectors: Sequence[str]) -> bool:
-    """Tells whether a layer is meant by a selector list.
+    """Tells whether a selector list selects a layer.
 
-    The language, the same in Python, YAML and on the command line: a glob over the layer's name (``layer1.*``; a bare
-    layer name means its weight too), ``type:Conv2d`` for a module class, ``role:classifier`` for the layers that make the
-    output (see `microglia.core.roles.mark_roles`), ``!`` in front to take out again. A list means what
-    any positive entry matches and no negative one does; a list of negatives alone starts from everything.
+    The language is the same in Python, YAML and on the command line. An entry is a glob over the layer's name (``layer1.*``; a
+    bare layer name also means its weight), ``type:Conv2d`` for a module class, or ``role:classifier`` for the layers that make
+    the output (see `microglia.core.roles.mark_roles`). A leading ``!`` excludes. A list selects each layer that some positive
+    entry matches and no negative one does; a list of negatives alone starts from all layers.
     """
     positive = [s for s in selectors if not s.startswith("!")]
     negative = [s[1:] for s in selectors if s.startswith("!")]
@@ -169,7 +169,7 @@ def prunable_layers(model: nn.Module, layers: Sequence[str] = ("*",), exclude: S
         exclude: Selectors of the layers to leave out.
 
     Raises:
-        SelectorError: A selector meets no layer of this model, or nothing is left.
+        SelectorError: A selector matches no layer of this model, or no layer remains.
     """
     found: dict[int, tuple[str, list[tuple[nn.Module, str]]]] = {}
     for name, module, attribute in _walk(model):
@@ -191,7 +191,7 @@ def prunable_layers(model: nn.Module, layers: Sequence[str] = ("*",), exclude: S
 
 
 def _add_tied(model: nn.Module, found: dict[int, tuple[str, list[tuple[nn.Module, str]]]]) -> None:
-    """Adds holders of other kinds, such as an embedding tied to the output layer: a tensor has one mask everywhere."""
+    """Adds holders of other kinds, such as an embedding tied to the output layer: a tensor has one mask."""
     for module in model.modules():
         if isinstance(module, parametrize.ParametrizationList):
             continue
@@ -202,9 +202,9 @@ def _add_tied(model: nn.Module, found: dict[int, tuple[str, list[tuple[nn.Module
 
 
 def check_selectors(layers: dict[str, Layer], selectors: Sequence[str]) -> None:
-    """Raises `SelectorError` for the first selector that meets none of ``layers``; ``*`` always passes.
+    """Raises `SelectorError` for the first selector that matches none of ``layers``; ``*`` always passes.
 
-    A role passes wherever roles were found: the layers that have it may be none that can be pruned.
+    A role passes once roles were found: its layers may all be unprunable.
     """
     for selector in selectors:
         bare = selector.removeprefix("!")
@@ -227,7 +227,7 @@ def _check_role(layers: dict[str, Layer], selector: str) -> None:
 
 
 def effective_state(model: nn.Module) -> dict[str, Tensor]:
-    """Returns the state of a model as its unmasked twin would spell it: masks multiplied in, mask buffers gone.
+    """Returns the state that the unmasked twin of a model would have: masks multiplied in, without mask buffers.
 
     Shapes, names and dtypes are those of a freshly built model's ``state_dict()``; tensors are detached.
     """

@@ -1,4 +1,4 @@
-"""What a choice of layers leaves out although a reader may count on it: said aloud, or a density would be asked of less."""
+"""Warnings about weights that a choice of layers leaves out: the density then holds for fewer weights than expected."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from microglia.core.errors import SelectorError
 from microglia.core.layers import Layer, check_selectors, matches, prunable_layers
 
 MATRIX = 2
-"""Dimensions from which on a tensor is a weight; biases and the scales of norms have one."""
+"""Minimum number of dimensions of a weight; biases and the scales of norms have one."""
 SHOWN = 6
 TIED: tuple[type[nn.Module], ...] = (nn.Embedding, nn.EmbeddingBag)
-"""Modules whose weights are looked up by row; an output layer that shares one is left dense unless it is named."""
+"""Modules whose weights are looked up by row. An output layer that shares such a weight stays dense unless it is named."""
 
 
 def chosen_layers(model: nn.Module, layers: Sequence[str] = ("*",), exclude: Sequence[str] = ()) -> dict[str, Layer]:
-    """Returns the layers that a mask method works on: what the selectors mean, without layers tied to an embedding.
+    """Returns the layers that a mask method works on: the selected layers, without those tied to an embedding.
 
-    Masking the output layer of a language model would mask its token embedding too. A selector that means nothing but tied
-    layers, such as ``lm_head``, takes them on purpose. A selector may also name a weight that cannot be masked.
+    Masking the output layer of a language model would mask its token embedding too. A selector that matches only tied layers,
+    such as ``lm_head``, selects them on purpose. A selector may also name a weight that cannot be masked.
 
     Args:
         model: Any module, masked or not.
@@ -30,7 +30,7 @@ def chosen_layers(model: nn.Module, layers: Sequence[str] = ("*",), exclude: Seq
         exclude: Selectors of the layers to leave out.
 
     Raises:
-        SelectorError: A selector meets no layer of this model, or nothing is left.
+        SelectorError: A selector matches no layer of this model, or no layer remains.
     """
     everything = prunable_layers(model)
     reaching = [s for s in exclude if s == "*" or _meets(s, everything)]
@@ -51,9 +51,9 @@ def chosen_layers(model: nn.Module, layers: Sequence[str] = ("*",), exclude: Seq
 
 
 def unmaskable(model: nn.Module) -> list[tuple[str, nn.Module, int]]:
-    """Returns (name, module, weights) of every weight matrix that no mask reaches, embeddings and norms aside.
+    """Returns (name, module, weights) of every weight matrix that no mask reaches, except embeddings and norms.
 
-    Such as those of transposed convolutions and bilinear layers, of layers under ``weight_norm`` or ``torch.nn.utils.prune``.
+    Examples: transposed convolutions, bilinear layers, layers under ``weight_norm`` or ``torch.nn.utils.prune``.
     """
     reached = {id(layer.raw) for layer in prunable_layers(model).values()}
     found = []
@@ -65,7 +65,7 @@ def unmaskable(model: nn.Module) -> list[tuple[str, nn.Module, int]]:
 
 
 def announce(model: nn.Module, layers: Mapping[str, Layer], chosen: Sequence[str], exclude: Sequence[str]) -> None:
-    """Warns, once and by name, of the weights that the selectors mean and no mask reaches, and of tied embeddings."""
+    """Warns once, by name, about selected weights that no mask reaches, and about tied embeddings."""
     left = [
         (name, size)
         for name, module, size in unmaskable(model)
@@ -89,13 +89,13 @@ def announce(model: nn.Module, layers: Mapping[str, Layer], chosen: Sequence[str
 
 
 def _matrices(module: nn.Module, reached: set[int]) -> list[tuple[str, int]]:
-    """Returns (attribute, weights) of a module's own matrices that are not among those reached."""
+    """Returns (attribute, weights) of a module's own matrices that no mask reaches."""
     own = {n: p for n, p in module._parameters.items() if p is not None}
     found = []
     for name, parameter in own.items():
         if id(parameter) in reached or parameter.ndim < MATRIX or parameter.shape[0] == 1:
             continue
-        if name.endswith("_g") and f"{name[:-2]}_v" in own:  # the lengths beside the directions of old weight_norm
+        if name.endswith("_g") and f"{name[:-2]}_v" in own:  # the lengths that old weight_norm stores beside the directions
             continue
         found.append((_plain_name(module, name), parameter.numel()))
     if parametrize.is_parametrized(module):
@@ -105,7 +105,7 @@ def _matrices(module: nn.Module, reached: set[int]) -> list[tuple[str, int]]:
 
 
 def _plain_name(module: nn.Module, name: str) -> str:
-    """Returns the attribute that a tensor stands for: old weight_norm makes it of _g and _v, torch's pruning of _orig."""
+    """Returns the attribute behind a tensor: old weight_norm stores it as _g and _v, torch's pruning as _orig."""
     if name.endswith("_v") and f"{name[:-2]}_g" in module._parameters:
         return name[:-2]
     return name.removesuffix("_orig") if f"{name.removesuffix('_orig')}_mask" in module._buffers else name

@@ -33,15 +33,15 @@ class Masked(nn.Module):
 
 
 class Unfinished(nn.Module):
-    """Base of parametrizations that a pruner puts on a model for as long as it searches; no file can hold them."""
+    """Base of parametrizations that a pruner attaches while it searches; no file can store them."""
 
 
 SCORES = "microglia_scores"
-"""Name under which a searched model holds the scores, so that they are trained, moved and shared out with it."""
+"""Name of the scores in a model during a search, so that they are trained, moved and distributed with it."""
 
 
 def unfinished(model: nn.Module) -> bool:
-    """Tells whether a pruner still searches in a model: its ``finish()`` was not called."""
+    """Tells whether a pruner still searches in a model, that is, before its ``finish()``."""
     return SCORES in model._parameters or any(isinstance(m, Unfinished) for m in model.modules())
 
 
@@ -100,7 +100,7 @@ def mask(model: nn.Module, masks: Mapping[str, Tensor]) -> MaskSet:
 
     Args:
         model: Any module.
-        masks: By parameter name as in `prunable_layers`, shaped like the weight, true or 1 = keep.
+        masks: Masks by parameter name as in `prunable_layers`, shaped like the weight, true or 1 = keep.
 
     Returns:
         The masks now attached.
@@ -122,16 +122,16 @@ def mask(model: nn.Module, masks: Mapping[str, Tensor]) -> MaskSet:
 
 
 def attach_mask(layer: Layer, value: Tensor, place: int | None = None) -> None:
-    """Attaches a mask, or replaces the one there; ``place`` is where among other parametrizations, None for the last."""
+    """Attaches or replaces a mask; ``place`` is its index among other parametrizations, None for the last."""
     present = mask_on(layer)
     if present is not None:
         present.mask.copy_(value)
         return
-    # Laid out like the weight (channels-last, say), or the masked weight would not be and each convolution would convert it.
+    # The mask has the weight's layout (such as channels-last); otherwise each convolution would convert the masked weight.
     shared = Masked(torch.empty_like(layer.raw, dtype=torch.bool).copy_(value))
     for module, attribute in layer.holders:
         if parametrize.is_parametrized(module, attribute):
-            # torch's function reads the weight to check shapes, and that moves on a state such as spectral norm's.
+            # torch's function reads the weight to check shapes, and this changes a state such as spectral norm's.
             steps = steps_of(module, attribute)
             steps.insert(len(steps) if place is None else min(place, len(steps)), shared)
             read_anew(module)
@@ -140,7 +140,7 @@ def attach_mask(layer: Layer, value: Tensor, place: int | None = None) -> None:
 
 
 def mask_on(layer: Layer) -> Masked | None:
-    """Returns the mask of a layer, None where it has none."""
+    """Returns the mask of a layer, or None."""
     module, attribute = layer.holders[0]
     if not parametrize.is_parametrized(module, attribute):
         return None
@@ -161,10 +161,10 @@ def has_masks(model: nn.Module) -> bool:
 def fold(model: nn.Module) -> nn.Module:
     """Writes the masks into the weights as zeros and removes them, in place; returns the model.
 
-    The outputs in evaluation mode stay bit for bit the same, and the state is spelled as before the masks were attached.
-    Where the mask comes after another parametrization (spectral norm, a low-rank adapter), no zeros below that one give the
-    masked weight: the weight itself then becomes a plain parameter, and the other parametrization is gone as well. One that
-    comes after the mask stays.
+    The outputs in evaluation mode stay bit for bit the same, and the state has the names from before the masks. If the mask
+    comes after another parametrization (spectral norm, a low-rank adapter), zeros below that one do not give the masked weight.
+    The weight itself then becomes a plain parameter, and the other parametrization is removed too. A parametrization after the
+    mask stays.
     """
     if not has_masks(model):
         return model
@@ -178,7 +178,7 @@ def fold(model: nn.Module) -> nn.Module:
 def _fold(layer: Layer) -> None:
     if not _mask_first(layer):
         written: list[nn.Parameter] = []
-        values = [baked(*holder) for holder in layer.holders]  # all before the first changes: they share a tensor
+        values = [baked(*holder) for holder in layer.holders]  # read all before the first change: they share a tensor
         for (module, attribute), value in zip(layer.holders, values, strict=True):
             tied = next((p for p in written if torch.equal(p, value)), value)
             detach(module, attribute, tied)
@@ -191,7 +191,7 @@ def _fold(layer: Layer) -> None:
 
 
 def _mask_first(layer: Layer) -> bool:
-    """Tells whether zeros in the trainable tensor do what the mask does: nothing stands between the two."""
+    """Tells whether zeros in the trainable tensor have the effect of the mask: nothing stands between the two."""
     return all(parametrize.is_parametrized(*holder) and isinstance(steps_of(*holder)[0], Masked) for holder in layer.holders)
 
 
@@ -208,7 +208,7 @@ def strip_mask(module: nn.Module, attribute: str) -> None:
 def bake(model: nn.Module) -> list[str]:
     """Replaces every parametrized tensor of a model by its present value, a plain parameter, in place.
 
-    The outputs in evaluation mode stay bit for bit the same. Use it where a weight has to be one tensor, as to cut it.
+    The outputs in evaluation mode stay bit for bit the same. Use it where a weight has to be one tensor, for example to cut it.
 
     Returns:
         The names of the tensors that had another parametrization than a mask.
@@ -234,11 +234,11 @@ def parametrized(model: nn.Module) -> list[str]:
 
 @torch.no_grad()
 def enforce(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
-    """Sets masked weights to 0, and with them every entry of the optimizer's state for those weights.
+    """Sets masked weights to 0, and every entry of the optimizer's state for these weights.
 
     Weight decay and momentum move masked weights although their gradient is 0. The forward pass does not see it, but a
-    weight that grows back would start from stale values (survey 0.3). State tensors of another shape are left alone.
-    So is a layer whose mask comes after another parametrization: zeros below that one would change the weights that are kept.
+    weight that grows back would start from stale values (survey 0.3). State tensors of another shape stay unchanged. A layer
+    whose mask comes after another parametrization also stays: zeros below that one would change kept weights.
     """
     if not has_masks(model):
         return

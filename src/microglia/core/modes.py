@@ -1,4 +1,4 @@
-"""Training and evaluation modes of a model's modules: set for a while, and put back as they were."""
+"""Training and evaluation modes of a model's modules: set for a while, then restored."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch import nn
 
 @contextmanager
 def modes_kept(model: nn.Module, *, through_train: bool = False) -> Iterator[None]:
-    """Puts every module back into its own mode at the end, also after an error.
+    """Restores the mode of every module at the end, also after an error.
 
     Args:
         model: Any module; its modules may be in different modes.
-        through_train: Whether its ``train()`` is called too, before the flags are set one by one. A class may write ``train``
-            anew to make or forget what it needs in one mode alone, such as merged weights.
+        through_train: Whether the model's ``train()`` is called before the flags are set one by one. A class may override
+            ``train`` to make or discard tensors of one mode, such as merged weights.
     """
     modes = {module: module.training for module in model.modules()}
     try:
@@ -30,9 +30,9 @@ def modes_kept(model: nn.Module, *, through_train: bool = False) -> Iterator[Non
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Within it a model is in evaluation mode, to be run; afterwards every module is in its own mode again.
+    """Context in which a model is in evaluation mode and can be run; afterwards every module has its own mode again.
 
-    Both ways lead through the model's own ``eval()`` and ``train()``, as in a loop of the user's.
+    Both changes call the model's own ``eval()`` and ``train()``, as a user's loop does.
     """
     with modes_kept(model, through_train=True):
         model.eval()
@@ -41,10 +41,10 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def reading(model: nn.Module) -> Iterator[None]:
-    """Within it tensors of a model are read as in evaluation mode, without gradients; nothing of the model runs or changes.
+    """Context to read tensors of a model as in evaluation mode, without gradients; the model neither runs nor changes.
 
-    The flags alone are set, for ``eval()`` may be rewritten to change weights. A parametrization with a state of its own
-    (spectral norm) gives its tensor this way without being moved on.
+    Only the flags are set, because a class may override ``eval()`` to change weights. A parametrization with a state of its own
+    (spectral norm) thus returns its tensor without an update of that state.
     """
     with modes_kept(model), torch.no_grad():
         for module in model.modules():

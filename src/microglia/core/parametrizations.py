@@ -1,4 +1,4 @@
-"""Tensors of a module under ``torch.nn.utils.parametrize``: attached without losing hooks, read, and taken off again."""
+"""Tensors of a module under ``torch.nn.utils.parametrize``: attached without losing hooks, read, and detached."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from microglia.core.recurrent import read_anew, settle
 
 
 def attach_parametrization(module: nn.Module, attribute: str, parametrization: nn.Module) -> None:
-    """Puts a parametrization over a tensor of a module, whose trainable parameter stays the object that it was.
+    """Attaches a parametrization to a tensor of a module; the trainable parameter stays the same object.
 
-    torch's own function resets the parameter's place in the graph, and with it the hooks by which DistributedDataParallel
-    gathers its gradient. It is handed a copy here, and the parameter is put back.
+    torch's own function resets the parameter's place in the graph. This loses the hooks by which DistributedDataParallel
+    gathers its gradient. Here torch's function receives a copy, and the parameter is put back.
     """
     raw = module._parameters.get(attribute)
     if raw is None:  # parametrized already: torch only appends
@@ -40,9 +40,9 @@ def parametrized_tensors(module: nn.Module) -> list[str]:
 
 @torch.no_grad()
 def baked(module: nn.Module, attribute: str) -> Tensor:
-    """Returns the value of a parametrized tensor in evaluation mode as a tensor of its own, trainable if anything below is."""
+    """Returns a parametrized tensor's value in evaluation mode as a separate tensor, trainable if any original is."""
     steps = steps_of(module, attribute)
-    with reading(steps):  # not by eval(), which a parametrization may have rewritten
+    with reading(steps):  # not by eval(), which a parametrization may override
         value: Tensor = steps().detach().clone()
     if not any(name.startswith("original") for name in steps._parameters):
         return value
@@ -66,13 +66,13 @@ def detach(module: nn.Module, attribute: str, value: Tensor | None = None) -> No
         module.register_parameter(attribute, original)
     else:
         module.register_buffer(attribute, original)  # type: ignore[arg-type]
-    for name in _later(module):  # the order of a fresh module, by which optimizers count
+    for name in _later(module):  # the order of a fresh module, which optimizers rely on
         module._parameters[name] = module._parameters.pop(name)
     settle(module)
 
 
 def _later(module: nn.Module) -> list[str]:
-    """Returns the parameters of a module that come after those that masks were on, in the order of a fresh module."""
+    """Returns the parameters of a module that follow those with masks, in the order of a fresh module."""
     if isinstance(module, nn.RNNBase):
         return [name for name in module._flat_weights_names if name in module._parameters]
     first = prunable_attributes(module)

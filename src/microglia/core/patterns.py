@@ -1,9 +1,9 @@
-"""Patterns: the smallest thing of a weight that is kept or removed together.
+"""Patterns: the smallest part of a weight that is kept or removed as a whole.
 
-A pattern sees a weight of shape (out, in, *kernel) as a matrix of *units* and is two pure tensor functions: `reduce` takes
-a tensor of the weight's shape to one value per unit, `expand` takes one value per unit back. The columns of a row of the
-unit matrix compete under the scope ``row``: the row is an output unit for single weights, a stripe of output units for
-blocks, the m neighbours for N:M, the whole layer for channels.
+A pattern sees a weight of shape (out, in, *kernel) as a matrix of *units*. It is two pure tensor functions: `reduce` maps a
+tensor of the weight's shape to one value per unit; `expand` maps one value per unit back. The columns of a row of the unit
+matrix compete under the scope ``row``: the row is an output unit for single weights, a stripe of output units for blocks, the m
+neighbours for N:M, the whole layer for channels.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Shape = Sequence[int]
 
 @runtime_checkable
 class Pattern(Protocol):
-    """What every pattern can do; shapes are those of the weight, (out, in, *kernel)."""
+    """The interface of every pattern; shapes are those of the weight, (out, in, *kernel)."""
 
     @property
     def fixed_density(self) -> float | None:
@@ -66,7 +66,7 @@ class Unstructured:
         return 1, 1
 
     def reduce(self, values: Tensor, how: Reduction = "mean") -> Tensor:
-        """Returns the values as a matrix (out, in * kernel); l2 and max of one value are its absolute and itself."""
+        """Returns the values as a matrix (out, in * kernel); l2 and max of one value are its absolute value and itself."""
         return values.flatten(1).abs() if how == "l2" else values.flatten(1)
 
     def expand(self, units: Tensor, shape: Shape) -> Tensor:
@@ -107,7 +107,7 @@ class Block:
         return self.out, self.in_
 
     def reduce(self, values: Tensor, how: Reduction = "mean") -> Tensor:
-        """Returns the reduction over each block; the mean is over what the block really holds."""
+        """Returns the reduction over each block; the mean is over the weights that the block really holds."""
         total = _reduce(self._blocks(values, -math.inf if how == "max" else 0.0), (1, 3), how)
         if how == "mean":
             total = total / self.sizes(values.shape).to(total.device).view_as(total)

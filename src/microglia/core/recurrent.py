@@ -1,4 +1,4 @@
-"""Recurrent layers under parametrizations: torch keeps their weights in a second place, a list that it hands to kernels."""
+"""Recurrent layers under parametrizations: torch also keeps their weights in a list that it passes to kernels."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch.nn.utils import parametrize
 def read_anew(module: nn.Module) -> None:
     """Makes a parametrized recurrent layer compute its weights at each call; any other module is left alone.
 
-    ``nn.RNNBase`` holds a list of its weights, made when one is assigned: a mask would not reach it, or it would hold what an
-    earlier call computed, which cannot be copied. torch gave the module a class of its own when it was parametrized, and there
-    the list becomes a property. What flattens weights for cuDNN does nothing there, for these weights are made anew.
+    ``nn.RNNBase`` builds a list of its weights when one is assigned. A mask would not reach this list, or the list would hold
+    tensors of an earlier call, which cannot be copied. torch gives a parametrized module a class of its own; there the list
+    becomes a property. Flattening for cuDNN is a no-op there, because these weights are computed at each call.
     """
     if not isinstance(module, nn.RNNBase) or not parametrize.is_parametrized(module):
         return
@@ -24,7 +24,7 @@ def read_anew(module: nn.Module) -> None:
 
 
 def settle(module: nn.Module) -> None:
-    """Makes the list of a recurrent layer that of its plain weights again, once no parametrization is left."""
+    """Restores the list of plain weights of a recurrent layer once no parametrization remains."""
     if isinstance(module, nn.RNNBase) and not parametrize.is_parametrized(module):
         module._init_flat_weights()
 

@@ -23,7 +23,7 @@ def unknown_name(kind: str, name: object, known: Iterable[str]) -> UnknownNameEr
 
 
 def known_fields(config: type[C]) -> type[C]:
-    """Makes a dataclass answer a keyword that it does not have with the nearest one that it has.
+    """Makes a dataclass answer an unknown keyword with the nearest known one.
 
     Raises:
         UnknownNameError: When the class is called with such a keyword.

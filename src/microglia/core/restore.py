@@ -1,4 +1,4 @@
-"""States back into models: masks are attached or removed first, so that the names of a state and of its model agree."""
+"""Loading of states into models: masks are attached or removed first, so that both have the same names."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ COUNTER = "num_batches_tracked"
 def restore(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
     """Loads a ``state_dict`` of the same model, masked or not: attaches or removes masks first so that the names agree.
 
-    Another parametrization that the state no longer has, for a mask after it was folded, becomes a plain weight again.
+    A parametrization that the state lacks, because a mask after it was folded, becomes a plain weight again.
 
     Returns the model, changed in place.
     """
@@ -38,14 +38,14 @@ def restore(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
     complete = OrderedDict(state)
     for path, module in model.named_modules():
         if isinstance(module, GraphLayer) and f"{path}.{COUNTER}" not in state and hasattr(module, COUNTER):
-            complete[f"{path}.{COUNTER}"] = getattr(module, COUNTER)  # files of before graphs counted their batches
+            complete[f"{path}.{COUNTER}"] = getattr(module, COUNTER)  # files written before graphs counted their batches
     complete._metadata = model.state_dict()._metadata  # type: ignore[attr-defined] # versions by which modules read old states
     model.load_state_dict(complete)
     return model
 
 
 def _bake_absent(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Bakes the parametrized tensors that a state holds as plain ones, unless a mask is all they have."""
+    """Bakes parametrized tensors that a state holds as plain ones, unless their only parametrization is a mask."""
     for name in parametrized(model):
         if name in state and not any(key.startswith(_prefix(name)) for key in state):
             path, _, attribute = name.rpartition(".")
@@ -60,7 +60,7 @@ def _place(layer: Layer) -> int:
 def _mask_place(layer: Layer, state: Mapping[str, Tensor]) -> int | None:
     """Returns the place of a layer's mask among its parametrizations in a state; None without one.
 
-    Parametrizations of the user's own may hold a mask too: the model has them at the places where a state has the others.
+    A user's own parametrization may also hold a mask; the model then has it at the same place as the state.
     """
     prefix, own = _prefix(layer.name), dict[int, Tensor]()
     if parametrize.is_parametrized(*layer.holders[0]):
@@ -73,7 +73,7 @@ def _mask_place(layer: Layer, state: Mapping[str, Tensor]) -> int | None:
         for k, value in found.items()
         if (value.dtype, value.shape) == (torch.bool, layer.shape) and {i - (i > k) for i in found if i != k} == own.keys()
     ]
-    if len(fitting) > 1:  # then the model's own masks have to be there as they are
+    if len(fitting) > 1:  # then the state must hold the model's own masks
         fitting = [k for k in fitting if all(_equal(own[i - (i > k)], v) for i, v in found.items() if i != k)]
         if len(fitting) != 1:
             raise MicrogliaError(
@@ -88,6 +88,6 @@ def _equal(one: Tensor, other: Tensor) -> bool:
 
 
 def _prefix(name: str) -> str:
-    """Returns how the keys of a parametrized tensor begin in a state."""
+    """Returns the prefix of a parametrized tensor's keys in a state."""
     path, _, attribute = name.rpartition(".")
     return f"{path}.parametrizations.{attribute}.".removeprefix(".")

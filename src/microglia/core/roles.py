@@ -1,4 +1,4 @@
-"""What a layer is for in its model, found by running the model: selectors mean it by ``role:``, whatever its name is."""
+"""Roles of layers in a model, found by running the model; a selector ``role:...`` is independent of names."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ from microglia.core.modes import evaluating
 CLASSIFIER = "classifier"
 """Role of the layers that make the output: no other layer stands between them and it."""
 LOGITS = "logits"
-"""Entry or attribute of an output beside which nothing else counts."""
+"""Entry or attribute of an output; if it exists, the other entries are ignored."""
 LOOKED_UP = "EmbeddingBackward"
-"""Begins the names of operators whose weight is looked up by row, which makes activations of it."""
+"""Prefix of the names of operators that look up rows of a weight; their results are activations."""
 Node = Any
 """An operator in the graph that autograd keeps of a forward pass."""
 
 
 def mark_roles(model: nn.Module, example_inputs: Any) -> dict[str, tuple[str, ...]]:
-    """Finds which layers make a model's output and lets selectors mean them, as ``exclude=["role:classifier"]``.
+    """Finds the layers that make a model's output, so that selectors can name them: ``exclude=["role:classifier"]``.
 
-    The model runs once, in evaluation mode; its state, its modes and the random generators stay as they are. What counts is
-    which weights the operators next to the output use, not names: a classifier may be a convolution, one of several heads, or
-    behind a softmax. The marks go along into copies of the model and are not part of its state.
+    The model runs once, in evaluation mode; its state, its modes and the random generators stay as they are. The weights of the
+    operators next to the output decide, not names: a classifier may be a convolution, one of several heads, or before a
+    softmax. Copies of the model keep the marks; the state does not hold them.
 
     Args:
         model: Any module, masked or not.
         example_inputs: A tensor, a tuple of arguments, or a mapping of keyword arguments.
 
     Returns:
-        The names of the modules of each role, in the order of the modules. One of several names of a module is enough.
+        The names of the modules of each role, in the order of the modules; one name per module.
 
     Raises:
         MicrogliaError: The model does not run, or its output depends on no weight.
@@ -57,7 +57,7 @@ def put_roles(model: nn.Module, roles: Mapping[str, Collection[str]]) -> None:
     """Marks the modules of a model with roles that were found in another one of the same architecture.
 
     Args:
-        model: To be marked.
+        model: The model to mark.
         roles: Names of modules by role, as `mark_roles` returns them.
     """
     for path, module in model.named_modules():
@@ -65,14 +65,14 @@ def put_roles(model: nn.Module, roles: Mapping[str, Collection[str]]) -> None:
 
 
 def means_role(selectors: Iterable[object]) -> bool:
-    """Tells whether a selector is among some values that means layers by their role."""
+    """Tells whether one of the values is a selector by role."""
     return any(isinstance(s, str) and s.removeprefix("!").startswith("role:") for s in selectors)
 
 
 def _owners(model: nn.Module) -> dict[int, frozenset[str]]:
     """Returns the paths of the modules that hold each weight, by the identity of its parameter.
 
-    Weights are what can be pruned, and every other matrix: a layer under weight normalization is a layer too.
+    Weights are the prunable tensors and all other matrices: a layer under weight normalization is a layer too.
     """
     prunable = {id(layer.raw) for layer in prunable_layers(model).values()}
     found: dict[int, set[str]] = {}
@@ -85,7 +85,7 @@ def _owners(model: nn.Module) -> dict[int, frozenset[str]]:
 
 @dataclass
 class _Seen:
-    """What a forward pass leaves: its output, and the operators that made what modules returned."""
+    """Record of a forward pass: its output, and the operators that made the outputs of modules."""
 
     output: Any = None
     made: set[Node] = field(default_factory=set)
@@ -116,14 +116,14 @@ def _parametrizes(path: str, module: nn.Module) -> bool:
 
 
 def _own(tensor: Tensor) -> Tensor:
-    """Returns a copy through which gradients go, for a model may write into its inputs."""
+    """Returns a copy that passes gradients on, because a model may write into its inputs."""
     copy = tensor.detach().clone()
     return copy.requires_grad_().clone() if copy.is_floating_point() else copy
 
 
 @contextmanager
 def _all_trainable(model: nn.Module) -> Iterator[None]:
-    """Within it every parameter takes part in the graph, also a frozen one."""
+    """Context in which every parameter takes part in the graph, also a frozen one."""
     frozen = [p for p in model.parameters() if not p.requires_grad and p.is_floating_point()]
     for parameter in frozen:
         parameter.requires_grad_(True)
@@ -135,7 +135,7 @@ def _all_trainable(model: nn.Module) -> Iterator[None]:
 
 
 def _tensors(output: Any) -> list[Tensor]:
-    """Returns the tensors of an output: its logits, where it names some."""
+    """Returns the tensors of an output; only its logits if it names some."""
     logits = output.get(LOGITS) if isinstance(output, Mapping) else getattr(output, LOGITS, None)
     return [leaf for leaf in tree_leaves(output if logits is None else logits) if isinstance(leaf, Tensor)]
 
@@ -156,7 +156,7 @@ def _last_layers(seen: _Seen, owners: Mapping[int, frozenset[str]]) -> frozenset
 
 
 def _from_inputs_on(roots: Iterable[Node]) -> list[Node]:
-    """Returns every operator from the inputs to the roots, each after those that it depends on."""
+    """Returns every operator from the inputs to the roots, each after its dependencies."""
     order: list[Node] = []
     visited: set[Node] = set()
     stack = [(root, False) for root in roots]
@@ -172,12 +172,12 @@ def _from_inputs_on(roots: Iterable[Node]) -> list[Node]:
 
 
 def _layers(order: list[Node], made: set[Node], owners: Mapping[int, frozenset[str]]) -> dict[Node, frozenset[frozenset[str]]]:
-    """Returns the layers that each operator on activations uses, a layer being the modules that share a weight.
+    """Returns the layers that each operator on activations uses; modules that share a weight are one layer.
 
-    An operator whose inputs are parameters alone, such as a transposition or a mask, makes a weight; what a module returns and
-    what is looked up by row are activations all the same.
+    An operator whose inputs are only parameters, such as a transposition or a mask, makes a weight. Outputs of modules and rows
+    that are looked up always are activations.
     """
-    weights: dict[Node, frozenset[frozenset[str]]] = {}  # of the operators that make weights
+    weights: dict[Node, frozenset[frozenset[str]]] = {}  # layers of the operators that make weights
     layers: dict[Node, frozenset[frozenset[str]]] = {}
     for node in order:
         before = [n for n, _ in node.next_functions if n is not None]

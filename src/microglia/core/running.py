@@ -1,4 +1,4 @@
-"""Run somebody's model on example inputs and leave nothing behind."""
+"""Runs a user's model on example inputs without side effects."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def run(model: nn.Module, example: Example) -> Any:
     """Returns the model's output.
 
     Raises:
-        MicrogliaError: The model does not run on these inputs; the text says what it was given.
+        MicrogliaError: The model does not run on these inputs; the text describes the inputs.
     """
     try:
         return model(*example.args, **example.kwargs)
@@ -46,7 +46,7 @@ def cuda_in_use() -> bool:
 
 @contextlib.contextmanager
 def undisturbed() -> Iterator[None]:
-    """Turns gradients off and puts torch's random generators back at the end."""
+    """Disables gradients, and restores torch's random generators at the end."""
     devices = range(torch.cuda.device_count()) if cuda_in_use() else ()
     with torch.random.fork_rng(devices=devices), torch.no_grad():
         yield
@@ -77,8 +77,8 @@ def parametrizations(module: nn.Module) -> dict[str, parametrize.Parametrization
 def folded_twin(model: nn.Module) -> nn.Module:
     """Returns a deep copy in evaluation mode, without gradients, its parametrizations (masks) written into the weights.
 
-    Not by ``remove_parametrizations``: that takes the property off the class, which a deep copy shares with the model,
-    and writes into the tensor that an unmasked module (a tied embedding) may share.
+    ``remove_parametrizations`` is not used: it deletes the property of the class, which a deep copy shares with the model, and
+    writes into a tensor that an unmasked module (a tied embedding) may share.
     """
     copied = twin(model)
     with torch.no_grad():

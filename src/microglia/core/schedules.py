@@ -1,4 +1,4 @@
-"""Schedules: how much is kept when. Pure functions of progress in [0, 1] that lead from ``start`` to ``end`` density."""
+"""Schedules: pure functions of progress in [0, 1] that lead from ``start`` to ``end`` density."""
 
 from __future__ import annotations
 

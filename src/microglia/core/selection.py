@@ -1,8 +1,9 @@
-"""Selection: exactly which units stay, given their scores and how much may be kept.
+"""Selection: the exact set of units that stay, given their scores and a count.
 
-Contract (spec: survey 0.4, design 3): order by score, higher first, ties by position; keep exactly the count asked; never
-compare with a threshold alone. ``-inf`` marks what was pruned before and cannot return, ``+inf`` what is protected, NaN is
-an error. Units of unequal size count by what they hold: the prefix of the order whose weights come nearest is kept.
+Contract (spec: survey 0.4, design 3): order by score, higher first, ties by position; keep exactly the given count; never
+compare with a threshold alone. ``-inf`` marks units that were pruned before and cannot return, ``+inf`` marks protected units,
+NaN is an error. Units of unequal size count by their weights: the prefix of the order whose sum is nearest to the count is
+kept.
 """
 
 from __future__ import annotations
@@ -35,12 +36,12 @@ def select(
 
     Args:
         scores: One value per weight, by layer, higher = keep.
-        pattern: The unit; a pattern with its own density (N:M) chooses within its rows whatever the scope, and keeps more
-            than n of m only while ``keep`` is above n / m, as on the way of a schedule.
+        pattern: The unit. A pattern with its own density (N:M) chooses within its rows under every scope. It keeps more than n
+            of m only while ``keep`` is above n / m, as early in a schedule.
         keep: Weights to keep over all layers; ignored where ``scope`` gives densities.
         scope: See `microglia.core.allocation.Scope`.
-        reduction: How the scores of a unit's weights become one.
-        alive: Masks from before; what they removed stays removed.
+        reduction: Function that combines the scores of a unit's weights.
+        alive: Earlier masks; weights that they removed stay removed.
         protect: Names of layers that stay as dense as ``alive`` has them and count as kept.
         allow_empty: Whether a layer may lose everything. Otherwise each keeps at least its best unit.
 
@@ -61,7 +62,7 @@ def select(
         counts = layer_counts({name: s.shape for name, s in scores.items()}, keep, scope, low=low, high=high, protected=protect)
         kept = {n: _keep_in_layer(units[n], sizes[n], counts[n], by_row=scope == "row") for n in units}
     masks = {name: pattern.expand(kept[name], scores[name].shape) for name in scores}
-    if alive is not None:  # a unit kept in part stays so
+    if alive is not None:  # a partly kept unit stays partly kept
         masks = {name: m & alive[name].bool() if name in alive else m for name, m in masks.items()}
     return MaskSet(masks)
 
@@ -87,9 +88,9 @@ def keep_units(
 
     Args:
         units: Unit scores by layer; (rows, columns) where ``density`` is given.
-        sizes: What each unit counts for, shaped like the scores; 0 marks padding.
-        keep: What to keep of the sum of sizes.
-        density: Of a pattern that chooses within its own rows (N:M), whatever ``keep`` unless that is more.
+        sizes: Number of weights of each unit, shaped like the scores; 0 marks padding.
+        keep: Sum of sizes to keep.
+        density: Density of a pattern that chooses within its own rows (N:M); it overrides ``keep`` unless that is higher.
         allow_empty: Whether a layer may lose everything. Otherwise each keeps at least its best unit.
 
     Raises:
@@ -112,7 +113,7 @@ def _keep_globally(units: Mapping[str, Tensor], sizes: Mapping[str, Tensor], kee
             f"Keeping {keep:,} weights would empty {len(empty)} layers, {empty[0]!r} first: one unit in each of the "
             f"{len(units)} layers takes {least:,} weights. Ask for more, exclude layers, or allow empty layers."
         )
-    raised = {name: u.flatten().clone() for name, u in units.items()}  # the best unit of each, or one more might be emptied
+    raised = {name: u.flatten().clone() for name, u in units.items()}  # keeps the best of each layer
     for u in raised.values():
         u[u.argmax()] = torch.inf if u.max() > -torch.inf else -torch.inf
     kept = keep_best(raised, keep, {name: s.flatten() for name, s in sizes.items()})
@@ -143,7 +144,7 @@ def _keep_rows_of_pattern(
 
 
 def keep_best(scores: Mapping[str, Tensor], keep: int, sizes: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """Returns boolean masks over all tensors together that keep the best units holding ``keep`` weights.
+    """Returns boolean masks that keep the best units of all tensors together, with ``keep`` weights in all.
 
     Args:
         scores: Unit scores by layer, any shapes, one dtype.
@@ -153,7 +154,7 @@ def keep_best(scores: Mapping[str, Tensor], keep: int, sizes: Mapping[str, Tenso
 
     Raises:
         ScoreError: A score is NaN.
-        BudgetError: More is asked for than is alive (not ``-inf``), or more is protected (``+inf``) than may be kept.
+        BudgetError: ``keep`` exceeds the alive weights (not ``-inf``), or is below the protected ones (``+inf``).
     """
     unit = _common_size(scores, sizes)
     if unit is None:
@@ -218,7 +219,7 @@ def _keep_by_order(scores: Mapping[str, Tensor], keep: int, sizes: Mapping[str, 
 
 
 def _common_size(scores: Mapping[str, Tensor], sizes: Mapping[str, Tensor] | None) -> int | None:
-    """Returns the size all units share, or None."""
+    """Returns the common size of all units, or None."""
     if sizes is None:
         return 1
     bounds = [bound for name in scores for bound in _bounds(sizes[name])]

@@ -1,4 +1,4 @@
-"""Shuffled masks: the same counts in every layer, other places. What a mask says beyond its densities is lost by it."""
+"""Shuffled masks: the same counts in every layer, at other positions. Only the densities survive."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from microglia.core.patterns import Pattern
 def shuffled(masks: Mapping[str, Tensor], pattern: Pattern, seed: int) -> MaskSet:
     """Returns masks whose units are permuted uniformly within each layer (Frankle et al. 2021, "missing the mark").
 
-    Units are only exchanged with units of their own size, so that the counts stay exact where a pattern leaves a rest; a
-    pattern with its own density (N:M) permutes within its rows. Each layer has its own generator, by its place among the sorted
-    names, so that a layer's shuffle does not depend on the others.
+    Units are only exchanged with units of their own size, so that the counts stay exact where a pattern has smaller edge units.
+    A pattern with its own density (N:M) permutes within its rows. Each layer has its own generator, by its place among the
+    sorted names, so that a layer's shuffle does not depend on the others.
 
     Args:
-        masks: By layer, whole units of the pattern.
-        pattern: Of the masks.
+        masks: Masks by layer, whole units of the pattern.
+        pattern: Pattern of the masks.
         seed: Root of the permutations.
     """
     result = {}

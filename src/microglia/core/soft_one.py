@@ -1,6 +1,6 @@
-"""One soft top-k over many scores: solved, applied and differentiated in pieces that stay in the cache.
+"""One soft top-k over many scores: solved, applied and differentiated in cache-sized pieces.
 
-theta is the root of a monotone function, found by Newton's method and secants within a bracket that holds it for certain:
+theta is the root of a monotone function, found by Newton's method and secants within a guaranteed bracket:
 
     min(m) - tau a <= theta <= max(m) - tau a,   a = ln(K / (sum c - K)),   d(sum c f) / d(theta) = -(sum c v) / tau
 """
@@ -32,12 +32,12 @@ from microglia.core.soft_sigmoid import (
     slopes,
 )
 
-SAMPLE = 1 << 14  # scores that a first guess is solved for where there are many more
+SAMPLE = 1 << 14  # size of the sample that gives a first guess where there are many more scores
 COARSE = 1e-3  # relative error of a sum where a sample gives the first guess
 
 
 class _Problem:
-    """One problem in pieces. What is summed does not depend on the threads that share them."""
+    """One problem in pieces. The sums do not depend on the number of threads."""
 
     def __init__(self, units: Units) -> None:
         self.scores, sizes, self.temperature = units
@@ -50,13 +50,13 @@ class _Problem:
         return torch.split(values, self.length)
 
     def shift(self, theta: float) -> Shift:
-        """Returns what `shift_of` does; of one element, not of none, so that half-precision scores are promoted by it."""
+        """Returns `shift_of`, shaped (1,) and not (), so that half-precision scores are promoted by it."""
         theta = min(max(theta, -FAR), FAR)
         high = self.scores.new_tensor([theta], dtype=self.dtype)
         return Shift(high, high.new_tensor([(theta - high.item()) / self.temperature]))
 
     def each(self, work: Callable[[int, Tensor, Tensor], tuple[float, float] | None]) -> tuple[float, float]:
-        """Calls ``work`` with the number of each piece and two buffers for it; returns the sums of what it returns."""
+        """Calls ``work`` with the number of each piece and two buffers for it; returns the sums of the results."""
 
         def part(numbers: range) -> list[tuple[float, float] | None]:
             buffers = self.scores.new_empty((2, len(self.pieces[0])), dtype=self.dtype)
@@ -66,7 +66,7 @@ class _Problem:
         return math.fsum(a for a, _ in found), math.fsum(b for _, b in found)
 
     def sums(self, theta: float) -> tuple[float, float]:
-        """Returns (sum c f, sum c v); the second only steers, so what cancels in it does no harm."""
+        """Returns (sum c f, sum c v). The second only steers Newton's method, so cancellation in it is harmless."""
         shift = self.shift(theta)
 
         def add(i: int, f: Tensor, other: Tensor) -> tuple[float, float]:
@@ -80,7 +80,7 @@ class _Problem:
 
 
 def solve(units: Units, keep: float, start: float, mask: Tensor) -> float:
-    """Writes the mask and returns theta; see `microglia.core.soft_topk.soft_topk`. A start of NaN is none."""
+    """Writes the mask and returns theta; see `microglia.core.soft_topk.soft_topk`. A start of NaN means no start."""
     problem, (scores, sizes, temperature) = _Problem(units), units
     low, high, least, most = _survey(scores, sizes)
     if not can_keep(keep, least, most):
@@ -94,7 +94,7 @@ def solve(units: Units, keep: float, start: float, mask: Tensor) -> float:
         bracket = (low - offset, high - offset)
         guess = start if bracket[0] <= start <= bracket[1] else _guess(units, (keep - least) / (most - least), bracket)
         theta = _root(problem, keep, bracket, guess, FINE[problem.dtype])
-    if low == high and math.isfinite(theta):  # told exactly, where one logit rounded for all would show in the sum
+    if low == high and math.isfinite(theta):  # in two exact parts: one rounded logit for all would change the sum
         mask.copy_(scores > low).masked_fill_(scores == low, (keep - least) / (most - least))
         return theta
     shift, parts = problem.shift(theta), problem.split(mask)
@@ -124,7 +124,7 @@ def _held(chosen: Tensor, sizes: Tensor | None) -> float:
 
 
 def _guess(units: Units, share: float, bracket: tuple[float, float]) -> float:
-    """Returns about where theta is, from a strided sample of the finite scores where there are many."""
+    """Returns an approximate theta, from a strided sample of the finite scores where there are many."""
     middle, step = (bracket[0] + bracket[1]) / 2, len(units.scores) // SAMPLE
     few = units.at(slice(None, None, max(1, step)))
     few = few.at(few.scores.isfinite()) if step >= 4 else few
@@ -135,7 +135,7 @@ def _guess(units: Units, share: float, bracket: tuple[float, float]) -> float:
 
 
 def _root(problem: _Problem, keep: float, bracket: tuple[float, float], guess: float, tolerance: float) -> float:
-    """Returns theta; it is told by the sum, for theta itself is free within a gap that is wide beside tau."""
+    """Returns theta. The sum is the criterion, because theta itself is free within a gap much wider than tau."""
     (low, high), theta, best, least, last = bracket, guess, guess, math.inf, math.inf
     before, total = math.nan, math.nan
     for _ in range(TURNS):
@@ -147,7 +147,7 @@ def _root(problem: _Problem, keep: float, bracket: tuple[float, float], guess: f
         middle = (low + high) / 2
         if least <= tolerance * keep or high - low <= tolerance * problem.temperature or not low < middle < high:
             break
-        if abs(moved) > 4 * problem.temperature:  # the slope here says little about such a distance
+        if abs(moved) > 4 * problem.temperature:  # over such a distance the slope here is not informative
             slope = problem.temperature * (previous - total) / moved
         newton = theta + problem.temperature * error / slope if slope > 0 else math.inf
         before = theta
@@ -162,7 +162,7 @@ def gradient_of(units: Units, arrived: Tensor, theta: float, result: Tensor) -> 
     """Writes dL/dm, given dL/df."""
     problem, temperature = _Problem(units), units.temperature
     shift, gradients, parts = problem.shift(theta), problem.split(arrived), problem.split(result)
-    stored = result.dtype == problem.dtype  # else v is computed twice, for it would be rounded
+    stored = result.dtype == problem.dtype  # otherwise v is computed twice, because storing it would round it
 
     def weigh(i: int, buffer: Tensor, other: Tensor) -> tuple[float, float]:
         v = slopes(problem.pieces[i], shift, temperature, parts[i] if stored else buffer)
@@ -182,5 +182,5 @@ def gradient_of(units: Units, arrived: Tensor, theta: float, result: Tensor) -> 
 
 
 def _sum(values: Tensor) -> float:
-    """Returns the sum of a piece; on a GPU, where pieces are large, of float64."""
+    """Returns the sum of a piece; in float64 on a GPU, where pieces are large."""
     return float(values.sum(dtype=torch.float64 if values.is_cuda else None).item())

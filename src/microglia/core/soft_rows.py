@@ -28,7 +28,7 @@ from microglia.core.soft_sigmoid import (
 )
 
 LONG = CHUNK // 8
-"""Longest row that is solved together with others."""
+"""Maximum length of a row that is solved together with others."""
 
 
 class _Columns(NamedTuple):
@@ -40,7 +40,7 @@ class _Columns(NamedTuple):
 
     @staticmethod
     def of(rows: Units) -> _Columns:
-        """Returns the columns of rows, in the dtype that they are computed in."""
+        """Returns the columns of rows, in the dtype of the computation."""
         values = rows.scores.t().to(COMPUTE[rows.scores.dtype]).contiguous()
         return _Columns(values, None if rows.sizes is None else rows.sizes.t().to(values.dtype).contiguous(), rows.temperature)
 
@@ -65,7 +65,7 @@ class _Columns(NamedTuple):
 
 
 def solve_rows(units: Units, keep: Tensor, start: Tensor, mask: Tensor, threshold: Tensor) -> None:
-    """Writes masks (rows, m) and thresholds (rows,); see `microglia.core.soft_topk.soft_topk`. A start of NaN is none."""
+    """Writes masks (rows, m) and thresholds (rows,); see `microglia.core.soft_topk.soft_topk`. NaN means no start."""
     if (scores := units.scores).aminmax().min.isnan():
         refuse_nan(scores)
 
@@ -91,7 +91,7 @@ def gradient_of_rows(units: Units, arrived: Tensor, threshold: Tensor, result: T
 
 
 def _in_pieces(scores: Tensor, work: Callable[[slice], None]) -> None:
-    """Calls ``work`` with consecutive rows, as many as stay in the cache."""
+    """Calls ``work`` with consecutive rows, in cache-sized chunks."""
     rows = len(scores) if scores.is_cuda else CHUNK // scores.shape[1]
 
     def part(numbers: range) -> None:
@@ -102,7 +102,7 @@ def _in_pieces(scores: Tensor, work: Callable[[slice], None]) -> None:
 
 
 def _thetas(columns: _Columns, keep: Tensor, start: Tensor, first: int) -> Tensor:
-    """Returns theta of each column; infinite where nothing finite is kept, or everything. ``first`` is the row's number."""
+    """Returns theta of each column; infinite where no or every finite score is kept. ``first`` is the row's number."""
     values, weights = columns.scores, columns.weighted(torch.ones_like(columns.scores))
     least = (weights * (values == torch.inf)).sum(0, dtype=torch.float64)
     most = (weights * (values > -torch.inf)).sum(0, dtype=torch.float64)
@@ -125,7 +125,7 @@ def _thetas(columns: _Columns, keep: Tensor, start: Tensor, first: int) -> Tenso
 
 
 def _between(values: Tensor, keep: Tensor) -> Tensor:
-    """Returns the middle between the last score of each column that is kept and the next: near theta where tau is small."""
+    """Returns the midpoint between the last kept score of each column and the next; near theta where tau is small."""
     ranked = values.sort(0, descending=True).values
     place = keep.round().long()[None]
     last, following = (ranked.gather(0, p.clamp(0, len(values) - 1)) for p in (place - 1, place))
@@ -141,9 +141,9 @@ def _refuse_impossible(keep: Tensor, least: Tensor, most: Tensor, first: int) ->
 
 
 def _roots(columns: _Columns, state: Tensor) -> Tensor:
-    """Returns theta of each column from (guess, low, high, keep), as `microglia.core.soft_one` finds one.
+    """Returns theta of each column from (guess, low, high, keep), by the method of `microglia.core.soft_one`.
 
-    Columns that are done leave once they are the half of those still there.
+    Finished columns are dropped once they are half of the remaining ones.
     """
     tolerance, temperature = FINE[columns.scores.dtype], columns.temperature
     theta, low, high, keep = state

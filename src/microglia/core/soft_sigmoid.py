@@ -14,17 +14,17 @@ from torch import Tensor
 
 from microglia.core.errors import BudgetError, ScoreError
 
-TURNS = 200  # more evaluations than bisection alone takes
+TURNS = 200  # more evaluations than bisection alone needs
 COMPUTE = {torch.float64: torch.float64, **dict.fromkeys((torch.float32, torch.bfloat16, torch.float16), torch.float32)}
-FINE = {torch.float32: 2e-7, torch.float64: 1e-14}  # relative error of a sum at which only its rounding is left
+FINE = {torch.float32: 2e-7, torch.float64: 1e-14}  # relative error of a sum at which only its rounding remains
 LIMIT = {torch.float32: 43.0, torch.float64: 350.0}  # logits beyond are as good as infinite, and many times slower:
-NOTHING = {torch.float32: 2.2e-19, torch.float64: 1e-152}  # f or 1 - f up to this is 0, as its square is no normal number
+NOTHING = {torch.float32: 2.2e-19, torch.float64: 1e-152}  # f or 1 - f up to this is 0: its square is not normal
 FAR = 2.0**127  # stands for an infinite theta
 Found = TypeVar("Found")
 
 
 class Units(NamedTuple):
-    """What is ranked: scores, what each counts for (None for 1), and the temperature."""
+    """The ranked units: scores, sizes (None for 1), and the temperature."""
 
     scores: Tensor
     sizes: Tensor | None
@@ -36,7 +36,7 @@ class Units(NamedTuple):
 
 
 class Shift(NamedTuple):
-    """theta in two parts: a score near it differs from the first exactly, even where tau is less than its spacing."""
+    """theta in two parts: a nearby score minus the first part is exact, even if tau is below the float spacing."""
 
     high: Tensor
     rest: Tensor  # divided by tau
@@ -62,14 +62,14 @@ def shares(scores: Tensor, shift: Shift, temperature: float, out: Tensor) -> Ten
 
 
 def slopes(scores: Tensor, shift: Shift, temperature: float, out: Tensor) -> Tensor:
-    """Writes v = f (1 - f), from the smaller of the two, which has all its digits."""
+    """Writes v = f (1 - f), from the smaller of the two, which has full precision."""
     smaller = logits(scores, shift, temperature, out).abs_().neg_().sigmoid_()
     torch.threshold_(smaller, NOTHING[smaller.dtype], 0.0)
     return smaller.addcmul_(smaller, smaller, value=-1)
 
 
 def share_out(work: Callable[[range], Found], count: int, least: int) -> list[Found]:
-    """Returns what ``work`` makes of consecutive parts of range(count), ``least`` or more each, in order; in threads."""
+    """Returns the results of ``work`` on consecutive parts of range(count), each of ``least`` or more, in order; in threads."""
     threads = max(1, min(torch.get_num_threads(), count // least))
 
     def quiet(numbers: range) -> Found:
@@ -85,7 +85,7 @@ def share_out(work: Callable[[range], Found], count: int, least: int) -> list[Fo
 
 
 def refuse_nan(scores: Tensor) -> NoReturn:
-    """Raises `ScoreError` for scores some of which are NaN."""
+    """Raises `ScoreError` if a score is NaN."""
     raise ScoreError(
         f"{int(scores.isnan().sum()):,} of {scores.numel():,} scores of a soft top-k are NaN. Scores must be numbers: look "
         "for a non-finite weight or gradient."
@@ -93,22 +93,22 @@ def refuse_nan(scores: Tensor) -> NoReturn:
 
 
 def can_keep(keep: Any, least: Any, most: Any) -> Any:
-    """Tells, of numbers or tensors, whether scores admit a mask of this sum, but for rounding."""
+    """Tells whether scores admit a mask of this sum, up to rounding; takes numbers or tensors."""
     return (least * (1 - 1e-6) <= keep) & (keep <= most * (1 + 1e-6))
 
 
 def keeps_least(keep: Any, least: Any) -> Any:
-    """Tells whether nothing is kept but scores of +inf, so that theta is +inf."""
+    """Tells whether only scores of +inf are kept, so that theta is +inf."""
     return keep <= least * (1 + 1e-12)
 
 
 def keeps_most(keep: Any, most: Any) -> Any:
-    """Tells whether everything is kept but scores of -inf, so that theta is -inf."""
+    """Tells whether all but scores of -inf are kept, so that theta is -inf."""
     return keep >= most * (1 - 1e-12)
 
 
 def refuse_keep(keep: float, least: float, most: float, row: str = "") -> NoReturn:
-    """Raises `BudgetError` for a sum that the scores do not admit."""
+    """Raises `BudgetError` if the scores do not admit the sum."""
     raise BudgetError(
         f"A soft top-k cannot keep {keep:g}{row}: its scores admit {least:g} to {most:g} (a score of +inf is always kept, one "
         "of -inf never)."

@@ -3,12 +3,12 @@
     f_i = sigmoid((m_i - theta) / tau),   theta such that   sum_i c_i f_i = K
 
 with c_i = 1 unless units differ in size (the sigmoid top-k note; SMART, arXiv 2403.19969, adds tau). As tau falls the mask
-becomes the indicator of the k largest; t tied scores that compete for q places get q/t each. By implicit differentiation,
-with v_i = f_i (1 - f_i) and u the gradient that arrives at the mask,
+becomes the indicator of the k largest; t tied scores that compete for q places get q/t each. Implicit differentiation, with v_i
+= f_i (1 - f_i) and u the gradient at the mask, gives
 
     dL/dm_j = v_j (u_j - c_j (sum_i v_i u_i) / (sum_i c_i v_i)) / tau
 
-so no iteration is unrolled, nothing of size n^2 is made, and the scores and theta are all that is kept for the way back.
+so no iteration is unrolled, no tensor of size n^2 is made, and only the scores and theta are stored for the backward pass.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ class SoftTopK(NamedTuple):
     """A soft mask and its threshold.
 
     Attributes:
-        mask: In [0, 1], shaped and typed like the scores, differentiable in them.
-        threshold: theta in units of the scores, float64, () or (rows,), without gradient. +inf keeps nothing but scores of
-            +inf, -inf everything but scores of -inf. The next solve may start from it.
+        mask: Values in [0, 1], shaped and typed like the scores, differentiable in them.
+        threshold: theta in units of the scores, float64, () or (rows,), without gradient. At +inf only scores of +inf are kept,
+            at -inf all but scores of -inf. The next solve may start from it.
     """
 
     mask: Tensor
@@ -46,15 +46,15 @@ def soft_topk(
     sizes: Tensor | None = None,
     start: Tensor | None = None,
 ) -> SoftTopK:
-    """Returns the soft mask whose sum, weighted with ``sizes`` where given, is ``keep``; differentiable in the scores alone.
+    """Returns the soft mask whose sum, weighted with ``sizes`` where given, is ``keep``; differentiable only in the scores.
 
     Args:
         scores: (n,), or (rows, m) for one problem per row. -inf is never kept and +inf always, both without gradient.
             bfloat16 and float16 are computed in float32; the mask is rounded to their precision.
-        keep: Sum of the mask, a real number from 0 to n (to the sum of sizes); for rows one for all, or (rows,).
+        keep: Sum of the mask, a real number from 0 to n (or the sum of sizes). For rows, one number for all, or (rows,).
         temperature: tau in units of the scores, from 1e-30 to 1e30.
-        sizes: What each unit counts for, above 0, shaped like the scores. None means 1.
-        start: Threshold of an earlier solve of nearly the same problem: saves evaluations, changes nothing else.
+        sizes: Size of each unit, above 0, shaped like the scores. None means 1.
+        start: Threshold of an earlier solve of a similar problem. It saves evaluations and changes nothing else.
 
     Raises:
         BudgetError: ``keep`` cannot be met by the scores, or the temperature is out of range.
@@ -141,5 +141,5 @@ def _has_short_rows(scores: Tensor) -> bool:
 
 
 def _rows_of(scores: Tensor) -> list[tuple[int, ...]]:
-    """Returns the index of each problem that is solved by itself."""
+    """Returns the index of each problem that is solved separately."""
     return [()] if scores.ndim == 1 else [(row,) for row in range(len(scores))]

@@ -45,19 +45,18 @@ def time_interleaved(
     seed: int = 0,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Timing]:
-    """Times functions against each other, so that whatever else the machine does meets all of them alike.
+    """Times functions against each other, so that other load on the machine affects all of them equally.
 
-    After a warm-up, every round times each function once, in an order shuffled anew by a seeded generator. A turn begins
-    with one call that is not timed: what is timed finds its weights where its own last call left them, as a model does that
-    is served, and not where the others did. A function faster than ``min_round_seconds`` is called several times in its
-    turn, and the time divided. Where CUDA is in use, each call is timed until the device has finished. Garbage collection
-    waits meanwhile.
+    After a warm-up, every round times each function once, in an order shuffled anew by a seeded generator. A turn begins with
+    one call that is not timed. The timed calls thus find the cache as their own last call left it, as in serving, and not as
+    the other functions left it. A function faster than ``min_round_seconds`` is called several times in its turn, and the time
+    is divided. Where CUDA is in use, each call is timed until the device has finished. Garbage collection waits meanwhile.
 
     Args:
         callables: Name -> function without arguments.
         rounds: Rounds, at least 1.
         warmup: Calls of each function before the first round, at least 1.
-        min_round_seconds: Least time of one turn, in seconds.
+        min_round_seconds: Minimum time of one turn, in seconds.
         max_seconds: No further round starts after this time, in seconds; there are always three, or ``rounds`` if fewer.
         seed: Seeds the order; the global generators are left alone.
         clock: Returns the time in seconds.

@@ -13,7 +13,7 @@ from microglia.core.errors import DataError
 
 @dataclass(frozen=True, eq=False)
 class Crops:
-    """What was drawn for each of B images; slicing selects images.
+    """The random draws for each of B images; slicing selects images.
 
     Attributes:
         rows: int64 [B], first row of the crop in the padded image, 0..2 * pad.
@@ -31,12 +31,12 @@ class Crops:
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Pad with black, crop at a random place back to the old size, then mirror every other image on average.
+    """Pads with black, crops at a random position to the old size, then mirrors half of the images on average.
 
-    Works on bytes, before the normalization, so the border is black and not the mean colour: the recipe of He et al.,
-    "Deep Residual Learning" (2016), section 4.2, in the order of torchvision's ``RandomCrop(size, padding=pad)`` and
-    ``RandomHorizontalFlip()``. Drawing and applying are two steps, so that a rank can draw for the whole batch and
-    move only its own pixels.
+    It works on bytes, before the normalization, so the border is black and not the mean colour. This is the recipe of He et
+    al., "Deep Residual Learning" (2016), section 4.2, in the order of torchvision's ``RandomCrop(size, padding=pad)`` and
+    ``RandomHorizontalFlip()``. Drawing and applying are two steps, so that a rank can draw for the whole batch and move only
+    its own pixels.
 
     Attributes:
         pad: Pixels of border on each side, 0 or more.
@@ -61,7 +61,7 @@ class Augmentation:
             generator: The only source of randomness, a CPU generator.
 
         Returns:
-            uint8 [B, C, H, W]; the input is left as it was.
+            uint8 [B, C, H, W]; the input stays unchanged.
         """
         return self.apply(images, self.draw(len(images), generator))
 
@@ -79,7 +79,7 @@ class Augmentation:
             crops: One crop per image, as ``draw`` gives them.
 
         Returns:
-            uint8 [B, C, H, W]; the input is left as it was.
+            uint8 [B, C, H, W]; the input stays unchanged.
         """
         height, width = images.shape[-2:]
         padded = F.pad(images, (self.pad,) * 4)

@@ -16,28 +16,28 @@ from microglia.data.normalization import Normalization
 
 
 class Batches:
-    """An image set cut into batches, in an order that depends on (seed, epoch) and nothing else.
+    """An image set cut into batches, in an order that depends only on (seed, epoch).
 
-    A training that resumes at epoch 7 asks for ``epoch(7)`` and gets the batches it would have had: no generator
-    state has to be saved. Order and augmentation are drawn for the *global* batch of ``batch_size`` images; rank r of
-    ``world`` gets the r-th contiguous part of it, so the ranks together see bit for bit what one process would see.
+    A training that resumes at epoch 7 calls ``epoch(7)`` and gets the same batches as without the interruption: no generator
+    state has to be saved. Order and augmentation are drawn for the *global* batch of ``batch_size`` images; rank r of ``world``
+    gets the r-th contiguous part of it, so the ranks together see bit for bit what one process would see.
 
-    The last batch may be partial. It is split like the others, into parts whose sizes differ by at most one. Where it
-    has fewer images than there are ranks, it is dropped when ``shuffle`` is set (training: every rank has work in
-    every step); otherwise (evaluation: every image counts) it is kept and some ranks yield a batch of no images. Every
-    rank yields the same number of batches.
+    The last batch may be partial. It is split like the others, into parts whose sizes differ by at most one. If it has fewer
+    images than there are ranks, ``shuffle`` decides. With ``shuffle`` (training: every rank has work in every step) it is
+    dropped. Otherwise (evaluation: every image counts) it is kept, and some ranks yield a batch of no images. Every rank yields
+    the same number of batches.
 
     Args:
-        images: The images, in memory.
+        images: Images in memory.
         batch_size: Images in the global batch, over all ranks; a multiple of ``world``.
         normalization: Turns bytes into network inputs.
-        augmentation: Varies the images, or None for the images as they are.
+        augmentation: Varies the images; None leaves them unchanged.
         seed: Chooses the orders and the augmentation.
         shuffle: Whether every epoch has its own random order; otherwise the order of the set.
-        rank: Which part of each batch to yield, in [0, world).
+        rank: Index of the part of each batch to yield, in [0, world).
         world: Number of processes that share each batch.
         channels_last: Whether inputs lie in memory as [B, H, W, C], which convolutions on CPU and GPU prefer.
-        device: Where the batches are wanted; bytes travel there and are augmented and normalized on arrival.
+        device: Device of the batches; bytes are moved there, then augmented and normalized.
 
     Raises:
         DataError: When a number is out of range, ``world`` does not divide ``batch_size``, the normalization has
@@ -85,7 +85,7 @@ class Batches:
         """Yields the batches of one epoch.
 
         Args:
-            number: Which epoch, 0 or more; without ``shuffle`` and ``augmentation`` all are alike.
+            number: Index of the epoch, 0 or more; without ``shuffle`` and ``augmentation`` all epochs are equal.
 
         Yields:
             (inputs, labels): float32 [B, C, H, W] and int64 [B] on ``device``, B the part of this rank.
@@ -116,7 +116,7 @@ class Batches:
 
 
 def check_parts(batch_size: int, rank: int, world: int) -> None:
-    """Raises a ``DataError`` unless a batch of this size can be shared out to this many ranks."""
+    """Raises a ``DataError`` unless a batch of this size can be divided among this many ranks."""
     if world < 1 or not 0 <= rank < world:
         raise DataError(f"Rank {rank} of {world} was given; expected 0 <= rank < world.")
     if batch_size < 1 or batch_size % world:

@@ -1,4 +1,4 @@
-"""Decoded images kept on disk, for data sets that are slow to decode. Never the reason why anything fails."""
+"""Decoded images kept on disk, for data sets that are slow to decode. A failure of the cache is never an error."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def fingerprint(files: Iterable[Path], *options: object) -> str:
-    """Returns a hash of the files' paths, sizes and times of change, and of the options they are decoded with."""
+    """Returns a hash of the files' paths, sizes and times of change, and of the decoding options."""
     digest = hashlib.sha256(repr(options).encode())
     for path in files:
         status = path.stat()
@@ -22,7 +22,7 @@ def fingerprint(files: Iterable[Path], *options: object) -> str:
 
 
 def cache_path(key: str) -> Path | None:
-    """Returns where the images with this fingerprint are kept, or None on a machine without a home."""
+    """Returns the path of the images with this fingerprint, or None on a machine without a home directory."""
     try:
         root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     except RuntimeError:
@@ -44,7 +44,7 @@ def read_cache(path: Path) -> dict[str, Tensor] | None:
 
 
 def write_cache(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Writes the tensors in one step that either happens or does not; gives up where the disk cannot be written."""
+    """Writes the tensors atomically; gives up if the disk cannot be written."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
@@ -61,7 +61,7 @@ def write_cache(path: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def _checksum(tensors: dict[str, Tensor]) -> str:
-    """Returns a checksum of names, shapes and contents of uint8 tensors: against damage, not against an enemy."""
+    """Returns a checksum of names, shapes and contents of uint8 tensors: it detects damage, not manipulation."""
     value = 0
     for name in sorted(tensors):
         value = zlib.crc32(f"{name}{list(tensors[name].shape)}".encode(), value)

@@ -1,4 +1,4 @@
-"""From image files to one uint8 tensor. The only file that imports Pillow."""
+"""Decoding of image files to one uint8 tensor. The only file that imports Pillow."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _TOO_DEEP = {"I", "F"}
 
 @dataclass(frozen=True)
 class Layout:
-    """What every image of a data set is made to look like.
+    """The common layout of all images of a data set.
 
     Attributes:
         colour: Three channels, or a single grey one.
@@ -52,8 +52,8 @@ class Layout:
 def survey(encoded: Encoded, image_size: int | None, label: str) -> Layout:
     """Reads every image's header and returns the layout that fits them.
 
-    Colour when at least half of the images are; the common size when there is one, else a square whose side is the
-    median of the shorter sides; ``image_size`` decides instead when it is given.
+    The layout has colour if at least half of the images have. Its size is ``image_size`` if given, else the common size of the
+    images, else a square whose side is the median of the shorter sides.
 
     Raises:
         DataError: When an image cannot be read; it names the image.
@@ -82,7 +82,7 @@ def decode(encoded: Encoded, layout: Layout, label: str) -> Tensor:
         uint8 [N, C, H, W].
 
     Raises:
-        DataError: When an image cannot be read or has more than 8 bits in a way that cannot be told; it names the image.
+        DataError: When an image cannot be read or has more than 8 bits in an unknown range; it names the image.
     """
     images = torch.empty((len(encoded), *layout.shape), dtype=torch.uint8)
     rows = images.numpy()
@@ -120,7 +120,7 @@ def check_memory(size: int) -> None:
 
 
 def decoder() -> str:
-    """Returns the name and version of what decodes, because another version may decode JPEG to other bytes."""
+    """Returns the decoder's name and version, because another version may decode JPEG to other bytes."""
     import PIL
 
     return f"pillow {PIL.__version__}"
@@ -140,7 +140,7 @@ def _each(encoded: Encoded, work: Callable[[Image, int], T], label: str) -> list
                     results.append(work(image, index))
             except DataError:
                 raise
-            # Pillow raises whatever the damaged bytes lead to: OSError, SyntaxError, struct.error, ValueError ...
+            # Pillow raises many types for damaged bytes: OSError, SyntaxError, struct.error, ValueError ...
             except Exception as error:
                 raise DataError(
                     f"The image {encoded.describe(index)} cannot be read ({error}); replace or remove it."
@@ -151,9 +151,9 @@ def _each(encoded: Encoded, work: Callable[[Image, int], T], label: str) -> list
 
 
 def _opened(data: bytes | Path, hint: str | None) -> Image:
-    """Opens an image whose header alone is read yet, trying the format of the previous image first.
+    """Opens an image and reads only its header; it tries the format of the previous image first.
 
-    Left alone, Pillow builds and discards a reader for each format it knows: two thirds of the time of a small image.
+    By default Pillow builds and discards a reader for each known format: two thirds of the time for a small image.
     """
     from PIL import Image, UnidentifiedImageError
 
@@ -181,7 +181,7 @@ def _pixels(image: Image, layout: Layout) -> npt.NDArray[np.uint8]:
 
 
 def _covering(image: Image, layout: Layout) -> Image:
-    """Returns the image scaled until it just covers the layout, and the centre of that."""
+    """Returns the image scaled until it just covers the layout, cut to its centre."""
     from PIL.Image import Resampling
 
     scale = max(layout.width / image.width, layout.height / image.height)

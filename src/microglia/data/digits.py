@@ -15,9 +15,9 @@ _TEST_SEED = 1998
 def digits() -> dict[str, ImageSet]:
     """Returns 1,797 digits of 8x8 grey pixels, split 80/20 into train and test, the same on every machine.
 
-    The values 0..16 of scikit-learn's ``load_digits`` are stored times 15, as 0..240, because 255 is no multiple of
-    16: dividing by 15 gives the originals exactly. Source: Alpaydin and Kaynak, "Optical Recognition of Handwritten
-    Digits", UCI repository, 1998.
+    The values 0..16 of scikit-learn's ``load_digits`` are stored times 15, as 0..240, because 255 is not a multiple of 16:
+    dividing by 15 gives the originals exactly. Source: Alpaydin and Kaynak, "Optical Recognition of Handwritten Digits", UCI
+    repository, 1998.
     """
     from sklearn.datasets import load_digits
 

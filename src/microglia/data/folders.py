@@ -16,8 +16,8 @@ def folder_source(root: Path) -> Source:
     """Returns the images under a folder, classes and files in alphabetical order.
 
     Args:
-        root: Holds ``train`` and perhaps ``val`` or ``validation`` and ``test``, each with one folder per class; or one
-            folder per class at once. Names that start with a dot are skipped.
+        root: Holds ``train`` and perhaps ``val`` or ``validation`` and ``test``, each with one folder per class; or the class
+            folders directly. Names that start with a dot are skipped.
 
     Raises:
         DataError: When there are no class folders, a training class has no images, there is a test or validation split
@@ -56,7 +56,7 @@ def _paths(top: Path, classes: tuple[str, ...], split: str) -> list[list[Path]]:
 
 
 def _encoded(members: list[list[Path]]) -> Encoded:
-    """Returns the split made of each class's paths."""
+    """Returns the split that consists of each class's paths."""
     paths = [path for group in members for path in group]
     labels = torch.repeat_interleave(torch.arange(len(members)), torch.tensor([len(group) for group in members]))
     return Encoded(labels, lambda: paths.__getitem__, lambda index: str(paths[index]))

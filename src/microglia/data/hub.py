@@ -13,7 +13,7 @@ def hub_source(name: str) -> Source:
     """Returns an image classification data set of the hub, downloaded to Hugging Face's own cache at the first call.
 
     Args:
-        name: Such as ``uoft-cs/cifar10``.
+        name: Name on the hub, such as ``uoft-cs/cifar10``.
 
     Raises:
         DataError: When the hub has no such data set or cannot be reached, or it is not for image classification.
@@ -22,7 +22,7 @@ def hub_source(name: str) -> Source:
 
     try:
         found = datasets.load_dataset(name)
-    # Whatever goes wrong in another library's network code, the reader needs the same advice.
+    # For every error in another library's network code the advice is the same.
     except Exception as error:
         raise DataError(
             f"The Hugging Face hub could not give the data set {name!r} ({type(error).__name__}: {error})."

@@ -50,7 +50,7 @@ class ImageSet:
             indices: Integers in [0, N).
 
         Raises:
-            DataError: When an index is no integer or out of range.
+            DataError: When an index is not an integer or is out of range.
         """
         # An empty list has no type of its own: torch would call it float32.
         chosen = torch.as_tensor(indices) if len(indices) else torch.zeros(0, dtype=torch.int64)
@@ -67,13 +67,13 @@ class ImageData:
     """A data set for classification, ready to train on.
 
     Attributes:
-        name: The name it was loaded by.
+        name: The name under which it was loaded.
         classes: Class names; label k means ``classes[k]``.
         train: Images to fit weights on.
-        validation: Images to choose hyperparameters and checkpoints on; empty only when none were asked for.
+        validation: Images to choose hyperparameters and checkpoints on; empty only if none were requested.
         test: Images to report numbers on.
-        normalization: What the data set's images are normalized with.
-        augmentation: How its training images are varied, or None.
+        normalization: The normalization of the images.
+        augmentation: Random variation of the training images, or None.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""One function from a name to a data set in memory."""
+"""Loads a data set into memory by its name."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ _TEST_SEED = 1
 _VALIDATION_SEED = 2
 
 _SLOW = 5.0
-"""Seconds of decoding from which on the result is worth keeping on disk."""
+"""If decoding takes longer than this, in seconds, the result is kept on disk."""
 
 
 @dataclass(frozen=True)
 class _Known:
-    """What is known of a data set by its name: where the hub has it, its statistics, its usual augmentation."""
+    """Known properties of a data set: its name on the hub, its statistics, its usual augmentation."""
 
     hub: str
     normalization: str
@@ -49,11 +49,10 @@ _KNOWN = {
 def load_data(name: str, *, image_size: int | None = None, validation: float = 0.1, normalize: str | None = None) -> ImageData:
     """Loads an image classification data set into memory.
 
-    The validation split is the data set's own or, where it has none, carved from the training images: stratified, and
-    the same on every machine whatever the seed of a run. A missing test split is carved first, 20 %, in the same way.
-    Images that take more than 5 seconds to decode are kept decoded under ``$XDG_CACHE_HOME/microglia``
-    (``~/.cache/microglia``), and read from there until a file changes. While splits are carved, memory holds the
-    training images twice.
+    The validation split is the data set's own. If there is none, it is carved from the training images: stratified, and the
+    same on every machine and for every seed. A missing test split (20 %) is carved first in the same way. If decoding takes
+    more than 5 seconds, the decoded images are kept under ``$XDG_CACHE_HOME/microglia`` (``~/.cache/microglia``), and read from
+    there until a file changes. While splits are carved, the training images are in memory twice.
 
     Args:
         name: One of
@@ -72,11 +71,11 @@ def load_data(name: str, *, image_size: int | None = None, validation: float = 0
             the statistics of its training images.
 
     Returns:
-        The data set. Only ``cifar10`` comes with an augmentation (pad 4 and flip): whether a mirrored image is still
-        one of its class is for the user to say.
+        The data set. Only ``cifar10`` comes with an augmentation (pad 4 and flip): only the user knows whether a mirrored image
+        still belongs to its class.
 
     Raises:
-        UnknownNameError: When ``name`` or ``normalize`` is nothing that is known.
+        UnknownNameError: When ``name`` or ``normalize`` is unknown.
         DataError: When the data set is missing, empty, unreadable, has one class, or does not fit in memory.
     """
     if image_size is not None and image_size < 1:
@@ -97,7 +96,7 @@ def load_data(name: str, *, image_size: int | None = None, validation: float = 0
 
 
 def _content(name: str, image_size: int | None) -> tuple[tuple[str, ...], dict[str, ImageSet]]:
-    """Returns class names and decoded splits as they come, train among them."""
+    """Returns class names and decoded splits in their original form; train is one of them."""
     if name == "digits":
         splits = digits()
         if image_size is not None:
@@ -110,10 +109,10 @@ def _content(name: str, image_size: int | None) -> tuple[tuple[str, ...], dict[s
 
 
 def _source(name: str) -> Source:
-    """Returns the data set of a name, from the first place that has it."""
+    """Returns the data set of a name from the first source that has it."""
     root = os.environ.get("MICROGLIA_DATA")
     bare = name.removeprefix("hf:")
-    # "./pets" is a path that somebody spelled out, and an empty name is not the folder of all data sets.
+    # "./pets" is an explicit path, and an empty name is not the folder of all data sets.
     local = Path(root) / bare if root and bare and not bare.startswith((".", "~")) else None
     if local is not None and local.is_dir():
         return _folder(local)
@@ -141,7 +140,7 @@ def _source(name: str) -> Source:
 
 
 def _readable(root: Path) -> bool:
-    """Returns whether a folder holds images of classes, so that its name is worth an offer."""
+    """Returns whether a folder holds images of classes, so that its name can be suggested."""
     try:
         _folder(root)
     except DataError:

@@ -1,4 +1,4 @@
-"""From bytes to network inputs: subtract a mean, divide by a standard deviation."""
+"""Normalization of bytes to network inputs: subtracts a mean, divides by a standard deviation."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Normalization:
 
     Attributes:
         mean: One number per channel, or a single one for every channel.
-        std: As many positive numbers.
+        std: The same number of positive numbers.
 
     Raises:
         DataError: When the lengths differ, or a number is not finite, or a ``std`` is not positive.
@@ -58,19 +58,19 @@ class Normalization:
         if images.dtype != torch.uint8:
             raise DataError(f"Images of type {images.dtype} cannot be normalized; expected torch.uint8 in 0..255.")
         self.check(images.shape[1])
-        # One multiplication and one addition per value, their constants rounded once from double precision. Two
-        # separate operations: a fused one may round differently at the edges of a vector, and then the rows of a
-        # batch would depend on how it was split.
+        # One multiplication and one addition per value, their constants rounded once from double precision. They are separate
+        # operations: a fused one may round differently at the edges of a vector. Then the rows of a batch would depend on its
+        # split.
         scale = images.new_tensor([1 / (255 * s) for s in self.std], dtype=torch.float32)
         shift = images.new_tensor([-m / s for m, s in zip(self.mean, self.std, strict=True)], dtype=torch.float32)
         return images.to(torch.float32).mul_(scale.view(1, -1, 1, 1)).add_(shift.view(1, -1, 1, 1))
 
     @classmethod
     def named(cls, name: str) -> Normalization:
-        """Returns the statistics known by a name: imagenet, cifar10, mnist, or half (to the range [-1, 1]).
+        """Returns the statistics of a name: imagenet, cifar10, mnist, or half (to the range [-1, 1]).
 
         Raises:
-            UnknownNameError: When nothing has that name.
+            UnknownNameError: When the name is unknown.
         """
         if name not in _NAMED:
             raise unknown_name("normalization", name, _NAMED)

@@ -1,4 +1,4 @@
-"""Work on many small items in threads, with a progress bar once it takes longer than a moment."""
+"""Work on many small items in threads, with a progress bar if it takes long."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rich.progress import Progress
 T = TypeVar("T")
 
 _CHUNK = 128
-"""Items per task: enough to make the cost of a task vanish, few enough for the bar to move."""
+"""Items per task: enough to make the overhead of a task negligible, few enough for the bar to move."""
 
 _PATIENCE = 1.0
 """Seconds before a progress bar appears."""
@@ -26,10 +26,10 @@ def map_chunks(work: Callable[[range], T], count: int, label: str) -> list[T]:
     Args:
         work: Called from several threads at once.
         count: Number of items.
-        label: What the progress bar says; it is shown on a terminal only, on standard error.
+        label: Text of the progress bar, which is shown only on a terminal, on standard error.
 
     Raises:
-        Exception: The first one ``work`` raised; chunks not yet begun are left undone.
+        Exception: The first error that ``work`` raised; chunks that have not begun are skipped.
     """
     chunks = [range(start, min(start + _CHUNK, count)) for start in range(0, count, _CHUNK)]
     console = Console(stderr=True)

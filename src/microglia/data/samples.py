@@ -1,4 +1,4 @@
-"""Batches of a map-style dataset, in an order and with randomness that depend on (seed, epoch) and nothing else."""
+"""Batches of a map-style dataset, whose order and randomness depend only on (seed, epoch)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from microglia.data.batches import check_parts, epoch_generator
 from microglia.data.hashing import mix
 
 Collate = Callable[[list[Any]], Any]
-"""From a list of samples to one batch, (inputs, targets)."""
+"""Combines a list of samples to one batch, (inputs, targets)."""
 
 
 class SampleBatches:
@@ -26,12 +26,12 @@ class SampleBatches:
     by (seed, epoch, index), so that random augmentation is the same after a resumption and for every number of processes.
 
     Args:
-        dataset: Has ``len()`` and gives a sample, (input, target), by its index.
+        dataset: Has ``len()`` and returns a sample, (input, target), for an index.
         batch_size: Samples in the global batch, over all ranks; a multiple of ``world``.
         collate: See `Collate`.
         seed: Chooses orders and augmentation.
         shuffle: Whether every epoch has its own random order.
-        rank: Which part of each batch to yield, in [0, world).
+        rank: Index of the part of each batch to yield, in [0, world).
         world: Number of processes that share each batch.
 
     Raises:
@@ -62,12 +62,12 @@ class SampleBatches:
         return full + int(rest >= (self.world if self.shuffle else 1))
 
     def epoch(self, number: int) -> Iterator[Any]:
-        """Yields the batches of one epoch, each as ``collate`` makes it of this rank's part.
+        """Yields the batches of one epoch; ``collate`` makes each from this rank's part.
 
-        A part without samples, which some ranks have of a last small batch, is left out.
+        An empty part, which some ranks have of a small last batch, is skipped.
 
         Args:
-            number: Which epoch, 0 or more.
+            number: Index of the epoch, 0 or more.
         """
         generator = epoch_generator(self.seed, number)
         order = torch.randperm(self.count, generator=generator) if self.shuffle else torch.arange(self.count)
@@ -86,7 +86,7 @@ class SampleBatches:
 
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """Seeds the three global generators within it, and puts their states back."""
+    """Context in which the three global generators are seeded; their states are restored at the end."""
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 -- what datasets draw from
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed % 2**63)

@@ -1,8 +1,8 @@
-"""Shifts: images as they come from another camera, worse than those a network was trained on.
+"""Distribution shifts: corrupted images, as from a worse camera than that of the training images.
 
-After the idea of Hendrycks & Dietterich 2019, "Benchmarking Neural Network Robustness to Common Corruptions and Perturbations":
-a few corruptions, each in five severities. The parameters are ours and stand below, so numbers compare with each other and not
-with published CIFAR-10-C ones. Everything works on bytes, before the normalization, and rounds to bytes, as a camera does.
+The idea is from Hendrycks & Dietterich 2019, "Benchmarking Neural Network Robustness to Common Corruptions and Perturbations":
+a few corruptions, each in five severities. The parameters are our own (see below), so results are not comparable with published
+CIFAR-10-C results. Every shift works on bytes, before the normalization, and rounds to bytes, as a camera does.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ BLUR = (0.4, 0.6, 0.8, 1.1, 1.5)
 QUALITY = (60, 40, 25, 15, 8)
 """Of JPEG as Pillow counts it."""
 CONTRAST = (0.75, 0.5, 0.35, 0.25, 0.15)
-"""Fraction of each pixel's distance from its image's mean that is left."""
+"""Remaining fraction of each pixel's distance from its image's mean."""
 CHUNK = 1024
 """Images widened to float at a time."""
 
@@ -39,17 +39,17 @@ def shifted(images: Tensor, name: str, severity: int, seed: int = 0) -> Tensor:
     """Returns images under a shift; the same arguments give the same bytes.
 
     Args:
-        images: uint8 (N, C, H, W), values 0..255; left as they are.
-        name: Of `SHIFTS`.
+        images: uint8 (N, C, H, W), values 0..255; they stay unchanged.
+        name: A name in `SHIFTS`.
         severity: 1 (mild) to 5 (strong).
-        seed: Of the random shifts; the others ignore it.
+        seed: Seed of the random shifts; the others ignore it.
 
     Returns:
         uint8 (N, C, H, W), on the images' device.
 
     Raises:
         UnknownNameError: There is no such shift.
-        DataError: The images are no uint8 images, the severity is out of range, or JPEG is asked of other than 1 or 3 channels.
+        DataError: The images are not uint8, the severity is out of range, or JPEG gets images without 1 or 3 channels.
     """
     if name not in SHIFTS:
         raise unknown_name("shift", name, SHIFTS)
@@ -65,7 +65,7 @@ def shifted(images: Tensor, name: str, severity: int, seed: int = 0) -> Tensor:
 
 
 def check_severity(severity: int) -> None:
-    """Raises a `DataError` unless a severity is one of 1 to 5."""
+    """Raises a `DataError` unless a severity is 1, 2, 3, 4 or 5."""
     if severity not in SEVERITIES:
         raise DataError(f"The severity of a shift is {severity}; expected a whole number from 1 (mild) to 5 (strong).")
 
@@ -99,7 +99,7 @@ def jpeg(images: Tensor, severity: int, generator: Generator) -> Tensor:
 
 
 def contrast(images: Tensor, severity: int, generator: Generator) -> Tensor:
-    """Returns images drawn towards the mean of each of their channels; see `CONTRAST`."""
+    """Returns images with reduced contrast: values move towards the mean of each channel; see `CONTRAST`."""
     mean = images.float().mean((2, 3), keepdim=True)
     return _bytes(mean + CONTRAST[severity - 1] * (images - mean))
 
@@ -112,7 +112,7 @@ def _bytes(values: Tensor) -> Tensor:
 
 
 def _through_jpeg(image: npt.NDArray[np.uint8], mode: str, quality: int) -> npt.NDArray[np.uint8]:
-    """Returns one image, (H, W, C) in and (H, W) or (H, W, C) out, after a round trip."""
+    """Returns one image, (H, W, C) in and (H, W) or (H, W, C) out, after encoding and decoding."""
     from PIL import Image  # not before an image is compressed
 
     file = io.BytesIO()

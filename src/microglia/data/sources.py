@@ -1,4 +1,4 @@
-"""A data set that is found but not yet decoded: what every kind of file on disk is turned into."""
+"""A data set that was found but not yet decoded: the common form of every kind of file."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class Encoded:
     Attributes:
         labels: int64 [N], class indices.
         open: Makes the images readable; returns a function from an index to the bytes of an image file or to its path.
-            Separate from the labels so that images that need not be decoded are never read.
-        describe: Says where image i comes from, for error messages.
+            It is separate from the labels, so that images are read only if they must be decoded.
+        describe: Names the source of image i, for error messages.
     """
 
     labels: Tensor
@@ -60,8 +60,8 @@ def split_names(names: Iterable[str], where: str) -> dict[str, str]:
     """Returns {train, validation or test: the name that stands for it}, for those of the names that are splits.
 
     Args:
-        names: Folder names, say, of which some are splits under any common spelling (``val``, ``valid``, ``dev`` ...).
-        where: What holds them, for the error.
+        names: Names, such as those of folders; some are splits in a common spelling (``val``, ``valid``, ``dev`` ...).
+        where: The container of these names, for the error.
 
     Raises:
         DataError: When two names stand for the same split.

@@ -14,9 +14,9 @@ from microglia.data.hashing import mix
 def stratified_split(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
     """Carves the same fraction out of every class.
 
-    Which images go is decided by a hash of (seed, index), not by a random generator whose stream may change between
-    releases. The number carved is ``round(fraction * N)``, at least 1 when ``fraction`` is positive, shared out among
-    the classes by largest remainder; every class keeps at least one image.
+    A hash of (seed, index) chooses the images, not a random generator whose stream may change between releases. The number
+    carved is ``round(fraction * N)``, at least 1 when ``fraction`` is positive. Largest remainders divide it among the classes;
+    every class keeps at least one image.
 
     Args:
         labels: int64 [N].
@@ -48,7 +48,7 @@ def stratified_split(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor
 
 
 def _shares(counts: npt.NDArray[np.int64], fraction: float) -> npt.NDArray[np.int64]:
-    """Returns how many to carve out of each class of the given sizes."""
+    """Returns the number to carve out of each class of the given sizes."""
     quotas = counts * fraction
     shares: npt.NDArray[np.int64] = np.floor(quotas).astype(np.int64)
     total = max(round(fraction * int(counts.sum())), int(fraction > 0))

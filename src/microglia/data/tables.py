@@ -1,4 +1,4 @@
-"""Hugging Face tables of images: local parquet files, or what the hub gives. The only file that imports pyarrow."""
+"""Hugging Face tables of images: local parquet files or tables of the hub. The only file that imports pyarrow."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from microglia.core.errors import DataError
 from microglia.data.sources import Encoded, Source, split_names
 
 _LABELS = ("label", "labels", "fine_label", "class", "target")
-"""Preferred in this order where several columns could be the label."""
+"""Names of label columns, in order of preference."""
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Which columns hold what.
+    """The columns of a table by their content.
 
     Attributes:
         image: Name of the image column.
@@ -41,7 +41,7 @@ class Table:
     Attributes:
         schema: A ``pyarrow.Schema``.
         read: Returns the named column, a ``pyarrow.ChunkedArray``.
-        where: What to call the table in errors.
+        where: Name of the table in errors.
     """
 
     schema: Any
@@ -52,7 +52,7 @@ class Table:
 def parquet_files(root: Path) -> dict[str, list[Path]]:
     """Returns the parquet files of each split, in order, from ``root`` or else from ``root/data``.
 
-    The part of a file's name before the first ``-`` says the split: ``train.parquet``, ``test-00000-of-00001.parquet``.
+    The part of a file's name before the first ``-`` is the split: ``train.parquet``, ``test-00000-of-00001.parquet``.
     """
     paths = sorted(root.glob("*.parquet")) or sorted(root.glob("data/*.parquet"))
     stems = {path: path.stem.split("-")[0] for path in paths}
@@ -73,14 +73,14 @@ def parquet_source(files: dict[str, list[Path]]) -> Source:
 def table_source(tables: dict[str, Table], files: tuple[Path, ...]) -> Source:
     """Returns the data set in these tables.
 
-    A test or validation split whose labels are all negative, the hub's way to hide them, counts as absent.
+    A test or validation split whose labels are all negative counts as absent: the hub hides labels in this way.
 
     Args:
-        tables: By split: train, validation, test.
-        files: Where the images come from.
+        tables: Tables by split: train, validation, test.
+        files: The files that hold the images.
 
     Raises:
-        DataError: When there is no train split, no image column or no label column, or a label that is no class.
+        DataError: When there is no train split, no image column or no label column, or a label that is not a class.
     """
     if "train" not in tables:
         raise DataError(f"There is no train split beside {', '.join(tables) or 'nothing'}; expected train-*.parquet.")
@@ -127,7 +127,7 @@ def find_columns(schema: Any, where: str) -> Columns:
 
 
 def _plain(features: dict[str, Any], name: str) -> bool:
-    """Returns whether a column's feature is a single thing, not a list of things."""
+    """Returns whether a column's feature is a single value, not a list."""
     return isinstance(features.get(name, {}), dict)
 
 
@@ -138,7 +138,7 @@ def _image_struct(kind: Any) -> bool:
 
 
 def _parquet_table(paths: list[Path]) -> Table:
-    """Returns the table stored in the rows of these files, one after the other, read column by column when asked."""
+    """Returns the table in these files, one after the other; a column is read on demand."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -194,7 +194,7 @@ def _encoded(table: Table, image: str, labels: Tensor) -> Encoded:
 
 
 def _content(value: Any) -> bytes | Path:
-    """Returns the image file in one cell: bytes, or {bytes, path} of which one may be missing."""
+    """Returns the image file in one cell: bytes, or {bytes, path}, one of which may be missing."""
     if not isinstance(value, dict):
         value = {"bytes": value}
     if value["bytes"] is not None:

@@ -1,4 +1,4 @@
-"""Shrinking: coupled channels found through torch.export, removed physically, verified equal."""
+"""Shrinking: coupled channels are found through torch.export, removed physically, and verified."""
 
 from microglia.graph.cutting.plan import Plan, plan_of, replay
 from microglia.graph.cutting.verify import ShrinkError

@@ -52,10 +52,10 @@ def prune_channels(
 ) -> nn.Module:
     """Returns a physically smaller copy of a model: whole channels, heads and hidden units removed from all that use them.
 
-    The outputs equal those of the model with these units masked, verified value by value in float64 before anything is
-    returned. Norms, means, softmax, and sums or products of activations over a removed dimension run over what is left:
-    where a masked channel would still count there, as in a sum of sigmoids, the plan's notes say so. Inputs, outputs (the
-    classes of a classifier) and everything an operator without a rule touches keep their size.
+    The outputs equal those of the model with these units masked; every value is verified in float64 before the model is
+    returned. Norms, means, softmax, and sums or products of activations over a removed dimension run over the remaining
+    entries. If a masked channel would still count there, as in a sum of sigmoids, the plan's notes report it. Inputs, outputs
+    (the classes of a classifier) and all tensors of an operator without a rule keep their size.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 4))
@@ -64,25 +64,25 @@ def prune_channels(
         Linear(in_features=8, out_features=16, bias=True)
 
     Args:
-        model: Any model `torch.export` can trace; it is left as it is.
+        model: Any model that `torch.export` can trace; it stays unchanged.
         example_inputs: A tensor, a tuple of arguments, or a mapping of keyword arguments.
-        budget: What to keep: ``density`` of the channels, ``params``, ``flops``, ``ms`` per example batch on this machine, or
-            several. Met within 1 %, or as near as the rounding allows: the plan's notes say.
+        budget: The budget: ``density`` of the channels, ``params``, ``flops``, ``ms`` per example batch on this machine, or
+            several. It is met within 1 %, or as nearly as the rounding allows; the plan's notes report a deviation.
         score: Name of a score, or one value per weight by parameter name; higher = keep.
-        reduction: How the values of a unit's weights, over all its members, become one.
+        reduction: Function that combines the values of a unit's weights over all its members.
         scope: ``uniform``: the same fraction of every group; ``global``: by normalized score across groups.
         round_to: Widths are kept at multiples of this where wide enough; 1 for none.
-        exclude: Selectors of layers that stay as they are, inputs and outputs both, and with them what is coupled to either.
-            They are met by any parameter: the bias of a layer, or its norm, alone keeps the layer's outputs and not its inputs.
-        within_groups: Where channels come in groups of a convolution or a norm, remove some of each group, equally many and
-            each its own, rather than whole groups; of groups within groups the innermost. A few wide groups, fewer than
-            four, are thinned so in any case.
-        keep_class: Only what the user's own classes can follow; otherwise a model with sizes written into its forward
-            comes back as its traced graph. `plan_of` tells which.
-        dynamic: Dimensions of the inputs that may differ later where the result is a graph: the batch; (0, 2, 3) for images
-            of any size, (0, 1) for token ids of any length. The plan's notes say which stay as they are.
-        evidence: What the score may look at.
-        verified: Whether to compare every value with the masked model's; turn off only to search.
+        exclude: Selectors of layers that keep both their inputs and outputs; coupled channels stay too. A selector may match
+            any parameter: the bias of a layer, or its norm, keeps only the layer's outputs.
+        within_groups: Whether to remove channels within each group of a grouped convolution or norm, rather than whole groups.
+            Each group loses its own channels, equally many. With nested groups the innermost are used. If there are fewer than
+            four groups, channels are always removed within them.
+        keep_class: Whether to remove only channels that the user's own classes can lose. Otherwise a model with fixed sizes in
+            its forward is returned as its traced graph. `plan_of` tells which.
+        dynamic: Dimensions of the inputs that may change later if the result is a graph: by default the batch; (0, 2, 3) for
+            images of any size, (0, 1) for token ids of any length. The plan's notes list those that stay fixed.
+        evidence: The data for the score.
+        verified: Whether to compare every value with the masked model's; turn it off only in a search.
 
     Returns:
         The smaller model, in the same mode, carrying its `Plan`.
@@ -91,7 +91,7 @@ def prune_channels(
         BudgetError: The budget cannot be met.
         ShrinkError: The pruned model would differ from the masked one; nothing is returned.
         TraceError: The model cannot be traced.
-        UnknownNameError: There is no such score, scope or reduction.
+        UnknownNameError: The score, the scope or the reduction is unknown.
         MicrogliaError: ``round_to`` or ``dynamic`` is out of range.
     """
     round_to, dynamic = check_asked(budget, scope=scope, reduction=reduction, round_to=round_to, dynamic=dynamic)
@@ -117,12 +117,12 @@ def prune_channels(
 
 
 Reach = Callable[[Part, ChannelGroup], bool]
-"""Which groups to prune: forwards with sizes written in follow some cuts and not others."""
+"""Choices of groups to prune: a forward with fixed sizes permits only some cuts."""
 
 
 @dataclass(frozen=True)
 class _Pruning:
-    """A request on one model; see `prune_channels`. Where the user's class is to follow, it is tried for several groups."""
+    """A request on one model; see `prune_channels`. To keep the user's class, several sets of groups are tried."""
 
     model: nn.Module
     subject: Subject
@@ -137,7 +137,7 @@ class _Pruning:
     verified: bool
 
     def of(self, reach: Reach) -> nn.Module:
-        """Returns the smaller model, of which only the groups in reach lose units."""
+        """Returns the smaller model; only the groups in reach lose units."""
         subject, by_part = self.subject, [self._free(part, reach) for part in self.subject.parts]
         groups, ranks = list(chain.from_iterable(by_part)), _ranked(subject, by_part, self.elements, self.reduction)
         chosen = [g for g in groups if g.atom in ranks]
@@ -161,7 +161,7 @@ class _Pruning:
         return [g for g in independent(part.analysis, groups, within=self.within_groups) if reach(part, g)]
 
     def _widths(self, costs: Costs, groups: Sequence[ChannelGroup], ranks: Mapping[int, Tensor]) -> Widths:
-        """Returns the widths that meet the budget; models are timed where it is one of milliseconds."""
+        """Returns the widths that meet the budget; for a budget in milliseconds models are timed."""
         subject, timed = self.subject, self.budget.ms is not None
         timer = LatencyTable(subject.example, _candidates(subject, ranks)) if timed else None
         return choose_widths(costs, groups, self.budget, ranks, scope=self.scope, round_to=self.round_to, milliseconds=timer)
@@ -172,12 +172,12 @@ def _all(part: Part, group: ChannelGroup) -> bool:
 
 
 def _whole(part: Part, group: ChannelGroup) -> bool:
-    """Not heads nor convolution groups, which are seldom followed."""
+    """All groups except heads and convolution groups, which forwards seldom permit."""
     return not group.factor
 
 
 def _followed(part: Part, group: ChannelGroup) -> bool:
-    """Only what changes no argument of an operator but those that layers note about themselves, such as hidden units."""
+    """Only groups that change no operator argument outside the layers' own attributes, such as hidden units."""
     cut = Cut(part.analysis, {group.atom: torch.arange(group.size) >= (group.size + 1) // 2})
     nodes = (n for n in part.analysis.trace.graph.nodes if n.op == "call_function")
     return _whole(part, group) and all(set(constants(cut, node)[1]) <= set(NOTED) for node in nodes)
@@ -186,7 +186,7 @@ def _followed(part: Part, group: ChannelGroup) -> bool:
 def _ranked(
     subject: Subject, groups: Sequence[Sequence[ChannelGroup]], elements: Mapping[str, Tensor], reduction: GroupReduction
 ) -> dict[int, Tensor]:
-    """Returns the scores by atom of those groups, by part, whose weights the score knows."""
+    """Returns the scores by atom, by part, for the groups whose weights have scores."""
     ranks: dict[int, Tensor] = {}
     for part, own in zip(subject.parts, groups, strict=True):
         local = {name: elements[part.name(name)] for name in part.analysis.parameter_dims if part.name(name) in elements}
@@ -196,7 +196,7 @@ def _ranked(
 
 
 def _elements(subject: Subject, score: str | Mapping[str, Tensor], evidence: Evidence | None) -> dict[str, Tensor]:
-    """Returns one value per weight. By magnitude every matrix counts, layer of a known class or not."""
+    """Returns one value per weight. By magnitude every matrix counts, also outside known layer classes."""
     if not isinstance(score, str):
         return dict(score)
     if score == "magnitude":
@@ -206,7 +206,7 @@ def _elements(subject: Subject, score: str | Mapping[str, Tensor], evidence: Evi
 
 
 def _candidates(subject: Subject, ranks: Mapping[int, Tensor]) -> Callable[[Mapping[int, int]], nn.Module]:
-    """Returns what builds the model of given widths, unverified, to time it."""
+    """Returns a function that builds the model with given widths, unverified, for timing."""
 
     def build(widths: Mapping[int, int]) -> nn.Module:
         kept = keep_units(ranks, widths)
@@ -223,7 +223,7 @@ def _candidates(subject: Subject, ranks: Mapping[int, Tensor]) -> Callable[[Mapp
 
 
 def never_empty(subject: Subject, kept: dict[int, Tensor], ranks: Mapping[int, Tensor]) -> dict[int, Tensor]:
-    """Returns the kept units with the best one given back wherever a dimension would be empty."""
+    """Returns the kept units; if a dimension would be empty, its best unit is kept."""
     kept = dict(kept)
     for part in subject.parts:
         algebra = part.analysis.algebra
@@ -247,7 +247,7 @@ def _notes(subject: Subject, widths: Widths, unscored: int) -> list[str]:
 
 
 def totals(costs: Costs, kept: Mapping[int, Tensor], unread: int = 0) -> dict[str, Any]:
-    """Returns parameters and MACs of the example batch before and after, and how many groups lost units.
+    """Returns parameters and MACs of the example batch before and after, and the number of groups that lost units.
 
     ``unread`` counts the parameters that the smaller model does not hold at all.
     """

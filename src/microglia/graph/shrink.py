@@ -1,9 +1,8 @@
 """`shrink`: from masks to a smaller model, in four steps.
 
-1. Find which units the masks leave, and what the others still add (`microglia.graph.constants`).
-2. Settle the model: biases take what removed channels add, or, where that is to be cleared, it is set to zero.
-3. Check that the settled model without its removed channels computes what the masked one does.
-4. Remove the channels, and note in the plan what went.
+1. Find the units that the masks leave, and what the masked ones still add (`microglia.graph.constants`). 2. Settle the
+model: fold what removed channels add into biases, or set it to zero with ``clear``. 3. Check that the settled model without its
+removed channels computes what the masked one does. 4. Remove the channels, and record the removal in the plan.
 """
 
 from __future__ import annotations
@@ -32,22 +31,23 @@ from microglia.graph.prune import totals
 
 
 def shrink(model: nn.Module, example_inputs: Any, *, clear: bool = False, keep_class: bool = False) -> nn.Module:
-    """Returns a smaller copy of a masked model, with the channels gone that the masks removed whole.
+    """Returns a smaller copy of a masked model, without the channels that are masked completely.
 
-    A channel goes when every weight that makes it is masked (of a residual stream: every layer that adds to it). What its
-    bias or norm still adds is folded into the layers that read it. Where that is not exact, behind zero padding, the channel
-    stays and the plan's notes say how many did; so does what a group of a convolution has masked beyond the others.
+    A channel is removed if every weight that makes it is masked (in a residual stream: in every layer that adds to it). The
+    constant that its bias or norm still adds is folded into the layers that read it. If this is not exact, because of zero
+    padding, the channel stays, and the plan's notes give the number. A group of a convolution also keeps the channels that it
+    has masked beyond the other groups.
 
     Args:
-        model: With masks attached or folded; it is left as it is.
+        model: A model with masks, attached or folded; it stays unchanged.
         example_inputs: A tensor, a tuple of arguments, or a mapping of keyword arguments.
-        clear: Set the surviving biases and norm shifts of masked channels to zero first: every masked channel can go, as
-            many as all groups of a convolution have, and the result equals the model so completed, not the one whose
-            weights alone were masked.
-        keep_class: Only what the user's own classes can follow; see `prune_channels`.
+        clear: Whether to set the biases and norm shifts of masked channels to zero first. Then all masked channels can be
+            removed (in a grouped convolution: as many as every group has masked). The result equals the model with these biases
+            set to zero.
+        keep_class: Whether to remove only channels that the user's own classes can lose; see `prune_channels`.
 
     Returns:
-        The smaller model, in the same mode, carrying its `Plan`. Without a whole masked channel, a folded copy.
+        The smaller model, in the same mode, carrying its `Plan`. If no channel is masked completely, a folded copy.
 
     Raises:
         ShrinkError: The shrunk model would differ from the masked one; nothing is returned.
@@ -65,15 +65,15 @@ def shrink(model: nn.Module, example_inputs: Any, *, clear: bool = False, keep_c
 
 @dataclass
 class _Found:
-    """What the masks of a model leave.
+    """The units that the masks of a model leave.
 
     Attributes:
-        groups: That could lose units.
-        kept: Which units stay.
-        biases: What to add to the biases of layers that read removed channels.
-        masked: How many units the masks removed whole.
-        stay: How many of these cannot go, by reason.
-        over: Those that could, but are more than the other groups of a convolution have masked.
+        groups: Groups that could lose units.
+        kept: The units that stay.
+        biases: Constants to add to the biases of layers that read removed channels.
+        masked: Number of completely masked units.
+        stay: Number of masked units that cannot be removed, by reason.
+        over: Number of removable units beyond those that the other groups of a convolution have masked.
     """
 
     groups: list[ChannelGroup] = field(default_factory=list)
@@ -91,7 +91,7 @@ def _why(found: _Found) -> str:
 
 
 def _find(subject: Subject, *, keep_class: bool, clear: bool) -> _Found:
-    """Returns what the masks leave of all parts of a model; warns where that is everything."""
+    """Returns the units that the masks leave in all parts of a model; warns if these are all."""
     found = _Found()
     for part in subject.parts:
         groups = [g for g in channel_groups(part.analysis) if not g.renormalized and not (keep_class and g.factor)]
@@ -102,7 +102,7 @@ def _find(subject: Subject, *, keep_class: bool, clear: bool) -> _Found:
 
 
 def _find_in(part: Part, groups: Sequence[ChannelGroup], found: _Found, *, fold: bool) -> None:
-    """Adds what the masks leave of a part."""
+    """Adds the units that the masks leave in a part."""
     alive = {g.atom: units for g in groups if not bool((units := _alive(part.analysis, g)).all())}
     found.masked += sum(int((~units).sum()) for units in alive.values())
     if fold:
@@ -115,13 +115,13 @@ def _find_in(part: Part, groups: Sequence[ChannelGroup], found: _Found, *, fold:
 
 
 def _settle(subject: Subject, found: _Found, *, clear: bool) -> Subject:
-    """Returns the model, traced again, to which the removed channels add nothing any more."""
+    """Returns the model, traced again, in which removed channels no longer add anything."""
     model = with_biases(subject.model, found.biases)
     return Subject.of(_silenced(model, found.over) if clear else model, subject.example)
 
 
 def _plan(subject: Subject, settled: Subject, found: _Found, small: nn.Module) -> Plan:
-    """Returns the plan of the smaller model, counted from the masked one: biases that it was given are new."""
+    """Returns the plan of the smaller model, relative to the masked one: added biases are new."""
     plan = plan_of(small)
     given = tuple(name for name in found.biases if subject.model.get_submodule(name).bias is None)
     costs = Costs(subject.parts, found.groups, sum(p.numel() for p in subject.model.parameters()))
@@ -133,7 +133,7 @@ def _plan(subject: Subject, settled: Subject, found: _Found, small: nn.Module) -
 
 
 def _same_units(subject: Subject, settled: Subject, kept: dict[int, Tensor]) -> dict[int, Tensor]:
-    """Returns the kept units of the masked model by the atoms of the settled one, where new biases say nothing."""
+    """Returns the kept units of the masked model by the atoms of the settled one; new biases are ignored."""
     again: dict[int, Tensor] = {}
     for part, (_, cut) in zip(settled.parts, subject.cuts(kept), strict=True):
         new = [name for name in part.analysis.parameter_dims if name not in cut.analysis.parameter_dims]
@@ -142,7 +142,7 @@ def _same_units(subject: Subject, settled: Subject, kept: dict[int, Tensor]) -> 
 
 
 def _left(cut: Cut, group: ChannelGroup, alive: Tensor) -> Tensor:
-    """Returns the masked units that a cut leaves, boolean (rows, size): their row needs as many as the others."""
+    """Returns masked units that must stay, boolean (rows, size), because all rows need the same number of units."""
     analysis, left = cut.analysis, torch.zeros(alive.numel(), dtype=torch.bool)
     for member in group.members:
         dim = analysis.entries(member.name, member.dim)
@@ -153,7 +153,7 @@ def _left(cut: Cut, group: ChannelGroup, alive: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _silenced(model: nn.Module, silent: Sequence[tuple[Part, ChannelGroup, Tensor]]) -> nn.Module:
-    """Sets to zero what masked units that stay still add: their biases, the affine parameters of norms; returns the model."""
+    """Sets the biases and norm parameters of masked units that stay to zero; returns the model."""
     held = dict(model.named_parameters(remove_duplicate=False))
     for part, group, units in silent:
         for member in group.members:
@@ -180,7 +180,7 @@ def _notes(found: _Found) -> list[str]:
 
 
 def _alive(analysis: Analysis, group: ChannelGroup) -> Tensor:
-    """Returns which units some weight still makes, at least one; (rows, size) where rows choose for themselves."""
+    """Returns the units that some weight still makes, at least one; (rows, size) if rows choose their own units."""
     alive = torch.zeros(group.rows * group.size, dtype=torch.bool)
     makers = [m for m in group.members if (m.name, m.dim) in analysis.producers]
     for member in makers:
@@ -196,7 +196,7 @@ def _alive(analysis: Analysis, group: ChannelGroup) -> Tensor:
 
 @torch.no_grad()
 def _check_settled(subject: Subject, settled: Subject, kept: Mapping[int, Tensor]) -> None:
-    """Raises unless the settled model without its removed channels computes what the masked one does."""
+    """Raises unless the settled model without its removed channels equals the masked one."""
     for part, (now, cut) in zip(subject.parts, settled.cuts(kept), strict=True):
         before = Cut(part.analysis, {})
         inputs = part.analysis.trace.example
@@ -211,6 +211,6 @@ def _check_settled(subject: Subject, settled: Subject, kept: Mapping[int, Tensor
 
 
 def _outputs(cut: Cut, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Returns what the graph returns with the removed channels zero."""
+    """Returns the outputs of the graph with the removed channels set to zero."""
     last = deque(Reference(cut).walk(inputs), maxlen=1)
     return last.pop()[1]  # type: ignore[no-any-return]

@@ -40,7 +40,7 @@ class Measurement:
         parameters: Parameters, and those kept.
         macs: Multiply-accumulates of one sample.
         bytes: Size on disk.
-        latency: Times of the example batch under the model name ``"model"``; None when not asked for.
+        latency: Times of the example batch under the model name ``"model"``; None if latency was not measured.
     """
 
     parameters: Parameters
@@ -66,18 +66,18 @@ def measure(
     layers: Sequence[str] = ("*",),
     exclude: Sequence[str] = (),
 ) -> Measurement:
-    """Measures a model, masked or folded, and leaves it bit for bit as it is.
+    """Measures a model, masked or folded, and leaves it bit for bit unchanged.
 
     Args:
         model: Any module with at least one linear or convolution layer.
         example_inputs: A tensor, a tuple of arguments, or a mapping of keyword arguments. MACs are counted for one
             sample, time for the batch as given.
-        latency: False leaves the time out, which takes longest; see `measure_latency` to compare models.
+        latency: False skips the latency, which takes longest; see `measure_latency` to compare models.
         layers: Selectors of the layers that count as prunable.
-        exclude: Selectors of the layers that do not.
+        exclude: Selectors of the layers that do not count as prunable.
 
     Raises:
-        SelectorError: A selector meets no layer, or no layer is left.
+        SelectorError: A selector matches no layer, or no layer remains.
         MicrogliaError: The model does not run on these inputs or cannot be measured.
     """
     return Measurement(

@@ -1,4 +1,4 @@
-"""Measure time: everything that is compared runs interleaved in one process, against the best dense execution."""
+"""Measures time: all compared executions run interleaved in one process, against the best dense execution."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ class LatencyReport:
 
     Attributes:
         timings: Model -> execution -> time of one batch.
-        device: What it ran on.
+        device: Name of the device.
         threads: CPU threads of PyTorch.
         batch: Samples in the batch.
         torch_version: Version of PyTorch.
-        notes: Which executions were left out, and why.
+        notes: Omitted executions, with the reasons.
     """
 
     timings: dict[str, dict[str, Timing]]
@@ -38,20 +38,20 @@ class LatencyReport:
     notes: tuple[str, ...] = ()
 
     def best(self, model: str) -> tuple[str, Timing]:
-        """Returns the execution of the least median time for a model, and that time.
+        """Returns the execution with the lowest median time for a model, and that time.
 
         Raises:
-            UnknownNameError: No model of this name was measured.
+            UnknownNameError: No model with this name was measured.
         """
         if model not in self.timings:
             raise unknown_name("measured model", model, self.timings)
         return min(self.timings[model].items(), key=lambda item: item[1].median)
 
     def speedup(self, model: str, over: str) -> float:
-        """Returns how many times faster ``model`` is than ``over``, the best execution of each against the other.
+        """Returns how many times faster ``model`` is than ``over``, comparing the best execution of each.
 
         Raises:
-            UnknownNameError: No model of one of these names was measured.
+            UnknownNameError: No model with one of these names was measured.
         """
         return self.best(over)[1].median / self.best(model)[1].median
 
@@ -73,19 +73,19 @@ def measure_latency(
     seed: int = 0,
     clock: Callable[[], float] = time.perf_counter,
 ) -> LatencyReport:
-    """Times models against each other, each in several executions, and leaves them as they are.
+    """Times models against each other, each in several executions, and leaves them unchanged.
 
     Args:
         models: Name -> model; all take the same inputs.
         example_inputs: A tensor, a tuple of arguments, or a mapping of keyword arguments, of the batch size to time.
-        executions: Ways to run each model (see `microglia.measure.executions`); one that does not work here is left out
-            and named in the notes.
-        ready: Name of a model -> further executions of it, by name, that are ready to be called.
-        rounds: Rounds, as are the following arguments, of `time_interleaved`.
+        executions: Ways to run each model (see `microglia.measure.executions`); a way that does not work here is left out and
+            named in the notes.
+        ready: Name of a model -> further executions of the model by name, ready to be called.
+        rounds: Rounds of `time_interleaved`, as for the following arguments.
         warmup: Calls before the first round.
-        min_round_seconds: Least time of one turn, in seconds.
+        min_round_seconds: Minimum time of one turn, in seconds.
         max_seconds: No further round starts after this time, in seconds.
-        seed: Of the order.
+        seed: Seed of the order.
         clock: Returns the time in seconds.
 
     Raises:

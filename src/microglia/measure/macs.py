@@ -1,4 +1,4 @@
-"""Count multiply-accumulates: one counter, by the ATen operators of one real forward pass."""
+"""Counts multiply-accumulates: one counter, by the ATen operators of one real forward pass."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _FACTORS: dict[Any, tuple[int, ...]] = {
     aten.convolution_overrideable: (1,),
     aten._slow_conv2d_forward: (1,),
 }
-"""Product -> which arguments can be its weight, the likelier first. A bias is never one."""
+"""Product -> the arguments that can be its weight, the likelier first; never a bias."""
 
 _FORMULAS: dict[Any, Callable[..., int]] = {
     aten._addmm_activation: lambda bias, a, b, **_: a.numel() * b.shape[1],
@@ -53,7 +53,7 @@ _FORMULAS: dict[Any, Callable[..., int]] = {
         query.numel() * key.shape[-2] + query.shape[:-1].numel() * value.shape[-2:].numel()
     ),
 }
-"""MACs of the products that torch's registry lacks, or lacked in a version that is supported."""
+"""MACs of the products that torch's registry lacks, or lacked in a supported version."""
 
 _UNCOUNTABLE = frozenset(
     {
@@ -65,7 +65,7 @@ _UNCOUNTABLE = frozenset(
         aten._grouped_mm,
     }
 )
-"""Products without a formula: an error, never a silent zero."""
+"""Products without a formula, which raise an error and never count as zero."""
 
 
 @dataclass(frozen=True)
@@ -74,10 +74,11 @@ class Macs:
 
     Attributes:
         total: MACs of the dense forward pass.
-        effective: MACs left when every zero of a weight is skipped: sum of density x MACs, plus ``other``.
+        effective: MACs that remain if every zero of a weight is skipped: sum of density x MACs, plus ``other``.
         other: MACs of products without a weight, such as attention scores.
-        layers: Name of a weight -> MACs of all products with it, in the order of first use; empty where only sums were stored.
-        entries: Name of a weight -> (its entries, those kept), as `microglia.measure.Parameters` counts them; likewise.
+        layers: Name of a weight -> MACs of all products with it, in the order of first use; empty if only sums were stored.
+        entries: Name of a weight -> (its entries, kept entries), as `microglia.measure.Parameters` counts them; empty if only
+            sums were stored.
     """
 
     total: int
@@ -94,7 +95,7 @@ class Macs:
 
     @property
     def speedup(self) -> float:
-        """*Theoretical* speed-up, total / effective: at least 1, infinite when nothing is left, 1 without MACs.
+        """*Theoretical* speed-up, total / effective: at least 1, infinite if nothing remains, 1 without MACs.
 
         Source: Blalock et al. 2020, "What is the State of Neural Network Pruning?"; survey, section 0.5.
         """
@@ -114,13 +115,13 @@ class Macs:
 
 
 def count_macs(model: nn.Module, example_inputs: Any, *, batch: int | None = None) -> Macs:
-    """Counts the multiply-accumulates of one sample, by weight, and leaves the model as it is.
+    """Counts the multiply-accumulates of one sample, by weight, and leaves the model unchanged.
 
-    A copy of the model runs once in evaluation mode without gradients, and every ATen product that really happens is
-    counted by the formulas of `torch.utils.flop_counter` (halved: these count 2 per multiply-add). So functional uses,
-    weights used several times and modules called several times are all counted. A product belongs to the weight whose
-    storage it reads, directly or through operators that only reshape weights (a mask, a copy, weight standardization).
-    A custom operator counts after ``torch.utils.flop_counter.register_flop_formula``, and 0 before.
+    A copy of the model runs once in evaluation mode without gradients, and every executed ATen product is counted by the
+    formulas of `torch.utils.flop_counter` (halved: these count 2 per multiply-add). So functional calls, weights used several
+    times and modules called several times are all counted. A product belongs to the weight whose storage it reads, directly or
+    through operators that only reshape weights (a mask, a copy, weight standardization). A custom operator counts as 0 until
+    ``torch.utils.flop_counter.register_flop_formula`` registers a formula.
 
     Example:
         >>> count_macs(torch.nn.Linear(4, 3), torch.zeros(8, 4)).total
@@ -129,11 +130,11 @@ def count_macs(model: nn.Module, example_inputs: Any, *, batch: int | None = Non
     Args:
         model: Any module, masked or folded.
         example_inputs: A tensor, a tuple of arguments, or a mapping of keyword arguments.
-        batch: Samples in ``example_inputs``, by which the counts are divided (rounded to the nearest integer where
-            work is not a multiple of it). By default the first dimension of the first tensor.
+        batch: Samples in ``example_inputs``, by which the counts are divided (rounded to the nearest integer). By default the
+            first dimension of the first tensor.
 
     Raises:
-        MicrogliaError: The model does not run on these inputs, or uses a product whose MACs nobody has written down.
+        MicrogliaError: The model does not run on these inputs, or uses a product without a formula.
     """
     example = Example.of(example_inputs)
     samples = batch if batch is not None else example.batch
@@ -167,11 +168,11 @@ def _plain_kernels(model: nn.Module) -> Iterator[None]:
 
 
 class _ProductCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts products as they are dispatched and finds out which weight each one reads.
+    """Counts products at dispatch and finds the weight that each one reads.
 
-    ``_origin`` maps a storage to byte ranges and the weight each range holds; None marks what is computed from weights
-    and buffers alone but is no weight. Storages are keyed by weak references, so that an address used again by an
-    activation is never taken for a weight.
+    ``_origin`` maps a storage to byte ranges and the weight each range holds; None marks a tensor that is computed only from
+    weights and buffers but is not a weight. Storages are keyed by weak references, so that an activation at a reused address is
+    never taken for a weight.
     """
 
     supports_higher_order_operators = True
@@ -189,11 +190,11 @@ class _ProductCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        """Returns False, which spares the import of the compiler, seconds long; nothing here is ever compiled."""
+        """Returns False, which avoids the slow import of the compiler; nothing is compiled here."""
         return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Runs one operator; counts it, opens it into smaller ones, or follows what it does to weights."""
+        """Runs one operator; counts it, decomposes it, or follows its effect on weights."""
         kwargs = kwargs or {}
         packet = getattr(func, "_overloadpacket", func)
         formula = _formula(packet)
@@ -224,7 +225,7 @@ class _ProductCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.other += count
 
     def _follow(self, inputs: Any, outputs: Any) -> None:
-        """Lets a tensor made from weights and buffers alone stand for the weight of as many entries."""
+        """Lets a tensor made only from weights and buffers stand for the weight with the same number of entries."""
         tensors = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
         origins = [self._lookup(tensor) for tensor in tensors]
         if not any(origins) or any(o is None and t.ndim > 0 for o, t in zip(origins, tensors, strict=True)):
@@ -250,7 +251,7 @@ class _ProductCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _formula(packet: Any) -> Callable[..., int] | None:
-    """Returns a function of the operator's arguments and ``out_val`` that gives its MACs."""
+    """Returns a function that computes the MACs from the operator's arguments and ``out_val``."""
     if packet in _FORMULAS:
         return _FORMULAS[packet]
     from torch.utils.flop_counter import flop_registry  # imports Triton, which takes half a second

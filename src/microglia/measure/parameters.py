@@ -1,4 +1,4 @@
-"""Count parameters, and those that pruning keeps."""
+"""Counts parameters, and those that pruning keeps."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from microglia.core.running import parametrizations
 
 @dataclass(frozen=True)
 class Parameters:
-    """How many parameters a model has; tensors shared by several modules count once, masks never.
+    """The number of parameters of a model; tensors shared by several modules count once, masks never.
 
     Attributes:
         all: Every parameter, biases and normalization included.
         prunable: Entries of the weights of the chosen prunable layers.
-        kept: Of these, the ones under a true mask, or the nonzero ones of a layer without a mask.
-        nonzero_all: Nonzero entries of every parameter as the forward pass sees it; None where it was not stored.
-        layers: Name of each chosen weight -> (its entries, those kept); empty where only sums were stored.
+        kept: The prunable entries under a true mask, or the nonzero ones of a layer without a mask.
+        nonzero_all: Nonzero entries of every parameter as the forward pass sees it; None if it was not stored.
+        layers: Name of each chosen weight -> (its entries, kept entries); empty if only sums were stored.
     """
 
     all: int
@@ -42,7 +42,7 @@ class Parameters:
 
     @property
     def compression(self) -> float:
-        """All parameters over those left when the pruned weights are gone, at least 1 (survey, section 0.5)."""
+        """Number of all parameters divided by the number after pruning, at least 1 (survey, section 0.5)."""
         left = self.all - self.prunable + self.kept
         return self.all / left if left else math.inf
 
@@ -61,11 +61,11 @@ class Parameters:
 
 @dataclass(frozen=True)
 class Weight:
-    """One parameter of a model, shared ones once.
+    """One parameter of a model; a shared parameter occurs once.
 
     Attributes:
-        name: Its name in a freshly built model, without any mask's additions.
-        module: The module that holds it; the masked one where it is tied to an unmasked one.
+        name: Its name in a freshly built model, without the additions of a mask.
+        module: The module that holds it; the masked module if it is tied to an unmasked one.
         attribute: Its name in that module.
     """
 
@@ -75,7 +75,7 @@ class Weight:
 
     @property
     def stored(self) -> tuple[Tensor, ...]:
-        """The trainable tensors behind it: itself, or those below a parametrization."""
+        """The trainable tensors behind it: the parameter itself, or the originals of a parametrization."""
         steps = parametrizations(self.module).get(self.attribute)
         return (getattr(self.module, self.attribute),) if steps is None else tuple(steps.parameters(recurse=False))
 
@@ -85,12 +85,12 @@ class Weight:
         return getattr(self.module, self.attribute)  # type: ignore[no-any-return]
 
     def nonzero(self) -> int:
-        """Returns how many entries are not 0; all of them on the ``meta`` device, where there are no values."""
+        """Returns the number of nonzero entries; all entries on the ``meta`` device, which has no values."""
         value = self.value
         return value.numel() if value.is_meta else int(value.count_nonzero())
 
     def entries(self) -> tuple[int, int]:
-        """Returns (all entries, kept ones): those under a true mask, or the nonzero ones where there is no mask."""
+        """Returns (all entries, kept entries): kept are those under a true mask, or the nonzero ones without a mask."""
         masks = _masks(self.module, self.attribute)
         shape = self.value.shape
         if not masks or masks[0].is_meta:
@@ -133,7 +133,7 @@ def _masks(module: nn.Module, attribute: str) -> list[Tensor]:
 
 
 def _chosen(model: nn.Module, layers: Sequence[str], exclude: Sequence[str]) -> list[Weight]:
-    """Returns the prunable weights; every matrix of a model that has no layers, such as one that became a graph."""
+    """Returns the prunable weights; for a model without layers, such as a graph, every matrix."""
     try:
         return [_weight(name, layer.holders) for name, layer in prunable_layers(model, layers, exclude).items()]
     except SelectorError:
@@ -144,7 +144,7 @@ def _chosen(model: nn.Module, layers: Sequence[str], exclude: Sequence[str]) -> 
 
 
 def count_parameters(model: nn.Module, layers: Sequence[str] = ("*",), exclude: Sequence[str] = ()) -> Parameters:
-    """Counts the parameters of a model, masked or folded, and leaves the model as it is.
+    """Counts the parameters of a model, masked or folded, and leaves the model unchanged.
 
     Example:
         >>> import torch
@@ -155,10 +155,10 @@ def count_parameters(model: nn.Module, layers: Sequence[str] = ("*",), exclude: 
     Args:
         model: Any module with at least one linear or convolution layer.
         layers: Selectors of the layers that count as prunable (see `microglia.core.layers.matches`).
-        exclude: Selectors of the layers that do not.
+        exclude: Selectors of the layers that do not count as prunable.
 
     Raises:
-        SelectorError: A selector meets no layer, or no layer is left.
+        SelectorError: A selector matches no layer, or no layer remains.
     """
     with reading(model):
         table = {weight.name: weight.entries() for weight in _chosen(model, layers, exclude)}

@@ -1,4 +1,4 @@
-"""Count bytes: what the model's weights alone take on disk, without masks, as they are and compressed."""
+"""Counts bytes: the size of the model's weights on disk, without masks, plain and compressed."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class Bytes:
     """Size of a model's weights on disk, in bytes, masks multiplied in: `microglia.save` writes masks too, as bits.
 
     Attributes:
-        raw: Its safetensors file, header included; zeros take as much room as anything else.
-        zipped: The same file after zlib at level 6, which is where zeros pay.
+        raw: Its safetensors file, header included; zeros take as much space as other values.
+        zipped: The same file after zlib at level 6, where zeros save space.
     """
 
     raw: int
@@ -36,17 +36,16 @@ class Bytes:
 
 
 def bytes_on_disk(model: nn.Module) -> Bytes:
-    """Measures the safetensors file of a model, in memory; nothing is written and the model stays as it is.
+    """Measures the safetensors file of a model, in memory; nothing is written and the model stays unchanged.
 
-    Counted are the parameters and persistent buffers with the masks multiplied in (`effective_state`), each shared
-    tensor once.
+    It counts the parameters and persistent buffers with the masks multiplied in (`effective_state`), each shared tensor once.
 
     Example:
         >>> bytes_on_disk(torch.nn.Linear(64, 64)).raw > 4 * 64 * 65
         True
 
     Raises:
-        FileError: A tensor of the model is of a kind that safetensors cannot hold.
+        FileError: The model has a tensor of a kind that safetensors cannot store.
     """
     try:
         with reading(model):
@@ -61,7 +60,7 @@ def bytes_on_disk(model: nn.Module) -> Bytes:
 def _unshared(model: nn.Module) -> dict[str, Tensor]:
     """Returns the effective state without the second names of shared tensors, each tensor in memory of its own.
 
-    A tied pair of which only one is masked holds two different values and stays two tensors.
+    If only one tensor of a tied pair is masked, the pair holds two different values and stays two tensors.
     """
     stored = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     owners = {re.sub(r"(^|\.)parametrizations\.([^.]+)\.original$", r"\1\2", name): id(t) for name, t in stored}

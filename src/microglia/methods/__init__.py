@@ -1,4 +1,4 @@
-"""Methods: whole procedures by name, and the pruners they are made of. A new method is one file that imports `method`."""
+"""Methods: whole procedures by name, and the pruners that they use. A new method is one file that imports `method`."""
 
 from microglia.methods.acdc import Acdc, AcdcConfig
 from microglia.methods.at_init import AtInit, AtInitConfig

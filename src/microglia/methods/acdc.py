@@ -2,9 +2,9 @@
 
 The algorithm (spec: AC/DC 6.1):
     dense warm-up
-    COMPRESS     keep the exact top by magnitude over all layers, train what is kept, the masks fixed
-    DECOMPRESS   train everything, the removed from zero, momentum reset
-    ... and end compressed.
+    COMPRESS keep the exact top by magnitude over all layers, train the kept weights, masks fixed DECOMPRESS train all weights,
+    the removed ones from zero, momentum reset
+    ... and the last phase is compressed.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ class AcdcConfig(UnitConfig):
     """AC/DC; the defaults are the schedule of the official ResNet-50 run, as fractions of the training.
 
     Attributes:
-        compress: When compressed phases begin; the last one lasts to the end.
-        decompress: When dense phases begin, each between two compressed ones.
-        reset_momentum: Whether a dense phase begins with no momentum; else removed weights jump back at its first step.
+        compress: Fractions of the training at which compressed phases begin; the last one lasts to the end.
+        decompress: Fractions of the training at which dense phases begin, each between two compressed ones.
+        reset_momentum: Whether a dense phase begins without momentum; otherwise removed weights jump back at its first step.
     """
 
     compress: tuple[float, ...] = (0.10, 0.20, 0.30, 0.40, 0.50, 0.60, 0.70, 0.85)
@@ -41,7 +41,7 @@ class AcdcConfig(UnitConfig):
     max_sparsity: float = 0.98
 
     def check_values(self) -> None:
-        """Raises `BudgetError` unless compressed and dense phases take turns."""
+        """Raises `BudgetError` unless compressed and dense phases alternate."""
         both = [t for pair in zip(self.compress, (*self.decompress, 1.0), strict=False) for t in pair]
         if len(self.compress) != len(self.decompress) + 1 or both != sorted(set(both)) or both[0] < 0:
             raise BudgetError(
@@ -56,7 +56,7 @@ class AcdcConfig(UnitConfig):
 
 
 class Acdc(UnitPruner):
-    """Compresses and decompresses in turn."""
+    """Compresses and decompresses alternately."""
 
     Config = AcdcConfig
     softens = False
@@ -85,7 +85,7 @@ class Acdc(UnitPruner):
 
     @torch.no_grad()
     def step(self, optimizer: torch.optim.Optimizer | None = None) -> None:
-        """Goes on by one optimizer step, into the next phase when it is due."""
+        """Advances by one optimizer step, into the next phase when it is due."""
         self.steps += 1
         if self.steps == self.end:
             self.freeze(optimizer)

@@ -1,4 +1,4 @@
-"""What a caller may get wrong, and the sentence that says it: keywords, numbers, selectors, the model itself."""
+"""Checks of a caller's arguments with clear errors: keywords, numbers, selectors, the model itself."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from microglia.core.registry import unknown_name
 from microglia.scores import Evidence
 
 REMOVED = ("sparsity", "amount", "pruning_ratio", "ratio")
-"""Words of other libraries for the fraction that goes; here a budget is the fraction that stays."""
+"""Words of other libraries for the removed fraction; here a budget is the kept fraction."""
 SELECTORS = ("layers", "exclude", "protect")
 PAIR = 2
 
 
 def check_model(model: object, user: str) -> None:
-    """Raises unless ``model`` is a network that masks can be put on; the text says what it is instead.
+    """Raises unless ``model`` is a network that can be masked; the text describes the given object.
 
     Raises:
-        MicrogliaError: It is no module, or a scripted, quantized or lazy one.
+        MicrogliaError: The model is not a module, or is scripted, quantized or lazy.
     """
     if isinstance(model, type):
         raise MicrogliaError(f"{user} takes a model, an instance; got the class {model.__name__} itself: call it first.")
@@ -48,9 +48,10 @@ def check_model(model: object, user: str) -> None:
 
 
 def check_unwrapped(model: nn.Module, user: str) -> None:
-    """Raises where a method with parameters of its own is given a wrapped model, which would not gather their gradients.
+    """Raises if a method with its own parameters gets a wrapped model: the wrapper would not gather their gradients.
 
-    The model may be the wrapper, hold one, or be what one wraps: that is known by the parameters alone, which wrappers hold.
+    The model may be the wrapper, contain a wrapper, or be wrapped. The last case is detected by the parameters that wrappers
+    hold.
     """
     if any(isinstance(module, DistributedDataParallel) for module in model.modules()) or _within_wrapper(model):
         raise MicrogliaError(
@@ -59,7 +60,7 @@ def check_unwrapped(model: nn.Module, user: str) -> None:
 
 
 def _within_wrapper(model: nn.Module) -> bool:
-    """Tells whether a living wrapper gathers the gradients of a model's parameters; nothing on a module says so."""
+    """Tells whether an existing wrapper gathers the gradients of a model's parameters; a module does not record this."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return False
     own = {id(p) for p in model.parameters()}
@@ -70,16 +71,16 @@ def _within_wrapper(model: nn.Module) -> bool:
 
     if not wraps():
         return False
-    gc.collect()  # one that was given up may only wait for this
+    gc.collect()  # frees wrappers that are no longer referenced
     return wraps()
 
 
 def plain_settings(config: type, settings: Mapping[str, Any], user: str) -> dict[str, Any]:
-    """Returns a method's keywords as its config wants them: numpy's numbers plain, a lone selector as a list of one.
+    """Returns a method's keywords in the config's form: numpy numbers as plain numbers, a single selector as a list.
 
     Raises:
-        BudgetError: A fraction that goes is given where the fraction kept is asked.
-        UnknownNameError: There is no such keyword, scope or reduction.
+        BudgetError: A removed fraction is given instead of the kept fraction.
+        UnknownNameError: A keyword, scope or reduction is unknown.
     """
     known = {f.name for f in fields(config)} if is_dataclass(config) else set()
     for name, value in settings.items():
@@ -99,11 +100,11 @@ def plain_settings(config: type, settings: Mapping[str, Any], user: str) -> dict
 
 
 def check_choices(settings: Mapping[str, Any], config: type | None = None) -> None:
-    """Raises for a scope or a reduction that is none.
+    """Raises for an unknown scope or reduction.
 
     Args:
         settings: Fields by name.
-        config: The config dataclass whose scope is meant, where it has other words than masks have.
+        config: The config dataclass of the scope, if its words differ from those of masks.
 
     Raises:
         UnknownNameError: The text names the choices.
@@ -117,7 +118,7 @@ def check_choices(settings: Mapping[str, Any], config: type | None = None) -> No
 
 
 def _words(config: type, field: str) -> tuple[Any, ...]:
-    """Returns the words that a field's literal type names."""
+    """Returns the words of a field's literal type."""
     hint = get_type_hints(config)[field]
     return tuple(word for part in (hint, *get_args(hint)) if get_origin(part) is Literal for word in get_args(part))
 
@@ -126,7 +127,7 @@ def check_steps(total_steps: object, user: str, *, least: int = 1) -> int:
     """Returns the number of steps of a training as a plain integer.
 
     Raises:
-        BudgetError: It is none, or below ``least``.
+        BudgetError: The number is not an integer, or is below ``least``.
     """
     plain = _plain(total_steps)
     if isinstance(plain, bool) or not isinstance(plain, int) or plain < least:
@@ -135,11 +136,11 @@ def check_steps(total_steps: object, user: str, *, least: int = 1) -> int:
 
 
 def check_evidence(evidence: object, user: str) -> Evidence:
-    """Returns what a score may look at, with batches that can be read more than once.
+    """Returns the evidence with batches that can be read more than once.
 
     Raises:
-        ScoreError: It is no `Evidence`, its batches are no (inputs, targets) pairs, a generator that is used up, inputs and
-            targets that differ in number, or its loss or generator is of a wrong kind.
+        ScoreError: The argument is not an `Evidence`; its batches are not (inputs, targets) pairs, or are an exhausted
+            generator; inputs and targets differ in number; or its loss or generator is of a wrong kind.
     """
     if evidence is None:
         return Evidence()
@@ -165,7 +166,7 @@ def check_evidence(evidence: object, user: str) -> Evidence:
 
 
 def _check_batch(inputs: Any, targets: Any, *, needed: bool) -> None:
-    """Raises unless inputs and targets are as many, where both are tensors; a score without a loss needs no targets."""
+    """Raises unless inputs and targets, if both are tensors, have the same number; a score without a loss needs no targets."""
     if isinstance(inputs, Tensor) and inputs.ndim == 0:
         raise ScoreError(f"The inputs of evidence are a batch, (batch, ...); got {_kind(inputs)}.")
     if targets is None and not needed:

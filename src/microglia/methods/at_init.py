@@ -29,11 +29,11 @@ from microglia.tasks.task import Task
 from microglia.train.optim import FitConfig
 
 SEPARATE = ("magnitude", "random", "snip", "snip-inference", "gradient", "accumulated-gradient", "synflow")
-"""Scores of a weight that do not look at the gradients of other ones, so that a removed weight is as good as one set to 0."""
+"""Scores that do not depend on gradients of other weights, so that removing a weight equals setting it to 0."""
 EXPLODED = 100.0
-"""Times the loss before: a mask that raises it so far is warned of."""
+"""A mask that raises the loss by this factor gives a warning."""
 OTHER = 1_000_003
-"""Between the seeds of the initial weights and of those that replace them."""
+"""Difference between the seed of the initial weights and the seed of their replacements."""
 Ablation = Literal["none", "shuffle", "reinit", "invert"]
 
 
@@ -42,15 +42,15 @@ class AtInitConfig(MethodConfig):
     """Pruning at initialization.
 
     Attributes:
-        rounds: How often weights are scored and removed on the way to the density; what went never comes back.
-        schedule: Of the densities over the rounds, ``geometric`` or ``linear`` among others.
-        per_class: Examples of each class to score with, in batches of ``score_batch_size``; None takes ``score_batches`` of
-            them as they come.
-        halves: Whether the examples of each class are sorted by class and scored in two halves, as in GraSP's code: then batch
-            norm in train mode sees half of the classes at a time. Needs ``per_class``.
-        ablation: What is done to the mask or the scores to see what they are worth (Frankle et al. 2021): ``shuffle`` permutes
-            the mask within each layer, ``reinit`` trains other initial weights of the same distribution under it, ``invert``
-            removes the highest scores instead of the lowest.
+        rounds: Number of rounds of scoring and removal on the way to the density; removed weights never return.
+        schedule: Schedule of the densities over the rounds, such as ``geometric`` or ``linear``.
+        per_class: Examples of each class to score with, in batches of ``score_batch_size``; None takes ``score_batches``
+            batches in their order.
+        halves: Whether the examples are sorted by class and scored in two halves, as in GraSP's code: batch norm in train mode
+            then sees half of the classes at a time. This needs ``per_class``.
+        ablation: Ablation of the mask or the scores (Frankle et al. 2021): ``shuffle`` permutes the mask within each layer,
+            ``reinit`` trains other initial weights of the same distribution under it, ``invert`` removes the highest scores
+            instead of the lowest.
     """
 
     train: FitConfig = field(default_factory=FitConfig)
@@ -62,7 +62,7 @@ class AtInitConfig(MethodConfig):
     ablation: Ablation = "none"
 
     def check_values(self) -> None:
-        """Raises `BudgetError` for rounds or examples that do not go together."""
+        """Raises `BudgetError` for invalid combinations of rounds or examples."""
         schedules[self.schedule]
         if self.rounds < 1 or (self.per_class is not None and self.per_class < 1):
             raise BudgetError(f"rounds and per_class are at least 1; got {self.rounds} and {self.per_class}.")
@@ -73,12 +73,12 @@ class AtInitConfig(MethodConfig):
 
 
 class AtInit(Pruner):
-    """Prunes a network that is not trained yet, in rounds, when it is made; then there is nothing left to do but train.
+    """Prunes an untrained network in rounds, at construction; afterwards the network only has to be trained.
 
     Args:
         model: The model to prune, in place.
         config: See `AtInitConfig`; its training fields are not used here.
-        evidence: What a score may look at.
+        evidence: The data for the score.
         **settings: The fields of the config by keyword instead.
 
     Example:
@@ -107,11 +107,11 @@ class AtInit(Pruner):
             mask(model, self._narrowed(counts))
             enforce(model)
         else:
-            for count in counts:  # whole units may have fallen short of an earlier count by more than this one goes down
+            for count in counts:  # with whole units an earlier round may already be below this count
                 self.prune_to(min(count, self.masks.kept))
 
     def _narrowed(self, counts: list[int]) -> MaskSet:
-        """Returns the masks of rounds over single weights, which are prune_to's but cost only what is left."""
+        """Returns the masks of rounds over single weights: equal to those of prune_to, at the cost of the remaining weights."""
         layers, own = self.layers, self.config
         assert isinstance(own, AtInitConfig)
         if own.score == "synflow" and own.ablation != "invert":
@@ -127,16 +127,16 @@ class AtInit(Pruner):
 
 
 def counts_of(schedule: str, rounds: int, weights: int, target: int) -> list[int]:
-    """Returns how many weights are left after each round: N - int((1 - density) N), what goes being a whole number.
+    """Returns the number of weights after each round, N - int((1 - density) N): the removed number is rounded down.
 
     The last count is the target itself. Source: Tanaka et al. 2020, their code (``Pruners/pruners.py``, ``_global_mask``);
-    rounded to nearest instead, a mask of 100 rounds drifts from theirs (survey, correction C4).
+    with rounding to nearest, a mask of 100 rounds drifts from theirs (survey, correction C4).
 
     Args:
-        schedule: Of the densities, by name.
-        rounds: How many.
-        weights: N, before the first round.
-        target: After the last one.
+        schedule: Name of the schedule of the densities.
+        rounds: Number of rounds.
+        weights: N, the number before the first round.
+        target: Number after the last round.
     """
     density = schedules[schedule]
     left = [density(number / rounds, 1.0, target / weights) for number in range(1, rounds)]
@@ -144,7 +144,7 @@ def counts_of(schedule: str, rounds: int, weights: int, target: int) -> list[int
 
 
 def refuse_trained(task: Task, config: MethodConfig) -> None:
-    """Raises unless a task's network is untrained, its layers fit, and there is a teacher where one is asked for."""
+    """Raises unless a task's network is untrained, its layers fit, and a requested teacher exists."""
     if task.pretrained:
         raise MicrogliaError(
             "This method starts from initial weights, but the task brings trained weights; leave the checkpoint out."
@@ -159,7 +159,7 @@ def refuse_trained(task: Task, config: MethodConfig) -> None:
 @method("at-init", AtInitConfig, check=refuse_trained, training=FitConfig())
 def at_init(task: Task, run: Run, config: AtInitConfig) -> nn.Module:
     """Score an untrained network, keep the best, train what is left from its initial weights."""
-    dense = dense_model(task, run, config.dense)  # for comparison; only a teacher has to do with the rest
+    dense = dense_model(task, run, config.dense)  # for comparison; the rest depends on it only as a teacher
     model = task.build().to(run.device)
 
     def prune(progress: object) -> dict[str, Any]:
@@ -184,7 +184,7 @@ def at_init(task: Task, run: Run, config: AtInitConfig) -> nn.Module:
 
 @torch.no_grad()
 def loss_of(model: nn.Module, seen: Evidence) -> float:
-    """Returns the loss on the first batch that was scored with, batch norm at its statistics; the model is left as it is."""
+    """Returns the loss on the first batch of the score, with batch norm on batch statistics; the model stays unchanged."""
     batch = next(iter(seen.batches), None)
     if batch is None or seen.loss is None:
         return math.nan
@@ -193,7 +193,7 @@ def loss_of(model: nn.Module, seen: Evidence) -> float:
 
 
 def warn_of_explosion(whole: float, left: float) -> None:
-    """Warns where a mask raises the loss by orders of magnitude, as GraSP's does without batch norm."""
+    """Warns if a mask raises the loss by orders of magnitude, as GraSP's mask does without batch norm."""
     if math.isfinite(whole) and not left <= EXPLODED * whole:
         warnings.warn(
             f"The mask raises the loss of the untrained network from {whole:.3g} to {left:.3g}: its signals explode, and "
@@ -206,7 +206,7 @@ def other_weights(task: Task, seed: int) -> nn.Module:
     """Returns the task's network with other initial weights of the same distribution.
 
     Raises:
-        MicrogliaError: The task knows no way to draw any.
+        MicrogliaError: The task has no function to draw them.
     """
     if task.fresh is None:
         raise MicrogliaError(
@@ -217,7 +217,7 @@ def other_weights(task: Task, seed: int) -> nn.Module:
 
 
 def paths(masks: MaskSet, effective: MaskSet) -> dict[str, Any]:
-    """Returns how many weights masks keep, how many of these lie on a path from input to output, and by layer."""
+    """Returns the number of weights that masks keep, and of those on a path from input to output, in all and by layer."""
     alive = {name: effective[name] & kept.to(effective[name].device) for name, kept in masks.items()}
     layers = {n: {"total": m.numel(), "kept": int(m.sum()), "effective": int(alive[n].sum())} for n, m in masks.items()}
     return {

@@ -12,8 +12,8 @@ class LayerPaths:
     """Weights of one layer.
 
     Attributes:
-        total: All of them.
-        kept: Those that the mask keeps.
+        total: Number of weights.
+        kept: Weights that the mask keeps.
         effective: Kept weights on a path from input to output.
     """
 
@@ -43,5 +43,5 @@ class Initialization:
 
     @property
     def least(self) -> float:
-        """Smallest density of a layer."""
+        """Minimum density of a layer."""
         return min(layer.kept / layer.total for layer in self.layers.values())

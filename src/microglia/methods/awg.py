@@ -1,9 +1,9 @@
 """AWG, accumulated weight and gradient (SMART, appendix G): prune by a smoothed |w g|, fine-tune, and again.
 
-The algorithm (spec: AWG 6.2). As many times as there are steps, with equal increments of sparsity:
+The algorithm (spec: AWG 6.2). It repeats, with equal increments of sparsity:
     calibrate    weights fixed, per mini-batch   I <- beta I + (1 - beta) |w * dL/dw| s_l,   s_l = 1 / (1 - sparsity of layer l)
-    prune        the lowest units over all layers, none above the maximum sparsity of a layer; what is gone stays gone
-    fine-tune    with the masks fixed
+    prune the lowest units over all layers, up to the maximum sparsity of a layer; removed units stay removed fine-tune with the
+    masks fixed
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ class AwgConfig(SearchConfig, UnitConfig):
     """AWG; ``score_batches`` of ``score_batch_size`` examples are the calibration.
 
     Attributes:
-        updates: How many times units are pruned: at the start of so many equal parts of the search. The first is right after
-            the first optimizer step, the rest of a part is fine-tuning.
-        beta: Of the moving average over calibration batches.
+        updates: Number of times that units are pruned, at the start of equal parts of the search. The first is right after the
+            first optimizer step; the rest of a part is fine-tuning.
+        beta: Decay of the moving average over calibration batches.
     """
 
     takes: ClassVar[Takes] = replace(UNITS, fields=(*UNITS.fields, *SAMPLING))
@@ -49,7 +49,7 @@ class AwgConfig(SearchConfig, UnitConfig):
 
 
 class Awg(UnitPruner):
-    """Prunes a little further at each of a number of steps, by accumulated weight and gradient."""
+    """Prunes further at several steps, by accumulated weight and gradient."""
 
     Config = AwgConfig
     softens = False
@@ -57,7 +57,7 @@ class Awg(UnitPruner):
     def __init__(self, model: nn.Module, config: AwgConfig | None = None, **settings: Any) -> None:
         super().__init__(model, config, **settings)
         count = self.awg.updates
-        length = self.end - self.begin  # each update begins its part of the search, which fine-tunes what it left
+        length = self.end - self.begin  # each update begins its part of the search, which then fine-tunes the kept units
         self._due = {max(1, self.begin + round(length * (u - 1) / count)): u / count for u in range(1, count + 1)}
         self.end = max(self._due)
         self._done = 0.0
@@ -68,13 +68,13 @@ class Awg(UnitPruner):
         return cast(AwgConfig, self.config)
 
     def factors(self) -> Tensor:
-        """Returns what is kept now: its masks are never soft."""
+        """Returns the currently kept units: the masks are never soft."""
         kept = self.soft.kept if self.soft is not None else None
         return torch.ones(self.units.count, device=self.units.costs.device) if kept is None else kept.float()
 
     @torch.enable_grad()
     def ranking(self) -> Tensor:
-        """Returns the accumulated score of each unit, summed over its weights, -inf for what is gone."""
+        """Returns the accumulated score of each unit, summed over its weights; -inf for removed units."""
         layers = self.weight_layers
         values = accumulated_gradient(self.model, layers, self.evidence, beta=self.awg.beta)
         scores = self.units.reduce(values, "sum")
@@ -86,7 +86,7 @@ class Awg(UnitPruner):
         return (scores / left.to(scores.dtype)).masked_fill(~kept, -torch.inf)
 
     def choose(self, scores: Tensor) -> Tensor:
-        """Returns what stays at this update: sparsity grows by equal increments."""
+        """Returns the units that stay at this update: sparsity grows by equal increments."""
         final, whole = self.keep, int(self.units.costs.sum())
         if self.pattern.fixed_density is not None:
             final = round(self.pattern.fixed_density * whole)
@@ -96,7 +96,7 @@ class Awg(UnitPruner):
         return chosen
 
     def step(self, optimizer: torch.optim.Optimizer | None = None) -> None:
-        """Goes on by one optimizer step; prunes when an update is due, the last one for good."""
+        """Advances by one optimizer step; prunes when an update is due; the last update is final."""
         self.steps += 1
         if (progress := self._due.get(self.steps)) is None:
             return

@@ -1,7 +1,7 @@
-"""A weight times one factor per block, without ever writing the factors out at the weight's size.
+"""A weight times one factor per block, without expanding the factors to the weight's size.
 
-The expansion of the factors would be as large as the weight, and a network's weights do not fit in the cache: with it, and
-with autograd's own products, the masks of a training step cost as much time as a tenth of the step.
+Expanded factors would be as large as the weight, and a network's weights do not fit in the cache. With them, and with
+autograd's own products, the masks would take a tenth of the time of a training step.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from torch import Tensor
 from microglia.core.patterns import Block
 
 CHUNK = 1 << 16
-"""Elements of a weight treated at a time, so that the product of weight and gradient stays in the cache."""
+"""Elements of a weight per chunk, so that the product of weight and gradient stays in the cache."""
 
 
 def scale_blocks(weight: Tensor, factors: Tensor, block: Block) -> Tensor:
     """Returns the weight with every block multiplied by its factor; differentiable in both.
 
     Args:
-        weight: (out, in, *kernel), contiguous or channels-last; the result is laid out alike.
+        weight: (out, in, *kernel), contiguous or channels-last; the result has the same layout.
         factors: One per block, flat, in the order of ``Block.reduce``.
         block: The pattern.
     """
     whole = weight.shape[0] // block.out * block.out
-    if weight.shape[1] % block.in_ or not whole:  # few inputs (a stem), or fewer outputs than a block has
+    if weight.shape[1] % block.in_ or not whole:  # few inputs (as in a stem), or fewer outputs than a block
         return weight * block.expand(factors, weight.shape).to(weight.dtype)
     grid = factors.to(weight.dtype).view(-(-weight.shape[0] // block.out), weight.shape[1] // block.in_, -1)
     if whole == weight.shape[0]:
@@ -78,7 +78,7 @@ def _channels_last(weight: Tensor) -> bool:
 
 
 def _blocks(weight: Tensor, block: Block) -> Tensor:
-    """Returns a view with the block's sides as dimensions of their own, ordered as in memory.
+    """Returns a view with the block's sides as separate dimensions, ordered as in memory.
 
     Channels-last: (out / o, o, kernel, in / i, i); contiguous: (out / o, o, in / i, i, kernel).
     """

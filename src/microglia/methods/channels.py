@@ -1,4 +1,4 @@
-"""Removing channels: dense model, one score per coupled group of channels, widths to a budget, a cut, recovery."""
+"""Removal of channels: dense model, a score per coupled channel, widths for a budget, a cut, recovery."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ TERMS = ("density", "params", "flops")
 
 @dataclass(frozen=True)
 class ChannelsConfig(MethodConfig):
-    """Physical removal of channels; ``density`` is the kept fraction of the channels that can go.
+    """Physical removal of channels; ``density`` is the kept fraction of the prunable channels.
 
     Attributes:
         pattern: Always ``channel``.
-        scope: ``uniform``: the same fraction of every group of coupled channels; ``global``: by normalized score across them.
-        reduction: How the scores of all weights of a channel, in every layer of its group, become one.
-        exclude: Selectors of layers that keep their shape; what is coupled to their inputs and outputs stays too.
+        scope: ``uniform``: the same fraction of every group of coupled channels; ``global``: by normalized score across groups.
+        reduction: Function that combines the scores of all weights of a channel, in every layer of its group.
+        exclude: Selectors of layers that keep their shape; channels coupled to their inputs and outputs stay too.
         round_to: Widths are kept at multiples of this where wide enough and the budget allows; 1 for none.
-        within_groups: Remove channels within the groups of a convolution or norm, each its own, rather than whole groups.
-        keep_class: Only what the model's own classes can follow, never a traced graph.
-        batch: Examples in the batch that ``ms`` is the time of.
-        recalibrate: Training batches over which batch-norm statistics are estimated anew after the cut; 0 for none.
-        rounds: Times that channels are scored, removed and the model trained; each round removes the same fraction.
+        within_groups: Remove channels within each group of a grouped convolution or norm, rather than whole groups.
+        keep_class: Remove only channels that the model's own classes can lose, so that the model never becomes a traced graph.
+        batch: Examples in the batch whose time is ``ms``.
+        recalibrate: Training batches over which batch-norm statistics are estimated again after the cut; 0 for none.
+        rounds: Number of rounds of scoring, removal and training; each round removes the same fraction.
     """
 
     takes: ClassVar[Takes] = Takes(
@@ -65,7 +65,7 @@ class ChannelsConfig(MethodConfig):
     rounds: int = 1
 
     def check_values(self) -> None:
-        """Raises `BudgetError` for counts below 1 and for rounds towards a time."""
+        """Raises `BudgetError` for counts below 1, and for several rounds with a budget of time."""
         if min(self.round_to, self.batch, self.rounds) < 1:
             raise BudgetError(
                 f"round_to, batch and rounds are at least 1; got {self.round_to}, {self.batch} and {self.rounds}."
@@ -75,7 +75,7 @@ class ChannelsConfig(MethodConfig):
 
     @property
     def budget(self) -> Budget:
-        """What is kept."""
+        """The budget."""
         return Budget(density=self.density, params=self.params, flops=self.flops, ms=self.ms)
 
 
@@ -108,7 +108,7 @@ def channels(task: Task, run: Run, config: ChannelsConfig) -> nn.Module:
 
 
 def _prune(task: Task, run: Run, config: ChannelsConfig, number: int, model: nn.Module) -> nn.Module:
-    """Returns the model of a round: after i of n the dense model's fraction is that of the budget to the power i / n."""
+    """Returns the model of a round: after round i of n the fraction of the dense model is the budget's to the power i / n."""
     reached = plan_of(model).got if "shrunk" in changes_of(model) else {}
     asked = {term: value for term in TERMS if (value := getattr(config, term)) is not None}
     left = {term: min(1.0, value ** (number / config.rounds) / reached.get(term, 1.0)) for term, value in asked.items()}
@@ -134,7 +134,7 @@ def _batch(task: Task, config: ChannelsConfig) -> Any:
 
 
 def _settings(config: ChannelsConfig) -> dict[str, Any]:
-    """Returns the arguments that the cut and its trial have in common."""
+    """Returns the common arguments of the cut and its trial."""
     return {
         "reduction": config.reduction,
         "scope": config.scope,

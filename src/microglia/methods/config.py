@@ -1,8 +1,8 @@
 """Methods by name: a method is a function (task, run, config) -> model with a frozen config.
 
-A config is composed, not inherited from a tower: `PruneConfig` says what is pruned, `Trainings` how the model is trained,
-`Sampling` what scores look at, `Permuting`, `UnitConfig` and `SearchConfig` are further parts, and the rest are the method's
-own fields. In YAML and by keyword all of them stand side by side.
+A config is composed of parts: `PruneConfig` selects what is pruned, `Trainings` holds the trainings, `Sampling` the data for
+scores. `Permuting`, `UnitConfig` and `SearchConfig` are further parts; the other fields are the method's own. In YAML and by
+keyword all fields are on one level.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from microglia.train.recover import RECALIBRATION
 
 @dataclass(frozen=True)
 class Trainings:
-    """How the model is trained.
+    """The trainings of the model.
 
     Attributes:
-        dense: Training of the dense model, where the task brings no trained weights.
+        dense: Training of the dense model, if the task has no trained weights.
         train: Training after (or while) pruning.
     """
 
@@ -41,10 +41,10 @@ class Trainings:
 
 @dataclass(frozen=True)
 class Sampling:
-    """What a score looks at.
+    """The data for a score.
 
     Attributes:
-        score_batches: Training batches a score looks at.
+        score_batches: Number of training batches for the score.
         score_batch_size: Examples in each.
     """
 
@@ -54,7 +54,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class MethodConfig(Sampling, Trainings, PruneConfig):
-    """What to keep, what to score with and how to train, common to all whole procedures."""
+    """The budget, the score and the trainings: common to all whole procedures."""
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,8 @@ class Permuting:
     """A part of methods that mask a trained network.
 
     Attributes:
-        permute: Whether to put the channels of the dense network, whose function stays, in an order in which blocks of
-            several outputs (or inputs) keep more of its magnitude; see `microglia.permute_channels`.
+        permute: Whether to reorder the channels of the dense network so that blocks of several outputs (or inputs) keep more
+            magnitude. The network's function stays the same; see `microglia.permute_channels`.
     """
 
     permute: bool = False
@@ -79,7 +79,7 @@ UNITS = Takes(
         "reduction": "it ranks units by values of its own",
     },
 )
-"""What methods take that choose among all units by values of their own: channels go, other units are masked."""
+"""Fields of methods that choose among all units by their own values: channels are removed, other units masked."""
 
 
 @dataclass(frozen=True)
@@ -87,10 +87,10 @@ class UnitConfig(Permuting, MethodConfig):
     """Methods that choose among all units of a model while it trains.
 
     Attributes:
-        cost: What the budget counts: ``units``, the ``weights`` they hold, or their ``macs``. ``auto`` is weights, and for the
-            pattern channel the number of channels, coupled across layers.
-        max_sparsity: Largest fraction of a layer's units that may go.
-        recalibrate: Training batches over which batch-norm statistics are estimated anew when the masks are final; 0 for none.
+        cost: Cost that the budget counts: ``units``, their ``weights``, or their ``macs``. ``auto`` is weights; for the pattern
+            channel it is the number of channels, coupled across layers.
+        max_sparsity: Maximum fraction of a layer's units that may be removed.
+        recalibrate: Training batches over which batch-norm statistics are estimated again when the masks are final; 0 for none.
     """
 
     takes: ClassVar[Takes] = UNITS
@@ -116,7 +116,7 @@ class SearchConfig:
 
     Attributes:
         begin: Fraction of the training at which the search begins; dense until then.
-        search: Fraction of the training that the search takes; then the masks are exact and fixed.
+        search: Fraction of the training for the search; afterwards the masks are exact and fixed.
     """
 
     begin: float = 0.0
@@ -137,7 +137,7 @@ class SearchConfig:
 
 Procedure = Callable[[Task, Run, Any], nn.Module]
 Check = Callable[[Task, Any], object]
-"""(task, config): raises what is wrong with them, before anything is trained."""
+"""Check of (task, config): raises an error before anything is trained."""
 
 
 def fits(task: Task, config: PruneConfig) -> None:
@@ -153,14 +153,14 @@ class Method:
     """A named procedure.
 
     Attributes:
-        name: As in recipes and on the command line.
-        procedure: Trains, prunes and recovers; returns the masked or the shrunk model.
+        name: Name in recipes and on the command line.
+        procedure: Trains, prunes and recovers; returns the masked or shrunk model.
         config: Its frozen config dataclass.
         description: One line.
-        defaults: Config fields this name sets, which a recipe may override.
-        check: Raises, before anything is trained, what is wrong with a config for a task.
-        training: The training after (or while) pruning where a recipe says nothing of it.
-        original: The method that this name is a preset of; its own name where it is none.
+        defaults: Config fields that this name sets; a recipe may override them.
+        check: Raises an error about a config for a task before anything is trained.
+        training: The default training after (or while) pruning.
+        original: The method of which this name is a preset; its own name if it is not a preset.
     """
 
     name: str
@@ -173,7 +173,7 @@ class Method:
     original: str = ""
 
     def outcome(self, pattern: str | Pattern) -> Outcome | None:
-        """Returns what the method makes of a model with a pattern; None where it does not admit the pattern."""
+        """Returns the outcome of the method for a pattern; None if it does not admit the pattern."""
         return self.config.takes.outcome(pattern)
 
 

@@ -2,11 +2,11 @@
 
 The algorithm (spec: 9.1, after the authors' code). Per group of C coupled channels, with o of the importance network, noise g:
     width       kappa = sigmoid(linear(fixed noise) + 3)
-    importance  sigmoid(o + g + 3) / 2 + energy / (2 max energy)     energy: mean over data of the sum of x^2 where it is read
-    gate        prefix(kappa) at the channel's rank by importance, times u = sigmoid((o + g + 3) / 0.4)
-    loss        L + 2 w |ln(MACs / (p MACs_dense))| + sum over groups ln(1 + |mean hard(u) - kappa + U(-0.02, 0.02)|)
-where dL/dkappa := mean over channels of dL/dprefix; MACs are those of the mean of both widths, kappa and mean hard(u). In the
-end channels rank by the moving average of their importance, and a common factor moves the widths to the budget.
+    importance sigmoid(o + g + 3) / 2 + energy / (2 max energy) energy: mean over data of the sum of x^2 at its readers gate
+    prefix(kappa) at the channel's rank by importance, times u = sigmoid((o + g + 3) / 0.4) loss L + 2 w |ln(MACs / (p
+    MACs_dense))| + sum over groups ln(1 + |mean hard(u) - kappa + U(-0.02, 0.02)|)
+where dL/dkappa := mean over channels of dL/dprefix; MACs are those of the mean of both widths, kappa and mean hard(u). At the
+end channels are ranked by the moving average of their importance, and a common factor scales the widths to the budget.
 """
 
 from __future__ import annotations
@@ -55,11 +55,11 @@ class DdnpConfig(MethodConfig):
 
     Attributes:
         pattern: Always ``channel``.
-        exclude: Selectors of layers that keep their shape; what is coupled to their inputs and outputs stays too.
+        exclude: Selectors of layers that keep their shape; channels coupled to their inputs and outputs stay too.
         search_epochs: Passes of the search over its share of the training data, in batches of ``score_batch_size``.
-        search_share: Fraction of the training batches that the search sees, the same ones in every pass.
-        strength: w, of the penalty on multiply-accumulates.
-        search_lr: Learning rate of both networks (AdamW); that of the widths falls along a cosine.
+        search_share: Fraction of the training batches that the search uses, the same batches in every pass.
+        strength: w, the weight of the penalty on multiply-accumulates.
+        search_lr: Learning rate of both networks (AdamW); the rate of the widths falls along a cosine.
     """
 
     takes: ClassVar[Takes] = Takes(
@@ -74,7 +74,7 @@ class DdnpConfig(MethodConfig):
     search_lr: float = 1e-3
 
     def check_values(self) -> None:
-        """Raises `BudgetError` for values of the search out of range."""
+        """Raises `BudgetError` for search fields out of range."""
         if self.search_epochs < 1 or not 0 < self.search_share <= 1 or not self.search_lr > 0 or self.strength < 0:
             raise BudgetError("search_epochs is at least 1, search_share in (0, 1], search_lr above 0, strength at least 0.")
 
@@ -83,25 +83,25 @@ class DdnpConfig(MethodConfig):
         """p, the kept fraction of the multiply-accumulates."""
         if self.flops is None:
             raise BudgetError("The method 'ddnp' takes flops, the kept fraction of the multiply-accumulates such as 0.5.")
-        return Budget(flops=self.flops).flops or 0.0  # which checks it
+        return Budget(flops=self.flops).flops or 0.0  # this checks it
 
 
 class Ddnp:
-    """Learns widths and ranks of a frozen model's channels, to be stepped inside anybody's loop; see `PrunerProtocol`.
+    """Learns widths and ranks of a frozen model's channels inside any training loop; see `PrunerProtocol`.
 
-    The model rests until `finish`: in evaluation mode, without gradients. Its channels have new gates at every step. The
-    networks are no part of the model, so that a data-parallel wrapper does not average their gradients.
+    The model is frozen until `finish`: in evaluation mode, without gradients. Its channels have new gates at every step. The
+    networks are not part of the model, so that a data-parallel wrapper does not average their gradients.
 
     Args:
         model: The model to prune, in place.
         config: See `DdnpConfig`; its trainings and the length of its search are not used here.
-        total_steps: Optimizer steps of the search, over which the rate of the widths falls along a cosine.
+        total_steps: Optimizer steps of the search; over these the rate of the widths falls along a cosine.
         example_inputs: One batch of inputs.
-        evidence: Batches, over which the energy of channels is summed, and the generator of all that is random.
+        evidence: Batches for the energy of channels, and the generator of all random numbers.
         **settings: The fields of the config by keyword instead.
 
     Raises:
-        MicrogliaError: The config or the evidence does not fit the model; the text says how.
+        MicrogliaError: The config or the evidence does not fit the model; the text explains it.
     """
 
     def __init__(
@@ -123,7 +123,7 @@ class Ddnp:
         if example_inputs is None:
             raise BudgetError(f"{user} traces the model to find coupled channels: give example_inputs, one batch of inputs.")
         self.units = CoupledChannels(model, example_inputs, self.config.exclude)
-        whole_widths(self.units, torch.ones(len(self.units.lengths)), self.config.kept)  # can it be met
+        whole_widths(self.units, torch.ones(len(self.units.lengths)), self.config.kept)  # checks that it can be met
         device = device_of(model)
         with evaluating(model):
             energy = energies(model, self.units, evidence.batches, device, evidence.forward)
@@ -139,13 +139,13 @@ class Ddnp:
         self._soft: SoftMasks | None = SoftMasks(model, self.units, self._gates, None)
 
     def _gates(self) -> Tensor | None:
-        """Returns the gates of this step, drawn at its first forward pass; evaluation sees the last ones."""
+        """Returns the gates of this step, drawn at its first forward pass; evaluation uses the last gates."""
         if torch.is_grad_enabled() and self._penalty is None:
             self._penalty = self.search()
         return self.search.gates
 
     def penalty(self) -> Tensor | float:
-        """Returns what the gates of the last forward pass add to the loss."""
+        """Returns the penalty of the last forward pass's gates."""
         return 0.0 if self._penalty is None else self._penalty
 
     def replaces_step(self) -> bool:
@@ -153,7 +153,7 @@ class Ddnp:
         return False
 
     def step(self, optimizer: torch.optim.Optimizer | None = None) -> None:
-        """Goes on by one optimizer step: new gates, and the next rate of the widths."""
+        """Advances by one optimizer step: new gates, and the next rate of the widths."""
         self.steps, self._penalty = self.steps + 1, None
         rate = cosine(self.config.search_lr, self.steps / self.total_steps)
         set_rate([optimizer, *self._made], [self.search.linear], rate)
@@ -165,23 +165,23 @@ class Ddnp:
         return groups_of(self.search, self.config.search_lr)
 
     def optimizers(self) -> list[torch.optim.Optimizer]:
-        """Returns AdamW for both networks; the rate of the widths falls from step to step."""
+        """Returns AdamW for both networks; the rate of the widths falls at every step."""
         made = [own_optimizer("adamw", groups)] if (groups := self.param_groups()) else []
         self._made += made
         return list(made)
 
     def weights_to_train(self) -> list[nn.Parameter]:
-        """Returns the parameters of the model, which rest: none gets a gradient before `finish`."""
+        """Returns the parameters of the model, which are frozen: none gets a gradient before `finish`."""
         return list(self.model.parameters())
 
     @torch.no_grad()
     def kept(self) -> Tensor:
-        """Returns the channels that meet the budget, by width and rank as learned so far, boolean (channels,)."""
+        """Returns the channels that meet the budget, by the current widths and ranks, boolean (channels,)."""
         counts = whole_widths(self.units, self.search.widths().cpu(), self.config.kept)
         return ranks(self.search.average.cpu(), self.search.lengths) < to_channels(counts, self.search.lengths)
 
     def finish(self) -> MaskSet:
-        """Ends the search: masks all other channels, and lets the model be trained again; returns the masks."""
+        """Ends the search: masks all other channels and unfreezes the model; returns the masks."""
         if self._soft is not None:
             kept = self.kept().to(device_of(self.model))
             masks = self.units.masks(kept)
@@ -204,12 +204,12 @@ class Ddnp:
         return {"widths": dict(zip(self.units.names, self.search.widths().tolist(), strict=True))}
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns where the search stands."""
+        """Returns the state of the search."""
         state = {"networks": self.search.state_dict(), "average": self.search.average}
         return {"steps": self.steps, **state, "generator": self.search.generator.get_state()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on from a state."""
+        """Resumes from a state."""
         self.steps = int(state["steps"])
         self.search.load_state_dict(state["networks"])
         self.search.average.copy_(state["average"])
@@ -217,18 +217,18 @@ class Ddnp:
 
 
 def _rest(module: nn.Module, args: Any) -> None:
-    """Keeps a model that rests in evaluation mode, whatever the loop around it sets."""
+    """Keeps a frozen model in evaluation mode, even if the loop sets another mode."""
     if module.training:
         module.eval()
 
 
 def cosine(rate: float, progress: float) -> float:
-    """Returns a rate that falls along half a cosine, from all of it at progress 0 to 0 at 1."""
+    """Returns a rate that falls along half a cosine, from the full rate at progress 0 to 0 at 1."""
     return rate * (1 + math.cos(math.pi * progress)) / 2
 
 
 def groups_of(search: Search, rate: float) -> list[dict[str, Any]]:
-    """Returns the groups of the networks: that of the widths, without decay, and the rest."""
+    """Returns the groups of the networks: the widths, without decay, and the rest."""
     rest = [parameter for parameter in search.parameters() if parameter is not search.linear]
     return [
         {"params": [search.linear], "lr": rate, "weight_decay": 0.0},
@@ -261,7 +261,7 @@ def ddnp(task: Task, run: Run, config: DdnpConfig) -> nn.Module:
 
 
 def search(task: Task, run: Run, config: DdnpConfig, model: nn.Module, progress: Progress) -> dict[str, Any]:
-    """Returns what a search finds; it works on a frozen copy, saves each pass, and is the same on every rank."""
+    """Returns the result of a search, which uses a frozen copy, saves each pass, and is the same on every rank."""
     units, frozen = _units(model, task, config), deepcopy(model).eval().requires_grad_(False)
     batches = task.data.batches("train", config.score_batch_size, seed=run.seed, shuffle=True)
     share = max(1, round(config.search_share * len(batches)))
@@ -289,16 +289,16 @@ def search(task: Task, run: Run, config: DdnpConfig, model: nn.Module, progress:
 
 
 def _epoch(own: Search, step: Step, batches: Iterable[Any]) -> float:
-    """Goes on by one pass over the batches; returns the mean loss."""
+    """Advances by one pass over the batches; returns the mean loss."""
     losses, diverged = [], "The loss of the search became {loss}; look for non-finite weights or inputs."
     for batch in batches:
-        penalty = own()  # first: it draws the gates of the forward pass
+        penalty = own()  # first, because it draws the gates of the forward pass
         losses.append(float(step(batch, penalty=lambda drawn=penalty: drawn, diverged=diverged)))  # type: ignore[misc]
     return sum(losses) / len(losses)
 
 
 def _removed(task: Task, run: Run, config: DdnpConfig, kept: Tensor, model: nn.Module) -> nn.Module:
-    """Returns the model without the other channels, biases and shifts of theirs included."""
+    """Returns the model without the other channels, including their biases and shifts."""
     masked = deepcopy(model)
     mask(masked, _units(model, task, config).masks(kept.to(run.device)))
     small = shrink(masked, to_device(task.example, run.device), clear=True)

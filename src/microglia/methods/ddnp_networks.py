@@ -1,4 +1,4 @@
-"""What DDNP searches with: the two networks, their soft prefixes, the energies of channels, and whole widths for a budget."""
+"""The parts of a DDNP search: the two networks, soft prefixes, energies of channels, and integer widths for a budget."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from microglia.graph.channels.coupled import CoupledChannels
 
 INPUTS, HIDDEN = 64, 128  # length of the importance network's inputs, and of each direction of its GRU
 OFFSET, TEMPERATURE, MEMORY, JITTER, TOLERANCE = 3.0, 0.4, 0.99, 0.02, 0.01
-RAMP, FLOOR = 0.05, 0.025  # half the prefix's ramp as a fraction of the channels; what is added to the prefix
+RAMP, FLOOR = 0.05, 0.025  # half the prefix's ramp as a fraction of the channels; floor of the prefix
 
 
 class Aim(Protocol):
-    """What a search aims at."""
+    """The target of a search."""
 
     @property
     def kept(self) -> float:
@@ -29,7 +29,7 @@ class Aim(Protocol):
 
     @property
     def strength(self) -> float:
-        """w, of the penalty on multiply-accumulates."""
+        """w, the weight of the penalty on multiply-accumulates."""
         ...
 
 
@@ -52,9 +52,9 @@ def ranks(importance: Tensor, lengths: Sequence[int]) -> Tensor:
 class Prefix(torch.autograd.Function):
     """The soft mask of the first kappa C of each group's channels by rank, (channels,), with a smooth step at the end.
 
-    The step q(x) = -2 (x/T)^3 + 1.5 (x/T) + 0.5 is T = 2 s channels long, s = int(0.05 C) or less, where the group ends; with
-    s = 0 the mask is the first round(kappa C). x runs from the middles of channels, so that the mask sums to kappa C; in the
-    authors' code it has half a channel more. ``floor`` is added to all, up to 1.
+    The step q(x) = -2 (x/T)^3 + 1.5 (x/T) + 0.5 is T = 2 s channels long; s = int(0.05 C), or less near the end of the group.
+    With s = 0 the mask is the first round(kappa C). x is measured at the middle of channels, so that the mask sums to kappa C;
+    in the authors' code the sum is half a channel larger. ``floor`` is added to all entries, up to 1.
     """
 
     @staticmethod
@@ -79,7 +79,7 @@ def _uniform(like: Tensor, inputs: int, generator: torch.Generator) -> nn.Parame
 
 
 class Search(nn.Module):
-    """The two networks and the moving average of the importance; everything random is drawn on the CPU."""
+    """The two networks and the moving average of the importance; all random numbers are drawn on the CPU."""
 
     def __init__(self, channels: CoupledChannels, config: Aim, energy: Tensor, generator: torch.Generator) -> None:
         super().__init__()
@@ -103,7 +103,7 @@ class Search(nn.Module):
         return torch.sigmoid(self.linear @ self.noise + OFFSET)
 
     def forward(self) -> Tensor:
-        """Draws new gates and returns what is added to the task's loss for them."""
+        """Draws new gates and returns their penalty for the task's loss."""
         widths, lengths = self.widths(), self.lengths
         features = torch.relu(self.norm(self.gru(self.inputs)[0]))
         outputs = torch.cat([head @ row for head, row in zip(self.heads, features, strict=True)])
@@ -121,13 +121,14 @@ class Search(nn.Module):
 
 
 def whole_widths(channels: CoupledChannels, widths: Tensor, kept: float) -> Tensor:
-    """Returns how many channels each group keeps, at least one, so that ``kept`` of the multiply-accumulates is left, int64.
+    """Returns the channels that each group keeps, at least one, so that ``kept`` of the multiply-accumulates remains, int64.
 
-    A common factor on the widths reaches the channels of all groups in one order; with each the multiply-accumulates rise, and
-    bisection finds the place nearest to the budget. Where that is off, for the last channel is a large one, others go for it.
+    A growing common factor on the widths adds the channels of all groups in one order. Each channel raises the
+    multiply-accumulates, so bisection finds the point nearest to the budget. If the last channel is so large that the budget is
+    missed, other channels are removed for it.
 
     Raises:
-        BudgetError: One channel in each group is too much already.
+        BudgetError: Even one channel in each group exceeds the budget.
     """
     lengths = channels.lengths
     place, group = ranks(torch.zeros(channels.count), lengths), to_channels(torch.arange(len(lengths)), lengths)
@@ -160,12 +161,12 @@ def energies(
 ) -> Tensor:
     """Returns each channel's energy, the sum over data and positions of x^2 in all layers that read it, float64 (channels,).
 
-    It is only compared within a group; 0 where no module is called with what is read, as inside attention.
+    It is only compared within a group. It is 0 if no module has the channel as its input, as inside attention.
     """
     energy = torch.zeros(channels.count + 1, dtype=torch.float64)
 
     def note(units: Tensor, rank: int, _: nn.Module, args: tuple[Any, ...]) -> None:
-        if args and isinstance(args[0], Tensor):  # channels are in front of as many dimensions as the kernel has
+        if args and isinstance(args[0], Tensor):  # after the channels come as many dimensions as the kernel has
             each = args[0].movedim(args[0].ndim - rank + 1, 0).flatten(1).float().square().sum(1).double().cpu()
             if len(each) % len(units) == 0:  # a grouped convolution's weight has the channels of one group
                 energy.index_add_(0, units, each.view(-1, len(units)).sum(0))

@@ -1,4 +1,4 @@
-"""Exchanging weights under a mask: what a removed weight's gradient would be, and as many grown as dropped."""
+"""Exchange of weights under a mask: gradients of removed weights, and equal numbers of grown and dropped weights."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ from microglia.core.selection import keep_best
 
 
 class DenseGradients:
-    """Reads dL / d(m w) in backward passes: what each weight would get were it not masked.
+    """Reads dL / d(m w) in backward passes: the gradient that each weight would get without a mask.
 
-    The mask's own backward zeroes it at removed weights, so it is read at the mask's output, and only between `listen` and
-    `rest`: other steps pay nothing. Several uses of a weight, and micro-batches of one step, add up as they do in ``.grad``.
+    The mask's own backward pass zeroes it at removed weights, so it is read at the mask's output. It is read only between
+    `listen` and `rest`, so other steps have no cost. Several uses of a weight, and micro-batches of one step, are summed as in
+    ``.grad``.
     """
 
     def __init__(self) -> None:
@@ -28,7 +29,7 @@ class DenseGradients:
         self._handles: list[RemovableHandle] = []
 
     def listen(self, masked: Iterable[Masked]) -> None:
-        """Reads the backward passes from now on, from zero."""
+        """Starts to read backward passes, from zero."""
         self.rest()
         sums, known = self._sums, set(masked)
 
@@ -42,7 +43,7 @@ class DenseGradients:
         self._handles = [module.register_forward_hook(after_forward) for module in known]
 
     def rest(self) -> None:
-        """Forgets what was read and reads no more."""
+        """Clears the gradients and stops reading."""
         for handle in self._handles:
             handle.remove()
         self._handles, self._sums = [], {}
@@ -77,14 +78,14 @@ def mask_of(layer: Layer) -> Masked:
 def exchange(
     kept: Tensor, weight: Tensor, growth: Tensor, *, count: int, generator: torch.Generator, name: str = "weight"
 ) -> Tensor:
-    """Returns the mask in which the ``count`` smallest weights gave way to as many others.
+    """Returns the mask after the ``count`` smallest weights are exchanged for other weights.
 
     Args:
         kept: The mask, of the weight's shape.
-        weight: The weights, of which |w| counts.
-        growth: Where to grow, higher first, among all not kept after the drop.
+        weight: The weights; |w| is the criterion.
+        growth: Score of growth, higher first, for all weights not kept after the drop.
         count: Weights to exchange, 0 <= count <= those kept.
-        generator: Decides among equals. The paper's code adds noise of 1e-5 to |w| to that end; this is exact instead.
+        generator: Breaks ties. The paper's code adds noise of 1e-5 to |w| for this; here it is exact.
         name: The layer's name, for errors.
 
     Raises:
@@ -100,6 +101,6 @@ def exchange(
 
 
 def _best(name: str, values: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """Returns the positions of the ``count`` largest values, equal ones in random order."""
+    """Returns the positions of the ``count`` largest values; ties are broken at random."""
     order = torch.randperm(len(values), generator=generator).to(values.device)
     return order[keep_best({name: values[order]}, count)[name]]

@@ -1,11 +1,12 @@
-"""FTWT, fire together wire together (CVPR 2022): per input, small heads predict which filters will matter; only these count.
+"""FTWT, fire together wire together (CVPR 2022): per input, small heads predict the important filters; only these are used.
 
 The algorithm (spec: 7, after the authors' code). Per gated layer with input I and response O = act(norm(conv(I))):
     prediction  P = A softmax(pool(I)) + b;  M = [P > 0];  the layer passes on M O
     target      a_c = max |O_c|, p = a / sum a;  g = the leading filters whose mass is at most r
     loss        L(f(x; W), y) + lambda (1 / layers) sum over layers of mean over inputs of sum over filters of BCE(P, g)
-lambda is 1 until the cool-down, then 0: the heads rest and the network adapts to them. Decoupled, the heads see I without a
-gradient to it. No gradient of the task's loss reaches a head, for M has none. Targets are those of the masked network itself.
+lambda is 1 until the cool-down, then 0: the heads are fixed and the network adapts to them. In the decoupled mode, no gradient
+flows from the heads to I. No gradient of the task's loss reaches a head, because M has none. Targets are those of the masked
+network itself.
 """
 
 from __future__ import annotations
@@ -50,25 +51,25 @@ class FtwtConfig(MethodConfig):
 
     Attributes:
         pattern: Always ``channel``.
-        layers: Selectors of the convolutions to gate; those that cannot be are left out.
+        layers: Selectors of the convolutions to gate; convolutions that cannot be gated are left out.
         exclude: Selectors of convolutions not to gate.
-        mode: ``decoupled``; ``joint``, where the loss of the heads trains the network too; ``heads``, where the network rests;
-            ``random``, the baseline whose heads are never trained and keep as many filters of each layer as the targets do.
+        mode: ``decoupled``; ``joint``, where the loss of the heads also trains the network; ``heads``, where the network is
+            frozen; ``random``, a baseline with untrained heads that keep as many filters of each layer as the targets.
         r: Fraction of a layer's mass that its target keeps, in (0, 1], for all layers or by layer; instead of ``flops``.
-        rule: How targets are made; see `microglia.dynamic.targets`.
-        count: What ``flops`` counts: ``honest``, all that is computed, or ``paper``, as published (heads for free).
+        rule: Rule for targets; see `microglia.dynamic.targets`.
+        count: Operations that ``flops`` counts: ``honest``, all computed ones, or ``paper``, as published (without the heads).
         images: Training images on which r is chosen before the training.
-        pool: What a head sees of its input: the average of each channel (the authors' code) or its maximum (their figures).
-        softmax: Whether that goes through a softmax over channels.
-        head_lr: Constant learning rate of the heads, which have SGD with momentum 0.9 and no weight decay.
-        cooldown: Fraction of the training after which the heads rest.
-        soften: Fraction of the training over which the masks come in, from no effect at all to all of it; 0 as in the paper,
-            where half the filters go at the first step.
-        initial: Heads at the start: ``random``, as in the paper, or ``fitted`` (ours): each the logistic regression of its
-            targets on what it sees of about ``images`` training images, so that a short training is not spent on them.
-        calibrate: Whether, with ``flops``, the heads' thresholds are moved so that the masks cost what was asked: when the
-            heads are fitted, when they rest, and at the end. Otherwise, and with ``r``, they are the paper's, a probability of
-            one half.
+        pool: Input of a head: the average of each channel (the authors' code) or its maximum (their figures).
+        softmax: Whether this input goes through a softmax over channels.
+        head_lr: Constant learning rate of the heads, which use SGD with momentum 0.9 and no weight decay.
+        cooldown: Fraction of the training after which the heads are fixed.
+        soften: Fraction of the training over which the masks grow from no effect to full effect; 0 as in the paper, where half
+            the filters are removed at the first step.
+        initial: Initial heads: ``random``, as in the paper, or ``fitted`` (ours). A fitted head is the logistic regression of
+            its targets on its inputs for about ``images`` training images. This saves training time.
+        calibrate: Whether, with ``flops``, the heads' thresholds are moved so that the masks have the requested cost. This
+            happens when the heads are fitted, when they are fixed, and at the end. Otherwise, and with ``r``, the threshold is
+            the paper's, a probability of one half.
     """
 
     takes: ClassVar[Takes] = Takes(
@@ -120,7 +121,7 @@ class FtwtConfig(MethodConfig):
 
 
 def plan_gates(model: nn.Module, flow: Flow, config: FtwtConfig) -> GatePlan:
-    """Returns the plan of a model's gates, with the config's r where it has one.
+    """Returns the plan of a model's gates, with the config's r if it has one.
 
     Raises:
         SelectorError: No convolution can be gated, or r names one that is not.
@@ -134,7 +135,7 @@ def with_r_of(plan: GatePlan, r: float | dict[str, float]) -> GatePlan:
     """Returns the plan with one r for all layers, or one for each.
 
     Raises:
-        SelectorError: r by layer names another layer than the gated ones, or leaves one out.
+        SelectorError: r by layer names a layer that is not gated, or omits a gated one.
     """
     layers = [site.layer for site in plan.sites]
     if isinstance(r, dict):
@@ -147,19 +148,19 @@ def with_r_of(plan: GatePlan, r: float | dict[str, float]) -> GatePlan:
 
 
 class Ftwt:
-    """The heads of a model and their loss, to be stepped inside anybody's training loop; see `PrunerProtocol`.
+    """The heads of a model and their loss, for use inside any training loop; see `PrunerProtocol`.
 
     Example:
         >>> pruner = mg.methods.Ftwt(model, r=0.9, total_steps=1000, example_inputs=x)      # doctest: +SKIP
 
     Args:
-        model: With gates, which a new r reaches, or to be given some, in place.
+        model: A model with gates, which get a new r, or without gates, which are added in place.
         config: See `FtwtConfig`; its training fields are not used here.
-        total_steps: Optimizer steps of the training, over which fractions count.
-        example_inputs: One batch of inputs, where the model has no gates yet.
+        total_steps: Optimizer steps of the training; fractions refer to these.
+        example_inputs: One batch of inputs, if the model has no gates yet.
         evidence: Its generator draws the heads' initial weights.
-        generator: Draws them instead.
-        at_rest: Called when the heads come to rest, and again at the end, to calibrate them.
+        generator: Draws the initial weights instead.
+        at_rest: Called when the heads become fixed, and again at the end, to calibrate them.
         **settings: The fields of the config by keyword instead.
     """
 
@@ -225,12 +226,12 @@ class Ftwt:
 
     @property
     def progress(self) -> float:
-        """Fraction of the training that is over."""
+        """Completed fraction of the training."""
         return self.steps / self.total_steps
 
     @property
     def learning(self) -> bool:
-        """Whether the heads learn now."""
+        """Whether the heads are being trained now."""
         return self.config.mode == "heads" or (self.config.mode != "random" and self.progress < self.config.cooldown)
 
     def _hear(self, passage: Passage) -> None:
@@ -241,7 +242,7 @@ class Ftwt:
 
     # -------------------------------------------------------------------------------------------- what the loop asks
     def penalty(self) -> Tensor | float:
-        """Returns the loss of the heads in the last forward pass, mean over layers; 0 when they rest."""
+        """Returns the loss of the heads in the last forward pass, mean over layers; 0 once they are fixed."""
         losses, self._losses = self._losses, []
         if losses:
             return torch.stack(losses).sum() / len(self.gates)
@@ -250,13 +251,13 @@ class Ftwt:
         return 0.0
 
     def step(self, optimizer: torch.optim.Optimizer | None = None) -> None:
-        """Goes on by one optimizer step; given the optimizer, heads that rest do not drift on their momentum either."""
+        """Advances by one optimizer step; with the optimizer given, momentum does not move fixed heads either."""
         learned = self.learning
         self.steps += 1
         self._fade()
         if learned and not self.learning:
             self._calibrate()
-        if not self.learning:  # under DDP they go on getting gradients, of zeros
+        if not self.learning:  # under DDP they still get gradients, which are zero
             set_rate([optimizer, *self._made], self.parameters(), 0.0)
 
     def replaces_step(self) -> bool:
@@ -273,13 +274,13 @@ class Ftwt:
             gate.fade = min(1.0, self.progress / soften) if soften else 1.0
 
     def param_groups(self) -> list[dict[str, Any]]:
-        """Returns the heads' group: its own rate and no weight decay; see `Pruner.param_groups`."""
+        """Returns the heads' group with its own rate and no weight decay; see `Pruner.param_groups`."""
         if self.config.mode == "random":
             return []
         return [{"params": self.parameters(), "lr": self.config.head_lr, "momentum": 0.9, "weight_decay": 0.0}]
 
     def optimizers(self) -> list[torch.optim.Optimizer]:
-        """Returns SGD with momentum 0.9 for the heads, at a constant rate until they rest."""
+        """Returns SGD with momentum 0.9 for the heads, at a constant rate until they are fixed."""
         made = [own_optimizer("sgd", groups)] if (groups := self.param_groups()) else []
         self._made += made
         return list(made)
@@ -302,22 +303,22 @@ class Ftwt:
         return self.model
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns where it stands; the heads are in the model's state."""
+        """Returns the state to resume from; the heads are in the model's state."""
         return {"steps": self.steps, "moved": self._moved}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on from a state."""
+        """Resumes from a state."""
         self.steps, self._moved = int(state["steps"]), dict(state["moved"])
         self._fade()
 
     def report(self) -> dict[str, Any]:
-        """Returns what to tell of it."""
+        """Returns the report, JSON-ready."""
         rested = None if self.learning else round(self.config.cooldown * self.total_steps)
         return {"steps": self.steps, "rested_after": rested, "moved": self._moved}
 
 
 def _norms_rest(module: nn.Module, args: Any) -> None:
-    """Keeps batch norms in evaluation mode, so that a network at rest keeps its statistics too."""
+    """Keeps batch norms in evaluation mode, so that a frozen network also keeps its statistics."""
     for norm in module.modules():
         if isinstance(norm, nn.modules.batchnorm._BatchNorm):
-            norm.training = False  # not eval(): a gate that hangs on it goes on
+            norm.training = False  # not eval(), because gates attached to it stay active

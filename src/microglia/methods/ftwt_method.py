@@ -1,4 +1,4 @@
-"""The method `ftwt`: gates planned for a budget, fitted and calibrated where asked, trained with `Ftwt`, and observed."""
+"""The method `ftwt`: gates are planned for a budget, fitted and calibrated if requested, trained with `Ftwt`, observed."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ def fits(task: Task, config: FtwtConfig) -> None:
 
 @dataclass(frozen=True)
 class Planned:
-    """What is known before the training.
+    """The plan before the training.
 
     Attributes:
         plan: The plan of the gates.
-        counter: Counts operations.
-        estimate: What the targets would cost.
+        counter: Counter of operations.
+        estimate: Estimated cost of the targets.
     """
 
     plan: GatePlan
@@ -80,7 +80,7 @@ def ftwt(task: Task, run: Run, config: FtwtConfig) -> nn.Module:
 
 
 def fitted(task: Task, run: Run, config: FtwtConfig, model: nn.Module, planned: Planned) -> dict[str, Any]:
-    """Fits the heads to their targets as a stage, and calibrates them if asked; returns how well they agree, and the moves."""
+    """Fits the heads to their targets as a stage, calibrates them if requested; returns the agreement and the moves."""
     calibrated = calibration(task, run, config, model, planned)
 
     def work(progress: Progress) -> dict[str, Any]:
@@ -93,7 +93,7 @@ def fitted(task: Task, run: Run, config: FtwtConfig, model: nn.Module, planned: 
 def calibration(
     task: Task, run: Run, config: FtwtConfig, model: nn.Module, planned: Planned
 ) -> Callable[[], dict[str, float]] | None:
-    """Returns what calibrates the heads of a model to the operations asked, None where nothing is to be met."""
+    """Returns a function that calibrates the heads of a model to the requested operations; None without a budget."""
     asked = config.flops
     if asked is None or not config.calibrate or config.mode == "random":
         return None
@@ -102,13 +102,13 @@ def calibration(
 
 
 def images_of(task: Task, run: Run, config: FtwtConfig) -> Iterator[tuple[Any, Any]]:
-    """Returns batches of the training images that r is chosen on, and heads are fitted and calibrated to."""
+    """Returns batches of training images to choose r and to fit and calibrate heads."""
     batches = task.data.batches("train", 128, seed=run.seed, shuffle=True)
     return islice(batches.epoch(0), -(-config.images // 128))
 
 
 def plan_before(task: Task, run: Run, config: FtwtConfig, model: nn.Module) -> Planned:
-    """Returns the gates and their r, chosen as a stage on training images for the budget asked."""
+    """Returns the gates and their r, chosen as a stage on training images for the budget."""
     config.check_budget()
     plain = task.build().eval()
     flow = Flow(plain, task.example)

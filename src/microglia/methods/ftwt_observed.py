@@ -1,6 +1,6 @@
-"""The observations of gated models: what the gates were expected to compute, and what they compute.
+"""The observations of gated models: the expected and the real computation.
 
-Both hold the part of `microglia.dynamic.Estimate` and `microglia.dynamic.statistics` that a report shows.
+They hold the parts of `microglia.dynamic.Estimate` and `microglia.dynamic.statistics` that a report shows.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Computed:
 
 @dataclass(frozen=True)
 class Agreement:
-    """How well the masks of a gated model agree with their targets."""
+    """Agreement of a gated model's masks with their targets."""
 
     accuracy: float
     precision: float
@@ -38,8 +38,8 @@ class GatedLayer:
     Attributes:
         layer: Its name.
         filters: Number of its filters.
-        kept: Fraction of them that is computed, mean over inputs.
-        core: Number of filters that are computed for every input.
+        kept: Computed fraction of the filters, mean over inputs.
+        core: Number of filters that every input computes.
     """
 
     layer: str
@@ -51,12 +51,12 @@ class GatedLayer:
 @observations.add("routes")
 @dataclass(frozen=True)
 class Routing(Observation):
-    """What the gates compute on the test split.
+    """The computation of the gates on the test split.
 
     Attributes:
         inputs: Number of test inputs.
-        honest: Everything counted, heads and residual widths included.
-        paper: The published count.
+        honest: Computed fraction by the honest count, heads and residual widths included.
+        paper: Computed fraction by the published count.
         agreement: Agreement of the masks with their targets.
         routes: Number of distinct routes.
         signatures: Number of distinct tuples of filter counts.
@@ -76,7 +76,7 @@ class Routing(Observation):
         return {"MACs per input, honest count": self.honest.mean, "MACs per input, paper's count": self.paper.mean}
 
     def kept(self, others: Mapping[str, Any]) -> str:
-        """Returns what is computed, over inputs, beside what was expected before the training."""
+        """Returns the computed fraction over inputs, beside the fraction expected before the training."""
         spread, expected = self.honest, others.get("estimate")
         hoped = f"; expected {100 * expected.honest:.2f} %" if expected is not None else ""
         return (
@@ -88,12 +88,12 @@ class Routing(Observation):
 @observations.add("estimate")
 @dataclass(frozen=True)
 class Predicted:
-    """What the gates were expected to compute, before the training.
+    """The expected computation of the gates, before the training.
 
     Attributes:
-        r: Fraction of the mass to keep, one for all layers or one for each.
+        r: Fraction of the mass to keep, one for all layers or one per layer.
         honest: Fraction of the dense operations by the honest count.
-        paper: The same by the published count.
+        paper: The same fraction by the published count.
     """
 
     r: float | dict[str, float]

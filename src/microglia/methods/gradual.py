@@ -33,7 +33,7 @@ class GradualConfig(Permuting, MethodConfig):
         schedule: ``cubic``, ``linear``, ``geometric`` or ``oneshot``.
         begin: Fraction of the training at which pruning begins.
         end: Fraction at which the final density is reached; the rest recovers.
-        updates: How many times the masks are chosen, spread evenly from begin to end.
+        updates: Number of times that masks are chosen, spread evenly from begin to end.
     """
 
     schedule: str = "cubic"
@@ -42,7 +42,7 @@ class GradualConfig(Permuting, MethodConfig):
     updates: int = 20
 
     def check_values(self) -> None:
-        """Raises `BudgetError` for densities by layer and for a schedule that does not go forward."""
+        """Raises `BudgetError` for densities by layer, and unless begin <= end."""
         schedules[self.schedule]
         if not isinstance(self.scope, str):
             raise BudgetError("Gradual pruning leads from dense to one budget; densities by layer are not supported.")
@@ -54,13 +54,13 @@ class GradualConfig(Permuting, MethodConfig):
 
 
 class Gradual(Pruner):
-    """Prunes a little further at each of a number of steps; removed weights do not return.
+    """Prunes further at several steps; removed weights do not return.
 
     Args:
         model: The model to prune, in place.
         config: See `GradualConfig`; its training fields are not used here.
-        total_steps: Optimizer steps of the training, over which ``begin`` and ``end`` are fractions.
-        evidence: What a score may look at.
+        total_steps: Optimizer steps of the training; ``begin`` and ``end`` are fractions of these.
+        evidence: The data for the score.
         **settings: The fields of the config by keyword instead.
     """
 
@@ -83,17 +83,17 @@ class Gradual(Pruner):
         first, last = config.begin * total_steps, config.end * total_steps
         times = [first + (last - first) * u / config.updates for u in range(1, config.updates + 1)]
         self._due = {max(1, math.floor(time)): u / config.updates for u, time in enumerate(times, 1)}
-        mask(model, self.masks)  # all ones: the state's names are the same from the first step to the last
+        mask(model, self.masks)  # all ones, so that the state has the same names from the first step to the last
 
     def step(self, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Prunes further when an update is due."""
         self.steps += 1
         if (progress := self._due.get(self.steps)) is not None:
             count = round(self.schedule(progress, self.weights, self.target))
-            self.prune_to(min(count, self.masks.kept), optimizer)  # whole units may have fallen short of an earlier count
+            self.prune_to(min(count, self.masks.kept), optimizer)  # whole units may be below it
 
     def finish(self) -> MaskSet:
-        """Makes sure the final density is reached, also when the training was shorter than announced."""
+        """Ensures that the final density is reached, also after a shorter training than announced."""
         if self.steps < max(self._due):
             self.prune_to(self.target)
         return self.masks
@@ -103,7 +103,7 @@ class Gradual(Pruner):
         return {"steps": self.steps, "generator": self.evidence.generator.get_state()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on from a state."""
+        """Resumes from a state."""
         self.steps = state["steps"]
         self.evidence.generator.set_state(state["generator"])
 

@@ -1,4 +1,4 @@
-"""Lottery tickets: masks found by training, under which early weights train as well as the whole (Frankle and Carbin 2019)."""
+"""Lottery tickets: masks found by training, with which early weights train as well as all (Frankle and Carbin 2019)."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ from microglia.train.rewind import State, advance, fresh_optimizers, start_of, w
 Rewind = Literal["weights", "learning-rate", "fine-tune"]
 Control = Literal["none", "reinit", "shuffle"]
 FINE_TUNE = 0.01
-"""Of the peak learning rate: what fine-tuning goes on with, constant."""
+"""Fraction of the peak learning rate that fine-tuning uses, constant."""
 TRAIN_BATCHES = 40
-"""Of 256 examples, on which the training accuracy of a level is estimated."""
+"""Number of batches of 256 examples that estimate a level's training accuracy."""
 DENSE = "level-00"
 """Stage of the dense training."""
 
@@ -41,17 +41,18 @@ class LotteryConfig(MethodConfig):
     """Lottery tickets and iterative magnitude pruning with rewinding.
 
     Attributes:
-        rate: Fraction of the weights left that each level removes.
-        half: Selectors of layers pruned at half the rate, the others making up for it; only where the scope is ``layer``. The
-            paper: the output layer.
-        iterative: Whether every level prunes what the level before trained; otherwise each prunes the dense network at once.
-        rewind: Epoch whose weights, momenta, learning rate and place in the data every level goes back to; 0 is the
-            initialization. An epoch is `FitConfig.max_batches` steps where that is set.
+        rate: Fraction of the remaining weights that each level removes.
+        half: Selectors of layers pruned at half the rate, for which the others compensate; only with scope ``layer``. In the
+            paper it is the output layer.
+        iterative: Whether every level prunes the trained weights of the previous level; otherwise each prunes the dense network
+            at once.
+        rewind: Epoch to which every level returns: its weights, momenta, learning rate and position in the data; 0 is the
+            initialization. If `FitConfig.max_batches` is set, an epoch has that many steps.
         to: ``weights`` as above; ``learning-rate`` keeps the trained weights and repeats the training from that epoch on;
-            ``fine-tune`` keeps them and goes on with a hundredth of the peak rate for as long.
-        noise: Whether every level has an order of data of its own; otherwise all have the first one's.
-        control: What is trained beside the mask found: ``reinit`` other initial weights, ``shuffle`` a mask of the same layer
-            counts in other places. The masks themselves come from training the true ticket.
+            ``fine-tune`` keeps them and trains equally long with a hundredth of the peak rate.
+        noise: Whether every level has its own order of data; otherwise all use the order of the first.
+        control: Control to train beside the ticket: ``reinit`` with other initial weights, ``shuffle`` with a mask of the same
+            layer counts at other positions. The masks themselves come from training the true ticket.
     """
 
     train: FitConfig = field(default_factory=FitConfig)
@@ -64,7 +65,7 @@ class LotteryConfig(MethodConfig):
     control: Control = "none"
 
     def check_values(self) -> None:
-        """Raises `BudgetError` for levels, rewinding and controls that do not go together."""
+        """Raises `BudgetError` for invalid combinations of levels, rewinding and controls."""
         if not 0 < self.rate < 1:
             raise BudgetError(f"rate is the fraction of the weights that a level removes, in (0, 1); got {self.rate}.")
         if not 0 <= self.rewind < max(1, self.train.epochs):
@@ -90,10 +91,10 @@ class Level:
     """One level of pruning, trained to its end.
 
     Attributes:
-        name: Of its stage.
-        number: 0 is dense.
-        masks: What is kept.
-        state: Of the finished training.
+        name: Name of its stage.
+        number: Number of the level; 0 is dense.
+        masks: Masks of the kept weights.
+        state: State of the finished training.
     """
 
     name: str
@@ -103,19 +104,19 @@ class Level:
 
     @property
     def rows(self) -> list[dict[str, Any]]:
-        """What the training logged, epoch by epoch."""
+        """The rows of the training, epoch by epoch."""
         return self.state["rows"]  # type: ignore[no-any-return]
 
 
 class Tickets:
-    """The levels of a search for tickets, each a durable stage of a run that is never done twice.
+    """The levels of a search for tickets; each is a durable stage of a run and is never computed twice.
 
     Args:
         task: A task of an untrained network.
-        run: Where the stages are kept.
+        run: The run that keeps the stages.
         config: See `LotteryConfig`.
-        prefix: Prefix of the names of its stages, where one run holds searches that differ in where they rewind to. The
-            dense training has none: it ends in the same bits wherever it was parted, so that all searches of a run share it.
+        prefix: Prefix of the names of its stages, if one run holds searches with different rewind epochs. The dense training
+            has no prefix: it ends with the same bits wherever it was split, so that all searches of a run share it.
     """
 
     def __init__(self, task: Task, run: Run, config: LotteryConfig, *, prefix: str = "") -> None:
@@ -137,12 +138,12 @@ class Tickets:
         return Level(DENSE, 0, MaskSet(ones), state)
 
     def below(self, level: Level, number: int, *, keep: int | None = None) -> Level:
-        """Returns the ticket of a level, found in what another one trained, trained from the rewound state.
+        """Returns the ticket of a level: its mask comes from another level's training; it is trained from the rewound state.
 
         Args:
             level: The level above, or the dense one.
-            number: Of the new level: (1 - rate)^number of the weights stay.
-            keep: Weights to keep instead.
+            number: Number of the new level: (1 - rate)^number of the weights stay.
+            keep: Number of weights to keep instead.
         """
         masks = self.masks_below(level, number, keep)
         name = f"{'level' if self.config.iterative else 'once'}-{number:02d}"
@@ -158,11 +159,11 @@ class Tickets:
         return pruner.select(values, keep, level.masks, self._densities(keep) if self.slow else None)
 
     def control(self, level: Level, kind: Control, draw: int = 0) -> Level:
-        """Returns a control of a ticket, trained like it: other initial weights, or other places of as many weights.
+        """Returns a control of a ticket, trained like it: other initial weights, or a mask at other positions.
 
         Args:
             level: The ticket.
-            kind: Which.
+            kind: Kind of the control.
             draw: Number of the random draw.
         """
         name, seed = f"{level.name}-{kind}-{draw}", self.run.seed * 1_009 + draw
@@ -179,9 +180,9 @@ class Tickets:
         return Level(name, level.number, masks, state)
 
     def told(self, level: Level) -> dict[str, Any]:
-        """Returns what a level says, looked at once.
+        """Returns the measurements of a level, computed once.
 
-        These are its density, metrics at the ``end`` (a step), and where its validation loss was least.
+        These are its density, metrics at the ``end`` (a step), and the minimum of its validation loss.
         """
         done: dict[str, Any] = self.run.stage(f"{self._stage(level.name)}-told", lambda progress: self._look(level))
         return done
@@ -189,7 +190,7 @@ class Tickets:
     def _look(self, level: Level) -> dict[str, Any]:
         restore(self.model, level.state["model"])
         steps = epoch_length(self.config.train, len(self.task.data.batches("train", self.config.train.batch_size)))
-        seen = [row for row in level.rows if "validation_loss" in row]  # not of every epoch, nor of every task
+        seen = [row for row in level.rows if "validation_loss" in row]  # not every epoch and not every task has it
         best = min(seen, key=lambda row: row["validation_loss"], default=None)
         headline = f"validation_{self.task.headline}"
         return {
@@ -203,7 +204,7 @@ class Tickets:
         }
 
     def _densities(self, keep: int) -> dict[str, float]:
-        """Returns the density of every layer where some are pruned at half the rate, adding up to what is kept."""
+        """Returns the density of every layer if some are pruned at half the rate; together they give the kept number."""
         return slow_densities(
             {n: layer.raw.numel() for n, layer in self.pruner.layers.items()}, self.slow, keep, self.config.rate
         )
@@ -228,16 +229,16 @@ class Tickets:
 
 
 def slow_densities(sizes: Mapping[str, int], slow: Sequence[str], keep: int, rate: float) -> dict[str, float]:
-    """Returns densities by layer that add up to what is kept, some layers having lost at half the rate.
+    """Returns densities by layer that give the kept number, with some layers pruned at half the rate.
 
     Args:
         sizes: Weights of each layer.
-        slow: Layers that lose half the rate at every level; so many levels have passed as lead to ``keep``.
+        slow: Layers pruned at half the rate at every level; the number of levels follows from ``keep``.
         keep: Weights to keep in all.
-        rate: Of a level.
+        rate: Rate of a level.
 
     Raises:
-        BudgetError: The slow layers hold more than that.
+        BudgetError: The slow layers hold more weights than ``keep``.
     """
     total = sum(sizes.values())
     passed = math.log(keep / total) / math.log(1 - rate)
@@ -253,7 +254,7 @@ def slow_densities(sizes: Mapping[str, int], slow: Sequence[str], keep: int, rat
 
 
 def levels_to(weights: int, keep: int, rate: float) -> int:
-    """Returns the least number of levels after which no more than ``keep`` of ``weights`` are left."""
+    """Returns the minimum number of levels after which at most ``keep`` of ``weights`` remain."""
     return max(1, math.ceil(math.log(max(1, keep) / weights) / math.log(1 - rate) - 1e-9))
 
 
@@ -264,7 +265,7 @@ def check(task: Task, config: LotteryConfig) -> None:
         raise BudgetError("Tickets are found by training; got train.epochs=0.")
     pruner = Pruner(task.build(), config)
     slow = [n for n, layer in pruner.layers.items() if config.half and matches(n, layer.module, config.half)]
-    if slow:  # whether it can be had shows at the last level
+    if slow:  # only the last level shows whether it can be met
         slow_densities({n: layer.raw.numel() for n, layer in pruner.layers.items()}, slow, pruner.target, config.rate)
     if config.control == "reinit":
         other_weights(task, 0)

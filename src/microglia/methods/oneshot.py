@@ -19,7 +19,7 @@ from microglia.train.recover import RECALIBRATION, recalibrate_on
 
 
 class OneShot(Pruner):
-    """Prunes at once, when it is made; then there is nothing left to do but train.
+    """Prunes at once, at construction; afterwards the network only has to be trained.
 
     Example:
         >>> model = nn.Linear(10, 10)
@@ -39,7 +39,7 @@ class OneShotConfig(Permuting, MethodConfig):
     """One-shot pruning.
 
     Attributes:
-        recalibrate: Training batches over which batch-norm statistics are estimated anew after pruning; 0 for none.
+        recalibrate: Training batches over which batch-norm statistics are estimated again after pruning; 0 for none.
     """
 
     recalibrate: int = RECALIBRATION

@@ -4,7 +4,8 @@ The algorithm (spec: PaS 5.2):
     forward   b = 1 if s > 1/2 else 0, the unit times b
     backward  db/ds := 1
     loss      L + strength (cost(b) / budget - 1)^2
-with s clamped to [0, 1] after each step. The budget is met only nearly, so the end of the search keeps the exact top of s.
+with s clamped to [0, 1] after each step. The penalty meets the budget only approximately, so the end of the search keeps the
+exact top of s.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from microglia.tasks.task import Task
 
 THRESHOLD = 0.5
 TIE = 1e-6
-"""Weight of the magnitude's rank beside s: many gates end at exactly 1."""
+"""Weight of the magnitude's rank, added to s to break ties: many gates end at exactly 1."""
 
 
 @dataclass(frozen=True)
@@ -36,9 +37,9 @@ class PasConfig(SearchConfig, UnitConfig):
     """PaS.
 
     Attributes:
-        strength: Of the penalty; the paper's source is silent on it.
+        strength: Strength of the penalty; the paper's code does not give it.
         mask_lr: Learning rate of the gates, constant.
-        mask_optimizer: Of the gates.
+        mask_optimizer: Optimizer of the gates.
     """
 
     takes: ClassVar[Takes] = replace(
@@ -70,7 +71,7 @@ class Pas(UnitPruner):
         return cast(PasConfig, self.config)
 
     def initial_scores(self) -> Tensor:
-        """Returns 1 and a little noise, clamped."""
+        """Returns 1 plus small noise, clamped."""
         noise = torch.randn(self.units.count, generator=self.evidence.generator)
         return (1 + 0.01 * noise).clamp(0, 1).to(self.units.costs.device)
 
@@ -86,13 +87,13 @@ class Pas(UnitPruner):
         return self._scores.detach().double() + TIE * rank
 
     def penalty(self) -> Tensor | float:
-        """Returns strength (cost(b) / budget - 1)^2 while the search goes on."""
+        """Returns strength (cost(b) / budget - 1)^2 during the search."""
         if not self.searching:
             return super().penalty()
         return self.pas.strength * (self._cost(self.factors()) - 1).square()
 
     def step(self, optimizer: torch.optim.Optimizer | None = None) -> None:
-        """Clamps the gates, or a closed one would drift away and never return."""
+        """Clamps the gates; otherwise a closed gate would drift away and never return."""
         if self.searching:
             with torch.no_grad():
                 self._scores.clamp_(0, 1)
@@ -105,7 +106,7 @@ class Pas(UnitPruner):
         return [{"params": [self._scores], "lr": self.pas.mask_lr, "weight_decay": 0.0}]
 
     def optimizers(self) -> list[torch.optim.Optimizer]:
-        """Returns the optimizer of the gates that ``mask_optimizer`` names."""
+        """Returns the optimizer of the gates, named by ``mask_optimizer``."""
         return [own_optimizer(self.pas.mask_optimizer, groups)] if (groups := self.param_groups()) else []
 
     @property
@@ -114,7 +115,7 @@ class Pas(UnitPruner):
         return cast(Tensor, self.soft.scores)
 
     def _cost(self, gates: Tensor) -> Tensor:
-        """Returns the cost left over the budget; of channels counted in MACs, the product of widths."""
+        """Returns the remaining cost divided by the budget; for channels counted in MACs, the product of widths."""
         units: object = self.units
         if isinstance(units, CoupledChannels) and self.pas.cost == "macs":
             return units.macs(gates) / self._density()

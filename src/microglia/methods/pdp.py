@@ -1,4 +1,4 @@
-"""PDP (arXiv 2305.11203): a soft mask that is a function of the weights alone, around a threshold of each layer.
+"""PDP (arXiv 2305.11203): a soft mask that is a function only of the weights, around a threshold of each layer.
 
 The algorithm (spec: PDP 4.2, 4.3). When the search begins, all units are ranked by magnitude at the budget, which gives each
 layer its own share. Then, every mini-batch, per layer (per row of M with N:M):
@@ -32,10 +32,10 @@ class PdpConfig(SearchConfig, UnitConfig):
     """PDP.
 
     Attributes:
-        temperature: tau, in units of squared magnitude; or, where ``relative``, in units of the layer's own t^2. A tau that
-            is not well below t^2 leaves half a mask on weights of exactly zero (spec 4.5), so one tau fits no two layers.
+        temperature: tau, in units of squared magnitude; or, where ``relative``, in units of the layer's own t^2. If tau is not
+            far below t^2, weights of exactly zero have a mask near one half (spec 4.5). So one tau does not fit several layers.
         relative: Whether the temperature is relative.
-        ramp: Fraction of the search after which the sparsity is reached, in equal increments of each step.
+        ramp: Fraction of the search after which the sparsity is reached, in equal increments per step.
     """
 
     temperature: float = 0.01
@@ -64,7 +64,7 @@ class Pdp(UnitPruner):
         return cast(PdpConfig, self.config)
 
     def ranking(self) -> Tensor:
-        """Returns the root mean square of each unit's weights, so that a smaller block at an edge is not ranked below."""
+        """Returns the root mean square of each unit's weights, so that smaller blocks at an edge do not rank lower."""
         weights = self.raw_weights
         if self._roots is None:
             held = self.units.reduce({name: torch.ones_like(w) for name, w in weights.items()}, "sum")
@@ -73,7 +73,7 @@ class Pdp(UnitPruner):
 
     @property
     def shares(self) -> dict[str, int]:
-        """Units that each layer keeps in the end: its part of the global top of the magnitudes when the search began."""
+        """Units that each layer finally keeps: its share of the global top of magnitudes at the start of the search."""
         if self._shares is None:
             kept = super().choose(self.ranking().detach())
             self._shares = {name: int(part.sum()) for name, part in split(self.units, kept).items()}
@@ -97,16 +97,16 @@ class Pdp(UnitPruner):
         return torch.cat([keep_best({name: part}, self.shares[name])[name] for name, part in parts.items()])
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns where the search stands."""
+        """Returns the state of the search."""
         return super().state_dict() | {"shares": self._shares}
 
     def load_state_dict(self, state: Any) -> None:
-        """Goes on from a state."""
+        """Resumes from a state."""
         self._shares = state["shares"]
         super().load_state_dict(state)
 
     def _thresholds(self, magnitudes: Tensor) -> Tensor:
-        """Returns t for each unit: that of its layer, or of its row of M."""
+        """Returns t for each unit: the threshold of its layer, or of its row of M."""
         if isinstance(self.pattern, NM):
             padding = self.units.costs.view(-1, self.pattern.m) == 0
             rows = magnitudes.view(-1, self.pattern.m).masked_fill(padding, 0.0).sort(1, descending=True).values
@@ -123,7 +123,7 @@ class Pdp(UnitPruner):
 
 
 def _between(values: Tensor, keep: int) -> Tensor:
-    """Returns the middle between the ``keep``-th largest value and the next; 0 where all are kept."""
+    """Returns the midpoint between the ``keep``-th largest value and the next; 0 if all are kept."""
     if keep >= len(values):
         return values.new_zeros(())
     removed = len(values) - keep

@@ -1,4 +1,4 @@
-"""The stages procedures are composed of, each durable: dense model, a change or a cut of it, training, observation."""
+"""The durable stages of procedures: dense model, a change or a cut of it, training, observation."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from microglia.train.recover import recalibrate_on
 def change(run: Run, name: str, model: nn.Module, work: Callable[[Progress], Any]) -> Any:
     """Runs ``work``, which changes the model in place, as a stage; a finished stage's model is restored instead.
 
-    Returns what ``work`` returned, then or now.
+    It returns the result of ``work``, computed now or at the first time.
     """
 
     def stage(progress: Progress) -> dict[str, Any]:
@@ -49,10 +49,10 @@ def change(run: Run, name: str, model: nn.Module, work: Callable[[Progress], Any
 
 
 def cut(task: Task, run: Run, name: str, model: nn.Module, work: Callable[[nn.Module], nn.Module]) -> nn.Module:
-    """Returns the smaller model that ``work`` makes of one, dense or cut before, as a stage.
+    """Returns the smaller model that ``work`` makes of a dense or cut model, as a stage.
 
-    What is kept are the plan of all that went and the state. The plan is replayed on a freshly built model in either case,
-    so that a cut just made and one read from its file are the same. Every rank takes the first one's: times differ.
+    The stage stores the plan of all removals and the state. The plan is always replayed on a freshly built model, so that a new
+    cut and a cut read from its file are equal. Every rank uses the first rank's plan, because times differ.
     """
 
     def stage(progress: Progress) -> dict[str, Any]:
@@ -77,9 +77,9 @@ def train(
     pruner: Callable[[], PrunerProtocol] | None = None,
     teacher: nn.Module | None = None,
 ) -> dict[str, Any]:
-    """Trains a model in place as a stage, epoch by epoch durable; returns the pruner's report.
+    """Trains a model in place as a stage, durable at every epoch; returns the pruner's report.
 
-    The pruner is made where the stage really runs, for it changes the model; it is finished there too.
+    The pruner is made only if the stage really runs, because it changes the model; it is also finished there.
     """
     own = set(dict(task.build().named_parameters())) if run.trajectory and name == "train" else set()
 
@@ -111,7 +111,7 @@ def train(
 
 
 def dense_model(task: Task, run: Run, config: FitConfig) -> nn.Module:
-    """Returns the task's dense model, trained here if it does not come trained, and observes it."""
+    """Returns the task's dense model, trained here unless it is pretrained, and observes it."""
     model = task.build().to(run.device)
     if not task.pretrained:
         train(task, run, "dense", model, config)
@@ -120,7 +120,7 @@ def dense_model(task: Task, run: Run, config: FitConfig) -> nn.Module:
 
 
 def dense_in_order(task: Task, run: Run, config: MethodConfig) -> nn.Module:
-    """Returns the task's dense model, its channels permuted for the pattern where the config says so, as a stage."""
+    """Returns the task's dense model as a stage, with channels permuted for the pattern if the config requests it."""
     model = dense_model(task, run, config.dense)
 
     def work(progress: Progress) -> dict[str, Any]:
@@ -140,7 +140,7 @@ def dense_in_order(task: Task, run: Run, config: MethodConfig) -> nn.Module:
 
 
 def _densities(model: nn.Module, config: MethodConfig) -> dict[str, float]:
-    """Returns what the scope leaves of each layer when the magnitude decides; protected layers stay whole in any order."""
+    """Returns the density that the scope gives each layer by magnitude; protected layers stay whole in every order."""
     shared = {f.name: getattr(config, f.name) for f in fields(PruneConfig)}
     pruner = Pruner(deepcopy(model), PruneConfig(**shared | {"score": "magnitude"}))
     found = {name: float(kept.float().mean()) for name, kept in pruner.prune_to(pruner.target).items()}
@@ -148,7 +148,7 @@ def _densities(model: nn.Module, config: MethodConfig) -> dict[str, float]:
 
 
 def observe(task: Task, run: Run, name: str, model: nn.Module) -> None:
-    """Measures a model as it is now, once: metrics on the test split, parameters, MACs, bytes."""
+    """Measures the current model, once: metrics on the test split, parameters, MACs, bytes."""
 
     def stage(progress: Progress) -> dict[str, Any]:
         metrics = evaluate(model, task, "test")
@@ -158,14 +158,14 @@ def observe(task: Task, run: Run, name: str, model: nn.Module) -> None:
 
 
 def evidence(task: Task, run: Run, config: MethodConfig, *, per_class: int | None = None, halves: bool = False) -> Evidence:
-    """Returns what a score may look at: shuffled training batches without augmentation, loss and a seeded generator.
+    """Returns the evidence for a score: shuffled training batches without augmentation, loss and a seeded generator.
 
     Args:
         task: Data and loss.
         run: Seed and device.
-        config: How many batches of how many examples.
-        per_class: Examples of every class instead, over all ranks, in batches of the same size; of a task of classification.
-        halves: Whether these are two batches instead, the halves of the examples sorted by class.
+        config: Number of batches and of examples in each.
+        per_class: Examples of every class instead, over all ranks, in batches of the same size; only for classification.
+        halves: Whether these form two batches instead, the halves of the examples sorted by class.
     """
     rank, world = rank_and_world()
     batches = task.data.batches("train", config.score_batch_size, seed=run.seed, shuffle=True, rank=rank, world=world)
@@ -178,9 +178,9 @@ def evidence(task: Task, run: Run, config: MethodConfig, *, per_class: int | Non
 
 
 def _balanced(batches: Iterable[tuple[Tensor, Tensor]], per_class: int, size: int | None) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yields the first so many examples of every class among batches, again in batches of a size.
+    """Yields the first examples of every class, up to a number, in batches of a given size.
 
-    None for the size sorts them by class and yields the two halves, the first the smaller one (GraSP's code).
+    A size of None sorts them by class and yields two halves, the first of which is the smaller one (GraSP's code).
     """
     found: dict[int, int] = {}
     kept: list[tuple[Tensor, Tensor]] = []
@@ -196,7 +196,7 @@ def _balanced(batches: Iterable[tuple[Tensor, Tensor]], per_class: int, size: in
             if found[target] <= per_class:
                 take.append(number)
         kept.append((inputs[take], targets[take]))
-        if min(found.values()) >= per_class and len(take) == 0:  # a whole batch that brought nothing new
+        if min(found.values()) >= per_class and len(take) == 0:  # a whole batch without new examples
             break
     if not kept:
         raise ScoreError("There are no training examples to score with.")
@@ -224,7 +224,7 @@ def searched(task: Task, run: Run, config: UnitConfig, pruner: type[UnitPruner])
         return pruner(
             model,
             config,
-            total_steps=max(1, steps),  # without epochs the masks are those of finish()
+            total_steps=max(1, steps),  # without epochs finish() makes the masks
             example_inputs=to_device(task.example, run.device),
             evidence=evidence(task, run, config),
             at_freeze=moment,

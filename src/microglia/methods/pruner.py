@@ -1,4 +1,4 @@
-"""What every pruner is made of: which layers, which units, how many of them, by which score."""
+"""The base of every pruner: its layers, its units, their number, the score."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ __all__ = ["PruneConfig", "Pruner", "PrunerProtocol", "own_optimizer", "set_rate
 
 
 class PrunerProtocol(Stepped, Protocol):
-    """The protocol of every pruner, so that in a loop of one's own each can replace each other.
+    """The protocol of every pruner, so that pruners are interchangeable in a user's own loop.
 
-    All are made by ``(model, total_steps=..., example_inputs=..., evidence=..., **settings)`` and all go through this loop:
+    All are made by ``(model, total_steps=..., example_inputs=..., evidence=..., **settings)`` and all work in this loop:
 
         optimizers = [torch.optim.SGD(pruner.weights_to_train(), lr=0.1, momentum=0.9), *pruner.optimizers()]
         for x, y in loader:
@@ -40,15 +40,15 @@ class PrunerProtocol(Stepped, Protocol):
     """
 
     def replaces_step(self) -> bool:
-        """Tells, after the backward pass, whether the optimizers had better rest at this step, as with RigL."""
+        """Tells, after the backward pass, whether the optimizers should skip this step, as with RigL."""
         ...
 
     def weights_to_train(self) -> list[nn.Parameter]:
-        """Returns the parameters of the model without the pruner's own; those that it freezes get no gradient."""
+        """Returns the parameters of the model without the pruner's own; frozen ones get no gradient."""
         ...
 
     def optimizers(self) -> list[torch.optim.Optimizer]:
-        """Returns new optimizers of the pruner's own parameters, of the kind and with the rates that the method wants."""
+        """Returns new optimizers of the pruner's own parameters, with the method's kind and rates."""
         ...
 
     def finish(self) -> Any:
@@ -56,28 +56,28 @@ class PrunerProtocol(Stepped, Protocol):
         ...
 
     def report(self) -> dict[str, Any]:
-        """Returns what to tell of the pruning, JSON-ready."""
+        """Returns the report of the pruning, JSON-ready."""
         ...
 
 
 class Pruner:
-    """A method to be stepped inside anybody's training loop; it holds layers by name and the masks live in the model.
+    """A method for use inside any training loop; it holds layers by name, and the model holds the masks.
 
     Args:
-        model: The model to prune, in place. What it has been masked before stays masked.
+        model: The model to prune, in place. Weights that are already masked stay masked.
         config: See `PruneConfig`.
-        evidence: What a score may look at (batches, loss, generator), where the score needs it.
-        total_steps: Optimizer steps of the training. All pruners take it; those that prune at once do not need it.
-        example_inputs: One batch of inputs. All pruners take it; those that look at single layers do not need it.
+        evidence: The data for the score (batches, loss, generator), if the score needs it.
+        total_steps: Optimizer steps of the training. All pruners take it; pruners that prune at once do not need it.
+        example_inputs: One batch of inputs. All pruners take it; pruners of single layers do not need it.
         **settings: The fields of the config by keyword instead, such as ``density=0.2, scope="layer"``.
 
     Raises:
-        MicrogliaError: The config does not fit the model; the text says how.
+        MicrogliaError: The config does not fit the model; the text explains it.
     """
 
     Config: type[PruneConfig] = PruneConfig
     couples: ClassVar[bool] = False
-    """Whether its channels are those of the whole model, coupled, and not the rows of each layer by itself."""
+    """Whether its channels are the coupled channels of the whole model, not the rows of each single layer."""
 
     def __init__(
         self,
@@ -112,18 +112,18 @@ class Pruner:
 
     @property
     def layers(self) -> dict[str, Layer]:
-        """The layers this pruner works on, by name."""
+        """The layers that this pruner prunes, by name."""
         return chosen_layers(self.model, self.config.layers, self.config.exclude)
 
     @property
     def masks(self) -> MaskSet:
-        """The masks of its layers; all ones where none is attached."""
+        """The masks of its layers; all ones for a layer without a mask."""
         attached = masks_of(self.model)
         ones = {n: torch.ones(layer.shape, dtype=torch.bool) for n, layer in self.layers.items() if n not in attached}
         return MaskSet({n: attached[n] if n in attached else ones[n] for n in self.layers})
 
     def prune_to(self, keep: int, optimizer: torch.optim.Optimizer | None = None) -> MaskSet:
-        """Scores, keeps the best units holding ``keep`` weights, attaches the masks and clears what they removed."""
+        """Scores, keeps the best units with ``keep`` weights, attaches the masks and clears removed weights."""
         layers = self.layers
         chosen = self.select(self.score(self.model, layers, self.evidence), keep, masks_of(self.model))
         mask(self.model, chosen)
@@ -138,8 +138,8 @@ class Pruner:
         Args:
             values: Scores by layer, shaped like the weights.
             keep: Weights to keep over all layers.
-            alive: Masks from before, shaped like the weights; what they removed stays removed.
-            scope: In the place of the config's.
+            alive: Earlier masks, shaped like the weights; weights that they removed stay removed.
+            scope: Scope to use instead of the config's.
         """
         config, layers = self.config, self.layers
         chosen = select(
@@ -155,38 +155,38 @@ class Pruner:
         return MaskSet(oriented(layers, chosen))
 
     def penalty(self) -> Tensor | float:
-        """Returns what the training adds to the loss."""
+        """Returns the term that the training adds to the loss."""
         return 0.0
 
     def replaces_step(self) -> bool:
-        """Tells whether the optimizer should rest at this step, for the pruner's own takes its place; few pruners do."""
+        """Tells whether the optimizer should skip this step because the pruner's own step replaces it; few pruners do."""
         return False
 
     def step(self, optimizer: torch.optim.Optimizer | None = None) -> None:
-        """Acts after each optimizer step; with the optimizer at hand its state of removed weights is cleared too."""
+        """Acts after each optimizer step; with the optimizer given, its state of removed weights is cleared too."""
 
     def finish(self) -> MaskSet:
         """Ends the pruning; returns the final masks, which stay attached (`microglia.fold` writes them in)."""
         return self.masks
 
     def report(self) -> dict[str, Any]:
-        """Returns what to tell of the pruning, JSON-ready."""
+        """Returns the report of the pruning, JSON-ready."""
         return {}
 
     def param_groups(self) -> list[dict[str, Any]]:
-        """Returns groups of the pruner's own parameters, plain: parameters, ``lr``, ``weight_decay``; [] where it has none.
+        """Returns plain groups of the pruner's own parameters: parameters, ``lr``, ``weight_decay``; [] if it has none.
 
-        Any torch optimizer takes them and honours their rate and decay: ``for g in pruner.param_groups():
-        optimizer.add_param_group(g)``. They then learn by that optimizer's rule, and a scheduler of its rates moves theirs too.
-        Where the method wants a rule of its own and a rate that stays, take `optimizers` instead, not both.
+        Every torch optimizer takes them and uses their rate and decay: ``for g in pruner.param_groups():
+        optimizer.add_param_group(g)``. They are then trained by that optimizer's rule, and a scheduler of its rates changes
+        their rates too. For the method's own rule and constant rate, use `optimizers` instead, not both.
         """
         return []
 
     def optimizers(self) -> list[torch.optim.Optimizer]:
-        """Returns new optimizers of the pruner's own parameters, as the method wants them; [] where it has none.
+        """Returns new optimizers of the pruner's own parameters, as the method defines them; [] if it has none.
 
-        A pruner with ``param_groups`` of its own and without a wish leaves this empty; `microglia.fit` then adds the groups to
-        its own optimizer, at their rates.
+        A pruner with its own ``param_groups`` may return []. `microglia.fit` then adds the groups to its own optimizer, at
+        their rates.
         """
         return []
 
@@ -196,14 +196,14 @@ class Pruner:
         return [p for p in self.model.parameters() if id(p) not in own]
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns what is needed, beside the model's state, to go on."""
+        """Returns the state, beside the model's, to resume from."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on from a state."""
+        """Resumes from a state."""
 
     def _target(self) -> int:
-        """Returns how many weights stay in the end."""
+        """Returns the final number of kept weights."""
         if self.budget is None:
             return 0
         total = sum(p.numel() for p in self.model.parameters())
@@ -215,7 +215,7 @@ def own_optimizer(name: str, groups: Sequence[Mapping[str, Any]]) -> torch.optim
 
     Args:
         name: ``sgd`` (with momentum 0.9), ``adam`` or ``adamw``.
-        groups: Each with its rate and decay.
+        groups: Parameter groups, each with its rate and decay.
     """
     plain: Any = [dict(group) for group in groups]
     if name == "sgd":
@@ -224,17 +224,17 @@ def own_optimizer(name: str, groups: Sequence[Mapping[str, Any]]) -> torch.optim
 
 
 def set_rate(optimizers: Iterable[torch.optim.Optimizer | None], parameters: Iterable[Tensor], rate: float) -> None:
-    """Sets the rate of every group that holds one of the parameters, in the loop's optimizers as in a pruner's own."""
+    """Sets the rate of every group that holds one of the parameters, in the loop's optimizers and in the pruner's own."""
     own = {id(p) for p in parameters}
     for group in (g for optimizer in optimizers if optimizer is not None for g in optimizer.param_groups):
         if any(id(p) in own for p in group["params"]):
             group["lr"] = rate
-            if "constant_lr" in group:  # where `microglia.fit` sets the rates of each step
+            if "constant_lr" in group:  # in `microglia.fit`, which sets the rates of each step
                 group["constant_lr"] = rate
 
 
 def _config(kind: type[PruneConfig], config: object, settings: Mapping[str, Any], user: str) -> PruneConfig:
-    """Returns the config that is given whole or by keyword."""
+    """Returns the config, which is given as an object or by keyword."""
     if config is None:
         return kind(**plain_settings(kind, settings, user))
     if settings:
@@ -258,7 +258,7 @@ def _budget(config: PruneConfig, pattern: Pattern) -> Budget | None:
 
 
 def _refuse_misfit(pattern: Pattern, layers: Mapping[str, Layer]) -> None:
-    """Raises when a pattern is larger than every layer it should divide."""
+    """Raises if a pattern is larger than every layer."""
     out, in_ = pattern.footprint
     if not any(layer.sides[0] >= out and layer.sides[1] >= in_ for layer in layers.values()):
         largest = max(layers.values(), key=lambda layer: layer.raw.numel())
@@ -269,7 +269,7 @@ def _refuse_misfit(pattern: Pattern, layers: Mapping[str, Layer]) -> None:
 
 
 def _refuse_gates(layers: Mapping[str, Layer]) -> None:
-    """Raises where whole rows would be removed of layers whose rows are gates."""
+    """Raises if whole rows of layers would be removed whose rows are gates."""
     if gated := [name for name, layer in layers.items() if layer.kind.gates]:
         kind = type(layers[gated[0]].module).__name__.removeprefix("Parametrized")
         raise PatternError(

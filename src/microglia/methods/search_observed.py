@@ -13,9 +13,9 @@ class Snapshot:
 
     Attributes:
         step: The step of the training.
-        histogram: Number of units whose mask lies in each of equal parts of [0, 1].
+        histogram: Number of units whose mask lies in each of several equal parts of [0, 1].
         undecided: Number of units whose mask is near neither 0 nor 1.
-        temperature: Temperature of the soft masks, where the method has one.
+        temperature: Temperature of the soft masks, if the method has one.
     """
 
     step: int
@@ -26,18 +26,18 @@ class Snapshot:
 
 @dataclass(frozen=True)
 class Freeze:
-    """What changed when soft masks became exact.
+    """The change when soft masks became exact.
 
     Attributes:
         step: The step of the training.
         units: Number of units.
         kept: Units that the exact mask keeps.
         undecided: Units whose soft mask was near neither 0 nor 1.
-        largest: Largest difference between a soft and an exact mask.
+        largest: Maximum difference between a soft and an exact mask.
         mean: Mean difference.
         softens: Whether the masks of the method are ever soft.
         soft: Metrics on the validation split with the soft masks.
-        hard: The same with the exact masks.
+        hard: The same metrics with the exact masks.
     """
 
     step: int
@@ -54,10 +54,10 @@ class Freeze:
 @observations.add("search")
 @dataclass(frozen=True)
 class Search:
-    """How a method that learns its masks found them.
+    """The search of a method that learns its masks.
 
     Attributes:
-        freeze: What making the masks exact changed; None before that.
+        freeze: The change when the masks became exact; None before.
         history: The masks over the training.
         densities: Kept fraction by layer, or by group of coupled channels.
     """

@@ -4,7 +4,7 @@ The algorithm (spec: SMART 2.5, 3.3). For every step s of the search:
     tau = init_temp (final_temp / init_temp)^(s / (S - 1))
     f   = soft top-k of the scores at tau, its sum exactly the budget; unless allow_empty, f = 1 for the best of a layer
     train weights w and scores m on L(w f); gradients exact, no straight-through
-then keep the exact top-k, fixed, and fine-tune. With N:M the weights' own magnitudes are the scores, in each row of M.
+then keep the exact top-k, fixed, and fine-tune. With N:M the scores are the weights' magnitudes, in each row of M.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ class SmartConfig(SearchConfig, UnitConfig):
 
     Attributes:
         init_temp: Temperature at the first step of the search, in units of the scores.
-        final_temp: At its last step.
-        init: Scores at the start: ``magnitude``, the mean |w| of a unit; ``normalized``, that over its spread over all units,
-            so that a temperature means the same in every network; ``layerwise``, over its mean in each layer; ``noise``, all
-            alike; ``activation``, mean |w| |x| with the layer's inputs, normalized.
+        final_temp: Temperature at its last step.
+        init: Initial scores. ``magnitude`` is the mean |w| of a unit. ``normalized`` divides it by its spread over all units,
+            so that a temperature has the same meaning in every network. ``layerwise`` divides it by its mean in each layer.
+            ``noise`` treats all units equally. ``activation`` is the mean |w| |x| with the layer's inputs, normalized.
         mask_lr: Learning rate of the scores, constant.
-        mask_optimizer: Of the scores. Their gradient grows as the temperature falls, which ``adam`` does not see.
+        mask_optimizer: Optimizer of the scores. Their gradient grows as the temperature falls; ``adam`` is invariant to this.
     """
 
     takes: ClassVar[Takes] = replace(UNITS, fields=(*UNITS.fields, *SAMPLING))  # init=activation
@@ -56,7 +56,7 @@ class SmartConfig(SearchConfig, UnitConfig):
     mask_optimizer: Literal["adam", "adamw", "sgd"] = "adam"
 
     def check_values(self) -> None:
-        """Raises for temperatures that do not fall and for an unknown initialization."""
+        """Raises unless temperatures fall, and for an unknown initialization."""
         if not 0 < self.final_temp <= self.init_temp:
             raise BudgetError(
                 f"The temperature falls from init_temp to final_temp > 0; got {self.init_temp} and {self.final_temp}."
@@ -66,7 +66,7 @@ class SmartConfig(SearchConfig, UnitConfig):
 
 
 class Smart(UnitPruner):
-    """Learns which units to keep; stepped inside anybody's loop.
+    """Learns which units to keep, inside any training loop.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16))
@@ -95,14 +95,14 @@ class Smart(UnitPruner):
         return geometric(self.progress, self.smart.init_temp, self.smart.final_temp)
 
     def initial_scores(self) -> Tensor | None:
-        """Returns the scores at the start; none with N:M, where there is nothing to share out among layers."""
+        """Returns the initial scores; none with N:M, where layers have fixed densities."""
         return None if isinstance(self.pattern, NM) else self._scores()
 
     def step(self, optimizer: torch.optim.Optimizer | None = None) -> None:
-        """Goes on by one optimizer step."""
+        """Advances by one optimizer step."""
         super().step(optimizer)
         if self.steps == self.begin and self.soft is not None and self.soft.scores is not None:
-            with torch.no_grad():  # the weights have been trained since the scores were made
+            with torch.no_grad():  # the weights were trained since the scores were made
                 self.soft.scores.copy_(self._scores())
 
     def factors(self) -> Tensor:
@@ -123,7 +123,7 @@ class Smart(UnitPruner):
         return found.mask.flatten()
 
     def _guarded(self, scores: Tensor) -> Tensor:
-        """Returns the scores with the best unit of each layer or group at +inf: it stays, as the freeze will have it."""
+        """Returns the scores with the best unit of each layer or group at +inf: it stays, as in the freeze."""
         with torch.no_grad():
             best, start = [], 0
             for part in split(self.units, scores).values():
@@ -144,13 +144,13 @@ class Smart(UnitPruner):
         return self.soft.scores
 
     def param_groups(self) -> list[dict[str, Any]]:
-        """Returns the group of the scores: no weight decay, which would only raise the temperature, and its own rate."""
+        """Returns the group of the scores: its own rate and no weight decay, which would only raise the temperature."""
         if self.soft is None or self.soft.scores is None:
             return []
         return [{"params": [self.soft.scores], "lr": self.smart.mask_lr, "weight_decay": 0.0}]
 
     def optimizers(self) -> list[torch.optim.Optimizer]:
-        """Returns the optimizer of the scores that ``mask_optimizer`` names."""
+        """Returns the optimizer of the scores, named by ``mask_optimizer``."""
         return [own_optimizer(self.smart.mask_optimizer, groups)] if (groups := self.param_groups()) else []
 
     def _snapshot(self) -> Report:

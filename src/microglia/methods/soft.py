@@ -1,4 +1,4 @@
-"""Factors in a model: every weight that units hold is multiplied by theirs, soft while a method searches."""
+"""Factors in a model: every weight is multiplied by the factor of its unit, which is soft during a search."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Factors = Callable[[], Tensor | None]
 
 
 class Factored(Unfinished):
-    """The parametrization: a parameter times the factors of the units it holds."""
+    """The parametrization: a parameter times the factors of its units."""
 
     def __init__(self, masks: SoftMasks, name: str) -> None:
         super().__init__()
@@ -45,16 +45,16 @@ class Kept(Unfinished):
 
 
 class SoftMasks:
-    """Holds a method's scores and hands every weight its factors, computed once for each forward pass of the model.
+    """Holds a method's scores and gives every weight its factors, computed once per forward pass of the model.
 
     Args:
         model: The model to search, changed in place.
         units: All units.
-        factors: Computes them, (count,), differentiable; None stands for ones.
+        factors: Computes the factors, (count,), differentiable; None means ones.
         scores: Parameter of the search, or None.
 
     Attributes:
-        kept: Units that stay, once chosen.
+        kept: Units that stay, after the choice.
         attached: Whether the weights still have factors.
     """
 
@@ -63,7 +63,7 @@ class SoftMasks:
         self.scores = nn.Parameter(scores) if scores is not None else None
         self.kept: Tensor | None = None
         self.attached = True
-        self._known: tuple[Tensor | None] | None = (None,)  # while they are attached, which calls them
+        self._known: tuple[Tensor | None] | None = (None,)  # attaching calls the factors
         for name in units.scaled_names:
             _attach(model, name, Factored(self, name))
         for name in units.companions:
@@ -74,7 +74,7 @@ class SoftMasks:
         self._hook = model.register_forward_pre_hook(self.forget)
 
     def forget(self, *_: Any) -> None:
-        """Makes the next weight compute the factors anew: a graph can be differentiated once."""
+        """Makes the next weight compute the factors again: a graph can be differentiated only once."""
         self._known = None
 
     def current(self) -> Tensor | None:
@@ -84,9 +84,9 @@ class SoftMasks:
         return self._known[0]
 
     def harden(self, model: nn.Module, masks: Mapping[str, Tensor]) -> None:
-        """Puts masks in the place of the factors, once.
+        """Replaces the factors by masks, once.
 
-        In their very place: to register a parametrization anew would cut the hooks that gather gradients across ranks.
+        The replacement is in place: registering a new parametrization would cut the hooks that gather gradients across ranks.
         """
         for name in self.units.scaled_names if self.attached else ():
             masked = Masked(_like(masks[name], _holders(model, name)[0])) if name in masks else None
@@ -100,7 +100,7 @@ class SoftMasks:
 
     @torch.no_grad()
     def detach_companions(self, model: nn.Module) -> None:
-        """Writes the zeros of companions into them and lets the model go."""
+        """Writes the zeros of companions into them and detaches from the model."""
         for name in self.units.companions:
             module, attribute = _holders(model, name)[0]
             steps, raw = steps_of(module, attribute), raw_parameter(module, attribute)
@@ -108,19 +108,19 @@ class SoftMasks:
                 raw.copy_(steps[0](raw))
                 _remove(module, attribute, Kept)
                 continue
-            value = getattr(module, attribute).clone()  # no zeros below another parametrization give these
+            value = getattr(module, attribute).clone()  # zeros below another parametrization do not give these
             detach(module, attribute)
             getattr(module, attribute).copy_(value)
 
     def leave(self, model: nn.Module) -> None:
-        """Takes the scores and the hook off the model."""
+        """Removes the scores and the hook from the model."""
         self._hook.remove()
         if self.scores is not None:
             delattr(model, SCORES)
 
 
 def _like(mask: Tensor, holder: tuple[nn.Module, str]) -> Tensor:
-    """Returns a mask laid out in memory like its weight; see `microglia.core.masks`."""
+    """Returns a mask with the memory layout of its weight; see `microglia.core.masks`."""
     return torch.empty_like(raw_parameter(*holder), dtype=torch.bool).copy_(mask)
 
 
@@ -133,12 +133,12 @@ def _holders(model: nn.Module, name: str) -> list[tuple[nn.Module, str]]:
 
 
 def _place(steps: parametrize.ParametrizationList, kind: type[Unfinished]) -> int:
-    """Returns where a search's own parametrization stands among the others of a tensor."""
+    """Returns the index of a search's own parametrization among those of a tensor."""
     return next(i for i, step in enumerate(steps) if isinstance(step, kind))
 
 
 def _remove(module: nn.Module, attribute: str, kind: type[Unfinished]) -> None:
-    """Removes a search's own parametrization; others of the tensor, and the tensor below, stay."""
+    """Removes a search's own parametrization; the tensor and its other parametrizations stay."""
     steps = steps_of(module, attribute)
     if len(steps) == 1:
         detach(module, attribute)

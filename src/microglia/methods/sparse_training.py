@@ -1,12 +1,11 @@
-"""Sparse training from scratch: SET (Mocanu et al. 2018), RigL (Evci et al. 2020) and masks that never move.
+"""Sparse training from scratch: SET (Mocanu et al. 2018), RigL (Evci et al. 2020) and fixed masks.
 
 The algorithm (spec: survey 9). Random masks with exact counts k_l per layer; then, at every ``every``-th step t before T:
     n      = floor(alpha_t k_l),  alpha_t = drop / 2 (1 + cos(pi t / T)) or drop
     drop   the n smallest |w| of the layer
-    grow   n of those not kept: the largest |dL / d(m w)| of this minibatch (RigL), or any (SET)
-    new weights start at 0 without momentum; one just dropped that returns keeps its value
-    the optimizer rests at this step
-and gradient descent on what is kept at all other steps.
+    grow n of the others: the largest |dL / d(m w)| of this minibatch (RigL), or random ones (SET) new weights start at 0
+    without momentum; a weight that was just dropped and returns keeps its value the optimizer skips this step
+and gradient descent on the kept weights at all other steps.
 """
 
 from __future__ import annotations
@@ -44,17 +43,17 @@ class SparseTrainingConfig(MethodConfig):
     """Sparse training from scratch; the defaults are RigL's with Erdős-Rényi-kernel densities (Evci et al. 2020).
 
     Attributes:
-        scope: How the budget is shared among layers for good: ``erk``, ``layer`` (uniform), or densities by layer name;
-            ``global`` as the score of the first masks has it.
+        scope: Fixed distribution of the budget over layers: ``erk``, ``layer`` (uniform), or densities by layer name;
+            ``global`` follows the score of the first masks.
         score: Score of the first masks, ``random`` in the papers.
         train: The training of the sparse network, from its initial weights on.
-        first_dense: Whether the first layer stays dense under ``layer``, as in the paper. It counts as kept, so the others
-            are a little sparser; the paper does not count it, which is what ``exclude`` does.
+        first_dense: Whether the first layer stays dense under ``layer``, as in the paper. It counts as kept, so the other
+            layers are slightly sparser. The paper does not count it; ``exclude`` gives that rule.
         drop: Fraction of a layer's weights exchanged at the first updates, in [0, 1); 0 never exchanges any.
         every: Optimizer steps between updates.
-        until: Fraction of the training after which the masks rest.
-        decay: How the dropped fraction falls until then: ``cosine`` to 0 (RigL), or ``constant`` (SET).
-        grow: Where weights grow: where the ``gradient`` is largest (RigL), or at ``random`` (SET).
+        until: Fraction of the training after which the masks are fixed.
+        decay: Decay of the dropped fraction until then: ``cosine`` to 0 (RigL), or ``constant`` (SET).
+        grow: Rule of growth: the largest ``gradient`` (RigL), or ``random`` (SET).
     """
 
     takes: ClassVar[Takes] = Takes(
@@ -78,7 +77,7 @@ class SparseTrainingConfig(MethodConfig):
     grow: Growth = "gradient"
 
     def check_values(self) -> None:
-        """Raises for a scope, fractions and choices that mean nothing here."""
+        """Raises for a scope, fractions or choices that are invalid here."""
         if self.scope == "row":
             raise BudgetError("Sparse training keeps the count of each layer, not of each row: take scope erk or layer.")
         if not 0 <= self.drop < 1 or not 0 < self.until <= 1:
@@ -91,7 +90,7 @@ class SparseTrainingConfig(MethodConfig):
             raise unknown_name("growth", self.grow, get_args(Growth))
 
     def due(self, step: int, total_steps: int) -> bool:
-        """Tells whether a step, counted from 1, exchanges weights: every so many of them, before ``until``."""
+        """Tells whether a step, counted from 1, exchanges weights: every ``every`` steps, before ``until``."""
         return self.drop > 0 and step % self.every == 0 and step < self.until * total_steps
 
     def dropped(self, step: int, total_steps: int) -> float:
@@ -105,7 +104,7 @@ class SparseTrainingConfig(MethodConfig):
         return self.drop if self.decay == "constant" else self.drop / 2 * (1 + math.cos(math.pi * step / end))
 
     def check_updates(self, total_steps: int) -> None:
-        """Raises `BudgetError` when masks that should move never would in a training of so many steps."""
+        """Raises `BudgetError` if masks should move but never would in a training of this length."""
         if self.drop > 0 and not self.due(self.every, total_steps):
             raise BudgetError(
                 f"No update of the masks falls into this training: every {self.every} steps, before step "
@@ -115,9 +114,9 @@ class SparseTrainingConfig(MethodConfig):
 
 
 class SparseTraining(Pruner):
-    """Keeps each layer's number of weights and moves them while the network trains.
+    """Keeps each layer's number of weights and moves the mask while the network trains.
 
-    At the steps for which `replaces_step` is true the optimizer should rest: the update of the masks takes its place.
+    The optimizer should skip the steps for which `replaces_step` is true: the update of the masks replaces them.
 
     Example:
         >>> pruner = SparseTraining(model, density=0.1, total_steps=1000)           # doctest: +SKIP
@@ -127,10 +126,10 @@ class SparseTraining(Pruner):
         >>> pruner.step(optimizer)                                                  # doctest: +SKIP
 
     Args:
-        model: The model to train, in place, usually with initial weights. Masks it has bound the first masks only.
+        model: The model to train, in place, usually with initial weights. Existing masks restrict only the first masks.
         config: See `SparseTrainingConfig`; its training fields are not used here.
-        total_steps: Optimizer steps of the training, over which ``until`` is a fraction.
-        evidence: Its generator, seeded alike on all ranks, draws the masks and decides among equals.
+        total_steps: Optimizer steps of the training; ``until`` is a fraction of these.
+        evidence: Its generator, with the same seed on all ranks, draws the masks and breaks ties.
         **settings: The fields of the config by keyword instead.
     """
 
@@ -171,11 +170,11 @@ class SparseTraining(Pruner):
         self.protected = [name, *self.protected]
 
     def replaces_step(self) -> bool:
-        """Tells whether the next step updates the masks, at which the optimizer rests."""
+        """Tells whether the next step updates the masks; the optimizer then skips it."""
         return self.own.due(self.steps + 1, self.total_steps)
 
     def step(self, optimizer: torch.optim.Optimizer | None = None) -> None:
-        """Updates the masks when it is time; with the optimizer at hand grown weights start without momentum."""
+        """Updates the masks when an update is due; with the optimizer given, grown weights start without momentum."""
         if self.replaces_step():
             self._update(self.steps + 1, optimizer)
         self.steps += 1
@@ -189,7 +188,7 @@ class SparseTraining(Pruner):
 
     @torch.no_grad()
     def _update(self, step: int, optimizer: torch.optim.Optimizer | None) -> None:
-        enforce(self.model, optimizer)  # what may grow is 0 and without momentum, whatever moved it meanwhile
+        enforce(self.model, optimizer)  # weights that may grow are 0 and without momentum, even if something moved them
         layers, masks, generator = self.layers, self.masks, self.evidence.generator
         gradients = self._gradients.of(layers) if self.own.grow == "gradient" else {}
         dropped = self.own.dropped(step, self.total_steps)
@@ -197,7 +196,7 @@ class SparseTraining(Pruner):
         for name, layer in layers.items():
             if masks[name].all():
                 continue
-            growth = gradients[name].abs() if gradients else torch.zeros_like(layer.raw)  # all equal: any, at random
+            growth = gradients[name].abs() if gradients else torch.zeros_like(layer.raw)  # all equal, so the choice is random
             count = math.floor(dropped * int(masks[name].sum()) + 1e-9)
             renewed[name] = exchange(masks[name], layer.raw, growth, count=count, generator=generator, name=name)
         mask(self.model, renewed)
@@ -211,15 +210,15 @@ class SparseTraining(Pruner):
         return self.masks
 
     def report(self) -> dict[str, Any]:
-        """Returns how often the masks moved, and how many weights grew where there was none, over all updates."""
+        """Returns the number of updates, and the number of newly grown weights over all updates."""
         return {"updates": self.updates, "grown": self.grown}
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the steps taken, what `report` tells, and the state of the generator."""
+        """Returns the steps taken, the counts of `report`, and the state of the generator."""
         return {"steps": self.steps, **self.report(), "generator": self.evidence.generator.get_state()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on from a state; the masks come with the model's."""
+        """Resumes from a state; the model's state holds the masks."""
         self.steps, self.updates, self.grown = state["steps"], state["updates"], state["grown"]
         self.evidence.generator.set_state(state["generator"])
         self._prepare()
@@ -229,7 +228,7 @@ def fits(task: Task, config: SparseTrainingConfig) -> None:
     """Raises unless the task begins untrained and layers, budget and length of the training fit its model."""
     refuse_trained(task, config)
     scores[config.score]
-    first = replace(config, score="random")  # another may need batches, which a check does not read
+    first = replace(config, score="random")  # another score may need batches, which a check does not read
     SparseTraining(task.build(), first, total_steps=_steps(task, config.train))
 
 
@@ -240,8 +239,8 @@ def _steps(task: Task, config: FitConfig) -> int:
 @method("rigl", SparseTrainingConfig, check=fits, training=FitConfig())
 def rigl(task: Task, run: Run, config: SparseTrainingConfig) -> nn.Module:
     """RigL: sparse from scratch; the smallest weights give way where the gradient is largest."""
-    refuse_trained(task, config)  # the masks are made only when the dense network is trained
-    dense = dense_model(task, run, config.dense)  # to compare with, and to distil from; nothing else of it is used
+    refuse_trained(task, config)  # the masks are made only after the dense network is trained
+    dense = dense_model(task, run, config.dense)  # only for comparison and distillation
     model = task.build().to(run.device)
     steps = _steps(task, config.train)
 

@@ -1,4 +1,4 @@
-"""What methods that learn or move their masks share: dense training, a search with soft masks, exact masks, fine-tuning."""
+"""Base of methods that learn or move masks: dense training, a search with soft masks, exact masks, fine-tuning."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from microglia.tasks.task import Task
 __all__ = ["SearchConfig", "UnitConfig", "UnitPruner", "fits"]
 
 SNAPSHOTS = 24
-"""How often a search notes the distribution of its masks."""
+"""Number of times that a search records the distribution of its masks."""
 BINS = 20
 UNDECIDED = (0.01, 0.99)
-"""Between these a factor is neither kept nor removed (spec: SMART 2.5)."""
+"""A factor between these is neither kept nor removed (spec: SMART 2.5)."""
 
 Report = dict[str, Any]
 Moment = Callable[[str], Report]
-"""Called with ``soft`` and ``hard`` around the freeze; returns what to report of the model as it is then."""
+"""Called with ``soft`` and ``hard`` around the freeze; returns measurements of the model at that moment."""
 
 
 def fits(task: Task, config: UnitConfig) -> None:
@@ -51,9 +51,9 @@ class UnitPruner(Pruner):
     Args:
         model: The model to prune, in place.
         config: See `UnitConfig`; its training fields are not used here.
-        total_steps: Optimizer steps of the training, over which fractions count.
+        total_steps: Optimizer steps of the training; fractions refer to these.
         example_inputs: One batch of inputs; needed for the pattern channel and for a cost in MACs.
-        evidence: What a score may look at.
+        evidence: The data for the score.
         at_freeze: Called with ``soft`` and ``hard`` right before and after the masks become exact.
         **settings: The fields of the config by keyword instead.
     """
@@ -61,7 +61,7 @@ class UnitPruner(Pruner):
     Config = UnitConfig
     couples: ClassVar[bool] = True
     softens: ClassVar[bool] = True
-    """Whether its masks are ever soft, so that what the freeze changes means something."""
+    """Whether its masks are ever soft, so that the change at the freeze is meaningful."""
 
     def __init__(
         self,
@@ -114,12 +114,12 @@ class UnitPruner(Pruner):
 
     @property
     def progress(self) -> float:
-        """How far the search is, from 0 at its first step to 1 at its last."""
+        """Progress of the search, from 0 at its first step to 1 at its last."""
         return min(1.0, max(0.0, (self.steps - self.begin) / max(1, self.end - self.begin - 1)))
 
     # ------------------------------------------------------------------------------------------ what a method says
     def initial_scores(self) -> Tensor | None:
-        """Returns the parameter of the search as it starts, (count,), or None where there is none."""
+        """Returns the initial parameter of the search, (count,), or None."""
         return None
 
     def factors(self) -> Tensor:
@@ -142,7 +142,7 @@ class UnitPruner(Pruner):
 
     # ----------------------------------------------------------------------------------------------------- the phases
     def step(self, optimizer: torch.optim.Optimizer | None = None) -> None:
-        """Goes on by one optimizer step; the last one of the search makes the masks exact."""
+        """Advances by one optimizer step; the last step of the search makes the masks exact."""
         if self.searching and (self.steps - self.begin) % max(1, (self.end - self.begin) // SNAPSHOTS) == 0:
             self.history.append(self._snapshot())
         self.steps += 1
@@ -151,7 +151,7 @@ class UnitPruner(Pruner):
 
     @torch.no_grad()
     def freeze(self, optimizer: torch.optim.Optimizer | None = None) -> None:
-        """Keeps the exact top of the ranking from here on, and notes what that changed."""
+        """Keeps the exact top of the ranking from here on, and records the change."""
         self.steps = self.end - 1  # with the soft masks of the last step
         soft = self.factors()
         kept = self.choose(self.ranking())
@@ -174,7 +174,7 @@ class UnitPruner(Pruner):
         }
 
     def finish(self) -> MaskSet:
-        """Ends the search if it has not ended, writes what is removed as zeros and lets the model go; returns the masks."""
+        """Ends the search if needed, writes removed units as zeros and detaches from the model; returns the masks."""
         if self.soft is not None:
             if self.soft.kept is None:
                 self.freeze()
@@ -199,21 +199,21 @@ class UnitPruner(Pruner):
         enforce(self.model, optimizer)
 
     def open(self) -> None:
-        """Lets everything be trained again; what was removed starts from zero."""
+        """Makes all units trainable again; removed units start from zero."""
         assert self.soft is not None
         self.soft.kept = None
         mask(self.model, self.units.masks(self.units.costs >= 0))
 
     # -------------------------------------------------------------------------------------------- what the loop asks
     def penalty(self) -> Tensor | float:
-        """Returns what the training adds to the loss; on several ranks every parameter must have a gradient."""
+        """Returns the term that the training adds to the loss; on several ranks every parameter must have a gradient."""
         scores = self.soft.scores if self.soft is not None else None
         if scores is None or self.searching or not torch.distributed.is_initialized():
             return 0.0
         return 0.0 * scores.sum()
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns where the search stands; its scores are in the model's state."""
+        """Returns the state of the search; its scores are in the model's state."""
         state = {
             "steps": self.steps,
             "threshold": self.threshold,
@@ -226,7 +226,7 @@ class UnitPruner(Pruner):
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on from a state; the model has the names of its state from here on."""
+        """Resumes from a state; afterwards the model has the names of its state."""
         self.steps, self.threshold = state["steps"], state["threshold"]
         self.history, self.freeze_report = list(state["history"]), dict(state["freeze"])
         self.evidence.generator.set_state(state["generator"])
@@ -237,7 +237,7 @@ class UnitPruner(Pruner):
                 self.open()
 
     def report(self) -> Report:
-        """Returns how the search went: the freeze, the masks' distribution over time, the density of each layer."""
+        """Returns the report of the search: the freeze, the masks' distribution over time, the density of each layer."""
         layers = {}
         if self.kept is not None:
             parts, costs = split(self.units, self.kept), split(self.units, self.units.costs)
@@ -257,7 +257,7 @@ class UnitPruner(Pruner):
         return config.density
 
     def _warn_unlearned(self) -> None:
-        """Warns where the search took steps and no optimizer moved a score: the masks are those of the start."""
+        """Warns if the search took steps but no optimizer moved a score: the masks are the initial ones."""
         assert self.soft is not None
         if self._first is not None and self.steps > 0 and torch.equal(self._first, self.soft.scores.detach().to(self._first)):  # type: ignore[union-attr]
             warnings.warn(

@@ -1,8 +1,7 @@
-"""Units: everything a method keeps or removes, numbered through over all layers, so that one vector holds a mask.
+"""Units: all that a method keeps or removes, numbered over all layers, so that one vector holds a mask.
 
-`LayerUnits` are the units of a pattern in each layer; `microglia.graph.channels.coupled.CoupledChannels` those of the whole
-model, coupled as they must be removed. A vector of factors, soft or 0 and 1, is applied where it acts: at the weights, or
-where a channel is read.
+`LayerUnits` are the units of a pattern in each layer; `microglia.graph.channels.coupled.CoupledChannels` are the coupled
+channels of the whole model. A vector of factors, soft or 0 and 1, is applied at the weights, or where a channel is read.
 """
 
 from __future__ import annotations
@@ -24,19 +23,19 @@ from microglia.measure.macs import count_macs
 from microglia.methods.block_scale import scale_blocks
 
 Cost = Literal["auto", "units", "weights", "macs"]
-"""What a budget counts: units, the weights they hold, or the multiply-accumulates these take."""
+"""Costs that a budget counts: units, their weights, or their multiply-accumulates."""
 
 
 class Units(Protocol):
-    """What both kinds can do. Vectors are (count,), in one fixed order.
+    """The common interface of both kinds. Vectors are (count,), in one fixed order.
 
     Attributes:
         names: Layers, or groups of coupled channels.
         lengths: Units in each.
         count: Units in all, padding included.
-        costs: What each counts for in the budget, int64 (count,); 0 marks padding.
+        costs: Cost of each unit in the budget, int64 (count,); 0 marks padding.
         scaled_names: Parameters that factors or masks act on.
-        companions: Parameters beside the prunable weights that must be zero for a removed unit to be zero.
+        companions: Further parameters that must be zero for a removed unit to be zero.
     """
 
     names: Sequence[str]
@@ -55,7 +54,7 @@ class Units(Protocol):
         ...
 
     def companion(self, name: str, parameter: Tensor, kept: Tensor) -> Tensor:
-        """Returns a companion with what belongs to removed units set to zero."""
+        """Returns a companion with the entries of removed units set to zero."""
         ...
 
     def masks(self, kept: Tensor) -> dict[str, Tensor]:
@@ -69,7 +68,7 @@ def split(units: Units, vector: Tensor) -> dict[str, Tensor]:
 
 
 def keep_count(units: Units, density: float) -> int:
-    """Returns what a budget of so much of the whole cost comes to, halves up."""
+    """Returns the cost to keep for a fraction of the whole cost, halves rounded up."""
     return math.floor(density * int(units.costs.sum()) + 0.5)
 
 
@@ -80,11 +79,11 @@ def choose(
 
     Args:
         units: All units.
-        scores: Higher = keep; -inf cannot stay, +inf must.
+        scores: Scores, higher = keep; -inf cannot stay, +inf must stay.
         keep: Cost to keep.
         allow_empty: Whether a layer or group may lose everything.
-        least: Fraction of each layer's units that stays whatever their scores (1 - the maximum sparsity per layer).
-        pattern: One that chooses within its own rows (N:M) does so whatever ``keep`` says.
+        least: Minimum kept fraction of each layer's units (1 - the maximum sparsity per layer).
+        pattern: A pattern that chooses within its own rows (N:M) ignores ``keep``.
     """
     by_layer, costs = split(units, scores.detach()), split(units, units.costs)
     if pattern is not None and pattern.fixed_density is not None:
@@ -113,10 +112,11 @@ class LayerUnits:
 
     Args:
         model: The model.
-        layers: Its layers by name.
+        layers: The model's layers by name.
         pattern: The unit.
-        cost: What counts; ``auto`` is the weights, so that density is the kept fraction of the prunable weights.
-        example_inputs: Needed where ``macs`` count.
+        cost: Cost that the budget counts; ``auto`` is the weights, so that density is the kept fraction of the prunable
+            weights.
+        example_inputs: One batch of inputs, needed for the cost ``macs``.
     """
 
     names: Sequence[str]
@@ -159,7 +159,7 @@ class LayerUnits:
         return parameter * (wide.transpose(0, 1) if swapped else wide)
 
     def companion(self, name: str, parameter: Tensor, kept: Tensor) -> Tensor:
-        """There is none: a masked weight is zero by itself."""
+        """Returns nothing: a masked weight is already zero."""
         raise AssertionError(name)
 
     def masks(self, kept: Tensor) -> dict[str, Tensor]:
@@ -176,11 +176,11 @@ def make_units(
     example_inputs: Any = None,
     exclude: Sequence[str] = (),
 ) -> Units:
-    """Returns the units of a pattern in a model; channels are those of the whole model, coupled.
+    """Returns the units of a pattern in a model; channels are the coupled channels of the whole model.
 
     Raises:
-        PatternError: Channels without example inputs to trace the model with.
-        SelectorError: A choice of layers for channels, which are coupled across layers.
+        PatternError: Channels are requested without example inputs for the trace.
+        SelectorError: Layers are selected for channels, which are coupled across layers.
     """
     if not isinstance(pattern, Channel):
         return LayerUnits(model, layers, pattern, cost, example_inputs)
@@ -197,7 +197,7 @@ def make_units(
 
 
 def _positions(model: nn.Module, layers: Mapping[str, Layer], example_inputs: Any) -> dict[str, int]:
-    """Returns how often each weight of a layer is used for one batch of the example inputs."""
+    """Returns the number of uses of each weight of a layer for one batch of the example inputs."""
     if example_inputs is None:
         raise PatternError("A cost in multiply-accumulates is counted on example_inputs, such as one batch; give them.")
     counted = count_macs(model, example_inputs)

@@ -1,4 +1,4 @@
-"""What a method prunes, which fields and patterns a method takes, and the one function that refuses the rest."""
+"""The fields and patterns that a method takes, and the one function that refuses the others."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from microglia.core.patterns import NM, Block, Channel, Pattern, Unstructured, p
 from microglia.core.registry import unknown_name
 
 Outcome = Literal["masked", "shrunk", "gated"]
-"""What a method makes of a model: weights under masks, a smaller model, or gates that choose channels for each input."""
+"""Outcome of a method: weights under masks, a smaller model, or gates that choose channels for each input."""
 
 BUDGET = ("density", "params", "flops", "ms")
 LAYERS = ("layers", "exclude", "protect", "allow_empty", "scope")
@@ -25,7 +25,7 @@ GROUPS: tuple[tuple[tuple[str, ...], type[MicrogliaError], str], ...] = (
     (SCORING, ScoreError, "and"),
     (SAMPLING, ScoreError, "and"),
 )
-"""Fields that every config has and a method may leave out, by what they say: with the error of each, and how a list ends."""
+"""Common fields that a method may leave out, by topic: with the error of each, and the end of a list in its text."""
 COMMON = (*BUDGET, *LAYERS, *SCORING, *SAMPLING)
 
 FORMS: dict[type, str] = {Unstructured: "unstructured", Block: "block:OUTxIN", NM: "nm:N:M", Channel: "channel"}
@@ -39,15 +39,14 @@ NO_SUCH_BUDGET = (
 
 @dataclass(frozen=True)
 class Takes:
-    """What a method declares of its config; its own fields and its trainings need no word.
+    """A method's declaration about its config; its own fields and its trainings need no declaration.
 
     Attributes:
-        fields: Those of `COMMON` that the method reads. Another value than the default is refused for all others.
-        patterns: Pattern class -> what becomes of the model; the first class that a pattern is an instance of counts, and
-            `object` stands for every pattern.
-        scopes: Words that ``scope`` may be; () leaves them to the selection.
-        also: The method's own terms of a budget, named beside ``density`` and the like in errors.
-        why: Field, or form of a pattern -> the reason to refuse it; it may quote fields, as in ``{pattern}``.
+        fields: Fields of `COMMON` that the method reads. All others must have their default values.
+        patterns: Pattern class -> outcome; the first class that matches the pattern counts, and `object` matches every pattern.
+        scopes: Allowed words of ``scope``; () allows all words of the selection.
+        also: The method's own terms of a budget, named beside ``density`` in errors.
+        why: Field, or form of a pattern -> the reason of its refusal, which may quote fields, as in ``{pattern}``.
     """
 
     fields: tuple[str, ...]
@@ -58,11 +57,11 @@ class Takes:
 
     @property
     def forms(self) -> str:
-        """The patterns it admits, as a user writes them."""
+        """The admitted patterns in the user's notation."""
         return _listed([form for kind, form in FORMS.items() if any(issubclass(kind, known) for known in self.patterns)], "or")
 
     def outcome(self, pattern: str | Pattern) -> Outcome | None:
-        """Returns what the method makes of a model with a pattern; None where it does not admit the pattern."""
+        """Returns the outcome of the method for a pattern; None if it does not admit the pattern."""
         parsed = parse_pattern(pattern)
         return next((outcome for kind, outcome in self.patterns.items() if isinstance(parsed, kind)), None)
 
@@ -72,30 +71,30 @@ MASKS = Takes(
     patterns={Unstructured: "masked", Block: "masked", NM: "masked", Channel: "masked", object: "masked"},
     why={"flops": NO_SUCH_BUDGET, "ms": NO_SUCH_BUDGET},
 )
-"""What methods take that score every weight and keep the best."""
+"""Fields of methods that score every weight and keep the best."""
 
 
 @dataclass(frozen=True)
 class PruneConfig:
-    """What to keep, common to all methods.
+    """The budget and the selection, common to all methods.
 
     Attributes:
         density: Kept fraction of the prunable weights, in (0, 1].
         params: Kept fraction of all parameters, in (0, 1]; with ``density`` the tighter one binds.
-        flops: Kept fraction of the multiply-accumulates; only where channels are removed (the method ``channels``).
-        ms: Milliseconds that one example may take on this machine, by measurement; only there too.
+        flops: Kept fraction of the multiply-accumulates; only for the removal of channels (the method ``channels``).
+        ms: Measured milliseconds that one example may take on this machine; only for the removal of channels.
         pattern: ``unstructured``, ``block:OUTxIN``, ``nm:N:M`` or ``channel``.
         scope: ``global``, ``layer``, ``row``, ``erk``, or densities by layer name.
         score: Name of a score; see ``microglia methods``.
-        reduction: How the scores of a unit's weights become one: ``mean``, ``sum``, ``max``, ``l2``.
+        reduction: Function that combines the scores of a unit's weights: ``mean``, ``sum``, ``max``, ``l2``.
         layers: Selectors of the layers to prune.
         exclude: Selectors of layers to leave out: neither pruned nor counted.
-        protect: Selectors of layers to keep dense but count as kept.
+        protect: Selectors of layers that stay dense but count as kept.
         allow_empty: Whether a layer may lose all its weights.
 
-    A method takes some of these fields (``takes``). The others stay at their defaults; another value is refused. A config
-    is composed of parts: this one, and dataclasses with fields of their own, each with a ``check_values`` where it needs one,
-    which raises for values that mean nothing. All are called, so that no part calls another's.
+    A method takes some of these fields (``takes``). The others stay at their defaults; another value is refused. A config is
+    composed of parts: this one, and dataclasses with further fields. A part may have a ``check_values``, which raises for
+    invalid values. All of them are called, so that no part calls another's.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -114,7 +113,7 @@ class PruneConfig:
     protect: tuple[str, ...] = ()
     allow_empty: bool = False
 
-    def __post_init__(self) -> None:  # here, so that it shows before a dense model is trained
+    def __post_init__(self) -> None:  # here, so that an error appears before a dense model is trained
         refuse(self)
         for part in reversed(type(self).__mro__):
             if (check := vars(part).get("check_values")) is not None:
@@ -132,7 +131,7 @@ def taken(config: type[PruneConfig]) -> tuple[str, ...]:
 
 
 def left_out(config: type[PruneConfig]) -> dict[str, Any]:
-    """Returns the fields of a config that its method does not read, with their defaults: all that they may be."""
+    """Returns the fields of a config that its method does not read, with their defaults, the only allowed values."""
     return {f.name: f.default for f in fields(config) if not is_taken(config, f.name)}
 
 
@@ -146,7 +145,7 @@ def refuse(config: PruneConfig) -> None:
         SelectorError: A field of layers is not taken.
         ScoreError: A field of scores is not taken.
         PatternError: The pattern cannot be read, or the method does not admit it.
-        UnknownNameError: The method has no such scope.
+        UnknownNameError: The method does not have the scope.
     """
     kind, takes = type(config), config.takes
     who = f"The method {NAMES[kind]!r}" if kind in NAMES else kind.__name__

@@ -1,7 +1,7 @@
-"""`accelerate`: the fastest exact execution of sparse weights on this machine, chosen layer by layer by timing.
+"""`accelerate`: the fastest exact execution of sparse weights on this machine, chosen per layer by timing.
 
-Never slower than dense: what comes back was timed as a whole against the best dense executions, and is the best of these
-where it lost.
+The result is never slower than dense: the whole model is timed against the best dense executions. If it is slower, the best
+dense execution is returned.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from microglia.runtime.sparse_layers.chain import chained
 from microglia.runtime.timing_cache import Choices, Times, default_cache
 
 DENSE = ("eager", "eager-channels-last", "packed", "compiled")
-"""The dense executions that are timed against, as `microglia.measure.executions` names them."""
+"""The dense executions of the comparison, by their names in `microglia.runtime.dense.execution.executions`."""
 CONTIGUOUS = ("rows 4x1", "unstructured")
-"""Ways to run a layer that take and give contiguous images; all others keep channels last."""
+"""Ways to run a layer with contiguous input and output; all others keep channels last."""
 Measured = tuple[Site, dict[str, tuple[Candidate, float]]]
-"""A layer and, by name, each way to run it and its milliseconds."""
+"""A layer, and the milliseconds of each way to run it, by name."""
 PRECISIONS = ("float32", "bf16")
 Progress = Callable[[int, int], None]
-"""Told after each layer how many of how many are timed."""
+"""Called after each layer with the number of timed layers and of all layers."""
 
 
 def accelerate(
@@ -52,14 +52,14 @@ def accelerate(
     """Returns a masked or shrunk model in the fastest exact execution on this machine.
 
     Batch norms are folded, activations and residual additions fused, and every convolution and linear layer is timed in
-    each way that could be fastest: dense (oneDNN with a packed weight), without its rows and columns of zeros, in blocks of
-    16 outputs x 1 to 8 inputs, in groups of rows, or by single weights. On a CUDA GPU: dense (cuDNN, cuBLAS), without rows
-    and columns of zeros, in blocks of 16 to 128 outputs x 1 to 64 inputs (Triton), or 2:4. Then the whole is timed.
+    each way that could be fastest: dense (oneDNN with a packed weight), without its zero rows and columns, in blocks of 16
+    outputs x 1 to 8 inputs, in groups of rows, or by single weights. On a CUDA GPU: dense (cuDNN, cuBLAS), without zero rows
+    and columns, in blocks of 16 to 128 outputs x 1 to 64 inputs (Triton), or 2:4. Then the whole model is timed.
 
-    In ``bf16``, which is not exact and therefore only done when asked for, weights and everything between the layers are
-    rounded to bfloat16, sums are not. Layers are timed dense and in blocks of pairs, and the whole against the dense
-    executions in bfloat16 and in float32 both: where these are faster, one of them is returned. Inputs and outputs stay
-    float32, and an execution whose outputs are further than 5 % of the largest from the model's is left out.
+    ``bf16`` is not exact, so it is used only on request. Weights and activations between the layers are rounded to bfloat16;
+    sums are not. Layers are timed dense and in blocks of pairs. The whole model is timed against the dense executions in
+    bfloat16 and in float32; the fastest is returned. Inputs and outputs stay float32. An execution is left out if its outputs
+    differ from the model's by more than 5 % of the largest output.
 
     Example:
         >>> fast = mg.accelerate(model, images)               # doctest: +SKIP
@@ -67,18 +67,18 @@ def accelerate(
 
     Args:
         model: Any model that torch.export can trace, on the CPU in float32 or on one CUDA GPU in float32, float16 or
-            bfloat16; stays as it is.
+            bfloat16; it stays unchanged.
         example_inputs: Inputs of the shape to serve: a tensor, a tuple of arguments, or a mapping of keyword arguments.
-        against: The dense executions that it must not be slower than; the fastest of them is returned if it is.
+        against: The dense executions of the comparison; the fastest of them is returned if sparse execution is slower.
         precision: ``float32`` or ``bf16``.
-        cache: Folder of times measured earlier on this machine; ``"default"`` for `default_cache`, None for none.
-        rounds: Of every timing.
-        progress: Called after each layer with how many of how many are timed.
-        notes: A list to which is added what could not be timed.
+        cache: Folder of earlier timings on this machine; ``"default"`` for `default_cache`, None for none.
+        rounds: Rounds of every timing.
+        progress: Called after each layer with the number of timed layers and of all layers.
+        notes: A list to which the executions that could not be timed are added.
 
     Raises:
         MicrogliaError: The model is neither on the CPU nor on one CUDA GPU, cannot be traced, has no convolution or linear
-            layer of these types, or does not run on these inputs; or the precision is another; or autocast is on.
+            layer of these types, or does not run on these inputs; or the precision is unknown; or autocast is on.
     """
     if precision not in PRECISIONS:
         raise MicrogliaError(f"A model is accelerated in {' or '.join(PRECISIONS)}, not in {precision!r}.")
@@ -102,7 +102,7 @@ def accelerate(
         ready.update(_plans(dense, example, measured, own, half))
         fast = {name: Accelerated(runner, dense, example) for name, runner in ready.items()}
         calls = {name: bind(ready[name] if is_dense(name) else fast[name], example) for name in ready}
-        # The least of many medians is too small by chance: one timing says which sparse way to take, another one whether.
+        # The minimum of many noisy medians is biased low: one timing picks the sparse plan, a second compares it with dense.
         first, second = (time_interleaved(calls, rounds=rounds, warmup=2) for _ in range(2))
     times = {name: time.median for name, time in second.items()}
     best_dense = min(filter(is_dense, times), key=times.__getitem__)
@@ -145,7 +145,7 @@ def _measure(
 
 
 def _time(site: Site, ways: dict[str, Candidate], count: int, rounds: int, notes: list[str]) -> Times:
-    """Returns the time of each way to run a layer, in milliseconds, without those that fail or differ from the first."""
+    """Returns the milliseconds of each way to run a layer, without ways that fail or whose outputs differ from the first."""
     generator = torch.Generator().manual_seed(0)
     x, other = (torch.randn(shape, generator=generator).to(site.weight) for shape in (site.input_shape, site.output_shape))
     calls: dict[str, Callable[[], object]] = {}
@@ -168,14 +168,14 @@ def _time(site: Site, ways: dict[str, Candidate], count: int, rounds: int, notes
 
 
 def _laid_out(t: Tensor, name: str) -> Tensor:
-    """Returns an input as the way to run takes it without a copy."""
+    """Returns an input in the memory layout that a way to run takes without a copy."""
     return t if t.ndim != 4 or name in CONTIGUOUS else t.contiguous(memory_format=torch.channels_last)
 
 
 def _plans(dense: nn.Module, example: Example, measured: list[Measured], notes: list[str], half: bool) -> dict[str, Runner]:
-    """Returns the whole model with the fastest way of each layer: of all ways, and of those that keep channels last.
+    """Returns two whole models: with each layer's fastest way, and with its fastest way that keeps channels last.
 
-    A layer in the other layout makes its neighbours copy, which only the time of the whole shows.
+    A layer in another layout makes its neighbours copy. Only the time of the whole model shows this cost.
     """
     expected = run(dense, example.copied())
     plans: dict[str, Runner] = {}
@@ -201,7 +201,7 @@ def _plans(dense: nn.Module, example: Example, measured: list[Measured], notes: 
 
 
 def _plan(dense: nn.Module, example: Example, ways: Sequence[Candidate], half: bool) -> nn.Module:
-    """Returns the whole model with one way for each layer; blocks in float32 that follow each other run as one operator."""
+    """Returns the whole model with one way for each layer; consecutive float32 block layers run as one operator."""
     left = iter(ways)
 
     def engine(site: Site) -> nn.Module:

@@ -18,11 +18,11 @@ from microglia.runtime.report import AccelerationReport
 
 
 class Accelerated(nn.Module):
-    """A model in the fastest execution that was found for inputs of one shape, for inference.
+    """A model in the fastest execution found for inputs of one shape, for inference.
 
-    Inputs of other shapes, or with other arguments beside the tensors, run in the plain dense model, with equal outputs. So
-    do inputs on the CPU that hold NaN or infinity: oneDNN's fused ReLU turns NaN into 0, and a place without a kept weight
-    never reads them. It stays in evaluation mode and its weights stay what they are. `microglia.save` writes `dense`.
+    Inputs of other shapes, or with other arguments beside the tensors, run in the plain dense model, with equal outputs. Inputs
+    on the CPU with NaN or infinity also run there: oneDNN's fused ReLU turns NaN into 0, and sparse kernels skip inputs of
+    pruned weights. The model stays in evaluation mode, and its weights are constant. `microglia.save` writes `dense`.
 
     Attributes:
         fast: The chosen execution, called like the model.
@@ -39,16 +39,16 @@ class Accelerated(nn.Module):
         self.training = False
 
     def report(self) -> AccelerationReport:
-        """Returns per layer what was chosen, all times, and why; and the times of the whole."""
+        """Returns the choice, all times and the reason for each layer, and the times of the whole model."""
         assert self._report is not None
         return self._report
 
     def train(self, mode: bool = True) -> Accelerated:
-        """Stays in evaluation mode: to train, take the masked model, and accelerate it again."""
+        """Stays in evaluation mode: to train, use the masked model, and accelerate it again."""
         return self
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Refuses other weights.
+        """Refuses to load weights.
 
         Raises:
             MicrogliaError: Always.
@@ -56,7 +56,7 @@ class Accelerated(nn.Module):
         raise MicrogliaError("An accelerated model keeps its weights: load them into the model, then accelerate it again.")
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
-        """Refuses to be pickled: packed weights and compiled code are for this process.
+        """Refuses to be pickled: packed weights and compiled code are valid only in this process.
 
         Raises:
             MicrogliaError: Always.
@@ -94,13 +94,13 @@ class Accelerated(nn.Module):
 
 
 def refuse_autocast(kind: str) -> None:
-    """Refuses to go on under autocast, which the kernels would not follow.
+    """Raises under autocast, because the kernels ignore it.
 
     Args:
-        kind: Of the device, such as ``cpu``.
+        kind: Kind of the device, such as ``cpu``.
 
     Raises:
-        MicrogliaError: Autocast is on there.
+        MicrogliaError: Autocast is on for this kind of device.
     """
     if torch.is_autocast_enabled(kind):
         raise MicrogliaError(
@@ -110,21 +110,21 @@ def refuse_autocast(kind: str) -> None:
 
 
 def _finite(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Tells whether every input is finite, by its sum: one that overflows counts as not, and only costs time.
+    """Tells whether every input is finite, by its sum. A sum that overflows counts as not finite, which only costs time.
 
-    Under a compiler, which cannot branch on a value, it counts as finite.
+    Under a compiler, which cannot branch on a value, inputs count as finite.
     """
     if torch.compiler.is_compiling():
         return True
-    alone = len(args) == 1 and not kwargs and isinstance(args[0], Tensor)  # nearly always
+    alone = len(args) == 1 and not kwargs and isinstance(args[0], Tensor)  # the usual case
     leaves = args if alone else tree_flatten((args, kwargs))[0]
     tensors = (leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point())
     return all(math.isfinite(tensor.sum().item()) for tensor in tensors)
 
 
 def _signature(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
-    """Returns what a graph is made for: the structure of the arguments, shapes and types of tensors, all other values."""
-    if len(args) == 1 and not kwargs and isinstance(args[0], Tensor):  # nearly always: it is asked at every call
+    """Returns a graph's signature: the structure of the arguments, shapes and types of tensors, and all other values."""
+    if len(args) == 1 and not kwargs and isinstance(args[0], Tensor):  # the usual case, at every call
         return tuple(args[0].shape), args[0].dtype, args[0].device
     leaves, structure = tree_flatten((args, kwargs))
     return structure, [(tuple(v.shape), v.dtype, v.device) if isinstance(v, Tensor) else (type(v), v) for v in leaves]

@@ -18,15 +18,15 @@ from microglia.runtime.dense.fusion import Engine, Site, fuse
 from microglia.runtime.dense.packing import Packed
 
 TOLERANCE = 5e-2
-"""How far outputs in bfloat16 may be from the model's in float32, against the largest of them. Each layer rounds to 8 bits,
-by up to 0.4 %; the outputs of a trained ResNet-56 were measured to differ by 0.6 to 1.5 % in all."""
+"""Tolerated difference of outputs in bfloat16 from the model's in float32, relative to the largest output. Each layer rounds to
+8 bits, an error of up to 0.4 %. The outputs of a trained ResNet-56 differed by 0.6 to 1.5 % in measurements."""
 
 
 class Lowered(nn.Module):
-    """A model in bfloat16 that takes what the float32 model takes and gives what it gives.
+    """A model in bfloat16 whose inputs and outputs have the dtypes of the float32 model.
 
     Args:
-        model: Called with its floating-point tensors in bfloat16.
+        model: Any module; it is called with floating-point tensors in bfloat16.
     """
 
     def __init__(self, model: Runner) -> None:
@@ -48,8 +48,8 @@ def lower(model: nn.Module, example: Example, engine: Engine) -> Lowered:
     """Returns a folded float32 model as a graph in bfloat16.
 
     Args:
-        model: In evaluation mode on the CPU; stays as it is.
-        example: What it is called with, in float32.
+        model: A model in evaluation mode on the CPU; it stays unchanged.
+        example: Example inputs in float32.
         engine: Makes the modules of the layers, from sites whose weights are in bfloat16.
     """
     graph = fuse(copy.deepcopy(model), example, lambda site: engine(lowered_site(site)))
@@ -57,7 +57,7 @@ def lower(model: nn.Module, example: Example, engine: Engine) -> Lowered:
 
 
 def dense_lowered(model: nn.Module, example: Example, kinds: Sequence[str], notes: list[str]) -> dict[str, Runner]:
-    """Returns the dense executions in bfloat16 by name, ``bf16 packed`` and the like, whose outputs are near enough."""
+    """Returns the dense executions in bfloat16 with sufficiently near outputs, by name such as ``bf16 packed``."""
     narrow = copy.deepcopy(model).to(torch.bfloat16)
     said: list[str] = []
     others = [kind for kind in kinds if kind != "packed"]
@@ -72,7 +72,7 @@ def dense_lowered(model: nn.Module, example: Example, kinds: Sequence[str], note
 
 
 def near(ready: dict[str, Runner], expected: object, example: Example, notes: list[str]) -> dict[str, Runner]:
-    """Returns those whose outputs are within `TOLERANCE` of the float32 model's; what is wrong with others becomes a note."""
+    """Returns those with outputs within `TOLERANCE` of the float32 model's; the others' problems become notes."""
     kept = {}
     for name, runner in ready.items():
         try:

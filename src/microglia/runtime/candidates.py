@@ -17,9 +17,9 @@ from microglia.runtime.sparse_layers.layers import BlockConv2d, BlockLinear, Row
 from microglia.runtime.sparse_layers.layout import STRIPE, TAPS, one_group, to_blocks, to_rows
 
 WASTE = 1.15
-"""A wider block is worth trying where it stores at most so many times what blocks of one input store."""
+"""A wider block is tried if it stores at most this many times the weights that blocks of one input store."""
 SPARSEST = 0.5
-"""Density up to which single weights in NCHW are worth trying."""
+"""Single weights in NCHW are tried up to this density."""
 
 
 @dataclass(frozen=True)
@@ -27,9 +27,9 @@ class Candidate:
     """One way to run a layer.
 
     Attributes:
-        name: ``dense, eager`` (PyTorch's own operators), ``dense`` (packed oneDNN), ``compact`` (rows and columns of zeros
-            left out, then dense), ``block 16x1`` up to ``block 16x8``, ``rows 4x1`` or ``unstructured``.
-        make: Makes its module.
+        name: ``dense, eager`` (PyTorch's own operators), ``dense`` (packed oneDNN), ``compact`` (without zero rows and columns,
+            then dense), ``block 16x1`` up to ``block 16x8``, ``rows 4x1`` or ``unstructured``.
+        make: Makes the layer's module.
     """
 
     name: str
@@ -37,14 +37,14 @@ class Candidate:
 
 
 def candidates(site: Site) -> Iterator[Candidate]:
-    """Returns the ways worth timing for a layer, PyTorch's own first: what the others are compared with."""
+    """Returns the ways to time for a layer; the first is PyTorch's own, the reference for the others."""
     yield Candidate("dense, eager", lambda: Plain(site))
     if torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         yield Candidate("dense", lambda: Packed(site))
         if kept(site) is not None:
             yield Candidate("compact", lambda: Compact(site))
     if level() == "torch" or math.prod(site.weight.shape[2:]) > TAPS or site.weight.shape[0] < STRIPE * site.groups > STRIPE:
-        return  # blocks of 16 outputs would reach over several groups, and hold little but zeros
+        return  # blocks of 16 outputs would span several groups and hold mostly zeros
     bare, after = without_activation(site)
     weight = one_group(site.weight, site.groups)
     paired = weight.dtype == torch.bfloat16  # its narrowest blocks have two inputs
@@ -63,7 +63,7 @@ def candidates(site: Site) -> Iterator[Candidate]:
 
 
 class Plain(nn.Module):
-    """A layer by PyTorch's own operators: the least overhead, which decides where a layer is small."""
+    """A layer by PyTorch's own operators: they have the least overhead, which dominates in small layers."""
 
     weight: Tensor
     bias: Tensor | None
@@ -85,7 +85,7 @@ class Plain(nn.Module):
 
 
 class Then(nn.Module):
-    """A layer and an activation that it does not fuse."""
+    """A layer followed by an activation that it does not fuse."""
 
     def __init__(self, layer: nn.Module, activation: Activation) -> None:
         super().__init__()
@@ -97,11 +97,11 @@ class Then(nn.Module):
 
 
 class Compact(nn.Module):
-    """A convolution or linear layer without its outputs and inputs of zeros; the rest is dense.
+    """A convolution or linear layer without its zero outputs and inputs; the rest is dense.
 
     Args:
-        site: A layer of one group with at least one output and one input that are all zero or not, but not only zeros.
-        dense: Makes the module of what is left.
+        site: A layer of one group; its weight is not entirely zero.
+        dense: Makes the module of the remaining layer.
     """
 
     rows: Tensor | None
@@ -142,7 +142,7 @@ class Compact(nn.Module):
 
 
 def kept(site: Site) -> tuple[Tensor, Tensor] | None:
-    """Returns the outputs and inputs that are not all zero; None where that is all of them, or none, or in groups."""
+    """Returns the nonzero outputs and inputs; None if these are all or none, or for grouped convolutions."""
     if site.groups != 1:
         return None
     alive = site.weight.flatten(2) if site.weight.ndim > 2 else site.weight[..., None]
@@ -164,7 +164,7 @@ def _format(like: Tensor) -> torch.memory_format:
 
 
 def without_activation(site: Site) -> tuple[Site, Activation]:
-    """Returns the site as the kernels can fuse it, and the activation that is left to do."""
+    """Returns the site with an activation that the kernels can fuse, and the activation that remains."""
     if site.activation.name in ACTIVATIONS:
         return site, Activation()
     return replace(site, activation=Activation()), site.activation

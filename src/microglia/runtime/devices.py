@@ -1,4 +1,4 @@
-"""What depends on where a model runs: the ways to run a layer, how they are timed, and what the times hold for."""
+"""Properties of a device: the ways to run a layer, their timing, and the key under which times are cached."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from microglia.runtime.timing_cache import machine
 
 @dataclass(frozen=True)
 class Device:
-    """Where layers run.
+    """A device on which layers run.
 
     Attributes:
-        candidates: The ways to run a layer; called with it and a list of notes.
-        machine: What times hold for: they are kept by it.
-        level: Of the kernels, for the report.
-        calls: Of a layer in one timing. A GPU is given several at once, as a network gives it: otherwise the time to start
-            one is all that is measured of a small layer.
+        candidates: Returns the ways to run a layer; called with the layer and a list of notes.
+        machine: The machine for which times are valid; the key of the cache.
+        level: Level of the kernels, for the report.
+        calls: Calls of a layer in one timing. A GPU gets several calls at once, as in a network; otherwise the time of a small
+            layer would be only its launch time.
     """
 
     candidates: Callable[[Site, list[str]], Iterable[Candidate]]
@@ -43,10 +43,10 @@ CPU = Device(lambda site, notes: candidates(site), machine, level, 1)
 
 
 def device_of(tensors: Iterable[Tensor]) -> Device:
-    """Returns where a model runs whose parameters, buffers and inputs are given.
+    """Returns the device of a model, from its parameters, buffers and inputs.
 
     Raises:
-        MicrogliaError: They are on several devices, or on one that is neither the CPU nor a CUDA GPU.
+        MicrogliaError: The tensors are on several devices, or on a device other than the CPU or a CUDA GPU.
     """
     found = {tensor.device for tensor in tensors}
     if all(device.type == "cpu" for device in found):
@@ -61,12 +61,12 @@ def device_of(tensors: Iterable[Tensor]) -> Device:
 
 
 def cuda_level() -> str:
-    """Returns which block kernels run on a GPU."""
+    """Returns the level of the block kernels on a GPU."""
     return f"triton {version('triton')}" if has_triton() else "none: triton is not installed"
 
 
 def gpu(device: torch.device) -> dict[str, Any]:
-    """Returns what times on a GPU depend on besides the layer."""
+    """Returns all that times on a GPU depend on besides the layer."""
     return {
         "processor": torch.cuda.get_device_name(device),
         "level": cuda_level(),
@@ -84,6 +84,6 @@ def _settings() -> tuple[bool, ...]:
 
 @functools.cache
 def _sources() -> str:
-    """Returns a digest of the Triton kernels: new kernels are measured anew."""
+    """Returns a digest of the Triton kernels, so that changed kernels are measured anew."""
     files = sorted((Path(__file__).parent / "gpu" / "triton").glob("*.py"))
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]

@@ -1,9 +1,9 @@
-"""The sparse operators, ``torch.ops.microglia.*``: compiled kernels where they were built, pure PyTorch everywhere else.
+"""The sparse operators, ``torch.ops.microglia.*``: compiled kernels if they were built, else pure PyTorch.
 
-The schemas, the shapes (for ``torch.compile`` and ``torch.export``) and a reference in pure PyTorch are defined here; the
-compiled library, an optional part of the installation, adds the CPU implementation, and `microglia.runtime.gpu.triton`, where
-triton is installed, that of the blocks on CUDA. ``MICROGLIA_ISA`` forces a level:
-``torch`` (no compiled kernels), ``generic``, ``avx2``, ``avx512`` or ``avx512bf16``.
+This file defines the schemas, the shapes (for ``torch.compile`` and ``torch.export``) and a reference in pure PyTorch. The
+compiled library, an optional part of the installation, adds the CPU implementation. If triton is installed,
+`microglia.runtime.gpu.triton` adds the block operators on CUDA. ``MICROGLIA_ISA`` forces a level: ``torch`` (no compiled
+kernels), ``generic``, ``avx2``, ``avx512`` or ``avx512bf16``.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ ACTIVATIONS = ("none", "relu", "relu6", "silu")
 
 _PLACES = "Tensor values, Tensor row_pointer, Tensor channel"
 _REST = "Tensor? bias, Tensor? residual, int outputs"
-_OVER = "Tensor? bias, Tensor(a!) residual, int outputs"  # the output is written over the residual
+_OVER = "Tensor? bias, Tensor(a!) residual, int outputs"  # the output overwrites the residual
 _GEOMETRY = "int[2] kernel, int[2] stride, int[2] padding, int[2] dilation, int activation"
 _SCHEMAS = {
     "block_conv2d": f"(Tensor x, {_PLACES}, Tensor? tap, {_REST}, {_GEOMETRY}) -> Tensor",
@@ -116,7 +116,7 @@ def _linear(x: Tensor, *rest: Any) -> Tensor:
 
 
 def _widened(x: Tensor, values: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Returns what a layer of blocks or rows computes from: bfloat16 in float32, so that only its result is rounded."""
+    """Returns the operands of a block or row layer: bfloat16 widened to float32, so that only the result is rounded."""
     for name, other in (("the values of the layer", values), ("the residual", residual)):
         if other is not None and other.dtype != x.dtype:
             raise MicrogliaError(
@@ -161,7 +161,7 @@ def _gate_rows(x: Tensor, columns: Tensor | None, *head: Any) -> Tensor:
 
 
 def _add_rows(x: Tensor, part: Tensor, rows: Tensor) -> Tensor:
-    pixels, some = x.permute(0, 2, 3, 1), part.permute(0, 2, 3, 1)  # pixels of channels are faster as a matrix
+    pixels, some = x.permute(0, 2, 3, 1), part.permute(0, 2, 3, 1)  # a matrix of pixels x channels is faster
     return pixels.flatten(0, 2).index_add(1, rows, some.flatten(0, 2)).view(pixels.shape).permute(0, 3, 1, 2)
 
 
@@ -190,12 +190,12 @@ def _chain_shapes(images: list[Tensor], *rest: Any) -> list[Tensor]:
 
 @functools.cache
 def has_triton() -> bool:
-    """Tells whether the block operators have kernels on a GPU; without triton they run there as dense ones."""
+    """Tells whether the block operators have kernels on a GPU; without triton they run as dense operators."""
     return importlib.util.find_spec("triton") is not None
 
 
 def _on_cuda(name: str, reference: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Returns an operator's CUDA implementation; triton is imported when it is first called."""
+    """Returns an operator's CUDA implementation; its first call imports triton."""
 
     def call(*args: Any) -> Tensor:
         if not has_triton():
@@ -225,7 +225,7 @@ def _part_shape(x: Tensor, values: Tensor, rows: Tensor | None, columns: Tensor 
 
 
 def _written_over(reference: Callable[..., Tensor], residual: int, *args: Any) -> None:
-    """Writes what the reference returns into the residual, the argument of that number."""
+    """Writes the result of the reference into the residual, the argument of the given number."""
     args[residual].copy_(reference(*args))
 
 

@@ -1,4 +1,4 @@
-"""What `accelerate` chose, and the times it chose by."""
+"""The choices of `accelerate`, and the times behind them."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ SHOWN = 6
 
 
 def is_dense(name: str) -> bool:
-    """Tells whether an execution of a layer or of a whole model multiplies by every weight."""
+    """Tells whether an execution of a layer or model is dense, that is, multiplies by every weight."""
     return not name.startswith(("sparse", "block", "rows", "unstructured", "compact", "2:4"))
 
 
 def left_dense(model: nn.Module, reached: Collection[str]) -> list[str]:
-    """Returns a sentence that names the layers with zeros that no kernel knows, such as those laid out (in, out); or none.
+    """Returns a sentence about layers with zeros that no kernel supports, such as weights stored (in, out); or none.
 
     Args:
-        model: Masked or with zeros in its weights.
-        reached: Names of the layers that kernels were tried for.
+        model: A model with masks or zeros in its weights.
+        reached: Names of the layers for which kernels were tried.
     """
     try:
         known = prunable_layers(model)
-    except SelectorError:  # weights that no layer of a known kind holds
+    except SelectorError:  # weights outside the layers of known kinds
         known = {}
     layers = [n for n, layer in known.items() if n.rpartition(".")[0] not in reached and not layer.weight.all()]
     if not layers:
@@ -40,16 +40,16 @@ def left_dense(model: nn.Module, reached: Collection[str]) -> list[str]:
 
 @dataclass(frozen=True)
 class LayerChoice:
-    """How one layer runs.
+    """The choice for one layer.
 
     Attributes:
-        name: Of the layer in the model.
+        name: Name of the layer in the model.
         kind: ``conv2d`` or ``linear``.
-        shape: Of its weight.
+        shape: Shape of its weight.
         density: Fraction of the weight that is not zero.
-        chosen: The way that it runs.
+        chosen: The chosen way to run it.
         times: Way -> milliseconds of this layer alone, measured interleaved.
-        why: In words.
+        why: The reason in words.
     """
 
     name: str
@@ -68,16 +68,16 @@ class LayerChoice:
 
 @dataclass(frozen=True)
 class AccelerationReport:
-    """What was chosen for each layer, and the times of the whole model.
+    """The choice for each layer, and the times of the whole model.
 
     Attributes:
-        layers: In the order of the forward pass.
-        times: Execution of the whole -> milliseconds of one batch, measured interleaved.
+        layers: Choices in the order of the forward pass.
+        times: Execution of the whole model -> milliseconds of one batch, measured interleaved.
         chosen: The execution that runs.
         best_dense: The fastest dense execution.
-        level: Of the kernels: torch, generic, avx2, avx512 or avx512bf16; on a GPU triton and its version.
-        threads: CPU threads that it was timed with.
-        notes: What was left out, and why.
+        level: Level of the kernels: torch, generic, avx2, avx512 or avx512bf16; on a GPU triton and its version.
+        threads: CPU threads of the timing.
+        notes: Omitted executions, with the reasons.
         precision: ``float32``, or ``bf16`` where layers in bfloat16 were tried.
     """
 
@@ -92,7 +92,7 @@ class AccelerationReport:
 
     @property
     def speedup(self) -> float:
-        """Time of the best dense execution over that of the chosen one; never below 1 in the measurement itself."""
+        """Ratio of the best dense execution's time to the chosen one's; never below 1 in the measurement itself."""
         return self.times[self.best_dense] / self.times[self.chosen]
 
     def to_dict(self) -> dict[str, Any]:
@@ -100,7 +100,7 @@ class AccelerationReport:
         return {**asdict(self), "speedup": self.speedup}
 
     def __str__(self) -> str:
-        """Returns tables for a reader: the layers, then the whole."""
+        """Returns tables for a reader: the layers, then the whole model."""
         from rich.console import Console
         from rich.table import Table
 

@@ -1,4 +1,4 @@
-"""What was measured once on a machine is not measured again: times of layers, in one small file for each machine."""
+"""A cache of layer times, in one small file per machine, so that nothing is measured twice."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ def default_cache() -> Path:
 
 
 class Choices:
-    """Times of layers by what they depend on, kept in a file of this machine.
+    """Times of layers by all that they depend on, kept in a file of this machine.
 
-    A file that is damaged counts as empty, for it can be measured again; one that cannot be written is left alone.
+    A damaged file counts as empty, because the times can be measured again. A file that cannot be written is no error.
 
     Args:
-        folder: Where the file lies; None keeps nothing.
-        where: What the times hold for; None for the CPU, `machine`.
+        folder: Folder of the file; None keeps nothing.
+        where: The machine for which the times are valid; None for the CPU, `machine`.
     """
 
     def __init__(self, folder: Path | None, where: dict[str, Any] | None = None) -> None:
@@ -49,7 +49,7 @@ class Choices:
                 self._times = {}
 
     def get(self, site: Site, names: list[str]) -> Times | None:
-        """Returns the times of a layer like this, if each of these candidates was measured."""
+        """Returns the times of an equal layer, if each of these candidates was measured."""
         found = self._times.get(_key(site))
         return {name: found[name] for name in names} if found is not None and set(names) <= set(found) else None
 
@@ -58,7 +58,7 @@ class Choices:
         self._times.setdefault(_key(site), {}).update(times)
 
     def save(self) -> None:
-        """Writes the file at once and whole: another process reads the old one or the new one."""
+        """Writes the file atomically: another process reads either the old file or the new one."""
         if self.file is None:
             return
         try:
@@ -74,7 +74,7 @@ class Choices:
 
 
 def machine() -> dict[str, Any]:
-    """Returns what times depend on besides the layer: processor, kernels, threads and versions."""
+    """Returns all that times depend on besides the layer: processor, kernels, threads and versions."""
     return {
         "processor": processor_name(),
         "level": level(),
@@ -86,13 +86,13 @@ def machine() -> dict[str, Any]:
 
 @functools.cache
 def _kernels() -> str:
-    """Returns a digest of the compiled kernels: new kernels are measured anew."""
+    """Returns a digest of the compiled kernels, so that changed kernels are measured anew."""
     built = sorted(Path(__file__).parent.glob("_kernels*.so"))
     return hashlib.sha256(built[0].read_bytes()).hexdigest()[:16] if built else ""
 
 
 def _key(site: Site) -> str:
-    """Returns a digest of what a layer's times depend on: its shapes and where its weights are zero, not their values."""
+    """Returns a digest of all that a layer's times depend on: its shapes and the positions of zeros, not the values."""
     if site.weight.numel() == 0:
         raise MicrogliaError(f"The layer {site.name!r} has no weights.")
     mask = (site.weight != 0).flatten().to(torch.uint8).cpu().numpy().tobytes()

@@ -1,4 +1,4 @@
-"""Scores: how much a weight matters, higher = keep. A new score is one pure function under `score`."""
+"""Scores: the importance of a weight, higher = keep. A new score is one pure function under `score`."""
 
 from microglia.scores.accumulated import accumulated, accumulated_gradient
 from microglia.scores.base import Evidence, Score, score, scores

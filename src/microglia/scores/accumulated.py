@@ -18,14 +18,14 @@ from microglia.scores.guard import untouched
 def accumulated_gradient(
     model: nn.Module, layers: Mapping[str, Layer], evidence: Evidence, *, beta: float = 0.99
 ) -> dict[str, Tensor]:
-    """Returns the moving average of |w * dL/dw| over the batches, without the bias of its start (spec: AWG 6.2).
+    """Returns the moving average of |w * dL/dw| over the batches, with bias correction (spec: AWG 6.2).
 
-    In evaluation mode, the model left as it is. Unlike ``gradient`` the absolute value is taken per batch, so that a weight
-    whose gradients cancel over batches still counts.
+    The model runs in evaluation mode and stays unchanged. Unlike in ``gradient``, the absolute value is taken per batch, so
+    that a weight whose gradients cancel over batches still counts.
 
     Args:
         model: Dense or masked.
-        layers: To score, by name.
+        layers: Layers to score, by name.
         evidence: Batches and loss.
         beta: Weight of the past, in [0, 1).
     """
@@ -44,5 +44,5 @@ def accumulated_gradient(
 
 @score("accumulated-gradient")
 def accumulated(model: nn.Module, layers: Mapping[str, Layer], evidence: Evidence) -> dict[str, Tensor]:
-    """Returns |w * dL/dw| of single batches, averaged over them with the past weighing 0.99 (SMART, appendix G: AWG)."""
+    """Returns |w * dL/dw| of single batches, in a moving average with weight 0.99 for the past (SMART, appendix G: AWG)."""
     return accumulated_gradient(model, layers, evidence)

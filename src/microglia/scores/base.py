@@ -1,4 +1,4 @@
-"""What a score is: a pure function from a model, and what it may look at, to one value per weight; higher = keep."""
+"""The interface of scores: a pure function from a model and evidence to one value per weight; higher = keep."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ Batch = tuple[Any, Any]
 
 @dataclass(frozen=True)
 class Evidence:
-    """What a score may look at besides the weights.
+    """The data that a score may use besides the weights.
 
     Attributes:
-        batches: (input, target) batches on the model's device. On several ranks each brings its own slice.
+        batches: (input, target) batches on the model's device. On several ranks each rank has its own slice.
         loss: Mean loss of (output, target).
-        generator: The source of every random number a score draws, seeded alike on all ranks.
+        generator: The source of every random number a score draws, with the same seed on all ranks.
         forward: (model, inputs) -> outputs.
         count: Targets -> number of examples in the batch.
     """
@@ -45,7 +45,7 @@ scores: Registry[Score] = Registry("score")
 
 
 def score(name: str) -> Callable[[Score], Score]:
-    """Returns a decorator that registers a score by name and holds it to the contract.
+    """Returns a decorator that registers a score by name and enforces the contract.
 
     The wrapped score leaves the model untouched (see `untouched`) and returns finite values of the weights' shapes.
     """

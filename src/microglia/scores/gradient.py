@@ -18,8 +18,9 @@ from microglia.scores.reading import loss_of, outputs_of
 def gradient_magnitude(model: nn.Module, layers: Mapping[str, Layer], evidence: Evidence) -> dict[str, Tensor]:
     """Returns |w * dL/dw|, the first-order change of the loss when w is removed (Blalock et al. 2020, ShrinkBench).
 
-    The gradient is that of the mean loss over all batches, summed with its sign before the absolute value, in train mode as
-    in the paper's code, without dropout. On several ranks it is the gradient over all their batches together.
+    The gradient is that of the mean loss over all batches, summed with its sign before the absolute value. The model is in
+    training mode as in the paper's code, but without dropout. On several ranks it is the gradient over all their batches
+    together.
     """
     gradients = loss_gradient(in_training(model), layers, evidence)
     return {name: (layer.weight.detach() * gradients[name]).abs() for name, layer in layers.items()}
@@ -37,7 +38,7 @@ def loss_gradient(model: nn.Module, layers: Mapping[str, Layer], evidence: Evide
     total = [torch.zeros_like(p, dtype=torch.float32) for p in raw]
     count = torch.zeros((), device=raw[0].device)
     for inputs, targets in evidence.batches:
-        if not (examples := evidence.count(targets)):  # a rank may come out empty at the end of an epoch
+        if not (examples := evidence.count(targets)):  # a rank may have an empty batch at the end of an epoch
             continue
         loss = loss_of(evidence.loss, outputs_of(model, inputs, evidence.forward), targets)
         gradients = torch.autograd.grad(loss, raw, allow_unused=True)

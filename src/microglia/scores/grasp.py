@@ -16,16 +16,16 @@ from microglia.scores.guard import in_training
 from microglia.scores.reading import loss_of, outputs_of
 
 TEMPERATURE = 200.0
-"""Logits are divided by it, which suppresses the curvature of the softmax against that of the network (survey 7.2, traps)."""
+"""Divides the logits, which suppresses the curvature of the softmax relative to that of the network (survey 7.2, traps)."""
 
 
 @score("grasp")
 def grasp(model: nn.Module, layers: Mapping[str, Layer], evidence: Evidence) -> dict[str, Tensor]:
-    """Returns w * Hg: removing w changes |g|^2 by -2 w (Hg) to first order, and what would raise it goes first.
+    """Returns w * Hg: removing w changes |g|^2 by -2 w (Hg) to first order; weights whose removal raises it go first.
 
-    That is minus the score S of the paper (algorithm 1), for here higher = keep. A batch is a chunk: gradients and Hessian-
-    gradient products add up over chunks, so that memory is that of one. In train mode, as in the authors' code, without
-    dropout.
+    This is minus the score S of the paper (algorithm 1), because here higher = keep. A batch is a chunk: gradients and
+    Hessian-gradient products are summed over chunks, so the memory is that of one chunk. The model is in training mode, as in
+    the authors' code, but without dropout.
 
     Raises:
         ScoreError: There are no batches or no loss, the loss is not finite, or a layer has no second derivative.
@@ -45,13 +45,13 @@ def hessian_gradient(
 ) -> dict[str, Tensor]:
     """Returns Hg of the mean loss over all batches of all ranks, for the weights of the layers; ``.grad`` is not touched.
 
-    g = sum_c n_c / n grad L_c and Hg = sum_c n_c / n H_c g over chunks c of n_c examples: the product of the sums, not the
-    sum of the products of each chunk.
+    g = sum_c n_c / n grad L_c and Hg = sum_c n_c / n H_c g over chunks c of n_c examples: the product uses the sum of the
+    gradients, not the gradient of each chunk.
 
     Args:
-        model: In the mode wanted.
+        model: Any module, in the mode to score in.
         layers: The block of weights; H is the Hessian with respect to them alone.
-        evidence: Chunks of (inputs, targets), and the loss of (logits, targets).
+        evidence: Chunks of (inputs, targets), and a loss of (logits, targets).
         temperature: Divides the logits, > 0.
 
     Raises:

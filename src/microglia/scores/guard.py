@@ -1,4 +1,4 @@
-"""The purity contract of scores: whatever a score reads, it leaves the model bit for bit as it found it."""
+"""The purity contract of scores: a score leaves the model bit for bit unchanged."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from microglia.core.modes import modes_kept
 def untouched(model: nn.Module) -> Iterator[None]:
     """Runs its body and leaves the model, and the global random number generators, as they were.
 
-    What a forward or backward pass cannot help changing is put back: batch-norm statistics and other buffers, train and
-    eval modes, ``requires_grad``, ``.grad``, the states of the Python, NumPy and torch generators. What no score may change
-    is checked: the parameters' values and the module's hooks.
+    State that every forward or backward pass changes is restored: batch-norm statistics and other buffers, train and eval
+    modes, ``requires_grad``, ``.grad``, the states of the Python, NumPy and torch generators. State that no score may change is
+    checked: the parameters' values and the module's hooks.
 
     Raises:
         ScoreError: The body changed a parameter in place, or left a hook behind.
@@ -54,7 +54,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
 
 
 def in_training(model: nn.Module) -> nn.Module:
-    """Puts a model into training mode but for dropout, whose noise would be scored with the weights; returns it."""
+    """Puts a model into training mode, except dropout, whose noise would affect the scores; returns the model."""
     model.train()
     for module in model.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):

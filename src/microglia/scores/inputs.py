@@ -1,4 +1,4 @@
-"""What enters each layer: the mean size of its inputs, by which weights can be weighed."""
+"""Mean absolute input of each layer, used to weight its |w|."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from microglia.scores.reading import outputs_of
 def mean_inputs(model: nn.Module, layers: Mapping[str, Layer], evidence: Evidence) -> dict[str, Tensor]:
     """Returns mean |x| over examples and positions of each layer's input channels, shaped to multiply its weight.
 
-    In evaluation mode; on several ranks over all their batches. A layer that is never called by itself gets ones.
+    The model runs in evaluation mode; on several ranks the mean is over all their batches. A layer that is never called itself
+    gets ones.
 
     Raises:
         ScoreError: There are no batches, or the model is a traced graph.
@@ -67,7 +68,7 @@ def _average(total: Tensor, count: int) -> Tensor:
 
 
 def _as_factor(layer: Layer, mean: Tensor | None) -> Tensor:
-    """Returns the means in the weight's shape but for dimensions of 1; rows of a grouped convolution see their own group."""
+    """Returns the means, shaped to broadcast over the weight; rows of a grouped convolution get the means of their group."""
     if mean is None:
         return torch.ones(1, device=layer.raw.device)
     groups = getattr(layer.module, "groups", 1)

@@ -1,4 +1,4 @@
-"""Magnitude: the oldest score, and a hard one to beat."""
+"""Magnitude: the oldest score, and a strong baseline."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Random: the control every other score must beat."""
+"""Random: the control for every other score."""
 
 from __future__ import annotations
 

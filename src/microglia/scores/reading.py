@@ -1,4 +1,4 @@
-"""Reading evidence: inputs through the model, outputs and targets through the loss; what does not fit is said in a sentence."""
+"""Reading evidence: runs inputs through the model, outputs and targets through the loss; a misfit raises one clear sentence."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from microglia.core.batch import call
 from microglia.core.errors import ScoreError
 
 MISFITS = (RuntimeError, TypeError, ValueError, IndexError, AttributeError, KeyError)
-"""What torch and models raise for inputs of a wrong shape or kind."""
+"""Errors that torch and models raise for inputs of a wrong shape or kind."""
 
 
 @contextmanager
 def fitting(model: nn.Module, inputs: Any) -> Iterator[None]:
-    """Within it, an error of the model about its inputs becomes a `ScoreError` that says what it was given."""
+    """Context in which a model's error about its inputs becomes a `ScoreError` that describes the inputs."""
     try:
         yield
     except torch.cuda.OutOfMemoryError:
@@ -39,7 +39,7 @@ def outputs_of(model: nn.Module, inputs: Any, forward: Callable[[nn.Module, Any]
         forward: (model, inputs) -> outputs.
 
     Raises:
-        ScoreError: The inputs are of a shape or kind that it does not take.
+        ScoreError: The model does not take inputs of this shape or kind.
     """
     with fitting(model, inputs):
         return forward(model, inputs)
@@ -49,7 +49,7 @@ def loss_of(loss: Any, outputs: Any, targets: Any) -> Tensor:
     """Returns the mean loss of a batch, one finite number.
 
     Raises:
-        ScoreError: The loss does not take these outputs and targets, or does not give one finite number.
+        ScoreError: The loss does not take these outputs and targets, or does not return one finite number.
     """
     try:
         value = loss(outputs, targets)
@@ -68,7 +68,7 @@ def loss_of(loss: Any, outputs: Any, targets: Any) -> Tensor:
 
 
 def kind_of(value: Any) -> str:
-    """Returns what a value is, in words."""
+    """Returns a description of a value in words."""
     if isinstance(value, Tensor):
         return f"a tensor of shape {tuple(value.shape)} and {value.dtype}"
     return "None" if value is None else f"a {type(value).__name__}"

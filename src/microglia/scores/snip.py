@@ -1,4 +1,4 @@
-"""SNIP: how much the loss feels a connection at initialization (Lee et al. 2019)."""
+"""SNIP: the sensitivity of the loss to a connection at initialization (Lee et al. 2019)."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from microglia.scores.gradient import gradient_magnitude, loss_gradient
 
 @score("snip")
 def snip(model: nn.Module, layers: Mapping[str, Layer], evidence: Evidence) -> dict[str, Tensor]:
-    """Returns the connection sensitivity s = |w * dL/dw| / sum of all, which add up to 1 (Lee et al. 2019, equations 5-6).
+    """Returns the connection sensitivity s = |w * dL/dw| / (sum over all weights) (Lee et al. 2019, equations 5-6).
 
     dL/dw times w is dL/dc of a gate c = 1 on the weight. Signed gradients are summed over batches before the absolute value;
     batch norm uses the statistics of the batch.
 
     Raises:
-        ScoreError: No weight has a gradient: the network is cut through, or its outputs do not depend on it.
+        ScoreError: No weight has a gradient: the network is disconnected, or its outputs do not depend on the weights.
     """
     return _shares(gradient_magnitude(model, layers, evidence))
 
@@ -29,11 +29,11 @@ def snip(model: nn.Module, layers: Mapping[str, Layer], evidence: Evidence) -> d
 def snip_inference(model: nn.Module, layers: Mapping[str, Layer], evidence: Evidence) -> dict[str, Tensor]:
     """Returns `snip` with the network in inference mode, as in the authors' TensorFlow code.
 
-    Batch norm uses its running statistics, which are mean 0 and variance 1 before any training. The masks of both modes share
-    15 % at a tenth of the weights of a VGG-11 (survey, correction C2): these are two conventions.
+    Batch norm uses its running statistics, which are mean 0 and variance 1 before any training. For a VGG-11 at density 0.1 the
+    masks of both modes share 15 % of their weights (survey, correction C2). The modes are two conventions.
 
     Raises:
-        ScoreError: As `snip`.
+        ScoreError: Same as `snip`.
     """
     gradients = loss_gradient(model.eval(), layers, evidence)
     return _shares({name: (layer.weight.detach() * gradients[name]).abs() for name, layer in layers.items()})

@@ -1,4 +1,4 @@
-"""SynFlow: the flow of positive signal through a network, without data (Tanaka et al. 2020); which weights lie on a path."""
+"""SynFlow: the flow of positive signal through a network, without data (Tanaka et al. 2020); the weights that lie on a path."""
 
 from __future__ import annotations
 
@@ -25,27 +25,27 @@ PASSED = (
     *(nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm),
     *(nn.ReLU6, nn.Hardtanh),
 )
-"""While flow is measured these return their input: norms would divide the signal away, clipped activations cap it."""
+"""Modules that return their input while flow is measured: norms would divide the signal away, clipped activations cap it."""
 TRIES = ((torch.float32, 2.0**-110, (1e-33, 1e33)), (torch.float64, 2.0**-500, (1e-290, 1e305)))
-"""(dtype, scale of what enters, bounds of the scaled flow). A flow of 1e60 fits float32 when what enters is
-as small as it can be: forward values span scale to scale * R, backward ones 1 / (scale * R) to 1 / scale. The shares do not
-depend on the scale. Beyond, float64 goes on, for which oneDNN has no kernels."""
+"""(dtype, scale of the input, bounds of the scaled flow). A flow of 1e60 fits float32 if the input is as small as possible:
+forward values span scale to scale * R, backward ones 1 / (scale * R) to 1 / scale. The shares do not depend on the scale. A
+larger flow uses float64, for which oneDNN has no kernels."""
 MARGIN = 2.0
-"""How far above the most that a type holds, in log2, the flow of the round before may be: a round removes some of it."""
+"""Margin in log2: the flow of the previous round may exceed a dtype's maximum by it, because a round removes some flow."""
 ENTERING = ("bias", "token", "embed", "pos")
-"""Parts of the names of parameters that are added to the signal: they are scaled like the input."""
+"""Substrings of the names of parameters that are added to the signal; these parameters are scaled like the input."""
 
 Factors = tuple[dict[str, Tensor], dict[str, Tensor]]
-"""By layer, the slopes of the flow and the values they belong to; their products are the shares."""
+"""The slopes of the flow and the values they belong to, by layer; their products are the shares."""
 
 
 @score("synflow")
 def synflow(model: nn.Module, layers: Mapping[str, Layer], evidence: Evidence) -> dict[str, Tensor]:
     """Returns each weight's share of the flow R: (dR/d|w|) |w| / R (Tanaka et al. 2020, equations 1 and 7).
 
-    R is the sum of the outputs for an input of ones with every parameter replaced by its absolute value and norms passing
-    through. The shares of any layer that cuts a network without biases through add up to 1. Of the batches only the shape of
-    the first input counts (an integer one, such as tokens, is taken as it is).
+    R is the sum of the outputs for an input of ones, with every parameter replaced by its absolute value and every norm by the
+    identity. In a network without biases, the shares of a layer that all paths cross add up to 1. The batches give only the
+    shape of the first input; an integer input, such as tokens, is used unchanged.
 
     Raises:
         ScoreError: There is no batch to take the shape from, nothing flows, or the flow is beyond float64.
@@ -68,13 +68,13 @@ def example_of(evidence: Evidence) -> Any:
 def shares(
     model: nn.Module, layers: Mapping[str, Layer], example: Any, *, dtype: torch.dtype | None = None
 ) -> dict[str, Tensor]:
-    """Returns the shares of the flow, see `synflow`; the model is only read.
+    """Returns the shares of the flow (see `synflow`); the model is only read.
 
     Args:
         model: Masked or dense.
         layers: Whose weights to score.
         example: Inputs of one example: tensors (1, ...).
-        dtype: To compute in; None takes float32 where the flow fits in it.
+        dtype: Dtype of the computation; None takes float32 where the flow fits in it.
 
     Raises:
         ScoreError: As `synflow`.
@@ -83,10 +83,10 @@ def shares(
 
 
 class PositiveFlow:
-    """The flow through a network over many rounds of pruning, each a pass of the dense network and little else.
+    """The flow through a network over many rounds of pruning; a round costs about one pass of the dense network.
 
     Args:
-        model: Without masks; only read.
+        model: A network without masks; only read.
         layers: Whose weights to score.
         example: Inputs of one example: tensors (1, ...).
 
@@ -101,7 +101,7 @@ class PositiveFlow:
         self._flow = -math.inf
 
     def slopes(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Returns the two factors of `shares` through what is left, by layer: dR/d|w| / R and |w|.
+        """Returns the two factors of `shares` through the remaining weights, by layer: dR/d|w| / R and |w|.
 
         Raises:
             ScoreError: As `synflow`.
@@ -123,10 +123,10 @@ def _factors(
     dtype: torch.dtype | None = None,
     known: float = -math.inf,
 ) -> tuple[Factors, float]:
-    """Returns the factors of the shares, and log2 of the flow R; one ``known`` to be about as large saves a try in vain."""
+    """Returns the factors of the shares, and log2 of the flow R; a good estimate ``known`` of it saves a failed attempt."""
     flow, floating = 0.0, any(tensor.is_floating_point() for tensor in tensors_of(example))
     for kind, small, (least, most) in TRIES:
-        scale = small if floating else 1.0  # tokens enter as they are
+        scale = small if floating else 1.0  # tokens are used unchanged
         if dtype in (None, kind) and known + math.log2(scale) <= math.log2(most) + MARGIN:
             with untouched(model):
                 found, flow = _factors_in(model, layers, example, read, kind, scale)
@@ -141,13 +141,13 @@ def _factors(
 
 
 def effective_masks(model: nn.Module, example: Any) -> MaskSet:
-    """Returns the masks of the weights that lie on a path from input to output: the others are dead, kept or not.
+    """Returns the masks of the weights that lie on a path from input to output; all others are dead, kept or not.
 
-    Source: Frankle et al. 2021, section 4; Vysogorets and Kempe 2021 ("effective sparsity"). A weight that only ever reads
-    zero padding is dead too.
+    Source: Frankle et al. 2021, section 4; Vysogorets and Kempe 2021 ("effective sparsity"). A weight that reads only zero
+        padding is dead too.
 
     Args:
-        model: Masked or with zeros in its weights; left as it is.
+        model: A network with masks or zeros in its weights; it stays unchanged.
         example: Inputs of one example: tensors (1, ...).
     """
     layers = prunable_layers(model)
@@ -159,7 +159,7 @@ def effective_masks(model: nn.Module, example: Any) -> MaskSet:
 
 
 class _Averaging(TorchFunctionMode):
-    """Takes the mean where a network takes the maximum of a window: a path through any entry is a path."""
+    """Replaces the maximum of a window by the mean: a path through any entry is a path."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -176,7 +176,7 @@ class _Averaging(TorchFunctionMode):
 
 
 def _averaging(p: Tensor) -> Tensor:
-    """Returns rows that average the inputs a parameter has: nothing overflows, and what was zero stays zero."""
+    """Returns rows that average the inputs of a parameter: nothing overflows, and zeros stay zero."""
     alive = (p.detach() != 0).double()
     if p.ndim == 1:
         return torch.ones_like(alive)
@@ -228,7 +228,7 @@ def _factors_in(  # noqa: PLR0917 -- the parts of one computation
 
 @contextmanager
 def _passing(model: nn.Module) -> Iterator[None]:
-    """Runs its body with norms and clipped activations that return their input."""
+    """Context in which norms and clipped activations return their input."""
     passed = [module for module in model.modules() if isinstance(module, PASSED)]
     for module in passed:
         module.forward = _pass  # type: ignore[method-assign]

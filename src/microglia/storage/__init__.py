@@ -1,3 +1,3 @@
-"""Storage: files that hold no pickle, durable runs, saved models, and what was done to them."""
+"""Storage: files without pickle, durable runs, saved models, and the changes made to models."""
 
 import microglia.storage.masked  # noqa: F401 # registers the change

@@ -27,29 +27,29 @@ from microglia.zoo.trust import require_known, trusting
 
 PLAN, WEIGHTS = "plan.json", "model.safetensors"
 SIDE = 4096
-"""Largest channels, height and width that a file may ask for; larger models are passed by the caller."""
+"""Maximum channels, height and width that a file may request; larger models must be passed by the caller."""
 DEPTH = 1000
 """Layers that any name may ask for."""
 TIMES, LEAST = 1000, 2**26
-"""How many times as large as its weights a dense model may be, and what any may have."""
+"""Maximum ratio of a dense model's size to its saved weights, and the size that is always allowed."""
 
 
 def save(model: nn.Module, directory: str | Path, *, fold: bool = False) -> Path:
-    """Writes ``model.safetensors`` (weights, buffers, masks) and ``plan.json`` (how to build it, what was done to it).
+    """Writes ``model.safetensors`` (weights, buffers, masks) and ``plan.json`` (how to build the model, and its changes).
 
     Args:
-        model: Any module, whatever of `changes_of` was done to it. One that `microglia.tasks.build` made needs its
-            directory alone to load. An accelerated one is written as it was before, masks as zeros of the weights: accelerate
-            it again.
-        directory: Made if it is not there; a model saved there before is replaced, weights and plan each atomically.
-        fold: Whether to write the masks as zeros of the weights (see `microglia.fold`) instead of beside them, an eighth of a
-            byte for each weight. The model itself keeps its masks, the loaded one has none.
+        model: Any module, with any changes of `changes_of`. A model of `microglia.tasks.build` can be loaded from its directory
+            alone. An accelerated model is written in its original form, with masks as zeros of the weights: accelerate it again
+            after loading.
+        directory: Created if it does not exist; an earlier model there is replaced, weights and plan each atomically.
+        fold: Whether to write the masks as zeros of the weights (see `microglia.fold`). Otherwise masks are stored beside them,
+            an eighth of a byte for each weight. The model itself keeps its masks; the loaded model has none.
 
     Returns:
         The directory.
 
     Raises:
-        FileError: It cannot be written, or a pruner still searches in the model.
+        FileError: The files cannot be written, or a pruner still searches in the model.
     """
     if unfinished(model):
         raise FileError(
@@ -63,12 +63,12 @@ def save(model: nn.Module, directory: str | Path, *, fold: bool = False) -> Path
     content = {
         "format": "microglia.model",
         "version": VERSION,
-        # A build gives plain weights: with other parametrizations, only the user can make the model to load into.
+        # A build makes plain weights: with other parametrizations only the user can make the model to load into.
         "source": getattr(model, SOURCE, None) if not parametrized(model) else None,
         "class": next((name for d in found.values() if (name := d.kind.was(d.value))), type(model).__name__),
         **{key: written.get(key, ALWAYS.get(key)) for key in dict.fromkeys((*ALWAYS, *written))},
     }
-    # The weights' header holds a mark of what binds them, so that no other change is ever replayed under them.
+    # The weights' header holds a digest of the binding changes, so that no other change is replayed for these weights.
     content["digest"] = write_tensors(directory / WEIGHTS, model.state_dict(), kind="weights", document=_mark(content))
     long = any(done.kind.cuts for done in found.values())  # indices by the thousand
     write_atomic(directory / PLAN, json.dumps(content, indent=None if long else 2) + "\n")
@@ -76,19 +76,19 @@ def save(model: nn.Module, directory: str | Path, *, fold: bool = False) -> Path
 
 
 def load(directory: str | Path, model: nn.Module | None = None, *, trust: bool = False) -> nn.Module:
-    """Returns the saved model, bit for bit; nothing that its files name is imported or run without being asked.
+    """Returns the saved model, bit for bit; code that its files name is imported or run only on request.
 
     Args:
-        directory: Where `save` put it.
-        model: A freshly built model of the same architecture to load into, dense also where the saved one was shrunk;
-            needed when that was not made by `microglia.tasks.build`.
+        directory: The directory that `save` wrote.
+        model: A freshly built model of the same architecture to load into; dense even if the saved one was shrunk. It is needed
+            if the saved model was not made by `microglia.tasks.build`.
         trust: Whether the files may name any model to build, such as ``package.module:function``, which is then imported
             and called. Otherwise only the library's own are built, and those of timm, torchvision and transformers by
             plain name.
 
     Raises:
-        FileError: A file is missing, damaged, truncated, foreign, or newer than this library; or the model does not fit, or is
-            one that a file may not name.
+        FileError: A file is missing, damaged, truncated, foreign, or newer than this library; or the model does not fit, or the
+            file may not name it.
     """
     directory = Path(directory)
     plan, state = _read(directory)
@@ -107,13 +107,13 @@ def load(directory: str | Path, model: nn.Module | None = None, *, trust: bool =
 
 
 def saved_bytes(target: str | Path) -> int | None:
-    """Returns the size of the file with a target's weights and masks, as it was written; None of a model's name."""
+    """Returns the size of the file with a target's weights and masks, as it was written; None for a model's name."""
     places = (Path(target) / "model" / WEIGHTS, Path(target) / WEIGHTS)
     return next((path.stat().st_size for path in places if path.is_file()), None)
 
 
 def check_whole(directory: Path) -> None:
-    """Raises `FileError` unless a saved model's two files are there, undamaged and of each other; builds nothing."""
+    """Raises `FileError` unless a saved model's two files exist, are undamaged and belong together; builds nothing."""
     _read(directory)
 
 
@@ -130,7 +130,7 @@ def _read(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def _mark(plan: Mapping[str, Any]) -> str | None:
-    """Returns a digest of the changes of a ``plan.json`` that bind its weights; None where there is none."""
+    """Returns a digest of the changes of a ``plan.json`` that bind its weights, or None."""
     bound = {key: value for key, (kind, value) in written_changes(plan).items() if kind.binds}
     if not bound:
         return None
@@ -140,10 +140,10 @@ def _mark(plan: Mapping[str, Any]) -> str | None:
 
 
 def _check_size(source: Mapping[str, Any], state: Mapping[str, Tensor], path: Path) -> None:
-    """Raises unless a model of these classes, shape and options can be the one of the weights; nothing is built for it.
+    """Raises unless a model of these classes, shape and options can have the saved weights; builds nothing.
 
-    The classes and the channels are sizes of some tensor; depth and width have each their own weights; and the dense
-    model, built without memory, is not more than a thousand times as large as what was left of it.
+    The numbers of classes and channels must be sizes of some tensor. Depth and width must have weights of their own. The dense
+    model, built without memory, must be at most a thousand times as large as the saved weights.
     """
     sizes = {size for tensor in state.values() for size in tensor.shape}
     entries = sum(tensor.numel() for tensor in state.values())
@@ -154,7 +154,7 @@ def _check_size(source: Mapping[str, Any], state: Mapping[str, Tensor], path: Pa
     name, options = source["name"], source["options"]
     largest = max((abs(v) for v in options.values() if type(v) is int), default=0)
     fits = largest <= max(SIDE, entries)
-    if fits and ":" not in name:  # a library's models have sizes of their own, and not all of them build without memory
+    if fits and ":" not in name:  # a library's models have fixed sizes, and some cannot be built without memory
         depth = max(map(int, re.findall(r"\d{1,9}", name)), default=0)
         fits = depth <= max(DEPTH, 4 * len(state)) and _dense(source, path) <= max(LEAST, TIMES * entries)
     if not fits:
@@ -162,7 +162,7 @@ def _check_size(source: Mapping[str, Any], state: Mapping[str, Tensor], path: Pa
 
 
 def _dense(source: Mapping[str, Any], path: Path) -> int:
-    """Returns the parameters of the dense model that a file names, which is built without memory."""
+    """Returns the parameters of the dense model that a file names; the model is built without memory."""
     try:
         with torch.device("meta"):
             dense = build(source["name"], classes=source["classes"], shape=tuple(source["shape"]), **source["options"])

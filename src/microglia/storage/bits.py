@@ -1,4 +1,4 @@
-"""Boolean tensors in files as bits: a mask takes an eighth of the room that its bytes would."""
+"""Boolean tensors in files as bits: a mask takes an eighth of the space of its bytes."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from torch import Tensor
 
 
 def pack(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, list[int]]]:
-    """Returns tensors with each boolean one as bits, and the shapes of those.
+    """Returns tensors with boolean ones packed as bits, and the shapes of these.
 
     Args:
-        tensors: On the CPU, contiguous.
+        tensors: Contiguous tensors on the CPU.
 
     Returns:
-        The same names; of a boolean tensor of n entries, ceil(n / 8) bytes (uint8): its entries in C order, the first in the
-        highest bit of the first byte, the bits left over 0. Beside them name -> shape of each boolean tensor.
+        The tensors by the same names, and name -> shape of each boolean tensor. A boolean tensor of n entries becomes ceil(n /
+        8) bytes (uint8): its entries in C order, the first in the highest bit of the first byte; unused bits are 0.
     """
     packed, shapes = dict(tensors), {}
     for name, tensor in tensors.items():
@@ -30,14 +30,14 @@ def pack(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, li
 
 
 def unpack(tensors: Mapping[str, Tensor], shapes: Any) -> dict[str, Tensor]:
-    """Returns the tensors that `pack` was given.
+    """Returns the original tensors from the result of `pack`.
 
     Args:
-        tensors: As stored.
-        shapes: As a file holds them, of any form.
+        tensors: The stored tensors.
+        shapes: The shapes in the file, of unchecked form.
 
     Raises:
-        ValueError: The shapes are none, or do not fit the bits; nothing is made of their size before that is known.
+        ValueError: The shapes are invalid or do not fit the bits; no memory of their size is allocated before this check.
     """
     if not isinstance(shapes, Mapping):
         raise ValueError("the shapes of its bits are no mapping")

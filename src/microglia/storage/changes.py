@@ -1,7 +1,7 @@
-"""What was done to a model: one registry of changes, asked by everything that saves, loads or tells of a model.
+"""Changes of a model: one registry, used by all code that saves, loads or describes a model.
 
-A family registers one `Change` where its code lives. `changes_of` tells what a model at hand has been through; `decode` and
-`replay` do it again to a freshly built one. Nothing else looks for attributes or parametrizations of a family.
+A family registers one `Change` where its code lives. `changes_of` returns the changes of a model; `decode` and `replay` apply
+them again to a freshly built one. No other code looks for attributes or parametrizations of a family.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from microglia.core.house import CHANGES
 from microglia.core.registry import Registry
 
 SOURCE = "microglia_source"
-"""Attribute under which `microglia.tasks.build` notes on a model how it was built; a replayed model keeps it."""
+"""Attribute in which `microglia.tasks.build` records how a model was built; a replayed model keeps it."""
 
 Batches = Callable[[], Sequence[Tensor]]
-"""Returns test inputs, batch by batch, on the model's device; called only where they are needed."""
+"""Returns test inputs, batch by batch, on the model's device; called only if they are needed."""
 Execution = Callable[[], object]
 """Runs a model once, to be timed."""
 
@@ -32,23 +32,23 @@ def _nothing(*given: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Change:
-    """One kind of thing that can be done to a model.
+    """One kind of change of a model.
 
     Attributes:
-        of: Returns what was done to a model of this kind, a value of the family's own; None where nothing was.
+        of: Returns the change of this kind in a model, a value of the family's own type, or None.
         encode: Returns the value as JSON.
         decode: Returns the value that ``encode`` wrote. It gets the JSON and the saved tensors, builds nothing, and raises
-            `FileError` where the JSON has not the form of one or does not fit the tensors.
-        replay: Does it again to a freshly built model, whose weights are then loaded; returns the model, or another.
-        binds: Whether the file of the weights holds a digest of the JSON, so that no other is replayed under them. True for
-            everything that the names, shapes or meaning of the weights depend on.
-        alone: Whether that digest is of the JSON without its key if nothing else binds, as files of version 1 have it.
-        cuts: Whether tensors have other shapes afterwards.
-        chooses: Name of the parts by which the model chooses for every input what it computes, such as "gates".
-        result: Returns fields of a run's result, from the value, the model, and a function that makes the dense one.
-        was: Returns the class that the model had before, from the value; empty where it still has it.
-        measured: Returns what ``microglia measure`` adds to its own numbers, from the value.
-        executions: Returns own ways to run the model, by name, from the model, an example input and a `Batches`.
+            `FileError` if the JSON is malformed or does not fit the tensors.
+        replay: Applies the change to a freshly built model, whose weights are then loaded; returns this model or a new one.
+        binds: Whether the file of the weights holds a digest of the JSON, so that no other change is replayed for these
+            weights. True if the names, shapes or meaning of the weights depend on the change.
+        alone: Whether this digest omits the key of the JSON if nothing else binds, as in files of version 1.
+        cuts: Whether the change alters shapes of tensors.
+        chooses: Name of the parts that choose the computation for every input, such as "gates".
+        result: Returns fields of a run's result, from the value, the model, and a function that makes the dense model.
+        was: Returns the model's former class, from the value; empty if the class is unchanged.
+        measured: Returns additional numbers for ``microglia measure``, from the value.
+        executions: Returns further ways to run the model, by name, from the model, an example input and a `Batches`.
     """
 
     of: Callable[[nn.Module], Any]
@@ -67,11 +67,11 @@ class Change:
 
 @dataclass(frozen=True)
 class Done:
-    """What was done to one model.
+    """One change of one model.
 
     Attributes:
         kind: The registered change.
-        value: What was done, in the family's own type: masks, a plan.
+        value: The change in the family's own type: masks, a plan.
     """
 
     kind: Change
@@ -98,11 +98,11 @@ def register_change(key: str, change: Change) -> Change:
 
 
 RESERVED = frozenset({"format", "version", "source", "class", "digest"})
-"""Fields of ``plan.json`` that are no changes."""
+"""Fields of ``plan.json`` that are not changes."""
 
 
 def changes_of(model: nn.Module) -> dict[str, Done]:
-    """Returns what was done to a model, by field of ``plan.json``, in the order in which it is replayed.
+    """Returns the changes of a model, by field of ``plan.json``, in the order of replay.
 
     Example:
         >>> changes_of(nn.Linear(2, 2))
@@ -113,26 +113,26 @@ def changes_of(model: nn.Module) -> dict[str, Done]:
 
 
 def written_changes(plan: Mapping[str, Any]) -> dict[str, tuple[Change, Any]]:
-    """Returns the changes that a ``plan.json`` tells of, each with its JSON, in the order in which they are replayed.
+    """Returns the changes in a ``plan.json``, each with its JSON, in the order of replay.
 
-    Modules of the house that the file needs are imported by `CHANGES`, a fixed table.
+    The library's own modules that the file needs are imported by `CHANGES`, a fixed table.
 
     Raises:
-        FileError: A field is of a change that nobody registered.
+        FileError: A field names an unregistered change.
     """
     keys = _ordered(key for key, value in plan.items() if key not in RESERVED and value is not None)
     return {key: (_known(key), plan[key]) for key in keys}
 
 
 def decode(plan: Mapping[str, Any], state: Mapping[str, Tensor]) -> dict[str, Done]:
-    """Returns the changes that a ``plan.json`` tells of, read and checked; nothing is built.
+    """Returns the changes in a ``plan.json``, read and checked; builds nothing.
 
     Args:
         plan: Fields of the file: changes as JSON, and the header's own.
         state: The saved tensors.
 
     Raises:
-        FileError: A field is damaged, or of a change that nobody registered.
+        FileError: A field is damaged or names an unregistered change.
     """
     found: dict[str, Done] = {}
     for key, (kind, written) in written_changes(plan).items():
@@ -146,7 +146,7 @@ def decode(plan: Mapping[str, Any], state: Mapping[str, Tensor]) -> dict[str, Do
 
 
 def replay(model: nn.Module, done: Mapping[str, Done]) -> nn.Module:
-    """Returns a freshly built model with changes done again, in place or as another object.
+    """Returns a freshly built model with changes applied again, in place or as another object.
 
     Raises:
         FileError: A change does not fit the model.
@@ -157,23 +157,23 @@ def replay(model: nn.Module, done: Mapping[str, Done]) -> nn.Module:
             model = change.kind.replay(model, change.value)
         except FileError:
             raise
-        except MicrogliaError as error:  # such as the trace of a model that a plan's inputs do not fit
+        except MicrogliaError as error:  # for example, a plan's inputs do not fit the model in a trace
             raise FileError(f"The change {key!r} of the file does not fit {type(model).__name__}: {error}") from error
         except (AttributeError, TypeError, ValueError) as error:
             raise FileError(f"The change {key!r} of the file is damaged, or of another model: {error}.") from error
-    if source:  # a model that comes back as a graph is an object of its own
+    if source:  # a model that becomes a graph is a new object
         object.__setattr__(model, SOURCE, source)
     return model
 
 
 def _ordered(keys: Iterable[str]) -> list[str]:
-    """Returns the house's own changes first, in the order of its table."""
+    """Returns the changes in order: first the library's own, in the order of its table."""
     given, table = list(keys), list(CHANGES)
     return sorted(given, key=lambda key: table.index(key) if key in CHANGES else len(table))
 
 
 def _known(key: str) -> Change:
-    """Returns a registered change; one of the house is imported where it was not yet."""
+    """Returns a registered change; imports the module of one of the library's own if needed."""
     if key not in changes and key in CHANGES:
         importlib.import_module(CHANGES[key])
     if key not in changes:

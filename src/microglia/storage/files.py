@@ -1,4 +1,4 @@
-"""Files that are whole or refused: atomic writes, tensors without pickle, a digest in every file."""
+"""Files that are complete or refused: atomic writes, tensors without pickle, a digest in every file."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from microglia.storage.bits import pack, unpack
 
 VERSION = 1
 PACKED = 2
-"""Version of a tensor file that holds bits; without any it is of `VERSION`, which older libraries read."""
+"""Version of a tensor file that holds bits; without bits the version is `VERSION`, which older libraries read."""
 UMASK = os.umask(0)
-os.umask(UMASK)  # it can only be read by setting it
+os.umask(UMASK)  # the umask can only be read by setting it
 ENTRY = "microglia"
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
@@ -44,7 +44,7 @@ def _explained(path: Path) -> Iterator[None]:
 
 
 def write_atomic(path: Path, content: bytes | str) -> None:
-    """Writes a file so that, at any moment and after any crash, the old or the new content is there, never a part.
+    """Writes a file atomically: at any moment, also after a crash, it holds the old or the new content, never a part.
 
     Raises:
         FileError: The file cannot be written; a full disk is named as such and leaves no debris.
@@ -55,7 +55,7 @@ def write_atomic(path: Path, content: bytes | str) -> None:
         descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
         try:
             with os.fdopen(descriptor, "wb") as file:
-                os.fchmod(file.fileno(), 0o666 & ~UMASK)  # mkstemp's own is for its maker alone
+                os.fchmod(file.fileno(), 0o666 & ~UMASK)  # mkstemp's default mode is for its creator only
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
@@ -85,17 +85,17 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], *, kind: str, docum
     """Writes a safetensors file of one kind with a JSON document and a digest in its header; returns the digest.
 
     Boolean tensors, such as masks, are stored as bits (see `microglia.storage.bits.pack`), their shapes in the header. The
-    digest is that of the tensors as they were given.
+    digest covers the given tensors.
     """
     text = json.dumps(document, sort_keys=True)
-    # Shared memory (tied weights) is written once per name: safetensors holds no views.
+    # Shared memory (tied weights) is written once per name: safetensors has no views.
     plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     mark = digest(plain, text)
     stored, shapes = pack(plain)
     header: dict[str, Any] = {"format": f"microglia.{kind}", "version": VERSION, "digest": mark, "document": text}
     if shapes:
         header |= {"version": max(VERSION, PACKED), "bits": shapes}
-    # One entry: safetensors orders several differently in every process, and equal states shall be equal files.
+    # One entry: safetensors orders several entries differently in every process, but equal states must give equal files.
     write_atomic(path, save(stored, metadata={ENTRY: json.dumps(header)}))
     return mark
 
@@ -124,10 +124,10 @@ def read_tensors(path: Path, *, kind: str) -> tuple[dict[str, Tensor], Any, str]
 
 
 def parse(text: str) -> Any:
-    """Returns what JSON text holds.
+    """Returns the content of a JSON text.
 
     Raises:
-        ValueError: It is no JSON, or nested deeper or with longer numbers than Python reads.
+        ValueError: The text is not JSON, or its nesting or its numbers exceed Python's limits.
     """
     try:
         return json.loads(text)
@@ -136,7 +136,7 @@ def parse(text: str) -> Any:
 
 
 def check_header(path: Path, header: Mapping[str, Any], kind: str, *, newest: int = VERSION) -> None:
-    """Raises `FileError` unless a header says that the file is of this kind and of a version up to the ``newest`` known."""
+    """Raises `FileError` unless a header has this kind and a version up to the ``newest`` known."""
     if not isinstance(header, Mapping):
         raise FileError(f"{path} is damaged: it holds no header.")
     found = header.get("format")
@@ -162,7 +162,7 @@ def write_state(path: Path, state: State) -> None:
 
 
 def read_state(path: Path) -> State:
-    """Returns the state `write_state` wrote, bit for bit; errors as `read_tensors`."""
+    """Returns the state that `write_state` wrote, bit for bit; errors as in `read_tensors`."""
     tensors, tree, _ = read_tensors(path, kind="state")
     try:
         return _unflatten(tree, tensors)

@@ -1,4 +1,4 @@
-"""The change "masked": masks are buffers, so that a file needs no more than their names and sizes beside the weights."""
+"""The change "masked": masks are buffers, so a file needs only their names and sizes beside the weights."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Observations: what a method tells of a run beside the usual measurements, each with its own type.
+"""Observations: a method's own measurements of a run, each with its own type.
 
 A method stores an observation as JSON (`microglia.storage.run.Run.observations`). A family registers the type under the same
-name, so that a result or a report reads it back as that type.
+name, so that a result or a report reads it as that type.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from microglia.core.registry import Registry
 
 
 class Observation:
-    """Base of observations that the final table of a run shows; each method says nothing by default."""
+    """Base of observations that the final table of a run shows; by default every method returns nothing."""
 
     def computed(self) -> dict[str, float]:
-        """Returns ways to count the multiply-accumulates per input: label -> fraction of the dense model's."""
+        """Returns fractions of the dense model's multiply-accumulates per input, by the label of the counting rule."""
         return {}
 
     def kept(self, others: Mapping[str, Any]) -> str:
-        """Returns what the run kept, in words instead of the number of weights; ``others`` are its observations by name."""
+        """Returns a description of the kept parts instead of the number of weights; ``others`` are its observations by name."""
         return ""
 
 

@@ -1,4 +1,4 @@
-"""YAML as recipes use it: read in bounded time and memory, whatever the text; a key that is there twice is refused."""
+"""YAML of recipes: read in bounded time and memory for every text; a duplicate key is refused."""
 
 from __future__ import annotations
 
@@ -8,29 +8,29 @@ from typing import Any
 import yaml
 
 LARGEST = 2**18
-"""Characters that a text may have, and that it may have with every alias written out."""
+"""Maximum number of characters of a text, also with every alias written out."""
 DEEPEST = 64
-"""Mappings and lists that may lie within each other, with every alias written out."""
+"""Maximum depth of nested mappings and lists, with every alias written out."""
 MERGE = "tag:yaml.org,2002:merge"
 
 
 def read_yaml_text(path: Path) -> Any:
-    """Returns what a YAML file holds; see `parse_yaml`.
+    """Returns the content of a YAML file; see `parse_yaml`.
 
     Raises:
-        OSError: It cannot be read.
-        ValueError: As `parse_yaml`.
+        OSError: The file cannot be read.
+        ValueError: Same as `parse_yaml`.
     """
     with path.open() as file:
         return parse_yaml(file.read(LARGEST + 1))
 
 
 def parse_yaml(text: str) -> Any:
-    """Returns what a YAML text holds: plain values only.
+    """Returns the content of a YAML text: plain values only.
 
     Raises:
-        ValueError: It is no YAML, larger or deeper than any recipe, a list or mapping holds itself, or a key is there twice;
-            the text is one line and says where.
+        ValueError: The text is not YAML, exceeds the limits, contains itself by an alias, or has a duplicate key. The message
+            is one line and gives the position.
     """
     if len(text) > LARGEST:
         raise ValueError(f"it has more than {LARGEST:,} characters")
@@ -49,7 +49,7 @@ def parse_yaml(text: str) -> Any:
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses what is nested too deeply before Python's own stack is full."""
+    """Refuses deep nesting before Python's own stack overflows."""
 
     _depth = 0
 
@@ -66,7 +66,7 @@ _DEEP = f"lists and mappings lie more than {DEEPEST} deep within each other"
 
 
 class _Measure:
-    """Goes through the nodes once each; an alias counts as much as what it stands for."""
+    """Visits each node once; an alias counts as much as its anchor."""
 
     def __init__(self, loader: _Loader) -> None:
         self.loader = loader
@@ -79,7 +79,7 @@ class _Measure:
             if found is None:
                 raise ValueError(f"what begins in line {_line(node)} holds itself")
             return found
-        self.known[id(node)] = None  # begun
+        self.known[id(node)] = None  # visit in progress
         if isinstance(node, yaml.MappingNode):
             self._refuse_twice(node)
         parts = [self(child) for child in _children(node)]
@@ -96,7 +96,7 @@ class _Measure:
         seen = set()
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode):
-                continue  # no recipe has any, and lists cannot be keys
+                continue  # no recipe has such keys, and lists cannot be keys
             value = key.value if key.tag == MERGE else self.loader.construct_object(key)  # type: ignore[no-untyped-call]
             if (mark := (key.tag, value)) in seen:
                 raise ValueError(f"the key {key.value[:80]!r} is there twice in one mapping, again in line {_line(key)}")

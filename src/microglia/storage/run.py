@@ -1,4 +1,4 @@
-"""A run: one durable execution in one directory, every stage of it finished once and resumable at any moment."""
+"""A run: one durable execution in one directory; every stage is finished once and can be resumed at any moment."""
 
 from __future__ import annotations
 
@@ -20,44 +20,44 @@ from microglia.storage.files import State, parse, read_state, write_atomic, writ
 from microglia.storage.plain_yaml import read_yaml_text
 
 PLACE = "place"
-"""Kind of file that holds the parameters at one moment of a training."""
+"""Kind of the files that hold the parameters at one moment of a training."""
 TRAJECTORY = "trajectory"
-"""Directory of a run for those of its last training."""
+"""Directory in a run for the parameter files of its last training."""
 DENSE_STAGES = ("dense", "dense-observed")
 """Stages that only the start of a recipe decides, so that runs with the same start can share them."""
 
 
 @dataclass
 class Progress:
-    """Where an unfinished stage stands.
+    """The progress of an unfinished stage.
 
     Attributes:
-        state: What the interrupted attempt saved last, or None for a fresh start.
+        state: The last saved state of the interrupted attempt, or None for a fresh start.
     """
 
     state: State | None
     _save: Callable[[State], None]
 
     def save(self, state: State) -> None:
-        """Makes ``state`` the point from which an interrupted stage goes on."""
+        """Saves ``state``, from which an interrupted stage resumes."""
         self._save(state)
 
 
 class Run:
-    """One execution. With a directory its stages are durable; without one they simply run.
+    """One execution. With a directory its stages are durable; without one they only run.
 
     A run directory holds ``recipe.yaml``, ``environment.json``, ``metrics.jsonl``, ``stages/``, ``result.json`` and
-    ``model/``. Writes are atomic, so a killed process leaves nothing half done. On several ranks only the first writes.
+    ``model/``. Writes are atomic, so a killed process leaves no partial file. On several ranks only the first writes.
 
     Args:
-        directory: Where to keep everything, or None.
-        recipe: What is being run; a directory of another recipe is refused.
+        directory: Directory for all files of the run, or None.
+        recipe: The recipe of the run; a directory of another recipe is refused.
         seed: Root of every random number of the run.
-        device: Where to compute.
-        identity: Maps a recipe, this one and the one in the directory, to what must be the same in both.
+        device: Device of the computation.
+        identity: Maps a recipe to its identity, which must be equal for this recipe and the one in the directory.
 
     Attributes:
-        observations: What was measured of the model on its way, by name (``dense``, ``before`` ...).
+        observations: Measurements of the model during the run, by name (``dense``, ``before`` ...).
         trajectory: Whether trainings keep their parameters after every epoch.
         shared: Directory in which runs with the same start keep `DENSE_STAGES` for each other, or None.
 
@@ -76,7 +76,7 @@ class Run:
     ) -> None:
         self.directory, self.seed, self.device = directory, seed, torch.device(device)
         self._identity = identity
-        self.recipe = json.loads(json.dumps(dict(recipe or {})))  # as its file will spell it
+        self.recipe = json.loads(json.dumps(dict(recipe or {})))  # in the form of its file
         self.observations: dict[str, dict[str, Any]] = {}
         self.trajectory = False
         self.shared: Path | None = None
@@ -98,7 +98,7 @@ class Run:
         path = directory / "recipe.yaml"
         if path.exists():
             self._refuse_other_recipe(path)
-            for debris in directory.rglob(".*.part"):  # of a process that was killed while it wrote
+            for debris in directory.rglob(".*.part"):  # left by a process that was killed while it wrote
                 debris.unlink(missing_ok=True)
         else:
             write_atomic(path, yaml.safe_dump(self.recipe, sort_keys=False))
@@ -119,11 +119,11 @@ class Run:
             )
 
     def stage(self, name: str, work: Callable[[Progress], State]) -> State:
-        """Returns the state a stage ends in: from its file when it was finished before, else by running ``work``.
+        """Returns the final state of a stage: from its file if it was finished before, else by running ``work``.
 
         Args:
             name: File name of the stage, unique in the run.
-            work: Gets a `Progress`, to go on from and to save to, and returns the final state.
+            work: Returns the final state; it gets a `Progress` to resume from and to save to.
         """
         if self.directory is None:
             return work(Progress(None, lambda state: None))
@@ -138,7 +138,7 @@ class Run:
                     if common is not None:
                         self._give(name, common, state)
             self._write(final, state)
-        if self.main:  # also one that a process killed between the two left behind
+        if self.main:  # also a file left by a process that was killed between the two
             partial.unlink(missing_ok=True)
         return state
 
@@ -174,7 +174,7 @@ class Run:
             torch.distributed.barrier()
 
     def log(self, stage: str, rows: list[dict[str, Any]]) -> None:
-        """Makes ``rows`` the rows of a stage in ``metrics.jsonl``, after those of the stages before it."""
+        """Writes ``rows`` as the rows of a stage in ``metrics.jsonl``, after those of earlier stages."""
         if self.directory is None or not self.main:
             return
         path = self.directory / "metrics.jsonl"
@@ -182,13 +182,13 @@ class Run:
         write_atomic(path, "".join(f"{line}\n" for line in [*kept, *(json.dumps({"stage": stage, **row}) for row in rows)]))
 
     def keep_place(self, epoch: int, parameters: Mapping[str, Tensor]) -> None:
-        """Keeps the parameters after an epoch, where the run keeps a trajectory."""
+        """Keeps the parameters after an epoch if the run keeps a trajectory."""
         if self.trajectory and self.directory is not None and self.main:
             write_tensors(self.directory / TRAJECTORY / f"{epoch:06d}.safetensors", parameters, kind=PLACE)
 
     @property
     def result(self) -> dict[str, Any] | None:
-        """The result of a finished run, or None; a damaged one counts as none, for its stages can make it again."""
+        """The result of a finished run, or None; a damaged result counts as None, because the stages can make it again."""
         path = self.directory / "result.json" if self.directory else None
         if path is None or not path.exists():
             return None
@@ -210,7 +210,7 @@ class Run:
 
 
 def _read_if_whole(path: Path) -> State | None:
-    """Returns a stage's state, or None when it must be computed (again): runs are seeded, so it comes out the same."""
+    """Returns a stage's state, or None if it must be computed (again); runs are seeded, so the result is the same."""
     if not path.exists():
         return None
     try:
@@ -221,7 +221,7 @@ def _read_if_whole(path: Path) -> State | None:
 
 
 def _read_rows(path: Path) -> list[str]:
-    """Returns the lines of a metrics file; a damaged one counts as empty, for it is a view of what the stages hold."""
+    """Returns the lines of a metrics file; a damaged file counts as empty, because the stages hold the same rows."""
     try:
         lines = path.read_text().splitlines()
         return lines if all("stage" in json.loads(line) for line in lines) else []
@@ -230,10 +230,10 @@ def _read_rows(path: Path) -> list[str]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Returns the object a JSON file holds.
+    """Returns the object in a JSON file.
 
     Raises:
-        FileError: It is not readable as one.
+        FileError: The file is not a readable JSON object.
     """
     try:
         content = parse(path.read_text())

@@ -21,8 +21,8 @@ from microglia.zoo import build, check_name, load_checkpoint
 from microglia.zoo.registry import ModelError
 
 USUAL = ("imagenet", "cifar10", "mnist", "half")
-CLEARLY = 0.9  # other statistics than the data set's own must reduce the loss to this fraction
-PROBE = 2048  # training images on which a checkpoint's normalization is recognized
+CLEARLY = 0.9  # statistics other than the data set's own must reduce the loss to this fraction
+PROBE = 2048  # number of training images used to recognize a checkpoint's normalization
 
 
 @dataclass(frozen=True)
@@ -69,20 +69,20 @@ def image_task(
     """Returns the task of classifying a data set's images with a network of the zoo.
 
     Args:
-        model: A name `microglia.tasks.build` knows.
-        data: A name `microglia.data.load_data` knows, or loaded images.
+        model: A name that `microglia.tasks.build` knows.
+        data: A name that `microglia.data.load_data` knows, or loaded images.
         checkpoint: File with trained weights.
-        normalize: Name of the statistics, ``data`` for the data set's own, or ``auto``: the same; with a checkpoint, those of
-            the usual ones under which it has clearly less loss on training images. A checkpoint does not say how its
-            inputs were normalized, and the wrong statistics cost accuracy silently.
+        normalize: Name of the statistics, ``data`` for the data set's own, or ``auto``. ``auto`` is ``data``; with a
+            checkpoint, other usual statistics replace them if the loss on training images is clearly lower. A checkpoint does
+            not record its normalization, and wrong statistics silently reduce the accuracy.
         image_size: Side to resize images to.
-        label_smoothing: Of the training loss.
-        seed: Of the initial weights.
+        label_smoothing: Label smoothing of the training loss.
+        seed: Seed of the initial weights.
 
     Raises:
-        UnknownNameError: Nothing has this name of a model or a data set.
+        UnknownNameError: The name of the model or of the data set is unknown.
     """
-    check_name(model)  # before the data is read, or a typo would show only at build()
+    check_name(model)  # before the data are read; otherwise a typo would show only at build()
     images = data if isinstance(data, ImageData) else load_data(data, image_size=image_size)
 
     def fresh(seed: int) -> nn.Module:
@@ -109,12 +109,12 @@ def image_task(
 
 
 def build_noted(model: str, *, classes: int = 10, shape: tuple[int, ...] = (3, 32, 32), **options: Any) -> nn.Module:
-    """Returns a network of the zoo that remembers how it was built, so that a saved one can be loaded by itself."""
+    """Returns a network of the zoo with a record of how it was built, so that a saved one can be loaded alone."""
     try:
         network = build(model, classes=classes, shape=shape, **options)
     except MicrogliaError:
         raise
-    except Exception as error:  # whatever the user's own module or factory raises
+    except Exception as error:  # any error of the user's own module or factory
         raise ModelError(f"The model {model} cannot be built: {_told(error)}.") from error
     setattr(network, SOURCE, {"name": model, "classes": classes, "shape": list(shape), "options": options})
     return network
@@ -122,14 +122,14 @@ def build_noted(model: str, *, classes: int = 10, shape: tuple[int, ...] = (3, 3
 
 @torch.no_grad()
 def check_fit(model: nn.Module, task: Task) -> None:
-    """Raises unless a model maps the images of an image task to one logit for each class, at least.
+    """Raises unless a model maps the images of an image task to at least one logit per class.
 
     Args:
-        model: Built for the task; its state and mode stay as they are.
-        task: Of `image_task`; another task is not checked.
+        model: A model for the task; its state and mode stay unchanged.
+        task: A task of `image_task`; another task is not checked.
 
     Raises:
-        ModelError: Its forward fails on an image, returns no tensor of shape (batch, classes), or has too few logits.
+        ModelError: The forward pass fails on an image, returns no tensor of shape (batch, classes), or has too few logits.
     """
     if not isinstance(task.data, ImageSource):
         return
@@ -137,7 +137,7 @@ def check_fit(model: nn.Module, task: Task) -> None:
     try:
         with evaluating(model):
             outputs = model(task.example.to(device_of(model)))
-    except Exception as error:  # whatever the user's own forward raises
+    except Exception as error:  # any error of the user's own forward
         raise ModelError(
             f"The model does not take images of shape {shape} (batch, channels, height, width): {_told(error)}."
         ) from error
@@ -151,7 +151,7 @@ def check_fit(model: nn.Module, task: Task) -> None:
 
 
 def _told(error: Exception) -> str:
-    """Returns what an exception of the user's own code says, and the last line of code it came from."""
+    """Returns the text of an exception of the user's own code, and the last line of its traceback."""
     reason = str(error).strip().partition("\n")[0].rstrip(".")
     frames = traceback.extract_tb(error.__traceback__)
     place = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
@@ -160,9 +160,9 @@ def _told(error: Exception) -> str:
 
 @torch.no_grad()
 def recognize(make: Callable[[], nn.Module], images: ImageData) -> Normalization:
-    """Returns the normalization under which a trained network has the least loss on training images.
+    """Returns the normalization under which a trained network has the lowest loss on training images.
 
-    The data set's own unless another of the usual ones is clearly better.
+    The data set's own statistics are returned unless other usual ones are clearly better.
     """
     named = [Normalization.named(name) for name in USUAL]
     fitting = [n for n in (images.normalization, *named) if len(n.mean) in (1, images.shape[0])]

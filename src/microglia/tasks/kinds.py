@@ -1,4 +1,4 @@
-"""Kinds of tasks by name: what a recipe's ``task: {kind: ..., ...}`` may say. A new kind registers itself here."""
+"""Kinds of tasks by name, for a recipe's ``task: {kind: ..., ...}``. A new kind registers itself here."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from microglia.tasks.classification import image_task
 from microglia.tasks.task import Task
 
 DEFAULT = "classification"
-"""The kind of a recipe that names none; its options are fields of the recipe itself too."""
+"""The default kind of a recipe; its options are also fields of the recipe itself."""
 
 
 class MakesTask(Protocol):
-    """Makes a task of a model's name and the options of its kind."""
+    """Makes a task from a model's name and the options of its kind."""
 
     def __call__(self, model: str, options: Any, *, checkpoint: str | None, seed: int) -> Task:
         """Returns the task; ``seed`` is that of the initial weights."""
@@ -44,8 +44,8 @@ def kind(name: str, options: type) -> Callable[[MakesTask], MakesTask]:
     """Returns a decorator that registers how tasks of a kind are made.
 
     Args:
-        name: As in ``task: {kind: name}``.
-        options: Frozen dataclass of what else the mapping may say.
+        name: Name of the kind, as in ``task: {kind: name}``.
+        options: Frozen dataclass of the mapping's other fields.
     """
 
     def register(make: MakesTask) -> MakesTask:

@@ -1,4 +1,4 @@
-"""Data of one's own: any iterable of batches, or any map-style dataset, as the data of a task."""
+"""A user's own data: any iterable of batches, or any map-style dataset, as the data of a task."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class Samples:
     """A map-style dataset that `loaders` cuts into batches; see `samples`.
 
     Attributes:
-        dataset: Has ``len()`` and gives a sample, (input, target), by its index.
-        collate: From a list of samples to a batch, (inputs, targets).
+        dataset: Has ``len()`` and returns a sample, (input, target), for an index.
+        collate: Maps a list of samples to a batch, (inputs, targets).
     """
 
     dataset: Any
@@ -35,15 +35,15 @@ class Samples:
 def samples(dataset: Any, *, collate: Collate = default_collate) -> Samples:
     """Returns a map-style dataset as one split of `loaders`, in a reproducible order.
 
-    Batch size and order come from the training's config, as for the data sets of the house: the order depends on the seed and
-    the epoch, and random augmentation in the dataset on the sample too. So an interrupted training goes on to the bit.
+    Batch size and order come from the training's config, as for built-in data sets. The order depends on the seed and the
+    epoch; random augmentation in the dataset also depends on the sample. So an interrupted training resumes bit for bit.
 
     Args:
-        dataset: Has ``len()`` and gives a sample, (input, target), by its index.
-        collate: From a list of samples to a batch, (inputs, targets).
+        dataset: Has ``len()`` and returns a sample, (input, target), for an index.
+        collate: Maps a list of samples to a batch, (inputs, targets).
 
     Raises:
-        DataError: It has no length or no samples by index.
+        DataError: The dataset has no length or no samples by index.
     """
     if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
         raise DataError(
@@ -58,7 +58,7 @@ Source = Iterable[Any] | Dataset[Any] | Samples
 
 @dataclass(frozen=True)
 class Loaders:
-    """The batches of a task, one source a split; see `loaders`."""
+    """The batches of a task, one source per split; see `loaders`."""
 
     train: Source
     test: Source
@@ -88,17 +88,17 @@ class Loaders:
 def loaders(*, train: Source, test: Source, validation: Source | None = None) -> Loaders:
     """Returns the data of a task from iterables of batches, such as a `torch.utils.data.DataLoader`, or from datasets.
 
-    An iterable gives (inputs, targets), both any trees of tensors, each time it is gone through; it has its own batch size. Its
-    order is reproducible where it draws from torch's generator alone, as a DataLoader without a ``generator`` does. Several
-    ranks share every batch, unless the loader has a `DistributedSampler`. A map-style dataset may be given too, see `samples`.
+    An iterable yields (inputs, targets), both any trees of tensors, in every iteration over it; it has its own batch size. Its
+    order is reproducible if it draws only from torch's generator, as a DataLoader without a ``generator`` does. Several ranks
+    share every batch, unless the loader has a `DistributedSampler`. A map-style dataset is accepted too; see `samples`.
 
     Args:
         train: Batches to train on.
         test: Batches to report numbers on.
-        validation: Batches to choose on; None for none, and then no validation metrics are logged.
+        validation: Batches to choose on; with None no validation metrics are logged.
 
     Raises:
-        DataError: One of them can be gone through once only, or is no iterable.
+        DataError: One of them can be iterated only once, or is not iterable.
 
     Example:
         >>> import torch, microglia as mg
@@ -130,7 +130,7 @@ def _source(name: str, value: Any) -> Source | None:
 
 @dataclass(frozen=True)
 class _Checked:
-    """Batches whose form is looked at, with a sentence for what is no (inputs, targets)."""
+    """Batches with a check of their form, (inputs, targets)."""
 
     own: SampleBatches
     split: str
@@ -144,13 +144,13 @@ class _Checked:
 
 
 class LoadedBatches:
-    """The batches of a plain iterable, an epoch a function of (seed, epoch) as far as torch's generator decides it.
+    """The batches of a plain iterable; an epoch is a function of (seed, epoch) as far as torch's generator decides it.
 
     Args:
-        source: Gives (inputs, targets) each time it is gone through.
-        split: For messages.
-        seed: Seeds torch's generator for every epoch anew.
-        rank: Which part of each batch to yield.
+        source: Yields (inputs, targets) in every iteration.
+        split: Name of the split, for messages.
+        seed: Seeds torch's generator anew in every epoch.
+        rank: Index of the part of each batch to yield.
         world: Number of processes that share each batch.
     """
 
@@ -160,7 +160,7 @@ class LoadedBatches:
         self._shared = world > 1 and not isinstance(self._sampler, DistributedSampler)
 
     def __len__(self) -> int:
-        """Number of batches in an epoch; counted once where the iterable does not know it."""
+        """Number of batches in an epoch; counted once if the iterable does not know it."""
         return self._length
 
     @cached_property
@@ -174,14 +174,14 @@ class LoadedBatches:
         """Yields the (inputs, targets) of one epoch.
 
         Raises:
-            DataError: A batch is something else.
+            DataError: A batch has another form.
         """
         if isinstance(self._sampler, DistributedSampler):
             self._sampler.set_epoch(number)
         seed = int(mix(self.seed, np.array([number], dtype=np.uint64))[0]) % 2**63
         state = torch.Generator().manual_seed(seed).get_state()
         batches: Iterator[Any] | None = None
-        while True:  # the loader has a generator of its own, untouched by what is drawn between its batches
+        while True:  # the loader's generator is separate, so draws between its batches do not change it
             with torch.random.fork_rng(devices=[]):
                 torch.set_rng_state(state)
                 batches = iter(self.source) if batches is None else batches
@@ -203,7 +203,7 @@ def _pair(batch: Any, split: str) -> tuple[Any, Any]:
     """Returns a batch as (inputs, targets).
 
     Raises:
-        DataError: It is something else.
+        DataError: The batch has another form.
     """
     if isinstance(batch, list | tuple) and len(batch) == 2:
         return batch[0], batch[1]

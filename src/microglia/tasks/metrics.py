@@ -12,40 +12,40 @@ from torch import Tensor
 from microglia.core.errors import MicrogliaError
 
 Better = Literal["higher", "lower"]
-"""Which of two values of a metric is the better one."""
+"""Direction of a metric: whether higher or lower values are better."""
 Unit = Literal["%", ""]
-"""How people read a metric: a fraction in [0, 1] as per cent, or the number as it is."""
+"""Unit of a metric: ``%`` for a fraction in [0, 1] shown in per cent, or empty for the plain number."""
 
 
 class AnyMetric(Protocol):
-    """A metric of either kind, or of one's own; `microglia.train.evaluate.evaluate` asks nothing else of it."""
+    """A metric of either kind, or the user's own; `microglia.train.evaluate.evaluate` needs only this interface."""
 
     @property
     def better(self) -> Better:
-        """Which of two values is the better one."""
+        """Direction: whether higher or lower values are better."""
         ...
 
     @property
     def unit(self) -> Unit:
-        """How people read it."""
+        """Unit in which people read the metric."""
         ...
 
     def update(self, state: Any, predictions: Any, targets: Any) -> Any:
-        """Returns the state with one batch more; the state before the first batch is None."""
+        """Returns the state after one more batch; the state before the first batch is None."""
         ...
 
     def over_ranks(self, state: Any) -> Any:
-        """Returns the state of all ranks, the same on each of them; called on every rank where there are several."""
+        """Returns the state of all ranks, the same on each of them; called on every rank."""
         ...
 
     def values(self, name: str, state: Any) -> dict[str, float]:
-        """Returns the numbers, by name; ``name`` is the metric's own in its task, and one of them."""
+        """Returns the numbers by name; ``name``, the metric's name in its task, is one of them."""
         ...
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A number over a data set, made of statistics that add up over batches and ranks.
+    """A number over a data set, computed from statistics that are summed over batches and ranks.
 
     Attributes:
         statistics: (predictions, targets) of a batch -> tensor to be summed.
@@ -60,7 +60,7 @@ class Metric:
     unit: Unit = "%"
 
     def update(self, state: Tensor | None, predictions: Any, targets: Any) -> Tensor:
-        """Returns the sum of the statistics with one batch more."""
+        """Returns the sum of the statistics after one more batch."""
         statistics = self.statistics(predictions, targets)
         return statistics if state is None else state + statistics
 
@@ -75,19 +75,19 @@ class Metric:
 
 
 Record = Sequence[Tensor]
-"""What a gathered metric keeps of one example; the first tensor is the index of the example in its split."""
+"""Record of one example in a gathered metric; the first tensor is the index of the example in its split."""
 
 
 @dataclass(frozen=True)
 class Gathered:
     """Numbers over a data set that need every example at once, such as average precision.
 
-    The records of all batches and ranks are put in the order of their examples, and an example that came twice (the padding
-    of a distributed sampler) counts once. So the values do not depend on batch size or ranks.
+    The records of all batches and ranks are sorted by example. A duplicate example (the padding of a distributed sampler)
+    counts once. So the values do not depend on batch size or ranks.
 
     Attributes:
-        records: (predictions, targets) of a batch -> one record per example: small tensors, the first of which is the
-            example's index in its split, one whole number.
+        records: (predictions, targets) of a batch -> one record per example. A record is small tensors; the first is the
+            example's index in its split, one integer.
         value: All records in order -> numbers by name; one of them has the name of the metric in its task.
         better: Whether higher or lower values are better.
         unit: ``%`` for fractions in [0, 1], shown in per cent; empty for other numbers.
@@ -103,7 +103,7 @@ class Gathered:
     unit: Unit = "%"
 
     def update(self, state: list[Record] | None, predictions: Any, targets: Any) -> list[Record]:
-        """Returns the records with those of one batch more, on the CPU."""
+        """Returns the records after one more batch, on the CPU."""
         kept = [tuple(tensor.detach().cpu() for tensor in record) for record in self.records(predictions, targets)]
         return [*(state or []), *kept]
 
@@ -114,7 +114,7 @@ class Gathered:
         return [record for own in every for record in own]
 
     def values(self, name: str, state: list[Record]) -> dict[str, float]:
-        """Returns the numbers over all examples, each once, in their order.
+        """Returns the numbers over all examples, each counted once, in their order.
 
         Raises:
             MicrogliaError: None of the numbers has the metric's name.
@@ -134,7 +134,7 @@ def mean_metric(values: Callable[[Any, Any], Tensor], *, better: Better = "highe
     """Returns the metric that is the mean over examples of ``values(predictions, targets)``, shaped (batch,).
 
     Args:
-        values: The number of each example of a batch.
+        values: Computes the number of each example of a batch.
         better: Whether a higher or a lower value is better.
         unit: ``%`` for a fraction in [0, 1], shown in per cent; empty for another number.
     """

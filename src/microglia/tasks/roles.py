@@ -1,4 +1,4 @@
-"""Tasks whose models know what their layers are for, so that a recipe may leave a classifier alone whatever its name is."""
+"""Tasks whose models know the roles of their layers, so that a recipe can exclude a classifier without its name."""
 
 from __future__ import annotations
 

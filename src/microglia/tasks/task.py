@@ -30,7 +30,7 @@ class Batches(Protocol):
 
 
 class Data(Protocol):
-    """Where a task's batches come from."""
+    """The source of a task's batches."""
 
     def batches(
         self,
@@ -48,7 +48,7 @@ class Data(Protocol):
 
 
 SEEN = "A checkpoint may have been trained on these images."
-"""What to say beside numbers of the training or the validation split where trained weights were loaded."""
+"""Note beside numbers of the training or validation split if trained weights were loaded."""
 
 
 def _as_they_are(outputs: Any) -> Any:
@@ -56,11 +56,11 @@ def _as_they_are(outputs: Any) -> Any:
 
 
 def softened_divergence(outputs: Tensor, wanted: Tensor, temperature: float) -> Tensor:
-    """Returns KL(teacher / T || student / T) over dimension 1, the mean over all other dimensions, in nats.
+    """Returns KL(teacher / T || student / T) over dimension 1, averaged over all other dimensions, in nats.
 
     Args:
         outputs: Logits of the student, (batch, classes, ...).
-        wanted: Those of the teacher, of the same shape.
+        wanted: Logits of the teacher, of the same shape.
         temperature: T > 0.
     """
     if not isinstance(outputs, Tensor) or outputs.ndim < 2:
@@ -76,9 +76,9 @@ def softened_divergence(outputs: Tensor, wanted: Tensor, temperature: float) -> 
 
 
 def same_class(first: Any, second: Any) -> tuple[int, int] | None:
-    """Returns on how many examples two models' logits (batch, classes) have the same largest one, and of how many.
+    """Returns the number of examples on which two models' logits (batch, classes) agree in arg-max, and of all examples.
 
-    None for outputs of another form.
+    It returns None for outputs of another form.
     """
     if not all(isinstance(one, Tensor) and one.ndim == 2 for one in (first, second)):
         return None
@@ -87,30 +87,32 @@ def same_class(first: Any, second: Any) -> tuple[int, int] | None:
 
 @dataclass(frozen=True)
 class Task:
-    """What a network is for.
+    """The task of a network: model, data, loss and metrics.
 
-    Inputs, outputs and targets are any trees of tensors; what follows from their form are functions of the task.
+    Inputs, outputs and targets are any trees of tensors; all code that depends on their form is in functions of the task.
 
     Attributes:
-        name: For people.
-        build: Returns a new model: same architecture and initial weights at every call, checkpoint loaded if there is one.
-        data: The batches; `microglia.tasks.loaders` makes them of any iterable, such as a `torch.utils.data.DataLoader`.
+        name: Name for readers.
+        build: Returns a new model with the same architecture and initial weights at every call; a checkpoint is loaded if
+            given.
+        data: The batches; `microglia.tasks.loaders` makes them from any iterable, such as a `torch.utils.data.DataLoader`.
         loss: Mean loss of (outputs, targets), used to evaluate and to score.
-        metrics: By name, of (predictions, targets); the first is the headline. Each says which direction is better.
+        metrics: Metrics by name, functions of (predictions, targets); the first is the headline. Each has a direction.
         example: Inputs of one example (batch of 1), for tracing and measuring.
-        training_loss: The loss to train with, if another (label smoothing).
+        training_loss: The loss to train with, if it differs (label smoothing).
         pretrained: Whether `build` returns trained weights, so that dense training is skipped.
-        fresh: Returns a new model with the initial weights of a seed, never a checkpoint's; None where there is no such way.
-        forward: (model, inputs) -> outputs; a mapping of inputs is given by keyword, a tuple by position. In training mode a
-            model may return more than in evaluation, such as auxiliary outputs.
-        predict: Outputs -> predictions, for metrics alone: arg-max, suppression of duplicate boxes, a shift of logits.
+        fresh: Returns a new model with the initial weights of a seed, never a checkpoint's; None if this is impossible.
+        forward: (model, inputs) -> outputs; a mapping of inputs is passed by keyword, a tuple by position. In training mode a
+            model may return additional outputs, such as those of auxiliary heads.
+        predict: Outputs -> predictions, only for metrics: arg-max, suppression of duplicate boxes, a shift of logits.
         count: Targets -> number of examples in the batch.
         distance: (student's outputs, teacher's outputs, temperature) -> mean divergence, for distillation.
         groups: Model -> optimizer groups, each with ``params`` and perhaps ``lr_scale``, ``weight_decay`` and ``warmup_from``
-            (learning rate at the start of the warm-up); None for one group of all parameters. What is in no group is one more.
-        agree: (outputs of one model, of another) -> (examples on which they say the same, examples), or None where that
-            cannot be told.
-        kind: What the task is called in reports; nothing depends on it.
+            (learning rate at the start of the warm-up); None for one group of all parameters. The remaining parameters form one
+            more group.
+        agree: (outputs of one model, of another) -> (number of examples on which they agree, all examples), or None if
+            agreement is undefined.
+        kind: Name of the task in reports; nothing depends on it.
 
     Raises:
         MicrogliaError: ``data`` are batches themselves, not a source of batches.
@@ -142,7 +144,7 @@ class Task:
 
     @property
     def headline(self) -> str:
-        """Name of the metric that counts."""
+        """Name of the main metric."""
         return next(iter(self.metrics))
 
     def is_better(self, value: float, other: float, metric: str | None = None) -> bool:
@@ -151,7 +153,7 @@ class Task:
         return value > other if better == "higher" else value < other
 
     def example_batch(self, n: int) -> Any:
-        """Returns the example as inputs of ``n`` equal examples."""
+        """Returns the example repeated ``n`` times as one batch of inputs."""
         return repeat_example(self.example, n)
 
 

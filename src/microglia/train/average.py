@@ -1,4 +1,4 @@
-"""An exponential moving average of the weights, evaluated in their place."""
+"""An exponential moving average of the weights, which replaces them in evaluation."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ class MovingAverage:
     """The average of a model's parameters and of its floating-point buffers (batch-norm statistics) over its updates.
 
     At update u: average <- d average + (1 - d) weights, with d = decay (1 - exp(-u / ramp)), so that early weights are soon
-    forgotten. Raw weights are averaged; the mask in force acts on the average where that is read, for an average of masked
-    weights would keep values below zeros when a mask changes.
+    forgotten. Raw weights are averaged, and the current mask is applied when the average is read. An average of masked weights
+    would be wrong after a change of the mask.
 
     Args:
-        model: Its weights of this moment are the first average.
+        model: Any module; its current weights are the first average.
         decay: Final d, in (0, 1).
-        ramp: Updates in which d comes near to it.
-        left_out: Identities (``id``) of parameters that are not averaged: those of a pruner.
+        ramp: Number of updates in which d approaches the decay.
+        left_out: Identities (``id``) of parameters that are not averaged, such as a pruner's own.
 
     Attributes:
-        updates: How many there were.
-        values: Averages by the name that a tensor has without masks.
+        updates: Number of updates so far.
+        values: Averages by the name of a tensor without masks.
 
     Source: the ramp is that of common detection recipes; the average is Polyak and Juditsky 1992, with forgetting.
     """
@@ -49,25 +49,25 @@ class MovingAverage:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Takes in the weights of this moment."""
+        """Updates the average with the current weights."""
         self.updates += 1
         share = 1 - self.decay * (1 - math.exp(-self.updates / self.ramp))
         for name, tensor in self._live():
             if name in self.values:
                 self.values[name].lerp_(tensor, share)
-            else:  # a parameter that came later
+            else:  # a parameter that was added later
                 self.values[name] = tensor.detach().clone()
 
     @torch.no_grad()
     def put(self) -> None:
-        """Makes the average the weights of the model, masked weights 0."""
+        """Copies the average into the weights of the model; masked weights are 0."""
         for name, tensor in self._live():
             tensor.copy_(self.values[name])
         enforce(self.model)
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Within it the model has the average for its weights; afterwards its own again, to the bit."""
+        """Context in which the model's weights are the average; afterwards its own weights are restored bit for bit."""
         own = {name: tensor.detach().clone() for name, tensor in self._live()}
         try:
             self.put()
@@ -78,12 +78,12 @@ class MovingAverage:
                     tensor.copy_(own[name])
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns what is needed to go on."""
+        """Returns the state to resume from."""
         return {"values": dict(self.values), "updates": self.updates}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from a state."""
+        """Resumes from a state."""
         self.updates = int(state["updates"])
         for name, tensor in self._live():
             if name in state["values"]:

@@ -1,4 +1,4 @@
-"""The engine: one Accelerate object a process, for placement and distribution."""
+"""The engine: one Accelerate object per process, for placement and distribution."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ def accelerator(device: str = "cpu") -> Accelerator:
     """Returns the process's accelerator; under ``torchrun`` it joins the process group (gloo on CPU, NCCL on GPU).
 
     Args:
-        device: ``cpu``, ``cuda`` or ``auto`` (a GPU when there is one).
+        device: ``cpu``, ``cuda`` or ``auto`` (a GPU if there is one).
 
     Raises:
-        MicrogliaError: A GPU is asked for and there is none.
+        MicrogliaError: A GPU was requested and there is none.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise MicrogliaError("device 'cuda' was asked for, but torch sees no GPU here; use device 'cpu' or 'auto'.")
     if device not in ("cpu", "cuda", "auto"):
         raise MicrogliaError(f"The device is cpu, cuda or auto; got {device!r}.")
-    from accelerate import Accelerator  # half a second that only a training needs
+    from accelerate import Accelerator  # takes half a second, which only a training needs
 
     return Accelerator(cpu=device == "cpu" or not torch.cuda.is_available())
 

@@ -25,16 +25,16 @@ def evaluate(
     limit: int | None = None,
     seed: int = 0,
 ) -> dict[str, float]:
-    """Returns the task's metrics on a split, over all ranks; the modes of the model are left as they were.
+    """Returns the task's metrics on a split, over all ranks; the model's modes stay unchanged.
 
-    A split without batches has no metrics: an empty dictionary.
+    For a split without batches it returns an empty dictionary.
 
     Args:
         model: Anything that maps the task's inputs to its outputs.
         task: Data and metrics.
-        split: Which part of the data.
+        split: Name of the split.
         batch_size: Examples in a forward pass of each rank.
-        limit: Batches to look at, drawn from the split by ``seed``; None for all of it.
+        limit: Number of batches, drawn from the split by ``seed``; None for all.
         seed: See ``limit``.
     """
     rank, world = rank_and_world()
@@ -43,7 +43,7 @@ def evaluate(
     batches = task.data.batches(split, batch_size * world, seed=seed, shuffle=limit is not None, rank=rank, world=world)
     with evaluating(model):
         for inputs, targets in islice(batches.epoch(0), limit):
-            if not task.count(targets):  # the last batch may leave nothing for this rank
+            if not task.count(targets):  # this rank's part of the last batch may be empty
                 continue
             predictions = task.predict(task.forward(model, to_device(inputs, device)))
             wanted = to_device(targets, device)

@@ -1,4 +1,4 @@
-"""The training loop, plain to read and resumable to the bit."""
+"""The training loop: easy to read, and resumable bit for bit."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 FEW = 10
-"""Optimizer steps an epoch, below which accumulation deserves a warning."""
+"""Below this number of optimizer steps per epoch, accumulation gives a warning."""
 
 
 class Pruner(Protocol):
-    """What the loop asks of a pruner; see `microglia.methods.pruner.Pruner`."""
+    """The interface of a pruner in the loop; see `microglia.methods.pruner.Pruner`."""
 
     def penalty(self) -> Tensor | float:
-        """Returns what is added to the loss."""
+        """Returns the term that is added to the loss."""
         ...
 
     def step(self, optimizer: torch.optim.Optimizer | None = None) -> None:
@@ -48,29 +48,29 @@ class Pruner(Protocol):
         ...
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns what is needed to go on."""
+        """Returns the state to resume from."""
         ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from a state."""
+        """Resumes from a state."""
         ...
 
 
 @runtime_checkable
 class Replacing(Protocol):
-    """A pruner that at some steps acts instead of the optimizers, as RigL does; others need not say that they never do."""
+    """A pruner that replaces the optimizers at some steps, as RigL does; other pruners do not need this method."""
 
     def replaces_step(self) -> bool:
-        """Tells, after the backward pass, whether the optimizers rest at this step."""
+        """Tells, after the backward pass, whether the optimizers skip this step."""
         ...
 
 
 @runtime_checkable
 class Optimizing(Protocol):
-    """A pruner that wants optimizers of its own for the parameters in its groups."""
+    """A pruner with its own optimizers for the parameters in its groups."""
 
     def optimizers(self) -> list[torch.optim.Optimizer]:
-        """Returns new optimizers of the pruner's own parameters; [] where those of the training will do."""
+        """Returns new optimizers of the pruner's own parameters; [] if the training's optimizers suffice."""
         ...
 
 
@@ -90,11 +90,11 @@ def fit(
 ) -> list[Row]:
     """Trains a model in place and returns one row per epoch (loss, learning rate, validation metrics, seconds).
 
-    With ``config.ema`` the model ends as the moving average of its weights, and that is what is validated. Rows of epochs that
-    ``config.evaluate_every`` leaves out, and of tasks without a validation split, have no validation metrics.
+    With ``config.ema`` the final model is the moving average of its weights, and validation uses this average. Rows have no
+    validation metrics for epochs that ``config.evaluate_every`` skips, and for tasks without a validation split.
 
-    Order, augmentation and dropout of an epoch depend on (seed, epoch) alone and the learning rate on the step alone, so
-    a loop that goes on from ``progress`` ends in the same bits on the same machine. Several ranks share each batch.
+    Order, augmentation and dropout of an epoch depend only on (seed, epoch), and the learning rate only on the step. So a loop
+    that resumes from ``progress`` ends with the same bits on the same machine. Several ranks share each batch.
 
     Args:
         model: Dense or masked; masked weights stay 0.
@@ -102,16 +102,16 @@ def fit(
         config: How to train.
         seed: Root of the randomness.
         device: See `microglia.train.engine.accelerator`.
-        pruner: Stepped after every optimizer step, or in its place (see `Replacing`).
-        teacher: Dense model to distil from where ``config.distill`` > 0.
-        progress: Where an interrupted training goes on and saves each finished epoch.
+        pruner: Called after every optimizer step, or in its place (see `Replacing`).
+        teacher: Dense model to distil from if ``config.distill`` > 0.
+        progress: State to resume an interrupted training from; each finished epoch is saved to it.
         log: Called with all rows after every epoch.
-        title: What the progress bar says.
-        stop: Epoch after which to stop, the learning rates being those of the whole training; None for its end.
+        title: Text of the progress bar.
+        stop: Epoch after which to stop, with the learning rates of the whole training; None for its end.
 
     Raises:
-        TrainingError: An argument is no model, task or config; or the loss is not finite, and the model
-            holds the weights before that step.
+        TrainingError: An argument is not a model, task or config; or the loss is not finite. Then the model holds the weights
+            before that step.
     """
     _check_arguments(model, task, config)
     engine = accelerator(device)
@@ -129,12 +129,12 @@ def fit(
     with torch.random.fork_rng(), Bar(title, total=end * length, done=len(rows) * length) as bar:
         for epoch in range(len(rows), end):
             began = time.perf_counter()
-            torch.manual_seed(seed * 1_000_003 + epoch)  # dropout and the like
+            torch.manual_seed(seed * 1_000_003 + epoch)  # for dropout and similar randomness
             wrapped.train()
             mean = steps.epoch(epoch, bar)
             rows.append(trained.row(task, config, epoch, mean) | {"seconds": round(time.perf_counter() - began, 3)})
             bar.say(_headline(task, rows[-1]))
-            if log is not None:  # before the state: a run killed in between repeats the epoch, and its row
+            if log is not None:  # before the state: a run killed in between repeats the epoch and its row
                 log(rows)
             if progress is not None:
                 progress.save(trained.state(rows))
@@ -147,7 +147,7 @@ def fit(
 
 @dataclass(frozen=True)
 class _Trained:
-    """Everything that a training changes, and that its state holds."""
+    """All that a training changes and its state holds."""
 
     model: nn.Module
     optimizers: list[torch.optim.Optimizer]
@@ -156,11 +156,11 @@ class _Trained:
     grouped: bool
 
     def resume(self, progress: Progress | None) -> list[Row]:
-        """Goes on from a state, if there is one; returns the rows of the finished epochs."""
+        """Resumes from a state, if there is one; returns the rows of the finished epochs."""
         if progress is None or progress.state is None:
             return []
         state = progress.state
-        if self.pruner is not None:  # first: its masks may have other names in a later phase
+        if self.pruner is not None:  # first, because its masks may have other names in a later phase
             self.pruner.load_state_dict(state["pruner"])
         self.model.load_state_dict(state["model"])
         for optimizer, own in zip(self.optimizers, state["optimizers"], strict=True):
@@ -171,9 +171,9 @@ class _Trained:
         return list(state["rows"])
 
     def state(self, rows: list[Row]) -> dict[str, Any]:
-        """Returns what is needed to go on."""
+        """Returns the state to resume from."""
         state = {"model": self.model.state_dict(), "optimizers": [o.state_dict() for o in self.optimizers], "rows": rows}
-        if self.grouped:  # the optimizer counts the parameters in another order than the model
+        if self.grouped:  # the optimizer orders the parameters differently from the model
             names = {id(p): plain_name(name) for name, p in self.model.named_parameters()}
             own = (p for group in self.optimizers[0].param_groups for p in group["params"])
             state["parameters"] = [names[id(p)] for p in own if id(p) in names]
@@ -182,7 +182,7 @@ class _Trained:
         return state | ({"pruner": self.pruner.state_dict()} if self.pruner is not None else {})
 
     def row(self, task: Task, config: FitConfig, epoch: int, mean: float) -> Row:
-        """Returns what is told of a finished epoch; validation metrics are of the averaged weights where there are some."""
+        """Returns the row of a finished epoch; validation metrics use the averaged weights if there are any."""
         row = {"epoch": epoch + 1, "loss": mean, "lr": self.optimizers[0].param_groups[0]["lr"]}
         if (epoch + 1) % config.evaluate_every and epoch + 1 != config.epochs:
             return row
@@ -193,9 +193,9 @@ class _Trained:
 def _trained(
     model: nn.Module, task: Task, config: FitConfig, pruner: Pruner | None, engine: Accelerator
 ) -> tuple[nn.Module, _Trained]:
-    """Returns the model as steps call it, and what the training changes: optimizers over its groups, perhaps an average."""
+    """Returns the model to call in steps, and the trained state: optimizers over its groups, perhaps an average."""
     own = pruner.param_groups() if pruner is not None else []
-    theirs = {id(p) for group in own for p in group["params"]}  # which may live in the model
+    theirs = {id(p) for group in own for p in group["params"]}  # these may be part of the model
     wrapped = engine.prepare(model) if rank_and_world()[1] > 1 else model.to(engine.device)
     asked = task.groups(model) if task.groups is not None else []
     groups = parameter_groups(model, asked, config.no_decay, theirs)
@@ -206,7 +206,7 @@ def _trained(
 
 
 def _headline(task: Task, row: Row) -> str:
-    """Returns the headline of an epoch in words, nothing where it was not evaluated."""
+    """Returns the headline of an epoch in words, empty without an evaluation."""
     value = row.get(f"validation_{task.headline}")
     return "" if value is None else f"{task.headline} {value:.4f}"
 
@@ -233,7 +233,7 @@ def _check_arguments(model: object, task: object, config: object) -> None:
 
 @dataclass(frozen=True)
 class _Steps:
-    """Everything one epoch of optimizer steps needs."""
+    """All that one epoch of optimizer steps needs."""
 
     step: Step
     batches: Batches
@@ -242,7 +242,7 @@ class _Steps:
     average: MovingAverage | None
 
     def epoch(self, epoch: int, bar: Bar) -> float:
-        """Trains one epoch; returns the mean loss over the batches it took."""
+        """Trains one epoch; returns the mean loss over its batches."""
         total = torch.zeros((), device=self.step.device)
         count = epoch_batches(self.config, len(self.batches))
         length, many = epoch_length(self.config, len(self.batches)), self.config.accumulate
@@ -263,13 +263,13 @@ class _Steps:
         return float(total / world / max(1, count))
 
     def _accumulate(self, batch: tuple[Any, Any], place: int, together: int, where: str) -> Tensor:
-        """Adds the gradient of one batch to those of its step, of which it is a fair share; returns its loss."""
+        """Adds the gradient of one batch, with its weight, to the gradient of its step; returns its loss."""
         step = self.step
         diverged = (
             f"The loss became {{loss}} {where}. The state of the last finished epoch is kept; try a smaller lr, a warm-up or "
             "clip=1.0, in a new directory."
         )
-        # Some penalties are of the forward pass just done, so each batch brings its own, as it brings its own loss.
+        # Some penalties depend on the last forward pass, so each batch has its own penalty, like its own loss.
         value = require_finite(step.loss_of(*batch, None if self.pruner is None else self.pruner.penalty), diverged)
         value = value * _share(step.task.count(batch[1]), step.device)
         if place == 0:
@@ -278,7 +278,7 @@ class _Steps:
         return value.detach()
 
     def _act(self) -> None:
-        """Takes the step along the gradients that are there."""
+        """Takes the step along the current gradients."""
         self.step.act(rest=lambda: _replaces_step(self.pruner))
         if self.pruner is not None:
             self.pruner.step(self.step.optimizers[0])
@@ -291,7 +291,7 @@ def _replaces_step(pruner: object) -> bool:
 
 
 def _share(examples: int, device: torch.device) -> Tensor | float:
-    """Returns the factor that makes DDP's plain mean over ranks the mean over examples."""
+    """Returns the factor that turns DDP's plain mean over ranks into the mean over examples."""
     _, world = rank_and_world()
     if world == 1:
         return 1.0

@@ -1,4 +1,4 @@
-"""Which parameters are trained together, at which rate, with which weight decay."""
+"""Optimizer groups: parameters with a common learning rate and weight decay."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ def plain_name(name: str) -> str:
 def parameter_groups(
     model: nn.Module, asked: Sequence[dict[str, Any]], no_decay: Sequence[str], left_out: Collection[int]
 ) -> list[dict[str, Any]]:
-    """Returns the optimizer groups of a model: first what no group asks for, then the groups asked, each at most split in two.
+    """Returns the optimizer groups of a model: first the remaining parameters, then the requested groups; each may be split.
 
     Args:
-        model: Only parameters that want a gradient are trained.
-        asked: Groups with ``params`` and anything else that an optimizer or `microglia.train.optim.set_rates` reads.
+        model: Any module; only parameters that require a gradient are trained.
+        asked: Requested groups, with ``params`` and other keys that an optimizer or `microglia.train.optim.set_rates` reads.
         no_decay: Selectors of parameters without weight decay, see `microglia.FitConfig`.
-        left_out: Identities (``id``) of parameters that somebody else trains.
+        left_out: Identities (``id``) of parameters that are trained elsewhere.
 
     Raises:
-        TrainingError: A selector matches nothing, or two groups ask for the same parameter.
+        TrainingError: A selector matches nothing, or two groups request the same parameter.
     """
     trained = {id(p): name for name, p in model.named_parameters() if p.requires_grad and id(p) not in left_out}
     groups = [{**group, "params": [p for p in group["params"] if id(p) in trained]} for group in asked]
@@ -44,7 +44,7 @@ def parameter_groups(
 
 
 def undecayed(model: nn.Module, no_decay: Sequence[str]) -> set[int]:
-    """Returns the identities (``id``) of the parameters that selectors mean.
+    """Returns the identities (``id``) of the selected parameters.
 
     Raises:
         TrainingError: A glob matches no parameter.
@@ -52,7 +52,7 @@ def undecayed(model: nn.Module, no_decay: Sequence[str]) -> set[int]:
     found: set[int] = set()
     for selector in no_decay:
         own = {id(p) for module, name, p in _parameters(model) if _is_meant(module, name, selector)}
-        if not own and selector not in ("norm", "bias"):  # a network may have neither
+        if not own and selector not in ("norm", "bias"):  # a network may have no norms and no biases
             raise TrainingError(
                 f"no_decay names {selector!r}, which is no parameter of the model; use norm, bias, or a glob such as 'head.*'."
             )
@@ -69,7 +69,7 @@ def _is_meant(module: nn.Module, name: str, selector: str) -> bool:
 
 
 def _parameters(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
-    """Yields (module that it belongs to, name without masks, parameter)."""
+    """Yields (owning module, name without masks, parameter)."""
     modules = dict(model.named_modules())
     for name, parameter in model.named_parameters():
         plain = plain_name(name)

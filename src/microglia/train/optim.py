@@ -20,13 +20,13 @@ Schedule = Literal["cosine", "step", "constant", "poly", "linear"]
 Precision = Literal["float32", "bfloat16"]
 Warmup = Literal["linear", "exponential"]
 CHOICES: dict[str, Any] = {"optimizer": Optimizer, "schedule": Schedule, "precision": Precision, "warmup": Warmup}
-"""The words of fields; recipes are held against the types before, configs made in Python against this table."""
+"""Allowed words of fields. Recipes are checked against the types earlier; configs from Python against this table."""
 LOWEST = {"epochs": 0, "batch_size": 1, "lr": 0, "weight_decay": 0, "warmup_epochs": 0, "accumulate": 1, "evaluate_every": 1}
 """The smallest value of fields."""
 FALLING = ("cosine", "linear", "poly")
-"""Schedules that fall from ``lr`` to ``final_lr`` times it."""
+"""Schedules that fall from ``lr`` to ``final_lr`` * ``lr``."""
 ADDED = ("final_lr", "power", "warmup", "warmup_start", "accumulate", "ema", "ema_ramp", "no_decay", "evaluate_every")
-"""Fields that recipes of version 0.1.0 do not have: at their defaults they are no part of a run's identity."""
+"""Fields that recipes of version 0.1.0 lack: at their defaults they are not part of a run's identity."""
 
 
 @known_fields
@@ -37,29 +37,29 @@ class FitConfig:
     Attributes:
         epochs: Passes over the training split; 0 trains nothing.
         batch_size: Examples per step, over all ranks together.
-        max_batches: Batches after which an epoch ends, each epoch with other images; None for all of them.
+        max_batches: Maximum number of batches of an epoch, other images in each epoch; None for all.
         optimizer: ``sgd`` (with momentum), ``adam`` or ``adamw``.
         lr: Peak learning rate.
-        momentum: Of ``sgd``.
-        nesterov: Whether ``sgd`` looks ahead.
+        momentum: Momentum of ``sgd``.
+        nesterov: Whether ``sgd`` uses Nesterov momentum.
         weight_decay: L2 coefficient (decoupled for ``adamw``).
         schedule: ``cosine``, ``linear`` or ``poly`` ((1 - t)^``power``) down to ``final_lr``, ``step`` (times ``gamma`` at each
             milestone), or ``constant``.
         milestones: Fractions of the training at which ``step`` acts.
         gamma: Factor of ``step``.
-        warmup_epochs: Length of the warm-up, may be fractional.
-        clip: Largest gradient norm, or None.
+        warmup_epochs: Length of the warm-up; it may be fractional.
+        clip: Maximum gradient norm, or None.
         precision: ``float32``, or ``bfloat16`` autocast.
         distill: Weight in [0, 1) of distillation from the dense model; 0 for none.
-        temperature: Of the distillation.
+        temperature: Temperature of the distillation.
         final_lr: Fraction of ``lr`` at the end of ``cosine``, ``linear`` and ``poly``, in [0, 1].
         power: Exponent of ``poly``.
         warmup: ``linear`` from 0, or ``exponential``: ``lr`` times ``warmup_start``^(1 - t) at the fraction t of the warm-up.
         warmup_start: Fraction of ``lr`` where an exponential warm-up starts, in (0, 1].
-        accumulate: Batches per optimizer step: their mean gradient is taken. The last step of an epoch may have fewer.
-        ema: Final decay in (0, 1) of an exponential moving average of the weights, which is evaluated and kept in the end; None
-            for none. At update u the decay is ``ema`` (1 - exp(-u / ``ema_ramp``)).
-        ema_ramp: Updates in which the decay comes near to ``ema``.
+        accumulate: Batches per optimizer step, which uses their mean gradient. The last step of an epoch may have fewer.
+        ema: Final decay in (0, 1) of an exponential moving average of the weights, which is evaluated and becomes the final
+            model; None for no average. At update u the decay is ``ema`` (1 - exp(-u / ``ema_ramp``)).
+        ema_ramp: Number of updates in which the decay approaches ``ema``.
         no_decay: Parameters without weight decay: ``norm`` (all of normalization layers), ``bias``, or globs of
             parameter names.
         evaluate_every: Epochs between two evaluations of the validation split; the last epoch is always evaluated.
@@ -126,15 +126,15 @@ class FitConfig:
 
 
 RECOVERY = FitConfig(epochs=10, lr=0.05, distill=0.5)
-"""The default training after pruning: shorter and gentler than from scratch, and with the dense model as teacher."""
+"""The default training after pruning: shorter and with a lower rate than from scratch; the dense model is the teacher."""
 
 
 def refuse_additions(config: FitConfig, what: str) -> None:
-    """Raises where a config asks for what a loop with its own steps does not do: accumulation, averages, no-decay selectors.
+    """Raises if a config sets an option that a loop with its own steps lacks: accumulation, averages, no-decay selectors.
 
     Args:
-        config: Given to that loop.
-        what: What the loop trains, for the message.
+        config: Config of that loop.
+        what: Name of the trained object, for the message.
 
     Raises:
         TrainingError: One of these fields is set.
@@ -156,12 +156,12 @@ def _plain(value: Any) -> Any:
 
 
 def epoch_batches(config: FitConfig, batches: int) -> int:
-    """Returns how many batches an epoch takes of a split of so many."""
+    """Returns the number of batches of an epoch, from the number of batches of the split."""
     return batches if config.max_batches is None else min(batches, config.max_batches)
 
 
 def epoch_length(config: FitConfig, batches: int) -> int:
-    """Returns the optimizer steps of an epoch over a split of so many batches."""
+    """Returns the number of optimizer steps of an epoch, from the number of batches of the split."""
     return -(-epoch_batches(config, batches) // config.accumulate)
 
 
@@ -187,11 +187,11 @@ def warm_rate(config: FitConfig, peak: float, step: int, warmup: float, start: f
     """Returns the learning rate of a step of the warm-up.
 
     Args:
-        config: Says which warm-up.
+        config: Config with the kind of the warm-up.
         peak: Learning rate at its end.
         step: Number of the step (0-based), below ``warmup``.
         warmup: Steps of the warm-up.
-        start: Learning rate from which a linear warm-up of one group goes, above or below the peak; None for the config's way.
+        start: Initial learning rate of a linear warm-up of one group, above or below the peak; None for the config's warm-up.
     """
     if start is not None:
         return start + (peak - start) * (step + 1) / (warmup + 1)
@@ -201,9 +201,9 @@ def warm_rate(config: FitConfig, peak: float, step: int, warmup: float, start: f
 
 
 def set_rates(optimizers: Iterable[torch.optim.Optimizer], config: FitConfig, step: int, steps_per_epoch: int) -> float:
-    """Sets the learning rate of every parameter group for a step; returns the one of groups without wishes.
+    """Sets the learning rate of every parameter group for a step; returns the rate of groups without own settings.
 
-    A group may have a rate of its own (``constant_lr``), a factor (``lr_scale``), and where its warm-up starts
+    A group may have its own rate (``constant_lr``), a factor (``lr_scale``), and its own start of the warm-up
     (``warmup_from``).
     """
     rate, warmup = learning_rate(config, step, steps_per_epoch), config.warmup_epochs * steps_per_epoch
@@ -218,13 +218,14 @@ def set_rates(optimizers: Iterable[torch.optim.Optimizer], config: FitConfig, st
 def make_optimizers(
     config: FitConfig, groups: Iterable[dict[str, Any]], further: Iterable[torch.optim.Optimizer] = ()
 ) -> list[torch.optim.Optimizer]:
-    """Returns the optimizer of a config over parameter groups, and further ones.
+    """Returns the optimizer of a config over parameter groups, and further optimizers.
 
     Args:
-        config: Says the kind of the first.
-        groups: A group with a rate of its own (``lr`` or ``constant_lr``) keeps it; one may name another ``optimizer``.
-        further: Optimizers of parameters in none of the groups, at rates that stay. One of the first's kind joins it, group
-            by group, as files of interrupted trainings have it.
+        config: Config with the kind of the first optimizer.
+        groups: Parameter groups. A group with its own rate (``lr`` or ``constant_lr``) keeps it; a group may name another
+            ``optimizer``.
+        further: Optimizers of parameters outside the groups, at constant rates. An optimizer of the first's kind joins it,
+            group by group, as in files of interrupted trainings.
     """
     by_name: dict[str, list[dict[str, Any]]] = {config.optimizer: []}
     for group in groups:
@@ -242,12 +243,12 @@ def make_optimizers(
 
 
 def _constant(group: dict[str, Any]) -> dict[str, Any]:
-    """Returns a parameter group whose own rate, where it has one, is kept at every step."""
+    """Returns a parameter group whose own rate, if any, is kept at every step."""
     return {"constant_lr": group["lr"], **group} if "lr" in group else group
 
 
 def _make_optimizer(name: str, config: FitConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    # Fused: a fifth of the time on a CPU, where small networks spend half of a step in the optimizer.
+    # Fused takes a fifth of the time on a CPU, where small networks spend half of a step in the optimizer.
     common: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay, "fused": True}
     if name == "sgd":
         return torch.optim.SGD(groups, momentum=config.momentum, nesterov=config.nesterov, **common)
@@ -257,10 +258,10 @@ def _make_optimizer(name: str, config: FitConfig, groups: list[dict[str, Any]]) 
 
 
 def lay_out(optimizer: torch.optim.Optimizer) -> None:
-    """Makes a loaded state the optimizer's own, laid out in memory like the weights.
+    """Copies a loaded state into the optimizer's own memory, laid out like the weights.
 
-    Loading shares the state's tensors, which steps then change in place; files hold them in another order than channels-last
-    weights have, and fused steps go by place.
+    Loading shares the state's tensors, and steps then change them in place. Files store them in another order than
+    channels-last weights, and fused steps use the memory order.
     """
     for p, held in optimizer.state.items():
         for key, value in held.items():

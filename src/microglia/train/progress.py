@@ -1,4 +1,4 @@
-"""The progress bar of long work: on standard error, with the time left, silent where nobody looks."""
+"""The progress bar of long work: on standard error, with the remaining time, only on a terminal."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Bar:
         self._bar.advance(self._task)
 
     def at(self, done: int, total: int) -> None:
-        """Shows how many of how many steps are done."""
+        """Shows the number of finished steps and of all steps."""
         self._bar.update(self._task, completed=done, total=total)
 
     def say(self, text: str) -> None:

@@ -20,7 +20,7 @@ Norm = nn.modules.batchnorm._BatchNorm
 
 
 RECALIBRATION = 20
-"""Training batches after which the statistics of a pruned network are good enough to be the default."""
+"""Default number of training batches to estimate the statistics of a pruned network."""
 
 
 @torch.no_grad()
@@ -31,25 +31,25 @@ def recalibrate(
     count: int = 100,
     forward: Callable[[nn.Module, Any], Any] = call,
 ) -> nn.Module:
-    """Estimates batch-norm statistics anew, in place, by their average over up to ``count`` batches.
+    """Estimates batch-norm statistics again, in place, by their average over up to ``count`` batches.
 
-    Weights that change without training leave the running statistics stale. The average is cumulative: batch i enters with
-    momentum n_i / (n_1 + ... + n_i), where the usual 0.1 would not converge in few batches (survey 0.7; Garipov et al. 2018).
-    Only batch-norm modules are in train mode meanwhile. On several ranks each averages its own batches, then the ranks'
-    statistics are averaged by their numbers of examples.
+    After a change of weights without training the running statistics are stale. The average is cumulative: batch i enters with
+    momentum n_i / (n_1 + ... + n_i), because the usual 0.1 does not converge in few batches (survey 0.7; Garipov et al. 2018).
+    Only batch-norm modules are in train mode during this. On several ranks each rank averages its own batches; then the ranks'
+    statistics are averaged, weighted by their numbers of examples.
 
     Args:
-        model: Any module; without batch norm that keeps statistics it stays as it is and no batch is drawn.
+        model: Any module; without batch-norm statistics it stays unchanged and no batch is drawn.
         batches: (inputs, targets), **augmented as in training**: statistics of images that were not augmented cost a trained
             ResNet-20 three points (see `recalibrate_on`). Inputs are a tensor, a tuple of arguments or a mapping of keywords.
-        count: Batches to look at, at most.
+        count: Maximum number of batches.
         forward: (model, inputs) -> outputs.
 
     Returns:
-        The model; its modes and momenta are as before.
+        The model; its modes and momenta are unchanged.
 
     Raises:
-        TrainingError: There is no example in the batches. Then, and after every other error, the model is as it was.
+        TrainingError: There is no example in the batches. After this and every other error the model is unchanged.
     """
     norms = [m for m in model.modules() if isinstance(m, Norm) and m.track_running_stats]
     if not norms:
@@ -76,14 +76,14 @@ def recalibrate(
 
 
 def recalibrate_on(model: nn.Module, task: Task, *, batch_size: int, count: int = RECALIBRATION, seed: int = 0) -> nn.Module:
-    """Estimates batch-norm statistics anew on batches as in training: shuffled by ``seed``, augmented; see `recalibrate`.
+    """Estimates batch-norm statistics again on batches as in training: shuffled by ``seed``, augmented; see `recalibrate`.
 
     Args:
         model: Changed in place.
-        task: Its training images are looked at.
+        task: The task whose training images are used.
         batch_size: Examples in a batch, over all ranks.
-        count: Batches, at most; 0 leaves the model as it is.
-        seed: Of order and augmentation.
+        count: Maximum number of batches; 0 leaves the model unchanged.
+        seed: Seed of order and augmentation.
     """
     if not count:
         return model
@@ -137,7 +137,7 @@ def distillation(
     forward: Callable[[nn.Module, Any], Any] = call,
     distance: Callable[[Any, Any, float], Tensor] = softened_divergence,
 ) -> Callable[[Any, Any, Any], Tensor]:
-    """Returns the loss (outputs, targets, inputs) that mixes in the teacher's softened predictions.
+    """Returns a loss of (outputs, targets, inputs) that adds the teacher's softened predictions.
 
     (1 - weight) loss + weight T^2 KL(teacher / T || student / T) (Hinton et al. 2015); the teacher is in eval mode.
 

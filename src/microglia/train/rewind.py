@@ -1,4 +1,4 @@
-"""Rewinding: a training as stages that start from any earlier state, to the bit (Frankle et al. 2020)."""
+"""Rewinding: a training as stages that start from any earlier state, bit for bit (Frankle et al. 2020)."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from microglia.train.groups import plain_name
 from microglia.train.optim import FitConfig
 
 State = dict[str, Any]
-"""A training as `microglia.train.fit.fit` saves it: ``model``, ``optimizers``, and a row of every epoch that is over."""
+"""A training as `microglia.train.fit.fit` saves it: ``model``, ``optimizers``, and a row of every finished epoch."""
 
 
 def start_of(model: nn.Module) -> State:
-    """Returns the state of a training that has not begun: fresh optimizers."""
+    """Returns the state of a training before its first step, with fresh optimizers."""
     return {"model": {name: value.clone() for name, value in model.state_dict().items()}, "optimizers": [], "rows": []}
 
 
@@ -38,20 +38,20 @@ def advance(
     stop: int | None = None,
     seed: int | None = None,
 ) -> State:
-    """Trains from a state to an epoch, as a stage, and returns the whole state there; the model is left at it.
+    """Trains from a state to an epoch, as a stage, and returns the whole state there; the model ends in this state.
 
-    Weights, batch norm, momenta, learning rate and the place in the data go on from where the state was taken, so that two
-    stages in a row end in the same bits as one.
+    Weights, batch norm, momenta, learning rate and the position in the data continue from the given state. So two consecutive
+    stages end with the same bits as one.
 
     Args:
         task: Data, loss and metrics.
-        run: Where the stage is kept.
-        name: Of the stage.
-        model: Of the state's architecture and with masks attached if the state has some.
-        config: Of the whole training, from its first epoch.
-        start: Where to start.
+        run: The run that keeps the stage.
+        name: Name of the stage.
+        model: A model of the state's architecture, with masks attached if the state has some.
+        config: Config of the whole training, from its first epoch.
+        start: State to start from.
         stop: Epoch to stop after; None for the end.
-        seed: Of the data's order from here on, the noise; None for the run's own.
+        seed: Seed of the data's order from here on, the noise; None for the run's own.
     """
 
     def work(progress: Progress) -> State:
@@ -74,9 +74,9 @@ def advance(
             title=name,
             stop=stop,
         )
-        if config.ema is not None:  # which the model is at the end
+        if config.ema is not None:  # the model's state at the end
             reached = {**reached, "model": model.state_dict()}
-        return deepcopy(reached)  # what `fit` hands over are the live tensors
+        return deepcopy(reached)  # `fit` passes the live tensors
 
     state: State = run.stage(name, work)
     restore(model, state["model"])
@@ -85,18 +85,18 @@ def advance(
 
 @torch.no_grad()
 def with_masks(model: nn.Module, state: State, masks: Mapping[str, Tensor]) -> State:
-    """Returns a state with masks: removed weights and everything the optimizers hold of them are exactly 0.
+    """Returns a state with masks: removed weights and their optimizer states are exactly 0.
 
     Args:
-        model: Of the state's architecture, with masks attached; it is left at the new state.
-        state: Taken with masks attached, as many as ``masks``.
-        masks: By layer; what the state itself has removed may come back.
+        model: A model of the state's architecture, with masks attached; it ends in the new state.
+        state: A state taken with masks attached, for the same layers as ``masks``.
+        masks: Masks by layer; weights that the state itself removed may return.
     """
     restore(model, state["model"])
     mask(model, masks)
     enforce(model)
     trained = [p for p in model.parameters() if p.requires_grad]
-    if "parameters" in state:  # the optimizer has them in groups, in another order
+    if "parameters" in state:  # the optimizer holds them in groups, in another order
         by_name = {plain_name(name): p for name, p in model.named_parameters()}
         trained = [by_name[name] for name in state["parameters"]]
     removed = {
@@ -110,7 +110,7 @@ def with_masks(model: nn.Module, state: State, masks: Mapping[str, Tensor]) -> S
 
 
 def fresh_optimizers(state: State) -> State:
-    """Returns a state whose optimizers remember nothing: learning rates go on, momenta start at 0."""
+    """Returns a state with reset optimizers: learning rates continue, momenta start at 0."""
     return {**state, "optimizers": [{**optimizer, "state": {}} for optimizer in state["optimizers"]]}
 
 

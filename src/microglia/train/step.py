@@ -1,4 +1,4 @@
-"""One training step, used by every loop of the house: move, forward, loss, backward, clip, optimizers."""
+"""One training step, used by every loop of the library: move, forward, loss, backward, clip, optimizers."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ Backward = Callable[[Tensor], object]
 def objective(
     task: Task, *, training: bool = True, teacher: nn.Module | None = None, weight: float = 0.0, temperature: float = 1.0
 ) -> Callable[[Any, Any, Any], Tensor]:
-    """Returns what a task minimizes, as a function (outputs, targets, inputs) -> mean loss of a batch.
+    """Returns the objective of a task: a function (outputs, targets, inputs) -> mean loss of a batch.
 
     Args:
-        task: Its ``training_loss``, else its ``loss``.
-        training: False for ``loss`` in any case.
-        teacher: Dense model to distil from where ``weight`` > 0.
+        task: A task; its ``training_loss`` is used, else its ``loss``.
+        training: False always uses ``loss``.
+        teacher: Dense model to distil from if ``weight`` > 0.
         weight: Share of the distillation, in [0, 1).
         temperature: Temperature of the distillation.
     """
@@ -44,17 +44,17 @@ def _backward(loss: Tensor) -> None:
 
 @dataclass(frozen=True)
 class Step:
-    """A training step of a task; call it with one batch after the other.
+    """A training step of a task; call it with each batch.
 
     Attributes:
-        task: Says how a model is called with inputs.
-        model: Trained; on ``device`` already.
-        optimizers: Stepped together.
+        task: Defines how a model is called with inputs.
+        model: The model to train, already on ``device``.
+        optimizers: Optimizers that step together.
         loss: (outputs, targets, inputs) -> mean loss of a batch; see `objective`.
-        device: Where batches are moved.
+        device: Device to which batches are moved.
         precision: ``float32``, or ``bfloat16`` autocast.
-        backward: From the loss to the gradients, which it leaves in ``grad``.
-        clip: From the gradients to gradients of bounded norm, or None.
+        backward: Computes gradients from the loss and stores them in ``grad``.
+        clip: Bounds the norm of the gradients, or None.
     """
 
     task: Task
@@ -72,30 +72,30 @@ class Step:
             group["lr"] = rate
 
     def loss_of(self, inputs: Any, targets: Any, penalty: Penalty | None = None) -> Tensor:
-        """Returns the mean loss of a batch, with a penalty if there is one, with its graph."""
+        """Returns the mean loss of a batch, plus a penalty if there is one, with its autograd graph."""
         inputs, targets = to_device(inputs, self.device), to_device(targets, self.device)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
             value = self.loss(self.task.forward(self.model, inputs), targets, inputs)
         return value if penalty is None else value + penalty()
 
     def descend(self, value: Tensor, *, rest: Callable[[], bool] | None = None) -> None:
-        """Steps along the gradient of one loss, without what gradients there were.
+        """Steps along the gradient of one loss; earlier gradients are cleared.
 
         Args:
-            value: With its graph.
-            rest: Asked once the gradients are there: whether the optimizers rest at this step.
+            value: The loss, with its autograd graph.
+            rest: Called after the backward pass: whether the optimizers skip this step.
         """
         self.clear()
         self.backward(value)
         self.act(rest=rest)
 
     def clear(self) -> None:
-        """Removes the gradients there are."""
+        """Clears the gradients."""
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
 
     def act(self, *, rest: Callable[[], bool] | None = None) -> None:
-        """Steps along the gradients there are, clipped; ``rest`` as in `descend`."""
+        """Steps along the clipped current gradients; ``rest`` as in `descend`."""
         if self.clip is not None:
             self.clip()
         if rest is None or not rest():
@@ -109,9 +109,9 @@ class Step:
 
         Args:
             batch: (inputs, targets).
-            rate: Learning rate of every group; None leaves them.
-            penalty: Added to the loss after the forward pass.
-            diverged: What to say where the loss is not finite; ``{loss}`` in it is the value.
+            rate: Learning rate of every group; None keeps the current ones.
+            penalty: Term added to the loss after the forward pass.
+            diverged: Error message if the loss is not finite; ``{loss}`` in it is the value.
 
         Raises:
             TrainingError: The loss is not finite; the model holds the weights before the step.
@@ -127,7 +127,7 @@ def require_finite(value: Tensor, diverged: str) -> Tensor:
     """Returns the loss.
 
     Raises:
-        TrainingError: It is not finite; says ``diverged``, with the value for ``{loss}`` in it.
+        TrainingError: The loss is not finite; the text is ``diverged``, with the value for ``{loss}``.
     """
     if not torch.isfinite(value):
         raise TrainingError(diverged.format(loss=value.item()))
@@ -140,12 +140,12 @@ def clipped(
     *,
     by: Callable[[Any, float], object] = nn.utils.clip_grad_norm_,
 ) -> Callable[[], object] | None:
-    """Returns what bounds the norm of the parameters' gradients; None without a bound.
+    """Returns a function that bounds the norm of the parameters' gradients; None without a bound.
 
     Args:
-        parameters: Gives them.
+        parameters: Returns the parameters.
         norm: The bound.
-        by: Clips the gradients of parameters to a norm.
+        by: Function that clips the gradients of parameters to a norm.
     """
     if norm is None:
         return None

@@ -1,4 +1,4 @@
-"""The zoo: networks of the pruning papers, and a door to those of timm, torchvision, transformers and your own code."""
+"""The zoo: networks of the pruning papers, and access to those of timm, torchvision, transformers and your own code."""
 
 from microglia.zoo.builder import build, check_name, is_known, model_names
 from microglia.zoo.checkpoint import load_checkpoint

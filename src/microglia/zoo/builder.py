@@ -1,4 +1,4 @@
-"""One door to every model: the zoo's own names, ``timm:``, ``torchvision:``, ``hf:`` and ``package.module:function``."""
+"""One function for every model: the zoo's own names, ``timm:``, ``torchvision:``, ``hf:`` and ``package.module:function``."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def model_names() -> list[str]:
 
 
 def is_known(name: str) -> bool:
-    """Returns whether the zoo has a model of this name itself; names with a colon are for other sources."""
+    """Returns whether the zoo itself has a model of this name; names with a colon belong to other sources."""
     return name in MODELS or any(name.startswith(prefix) for prefix in FAMILIES)
 
 
@@ -44,15 +44,15 @@ def build(name: str, *, classes: int = 10, shape: Sequence[int] = (3, 32, 32), *
             signature takes them.
         classes: Number of logits, at least 1.
         shape: Shape of one input, (channels, height, width).
-        options: What the model itself takes, such as ``width=32`` for the ResNets, or ``pretrained=True`` for
-            ``timm:``, ``torchvision:`` and ``hf:``.
+        options: The model's own options, such as ``width=32`` for the ResNets, or ``pretrained=True`` for ``timm:``,
+            ``torchvision:`` and ``hf:``.
 
     Returns:
-        A module in train mode that maps (N, channels, height, width) to (N, classes) logits. What your own factory
-        returns is passed on as it is.
+        A module in train mode that maps (N, channels, height, width) to (N, classes) logits. The result of your own factory is
+        returned unchanged.
 
     Raises:
-        UnknownNameError: Nothing has this name; the text names the nearest.
+        UnknownNameError: The name is unknown; the text gives the nearest names.
         ModelError: An option, the input shape or an installed library does not fit.
     """
     checked = _checked_shape(shape)
@@ -69,10 +69,10 @@ def build(name: str, *, classes: int = 10, shape: Sequence[int] = (3, 32, 32), *
 
 
 def check_name(name: str) -> None:
-    """Raises for a name that the zoo does not have; names with a colon are looked up when they are built.
+    """Raises for a name that is not in the zoo; names with a colon are looked up when they are built.
 
     Raises:
-        UnknownNameError: Nothing has this name; the text names the nearest.
+        UnknownNameError: The name is unknown; the text gives the nearest names.
     """
     if ":" not in name:
         _builder(name)

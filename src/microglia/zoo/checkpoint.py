@@ -1,4 +1,4 @@
-"""Loads published weights into a model, strictly, and says in one sentence what does not fit."""
+"""Loads published weights into a model, strictly; a mismatch is described in one sentence."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ _SHOWN = 5
 
 
 def load_checkpoint(model: nn.Module, path: str | os.PathLike[str], *, prefix: str | None = None) -> None:
-    """Loads the weights of a file into ``model``, in place; the model is untouched when this raises.
+    """Loads the weights of a file into ``model``, in place; after an error the model is unchanged.
 
-    Every tensor has to match by name and shape; only BatchNorm's ``num_batches_tracked`` may be missing, as old files
-    do not have it. No code of the file is run: it is read by ``torch.load(weights_only=True)`` or by safetensors.
+    Every tensor has to match by name and shape; only BatchNorm's ``num_batches_tracked`` may be missing, because old files do
+    not have it. No code of the file runs: it is read by ``torch.load(weights_only=True)`` or by safetensors.
 
     Args:
         model: Any module without masks.
         path: A ``.safetensors`` file, or a file of ``torch.save``: ``.pt``, ``.pth``, ``.th``, ``.bin``. The state
             dictionary is the file itself or its entry ``state_dict``, ``model``, ``model_state_dict`` or ``net``.
-        prefix: Load only the entries whose names begin with this, and take it off. By default what DataParallel and
-            torch.compile put in front (``module.``, ``_orig_mod.``) is taken off by itself.
+        prefix: Load only the entries whose names begin with this, and remove it. By default the prefixes of DataParallel and
+            torch.compile (``module.``, ``_orig_mod.``) are removed automatically.
 
     Raises:
         CheckpointError: The file is missing, damaged, no checkpoint, or holds objects that would run code; or names or
-            shapes do not fit. The text lists up to five of each kind and a guess at what the file is.
+            shapes do not fit. The text lists up to five of each kind and guesses the kind of the file.
     """
     state = _state_dictionary(_read(Path(path)), path)
     if prefix is not None:
@@ -58,14 +58,14 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike[str], *, prefix: s
 
 
 def _read(path: Path) -> Any:
-    """Returns what the file holds, on the CPU."""
+    """Returns the content of the file, on the CPU."""
     if not path.exists():
         raise CheckpointError(f"There is no checkpoint {path}.")
     if path.is_dir():
         raise CheckpointError(f"{path} is a directory; name the checkpoint file in it.")
     try:
         return load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
-    except Exception as error:  # torch.load raises nearly anything, KeyError included, on a foreign file
+    except Exception as error:  # torch.load raises many types, KeyError included, on a foreign file
         code = re.search(r"GLOBAL:?\s+(?:GLOBAL\s+)?([\w.]+)", str(error), flags=re.IGNORECASE)
         if code:
             reason = (
@@ -98,7 +98,7 @@ def _finite(tensor: Tensor) -> bool:
 
 
 def _wrapper(names: Iterable[str]) -> str:
-    """Returns what wrappers put in front of every name, such as ``"module._orig_mod."``, or nothing."""
+    """Returns the prefix that wrappers add to every name, such as ``"module._orig_mod."``, or nothing."""
     names, found = list(names), ""
     while names and (more := next((w for w in _WRAPPERS if all(n.startswith(found + w) for n in names)), "")):
         found += more
@@ -122,7 +122,7 @@ def _some(names: list[str]) -> str:
 
 
 def _guess(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:
-    """Returns a sentence on what the file seems to be, empty where there is nothing to say."""
+    """Returns a sentence about the likely content of the file, or an empty text."""
     if any(".parametrizations." in name for name in own):
         return " The model carries masks: load the checkpoint first, then prune."
     differing = [name for name in own if name in state and state[name].shape != own[name].shape]

@@ -69,7 +69,7 @@ def densenet40(name: str, classes: int, shape: Shape, *, growth: int = 12, stem:
         name: ``"densenet40"``.
         classes: Number of logits.
         shape: Input shape, (channels, height, width).
-        growth: Channels each layer adds (k of the paper), at least 1.
+        growth: Channels that each layer adds (k of the paper), at least 1.
         stem: Channels of the first convolution: 16 in the paper, 24 in Network Slimming and HRank.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Models of timm, torchvision and transformers, and of the user's own factory; each library is imported when asked for."""
+"""Models of timm, torchvision and transformers, and of the user's own factory; a library is imported only when needed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ OPERATORS = (
     "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
     "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
 )
-"""Schemas of the operators torchvision looks up while it is imported."""
+"""Schemas of the operators that torchvision looks up during its import."""
 
 _declared: list[torch.library.Library] = []  # a schema lives as long as its library object
 
@@ -34,7 +34,7 @@ def build(name: str, classes: int, shape: Shape, options: dict[str, Any]) -> nn.
         options: Passed on to the library or the factory; ``pretrained`` (default False) works for all three libraries.
 
     Raises:
-        UnknownNameError: The library or the module has nothing of this name.
+        UnknownNameError: The library or the module does not have this name.
         ModelError: The library is not installed, or refuses the arguments.
     """
     source, _, rest = name.partition(":")
@@ -47,7 +47,7 @@ def build(name: str, classes: int, shape: Shape, options: dict[str, Any]) -> nn.
 
 
 def timm_model(name: str, classes: int, shape: Shape, *, pretrained: bool = False, **options: Any) -> nn.Module:
-    """Builds a model of timm; one with a fixed input size, such as a ViT, is built for the size of ``shape``."""
+    """Builds a model of timm; a model with a fixed input size, such as a ViT, is built for the size of ``shape``."""
     _torchvision(f"timm:{name}")
     timm = _library("timm", f"timm:{name}")
     if not timm.is_model(name) and not name.startswith(("hf-hub:", "hf_hub:", "local-dir:")):
@@ -61,9 +61,9 @@ def timm_model(name: str, classes: int, shape: Shape, *, pretrained: bool = Fals
 
 
 def torchvision_model(name: str, classes: int, shape: Shape, *, pretrained: bool = False, **options: Any) -> nn.Module:
-    """Builds a model of torchvision, without auxiliary heads and without weights unless asked for.
+    """Builds a model of torchvision, without auxiliary heads, and without weights by default.
 
-    Pretrained weights keep their own number of classes, so ``classes`` has to be that number.
+    Pretrained weights keep their own number of classes, which ``classes`` must equal.
     """
     models = _torchvision(f"torchvision:{name}").models
     known = models.list_models()
@@ -82,15 +82,15 @@ def torchvision_model(name: str, classes: int, shape: Shape, *, pretrained: bool
         weights = "DEFAULT" if pretrained else None
         model: Any = models.get_model(name, weights=weights, num_classes=classes, **options)
     if name.lower() == "inception_v3" and not auxiliary:
-        model.aux_logits, model.AuxLogits = False, None  # its published weights only load with the auxiliary head
+        model.aux_logits, model.AuxLogits = False, None  # its published weights load only with the auxiliary head
     classifier: nn.Module = model.train()
     return classifier
 
 
 class Logits(nn.Module):
-    """Adapter that makes a transformers classifier look like any other.
+    """Adapter that gives a transformers classifier the interface of the other models.
 
-    Transformers returns an output object; this returns its ``logits``. The model itself is ``.model``, so parameter
+    Transformers returns an output object; the adapter returns its ``logits``. The model itself is ``.model``, so parameter
     names begin with ``model.``.
     """
 
@@ -111,11 +111,11 @@ def hf_model(name: str, classes: int, shape: Shape, *, pretrained: bool = False,
     keep their own. ``options`` overwrite entries of the configuration.
     """
     if importlib.util.find_spec("torchvision") is not None:
-        import_torchvision()  # transformers imports it beneath, and would stumble over the missing operators
+        import_torchvision()  # transformers imports it internally and would fail on the missing operators
     transformers = _library("transformers", f"hf:{name}")
     classifier = transformers.AutoModelForImageClassification
     with _refusals(f"hf:{name}"):
-        remote = {"trust_remote_code": options.pop("trust_remote_code", False)}  # unsaid, the library asks at a terminal
+        remote = {"trust_remote_code": options.pop("trust_remote_code", False)}  # without it, the library asks at a terminal
         config = transformers.AutoConfig.from_pretrained(name, num_labels=classes, **remote, **options)
         if pretrained:
             model = classifier.from_pretrained(name, config=config, ignore_mismatched_sizes=True, **remote)
@@ -128,7 +128,7 @@ def hf_model(name: str, classes: int, shape: Shape, *, pretrained: bool = False,
 
 
 def factory_model(name: str, classes: int, shape: Shape, **options: Any) -> nn.Module:
-    """Calls ``package.module:function``; it gets ``classes`` and ``shape`` when its signature takes them."""
+    """Calls ``package.module:function``, with ``classes`` and ``shape`` if its signature takes them."""
     factory = function_of(name, other=" (The other sources are timm:, torchvision: and hf:.)")
     model = called(name, factory, {"classes": classes, "shape": shape}, options)
     if not isinstance(model, nn.Module):
@@ -137,12 +137,12 @@ def factory_model(name: str, classes: int, shape: Shape, **options: Any) -> nn.M
 
 
 def import_torchvision() -> Any:
-    """Imports torchvision, also where its compiled operators do not load.
+    """Imports torchvision, even if its compiled operators do not load.
 
-    The wheel built for CUDA finds no CUDA libraries beside a CPU-only torch; its operators are then never registered
-    and the import ends in "operator torchvision::nms does not exist". Image classifiers need none of them, so in this
-    one case the schemas are declared without an implementation and the import is tried again. Calling such an operator
-    afterwards is still an error of torchvision's own.
+    The wheel built for CUDA finds no CUDA libraries with a CPU-only torch. Its operators are then not registered, and the
+    import ends in "operator torchvision::nms does not exist". Image classifiers need none of them, so in this one case the
+    schemas are declared without an implementation and the import is tried again. A call of such an operator afterwards still
+    raises torchvision's own error.
 
     Returns:
         The module.
@@ -157,7 +157,7 @@ def import_torchvision() -> Any:
 
 
 def declare_operators() -> None:
-    """Declares the schemas of `OPERATORS` that are not registered. Only for a torchvision whose library cannot load."""
+    """Declares the unregistered schemas of `OPERATORS`; only for a torchvision whose library cannot load."""
     library = torch.library.Library("torchvision", "FRAGMENT")  # type: ignore[no-untyped-call]
     for schema in OPERATORS:
         if not hasattr(torch.ops.torchvision, schema.partition("(")[0]):
@@ -181,13 +181,13 @@ def _library(module: str, wanted: str) -> Any:
 
 def _not_installed(module: str, wanted: str, error: ModuleNotFoundError) -> Exception:
     if error.name != module:
-        return error  # installed, but something it needs is not
+        return error  # installed, but one of its dependencies is not
     return ModelError(f"The model {wanted!r} needs {module}, which is not installed: pip install 'microglia[zoo]'")
 
 
 @contextmanager
 def _refusals(name: str) -> Iterator[None]:
-    """Turns what a library raises over its arguments, a missing file or the network into one sentence."""
+    """Context that turns a library's errors about arguments, missing files or the network into one sentence."""
     try:
         yield
     except (TypeError, ValueError, RuntimeError, AssertionError, LookupError, OSError) as error:

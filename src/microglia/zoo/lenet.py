@@ -32,7 +32,7 @@ class LeNet5(nn.Module):
     def __init__(self, classes: int, shape: Shape) -> None:
         super().__init__()
         channels, *sides = shape
-        padding = 0 if min(sides) >= 16 else 2  # without padding, 16 pixels are the least that leave one after two pools
+        padding = 0 if min(sides) >= 16 else 2  # without padding, 16 pixels are the minimum that leaves one after two pools
         shrink = 4 - 2 * padding
         height, width = (((side - shrink) // 2 - shrink) // 2 for side in sides)
         self.conv1 = nn.Conv2d(channels, 20, 5, padding=padding)
@@ -62,9 +62,8 @@ def lenet_300_100(name: str, classes: int, shape: Shape) -> nn.Module:
 def lenet_5(name: str, classes: int, shape: Shape) -> nn.Module:
     """Builds LeNet-5 as Caffe ships it; 431,080 parameters on 1x28x28 with ten classes.
 
-    The first linear layer takes whatever the convolutions leave of ``shape``. Below 16 pixels a side the convolutions
-    are padded by 2 so that anything from 4 pixels on works. Both convolutions are followed by ReLU, as in the pruning
-    papers.
+    The first linear layer has the size of the convolutions' output for ``shape``. Below 16 pixels a side the convolutions are
+    padded by 2, so that 4 pixels suffice. Both convolutions are followed by ReLU, as in the pruning papers.
 
     Source: Caffe's MNIST example; Han et al. 2016, "Deep Compression", table 3 (430,500 weights).
 

@@ -83,8 +83,8 @@ def mobilenet_v1(
         shape: Input shape, (channels, height, width); only the channels matter.
         width: Multiplier of every channel count (alpha of the paper), above 0.
         dropout: Probability of dropping before the classifier, in [0, 1].
-        imagenet_strides: True halves the image in the first convolution too, as the paper does (32 times in all);
-            False leaves that out (16 times in all), the usual form for CIFAR.
+        imagenet_strides: True halves the image in the first convolution too, as in the paper (by 32 in all); False does not (by
+            16 in all), the usual form for CIFAR.
     """
     inputs = _widen(32, width)
     blocks: list[nn.Module] = [_convolution(shape[0], inputs, 3, stride=1 + imagenet_strides, activation=nn.ReLU)]
@@ -116,8 +116,8 @@ def mobilenet_v2(
         shape: Input shape, (channels, height, width); only the channels matter.
         width: Multiplier of every channel count, above 0; the last convolution never gets fewer than 1280.
         dropout: Probability of dropping before the classifier, in [0, 1]; torchvision has 0.2.
-        imagenet_strides: True halves the image in the first convolution and in the 24-channel stage, as the paper does
-            (32 times in all); False leaves both out (8 times in all), the usual form for CIFAR.
+        imagenet_strides: True halves the image in the first convolution and in the 24-channel stage, as in the paper (by 32 in
+            all); False does neither (by 8 in all), the usual form for CIFAR.
     """
     inputs = _widen(32, width)
     blocks: list[nn.Module] = [_convolution(shape[0], inputs, 3, stride=1 + imagenet_strides)]

@@ -1,4 +1,4 @@
-"""Where a user's own model has its code: told by the import path, and found again from another folder."""
+"""The folder of the code of a user's own model: recorded from the import path, and found again from another folder."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from microglia.zoo.trust import LIBRARIES
 
 
 def module_of(name: object) -> str | None:
-    """Returns the module of a model ``package.module:function``, None of any other model."""
+    """Returns the module of a model ``package.module:function``, None for any other model."""
     source, colon, _ = str(name).partition(":")
     return source if colon and source and source not in LIBRARIES else None
 
 
 def origin_of(name: str) -> dict[str, str] | None:
-    """Returns the ``module`` of a user's own model and the ``folder`` from which that is imported.
+    """Returns the ``module`` of a user's own model and the ``folder`` of its import.
 
     Args:
-        name: The model's name; None is returned where it is no ``package.module:function``, or is not on the import path.
+        name: The model's name. None is returned if it is not ``package.module:function`` or is not on the import path.
     """
     module = module_of(name)
     if module is None or (folder := _folder(module.partition(".")[0])) is None:
@@ -31,17 +31,17 @@ def origin_of(name: str) -> dict[str, str] | None:
 
 
 def import_from(name: str, folder: str, where: object) -> None:
-    """Makes the module of a user's own model importable from the folder that it had; whoever calls this trusts the folder.
+    """Makes the module of a user's own model importable from its recorded folder; the caller trusts the folder.
 
-    The folder comes just before the current one on the import path, so that it hides no library.
+    The folder comes right before the current folder on the import path, so that it hides no library.
 
     Args:
         name: The model's name, ``package.module:function``.
         folder: Absolute path.
-        where: What remembers the folder, for the message.
+        where: The file that names the folder, for the message.
 
     Raises:
-        ModelError: The module is neither there nor anywhere else, or another one of its name comes first.
+        ModelError: The module is not found, or another module of the same name comes first.
     """
     module = module_of(name)
     assert module is not None

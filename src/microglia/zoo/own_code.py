@@ -1,4 +1,4 @@
-"""Code of the user's own by its name ``package.module:function``: imported, and called with what its signature takes."""
+"""The user's own code by its name ``package.module:function``: imported, and called with the arguments of its signature."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ def function_of(name: str, what: str = "model", *, other: str = "") -> Callable[
 
     Args:
         name: As above.
-        what: What the function returns, for messages.
-        other: What else such a name could have meant, for messages.
+        what: Kind of the function's result, for messages.
+        other: A sentence about other possible meanings of such a name, for messages.
 
     Raises:
-        UnknownNameError: There is no such module, or nothing of this name in it.
-        ModelError: It is no function.
+        UnknownNameError: There is no such module, or the name is not in it.
+        ModelError: The name is not a function.
     """
     module_name, _, attribute = name.partition(":")
     try:
@@ -44,7 +44,7 @@ def function_of(name: str, what: str = "model", *, other: str = "") -> Callable[
 
 
 def called(name: str, function: Callable[..., Any], offered: Mapping[str, Any], options: Mapping[str, Any]) -> Any:
-    """Returns what a function returns for options by keyword, and for what is offered where its signature takes it.
+    """Calls a function with options by keyword, and with those offered arguments that its signature takes.
 
     Raises:
         ModelError: The options do not fit its signature, which the text shows.
@@ -72,7 +72,7 @@ def takes(function: Callable[..., Any], keyword: str) -> bool:
 
 
 def unknown(source: str, name: str, known: Sequence[str], listing: str, what: str = "model") -> UnknownNameError:
-    """Returns the error for a name that a source does not have, with the nearest it has."""
+    """Returns the error for a name that a source does not have, with the nearest names."""
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
     return UnknownNameError(f"There is no {source} {what} named {name!r}.{hint} {listing} lists all {len(known)}.")

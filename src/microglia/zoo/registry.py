@@ -1,4 +1,4 @@
-"""The names of the zoo's own models, and what every family shares: errors, input checks, initialization."""
+"""The names of the zoo's own models, and the common parts of families: errors, input checks, initialization."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FAMILIES: dict[str, tuple[str, Builder]] = {}
 
 
 class ModelError(MicrogliaError):
-    """A model that cannot be built as asked: an option, an input shape or a library that does not fit."""
+    """A model that cannot be built: an option, an input shape or a library does not fit."""
 
 
 def register(*names: str, open_form: str | None = None) -> Callable[[Builder], Builder]:
@@ -31,8 +31,8 @@ def register(*names: str, open_form: str | None = None) -> Callable[[Builder], B
 
     Args:
         names: Names to list.
-        open_form: For a family with numbers in its names, how to spell one, such as ``"wrn-D-K"``. Every name with the
-            same beginning (up to the first hyphen) then goes to this builder, listed or not.
+        open_form: For a family with numbers in its names, the form of a name, such as ``"wrn-D-K"``. Every name with the same
+            beginning (up to the first hyphen) then goes to this builder, listed or not.
     """
 
     def add(builder: Builder) -> Builder:
@@ -51,8 +51,8 @@ def require_size(name: str, shape: Shape, smallest: int, reason: str) -> None:
     Args:
         name: Name of the model, for the message.
         shape: Input shape, (channels, height, width).
-        smallest: Least height and width, in pixels.
-        reason: What sets the limit, for the message.
+        smallest: Minimum height and width, in pixels.
+        reason: The reason of the limit, for the message.
     """
     if min(shape[1:]) < smallest:
         raise ModelError(

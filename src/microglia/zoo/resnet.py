@@ -80,10 +80,9 @@ def resnet(name: str, classes: int, shape: Shape, *, width: int = 16) -> nn.Modu
     """Builds a CIFAR ResNet such as ``resnet20`` or ``resnet56-projection``, for any image size.
 
     The depth is 6n + 2 with n blocks in each of three stages of ``width``, 2 ``width`` and 4 ``width`` channels; stages
-    2 and 3 halve the image. Depths 8 and 14 are not in the paper: they are for first steps and tests. The plain names
-    have parameter-free shortcuts and the parameter names of the public checkpoints; ``-projection`` puts a 1x1
-    convolution with batch norm where the shape changes. ``resnet32-projection`` with ``width=32`` is the ResNet-32 of
-    the GraSP tables.
+    2 and 3 halve the image. Depths 8 and 14 are not in the paper; they are for tutorials and tests. The plain names have
+    parameter-free shortcuts and the parameter names of the public checkpoints; ``-projection`` puts a 1x1 convolution with
+    batch norm where the shape changes. ``resnet32-projection`` with ``width=32`` is the ResNet-32 of the GraSP tables.
 
     Source: He et al. 2016, "Deep Residual Learning for Image Recognition", section 4.2, options A and B.
 

@@ -1,4 +1,4 @@
-"""Whether a model that a file names may be built: what the house knows may, anything else only where the caller trusts it."""
+"""Rules for models that a file names: known models may be built, others only if the caller trusts the file."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ _trusting: ContextVar[bool] = ContextVar("microglia_trust", default=False)
 PLAIN = re.compile(r"[A-Za-z0-9][\w.\-]*")
 HUB = re.compile(r"[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?")
 LIBRARIES = {"timm": PLAIN, "torchvision": PLAIN, "hf": HUB}
-"""Library -> how a plain model name of it is spelled. Folders, files and addresses are spelled otherwise."""
+"""Library -> the form of its plain model names. Folders, files and addresses have other forms."""
 
 OPTIONS = {"pretrained": bool, "drop_rate": float, "drop_path_rate": float, "img_size": int, "patch_size": int}
-"""Options that a file may hand to one of these libraries, and their type; none is a path, a callable or remote code."""
+"""Options that a file may pass to one of these libraries, and their types; none is a path, a callable or remote code."""
 
 
 @contextmanager
 def trusting(trust: bool = True) -> Iterator[None]:
-    """Lets files name models of any kind while this lasts; ``False`` leaves it as it is."""
+    """Context in which files may name models of any kind; ``False`` changes nothing."""
     token = _trusting.set(trust or _trusting.get())
     try:
         yield
@@ -34,16 +34,16 @@ def trusting(trust: bool = True) -> Iterator[None]:
 
 
 def require_known(name: object, options: object, where: object, *, folder: str | None = None) -> None:
-    """Raises unless a model that a file names is one of the house, or the caller trusts the file; builds and imports nothing.
+    """Raises unless a model that a file names is known or the caller trusts the file; builds and imports nothing.
 
     Args:
-        name: Of the model, as the file spells it.
-        options: Of the model, as the file spells them.
+        name: Name of the model, as the file spells it.
+        options: Options of the model, as the file spells them.
         where: The file, for the message.
-        folder: Where the code of the model is said to be, for the message.
+        folder: Folder of the model's code according to the file, for the message.
 
     Raises:
-        FileError: It is not; the text shows the name.
+        FileError: The model is unknown and the file not trusted; the text shows the name.
     """
     if not isinstance(name, str) or not isinstance(options, Mapping) or not all(isinstance(key, str) for key in options):
         raise FileError(f"{where} is damaged: it names no model with options, but {_short(name)} with {_short(options)}.")
@@ -65,20 +65,20 @@ def _refusal(where: object, what: str, shown: str, name: str, folder: str | None
 def require_known_recipe(
     recipe: Mapping[str, Any], where: object, *, folder: str | None = None, model_folder: str | None = None
 ) -> None:
-    """Raises as `require_known` for task and model of a recipe that a file holds, and for data that would be a folder's code.
+    """Raises as `require_known` for task and model of a recipe in a file, and for data that could be a folder with code.
 
     Args:
         recipe: As the file spells it.
         where: The file, for the message.
-        folder: Where the code of the task, or of the model, is said to be, for the message.
-        model_folder: Where the code of the model is said to be beside that of the task.
+        folder: Folder of the code of the task, or of the model, according to the file, for the message.
+        model_folder: Folder of the model's code, if it is another than the task's.
     """
     task, model = recipe.get("task"), recipe.get("model", "conv-2")
     if isinstance(task, str) and ":" in task:
         if not _trusting.get():
             raise FileError(_refusal(where, "task", _short(task), task, folder))
         folder = model_folder
-    if model != task or not isinstance(task, str):  # a task of one's own brings its model, which is called like it
+    if model != task or not isinstance(task, str):  # a user's own task brings its own model, of the same name
         require_known(model, {}, where, folder=folder)
     _require_plain_data(recipe.get("data"), where)
     if isinstance(task, Mapping):
@@ -94,7 +94,7 @@ def _require_plain_data(data: object, where: object) -> None:
 
 
 def needs_trust(recipe: Mapping[str, Any]) -> bool:
-    """Tells whether a recipe names something that a file may name only where the caller trusts it."""
+    """Tells whether a recipe names something that needs the caller's trust."""
     token = _trusting.set(False)
     try:
         require_known_recipe(recipe, "the recipe")
@@ -107,7 +107,7 @@ def needs_trust(recipe: Mapping[str, Any]) -> bool:
 
 def _known(name: str, options: Mapping[str, Any]) -> bool:
     source, colon, rest = name.partition(":")
-    if not colon:  # the house's own builders check their options themselves
+    if not colon:  # the zoo's own builders check their options
         own = name in MODELS or any(name.startswith(prefix) for prefix in FAMILIES)
         return own and all(isinstance(value, bool | int | float | str) for value in options.values())
     if source not in LIBRARIES or not LIBRARIES[source].fullmatch(rest):
@@ -118,7 +118,7 @@ def _known(name: str, options: Mapping[str, Any]) -> bool:
 
 
 def _of_hub(name: str) -> bool:
-    return HUB.fullmatch(name) is not None and not Path(name).exists()  # an existing folder is read instead of the hub
+    return HUB.fullmatch(name) is not None and not Path(name).exists()  # an existing folder takes precedence over the hub
 
 
 def _is(value: object, kind: type) -> bool:

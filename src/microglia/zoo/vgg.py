@@ -42,7 +42,7 @@ def vgg(name: str, classes: int, shape: Shape, *, hidden: bool | Literal["norm"]
         conv_bias: Convolutions with bias. With ``hidden="norm"`` this is the VGG-16 of HRank, 14,991,946 parameters.
 
     Raises:
-        ModelError: The image is smaller than 16x16, or ``hidden`` is something else.
+        ModelError: The image is smaller than 16x16, or ``hidden`` has another value.
     """
     require_size(name, shape, 16, "four max-poolings by 2")
     if hidden not in (True, False, "norm"):

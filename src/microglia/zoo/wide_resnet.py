@@ -69,7 +69,7 @@ def wide_resnet(name: str, classes: int, shape: Shape, *, dropout: float = 0.0) 
     Source: Zagoruyko and Komodakis 2016, "Wide Residual Networks", table 1.
 
     Args:
-        name: Such as ``"wrn-28-10"``; every valid pair of numbers works, listed or not.
+        name: A name such as ``"wrn-28-10"``; every valid pair of numbers works, listed or not.
         classes: Number of logits.
         shape: Input shape, (channels, height, width); only the channels matter.
         dropout: Probability of dropping between the two convolutions of a block, in [0, 1]; the paper tries 0.3.

@@ -1,1 +1,1 @@
-"""Coupled channels: groups, units, and how wide each is to be."""
+"""Coupled channels: groups, units, and the choice of widths."""

@@ -1,4 +1,4 @@
-"""Coupled channels as units of a search: where each channel is read, what makes it, what it costs."""
+"""Coupled channels as units of a search: the readers, the makers and the cost of each channel."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class Place:
 
     Attributes:
         name: The parameter.
-        dim: Which of its dimensions.
-        units: The unit of each entry, int64 (entries,); the number of all units where an entry belongs to none.
+        dim: Index of its dimension.
+        units: The unit of each entry, int64 (entries,); the number of all units for an entry that belongs to none.
     """
 
     name: str
@@ -36,34 +36,35 @@ class Place:
 
 
 class CoupledChannels:
-    """All channels of a model that can be removed, numbered through; those that must go together are one unit.
+    """All removable channels of a model, numbered; channels that must be removed together are one unit.
 
-    A channel is *read* by the weights that contract it. Scaling it there scales what it is after norm and activation: in front
-    of a batch norm a positive factor is divided out again, and a mask would get no gradient (spec: SMART 2.6). What *makes*
-    it are the rows of the weights that write it, their biases and the affine parameters of its norms: with all of these zero
-    it is zero, and `shrink` removes it.
+    A channel is *read* by the weights that contract it. A factor there scales the channel after norm and activation. Before a
+    batch norm a positive factor would be divided out, and a mask would get no gradient (spec: SMART 2.6). A channel is *made*
+    by the rows of the weights that write it, their biases and the affine parameters of its norms. If all of these are zero, the
+    channel is zero, and `shrink` removes it.
 
-    Groups that a norm, mean or softmax runs over are left out, for there removing is not zeroing; so are those no weight reads.
+    Groups under a norm, mean or softmax are left out, because removing differs from zeroing there. Groups that no weight reads
+    are left out too.
 
     Args:
-        model: Any model `torch.export` can trace; it is left as it is.
+        model: Any model that `torch.export` can trace; it stays unchanged.
         example_inputs: A tensor, a tuple of arguments, or a mapping of keyword arguments.
-        exclude: Selectors of layers that stay as they are, inputs and outputs both; see `prune_channels`.
-        layers: The prunable layers that get masks; all of the model unless given.
-        cost: What a channel counts for in a budget: ``weights``, ``macs``, or each one the same.
+        exclude: Selectors of layers that keep both their inputs and outputs; see `prune_channels`.
+        layers: The prunable layers that get masks; by default all of the model.
+        cost: Cost of a channel in a budget: ``weights``, ``macs``, or equal for all.
 
     Attributes:
-        names: Of the groups, each another: the first weight that makes them.
+        names: Unique names of the groups: the first weight that makes each.
         lengths: Channels in each group.
         count: Channels in all.
-        read: Places where a channel is read.
-        made: Places that make it.
-        costs: What each counts for, int64 (count,).
+        read: Places where channels are read.
+        made: Places where channels are made.
+        costs: Cost of each channel, int64 (count,).
         scaled_names: Parameters that factors or masks act on.
-        companions: Parameters beside the masked weights that must be zero for a removed channel to be zero.
+        companions: Further parameters that must be zero for a removed channel to be zero.
 
     Raises:
-        SelectorError: A selector meets nothing.
+        SelectorError: A selector matches nothing.
         ShrinkError: No channel can be removed.
         TraceError: The model cannot be traced.
     """
@@ -114,7 +115,7 @@ class CoupledChannels:
         self.costs = each() if each is not None else torch.ones(self.count, dtype=torch.int64)
 
     def weights(self) -> Tensor:
-        """Returns how many weights make each channel, int64 (count,)."""
+        """Returns the number of weights that make each channel, int64 (count,)."""
         sizes = torch.zeros(self.count + 1, dtype=torch.int64)
         for place in self.made:
             shape = self._shapes[place.name]
@@ -123,21 +124,21 @@ class CoupledChannels:
         return sizes[:-1]
 
     def macs_each(self) -> Tensor:
-        """Returns what the first channel removed from each group saves, in multiply-accumulates, int64 (count,)."""
+        """Returns the multiply-accumulates that the removal of the first channel of each group saves, int64 (count,)."""
         whole = self._costs.macs({})
         each = [whole - self._costs.macs({g.atom: g.size - 1}) for g in self.groups]
         return torch.tensor(each).repeat_interleave(torch.tensor(list(self.lengths)))
 
     def macs(self, kept: Tensor) -> Tensor:
-        """Returns the fraction of multiply-accumulates left when each channel stays by ``kept`` in [0, 1]; differentiable.
+        """Returns the remaining fraction of multiply-accumulates for fractions ``kept`` in [0, 1] of channels; differentiable.
 
-        The product of the widths of every layer, as they stand together (PaS: the sum over layers of in x out).
+        It is the product of the input and output widths of every layer (PaS: the sum over layers of in x out).
         """
         counts = {g.atom: part.sum() for g, part in zip(self.groups, torch.split(kept, list(self.lengths)), strict=True)}
         return self._costs.macs(counts) / self._costs.dense["flops"]  # type: ignore[arg-type,return-value]
 
     def reduce(self, values: Mapping[str, Tensor], how: Reduction) -> Tensor:
-        """Returns one value per channel from one value per weight; mean and l2 over all weights that make it together."""
+        """Returns one value per channel from one value per weight; mean and l2 are over all weights that make it."""
         like = values[next(name for name in self._made if name in values)]
         dtype = like.dtype if like.is_floating_point() else torch.float32
         total = torch.full((self.count + 1,), -torch.inf if how == "max" else 0.0, dtype=dtype, device=like.device)
@@ -163,7 +164,7 @@ class CoupledChannels:
         return _times(parameter, self._read.get(name, ()), factors)
 
     def companion(self, name: str, parameter: Tensor, kept: Tensor) -> Tensor:
-        """Returns a parameter with what it adds to removed channels set to zero."""
+        """Returns a parameter with its entries of removed channels set to zero."""
         return _times(parameter, self._made[name], kept)
 
     def masks(self, kept: Tensor) -> dict[str, Tensor]:
@@ -174,7 +175,7 @@ class CoupledChannels:
 
 
 def _times(parameter: Tensor, places: Sequence[Place], factors: Tensor) -> Tensor:
-    """Returns a parameter times the factors of the channels it holds, 1 where it holds none."""
+    """Returns a parameter times the factors of its channels, 1 for entries without a channel."""
     padded = torch.cat([factors.to(parameter.dtype), parameter.new_ones(1)])
     for place in places:
         shape = [1] * parameter.ndim
@@ -191,7 +192,7 @@ def _by_name(places: Sequence[Place]) -> dict[str, list[Place]]:
 
 
 def _groups(part: Part, excluded: Collection[str]) -> list[ChannelGroup]:
-    """Returns the groups in which a mask is a removal, and which some weight reads."""
+    """Returns the groups for which masking equals removal, and which some weight reads."""
     analysis = part.analysis
     own = [g for g in channel_groups(analysis, excluded, part.path) if not g.renormalized]
     return [
@@ -203,14 +204,14 @@ def _groups(part: Part, excluded: Collection[str]) -> list[ChannelGroup]:
 
 
 def _reads(analysis: Analysis, name: str, dim: int) -> bool:
-    """Tells whether a weight contracts this dimension: it makes channels with another one of its own."""
+    """Tells whether a weight contracts this dimension, that is, makes channels with another one of its dimensions."""
     makers = {k for n, k in analysis.producers if n == name}
     shape = analysis.trace.tensors[name].shape
     return bool(makers) and dim not in makers and shape[dim] > 1
 
 
 def _places(part: Part, group: ChannelGroup, start: int, none: int) -> Iterator[tuple[Place, bool]]:
-    """Yields the places of a group's channels, and whether they are read there or made."""
+    """Yields the places of a group's channels, and whether channels are read or made there."""
     analysis = part.analysis
     for member in group.members:
         reads = _reads(analysis, member.name, member.dim)
@@ -222,14 +223,14 @@ def _places(part: Part, group: ChannelGroup, start: int, none: int) -> Iterator[
 
 
 def _merge(places: dict[tuple[str, int], Place], place: Place) -> None:
-    """Adds a place; where a dimension holds channels of several groups side by side, they share one."""
+    """Adds a place; if a dimension holds channels of several groups, they share one place."""
     before = places.get((place.name, place.dim))
     units = place.units if before is None else torch.minimum(before.units, place.units)
     places[place.name, place.dim] = Place(place.name, place.dim, units)
 
 
 def _unused(name: str, names: Sequence[str]) -> str:
-    """Returns a name not used yet: one layer makes several groups where padding or concatenation cuts its outputs."""
+    """Returns an unused name: one layer makes several groups if padding or concatenation cuts its outputs."""
     return name if name not in names else next(n for k in itertools.count(2) if (n := f"{name}#{k}") not in names)
 
 

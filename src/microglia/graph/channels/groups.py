@@ -1,4 +1,4 @@
-"""Channel groups: which units of a model go together, what they are worth, and why some must stay."""
+"""Channel groups: units that must be removed together, their scores, and the reasons why some must stay."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ class Member:
 
 @dataclass(frozen=True)
 class ChannelGroup:
-    """Units that can be removed, each from all its members at once.
+    """Units that can be removed, each from all members of the group at once.
 
     Attributes:
         atom: Its number in the algebra.
-        size: How many units; where rows choose for themselves, in each.
-        members: Where they occur.
-        factor: Whether it is somewhere a proper factor of a dimension: heads, channels per group.
-        renormalized: Whether a norm, a mean or a softmax runs over it, so that removing a unit is more than zeroing it.
-        cofactor: Least number of entries that go with one unit in a member dimension.
-        rows: How many rows, groups of a convolution or norm, may each lose other units, equally many; 1 where all lose
-            the same.
+        size: Number of units; per row, if rows choose their own units.
+        members: The dimensions in which the units occur.
+        factor: Whether the atom is a proper factor of some dimension: heads, channels per group.
+        renormalized: Whether a norm, a mean or a softmax runs over it, so that removing a unit differs from zeroing it.
+        cofactor: Minimum number of entries per unit in a member dimension.
+        rows: Number of rows (groups of a convolution or norm) that may each lose different units, equally many; 1 if all lose
+            the same units.
     """
 
     atom: int
@@ -52,9 +52,9 @@ def channel_groups(analysis: Analysis, excluded: Collection[str] = (), path: str
     """Returns the groups that can lose units, in the order in which the graph uses them.
 
     Args:
-        analysis: Of the model.
+        analysis: Analysis of the model.
         excluded: Tensors of the model whose groups are left out; see `excluded_tensors`.
-        path: Where in the model the analysed part is.
+        path: Path of the analysed part in the model.
     """
     return [
         group
@@ -64,14 +64,14 @@ def channel_groups(analysis: Analysis, excluded: Collection[str] = (), path: str
 
 
 def excluded_tensors(model: nn.Module, selectors: Sequence[str]) -> frozenset[str]:
-    """Returns the parameters and buffers of a model that selectors mean, under every name they have.
+    """Returns the selected parameters and buffers of a model, under all their names.
 
     Args:
         model: Any module.
-        selectors: In the language of `microglia.core.layers.matches`, over all parameters and buffers of all modules.
+        selectors: Selectors in the language of `microglia.core.layers.matches`, over all parameters and buffers of all modules.
 
     Raises:
-        SelectorError: A selector meets none of them.
+        SelectorError: A selector matches none of them.
     """
     held = {
         f"{path}.{name}".strip("."): (tensor, Layer(f"{path}.{name}".strip("."), ((module, name),)))
@@ -85,7 +85,7 @@ def excluded_tensors(model: nn.Module, selectors: Sequence[str]) -> frozenset[st
 
 
 def _groups(analysis: Analysis) -> Iterator[ChannelGroup]:
-    """Yields the groups of all atoms that can lose units, from one look at each dimension of each parameter."""
+    """Yields the groups of all atoms that can lose units, in one pass over the dimensions of all parameters."""
     algebra = analysis.algebra
     members: dict[int, list[Member]] = {atom: [] for atom in analysis.prunable()}
     cofactors: dict[int, list[int]] = {atom: [] for atom in members}
@@ -113,11 +113,11 @@ def _nested(analysis: Analysis, dim: tuple[object, ...], atom: int) -> bool:
 
 
 def independent(analysis: Analysis, groups: Sequence[ChannelGroup], *, within: bool = False) -> list[ChannelGroup]:
-    """Returns groups no two of which are factors of one dimension: half the heads *and* half their width is a quarter.
+    """Returns groups such that no two are factors of one dimension: half the heads *and* half their width is a quarter.
 
-    Of each such product the leading factor is taken (heads, convolution groups) if it has at least four units, else the
-    largest; with ``within`` first what each row chooses for itself, channels within the groups of a convolution or norm, of
-    several such factors with at least four units the innermost.
+    From each such product the leading factor is taken (heads, convolution groups) if it has at least four units, else the
+    largest. With ``within``, factors whose rows choose their own units come first: channels within the groups of a convolution
+    or norm. Among several such factors with at least four units the innermost is taken.
     """
     rivals: dict[int, set[int]] = {g.atom: set() for g in groups}
     leading: set[int] = set()
@@ -155,7 +155,7 @@ def _note_rivals(analysis: Analysis, segment: tuple[object, ...], rivals: dict[i
 
 
 def why(analysis: Analysis, name: str, dim: int) -> str:
-    """Returns what a dimension of a parameter is made of, and the first reason why its parts must stay."""
+    """Returns the composition of a parameter's dimension, and the first reason why its parts must stay."""
     algebra = analysis.algebra
     parts = []
     for atom in algebra.leaves(analysis.parameter_dims[name][dim]):
@@ -178,14 +178,14 @@ def group_scores(
     *,
     normalize: bool = True,
 ) -> dict[int, Tensor]:
-    """Returns one score per unit by atom, float64 (size,), or (rows, size) where rows choose for themselves, higher = keep.
+    """Returns one score per unit by atom, float64 (size,), or (rows, size) if rows choose their own units; higher = keep.
 
     Args:
-        analysis: Of the model.
-        groups: Whose units to score.
-        elements: One value per weight by parameter name; members without one do not count.
-        reduction: How the values of a unit's weights, over all members, become one.
-        normalize: Divide by the mean over the group, so that groups of different widths compare.
+        analysis: Analysis of the model.
+        groups: Groups whose units are scored.
+        elements: One value per weight by parameter name; members without values do not count.
+        reduction: Function that combines the values of a unit's weights over all members.
+        normalize: Whether to divide by the mean over the group, so that groups of different widths are comparable.
 
     Raises:
         ScoreError: No member of a group has values, or a value is NaN.
@@ -200,21 +200,21 @@ def group_scores(
         if bool(score.isnan().any()):
             raise ScoreError(f"The score of the channels of {members[0].name!r} has NaN; look for non-finite weights there.")
         mean = float(score.abs().mean())
-        alone = group.size == 1  # compared with others like it, not with itself
+        alone = group.size == 1  # compared with similar groups, not with itself
         score = score / mean if normalize and mean > 0 and not alone else score
         scores[group.atom] = score if group.rows == 1 else score.view(group.rows, -1)
     return scores
 
 
 class _Rows:
-    """One value per entry of a parameter's dimension, reduced over all the others; each is computed once."""
+    """One value per entry of a parameter's dimension, reduced over all other dimensions; computed once."""
 
     def __init__(self, analysis: Analysis, elements: Mapping[str, Tensor], how: GroupReduction) -> None:
         self.analysis, self.elements, self.how = analysis, elements, how
         self._known: dict[Member, tuple[Tensor, int]] = {}
 
     def __call__(self, member: Member) -> tuple[Tensor, int]:
-        """Returns (values, float64 (entries,), how many weights each is of)."""
+        """Returns (values, float64 (entries,), the number of weights of each)."""
         if member not in self._known:
             values = entry_rows(self.analysis, member, self.elements[member.name].detach())
             if self.how == "l2":
@@ -225,7 +225,7 @@ class _Rows:
 
 
 def entry_rows(analysis: Analysis, member: Member, values: Tensor) -> Tensor:
-    """Returns a tensor as (entries of a dimension, in every group of a convolution; all else)."""
+    """Returns a tensor as a matrix: entries of a dimension (in every group of a convolution) x all others."""
     groups = analysis.algebra.size(analysis.groups(member.name, member.dim))
     by_group = values.view(groups, -1, *values.shape[1:]).movedim(member.dim + 1, 1)
     return by_group.reshape(by_group.shape[0] * by_group.shape[1], -1)

@@ -1,4 +1,4 @@
-"""A table of measured times of candidate widths, kept on disk: a budget in milliseconds is met by the clock, not by FLOPs."""
+"""A table of measured times of candidate widths, kept on disk: a budget in milliseconds uses real times, not FLOPs."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from microglia.measure import measure_latency
 Build = Callable[[Mapping[int, int]], nn.Module]
 
 TIMING = 2
-"""Which way of timing the kept times are of; 2: a turn begins with a call that is not timed."""
+"""Version of the timing method of kept times; 2: a turn begins with a call that is not timed."""
 
 
 class LatencyTable:
-    """Milliseconds of one example batch at given widths, measured once per machine, threads and version of torch.
+    """Milliseconds of one example batch at given widths, measured once per machine, thread count and torch version.
 
     Args:
-        example_inputs: The batch.
-        build: Returns the model of given widths.
-        path: Where the table is kept; None for the user's cache.
+        example_inputs: The example batch.
+        build: Returns the model with given widths.
+        path: Path of the table; None for the user's cache.
         executions: Ways to run the candidates; the fastest counts.
     """
 
@@ -61,7 +61,7 @@ def _default_path() -> Path:
 
 
 def _read(path: Path) -> dict[str, float]:
-    """Returns the table, or an empty one: a cache is never the reason why anything fails."""
+    """Returns the table, or an empty one: a cache never causes an error."""
     try:
         content = json.loads(path.read_text())
     except (OSError, ValueError):

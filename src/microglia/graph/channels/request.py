@@ -1,4 +1,4 @@
-"""What a caller asks of `prune_channels`, checked before anything is traced."""
+"""Checks the arguments of `prune_channels` before anything is traced."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from microglia.graph.channels.widths import WidthScope
 
 
 def check_asked(budget: Any, *, scope: Any, reduction: Any, round_to: Any, dynamic: Any) -> tuple[int, tuple[int, ...]]:
-    """Returns (``round_to``, ``dynamic``) as plain integers; everything is as `prune_channels` has it.
+    """Returns (``round_to``, ``dynamic``) as plain integers; the arguments are those of `prune_channels`.
 
     Raises:
-        BudgetError: The budget is no `Budget`.
-        UnknownNameError: There is no such scope or reduction.
-        MicrogliaError: ``round_to`` or a dimension is no whole number in its range.
+        BudgetError: The budget is not a `Budget`.
+        UnknownNameError: The scope or the reduction is unknown.
+        MicrogliaError: ``round_to`` or a dimension is not a whole number in its range.
     """
     if not isinstance(budget, Budget):
         raise BudgetError(
@@ -40,7 +40,7 @@ def check_asked(budget: Any, *, scope: Any, reduction: Any, round_to: Any, dynam
 
 
 def _whole(value: Any) -> int | None:
-    """Returns a whole number, of Python or NumPy; None where it is not one."""
+    """Returns a whole number of Python or NumPy as an int, or None."""
     if isinstance(value, bool):
         return None
     try:

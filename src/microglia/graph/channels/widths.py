@@ -1,7 +1,7 @@
-"""Widths: how many units each group keeps, so that a budget is met.
+"""Widths: the number of units that each group keeps for a budget.
 
-All removals are laid out in one order, each step a few units of one group; a budget is a place in this order, found by
-bisection, for every cost falls along it.
+All removals are put in one order, each step a few units of one group. Every cost falls along this order, so a budget is a
+position in it, found by bisection.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ TOLERANCE = 0.01
 
 @dataclass(frozen=True)
 class Step:
-    """A removal of some units of a group, the worst of those left."""
+    """A removal of some units of a group, those with the lowest remaining scores."""
 
     atom: int
     units: int
@@ -40,13 +40,13 @@ class Step:
 
 @dataclass(frozen=True)
 class Widths:
-    """What was chosen.
+    """The chosen widths.
 
     Attributes:
         counts: Atom -> units kept.
-        got: Budget term -> what it came to (fractions, milliseconds).
-        round_to: The rounding that was used, after lowering it where a budget would be missed.
-        notes: What was not as asked, and why.
+        got: Budget term -> its reached value (fractions, milliseconds).
+        round_to: The rounding that was used; it is lowered if a budget would be missed.
+        notes: Deviations from the request, with the reasons.
     """
 
     counts: Counts
@@ -61,7 +61,7 @@ class Costs:
     Args:
         parts: The traced parts of the model.
         groups: The groups that may change.
-        parameters: Of the whole model.
+        parameters: Parameters of the whole model.
     """
 
     def __init__(self, parts: Sequence[Part], groups: Sequence[ChannelGroup], parameters: int) -> None:
@@ -81,15 +81,15 @@ class Costs:
         return math.prod(self._count(d, counts) for d in dims)
 
     def parameters(self, counts: Mapping[int, int]) -> int:
-        """Returns the parameters left, those outside the traced parts included."""
+        """Returns the remaining parameters, including those outside the traced parts."""
         return self._untraced + sum(self._product(dims, counts) for dims in self._parameters)
 
     def macs(self, counts: Mapping[int, int]) -> int:
-        """Returns the multiply-accumulates of the example batch left."""
+        """Returns the remaining multiply-accumulates of the example batch."""
         return sum(weight * self._product(dims, counts) for weight, dims in self._macs)
 
     def fraction(self, term: str, counts: Mapping[int, int]) -> float:
-        """Returns what is left of a budget's term."""
+        """Returns the remaining fraction of a budget's term."""
         if term == "density":
             return sum(g.rows * counts.get(g.atom, g.size) for g in self.groups) / self.units
         value = self.parameters(counts) if term == "params" else self.macs(counts)
@@ -109,18 +109,19 @@ def choose_widths(
     """Returns the widths that meet a budget.
 
     Args:
-        costs: Of the model.
-        groups: Whose widths may change.
-        budget: What to keep; of several terms the tightest binds.
-        scores: Units' scores by atom, which rank removals within a group, and across groups under ``global``: where rows
-            choose for themselves by the mean over them of the unit that goes next.
-        scope: ``uniform``: every group keeps the same fraction. ``global``: the units of least normalized score go first.
+        costs: Costs of the model.
+        groups: Groups whose widths may change.
+        budget: The budget; with several terms the tightest one binds.
+        scores: Units' scores by atom. They rank removals within a group, and across groups under ``global``. If rows choose
+            their own units, the rank is the mean over rows of the next removed unit.
+        scope: ``uniform``: every group keeps the same fraction. ``global``: the units with the lowest normalized score are
+            removed first.
         round_to: Entries per dimension are kept at multiples of this where the dimension is wide enough; halved until the
             budget is met within 1 %.
         milliseconds: Measured time of the model at given widths, for a budget in ms.
 
     Raises:
-        BudgetError: Nothing can be pruned, or even the narrowest model is above the budget; of a time this is said first.
+        BudgetError: Nothing can be pruned, or even the narrowest model is above the budget; for a time this is checked first.
     """
     if not groups:
         raise BudgetError(
@@ -145,7 +146,7 @@ def choose_widths(
 
 
 def _refuse_unreachable(asked: float, narrowest: Iterable[Counts], milliseconds: Milliseconds) -> None:
-    """Raises where even the narrowest models take too long: a search would time one candidate after another in vain."""
+    """Raises if even the narrowest models take too long: a search would time many candidates without success."""
     times = []
     for counts in narrowest:
         times.append(milliseconds(counts))
@@ -157,7 +158,7 @@ def _refuse_unreachable(asked: float, narrowest: Iterable[Counts], milliseconds:
 
 
 def _met(budget: Budget, got: Mapping[str, float]) -> bool:
-    """Tells whether no term is over its budget by more than 1 % and the tightest is not under it by more."""
+    """Tells whether no term exceeds its budget by more than 1 %, and the tightest is not below it by more."""
     ratios = [value / getattr(budget, term) for term, value in got.items()]
     return bool(1 - TOLERANCE <= max(ratios) <= 1 + TOLERANCE)
 
@@ -180,7 +181,7 @@ def _got(costs: Costs, budget: Budget, counts: Counts, milliseconds: Millisecond
 def _place(
     costs: Costs, budget: Budget, steps: Sequence[Step], groups: Sequence[ChannelGroup], milliseconds: Milliseconds | None
 ) -> int:
-    """Returns how many steps to take: for each term those that come nearest to it, and the most of them."""
+    """Returns the number of steps: for each term the nearest number, and the maximum of these."""
     places = []
     for term in ("density", "params", "flops", "ms"):
         target = getattr(budget, term)
@@ -194,7 +195,7 @@ def _place(
             assert milliseconds is not None
             return milliseconds(counts)
 
-        at = bisect.bisect_left(range(len(steps) + 1), -target, key=lambda i: -cost(i))  # first place at or below the target
+        at = bisect.bisect_left(range(len(steps) + 1), -target, key=lambda i: -cost(i))  # first position at or below the target
         at = min(at, len(steps))
         if term != "ms" and at > 0 and abs(cost(at - 1) - target) < abs(cost(at) - target):
             at -= 1
@@ -210,9 +211,9 @@ def _counts(groups: Sequence[ChannelGroup], steps: Sequence[Step]) -> Counts:
 
 
 def granularity(group: ChannelGroup, round_to: int) -> int:
-    """Returns how many units of a group go at once, so that its dimensions stay multiples of ``round_to``.
+    """Returns the number of units that a group loses at once, so that its dimensions stay multiples of ``round_to``.
 
-    Narrow groups are rounded less: a quarter of their width at most, or nothing could be removed from them.
+    Narrow groups are rounded less, to at most a quarter of their width; otherwise nothing could be removed from them.
     """
     step = round_to // math.gcd(round_to, group.cofactor)
     while step > 1 and step > group.size // 4:
@@ -221,7 +222,7 @@ def granularity(group: ChannelGroup, round_to: int) -> int:
 
 
 def _steps(groups: Sequence[ChannelGroup], scores: Mapping[int, Tensor], scope: WidthScope, round_to: int) -> list[Step]:
-    """Returns all removals in order; each group keeps at least one step's worth of units, and never less than one unit."""
+    """Returns all removals in order; each group keeps at least the units of one step, and at least one unit."""
     keyed: list[tuple[float, int, Step]] = []
     for group in groups:
         if group.size == 1:
@@ -235,17 +236,17 @@ def _steps(groups: Sequence[ChannelGroup], scores: Mapping[int, Tensor], scope: 
             keyed.append((worth, len(keyed), usual if units == step else Step(group.atom, units)))
             removed += units
     for family in families([g for g in groups if g.size == 1]):
-        ranked_units = sorted(family, key=lambda g: float(scores[g.atom]))[:-1]  # one of them stays
+        ranked_units = sorted(family, key=lambda g: float(scores[g.atom]))[:-1]  # one step stays
         for rank, group in enumerate(ranked_units):
             place = (rank + 0.5) / len(family)
             keyed.append((place if scope == "uniform" else float(scores[group.atom]), len(keyed), Step(group.atom, 1)))
-    if scope == "global":  # within a group the order is by rank, whatever the means say
+    if scope == "global":  # within a group the order is by rank, independent of the means
         return _monotone(keyed)
-    return [step for _, _, step in sorted(keyed)]  # never by the step itself: no two have one number
+    return [step for _, _, step in sorted(keyed)]  # never compares the steps: the numbers are unique
 
 
 def families(groups: Sequence[ChannelGroup]) -> list[list[ChannelGroup]]:
-    """Returns single entries of the same dimensions together: pieces of what was one dimension before shuffles cut it."""
+    """Returns families of single entries of the same dimensions: pieces of one dimension that shuffles cut."""
     found: list[tuple[set[Member], list[ChannelGroup]]] = []
     for group in groups:
         members, together, apart = set(group.members), [group], []
@@ -268,11 +269,11 @@ def _monotone(keyed: Sequence[tuple[float, int, Step]]) -> list[Step]:
 
 
 def keep_units(scores: Mapping[int, Tensor], counts: Mapping[int, int]) -> dict[int, Tensor]:
-    """Returns which units stay, boolean by atom: those of the highest scores, in each row; ties by position."""
+    """Returns the units that stay, boolean by atom: those with the highest scores in each row; ties by position."""
     return {atom: highest(scores[atom], count) for atom, count in counts.items() if count < scores[atom].shape[-1]}
 
 
 def highest(values: Tensor, count: int) -> Tensor:
-    """Returns which are the highest so many of the last dimension, boolean; ties by position."""
+    """Returns a boolean mask of the highest entries, a given number, along the last dimension; ties by position."""
     order = values.argsort(descending=True, stable=True)
     return torch.zeros(values.shape, dtype=torch.bool).scatter_(-1, order[..., :count], True)

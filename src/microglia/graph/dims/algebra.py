@@ -1,8 +1,8 @@
-"""Dimension algebra: which parts of the dimensions of a model are one and the same.
+"""Dimension algebra: finds the parts of a model's dimensions that are identical.
 
-There is one operation, `bind` an atom to a Dim (see `microglia.graph.dims.atoms`): to another atom (they are one), to a
-product of fresh atoms (split by a reshape) or to a sum of fresh atoms (cut by a slice). Every Dim is read through the
-bindings, so a split is seen everywhere at once and one pass over a graph is enough.
+There is one operation, `bind` an atom to a Dim (see `microglia.graph.dims.atoms`): to another atom (both are identical), to a
+product of fresh atoms (split by a reshape) or to a sum of fresh atoms (cut by a slice). Every Dim is read through the bindings,
+so a split takes effect everywhere at once, and one pass over a graph is enough.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ class Algebra(Atoms):
 
     # ---------------------------------------------------------------------------------------------------- splitting
     def _piece(self, size: int) -> Dim:
-        """Returns a new atom for a part of a dimension, also where that is a single entry."""
+        """Returns a new atom for a part of a dimension, which may be a single entry."""
         if size != 1:
             return self.fresh(size)
         self.sizes.append(1)
@@ -78,7 +78,7 @@ class Algebra(Atoms):
         return self._factor_sum(dim, size) if len(dim) > 1 else self._factor_segment(dim[0], size)
 
     def _factor_sum(self, dim: Dim, size: int) -> tuple[Dim, Dim]:
-        """Every run of segments that fills whole rows is lead_i x the same trail."""
+        """Factors a sum: every run of segments that fills whole rows is lead_i x the same trail."""
         if self.is_frozen(dim) and any(self._segment_size(s) % size for s in dim):
             raise Misaligned(f"a factor {size} of a sum of {[self._segment_size(s) for s in dim]}")
         leads: Dim = ()
@@ -126,13 +126,13 @@ class Algebra(Atoms):
 
     # -------------------------------------------------------------------------------------------------- unification
     def unify(self, left: Dim, right: Dim, why: str = "") -> bool:
-        """States that two Dims are one and the same; where they have no common form both are frozen and False is returned."""
+        """States that two Dims are identical; without a common form both are frozen and False is returned."""
         if self.size(self.normal(left)) != self.size(self.normal(right)):
             self.freeze(left, right, why=f"{why}: sizes differ")
             return False
         try:
             self._unify(left, right)
-        except Misaligned as error:  # what was bound before the failure is sound: it only states equalities
+        except Misaligned as error:  # bindings before the failure are sound: they only state equalities
             self.freeze(left, right, why=f"{why}: misaligned, {error}")
             return False
         return True
@@ -168,7 +168,7 @@ class Algebra(Atoms):
         self._unify(left_tail, right_tail)
 
     def _without_units(self, dim: Dim) -> Dim:
-        """Returns a product without its single entries, which are kept; a sum is returned as it is."""
+        """Returns a product without its single entries, which are kept; a sum is returned unchanged."""
         if len(dim) != 1:
             return dim
         for factor in dim[0]:
@@ -178,7 +178,7 @@ class Algebra(Atoms):
 
     # ------------------------------------------------------------------------------------------------------ reshape
     def regroup(self, dims: Sequence[Dim], shape: Sequence[int], why: str) -> tuple[list[Dim], list[Dim]]:
-        """Returns (Dims of the row-major reshape to ``shape``, those that had to be frozen)."""
+        """Returns (Dims of the row-major reshape to ``shape``, Dims that had to be frozen)."""
         dims = [self.normal(d) for d in dims]
         sizes = [self.size(d) for d in dims]
         if 0 in sizes or 0 in shape:
@@ -210,7 +210,7 @@ def _lone_atom(dim: Dim) -> int | None:
 
 
 def _matching_groups(sizes: Sequence[int], shape: Sequence[int]) -> Iterator[tuple[slice, slice]]:
-    """Yields the least runs of dimensions of equal product on both sides of a reshape."""
+    """Yields the minimal runs of dimensions with equal product on both sides of a reshape."""
     i = j = 0
     while i < len(sizes) or j < len(shape):
         i0, j0, left, right = i, j, 1, 1

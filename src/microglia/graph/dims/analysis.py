@@ -1,4 +1,4 @@
-"""Analysis: one forward pass of the rules over a traced graph gives every tensor of it its Dims."""
+"""Analysis: one forward pass of the rules over a traced graph gives the Dims of every tensor."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Consumer:
 
     Attributes:
         node: The operator.
-        source: Where the channels come from.
+        source: The node whose value holds the channels.
         dim: Dimension of the source's value that holds them.
         weight: Name of the weight.
     """
@@ -49,15 +49,15 @@ class Analysis:
     """The Dims of every parameter and every intermediate tensor of one traced model.
 
     Attributes:
-        trace: What was analysed.
-        algebra: Its atoms.
+        trace: The analysed trace.
+        algebra: The algebra with its atoms.
         dims: Node -> Dims of its value (nested lists for nodes with several values, None for numbers).
         parameter_dims: Parameter, buffer or constant -> its Dims; tied tensors share them.
         notes: Node -> Dims by name that its constants depend on (groups, repeats, pads).
-        losses: (what could not be followed, the Dims it froze).
-        unknown: Operators without a rule, by how often they occur.
-        made: Dims that a weight produces: what can be called a channel.
-        producers: (weight, dimension of it that makes channels).
+        losses: (operation that could not be followed, the Dims that it froze).
+        unknown: Operators without a rule, with their numbers of occurrences.
+        made: Dims that a weight produces, that is, channels.
+        producers: (weight, its dimension that makes channels).
         consumers: Weights that contract channels.
         grouped: Id of the weight of a grouped convolution -> (its dimension of channels per group, the groups).
         macs: Node -> Dims whose product is its multiply-accumulates.
@@ -79,7 +79,7 @@ class Analysis:
             self._visit(node)
 
     def _of_tensors(self) -> dict[str, Dims]:
-        """One atom per dimension; integers hold positions, whose values are not channels, so theirs are frozen."""
+        """Returns one atom per dimension; integer tensors hold positions, not channels, so their atoms are frozen."""
         by_id: dict[int, Dims] = {}
         found = {}
         for name, tensor in self.trace.tensors.items():
@@ -103,12 +103,12 @@ class Analysis:
         return None
 
     def unify(self, left: Dim, right: Dim, node: fx.Node) -> None:
-        """States that two Dims are one; a failure freezes both and is a loss."""
+        """States that two Dims are identical; a failure freezes both and is recorded as a loss."""
         if not self.algebra.unify(left, right, node.name):
             self.losses.append((f"{node.name}: {self.algebra.show(left)} against {self.algebra.show(right)}", (left, right)))
 
     def weighted(self, node: fx.Node, weight: fx.Node, out: int, contracted: int, source: fx.Node, at: int) -> None:  # noqa: PLR0917
-        """Notes that an operator makes channels with dimension ``out`` of a weight and contracts with ``contracted``."""
+        """Records that an operator makes channels with dimension ``out`` of a weight and contracts with ``contracted``."""
         self.made.append(self.dims[weight][out])
         name = self.trace.name_of.get(weight.name)
         if name is not None:
@@ -116,13 +116,13 @@ class Analysis:
             self.consumers.append(Consumer(node, source, at, name))
 
     def per_group(self, node: fx.Node, weight: fx.Node, dim: int, groups: Dim) -> None:
-        """Notes that entry i of a weight's dimension is another channel in each group; groups are runs of its dimension 0."""
+        """Records that entry i of a weight's dimension is a different channel in each group; groups are runs of dimension 0."""
         name = self.trace.name_of.get(weight.name)
         if name is not None and set(weight.users) == {node}:
             self.grouped[id(self.trace.tensors[name])] = dim, groups
 
     def broadcast(self, operands: Sequence[Dims], node: fx.Node) -> Dims:
-        """Returns the Dims of a broadcast: aligned from the right, size 1 carries nothing, the rest is one."""
+        """Returns the Dims of a broadcast: aligned from the right; size 1 carries nothing, the others are unified."""
         out = []
         for k in range(max(len(x) for x in operands), 0, -1):
             here = [x[-k] for x in operands if len(x) >= k and self.algebra.size(self.algebra.normal(x[-k])) != 1]
@@ -150,7 +150,7 @@ class Analysis:
             self.losses.append((what, (dim,)))
 
     def cuts_rows(self, node: fx.Node, dim: Dim, size: int) -> tuple[Dim | None, Dim]:
-        """Returns (rows, a row of the given size), or (None, the Dim frozen) where it does not come apart so."""
+        """Returns (rows, a row of the given size), or (None, the frozen Dim) if this split is impossible."""
         try:
             return self.algebra.factor(dim, size)
         except Misaligned as error:
@@ -159,7 +159,7 @@ class Analysis:
             return None, dim
 
     def freeze_around(self, node: fx.Node, why: str) -> Any:
-        """Freezes everything that goes into a node, and returns frozen Dims for what comes out."""
+        """Freezes all inputs of a node, and returns frozen Dims for its outputs."""
         for source in node.all_input_nodes:
             for dim in _flat(self.dims.get(source)):
                 if not self.algebra.is_frozen(dim):
@@ -186,7 +186,7 @@ class Analysis:
         else:
             self.dims[node] = self._by_rule(node)
             self._check(node)
-            for dim in _flat(self.dims[node]):  # what is a dimension of its own may be broadcast: it stays
+            for dim in _flat(self.dims[node]):  # a whole dimension may be broadcast, so it stays
                 if self.algebra.size(dim) == 1:
                     self.algebra.keep(dim)
 
@@ -195,7 +195,7 @@ class Analysis:
             return self._unknown(node)
         try:
             return rule(self, node, Arguments(named_arguments(node)))
-        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:  # an overload the rule does not know
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:  # an overload unknown to the rule
             return self._unknown(node, f" ({type(error).__name__} in its rule)")
 
     def _unknown(self, node: fx.Node, how: str = "") -> Any:
@@ -204,7 +204,7 @@ class Analysis:
         return self.freeze_around(node, f"there is no rule for the operator {name}")
 
     def _check(self, node: fx.Node) -> None:
-        """A rule whose Dims do not have the tensor's shape is a mistake of ours, and shows here at once."""
+        """Raises if a rule's Dims do not have the tensor's shape, which is a mistake in the rule."""
         value = node.meta["val"]
         if isinstance(value, Tensor):
             got = [self.algebra.size(self.algebra.normal(d)) for d in self.dims[node]]
@@ -213,21 +213,21 @@ class Analysis:
 
     # --------------------------------------------------------------------------------------------- for the reader
     def groups(self, name: str, dim: int) -> Dim:
-        """Returns the groups of a convolution where a dimension of its weight holds other channels in each; else the unit."""
+        """Returns the groups of a convolution if a dimension of its weight holds different channels in each; else the unit."""
         at, groups = self.grouped.get(id(self.trace.tensors[name]), (-1, UNIT))
         return self.algebra.normal(groups) if at == dim else UNIT
 
     def entries(self, name: str, dim: int) -> Dim:
-        """Returns a dimension of a parameter behind its groups: in all of them, not in one."""
+        """Returns a dimension of a parameter over all its groups, not in one group."""
         groups, own = self.groups(name, dim), self.parameter_dims[name][dim]
         return self.algebra.normal(own) if groups == UNIT else self.algebra.product(groups, own)
 
     @cached_property
     def rows(self) -> dict[int, int]:
-        """Atom -> how many rows may each keep units of their own, if equally many: channels in each group of a convolution.
+        """Atom -> number of rows that may keep different units, equally many: channels in each group of a convolution.
 
-        Rows are the factors that stand directly in front of the atom in every dimension of every tensor that has it. Atoms
-        not named have none: their units are one and the same everywhere.
+        Rows are the factors directly before the atom in every dimension of every tensor that has it. Other atoms have no rows:
+        their units are the same everywhere.
         """
         algebra = self.algebra
         leads: dict[int, Segment] = {}
@@ -242,7 +242,7 @@ class Analysis:
         return {atom: rows for atom, rows in sizes.items() if rows > 1}
 
     def _all(self) -> Iterator[Dim]:
-        """Yields every dimension of every tensor, those of weights behind their groups."""
+        """Yields every dimension of every tensor; dimensions of grouped weights are over all groups."""
         for node, dims in self.dims.items():
             if node.op != "placeholder" or node.name not in self.trace.name_of:
                 yield from _flat(dims)
@@ -251,19 +251,19 @@ class Analysis:
                 yield self.entries(name, k)
 
     def used_parameters(self) -> list[str]:
-        """Returns the tensors that some operator reads, in order of the graph."""
+        """Returns the tensors that some operator reads, in the order of the graph."""
         names = self.trace.name_of
         return [names[n.name] for n in self.trace.graph.nodes if n.op == "placeholder" and n.users and n.name in names]
 
     def prunable(self) -> list[int]:
-        """Returns the atoms that can lose units: channels some weight makes, in a parameter that is used, and not frozen."""
+        """Returns the atoms that can lose units: unfrozen channels that some weight makes, in a parameter that is used."""
         algebra = self.algebra
         made = {a for dim in self.made for a in algebra.leaves(dim)}
         order = dict.fromkeys(a for p in self.used_parameters() for d in self.parameter_dims[p] for a in algebra.leaves(d))
         return [a for a in order if a in made and not algebra.frozen[a]]
 
     def warnings(self) -> list[str]:
-        """Returns the losses whose Dims ended up in a parameter; masks and index tables lose nothing."""
+        """Returns the losses with Dims in a parameter; masks and index tables lose nothing."""
         mine = {a for name in self.used_parameters() for d in self.parameter_dims[name] for a in self.algebra.leaves(d)}
         return [text for text, dims in self.losses if any(a in mine for d in dims for a in self.algebra.leaves(d))]
 

@@ -1,4 +1,4 @@
-"""Atoms and Dims: what the size of a tensor's dimension is made of, read through everything that was found out.
+"""Atoms and Dims: the composition of the size of a tensor's dimension, read through all bindings.
 
 A `Dim` is a sum of segments, in order; a segment is a product of factors, row-major, the empty product being the size 1; a
 factor is an *atom* (an int) or a nested sum: ``heads x (q + k + v)`` needs the nesting. An atom may be *bound* to a Dim, and
@@ -19,7 +19,7 @@ Segment = tuple[Factor, ...]
 Dim = tuple[Segment, ...]
 
 UNIT: Dim = ((),)
-"""The dimension of size 1: it never unifies and never splits."""
+"""The dimension of size 1; it never unifies and never splits."""
 
 
 class Misaligned(Exception):
@@ -27,15 +27,15 @@ class Misaligned(Exception):
 
 
 class Atoms:
-    """The atoms of one model: their sizes, what they are bound to, what is known of them, and Dims read through all that.
+    """The atoms of one model: their sizes, bindings and known properties, and Dims read through these.
 
     Attributes:
         sizes: Size of each atom. An atom of size 1 is one entry that was cut off a longer dimension and can still be removed;
-            where it would have to be broadcast, or be a dimension of its own, it is kept (see `keep`).
-        bound: What the atom was found to be, or None.
+            if it has to be broadcast, or is a whole dimension, it is kept (see `keep`).
+        bound: The Dim to which the atom is bound, or None.
         frozen: Whether it must be kept whole.
-        renormalized: Whether a reduction runs over it (a norm, a mean), so that removing units is not the same as zeroing.
-        reasons: Atom -> why it was frozen first.
+        renormalized: Whether a reduction runs over it (a norm, a mean), so that removing units differs from zeroing.
+        reasons: Atom -> the first reason why it was frozen.
     """
 
     def __init__(self) -> None:
@@ -61,12 +61,12 @@ class Atoms:
         return ((atom,),)
 
     def keep(self, dim: Dim) -> None:
-        """Lets every single entry in a Dim of size 1 stay for good: it becomes the unit."""
+        """Keeps every single entry in a Dim of size 1 for ever: it becomes the unit."""
         for atom in list(self.leaves(dim)):
             self.bind(atom, UNIT)
 
     def product(self, *dims: Dim) -> Dim:
-        """Returns the row-major product, the first the slowest."""
+        """Returns the row-major product; the first factor is the slowest."""
         return (tuple(f for d in dims for f in factors_of(self.normal(d))),)
 
     def sum(self, *dims: Dim) -> Dim:
@@ -75,7 +75,7 @@ class Atoms:
 
     # ---------------------------------------------------------------------------------------------------- measuring
     def size(self, dim: Dim) -> int:
-        """Returns how many entries a Dim has."""
+        """Returns the number of entries of a Dim."""
         return sum(self._segment_size(s) for s in dim)
 
     def _segment_size(self, segment: Segment) -> int:
@@ -85,7 +85,7 @@ class Atoms:
         return self.sizes[factor] if isinstance(factor, int) else self.size(factor)
 
     def count(self, dim: Dim, kept: Mapping[int, int]) -> int:
-        """Returns how many entries stay when each atom keeps so many units; atoms not named keep all."""
+        """Returns the number of entries that stay for given units per atom; other atoms keep all."""
         total = 0
         for segment in self.normal(dim):
             n = 1
@@ -96,7 +96,7 @@ class Atoms:
 
     # -------------------------------------------------------------------------------------------------- normal form
     def normal(self, dim: Dim) -> Dim:
-        """Returns the Dim read through all bindings, products in products and sums in sums flattened."""
+        """Returns the Dim read through all bindings, with nested products and nested sums flattened."""
         out: list[Segment] = []
         for segment in dim:
             factors: list[Factor] = []
@@ -126,7 +126,7 @@ class Atoms:
                     yield from self.leaves(f)
 
     def freeze(self, *dims: Dim, why: str) -> None:
-        """Keeps every atom of the Dims whole; the first reason is remembered."""
+        """Freezes every atom of the Dims; the first reason is kept."""
         for dim in dims:
             for atom in self.leaves(dim):
                 if not self.frozen[atom]:
@@ -134,17 +134,17 @@ class Atoms:
                     self.reasons.setdefault(atom, why)
 
     def renormalize(self, *dims: Dim) -> None:
-        """Notes that a reduction runs over the Dims."""
+        """Records that a reduction runs over the Dims."""
         for dim in dims:
             for atom in self.leaves(dim):
                 self.renormalized[atom] = True
 
     def is_frozen(self, dim: Dim) -> bool:
-        """Tells whether nothing of a Dim can be removed."""
+        """Tells whether no entry of a Dim can be removed."""
         return all(self.frozen[a] for a in self.leaves(dim))
 
     def bind(self, atom: int, dim: Dim) -> None:
-        """States that an atom is this Dim; what is known of the atom is handed on to its parts."""
+        """States that an atom equals this Dim; the atom's known properties pass on to the parts."""
         if self.bound[atom] is not None or self.size(dim) != self.sizes[atom]:
             raise Misaligned(f"an atom of size {self.sizes[atom]} cannot be bound to {self.show(dim)}")
         dim = self.normal(dim)
@@ -156,9 +156,9 @@ class Atoms:
 
     # ---------------------------------------------------------------------------------------------------- kept sets
     def mask(self, dim: Dim, kept: Mapping[int, Tensor]) -> Tensor:
-        """Returns which entries of a Dim stay, boolean (size,), given which units of each atom stay.
+        """Returns the entries of a Dim that stay, boolean (size,), from the units of each atom that stay.
 
-        An atom's units are (size,), or (rows, size) where the rows it stands behind keep units of their own.
+        An atom's units are (size,), or (rows, size) if the rows before it keep different units.
         """
         parts = []
         for segment in self.normal(dim):
@@ -174,10 +174,10 @@ class Atoms:
         return torch.cat(parts) if parts else torch.ones(0, dtype=torch.bool)
 
     def coordinate(self, dim: Dim, atom: int, rows: int = 1) -> Tensor:
-        """Returns for each entry of a Dim which unit of the atom it belongs to, int64 (size,); -1 where to none.
+        """Returns the unit of an atom to which each entry of a Dim belongs, int64 (size,); -1 for none.
 
-        Where the atom stands behind so many rows, unit u of row r is r * size + u. The same tensor each time, for most
-        dimensions of a model are the same Dim: it is not to be written to.
+        With rows before the atom, unit u of row r is r * size + u. The result is a cached tensor, because most dimensions of a
+        model are the same Dim; do not write to it.
         """
         dim = self.normal(dim)
         if (dim, atom, rows) not in self._places:
@@ -208,7 +208,7 @@ class Atoms:
         return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64)
 
     def order(self, dim: Dim, orders: Mapping[int, Tensor]) -> Tensor:
-        """Returns which entry of a Dim comes to each place, int64 (size,), given which unit does in some atoms."""
+        """Returns the entry of a Dim for each position, int64 (size,), from the orders of units in some atoms."""
         parts, start = [], 0
         for segment in self.normal(dim):
             place = torch.zeros(1, dtype=torch.int64)
@@ -220,7 +220,7 @@ class Atoms:
         return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64)
 
     def show(self, dim: Dim) -> str:
-        """Returns a Dim for people: ``a3:12 x (a4:64 + a5:32!)``; ``!`` is frozen, ``~`` renormalized."""
+        """Returns a Dim as readable text: ``a3:12 x (a4:64 + a5:32!)``; ``!`` is frozen, ``~`` renormalized."""
 
         def one(f: Factor) -> str:
             if not isinstance(f, int):
@@ -231,5 +231,5 @@ class Atoms:
 
 
 def factors_of(dim: Dim) -> Segment:
-    """Returns a Dim as factors: those of its only segment, or itself as one nested factor."""
+    """Returns a Dim as factors: the factors of its only segment, or itself as one nested factor."""
     return dim[0] if len(dim) == 1 else (dim,)

@@ -1,4 +1,4 @@
-"""Reading a traced graph: a node's operator, its arguments by name, the shape of its value."""
+"""Access to a traced graph: a node's operator, its arguments by name, the shape of its value."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def split_dim(name: str, a: Mapping[str, Any], rank: int) -> int:
 
 
 def concrete(size: Any) -> int:
-    """Returns an integer size; of a symbolic one the value it was traced with."""
+    """Returns an integer size; for a symbolic size the value of the trace."""
     return size if isinstance(size, int) else int(size.node.hint)
 
 

@@ -1,4 +1,4 @@
-"""Refusals: models that cannot be cut, each in one sentence that says what to do instead."""
+"""Refusals: errors for models that cannot be cut, each with an alternative."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from microglia.core.errors import MicrogliaError
 
 
 class TraceError(MicrogliaError):
-    """The model cannot be traced; the text says what torch.export stumbled over."""
+    """The model cannot be traced; the text gives the reason of torch.export."""
 
 
 _HOMES = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
@@ -25,7 +25,7 @@ _DRAW = (
     "rand", "randn", "rand_like", "randn_like", "randint", "randint_like", "randperm", "bernoulli", "multinomial", "normal",
     "uniform", "exponential", "poisson", "binomial", "geometric", "cauchy", "log_normal", "random",
 )  # fmt: skip
-"""Operators whose values are drawn anew by each call."""
+"""Operators that draw new values in each call."""
 
 _TOLD = {
     **dict.fromkeys(("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout"), ("p", "train")),
@@ -33,11 +33,11 @@ _TOLD = {
     "rrelu": ("training",),
     "scaled_dot_product_attention": ("dropout_p",),
 }
-"""Operators that are random where all of these arguments are set."""
+"""Operators that are random if all of these arguments are set."""
 
 
 def refuse_kinds(model: nn.Module) -> None:
-    """Raises where a model is of a kind that cannot be traced or cut: scripted, quantized, not yet initialized."""
+    """Raises if a model is of a kind that cannot be traced or cut: scripted, quantized, not yet initialized."""
     name = type(model).__name__
     for path, module in model.named_modules():
         where = f"{name} is" if not path else f"{path} of {name} is"
@@ -64,12 +64,12 @@ def _quantized(module: nn.Module) -> bool:
 
 # ------------------------------------------------------------------------------------------------------- random forwards
 def refuse_random(graph: fx.Graph, model: nn.Module, *, drawn: bool = False) -> None:
-    """Raises where what a model returns in evaluation mode is random, so that no cut of it can be verified.
+    """Raises if a model's outputs in evaluation mode are random, so that no cut of it can be verified.
 
     Args:
-        graph: Its trace in evaluation mode.
-        model: That was traced.
-        drawn: Whether its code drew from the generators of Python or NumPy, whose numbers no graph shows.
+        graph: The model's trace in evaluation mode.
+        model: The traced model.
+        drawn: Whether its code drew from the generators of Python or NumPy, which a graph does not show.
     """
     found = next((_described(node) for node in _reaching(graph) if is_random(node)), None)
     if found is None and not drawn:
@@ -81,7 +81,7 @@ def refuse_random(graph: fx.Graph, model: nn.Module, *, drawn: bool = False) -> 
 
 
 def is_random(node: fx.Node) -> bool:
-    """Tells whether an operator draws random numbers as it is called here."""
+    """Tells whether an operator draws random numbers with these arguments."""
     if not isinstance(node.target, torch._ops.OpOverload):
         return False
     name, arguments = node.target._schema.name.split("::")[1].rstrip("_"), node.target._schema.arguments
@@ -93,7 +93,7 @@ def is_random(node: fx.Node) -> bool:
 
 
 def _reaching(graph: fx.Graph) -> Iterator[fx.Node]:
-    """Yields the operators on which some output depends."""
+    """Yields the operators on which an output depends."""
     needed = {n for n in graph.nodes if n.op == "output"}
     for node in reversed(graph.nodes):
         if node in needed:
@@ -110,7 +110,7 @@ def _described(node: fx.Node) -> str:
 
 # ------------------------------------------------------------------------------------------------------------ where it is
 def place_of(error: BaseException) -> str:
-    """Returns where in a model's own code an error arose: class, function, file, line and its text; empty if not there."""
+    """Returns the position of an error in a model's own code: class, function, file, line and its text; else empty."""
     frames = [(f, line) for f, line in _frames(error.__traceback__) if not f.f_code.co_filename.startswith((*_HOMES, "<"))]
     within = [i for i, (frame, _) in enumerate(frames) if _module(frame) is not None]
     if not within:

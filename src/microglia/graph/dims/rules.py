@@ -1,7 +1,7 @@
-"""The table of ATen rules: what each operator says about the Dims of what goes in and comes out.
+"""The table of ATen rules: how each operator relates the Dims of its inputs and outputs.
 
 A rule is ``(analysis, node, arguments) -> Dims``: it unifies, cuts, factors or freezes, and returns the Dims of the result.
-Operators of the same kind share a rule. An operator without one freezes everything it touches.
+Operators of the same kind share a rule. An operator without a rule freezes all its tensors.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
 
 
 def rule_of(node: fx.Node) -> Rule | None:
-    """Returns the rule of a node; an in-place operator has its plain twin's, a pointwise one needs none of its own."""
+    """Returns the rule of a node; in-place operators use the rule of the plain operator, pointwise ones a common rule."""
     for room in ("rules_layers", "rules_shape", "rules_entries", "rules_reduce"):
         import_module(f"microglia.graph.dims.{room}")
     name = operator_name(node)
@@ -49,7 +49,7 @@ def rule_of(node: fx.Node) -> Rule | None:
 # Not all pointwise operators carry torch's tag.
 @rule("hardswish", "hardtanh", "relu6", "leaky_relu", "masked_fill", "where", "clamp", "clamp_min", "clamp_max", "dropout_")
 def pointwise(s: Analysis, n: fx.Node, a: Arguments) -> Any:
-    """Broadcast, and what meets is one."""
+    """Broadcasts; Dims that meet are unified."""
     tensors = [x for x in nodes_in(list(a.values())) if isinstance(x.meta.get("val"), Tensor)]
     return s.broadcast([s.of(x) for x in tensors], n)
 
@@ -67,14 +67,14 @@ def same(s: Analysis, n: fx.Node, a: Arguments) -> Any:
 
 @rule("fill", "copy")
 def overwrite(s: Analysis, n: fx.Node, a: Arguments) -> Any:
-    """In place: what meets is one, and views of the overwritten tensor stay right."""
+    """In place: Dims that meet are unified, so views of the overwritten tensor stay correct."""
     pointwise(s, n, a)
     return s.of(n.args[0])  # type: ignore[arg-type]
 
 
 @rule("zeros", "ones", "new_zeros", "new_ones", "full", "new_full", "empty", "new_empty")
 def fill(s: Analysis, n: fx.Node, a: Arguments) -> Any:
-    """The same value at every index: free, until it meets something."""
+    """The same value at every index: free until it meets another Dim."""
     return [s.algebra.fresh(k) for k in shape_of(n)]
 
 

@@ -1,4 +1,4 @@
-"""Rules of the operators that take some entries: slice, select, index, sort, gather, pad, triangle."""
+"""Rules of operators that select entries: slice, select, index, sort, gather, pad, triangle."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def _first(s: Analysis, n: fx.Node) -> Dims:
 
 @rule("slice", "narrow")
 def slice_(s: Analysis, n: fx.Node, a: Arguments) -> Any:
-    """A cut; with a step over whole rows the step is kept and the rows may go."""
+    """A cut; with a step over whole rows the step is kept, and rows may be removed."""
     x = _first(s, n)
     k = (a.dim or 0) % len(x)
     size = shape_of(n.args[0])[k]  # type: ignore[arg-type]
@@ -61,7 +61,7 @@ def _strided(s: Analysis, n: fx.Node, x: Dims, k: int, low: int, high: int, step
 
 @rule("select", "unbind")
 def select(s: Analysis, n: fx.Node, a: Arguments) -> Any:
-    """The indices of the dimension that is taken apart have meanings of their own."""
+    """The dimension is frozen, because each of its indices has its own meaning."""
     x = _first(s, n)
     k = a.dim % len(x)
     s.algebra.freeze(x[k], why=f"{n.name}: {operator_name(n)}")
@@ -71,7 +71,7 @@ def select(s: Analysis, n: fx.Node, a: Arguments) -> Any:
 
 @rule("index")
 def index(s: Analysis, n: fx.Node, a: Arguments) -> Any:
-    """Indexed dimensions are frozen; those of the indices come in their place."""
+    """Indexed dimensions are frozen; the dimensions of the indices replace them."""
     x, indices = _first(s, n), list(n.args[1])  # type: ignore[arg-type]
     at = [k for k, i in enumerate(indices) if i is not None]
     separated = at != list(range(at[0], at[0] + len(at)))
@@ -97,7 +97,7 @@ def ordered(s: Analysis, n: fx.Node, a: Arguments) -> Any:
 
 @rule("gather", "take_along_dim")
 def gather(s: Analysis, n: fx.Node, a: Arguments) -> Any:
-    """The gathered dimension is frozen; the others are those of the index, which must be no longer."""
+    """The gathered dimension is frozen; the others are those of the index, which must not be longer."""
     if operator_name(n) == "take_along_dim" and (a.dim is None or shape_of(a.indices) != shape_of(n)):
         return s.freeze_around(n, "take_along_dim of the flat tensor, or with a broadcast index")
     x, index = _first(s, n), s.of(a["indices" if operator_name(n) == "take_along_dim" else "index"])

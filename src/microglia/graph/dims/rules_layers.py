@@ -128,7 +128,7 @@ def group_norm(s: Analysis, n: fx.Node, a: Arguments) -> Any:
 
 @rule("matmul", "bmm", "mm", "mv", "dot")
 def matmul(s: Analysis, n: fx.Node, a: Arguments) -> Any:
-    """Contracts the last of the first with the last but one of the second."""
+    """Contracts the last dimension of the first with the last but one of the second."""
     x, y = s.of(n.args[0]), s.of(n.args[1])  # type: ignore[arg-type]
     row, column = len(x) > 1, len(y) > 1
     x, y = x if row else [UNIT, *x], y if column else [*y, UNIT]
@@ -141,7 +141,7 @@ def matmul(s: Analysis, n: fx.Node, a: Arguments) -> Any:
 
 @rule("addmm", "baddbmm")
 def addmm(s: Analysis, n: fx.Node, a: Arguments) -> Any:
-    """A product plus what is broadcast to it."""
+    """A product plus a broadcast term."""
     x, y = s.of(n.args[1]), s.of(n.args[2])  # type: ignore[arg-type]
     s.unify(x[-1], y[-2], n)
     s.macs[n] = [*x, y[-1]]
@@ -197,7 +197,7 @@ def _einsum_terms(equation: str) -> tuple[list[str], str]:
 
 @rule("scaled_dot_product_attention")
 def attention(s: Analysis, n: fx.Node, a: Arguments) -> Any:
-    """softmax(q k^T) v; the softmax runs over the keys. With grouped queries each key head serves several in turn."""
+    """softmax(q k^T) v; the softmax runs over the keys. With grouped queries each key head serves several query heads."""
     q, k, v = s.of(a.query), s.of(a.key), s.of(a.value)
     s.unify(q[-1], k[-1], n)
     s.unify(k[-2], v[-2], n)
@@ -240,7 +240,7 @@ def prelu(s: Analysis, n: fx.Node, a: Arguments) -> Any:
 def recurrent(s: Analysis, n: fx.Node, a: Arguments) -> Any:
     """Gates x hidden units. All layers and directions lose the same units: the kernel takes one hidden size.
 
-    A removed unit stays exactly 0 from a zero state: its candidate is tanh(0), whatever its gates let through.
+    A removed unit stays exactly 0 from a zero state: its candidate is tanh(0) for all values of its gates.
     """
     name = operator_name(n)
     if "batch_sizes" in a or not isinstance(a.params, list | tuple):

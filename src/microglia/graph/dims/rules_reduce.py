@@ -37,13 +37,13 @@ def cosine_similarity(s: Analysis, n: fx.Node, a: Arguments) -> Any:
 
 @rule(*REDUCTIONS)
 def reduction(s: Analysis, n: fx.Node, a: Arguments) -> Any:
-    """Over some dimensions, of which those kept have size 1."""
+    """Over some dimensions; with keepdim these have size 1."""
     return _reduced(s, n, a)
 
 
 @rule("max", "min", "argmax", "argmin", "median")
 def picking(s: Analysis, n: fx.Node, a: Arguments) -> Any:
-    """A reduction that tells a position, or the pointwise operator of two arguments."""
+    """A reduction that returns a position, or the pointwise operator of two arguments."""
     if a.get("other") is not None:
         return pointwise(s, n, a)
     x, dims = s.of(n.args[0]), a.get("dim")  # type: ignore[arg-type]
@@ -98,7 +98,7 @@ def positions_3d(s: Analysis, n: fx.Node, a: Arguments) -> Any:
 
 @rule("grid_sampler", "grid_sampler_2d")
 def grid_sampler(s: Analysis, n: fx.Node, a: Arguments) -> Any:
-    """Positions, looked up where the grid says: its last dimension holds coordinates."""
+    """Positions, looked up by the grid, whose last dimension holds coordinates."""
     x, grid = s.of(n.args[0]), s.of(n.args[1])  # type: ignore[arg-type]
     why = f"{n.name}: positions"
     s.algebra.freeze(*x[2:], *grid[1:], why=why)

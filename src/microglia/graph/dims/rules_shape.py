@@ -1,4 +1,4 @@
-"""Rules of the operators that arrange: reshape, permute, expand, concatenate, split, windows, shuffles."""
+"""Rules of operators that rearrange: reshape, permute, expand, concatenate, split, windows, shuffles."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def t(s: Analysis, n: fx.Node, a: Arguments) -> Any:
 
 @rule("movedim", "moveaxis")
 def movedim(s: Analysis, n: fx.Node, a: Arguments) -> Any:
-    """Moves dimensions to new places, the others keep their order."""
+    """Moves dimensions to new positions; the others keep their order."""
     x = _first(s, n)
     sources, targets = ([v] if isinstance(v, int) else list(v) for v in (a.source, a.destination))
     sources, targets = [k % len(x) for k in sources], [k % len(x) for k in targets]
@@ -86,7 +86,7 @@ def squeeze(s: Analysis, n: fx.Node, a: Arguments) -> Any:
 
 @rule("expand", "expand_as", "broadcast_to")
 def expand(s: Analysis, n: fx.Node, a: Arguments) -> Any:
-    """A broadcast copy is the same at every index: free, until it meets something."""
+    """A broadcast copy is the same at every index: free until it meets another Dim."""
     x, out = _first(s, n), shape_of(n)
     shape = [1] * (len(out) - len(x)) + shape_of(n.args[0])  # type: ignore[arg-type]
     x = [UNIT] * (len(out) - len(x)) + x
@@ -130,7 +130,7 @@ def cat(s: Analysis, n: fx.Node, a: Arguments) -> Any:
 
 @rule("stack")
 def stack(s: Analysis, n: fx.Node, a: Arguments) -> Any:
-    """A new dimension, each index of which has a meaning of its own."""
+    """A new, frozen dimension: each index has its own meaning."""
     x = s.broadcast([s.of(x) for x in n.args[0]], n)  # type: ignore[union-attr,arg-type]
     k = a.dim if a.dim >= 0 else a.dim + len(x) + 1
     return [*x[:k], s.algebra.fresh(len(n.args[0]), f"{n.name}: stack"), *x[k:]]  # type: ignore[arg-type]
@@ -146,7 +146,7 @@ def split(s: Analysis, n: fx.Node, a: Arguments) -> Any:
 
 @rule("glu")
 def glu(s: Analysis, n: fx.Node, a: Arguments) -> Any:
-    """The halves lose the same, so halving at run time stays right."""
+    """Both halves lose the same units, so halving at run time stays correct."""
     x = _first(s, n)
     k = a.dim % len(x)
     left, right = s.cuts(n, x[k], [shape_of(n)[k]] * 2)

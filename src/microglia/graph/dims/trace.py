@@ -21,7 +21,7 @@ from microglia.graph.dims.nodes import operator_name
 from microglia.graph.dims.refusals import TraceError, place_of
 
 CHECKS = ("_assert_tensor_metadata", "_assert_scalar", "_assert_async", "sym_constrain_range_for_size")
-"""Operators of the trace that only check; they compute nothing, and after a cut their bounds no longer hold."""
+"""Operators of the trace that only check bounds; after a cut these no longer hold."""
 
 
 @dataclass(frozen=True)
@@ -31,13 +31,13 @@ class Trace:
     Attributes:
         graph: The ATen graph (training IR, no decompositions), wrappers inlined.
         tensors: Parameters, buffers and constants by their original name.
-        name_of: Placeholder name -> name of the tensor it stands for.
+        name_of: Placeholder name -> name of its tensor.
         inputs: Placeholder names of the model's own inputs, in order.
         in_spec: How the inputs flatten, (args, kwargs).
         out_spec: How the outputs flatten.
-        example: The inputs it was traced with, flat.
-        constants: Names of tensors that are no parameter or buffer of the model: values its code makes.
-        unknown_outputs: Classes of outputs that are None here, for torch.export cannot return them.
+        example: The inputs of the trace, flat.
+        constants: Names of tensors that are neither parameter nor buffer of the model: values that its code makes.
+        unknown_outputs: Classes of outputs that are None here, because torch.export cannot return them.
     """
 
     graph: fx.Graph
@@ -52,18 +52,18 @@ class Trace:
 
 
 def trace(model: nn.Module, example_inputs: Any, *, dynamic: Sequence[int] = (0,), training: bool = False) -> Trace:
-    """Returns the traced forward pass of a model, which is left as it is.
+    """Returns the traced forward pass of a model, which stays unchanged.
 
     Args:
-        model: Any module torch.export can trace.
-        example_inputs: A tensor, a tuple of arguments, or a mapping of keyword arguments. Where dimensions are to be free a
-            batch of one is doubled, or torch.export would take it for a constant.
-        dynamic: Dimensions of the inputs that may differ later; the batch by default, (0, 2, 3) for height and width of images
-            too, (0, 1) for the length of token ids. Where the model's own code fixes a size it stays fixed.
-        training: In training mode instead of evaluation mode.
+        model: Any module that torch.export can trace.
+        example_inputs: A tensor, a tuple of arguments, or a mapping of keyword arguments. With free dimensions a batch of one
+            is doubled; otherwise torch.export would treat it as a constant.
+        dynamic: Dimensions of the inputs that may change later: by default the batch; (0, 2, 3) also height and width of
+            images, (0, 1) also the length of token ids. A size that the model's own code fixes stays fixed.
+        training: Whether to trace in training mode instead of evaluation mode.
 
     Raises:
-        TraceError: torch.export cannot trace it.
+        TraceError: torch.export cannot trace the model.
     """
     args, kwargs = arguments(example_inputs)
     unknown: dict[str, None] = {}
@@ -72,7 +72,7 @@ def trace(model: nn.Module, example_inputs: Any, *, dynamic: Sequence[int] = (0,
         unknown.update(_unknown_outputs(outputs, module))
         return known_outputs(outputs)
 
-    with modes_kept(model, through_train=True):  # a train of the model's own may keep or forget values that it computed
+    with modes_kept(model, through_train=True):  # the model's own train() may keep or discard computed values
         model.train(not training)
         model.train(training)
         if not training:
@@ -88,17 +88,17 @@ def trace(model: nn.Module, example_inputs: Any, *, dynamic: Sequence[int] = (0,
 
 
 def _run_once(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Lets a model make what it makes in its first forward pass, such as tables of positions: each trace then has the same."""
+    """Runs a model once, so that it makes lazy values, such as tables of positions, before every trace."""
     before = [(buffer, buffer.clone()) for buffer in model.buffers()]
     args, kwargs = pytree.tree_map(copied, (args, kwargs))
-    with suppress(Exception), torch.no_grad():  # what is wrong with it, the trace tells
+    with suppress(Exception), torch.no_grad():  # the trace reports the error
         model(*args, **kwargs)
     for buffer, value in before:
         buffer.copy_(value)
 
 
 def _refuse_unknown_sizes(graph: fx.Graph, model: nn.Module) -> None:
-    """Raises where a size is known only by running: how many boxes are left, how many entries are not zero."""
+    """Raises if a size is known only at run time: the number of remaining boxes, of nonzero entries."""
     for node in graph.nodes:
         for value in pytree.tree_leaves(node.meta.get("val")):
             sizes = value.shape if isinstance(value, Tensor) else (value,)
@@ -131,12 +131,12 @@ def arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 def copied(value: Any) -> Any:
-    """Returns a copy of a tensor, which a model may write over; other values as they are."""
+    """Returns a copy of a tensor, which a model may overwrite; other values are returned unchanged."""
     return value.clone() if isinstance(value, Tensor) else value
 
 
 def as_inputs(example: Any) -> Any:
-    """Returns (args, kwargs) in a form that `trace` takes."""
+    """Returns (args, kwargs) in a form that `trace` accepts."""
     args, kwargs = example
     if args and kwargs:
         raise TraceError("Inputs given both by position and by name cannot be traced; give them all by name.")
@@ -146,7 +146,7 @@ def as_inputs(example: Any) -> Any:
 def _export(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: Sequence[int]
 ) -> torch.export.ExportedProgram:
-    """Tries with a free batch first, then as given: what cannot be freed is a constant of the graph."""
+    """Exports with a free batch first, then as given: a dimension that cannot be free is a constant of the graph."""
     given = (args, kwargs)
     doubled = pytree.tree_map(_double, given)
     attempts = [(doubled, tuple(dynamic)), (doubled, ()), (given, ())] if dynamic else [(given, ())]
@@ -166,7 +166,7 @@ def _export(
 
 
 def _untraceable(model: nn.Module, problem: Exception | None) -> str:
-    """Returns where in the model's code torch.export stops, and over what."""
+    """Returns the position in the model's code at which torch.export stops, and the reason."""
     first = (str(problem).strip().splitlines() or [""])[0]
     what = f"{type(problem).__name__}: {first[:300]}"
     if "DataDependent" in what or "data-dependent" in what:
@@ -179,7 +179,7 @@ def _untraceable(model: nn.Module, problem: Exception | None) -> str:
 
 
 def known_outputs(outputs: Any) -> Any:
-    """Returns outputs with None for what torch.export cannot return, such as the cache a language model hands on."""
+    """Returns outputs with None for values that torch.export cannot return, such as the cache of a language model."""
     return pytree.tree_map(lambda v: v if isinstance(v, _KNOWN) else None, outputs)
 
 
@@ -187,7 +187,7 @@ _KNOWN = Tensor | int | float | str | None
 
 
 def _unknown_outputs(outputs: Any, model: nn.Module) -> dict[str, None]:
-    """Returns the classes of outputs that are left out; raises where these are all there is."""
+    """Returns the classes of outputs that are left out; raises if no other output remains."""
     leaves = pytree.tree_leaves(outputs)
     found = dict.fromkeys(type(v).__name__ for v in leaves if not isinstance(v, _KNOWN))
     if found and not any(isinstance(v, Tensor) for v in leaves):
@@ -200,7 +200,7 @@ def _unknown_outputs(outputs: Any, model: nn.Module) -> dict[str, None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without torch's log and what it prints, the whole graph where it gives up; the error itself is enough."""
+    """Context without torch's log and printed output, the whole graph on failure; the error itself is enough."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
@@ -211,7 +211,7 @@ def _quiet() -> Iterator[None]:
 
 
 def widen(graph: fx.Graph) -> bool:
-    """Makes every cast of a graph to a narrower floating-point type one to float64; tells whether there was any."""
+    """Changes every cast of a graph to a narrower floating-point type into one to float64; tells whether there was any."""
     found = False
 
     def one(value: Any) -> Any:
@@ -237,7 +237,7 @@ def _double(value: Any) -> Any:
 def _free(inputs: Any, dynamic: Sequence[int]) -> Any:
     if not dynamic:
         return None
-    from torch.export import Dim  # half a second that only a trace needs
+    from torch.export import Dim  # takes half a second, which only a trace needs
 
     def one(value: Any) -> Any:
         if not isinstance(value, Tensor):
@@ -249,7 +249,7 @@ def _free(inputs: Any, dynamic: Sequence[int]) -> Any:
 
 
 def fixed_sizes(graph: fx.Graph, dynamic: Sequence[int]) -> list[str]:
-    """Returns a sentence for each dimension of an input that was to be free and is a constant of the graph."""
+    """Returns a sentence for each requested free dimension of an input that is a constant of the graph."""
     values = {n.name: n.meta.get("val") for n in graph.nodes if n.op == "placeholder"}
     found = []
     for name, value in values.items():

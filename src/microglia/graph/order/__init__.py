@@ -1,1 +1,1 @@
-"""The order of channels: permutations that keep a model's outputs."""
+"""Permutations of channels that keep a model's outputs."""

@@ -1,15 +1,15 @@
-"""In which order the units of a group keep the most score in blocks: trades of two units, as long as they gain.
+"""Search for the order of a group's units that keeps most score in blocks, by swaps of two units.
 
-Blocks tie consecutive rows (a *stripe*) to the same columns, so that rows of alike columns belong side by side: the V x 1
+Blocks tie consecutive rows (a *stripe*) to the same columns, so rows with similar columns should be neighbours: the V x 1
 pattern with channel permutation (Tan et al., "Accelerating Sparse Convolution with Column Vector-Wise Sparsity", NeurIPS 2022).
 
     S[s, c] = sum of the scores of stripe s in column c, each block of n[s, c] weights
-    K       = the best blocks by S / n, as many as the density says;  t = the least S / n among them
+    K = the best blocks by S / n, as the density allows; t = the minimum S / n among them
 
-A layer keeps sum S[K], which is the least over t of sum max(S - t n, 0) + t (weights kept). At this t a trade of two units
-changes two stripes alone, and what it gains there bounds its true gain from above: a trade without gain there is none. Each
-round tries for every slot the partners that promise most with K as it is; of those that gain many go at once, or one alone,
-whatever really keeps most. The search ends when nothing keeps more.
+A layer keeps sum S[K], which is the minimum over t of sum max(S - t n, 0) + t (weights kept). At this t a swap of two units
+changes only two stripes, and its gain there is an upper bound of its true gain. A swap that gains nothing at this t gains
+nothing at all. Each round tries for every slot the most promising partners with the current K. Many improving swaps are made at
+once, or a single one, whichever really keeps most. The search ends when no swap keeps more.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from microglia.core.patterns import Pattern
 from microglia.core.selection import keep_best
 
 PARTNERS, TRIALS = 32, 1 << 22
-"""For each slot so many others are tried, fewer (but four) where that takes more elements than this a round."""
+"""Number of partners tried for each slot; fewer, but at least four, if a round would exceed the number of elements."""
 WORK = 1 << 28
-"""Elements tried in all (in ten rounds at least), which ends the search early in the widest layers alone."""
+"""Maximum number of elements tried in all (at least ten rounds); it ends the search early only in the widest layers."""
 CHUNK = 1 << 20
 """Elements of one operation."""
 SMALL = 1 << 15
-"""Blocks of a layer up to which a plain top-k is the fastest."""
+"""Up to this number of blocks of a layer a plain top-k is fastest."""
 ALONE = 8
-"""Of the trades that gain, but not together, so many are tried alone."""
+"""If the improving swaps conflict, at most this many of them are tried one by one."""
 NOISE = 1e-6
-"""What is gained below this, relative to what is there, is rounding."""
+"""A relative gain below this is rounding error."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Stripes:
     Attributes:
         values: Scores of each unit's entries, float32 (units, entries, columns).
         stripe: Stripe of each slot's entries, int64 (units, entries).
-        rest: What entries of no or of other units add, float32 (stripes, columns).
+        rest: Scores of entries of other units or of none, float32 (stripes, columns).
         sizes: Weights in each block, int64 (stripes, columns).
         keep: Weights to keep in the layer.
     """
@@ -69,11 +69,11 @@ class Stripes:
         return total
 
     def best(self, sums: Tensor) -> Tensor:
-        """Returns the blocks that stay, boolean (stripes, columns): those of the best mean, as the scope ``layer`` selects."""
+        """Returns the blocks that stay, boolean (stripes, columns): those with the best mean, as with scope ``layer``."""
         return best_blocks(sums / self.sizes, self.sizes, self.keep)
 
     def worth(self, kept: Tensor) -> Tensor:
-        """Returns what each unit holds at each slot of the blocks that stay, (units, slots)."""
+        """Returns the score of each unit at each slot in the blocks that stay, (units, slots)."""
         total = torch.zeros(len(self.values), len(self.values))
         for entry in range(self.values.shape[1]):
             total += (self.values[:, entry] @ kept.float().T)[:, self.stripe[:, entry]]
@@ -81,31 +81,31 @@ class Stripes:
 
 
 def best_blocks(means: Tensor, sizes: Tensor, keep: int) -> Tensor:
-    """Returns the blocks of the best mean score that hold ``keep`` weights."""
+    """Returns the blocks with the best mean score that hold ``keep`` weights."""
     least, most = (int(bound) for bound in sizes.aminmax())
     if least != most or means.numel() > SMALL:
         return keep_best({"": means}, keep, {"": sizes})[""]
-    count = -(-(2 * keep - most) // (2 * most))  # the nearest, as there, without what it takes to be fast on large ones
+    count = -(-(2 * keep - most) // (2 * most))  # the same rule as in selection, without its optimizations for large tensors
     best = means.flatten().topk(count).indices
     return torch.zeros(means.numel(), dtype=torch.bool).index_fill_(0, best, True).view_as(means)
 
 
 def best_mass(pattern: Pattern, score: Tensor, keep: int) -> float:
-    """Returns the score that the best units of a layer hold, with the layer as it is."""
+    """Returns the score that the best units of a layer hold, in the current order."""
     kept = best_blocks(pattern.reduce(score, "mean"), pattern.sizes(score.shape), keep)
     return float(score[pattern.expand(kept, score.shape)].sum(dtype=torch.float64))
 
 
 def find_order(layers: Sequence[Stripes], generator: torch.Generator, starts: int = 1) -> Tensor:
-    """Returns an order of a group's units, int64 (units,): which one comes to each slot.
+    """Returns an order of a group's units, int64 (units,): the unit at each slot.
 
     Args:
-        layers: Where the units occur, over the same units.
-        generator: Of the random orders to start from.
-        starts: How many starts; the first is the order as it is.
+        layers: The stripes in which the units occur, all over the same units.
+        generator: Draws the random initial orders.
+        starts: Number of initial orders; the first is the current order.
 
     Returns:
-        The best order found; the present one, 0, 1, 2 ..., where none keeps more.
+        The best order found; the current order, 0, 1, 2 ..., if none keeps more.
     """
     best = here = torch.arange(len(layers[0].values))
     most = mass(layers, here)
@@ -124,7 +124,7 @@ def mass(layers: Sequence[Stripes], units: Tensor) -> float:
 
 
 def _traded(layers: Sequence[Stripes], units: Tensor) -> Tensor:
-    """Returns the units after trades, until none gains."""
+    """Returns the units after swaps, until no swap gains."""
     kept = mass(layers, units)
     slots = torch.arange(len(units))[:, None]
     stripes = torch.cat([layer.stripe + number * len(units) for number, layer in enumerate(layers)], 1)
@@ -142,7 +142,7 @@ def _traded(layers: Sequence[Stripes], units: Tensor) -> Tensor:
 
 
 def _best(layers: Sequence[Stripes], units: Tensor, choices: Sequence[Tensor]) -> tuple[float, Tensor]:
-    """Returns (what is kept, the units) after those trades of several choices that keep most."""
+    """Returns (kept score, units) after the best of several choices of swaps."""
     trials = [_trade(units, pairs) for pairs in choices] or [units]
     masses = [mass(layers, trial) for trial in trials]
     return max(masses), trials[masses.index(max(masses))]
@@ -155,7 +155,7 @@ def _trade(units: Tensor, pairs: Tensor) -> Tensor:
 
 
 def _disjoint(pairs: Tensor, touched: Tensor) -> Tensor:
-    """Returns those pairs of slots that touch nothing that one taken before them touches; ``touched`` is by slot."""
+    """Returns pairs of slots that touch nothing that an earlier chosen pair touches; ``touched`` is by slot."""
     taken: set[int] = set()
     chosen = []
     for number, here in enumerate(touched[pairs].flatten(1).tolist()):
@@ -166,7 +166,7 @@ def _disjoint(pairs: Tensor, touched: Tensor) -> Tensor:
 
 
 def _gaining(layers: Sequence[Stripes], units: Tensor) -> Tensor:
-    """Returns pairs of slots that gain by a trade, (pairs, 2), best first."""
+    """Returns pairs of slots whose swap gains, (pairs, 2), best first."""
     excess, worth = [], torch.zeros(len(units), len(units))
     for layer in layers:
         sums = layer.sums(units)
@@ -184,8 +184,8 @@ def _gaining(layers: Sequence[Stripes], units: Tensor) -> Tensor:
 
 
 def _promising(layers: Sequence[Stripes], worth: Tensor) -> Tensor:
-    """Returns the pairs of slots that gain most, or lose least, with the kept blocks as they are; (pairs, 2), each once."""
-    apart = torch.stack([(s.stripe[:, None] != s.stripe).any(2) for s in layers]).any(0)  # elsewhere nothing changes
+    """Returns the pairs of slots with the highest gain for the current kept blocks; (pairs, 2), each once."""
+    apart = torch.stack([(s.stripe[:, None] != s.stripe).any(2) for s in layers]).any(0)  # other slots do not change
     promise = worth + worth.T - worth.diagonal()[:, None] - worth.diagonal()
     partner = promise.masked_fill_(~apart, -torch.inf).topk(_partners(layers), 1).indices
     slots = torch.arange(len(worth))[:, None].expand_as(partner)
@@ -201,7 +201,7 @@ def _partners(layers: Sequence[Stripes]) -> int:
 
 
 def _gains(layer: Stripes, entry: int, over: Tensor, units: Tensor, pairs: Tensor) -> Tensor:
-    """Returns by how much each trade raises the sum of what the blocks have over the threshold."""
+    """Returns by how much each swap raises the sum of block scores above the threshold."""
     values, stripe, each = layer.values[:, entry], layer.stripe[:, entry], over.clamp_min(0).sum(1)
     found = [torch.zeros(0)]
     for some in torch.split(pairs, max(1, CHUNK // values.shape[1])):

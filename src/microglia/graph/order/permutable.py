@@ -1,4 +1,4 @@
-"""Movable groups: channels that can stand in another order, where they do, and why others cannot."""
+"""Movable groups: channels that can be reordered, their dimensions, and the reasons why others cannot."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def tensors_of(part: Part, group: ChannelGroup) -> tuple[str, ...]:
 
 
 def shared_dims(part: Part, group: ChannelGroup, block: Block) -> list[tuple[str, int]]:
-    """Returns the tensors and dimensions, 0 for outputs, in which a group's channels share blocks with others."""
+    """Returns the tensors and dimensions (0 for outputs) in which a group's channels share blocks with others."""
     named = ((name, dim) for name in tensors_of(part, group) for dim in (0, 1))
     return [(name, dim) for name, dim in named if _entries(part, group, block, name, dim) is not None]
 
@@ -36,7 +36,7 @@ def stripes(part: Part, group: ChannelGroup, block: Block, name: str, *, score: 
 
 
 def _entries(part: Part, group: ChannelGroup, block: Block, name: str, dim: int) -> Tensor | None:
-    """Returns the entries of each unit, (units, entries); None where their order makes no difference."""
+    """Returns the entries of each unit, (units, entries); None if their order makes no difference."""
     dims = part.dims_of(name)
     side = (block.out, block.in_)[dim]
     if len(dims) < 2 or side == 1:
@@ -67,7 +67,7 @@ def _lengths(length: int, side: int) -> Tensor:
 
 
 def movable(part: Part) -> list[tuple[ChannelGroup, str]]:
-    """Returns the groups of several channels, each with the reason why it has to stay, empty where there is none."""
+    """Returns the groups of several channels, each with the reason why it must stay; empty for a movable group."""
     unread = _unread(part)
     saved = part.module.state_dict().keys()
     found = []
@@ -83,14 +83,14 @@ def movable(part: Part) -> list[tuple[ChannelGroup, str]]:
 
 
 def _unread(part: Part) -> str:
-    """Returns a parameter that evaluation does not read, as of a head that only training uses; empty if there is none."""
+    """Returns the name of a parameter unused in evaluation, such as an auxiliary head's; empty if there is none."""
     named = dict(part.module.named_parameters(remove_duplicate=False))
     read = {id(named[name]) for name in part.analysis.used_parameters() if name in named}
     return next((name for name, parameter in named.items() if id(parameter) not in read), "")
 
 
 def tensor_orders(part: Part, orders: Mapping[int, Tensor]) -> dict[str, dict[str, list[int]]]:
-    """Returns by tensor of the model and dimension which old entry comes to each place, where any moves."""
+    """Returns the old entry for each new position, by tensor of the model and dimension, if any entry moves."""
     found: dict[str, dict[str, list[int]]] = {}
     for name, dims in part.analysis.parameter_dims.items():
         for k, dim in enumerate(dims):
@@ -101,7 +101,7 @@ def tensor_orders(part: Part, orders: Mapping[int, Tensor]) -> dict[str, dict[st
 
 
 def unmoved(part: Part, names: Sequence[str], moved: set[int], reasons: Mapping[int, str]) -> dict[str, str]:
-    """Returns those layers none of whose outputs moved, each with the first reason."""
+    """Returns the layers without a moved output, each with the first reason."""
     algebra, found = part.analysis.algebra, {}
     for name in part.analysis.parameter_dims:
         dims = part.dims_of(part.name(name))

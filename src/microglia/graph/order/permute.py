@@ -1,7 +1,7 @@
-"""`permute_channels`: the same network with its channels in an order in which blocks keep more of its weights.
+"""`permute_channels`: the same network with channels reordered so that blocks keep more of its weights.
 
-Which channels are neighbours is arbitrary: a permutation of a group of coupled channels, in all tensors that hold them, leaves
-the function as it is. It is a cut that keeps every channel, in another order, and so made by the same surgery.
+The order of channels is arbitrary: a permutation of a group of coupled channels, in all tensors that hold them, does not change
+the function. It is a cut that keeps every channel in another order, so the same surgery makes it.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from microglia.graph.order.permutable import movable, shared_dims, stripes, tens
 from microglia.storage.changes import Change, register_change
 
 PERMUTATION = "microglia_permutation"
-"""Attribute under which a permuted model carries what was done to it."""
+"""Attribute of a permuted model that holds its `Permutation`."""
 PASSES = 3
-"""Times that groups are gone through where layers hold channels of several: what one gains depends on the others."""
+"""Number of passes over groups if layers hold channels of several groups, because gains depend on each other."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class LayerMass:
     Attributes:
         density: Fraction of the weights that the blocks keep.
         total: Score of all weights.
-        before: Of those that the best blocks keep, in the order as it was.
+        before: Score of the weights that the best blocks keep, in the original order.
         after: The same, permuted.
     """
 
@@ -51,13 +51,13 @@ class LayerMass:
 
 @dataclass(frozen=True)
 class Permutation:
-    """What was permuted, and what it is worth.
+    """The permutation of a model, and its gain.
 
     Attributes:
         layers: Score kept in each layer that the pattern divides.
         orders: Tensor name -> dimension -> the old index at each new one.
-        left: Layers whose output channels stay where they are -> the reason.
-        error: Largest relative difference of the outputs, in float64.
+        left: Layers whose output channels stay in place -> the reason.
+        error: Maximum relative difference of the outputs, in float64.
     """
 
     layers: dict[str, LayerMass]
@@ -67,7 +67,7 @@ class Permutation:
 
     @property
     def before(self) -> float:
-        """Fraction of the score that blocks keep over all layers, in the order as it was."""
+        """Fraction of the score that blocks keep over all layers, in the original order."""
         return sum(m.before for m in self.layers.values()) / max(1e-30, sum(m.total for m in self.layers.values()))
 
     @property
@@ -76,16 +76,16 @@ class Permutation:
         return sum(m.after for m in self.layers.values()) / max(1e-30, sum(m.total for m in self.layers.values()))
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns what there is to tell, JSON-ready; without the orders, which the weights themselves show."""
+        """Returns the summary, JSON-ready, without the orders, which are visible in the weights."""
         told = {k: v for k, v in asdict(self).items() if k != "orders"}
         return {"before": self.before, "after": self.after, **told}
 
     @staticmethod
     def from_dict(source: Mapping[str, Any]) -> Permutation:
-        """Returns what `to_dict` wrote, without the orders.
+        """Returns the permutation that `to_dict` wrote, without the orders.
 
         Raises:
-            TypeError, KeyError, ValueError: It is none.
+            TypeError, KeyError, ValueError: The value is malformed.
         """
         layers = {str(name): LayerMass(**{k: float(v) for k, v in mass.items()}) for name, mass in source["layers"].items()}
         left = {str(name): str(reason) for name, reason in source["left"].items()}
@@ -93,10 +93,10 @@ class Permutation:
 
 
 def permutation_of(model: nn.Module) -> Permutation:
-    """Returns what `permute_channels` did to a model.
+    """Returns the permutation that `permute_channels` made of a model.
 
     Raises:
-        MicrogliaError: It was not permuted.
+        MicrogliaError: The model was not permuted.
     """
     found = getattr(model, PERMUTATION, None)
     if not isinstance(found, Permutation):
@@ -105,10 +105,10 @@ def permutation_of(model: nn.Module) -> Permutation:
 
 
 def check_permutable(pattern: Pattern, model: nn.Module, example_inputs: Any) -> None:
-    """Raises unless the order of channels means something to a pattern, and those of a model are known.
+    """Raises unless the order of channels matters for a pattern, and the model can be traced.
 
     Raises:
-        PatternError: Of the pattern.
+        PatternError: The order of channels does not matter for the pattern.
         TraceError: The model cannot be traced.
     """
     _block(pattern)
@@ -136,13 +136,13 @@ def permute_channels(
     starts: int = 1,
     generator: torch.Generator | None = None,
 ) -> nn.Module:
-    """Returns a copy of a model that computes the same, its channels in an order in which blocks keep more score.
+    """Returns an equal model with its channels reordered so that blocks keep more score.
 
-    What counts is the sum over the blocks that each layer keeps by itself (scope ``layer``), those of the best mean score. The
-    order of a group is searched for the sum over all layers that hold its channels, since a residual stream has one order in
-    many. Layers do not compete, so that the sum over the model rises with that of any group and never falls; for another
-    scope give the densities it leads to, by layer. To blocks of one input only the order of outputs matters, for wider ones
-    columns are ordered too. What is not free to move, such as the classes of a classifier, stays: `permutation_of` says why.
+    The objective is the score in the blocks that each layer keeps by itself (scope ``layer``): those with the best mean score.
+    The search for a group's order uses the sum over all layers that hold its channels, because a residual stream has one order
+    in many layers. Layers do not compete, so the sum over the model never falls. For another scope give its densities by layer.
+    For blocks of one input only the order of outputs matters; for wider blocks columns are ordered too. Channels that cannot
+    move, such as the classes of a classifier, stay; `permutation_of` gives the reasons.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 4))
@@ -151,22 +151,22 @@ def permute_channels(
         True
 
     Args:
-        model: Any model `torch.export` can trace; it is left as it is.
+        model: Any model that `torch.export` can trace; it stays unchanged.
         example_inputs: A tensor, a tuple of arguments, or a mapping of keyword arguments.
         pattern: The block.
-        density: Fraction of the weights kept in each layer, or by layer name; layers not named do not count.
-        score: One value per weight by layer name, not negative; the magnitude unless given.
+        density: Fraction of the weights kept in each layer, or by layer name; other layers do not count.
+        score: One value per weight by layer name, not negative; by default the magnitude.
         layers: Selectors of the layers that count; all coupled ones are permuted with them.
         exclude: Selectors of layers that do not count.
-        starts: Orders to start each search from: the present one, then random ones.
-        generator: Draws these; seeded with 0 unless given.
+        starts: Number of initial orders of each search: the current one, then random ones.
+        generator: Draws the random orders; by default seeded with 0.
 
     Returns:
         The permuted model, of the same class and in the same mode, carrying its `Permutation`.
 
     Raises:
-        PatternError: The order of channels means nothing to the pattern.
-        ShrinkError: The permuted model would compute something else; nothing is returned.
+        PatternError: The order of channels does not matter for the pattern.
+        ShrinkError: The permuted model's outputs would differ; nothing is returned.
         TraceError: The model cannot be traced.
     """
     block = _block(pattern)
@@ -191,7 +191,7 @@ def _density(density: float | Mapping[str, float], name: str) -> float:
 
 
 class _Search:
-    """Goes through the groups of a model, each with the others as they stand."""
+    """Searches orders of a model's groups one by one, with the others fixed."""
 
     def __init__(self, subject: Subject, block: Block, scores: Mapping[str, Tensor], keep: Mapping[str, int]) -> None:
         self.subject, self.block, self.scores, self.keep = subject, block, scores, keep
@@ -202,7 +202,7 @@ class _Search:
         self.notes: dict[int, str] = {}
 
     def run(self, generator: torch.Generator, starts: int) -> None:
-        """Finds orders, in several passes where layers hold channels of several groups."""
+        """Finds orders, in several passes if layers hold channels of several groups."""
         due = self.free
         for _ in range(PASSES):
             changed = set()
@@ -229,10 +229,10 @@ class _Search:
         return score
 
     def result(self) -> nn.Module:
-        """Returns the permuted model, after leaving out orders under which it would compute something else."""
+        """Returns the permuted model, without orders that would change its outputs."""
         permuted, error = self._verified()
         masses = self._masses()
-        if sum(m.after for m in masses.values()) < sum(m.before for m in masses.values()):  # only where some were left out
+        if sum(m.after for m in masses.values()) < sum(m.before for m in masses.values()):  # only if some orders were left out
             self.orders.clear()
             permuted, error = self._permuted(self.orders), 0.0
             masses = self._masses()
@@ -265,7 +265,7 @@ class _Search:
         return cut_module(self.subject.model, self._named(orders), {})
 
     def _error(self, permuted: nn.Module) -> float:
-        """Returns the largest difference of the parts' outputs, in float64, on the example and on random inputs."""
+        """Returns the maximum difference of the parts' outputs, in float64, on the example and on random inputs."""
         worst = 0.0
         for part in self.subject.parts:
             trace, generator = part.analysis.trace, torch.Generator().manual_seed(0)
@@ -292,7 +292,7 @@ class _Search:
 
 
 def _note(model: nn.Module, permutation: Permutation) -> nn.Module:
-    """Notes on a model what was done to it; the order itself is in the weights."""
+    """Records the permutation on a model; the order itself is in the weights."""
     object.__setattr__(model, PERMUTATION, permutation)
     return model
 

@@ -1,1 +1,1 @@
-"""Dense executions: the best ways to run a dense model, against which every speed-up is measured."""
+"""Dense executions: the best ways to run a dense model, the baselines of every speed-up."""

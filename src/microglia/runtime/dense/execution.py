@@ -1,4 +1,4 @@
-"""Ways to execute one dense model, all with the same outputs: the honest baselines of every speed-up."""
+"""Ways to execute one dense model, all with the same outputs: the baselines of every speed-up."""
 
 from __future__ import annotations
 
@@ -37,21 +37,21 @@ def executions(
 ) -> dict[str, Execution]:
     """Prepares ways to run a model, each on a folded copy in evaluation mode and without gradients.
 
-    - ``eager``: PyTorch as it comes.
+    - ``eager``: plain PyTorch.
     - ``eager-channels-last``: the same with weights and images in the channels-last memory format.
-    - ``packed``: oneDNN operators with pre-packed weights and fused batch norms, activations and residual additions, on
-      the CPU in float32; needs no compiler and is ready in a second or two.
+    - ``packed``: oneDNN operators with pre-packed weights and fused batch norms, activations and residual additions, on the CPU
+      in float32; needs no compiler and takes one or two seconds to prepare.
     - ``compiled``: ``torch.compile`` with frozen weights; needs a C++ compiler on the CPU, Triton on a GPU, and takes
-      from seconds (when its cache has seen the model) to minutes.
+      from seconds (with a warm cache) to minutes.
 
-    Each is run once and compared with ``eager``; one that cannot be prepared here or whose outputs differ by more than
-    1e-4 of the largest (2e-2 in half precision, 5e-3 on a GPU that is set to multiply in TF32) is left out.
+    Each is run once and compared with ``eager``. It is left out if it cannot be prepared here, or if its outputs differ by more
+    than 1e-4 of the largest output (2e-2 in half precision, 5e-3 on a GPU that multiplies in TF32).
 
     Args:
-        model: Any module, masked or folded; stays bit for bit as it is.
+        model: Any module, masked or folded; it stays bit for bit unchanged.
         example_inputs: A tensor, a tuple of arguments, or a mapping of keyword arguments. The executions work on copies.
-        kinds: Which ones, of the four above.
-        notes: A list to which the reason for each one left out is added.
+        kinds: Names of executions, among the four above.
+        notes: A list to which the reason for each omitted execution is added.
 
     Returns:
         Name -> a function without arguments that runs the model once.
@@ -67,7 +67,7 @@ def executions(
 
 
 def runners(model: nn.Module, example: Example, kinds: Sequence[str], *, notes: list[str] | None = None) -> dict[str, Runner]:
-    """Prepares the same executions as `executions`, to be called with any inputs of the example's shapes.
+    """Prepares the same executions as `executions`; they take any inputs of the example's shapes.
 
     Raises:
         UnknownNameError: A kind of another name.
@@ -130,8 +130,8 @@ def _compiled(model: nn.Module, example: Example) -> Runner:
     def call(*args: Any, **kwargs: Any) -> object:
         return model(*args, **kwargs)
 
-    # The compiler files its work under the code object, and gives up on one after a few models. A code object of its
-    # own for each execution keeps dozens apart, and the look-up short.
+    # The compiler caches by code object and gives up on one after a few models. A separate code object for each execution
+    # avoids this limit and keeps the look-up short.
     code = call.__code__.replace(co_name=f"execution_{next(_fresh_names)}")
     own = types.FunctionType(code, call.__globals__, code.co_name, None, call.__closure__)
     compiled: Runner = torch.compile(own, dynamic=False, options={"freezing": True})
@@ -139,17 +139,17 @@ def _compiled(model: nn.Module, example: Example) -> Runner:
 
 
 def _rounded(tensor: Tensor) -> bool:
-    """Tells whether PyTorch is set to multiply float32 with 10 bits (TF32) where this tensor is."""
+    """Tells whether PyTorch multiplies float32 with 10 bits (TF32) on this tensor's device."""
     return tensor.is_cuda and (torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32)
 
 
 def difference(expected: object, actual: object, tolerance: float | None = None) -> str | None:
-    """Returns what is different about two outputs, None when they agree.
+    """Returns the difference of two outputs in words, None if they agree.
 
     Args:
         expected: Tensors in any structure.
-        actual: The same of another execution.
-        tolerance: How far apart they may be, against the largest; 1e-4 by default, 2e-2 where half precision is expected.
+        actual: The same structure from another execution.
+        tolerance: Tolerated difference, relative to the largest value; by default 1e-4, and 2e-2 for half precision.
     """
     left = [leaf for leaf in tree_leaves(expected) if isinstance(leaf, Tensor)]
     right = [leaf for leaf in tree_leaves(actual) if isinstance(leaf, Tensor)]

@@ -1,6 +1,6 @@
 """Fusing neighbours of an exported graph: a convolution or linear layer with its norm, residual addition and activation.
 
-The one finder behind every execution that replaces layers: what stands in the layer's place is the caller's choice.
+Every execution that replaces layers uses this search; the caller chooses the replacement.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ ACTIVATIONS: dict[Any, str] = {
     aten.sigmoid.default: "sigmoid",
     aten.tanh.default: "tanh",
 }
-"""Operator -> name of the activation; ``hardtanh`` and ``gelu`` have settings and are read apart."""
+"""Operator -> name of the activation; ``hardtanh`` and ``gelu`` have settings and are read separately."""
 FUSED = {"cpu": (torch.float32,), "cuda": (torch.float32, torch.float16, torch.bfloat16)}
-"""Kind of device -> types of the layers that are replaced there."""
+"""Kind of device -> dtypes of the layers that are replaced there."""
 
 
 @dataclass(frozen=True)
 class Activation:
-    """What is applied last. ``none`` without one; scalars are the bounds of ``hardtanh``, the form is that of ``gelu``."""
+    """The final activation, ``none`` without one; scalars are the bounds of ``hardtanh``, the form is that of ``gelu``."""
 
     name: str = "none"
     scalars: tuple[float, ...] = ()
@@ -51,21 +51,21 @@ class Activation:
 
 @dataclass(frozen=True, eq=False)
 class Site:
-    """A layer of a graph with what alone reads it: activation(layer(input) + residual).
+    """A layer of a graph with its only readers: activation(layer(input) + residual).
 
     Attributes:
-        name: Of the weight's module, such as ``layer1.0.conv2``.
+        name: Name of the weight's module, such as ``layer1.0.conv2``.
         kind: ``conv2d`` or ``linear``.
-        weight: The norm's scale folded in; (outputs, inputs / groups, height, width) or (outputs, inputs).
-        bias: The norm's shift folded in; None without one.
-        input_shape: Of the layer's input.
-        output_shape: Of its output.
-        activation: Fused behind the sum.
+        weight: Weight with the norm's scale folded in; (outputs, inputs / groups, height, width) or (outputs, inputs).
+        bias: Bias with the norm's shift folded in; None without one.
+        input_shape: Shape of the layer's input.
+        output_shape: Shape of its output.
+        activation: Activation fused after the sum.
         residual: Whether another branch is added.
-        stride: As the three following, of a convolution.
-        padding: Zeros on either side of height and width.
-        dilation: Between the taps.
-        groups: Of channels that do not see each other.
+        stride: Stride of a convolution, as the three following attributes.
+        padding: Zeros on each side of height and width.
+        dilation: Distance between the taps.
+        groups: Number of groups of channels that do not interact.
     """
 
     name: str
@@ -83,22 +83,21 @@ class Site:
 
 
 Engine = Callable[[Site], nn.Module]
-"""Makes the module that stands where a site stood: called with the input, and with the residual where there is one.
-
-It returns memory of its own, or the residual's if it has an attribute ``overwrites`` and that was set.
+"""Makes the module that replaces a site; it is called with the input, and with the residual if there is one. Its output has
+memory of its own, or the residual's memory if its attribute ``overwrites`` is set.
 """
 
 
 def fuse(model: nn.Module, example: Example, engine: Engine) -> GraphModule:
-    """Returns the model as a graph in which each layer and what is fused with it is one module.
+    """Returns the model as a graph in which each layer and the operators fused with it are one module.
 
     Args:
-        model: A folded model in evaluation mode, such as `folded_twin` returns; shares its other weights.
-        example: What it is called with: the graph is for inputs of exactly these shapes.
-        engine: Called with every site, in the order of the graph.
+        model: A folded model in evaluation mode, such as `folded_twin` returns; the graph shares its other weights.
+        example: Example inputs; the graph is valid only for inputs of these shapes.
+        engine: Makes the module of a site; it is called with every site, in the order of the graph.
 
     Raises:
-        MicrogliaError: torch.export cannot trace it.
+        MicrogliaError: torch.export cannot trace the model.
     """
     exported = _export(model, example)
     fuser = _Fuser(exported, engine)
@@ -116,7 +115,7 @@ def fuse(model: nn.Module, example: Example, engine: Engine) -> GraphModule:
 
 
 def _export(model: nn.Module, example: Example) -> GraphModule:
-    """Returns the model's graph, in which no step writes into something that another name stands for."""
+    """Returns the model's graph, in which no step writes into memory that another node shares."""
     try:
         program = torch.export.export(model, example.args, example.kwargs, strict=False)
         if any(_writes_through_a_view(node) for node in program.graph.nodes):
@@ -129,7 +128,7 @@ def _export(model: nn.Module, example: Example) -> GraphModule:
 
 
 def _writes_through_a_view(node: Node) -> bool:
-    """Tells whether a step writes into a view, or into what has a view: in another layout that view would be a copy."""
+    """Tells whether a step writes into a view or into its base: in another layout the view would be a copy."""
     schema = getattr(node.target, "_schema", None)
     if node.op != "call_function" or schema is None or not schema.is_mutable:
         return False
@@ -148,8 +147,8 @@ def _is_view(node: Node) -> bool:
 class _Fuser:
     """Replaces nodes of one graph.
 
-    A fused module stands where its layer stood, so it reads what the layer read; the other nodes that it replaces had no
-    other reader. Anything that does not fit a rule stays as it is.
+    A fused module takes the place of its layer, so it reads the layer's inputs; the other replaced nodes had no other reader.
+    Everything that does not fit a rule stays unchanged.
     """
 
     def __init__(self, module: GraphModule, engine: Engine) -> None:
@@ -158,7 +157,7 @@ class _Fuser:
         self.made: set[Node] = set()
 
     def fuse(self, node: Node) -> None:
-        """Replaces a 2-d convolution or linear layer and what alone reads it: batch norm, residual addition, activation."""
+        """Replaces a 2-d convolution or linear layer and its only readers: batch norm, residual addition, activation."""
         convolution = node.target is aten.conv2d.default
         defaults = (None, None, None, [1, 1], [0, 0], [1, 1], 1)
         arguments: list[Any] = [*node.args, *defaults[len(node.args) :]]
@@ -209,10 +208,10 @@ class _Fuser:
         return value.detach() if isinstance(value, Tensor) else None
 
     def _residual(self, chain: list[Node]) -> Node | None:
-        """Returns the other summand of an addition that alone reads the end of ``chain``, which takes the addition in.
+        """Returns the other summand of an addition that is the only reader of the end of ``chain``; extends the chain by it.
 
-        The other summand must be there before the layer, keep its value until the addition, have the same shape, and not
-        be seen by anyone else when an in-place addition writes into it.
+        The other summand must exist before the layer, keep its value until the addition, and have the same shape. If an
+        in-place addition writes into it, it must have no other reader.
         """
         last = chain[-1]
         reader = _only_reader(last)
@@ -246,7 +245,7 @@ class _Fuser:
             fused = self.module.graph.call_module(name, arguments)
         fused.meta = dict(chain[-1].meta)
         chain[-1].replace_all_uses_with(fused)
-        for node in reversed(chain):  # by hand: dead-code elimination would keep an in-place activation
+        for node in reversed(chain):  # explicitly, because dead-code elimination would keep an in-place activation
             self.module.graph.erase_node(node)
         self.made.add(fused)
 
@@ -275,7 +274,7 @@ def _pair(value: Any) -> tuple[int, int]:
 
 
 def _activation(chain: list[Node]) -> Activation:
-    """Returns the activation that alone reads the end of ``chain`` and takes it into the chain; nothing without one."""
+    """Returns the activation that is the only reader of the end of ``chain``, and extends the chain by it; or nothing."""
     reader = _only_reader(chain[-1])
     if reader is None:
         return Activation()
@@ -294,7 +293,7 @@ def _activation(chain: list[Node]) -> Activation:
 
 
 def _mutates(node: Node) -> bool:
-    if node.op == "call_module" or node.target is operator.getitem:  # a fused layer writes into nothing it was given
+    if node.op == "call_module" or node.target is operator.getitem:  # a fused layer does not write into its inputs
         return False
     schema = getattr(node.target, "_schema", None)
     return node.op == "call_function" and (schema is None or schema.is_mutable)

@@ -1,4 +1,4 @@
-"""Residuals that nobody reads again are written over: one image less to keep, and to bring to the processor."""
+"""Overwrites residuals that have no further reader: this saves memory and memory traffic."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ aten = torch.ops.aten
 def overwrite_residuals(module: GraphModule, made: Collection[Node]) -> None:
     """Sets ``overwrites`` on each fused layer that may write its output over its residual.
 
-    It may where the residual is another fused layer's output, the layer does not read it as its input, too, and is the last
-    of its readers, none of whom could have kept a view of it.
+    This is allowed if the residual is another fused layer's output, if the layer does not also read it as its input, if it is
+    the last reader, and if no reader can hold a view of the residual.
 
     Args:
-        module: The graph.
-        made: The nodes of its fused layers. Only layers that have the attribute ``overwrites`` can do it.
+        module: The graph module.
+        made: The nodes of its fused layers. Only layers with the attribute ``overwrites`` can overwrite.
     """
     place = {node: index for index, node in enumerate(module.graph.nodes)}
     for node in made:

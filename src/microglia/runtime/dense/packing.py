@@ -1,6 +1,6 @@
-"""A model's fastest plain execution on CPU without a compiler: weights packed for oneDNN once, neighbours fused.
+"""The fastest dense execution on CPU without a compiler: weights packed for oneDNN once, neighbours fused.
 
-Convolutions and linear layers leave the exported graph as the operators that ``torch.compile`` with freezing emits.
+Convolutions and linear layers become the operators that ``torch.compile`` with freezing emits.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ mkldnn = torch.ops.mkldnn
 
 SPELLED = {"relu": "relu", "relu6": "hardtanh", "silu": "swish", "hardswish": "hardswish", "sigmoid": "sigmoid",
            "tanh": "tanh", "hardtanh": "hardtanh", "gelu": "gelu", "none": "none"}  # fmt: skip
-"""Activation -> how oneDNN's operators spell it."""
+"""Activation -> its name in oneDNN's operators."""
 APPLIED = {"relu": torch.relu, "silu": nn.functional.silu, "hardswish": nn.functional.hardswish, "sigmoid": torch.sigmoid,
            "tanh": torch.tanh, "relu6": nn.functional.relu6}  # fmt: skip
 
@@ -36,14 +36,14 @@ def apply_activation(x: Tensor, activation: Activation) -> Tensor:
 
 
 def pack(model: nn.Module, example: Example) -> nn.Module:
-    """Returns the model as a graph of packed operators, for inputs of exactly the example's shapes.
+    """Returns the model as a graph of packed operators, valid only for inputs of the example's shapes.
 
     Args:
-        model: A folded model in evaluation mode on the CPU, such as `folded_twin` returns; shares its weights.
-        example: What it is called with.
+        model: A folded model in evaluation mode on the CPU, such as `folded_twin` returns; the graph shares its weights.
+        example: Example inputs.
 
     Raises:
-        MicrogliaError: It has no 2-d convolution or linear layer in float32 on the CPU.
+        MicrogliaError: The model has no 2-d convolution or linear layer in float32 on the CPU.
     """
     packed = fuse(model, example, Packed)
     if not any(isinstance(module, Packed) for module in packed.modules()):
@@ -52,11 +52,11 @@ def pack(model: nn.Module, example: Example) -> nn.Module:
 
 
 class Packed(nn.Module):
-    """One fused layer in oneDNN, its weight packed once: the best dense execution of a layer.
+    """One fused layer in oneDNN with a packed weight: the best dense execution of a layer.
 
     Args:
-        site: The layer and what is fused with it.
-        overwrites: Whether a convolution writes over the residual it is given.
+        site: The layer and the operators fused with it.
+        overwrites: Whether a convolution overwrites its residual.
     """
 
     weight: Tensor
@@ -75,7 +75,7 @@ class Packed(nn.Module):
         if site.kind == "linear":
             rows = int(torch.Size(site.input_shape[:-1]).numel())
             packed = mkldnn._reorder_linear_weight(self.weight, rows)
-            if site.residual:  # its activation would come before the sum
+            if site.residual:  # oneDNN would apply the activation before the sum
                 return lambda x, other: apply_activation(mkldnn._linear_pointwise.binary(x, other, packed, self.bias, "add"), a)
             return lambda x: mkldnn._linear_pointwise.default(x, packed, self.bias, *spelled)
         order = (site.padding, site.stride, site.dilation, site.groups)
@@ -103,7 +103,7 @@ class Packed(nn.Module):
         return Packed(copy.deepcopy(self.site, memo), self.overwrites)
 
     def __reduce__(self) -> tuple[type[Packed], tuple[Site, bool]]:
-        """Returns how to make it anew in another process."""
+        """Returns the arguments to build the layer again in another process."""
         return Packed, (self.site, self.overwrites)
 
 

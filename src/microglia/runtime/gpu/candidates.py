@@ -18,19 +18,19 @@ from microglia.runtime.sparse_layers.layers import BlockConv2d, BlockLinear
 from microglia.runtime.sparse_layers.layout import STRIPE, STRIPES, TAPS, WIDTHS, one_group, to_blocks
 
 MOST_STORED = 0.9
-"""Of a dense weight: where blocks store more, they are not worth trying."""
+"""Fraction of a dense weight; blocks that store more are not tried."""
 
 
 def cuda_candidates(site: Site, notes: list[str]) -> Iterator[Candidate]:
-    """Returns the ways worth timing for a layer, PyTorch's own first: what the others are compared with.
+    """Returns the ways to time for a layer; the first is PyTorch's own, the reference for the others.
 
-    Dense is cuDNN and cuBLAS, a convolution's weight in channels last; blocks are the Triton kernels, as many outputs high
-    and then as many inputs wide as the mask allows; 2:4 is cuSPARSELt's. It asks nothing of the layer's device, so that all
-    but 2:4 can be tried on the CPU, in Triton's interpreter.
+    Dense is cuDNN and cuBLAS, with a convolution's weight in channels last. Blocks are the Triton kernels, with as many outputs
+    and then as many inputs as the mask allows. 2:4 is cuSPARSELt's. The layer may be on any device, so that all ways but 2:4
+    can be tried on the CPU in Triton's interpreter.
 
     Args:
         site: The layer.
-        notes: A list to which is added why a sparse linear layer is not tried as 2:4.
+        notes: A list to which the reason is added if a sparse linear layer is not tried as 2:4.
     """
     yield Candidate("dense, eager", lambda: Plain(site))
     if site.kind == "conv2d":
@@ -53,10 +53,10 @@ def cuda_candidates(site: Site, notes: list[str]) -> Iterator[Candidate]:
 
 
 def block_forms(weight: Tensor) -> list[tuple[int, int]]:
-    """Returns the outputs and inputs of blocks worth trying for a weight of one group: none where it is nearly dense.
+    """Returns the block sizes (outputs, inputs) to try for a weight of one group; none if it is nearly dense.
 
-    A block of more outputs reads the image less often, one of more inputs reads it in whole lines; either may store
-    `WASTE` times what the finest blocks store.
+    A block with more outputs reads the image less often. A block with more inputs reads whole cache lines. Both may store up to
+    `WASTE` times the weights of the finest blocks.
     """
     finest = to_blocks(weight, 1, STRIPE, paired=False).stored
     if finest == 0 or finest > MOST_STORED * weight.numel():

@@ -1,7 +1,7 @@
-"""2:4 sparsity of linear layers on a GPU: at most two of four neighbouring inputs are kept, and the tensor cores skip the rest.
+"""2:4 sparsity of linear layers on a GPU: at most two of four neighbouring inputs are kept; tensor cores skip the rest.
 
-Through ``torch.sparse.to_sparse_semi_structured`` (cuSPARSELt). Whether it is faster than dense depends on the sizes; that is
-for the timing to say.
+It uses ``torch.sparse.to_sparse_semi_structured`` (cuSPARSELt). The sizes decide whether it is faster than dense; the timing
+shows it.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from microglia.runtime.dense.packing import apply_activation
 
 DTYPES = (torch.float16, torch.bfloat16)
 MULTIPLE = 64
-"""Outputs and inputs are multiples of it: what both of PyTorch's implementations take."""
+"""Outputs and inputs are multiples of it, as both implementations of PyTorch require."""
 CAPABILITY = (8, 0)
 """The first GPUs that multiply 2:4."""
 
 
 def too_dense_groups(weight: Tensor) -> int:
-    """Returns how many groups of four neighbouring inputs hold more than two weights that are not zero.
+    """Returns the number of groups of four neighbouring inputs with more than two nonzero weights.
 
     Args:
         weight: (outputs, inputs), inputs a multiple of four.
@@ -34,7 +34,7 @@ def too_dense_groups(weight: Tensor) -> int:
 
 
 def why_not(site: Site) -> str | None:
-    """Returns why a linear layer cannot run as 2:4 here, None when it can."""
+    """Returns the reason why a linear layer cannot run as 2:4 here, None if it can."""
     weight = site.weight
     if site.kind != "linear":
         return "2:4 is for linear layers"
@@ -51,13 +51,13 @@ def why_not(site: Site) -> str | None:
 
 
 class SemiStructuredLinear(nn.Module):
-    """A linear layer of which at most two of four neighbouring inputs are kept, compressed when it is made.
+    """A linear layer with at most two of four neighbouring inputs kept, compressed at construction.
 
     Args:
-        site: The layer, for which `why_not` gives no reason.
+        site: A layer for which `why_not` returns None.
 
     Raises:
-        MicrogliaError: It cannot run as 2:4; the text is the reason.
+        MicrogliaError: The layer cannot run as 2:4; the text is the reason.
     """
 
     weight: Tensor
@@ -75,11 +75,11 @@ class SemiStructuredLinear(nn.Module):
         self._search()
 
     def _search(self) -> None:
-        """Lets cuSPARSELt time its algorithms for this size, where it is what multiplies: they differ up to twofold."""
+        """Lets cuSPARSELt, if it is in use, time its algorithms for this size: they differ by up to a factor of two."""
         rows = torch.Size(self.site.input_shape[:-1]).numel()
         packed = getattr(self._compressed, "packed", None)
         if not hasattr(self._compressed, "alg_id_cusparselt") or packed is None or self._compressed.meta is not None:
-            return  # CUTLASS, which has one algorithm
+            return  # CUTLASS has one algorithm
         x = torch.randn(rows + -rows % 16, self.weight.shape[1], dtype=self.weight.dtype, device=self.weight.device)
         self._compressed.alg_id_cusparselt = torch._cslt_sparse_mm_search(packed, x.t(), bias=self.bias, transpose_result=True)
 
@@ -93,5 +93,5 @@ class SemiStructuredLinear(nn.Module):
         return SemiStructuredLinear(copy.deepcopy(self.site, memo))
 
     def __reduce__(self) -> tuple[type[SemiStructuredLinear], tuple[Site]]:
-        """Returns how to make it anew in another process."""
+        """Returns the arguments to build the layer again in another process."""
         return SemiStructuredLinear, (self.site,)

@@ -1,4 +1,4 @@
-"""Block convolutions that follow each other, as one operator: what only they read never leaves the kernels' own order."""
+"""Consecutive block convolutions as one operator: intermediate results stay in the kernels' own layout."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class Link(NamedTuple):
     """A layer of a chain. Values are numbered: first the images given to the chain, then the result of each layer.
 
     Attributes:
-        layer: In float32, on the CPU.
-        input: The number of the value that it reads.
-        residual: Of the value that it adds; None without one.
+        layer: A block convolution in float32, on the CPU.
+        input: Number of the value that it reads.
+        residual: Number of the value that it adds; None without one.
         goes_out: Whether the chain returns its result.
     """
 
@@ -35,19 +35,18 @@ class Link(NamedTuple):
 
 
 class BlockChain(nn.Module):
-    """Block convolutions run one after the other in one call of the kernels.
+    """Consecutive block convolutions in one call of the kernels.
 
-    Results that only later layers read stay in a few shared buffers, in the order in which the kernels read them, with the
-    zeros of the padding around them, so only what a layer with a stride reads is copied; the images of a batch go through
-    all layers a few at a time, so that the buffers stay in the cache.
+    Intermediate results stay in a few shared buffers, in the kernels' layout, with zero padding around them. Only the input of
+    a layer with a stride is copied. A few images at a time go through all layers, so that the buffers stay in the cache.
 
     Args:
         links: Its layers, in order.
-        images: How many images it is called with.
+        images: Number of images of a call.
 
     Raises:
-        MicrogliaError: There is no layer, one is not in float32 on the CPU, one reads or adds a value that is not there yet or
-            has another number of channels, or no result goes out.
+        MicrogliaError: There is no layer, a layer is not in float32 on the CPU, a layer reads or adds a value that does not
+            exist yet or has another number of channels, or no result goes out.
     """
 
     values: Tensor
@@ -79,7 +78,7 @@ class BlockChain(nn.Module):
         level()
 
     def forward(self, *images: Tensor) -> list[Tensor]:
-        """Returns the results that go out, (batch, outputs, height, width) in channels last each."""
+        """Returns the results that go out, each (batch, outputs, height, width) in channels last."""
         if len(images) != self.images:
             raise MicrogliaError(f"The chain is called with {self.images} images, not with {len(images)}.")
         weights = self.values, self.row_pointer, self.channel, self.tap, self.bias
@@ -87,7 +86,7 @@ class BlockChain(nn.Module):
         return out
 
     def layers(self) -> list[BlockConv2d]:
-        """Returns the layers one by one; their tensors are views of the chain's."""
+        """Returns the single layers; their tensors are views of the chain's."""
         weights = Weights(self.values, self.row_pointer, self.channel, self.tap, self.bias)
         made = []
         for inputs, (step, places, bias) in zip(self.inputs, split(weights, steps_of(self.program)), strict=True):
@@ -101,7 +100,7 @@ class BlockChain(nn.Module):
 
 
 def _check(links: Sequence[Link], images: int) -> None:
-    widths: dict[int, int] = {}  # of the values that a layer made, read or added
+    widths: dict[int, int] = {}  # channels of the values that a layer made, read or added
     for index, link in enumerate(links):
         made = images + index
         for value, width in ((link.input, link.layer.inputs), (link.residual, link.layer.outputs)):
@@ -138,7 +137,7 @@ def chainable(module: nn.Module) -> bool:
 
 
 def chained(graph: GraphModule) -> GraphModule:
-    """Makes block convolutions that follow each other in a graph into chains, in place, and returns the graph."""
+    """Joins consecutive block convolutions of a graph into chains, in place, and returns the graph."""
 
     def joins(node: Node) -> bool:
         return node.op == "call_module" and not node.kwargs and chainable(graph.get_submodule(str(node.target)))

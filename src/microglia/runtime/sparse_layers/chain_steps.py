@@ -1,4 +1,4 @@
-"""The steps of a chain of block convolutions, as ``block_chain`` takes them: flat tensors and one list of numbers."""
+"""The steps of a chain of block convolutions, in the form of ``block_chain``: flat tensors and one list of numbers."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ class Step(NamedTuple):
     Attributes:
         outputs: Output channels.
         block_inputs: Inputs of a block, 1 to 8.
-        blocks: How many.
-        has_bias: Whether (outputs,) of the flat bias are its own.
-        input: The number of the value that is read: first the images given, then the result of each step.
-        residual: Of the value that is added; -1 for none.
-        goes_out: Whether the result is returned, and not only read by later steps.
+        blocks: Number of blocks.
+        has_bias: Whether (outputs,) elements of the flat bias belong to it.
+        input: Number of the value that is read: first the given images, then the result of each step.
+        residual: Number of the value that is added; -1 for none.
+        goes_out: Whether the result is returned, not only read by later steps.
     """
 
     outputs: int
@@ -56,7 +56,7 @@ class Step(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """The weights of all steps, one behind the other; see `Places`. ``tap`` is 0 where a kernel has one position."""
+    """The concatenated weights of all steps; see `Places`. ``tap`` is 0 if a kernel has one position."""
 
     values: Tensor
     row_pointer: Tensor
@@ -66,7 +66,7 @@ class Weights(NamedTuple):
 
 
 def steps_of(program: Sequence[int]) -> list[Step]:
-    """Returns the steps that a list of numbers stands for."""
+    """Returns the steps that a list of numbers encodes."""
     size = len(Step._fields)
     return [Step(*program[first : first + size]) for first in range(0, len(program), size)]
 

@@ -1,4 +1,4 @@
-"""Sparse weights as modules with plain tensors: in a state dict, in safetensors, copied and moved like any others."""
+"""Sparse layers as modules with plain tensors: they can be saved, copied and moved like other modules."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ Pair = tuple[int, int]
 
 
 class _Sparse(nn.Module):
-    """What the sparse layers have in common: the places as buffers, the activation, and the residual.
+    """Common base of the sparse layers: the places as buffers, the activation, and the residual.
 
-    Layers of blocks can write over the residual that they are given, on the CPU: where ``overwrites`` is true and it lies in
-    memory as the output would.
+    On the CPU, layers of blocks can overwrite their residual: if ``overwrites`` is true and the residual has the output's
+    memory layout.
 
-    Blocks run in the type of their values: float32, or bfloat16 after ``.to(torch.bfloat16)``, which also is then the type of
-    input, residual and output. The sums and the bias stay in float32.
+    Blocks run in the dtype of their values: float32, or bfloat16 after ``.to(torch.bfloat16)``. Input, residual and output have
+    the same dtype. The sums and the bias stay in float32.
     """
 
     values: Tensor
@@ -57,7 +57,7 @@ class _Sparse(nn.Module):
 
     @property
     def places(self) -> Places:
-        """What is left of the weight, and where."""
+        """The remaining weights and their positions."""
         return Places(self.values, self.row_pointer, self.channel, self.tap)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -69,12 +69,12 @@ class _Sparse(nn.Module):
         return self
 
     def _lay_out(self) -> None:
-        """Puts blocks that came to another type into the order of that type."""
+        """Reorders blocks for a new dtype."""
         paired = self.values.ndim == 4
         if self.values.ndim < 3 or paired == wants_pairs(self.values) or STRIPE not in self.values.shape[2:3]:
             return
         width = self.values.shape[1] * (2 if paired else 1)
-        # Pairs hold zeros beside single inputs, which float32 has no need of.
+        # Pairs hold zeros beside single inputs; float32 does not need them.
         places = to_blocks(self.dense(), 1 if paired and width == 2 else width)
         for name in Places._fields:
             setattr(self, name, getattr(places, name))
@@ -92,7 +92,7 @@ class _Sparse(nn.Module):
 
 
 class BlockConv2d(_Sparse):
-    """A convolution of blocks of 16 outputs x 1, 2, 4 or 8 inputs, with activation and residual fused; channels last.
+    """A convolution in blocks of 16 outputs x 1, 2, 4 or 8 inputs, with fused activation and residual; channels last.
 
     On a GPU (``.to("cuda")``, also ``.half()`` or ``.bfloat16()``) blocks have 16 to 128 outputs and 1 to 64 inputs.
 
@@ -101,10 +101,10 @@ class BlockConv2d(_Sparse):
         bias: (outputs,) or None.
         inputs: Input channels, all groups together.
         outputs: Output channels.
-        kernel: Height and width, as the three following pairs.
-        stride: Of the output's pixels.
-        padding: Zeros on either side.
-        dilation: Between the taps.
+        kernel: Height and width, the order also of the three following pairs.
+        stride: Stride of the output's pixels.
+        padding: Zeros on each side.
+        dilation: Distance between the taps.
         activation: Applied last, one of none, relu, relu6, silu.
     """
 
@@ -143,13 +143,13 @@ class BlockConv2d(_Sparse):
 
 
 class RowConv2d(BlockConv2d):
-    """A convolution whose outputs share the places of their weights by 1 (unstructured), 2 or 4; contiguous layout."""
+    """A convolution in which groups of 1 (unstructured), 2 or 4 outputs share weight positions; contiguous layout."""
 
     decode = staticmethod(dense_of_rows)
 
     @classmethod
     def of(cls, site: Site, width: int, stripe: int = STRIPE, paired: bool | None = None) -> RowConv2d:
-        """Returns the sparse form of a fused layer, its outputs in groups of ``width``; they have no stripes."""
+        """Returns the sparse form of a fused layer, its outputs in groups of ``width``, without stripes."""
         return cls(to_rows(one_group(site.weight, site.groups), width), **_settings(site))
 
     def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
@@ -159,9 +159,9 @@ class RowConv2d(BlockConv2d):
 
 
 class BlockLinear(_Sparse):
-    """A linear layer of blocks of 16 outputs x 1, 2, 4 or 8 inputs, with activation and residual fused.
+    """A linear layer in blocks of 16 outputs x 1, 2, 4 or 8 inputs, with fused activation and residual.
 
-    On a GPU blocks have 16 to 128 outputs and 1 to 64 inputs, as those of `BlockConv2d`.
+    On a GPU blocks have 16 to 128 outputs and 1 to 64 inputs, as in `BlockConv2d`.
 
     Args:
         places: Its blocks, of `to_blocks`.

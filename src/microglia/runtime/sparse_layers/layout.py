@@ -1,4 +1,4 @@
-"""What is left of a sparse weight and where: blocks of 16 outputs, or groups of rows, to and from the dense weight."""
+"""Layout of a sparse weight: blocks of 16 outputs, or groups of rows, to and from the dense weight."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from torch.nn import functional
 from microglia.core.errors import MicrogliaError
 
 STRIPE = 16
-"""Outputs of a block: the lanes of one AVX-512 register. On a GPU also the least of a tensor core's product."""
+"""Outputs of a block: the lanes of one AVX-512 register, and the minimum of a tensor core's product on a GPU."""
 STRIPES = (16, 32, 64, 128)
-"""Outputs that a block can have on a GPU: what a program reads serves so many of them."""
+"""Possible outputs of a block on a GPU: so many outputs share the pixels that a program reads."""
 WIDTHS = (1, 2, 4, 8, 16, 32, 64)
-"""Inputs that a block can have; more than 8 on a GPU alone."""
+"""Possible inputs of a block; more than 8 only on a GPU."""
 TAPS = 256
-"""Positions that a kernel of a sparse weight can have: a tap is a byte."""
+"""Maximum number of kernel positions of a sparse weight: a tap is one byte."""
 LINE = 64
-"""Bytes of a pixel in one cache line: blocks are sorted so that all taps of a line follow each other, while it is near."""
+"""Bytes of a pixel in one cache line: blocks are sorted so that all taps of a line follow each other while it is cached."""
 
 
 class Places(NamedTuple):
-    """What is left of a weight, and where.
+    """The remaining weights and their positions.
 
     Attributes:
-        values: (blocks, inputs of a block, outputs of a block) of blocks, or (blocks, inputs / 2, 16, 2) in pairs;
-            (entries, rows of a group) of rows.
+        values: (blocks, inputs of a block, outputs of a block) for blocks, or (blocks, inputs / 2, 16, 2) for pairs; (entries,
+            rows of a group) for rows.
         row_pointer: int32; the blocks of stripe s, or entries of row group s, are those from row_pointer[s] to [s + 1].
-        channel: int32, the first input channel of each.
-        tap: uint8, its position in the kernel, row major; None of a 1x1 kernel or a linear layer.
+        channel: int32, the first input channel of each block or entry.
+        tap: uint8, its position in the kernel, row major; None for a 1x1 kernel or a linear layer.
     """
 
     values: Tensor
@@ -42,21 +42,22 @@ class Places(NamedTuple):
 
     @property
     def stored(self) -> int:
-        """Weights that are held, zeros inside blocks among them."""
+        """Number of stored weights, including zeros inside blocks."""
         return self.values.numel()
 
 
 def to_blocks(weight: Tensor, width: int = 1, stripe: int = STRIPE, paired: bool | None = None) -> Places:
-    """Returns the blocks of ``stripe`` outputs x ``width`` inputs of a weight that hold anything but zeros.
+    """Returns the blocks of ``stripe`` outputs x ``width`` inputs of a weight that hold nonzero weights.
 
-    On the CPU a weight in bfloat16 is held in pairs of neighbouring inputs, what one instruction multiplies and adds. Blocks of
-    1 or 2 inputs become as few pairs as can be, which begin at any input: two kept columns share one if they are neighbours.
+    On the CPU a weight in bfloat16 is stored in pairs of neighbouring inputs, the operands of one multiply-add instruction.
+    Blocks of 1 or 2 inputs become the minimum number of pairs, which begin at any input: two kept columns share a pair if they
+    are neighbours.
 
     Args:
-        weight: (outputs, inputs, *kernel), of one group.
-        width: 1, 2, 4 or 8; of a weight that runs on a GPU also 16, 32 or 64.
-        stripe: 16; of a weight that runs on a GPU also 32, 64 or 128.
-        paired: Whether in pairs, in stripes of 16; None where the weight is in bfloat16 on the CPU.
+        weight: (outputs, inputs, *kernel), with one group.
+        width: 1, 2, 4 or 8; for a GPU also 16, 32 or 64.
+        stripe: 16; for a GPU also 32, 64 or 128.
+        paired: Whether to store pairs, in stripes of 16; None means pairs for a weight in bfloat16 on the CPU.
     """
     if width not in WIDTHS:
         raise MicrogliaError(f"A block has 1, 2, 4 or 8 inputs, on a GPU also 16, 32 or 64, not {width}.")
@@ -86,15 +87,15 @@ def to_blocks(weight: Tensor, width: int = 1, stripe: int = STRIPE, paired: bool
 
 
 def wants_pairs(weight: Tensor) -> bool:
-    """Tells whether the kernels take the blocks of a weight, or their values, in pairs of inputs: in bfloat16 on the CPU."""
+    """Tells whether the kernels take the blocks of a weight in pairs of inputs: in bfloat16 on the CPU."""
     return weight.dtype == torch.bfloat16 and weight.device.type == "cpu"
 
 
 def _pairs(grid: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Returns the fewest pairs of neighbouring inputs that hold all of (stripe, line, tap, input, output), and where they are.
+    """Returns the minimum set of pairs of neighbouring inputs of (stripe, line, tap, input, output), and their positions.
 
-    From the left a pair begins at each input that is kept and not yet in one, which needs the fewest. The last input of a
-    line, for no pair lies in two lines, is held with the one before it, whose weights there are zero.
+    From the left, a pair begins at each kept input that is not yet in a pair; this greedy choice is minimal. No pair spans two
+    lines, so the last input of a line is paired with the input before it, with zero weights there.
     """
     kept = (grid != 0).any(-1)
     begins = torch.zeros_like(kept)
@@ -111,7 +112,7 @@ def _pairs(grid: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
 
 
 def every_block(weight: Tensor) -> Tensor:
-    """Returns all blocks of 16 outputs x 1 input, of which an input needs some: (stripes, taps * inputs, 16), taps outside."""
+    """Returns all blocks of 16 outputs x 1 input: (stripes, taps * inputs, 16), the taps outermost."""
     outputs, inputs = weight.shape[:2]
     matrix = functional.pad(weight.detach().reshape(outputs, inputs, -1), (0, 0, 0, 0, 0, -outputs % STRIPE))
     return matrix.reshape(-1, STRIPE, inputs, matrix.shape[2]).permute(0, 3, 2, 1).flatten(1, 2).contiguous()
@@ -123,10 +124,10 @@ def _check_taps(weight: Tensor) -> None:
 
 
 def to_rows(weight: Tensor, rows: int = 1) -> Places:
-    """Returns the weights that are not zero, in groups of outputs that share their places.
+    """Returns the nonzero weights, in groups of outputs that share positions.
 
     Args:
-        weight: (outputs, inputs, height, width), of one group of channels.
+        weight: (outputs, inputs, height, width), with one group of channels.
         rows: Outputs of a group: 1, 2 or 4.
     """
     if rows not in (1, 2, 4):
@@ -147,7 +148,7 @@ def to_rows(weight: Tensor, rows: int = 1) -> Places:
 
 
 def one_group(weight: Tensor, groups: int) -> Tensor:
-    """Returns the weight of a convolution with groups as that of one without, zero between the groups."""
+    """Returns the weight of a grouped convolution as an ungrouped weight, with zeros between the groups."""
     if groups == 1:
         return weight
     parts = weight.reshape(groups, weight.shape[0] // groups, *weight.shape[1:])
@@ -174,14 +175,14 @@ def dense_of_blocks(places: Places, outputs: int, inputs: int, kernel: Sequence[
 
 
 def dense_of_every_block(values: Tensor, outputs: int, kernel: Sequence[int]) -> Tensor:
-    """Returns the dense weight, (outputs, inputs, *kernel), of what `every_block` made."""
+    """Returns the dense weight, (outputs, inputs, *kernel), from the result of `every_block`."""
     stripes, taps = len(values), math.prod(kernel)
     grid = values.reshape(stripes, taps, values.shape[1] // taps, STRIPE).permute(0, 3, 2, 1)
     return grid.reshape(stripes * STRIPE, values.shape[1] // taps, *kernel)[:outputs]
 
 
 def dense_of_rows(places: Places, outputs: int, inputs: int, kernel: Sequence[int]) -> Tensor:
-    """Returns the dense weight, (outputs, inputs, *kernel), of rows that share their places in groups."""
+    """Returns the dense weight, (outputs, inputs, *kernel), of rows that share positions in groups."""
     values, row_pointer, channel, tap = places
     count, rows = values.shape
     taps, groups = kernel[0] * kernel[1], row_pointer.numel() - 1
@@ -193,6 +194,6 @@ def dense_of_rows(places: Places, outputs: int, inputs: int, kernel: Sequence[in
 
 
 def _pointer(rows: Tensor, count: int) -> Tensor:
-    """Returns where each row begins in a list that is sorted by rows, int32 (count + 1)."""
+    """Returns the start of each row in a list sorted by rows, int32 (count + 1)."""
     counts = torch.bincount(rows, minlength=count)
     return functional.pad(counts.cumsum(0), (1, 0)).int()

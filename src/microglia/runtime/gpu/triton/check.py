@@ -1,4 +1,4 @@
-"""Indices of blocks, checked on the host: once for tensors that stay as they are, not at every call."""
+"""Checks indices of blocks on the host: once for unchanged tensors, not at every call."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ _sound: dict[tuple[int, ...], _Seen] = {}
 
 
 def check_places(places: Places, outputs: int, inputs: int, kernel: Sequence[int]) -> None:
-    """Checks that blocks are those of a weight of this size.
+    """Checks that blocks fit a weight of this size.
 
     Args:
         places: The blocks, on any device.
-        outputs: Of the layer.
-        inputs: Of the layer, all groups together.
+        outputs: Outputs of the layer.
+        inputs: Inputs of the layer, all groups together.
         kernel: Height and width; (1, 1) of a linear layer.
 
     Raises:
         MicrogliaError: A tensor of another type or shape, a row pointer that falls or does not end at the number of
-            blocks, a first channel outside the input or no multiple of the block's inputs, or a tap outside the kernel.
+            blocks, a first channel outside the input or not a multiple of the block's inputs, or a tap outside the kernel.
     """
     values, row_pointer, channel, tap = places
     if values.ndim != 3 or values.shape[1] not in WIDTHS or values.shape[2] not in STRIPES:
@@ -57,10 +57,10 @@ def check_places(places: Places, outputs: int, inputs: int, kernel: Sequence[int
 
 
 def check_once(places: Places, outputs: int, inputs: int, kernel: Sequence[int]) -> None:
-    """Checks blocks as `check_places` does, and the same tensors again only after something has written into them.
+    """Checks blocks as `check_places` does, and the same tensors again only after they changed.
 
-    A check waits for the GPU. Tensors made in inference mode do not tell when they are written into: of these the first
-    check counts. The kernels themselves read nothing outside of what they are given, whatever the indices are.
+    A check waits for the GPU. Tensors made in inference mode do not record writes; for these only the first check counts. The
+    kernels themselves never read outside their tensors, for all indices.
     """
     tensors = [tensor for tensor in places if tensor is not None]
     key = (*map(id, tensors), outputs, inputs, *kernel)

@@ -1,7 +1,7 @@
-"""The Triton kernels: blocks of a weight times what they read of an image, as a convolution that is never written out.
+"""The Triton kernels: an implicit convolution that multiplies blocks of a weight by the pixels that they read.
 
-The only file that imports triton, and imported only where a kernel is about to run. ``TRITON_INTERPRET=1``, set before that,
-runs the same kernels in Triton's interpreter, on the CPU.
+This is the only file that imports triton; it is imported just before a kernel runs. With ``TRITON_INTERPRET=1`` set before, the
+same kernels run in Triton's interpreter, on the CPU.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import triton.language as tl
 
 @triton.jit
 def activated(x, ACTIVATION: tl.constexpr):
-    """Returns an activation by its number in `microglia.runtime.operators.ACTIVATIONS`; what is not a number stays so."""
+    """Returns an activation by its number in `microglia.runtime.operators.ACTIVATIONS`; NaN stays NaN."""
     if ACTIVATION == 1 or ACTIVATION == 2:
         x = tl.where(x < 0, 0.0, x)
     if ACTIVATION == 2:
@@ -24,7 +24,7 @@ def activated(x, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def taps_inside(top, left, height, width, dilation_h, dilation_w, KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr):
-    """Returns for each output pixel one bit for each tap: whether it reads inside the image. At most 32 taps."""
+    """Returns one bit per tap for each output pixel: whether it reads inside the image. At most 32 taps."""
     bits = tl.zeros_like(top)
     for tap in tl.static_range(KERNEL_H * KERNEL_W):
         row = top + (tap // KERNEL_W) * dilation_h
@@ -34,7 +34,7 @@ def taps_inside(top, left, height, width, dilation_h, dilation_w, KERNEL_H: tl.c
     return bits
 
 
-# Sizes for which no other code would be made: otherwise each layer of a network would be compiled anew.
+# Sizes that need no specialized code: otherwise each layer of a network would be compiled again.
 PLAIN = ("blocks", "stripes", "height", "width", "out_height", "out_width", "stride_h", "stride_w", "padding_h", "padding_w")
 PLAIN += ("dilation_h", "dilation_w")
 
@@ -42,7 +42,7 @@ PLAIN += ("dilation_h", "dilation_w")
 @triton.jit(do_not_specialize=PLAIN)
 def block_kernel(
     x,
-    values,  # (blocks, WIDTH, STRIPE): the columns of a stripe lie below each other, as the product takes them
+    values,  # (blocks, WIDTH, STRIPE): the columns of a stripe lie below each other, the layout of the product
     row_pointer,
     channel,
     tap,
@@ -58,7 +58,7 @@ def block_kernel(
     outputs,
     out_height,
     out_width,
-    readable,  # pixels from which may be read, those that only fill up a tile among them
+    readable,  # pixels that may be read, including those that only fill a tile
     x_image,  # strides, in elements: of x, then of y and the residual
     x_channel,
     x_row,
@@ -84,16 +84,16 @@ def block_kernel(
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     BORDER: tl.constexpr,  # whether a tap can read outside the image
-    FLAT: tl.constexpr,  # whether an image is one pixel, as of a linear layer
+    FLAT: tl.constexpr,  # whether an image is one pixel, as for a linear layer
     IMAGES_LAST: tl.constexpr,  # whether the images are neighbours in memory: the order in which pixels are taken
     WIDE: tl.constexpr,  # whether an offset needs 64 bits
-    PRECISION: tl.constexpr,  # of a product of float32: ieee or tf32
+    PRECISION: tl.constexpr,  # precision of a float32 product: ieee or tf32
     WIDEN: tl.constexpr,  # for Triton's interpreter, whose product does not know bfloat16
 ):
     """Computes one stripe of outputs for one tile of pixels.
 
-    Programs of one tile follow each other, so that its pixels are in the L2 cache when the next stripe reads them. A place
-    outside the weight (an index that is damaged) counts as zero: nothing is read outside x.
+    Programs of one tile follow each other, so that its pixels are in the L2 cache when the next stripe reads them. A position
+    outside the weight (a damaged index) counts as zero: nothing outside x is read.
     """
     stripe = tl.program_id(0) % stripes
     pixel = (tl.program_id(0) // stripes) * PIXELS + tl.arange(0, PIXELS)
@@ -130,7 +130,7 @@ def block_kernel(
         entry = step + tl.arange(0, COLUMNS)
         live = entry < end
         block = entry // WIDTH
-        # Of a block of several inputs the first is a multiple of their number: then its inputs are read at once.
+        # The first input of a wide block is a multiple of the block's width, so its inputs are read at once.
         first = (tl.load(channel + block, mask=live, other=0) // WIDTH) * WIDTH
         read = first + entry % WIDTH
         if WIDTH > 1:
@@ -167,7 +167,7 @@ def block_kernel(
 
 @triton.jit
 def turn_kernel(x, y, rows, columns, x_row, y_column, SIDE: tl.constexpr, WIDE: tl.constexpr):
-    """Writes a matrix with its columns first: y[column, row] = x[row, column]."""
+    """Writes the transposed matrix: y[column, row] = x[row, column]."""
     across = tl.cdiv(columns, SIDE)
     row = (tl.program_id(0) // across) * SIDE + tl.arange(0, SIDE)
     column = (tl.program_id(0) % across) * SIDE + tl.arange(0, SIDE)

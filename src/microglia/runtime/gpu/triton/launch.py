@@ -1,8 +1,7 @@
-"""The operators: what they are given is checked, laid out for the kernels, and launched.
+"""The operators: they check their arguments, lay them out for the kernels, and launch these.
 
-The layout is that of the CPU's kernels: images in channels last in and out, blocks as
-`microglia.runtime.sparse_layers.layout` stores them, of which `block_conv2d` also takes those of 32, 64 and 128 outputs and
-of 16, 32 and 64 inputs.
+The layout is that of the CPU's kernels: images in channels last, blocks as in `microglia.runtime.sparse_layers.layout`.
+`block_conv2d` also takes blocks of 32, 64 and 128 outputs and of 16, 32 and 64 inputs.
 """
 
 from __future__ import annotations
@@ -22,28 +21,28 @@ from microglia.runtime.gpu.triton.tiles import Tile, fastest_tile, tiles
 from microglia.runtime.sparse_layers.layout import Places
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-"""Of activations and weights alike; sums are float32."""
+"""Dtypes of activations and weights; sums are float32."""
 MASKED_TAPS = 32
-"""Positions of a kernel of which one integer can tell which lie inside the image; above, the image gets its zeros."""
+"""Up to this many kernel positions, one integer holds a bit per position; beyond, the image is padded."""
 ALIGNMENT = 16
-"""Elements to which the rows of a turned matrix are rounded up, so that loads are whole."""
+"""Rows of a transposed matrix are padded to a multiple of this many elements, so that loads are aligned."""
 SIDE = 64
 """Of the square that one program turns."""
 INTEGER = 2**31
-"""From so many elements on, offsets need 64 bits."""
+"""From this many elements on, offsets need 64 bits."""
 LARGEST = 2**26
-"""Stride, padding and dilation stay below, so that places outside the image are counted without overflow."""
+"""Upper bound of stride, padding and dilation, so that positions outside the image do not overflow."""
 
 Pair = Sequence[int]
 
 
 class Problem(NamedTuple):
-    """A convolution as the kernel takes it: a linear layer, and a 1x1 convolution, is one of images of one pixel."""
+    """A convolution in the kernel's terms; a linear layer or 1x1 convolution works on images of one pixel."""
 
     x: Tensor  # (images, channels, height, width), channels last
     places: Places
     bias: Tensor | None
-    residual: Tensor | None  # as y
+    residual: Tensor | None  # dtype and shape of y
     y: Tensor  # (images, outputs, height, width), channels last
     kernel: Pair
     stride: Pair
@@ -71,23 +70,23 @@ def block_conv2d(
     """Returns activation(convolution(x) + bias + residual), (batch, outputs, height, width) in channels last.
 
     Args:
-        x: (batch, inputs, height, width), copied where it is not in channels last.
-        values: (blocks, inputs of a block, outputs of a block), of the type of ``x``.
-        row_pointer: As the two following, of `microglia.runtime.sparse_layers.layout.Places`.
+        x: (batch, inputs, height, width), copied if it is not in channels last.
+        values: (blocks, inputs of a block, outputs of a block), with the dtype of ``x``.
+        row_pointer: See `microglia.runtime.sparse_layers.layout.Places`, as for the two following arguments.
         channel: First input of each block, a multiple of its inputs.
-        tap: None of a 1x1 kernel.
-        bias: (outputs,) of the type of ``x`` or in float32, or None.
-        residual: Of the output's shape and type, or None.
+        tap: Position in the kernel of each block; None for a 1x1 kernel.
+        bias: (outputs,) with the dtype of ``x`` or in float32, or None.
+        residual: A tensor with the output's shape and dtype, or None.
         outputs: Output channels.
-        kernel: Height and width, as the three following pairs.
-        stride: Of the output's pixels.
-        padding: Zeros on either side.
-        dilation: Between the taps.
+        kernel: Height and width, the order also of the three following pairs.
+        stride: Stride of the output's pixels.
+        padding: Zeros on each side.
+        dilation: Distance between the taps.
         activation: Number in `microglia.runtime.operators.ACTIVATIONS`.
-        tile: How the work is cut; None for the fastest, found by timing when a problem is first met.
+        tile: Partition of the work; None for the fastest, found by timing at the first call with a problem.
 
     Raises:
-        MicrogliaError: Tensors, indices or a geometry that do not fit each other.
+        MicrogliaError: Tensors, indices or geometry do not fit each other.
     """
     places = Places(values, row_pointer, channel, tap)
     if x.ndim != 4:
@@ -132,7 +131,7 @@ def block_linear(
 
     Args:
         x: (..., inputs).
-        values: As all others, of `block_conv2d`.
+        values: See `block_conv2d`, as for all following arguments.
         row_pointer: See there.
         channel: See there.
         bias: See there.
@@ -142,7 +141,7 @@ def block_linear(
         tile: See there.
 
     Raises:
-        MicrogliaError: Tensors or indices that do not fit each other.
+        MicrogliaError: Tensors or indices do not fit each other.
     """
     places, shape = Places(values, row_pointer, channel, None), (*x.shape[:-1], outputs)
     if x.ndim < 1 or x.shape[-1] < 1 or not 0 <= activation <= 3:
@@ -203,16 +202,16 @@ def _run(problem: Problem, tile: Tile | None) -> None:
 
 
 def _key(problem: Problem) -> tuple[Any, ...]:
-    """Returns what the time of a problem depends on."""
+    """Returns the key of a problem: all that its time depends on."""
     x, places = problem.x, problem.places
     sizes = (tuple(x.shape), tuple(problem.y.shape), tuple(places.values.shape), problem.residual is None)
     return (*sizes, x.element_size(), x.device, *map(tuple, problem[5:9]))
 
 
 def turned(x: Tensor) -> Tensor:
-    """Returns an image batch with its images as neighbours: (height x width x channels, images, rounded up).
+    """Returns an image batch with the images in the last dimension: (height x width x channels, images, rounded up).
 
-    What lies behind the last image is not written: it is read for outputs that do not exist.
+    The padding after the last image is not initialized: only outputs that do not exist read it.
 
     Args:
         x: (images, channels, height, width) in channels last.
@@ -235,7 +234,7 @@ def _launch(problem: Problem, tile: Tile) -> Tensor:
     outputs, out_height, out_width = y.shape[1:]
     flat = height == width == out_height == out_width == 1
     source = turned(x) if tile.turned else x
-    step = source.shape[1] if tile.turned else 1  # between neighbours that are not images
+    step = source.shape[1] if tile.turned else 1  # between neighbours that are pixels, not images
     x_strides = (1 if tile.turned else height * width * channels, step, width * channels * step, channels * step)
     y_strides = (out_height * out_width * outputs, 1, out_width * outputs, outputs)
     stripes, pixels = places.row_pointer.numel() - 1, images * out_height * out_width
@@ -256,6 +255,6 @@ def _launch(problem: Problem, tile: Tile) -> Tensor:
 
 
 def _precision(taps: int) -> str:
-    """Returns how float32 is multiplied: as PyTorch is set to multiply it in convolutions and in matrix products."""
+    """Returns the precision of float32 products, from PyTorch's settings for convolutions and matrix products."""
     rounded = torch.backends.cudnn.allow_tf32 if taps > 1 else torch.backends.cuda.matmul.allow_tf32
     return "tf32" if rounded else "ieee"

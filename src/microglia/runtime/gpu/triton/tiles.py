@@ -1,4 +1,4 @@
-"""What one program of a kernel computes: the sizes worth trying, and the fastest of them for a problem."""
+"""Tile sizes, the work of one program of a kernel: the sizes to try, and the fastest for a problem."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from torch import Tensor
 from microglia.core.errors import MicrogliaError
 
 COALESCED = 16
-"""Bytes of one load: inputs of a block that fill them are read from an image in channels last as fast as any others."""
+"""Bytes of one load; if the inputs of a block fill them, reading an image in channels last is at full speed."""
 
 
 class Tile(NamedTuple):
-    """How the work of a layer is cut.
+    """The partition of a layer's work.
 
     Attributes:
-        pixels: Output pixels of a program; 64 or more are what Hopper's matrix instructions take.
+        pixels: Output pixels of a program; Hopper's matrix instructions need 64 or more.
         columns: Columns of the weight in one step of its loop.
-        warps: Of 32 threads.
-        stages: Steps that are under way at once. The indices of a step are read before what they point to, which takes
-            two of them: 5 keep three tiles in shared memory (read from the compiler's report).
-        turned: Whether the image is first copied such that the images of the batch are neighbours in memory. Then every
-            column of the weight reads a run of memory, also where it has one input.
+        warps: Warps of 32 threads.
+        stages: Pipelined steps. Indices are read before the data that they point to, which takes two of the steps: 5 keep three
+            tiles in shared memory (from the compiler's report).
+        turned: Whether the image is first copied so that the images of the batch are neighbours in memory. Then every column of
+            the weight reads contiguous memory, even with one input.
     """
 
     pixels: int
@@ -37,11 +37,12 @@ class Tile(NamedTuple):
 
 _RUNS = ((128, 32, 4, 5), (64, 64, 4, 5), (128, 64, 4, 5), (128, 64, 8, 5), (256, 32, 8, 5), (256, 64, 8, 5))
 _SCATTERED = ((64, 32, 4, 3), (128, 32, 8, 3))
-"""Single elements are loaded through registers: small tiles, which do not spill (128 x 64 with 4 warps does)."""
+"""Tiles for single elements, which are loaded through registers: small, so that they do not spill (128 x 64 with 4 warps
+does)."""
 
 
 def tiles(width: int, element_size: int) -> tuple[Tile, ...]:
-    """Returns the tiles worth timing for blocks of ``width`` inputs, the one to take untimed first."""
+    """Returns the tiles to time for blocks of ``width`` inputs; the first is the default without timing."""
     if width * element_size >= COALESCED:
         return tuple(Tile(*sizes, False) for sizes in _RUNS)
     return (*(Tile(*sizes, True) for sizes in _RUNS), *(Tile(*sizes, False) for sizes in _SCATTERED))
@@ -51,16 +52,16 @@ _chosen: dict[Hashable, Tile] = {}
 
 
 def fastest_tile(problem: Hashable, options: tuple[Tile, ...], run: Callable[[Tile], Tensor], device: torch.device) -> Tile:
-    """Returns the fastest tile for a problem, timed when the problem is first met in this process.
+    """Returns the fastest tile for a problem, timed once per process.
 
-    Not on the CPU (Triton's interpreter), and not while a CUDA graph is captured: then the first option counts, unless
-    the problem was met before.
+    Nothing is timed on the CPU (Triton's interpreter) or while a CUDA graph is captured: then the first option is used, unless
+    the problem was timed before.
 
     Args:
-        problem: What the time depends on.
+        problem: The key of the problem, all that its time depends on.
         options: Tiles to choose from.
         run: Runs the problem with a tile.
-        device: Where it runs.
+        device: Device of the run.
 
     Raises:
         MicrogliaError: No tile runs on this device; the text is that of the last failure.
@@ -75,7 +76,7 @@ def fastest_tile(problem: Hashable, options: tuple[Tile, ...], run: Callable[[Ti
         try:
             run(tile)
             times[tile] = statistics.median(_milliseconds(lambda tile=tile: run(tile)) for _ in range(3))  # type: ignore[misc]
-        except RuntimeError as error:  # a tile that needs more shared memory or registers than this GPU has
+        except RuntimeError as error:  # this tile needs more shared memory or registers than the GPU has
             failure = str(error)
         except Exception as error:
             if type(error).__module__.partition(".")[0] != "triton":

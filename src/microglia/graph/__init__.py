@@ -1,6 +1,6 @@
 """Shrinking: coupled channels found through torch.export, removed physically, verified equal."""
 
-import microglia.graph.cutting.change  # registers the change  # noqa: F401
+from microglia.graph.cutting import change as _registered  # noqa: F401
 from microglia.graph.cutting.plan import Plan, plan_of, replay
 from microglia.graph.cutting.verify import ShrinkError
 from microglia.graph.order.permute import Permutation, permutation_of, permute_channels

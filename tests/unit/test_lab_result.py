@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from microglia.lab.result import Observed, Result, read, written
-from microglia.lab.summary import result_table
 from microglia.measure import measure, measure_latency
 from microglia.methods import Initialization, Predicted, Routing, Search
+from microglia.report.summary import result_table
 from microglia.storage.observations import Observation, observations
 
 RUNS = sorted((Path(__file__).parents[1] / "fixtures" / "0.1.0" / "runs").glob("*/result.json"))

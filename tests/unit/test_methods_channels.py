@@ -15,8 +15,8 @@ from microglia.core.errors import BudgetError, MicrogliaError, PatternError, Sco
 from microglia.data import ImageData
 from microglia.graph.cutting.removal import removal
 from microglia.lab.recipe import method_config, resolve
-from microglia.lab.removed_channels import channels, draw, removal_table
 from microglia.methods import ChannelsConfig, methods
+from microglia.report.removed import channels, draw_removed, removal_table
 from microglia.storage.run import Run
 from microglia.tasks.classification import ImageSource
 from microglia.tasks.task import CLASSIFICATION, CrossEntropy
@@ -258,8 +258,8 @@ def test_what_went_is_shown_layer_by_layer(task: mg.Task, tmp_path: Path) -> Non
     table = removal_table(removed)
     assert table.row_count == 4
     assert "got flops" in table.caption
-    first = draw(removed, "network: $a_b$", tmp_path / "a.png").read_bytes()
-    assert first == draw(removed, "network: $a_b$", tmp_path / "b.png").read_bytes()
+    first = draw_removed(removed, "network: $a_b$", tmp_path / "a.png").read_bytes()
+    assert first == draw_removed(removed, "network: $a_b$", tmp_path / "b.png").read_bytes()
     assert first.startswith(b"\x89PNG")
     mg.methods.OneShot(small, density=0.5)
     assert removal(build(), small)["layers"] == removed["layers"]  # masked since, the same shapes

@@ -6,9 +6,9 @@ from test_report import curves, result, save
 from typer.testing import CliRunner
 
 from microglia.cli.app import app
-from microglia.lab.summary import result_table
 from microglia.report.page import page
 from microglia.report.rows import groups
+from microglia.report.summary import result_table
 from microglia.report.table import markdown
 from microglia.report.write import read_results
 from microglia.tasks.task import SEEN

@@ -16,10 +16,10 @@ from torch.nn import functional
 import microglia as mg
 from microglia.core.batch import Example
 from microglia.core.layers import prunable_layers
-from microglia.lab.accelerating import agreement
 from microglia.scores import Evidence, scores
 from microglia.tasks.metrics import Gathered, Metric, mean_metric
 from microglia.tasks.task import CLASSIFICATION, softened_divergence
+from microglia.train.agreement import agreement
 from microglia.train.recover import recalibrate_on
 
 

@@ -135,8 +135,8 @@ def given_recipe(
     Raises:
         FileError: The file names a model that it may not name without ``--trust``.
     """
-    from microglia.lab.code_folder import admit
     from microglia.lab.recipe import override
+    from microglia.storage.code_folder import admit
 
     asked = override(source, words)
     if file is not None:

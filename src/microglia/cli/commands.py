@@ -17,7 +17,7 @@ from rich.table import Table
 from microglia.cli.app import Checkpoint, Data, Device, Json, Shown, SplitName, Target, command, given_recipe
 from microglia.core.errors import MicrogliaError
 from microglia.core.patterns import PATTERN_FORMS
-from microglia.lab.accelerating import accelerated, acceleration_tables
+from microglia.lab.accelerating import accelerated
 from microglia.lab.execute import execute
 from microglia.lab.recipe import (
     Recipe,
@@ -32,15 +32,16 @@ from microglia.lab.recipe import (
     resolve,
     schema,
 )
-from microglia.lab.removed_channels import PICTURE, removal_table
 from microglia.lab.shrinking import Shrinking, shrink_saved
-from microglia.lab.summary import comparison_table, measurement_table, result_table
 from microglia.lab.sweep import run_sweep
 from microglia.lab.sweep_grid import plan_table, read_sweep
 from microglia.lab.target import open_target
 from microglia.measure import measure as measure_model
 from microglia.methods import MethodConfig
 from microglia.methods import methods as known_methods
+from microglia.report.acceleration import acceleration_tables
+from microglia.report.removed import PICTURE, draw_removed, removal_table
+from microglia.report.summary import comparison_table, measurement_table, result_table
 from microglia.report.write import collect
 from microglia.report.write import export as export_records
 from microglia.report.write import report as write_report
@@ -116,7 +117,8 @@ def prune(
     if result.get("accelerated"):
         shown = [*acceleration_tables(result["accelerated"]), *shown]
     if result.get("removed"):
-        shown = [removal_table(result["removed"]), f"Picture: {directory / PICTURE}", *shown]
+        picture = draw_removed(result["removed"], f"{result['task']}: {resolved.method}", directory / PICTURE)
+        shown = [removal_table(result["removed"]), f"Picture: {picture}", *shown]
     return result, [result_table(result), *shown]
 
 
@@ -140,7 +142,9 @@ def shrink(
     caption = f"The outputs on test inputs differ from the masked model's by {result['difference']:.1e} at most."
     caption += " Biases and shifts of masked channels were set to zero first." if clear else ""
     table = comparison_table(columns, result["latency"], title=f"{result['task']}: shrunk", caption=caption)
-    where = f"Picture: {asked.directory / PICTURE}\nModel: {asked.directory}"
+    title = f"{result['task']}: channels before and after"
+    picture = draw_removed(result["removed"], title, asked.directory / PICTURE)
+    where = f"Picture: {picture}\nModel: {asked.directory}"
     return result, [removal_table(result["removed"]), table, where]
 
 

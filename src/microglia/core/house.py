@@ -6,8 +6,8 @@ from typing import Any
 
 CHANGES: dict[str, str] = {
     "masks": "microglia.storage.masked",
-    "shrunk": "microglia.graph.cutting.plan",
-    "gates": "microglia.dynamic.gates",
+    "shrunk": "microglia.graph.cutting.change",
+    "gates": "microglia.dynamic.change",
     "permuted": "microglia.graph.order.permute",
 }
 """Field of ``plan.json`` -> module that registers this change, in the order in which changes are replayed.

@@ -1,5 +1,6 @@
 """Dynamic pruning: gates inside a model that choose, for every input, which channels are computed (FTWT)."""
 
+from microglia.dynamic import change as _registered  # noqa: F401
 from microglia.dynamic.calibrate import calibrate
 from microglia.dynamic.choose import Estimate, choose_r, estimate, shares
 from microglia.dynamic.counting import COUNTS, Costs, Count, Counter

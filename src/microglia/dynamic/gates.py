@@ -7,8 +7,7 @@ also a functional one, leaves the zeros zero. Source: FTWT; spec, sections 7.2, 
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +19,6 @@ from torch.nn import functional
 from microglia.core.errors import MicrogliaError
 from microglia.dynamic.gate_plan import ACTIVATIONS, RECTIFYING, GatePlan, Site
 from microglia.dynamic.targets import highest, mass, share_of, targets
-from microglia.storage.changes import Change, register_change
 
 GATES = "microglia_gates"
 """Attribute under which a model notes the plan of its gates."""
@@ -244,29 +242,3 @@ def listening(model: nn.Module, listener: Listener, *, fade: float | None = None
         for gate, (previous, faded) in zip(gates, before, strict=True):
             gate.listen(previous)
             gate.fade = faded
-
-
-# ------------------------------------------------------------------------------------------------------------ in a file
-def _executions(model: nn.Module, example: Tensor, batches: Callable[[], Sequence[Tensor]]) -> dict[str, Callable[[], object]]:
-    """Returns the execution that computes the chosen channels alone, on one batch after the other."""
-    from microglia.dynamic.gathered import Gathered  # it executes gates
-    from microglia.dynamic.tuning import tune
-
-    fast = Gathered(model, example)
-    if example.device.type == "cpu":
-        tune(fast)
-    rounds = itertools.cycle(batches())
-    return {"gathered": lambda: fast(next(rounds))}
-
-
-register_change(
-    "gates",
-    Change(
-        of=gate_plan,
-        encode=GatePlan.to_dict,
-        decode=GatePlan.from_dict,
-        replay=attach_gates,
-        chooses="gates",
-        executions=_executions,
-    ),
-)

@@ -1,5 +1,6 @@
 """Shrinking: coupled channels are found through torch.export, removed physically, and verified."""
 
+from microglia.graph.cutting import change as _registered  # noqa: F401
 from microglia.graph.cutting.plan import Plan, plan_of, replay
 from microglia.graph.cutting.verify import ShrinkError
 from microglia.graph.order.permute import Permutation, permutation_of, permute_channels

@@ -24,16 +24,15 @@ from microglia.core.errors import FileError
 from microglia.core.roles import means_role
 from microglia.core.timing import processor_name
 from microglia.lab.accelerating import accelerated
-from microglia.lab.code_folder import ENVIRONMENT, origins
 from microglia.lab.recipe import Recipe, as_dict, begun, completed, method_config, start_of
 from microglia.lab.recipe_task import build_task
-from microglia.lab.removed_channels import PICTURE, draw
 from microglia.lab.result import Result
 from microglia.measure import measure_latency
 from microglia.methods import MethodConfig, methods
 from microglia.methods.procedure import observe
 from microglia.storage.archive import check_whole, load, save, saved_bytes
 from microglia.storage.changes import changes_of
+from microglia.storage.code_folder import ENVIRONMENT, origins
 from microglia.storage.files import write_atomic
 from microglia.storage.run import Run
 from microglia.tasks.classification import ImageSource, check_fit
@@ -132,8 +131,6 @@ def _execute(recipe: Recipe, run: Run, task: Task) -> Result:
     changed: dict[str, Any] = {"masks": {"kept": 0, "total": 0}, "densities": {}, "removed": None}
     for done in changes.values():
         changed.update(done.kind.result(done.value, model, task.build))
-    if (removed := changed["removed"]) is not None and run.directory is not None and run.main:
-        draw(removed, f"{task.name}: {recipe.method}", run.directory / PICTURE)
     result: dict[str, Any] = {
         "recipe": as_dict(recipe),
         "environment": environment(),

@@ -16,7 +16,6 @@ from microglia.graph import ShrinkError, plan_of, shrink
 from microglia.graph.cutting.removal import removal
 from microglia.lab.execute import prove_equal
 from microglia.lab.recipe import MeasureConfig, read_yaml, resolve
-from microglia.lab.removed_channels import PICTURE, draw
 from microglia.lab.target import open_target
 from microglia.measure import measure, measure_latency
 from microglia.storage.archive import PLAN, save, saved_bytes
@@ -88,14 +87,12 @@ def shrink_saved(asked: Shrinking) -> Json:
     prove_equal(small, asked.directory, task.build())
     places = {"masked": (masked, asked.target), "shrunk": (small, asked.directory)}
     observed = {name: {**_observe(task, m), "saved": saved_bytes(at)} for name, (m, at) in places.items()}
-    removed = removal(dense, small)
-    draw(removed, f"{task.name}: channels before and after", asked.directory / PICTURE)
     models = {"dense": dense, "masked": masked, "shrunk": small}
     result = {
         "task": task.name,
         "dense": _dense(asked, task, dense),
         **observed,
-        "removed": removed,
+        "removed": removal(dense, small),
         "difference": difference,
         "latency": _latency(asked, task, models) if asked.latency else None,
     }

@@ -8,10 +8,10 @@ from torch import nn
 
 from microglia.core.errors import RunError
 from microglia.core.registry import unknown_name
-from microglia.lab.code_folder import admit
 from microglia.lab.execute import make_task
 from microglia.lab.recipe import read_yaml, resolve
 from microglia.storage.archive import PLAN, load
+from microglia.storage.code_folder import admit
 from microglia.storage.run import read_json
 from microglia.tasks.classification import check_fit, image_task
 from microglia.tasks.task import Task

@@ -32,6 +32,7 @@ class Axis:
         falling: Whether values fall along the axis.
         unit: Text after a value under the pointer.
         color: Color of the title.
+        upright: Whether the words at ticks stand upright, where they are many.
     """
 
     title: str = ""
@@ -44,6 +45,7 @@ class Axis:
     falling: bool = False
     unit: str = ""
     color: str = "black"
+    upright: bool = False
 
     @property
     def words(self) -> list[str]:
@@ -102,6 +104,27 @@ class Line:
     look: Look = Look()
     notes: Sequence[str] | str = ()
     method: str = ""
+
+
+@dataclass(frozen=True)
+class Bars:
+    """Bars that stand on the axis across; those of a later entry stand in front of an earlier one.
+
+    Attributes:
+        name: Label in the legend.
+        x: Places of the bars.
+        heights: One for each place.
+        color: As HTML writes it.
+        width: Width of a bar, in units of the axis.
+        notes: What the screen says of each bar beside its height; one for each, or empty.
+    """
+
+    name: str
+    x: Sequence[float]
+    heights: Sequence[float]
+    color: str = COLORS[0]
+    width: float = 0.8
+    notes: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -173,6 +196,7 @@ class Panel:
         right_lines: Lines on that axis.
         empty: What it says where it has no line.
         aspect: Height over width of the box; None for what the space gives.
+        bars: Its bars, behind the lines.
     """
 
     x: Axis
@@ -185,6 +209,7 @@ class Panel:
     right_lines: Sequence[Line] = ()
     empty: str = ""
     aspect: float | None = None
+    bars: Sequence[Bars] = ()
 
 
 @dataclass(frozen=True)

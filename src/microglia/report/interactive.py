@@ -12,7 +12,7 @@ import plotly.graph_objects as go
 from plotly.io import to_html
 from plotly.subplots import make_subplots
 
-from microglia.report.chart import Axis, Chart, Field, Line, Panel, Rule
+from microglia.report.chart import Axis, Bars, Chart, Field, Line, Panel, Rule
 
 POLICY = (
     "default-src 'none'; script-src 'unsafe-inline' 'unsafe-eval'; style-src 'unsafe-inline'; img-src data: blob:; "
@@ -59,13 +59,17 @@ def interactive(chart: Chart) -> go.Figure:
 def _draw(figure: go.Figure, panel: Panel, at: dict[str, int], named: set[str]) -> None:
     if panel.field is not None:
         _field(figure, panel, at)
+    for bars in panel.bars:
+        figure.add_trace(_bar(bars, panel.y), **at)
+    if panel.bars:
+        figure.update_layout(barmode="overlay")
     for line in panel.lines:
         figure.add_trace(_trace(line, panel.x, panel.y, named), **at)
     for line in panel.right_lines:
         figure.add_trace(_trace(line, panel.x, panel.right or panel.y, named), secondary_y=True, **at)
     for rule in panel.rules:
         _rule(figure, rule, at)
-    if not panel.lines and panel.empty:
+    if not panel.lines and not panel.bars and panel.empty:
         figure.add_annotation(text=panel.empty, showarrow=False, xref="x domain", yref="y domain", x=0.5, y=0.5, **at)
     figure.update_xaxes(_axis(panel.x, [x for line in panel.lines for x in line.x]), **at)
     figure.update_yaxes(_axis(panel.y, [y for line in panel.lines for y in line.y]), secondary_y=False, **at)
@@ -101,6 +105,18 @@ def _trace(line: Line, x: Axis, y: Axis, named: set[str]) -> go.Scatter:
     )
 
 
+def _bar(bars: Bars, y: Axis) -> go.Bar:
+    return go.Bar(
+        x=_json(bars.x),
+        y=_json(bars.heights),
+        width=bars.width,
+        name=bars.name,
+        marker={"color": bars.color},
+        customdata=[html.escape(note) for note in bars.notes] or None,
+        hovertemplate=f"%{{y:.4g}}{y.unit}" + ("<br>%{customdata}" if bars.notes else ""),
+    )
+
+
 def _bars(values: Sequence[float]) -> dict[str, Any] | None:
     return {"type": "data", "array": list(values), "visible": any(values)} if len(values) else None
 
@@ -126,6 +142,8 @@ def _axis(axis: Axis, values: Sequence[float]) -> dict[str, Any]:
         settings |= {"tickvals": list(axis.ticks), "ticktext": axis.words}
     elif axis.suffix:
         settings["ticksuffix"] = axis.suffix
+    if axis.upright:
+        settings["tickangle"] = -90
     if axis.whole and values and max(values) - min(values) < 8:
         settings["dtick"] = 1
     return settings

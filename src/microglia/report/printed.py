@@ -62,27 +62,37 @@ def save(chart: Chart | Callable[[], Figure], directory: Path, slug: str, name: 
         FileError: They cannot be written.
     """
     written = []
+    for form, content in images(chart).items():
+        path = directory / f"{slug}-{name}.{form}"
+        write_atomic(path, content)
+        written.append(path)
+    return written
+
+
+def images(chart: Chart | Callable[[], Figure], forms: Sequence[str] = ("png", "svg")) -> dict[str, bytes]:
+    """Returns a chart, or a figure of matplotlib by its maker, as the bytes of each form of file."""
+    found = {}
     with mpl.rc_context(STYLE):
         figure = printed(chart) if isinstance(chart, Chart) else chart()
-        for form in ("png", "svg"):
+        for form in forms:
             content = io.BytesIO()
             figure.savefig(content, format=form, dpi=150, metadata={"Date": None} if form == "svg" else {"Software": None})
-            path = directory / f"{slug}-{name}.{form}"
-            write_atomic(path, content.getvalue())
-            written.append(path)
-    return written
+            found[form] = content.getvalue()
+    return found
 
 
 def _draw(figure: Figure, axes: Axes, panel: Panel) -> None:
     if panel.field is not None:
         _field(figure, axes, panel.field, pad=0.12 if panel.right is not None else 0.05)
+    for bars in panel.bars:
+        axes.bar(bars.x, bars.heights, width=bars.width, color=bars.color, label=bars.name)
     named: set[str] = set()
     for line in panel.lines:
         _line(axes, line, listed=line.name not in named)
         named.add(line.name)
     for rule in panel.rules:
         _rule(axes, rule)
-    if not panel.lines and panel.empty:
+    if not panel.lines and not panel.bars and panel.empty:
         axes.text(0.5, 0.5, panel.empty, transform=axes.transAxes, ha="center", va="center")
     if panel.title:
         axes.set_title(panel.title, fontsize="medium")
@@ -167,6 +177,8 @@ def _axis(axes: Axes, which: str, axis: Axis) -> None:
         own.set_inverted(True)
     if len(axis.ticks):
         own.set_ticks(list(axis.ticks), axis.words)
+        if axis.upright:
+            axes.tick_params(axis="x" if which == "x" else "y", labelrotation=90, labelsize=7)
         own.set_minor_locator(NullLocator())
     elif axis.whole:
         own.set_major_locator(MaxNLocator(integer=True))

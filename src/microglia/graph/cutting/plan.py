@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
@@ -16,7 +16,6 @@ from microglia.graph.cutting.graph_model import graph_model
 from microglia.graph.cutting.hugging_face import set_fields
 from microglia.graph.cutting.modules import cut_module
 from microglia.graph.cutting.plan_check import check_form, check_names
-from microglia.storage.changes import Change, register_change
 
 PLAN = "microglia_plan"
 """Attribute under which a shrunk model carries its plan."""
@@ -211,29 +210,6 @@ def give_biases(model: nn.Module, names: tuple[str, ...]) -> None:
         if layer.bias is None:
             outputs = getattr(layer, "out_channels", None) or layer.out_features
             layer.bias = nn.Parameter(layer.weight.new_zeros(outputs))
-
-
-def _result(plan: Plan, model: nn.Module, dense: Callable[[], nn.Module]) -> dict[str, Any]:
-    """Returns which layers lost which of their channels, for a run's result."""
-    from microglia.graph.cutting.removal import removal  # it reads plans
-
-    return {"removed": removal(dense(), model)}
-
-
-register_change(
-    "shrunk",
-    Change(
-        of=lambda model: getattr(model, PLAN, None),
-        encode=lambda plan: plan.to_dict(),
-        decode=lambda written, state: Plan.from_dict(written),
-        replay=replay,
-        alone=True,
-        cuts=True,
-        result=_result,
-        was=lambda plan: plan.model,
-        measured=lambda plan: {"shrunk_from": {"parameters": list(plan.parameters), "MACs": list(plan.macs)}},
-    ),
-)
 
 
 # -------------------------------------------------------------------------------------------------------------- examples

@@ -1,8 +1,7 @@
-"""The channels that a shrunk model lost: a table and a bar picture, layer by layer."""
+"""The channels that a shrunk model lost: a table and a chart of bars, layer by layer."""
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,10 +9,12 @@ from typing import Any
 
 from rich.table import Table
 
+from microglia.report.chart import Axis, Bars, Chart, Panel
 from microglia.storage.files import write_atomic
 
 PICTURE = "channels.png"
-LABELS = 70  # at most so many layers are named under the bars
+LABELS = 70
+"""Largest number of layers that are named under the bars."""
 Json = Mapping[str, Any]
 
 
@@ -50,36 +51,27 @@ def removal_table(removed: Json) -> Table:
     return table
 
 
-def draw(removed: Json, title: str, path: Path) -> Path:
-    """Writes the bar picture: channels per layer before (pale) and after (dark); the same numbers, the same bytes.
+def removal_chart(removed: Json, title: str) -> Chart:
+    """Returns the bars: channels per layer before (pale) and after (dark)."""
+    layers = removed["layers"]
+    names = [layer["name"].removesuffix(".weight") for layer in layers]
+    places, step = list(range(len(layers))), max(1, math.ceil(len(layers) / LABELS))
+    before, after = zip(*(channels(layer) for layer in layers), strict=True) if layers else ((), ())
+    across = Axis(ticks=places[::step], labels=names[::step], limits=(-0.7, len(layers) - 0.3), upright=True)
+    bars = (Bars("before", places, before, "#c9d6df", 0.85, names), Bars("after", places, after, width=0.55, notes=names))
+    size = (max(6.0, min(18.0, 2 + 0.24 * len(layers))), 4.8)
+    return Chart(title, [Panel(across, Axis("output channels"), bars=bars)], size=size)
+
+
+def draw_removed(removed: Json, title: str, path: Path) -> Path:
+    """Writes the bars as a PNG; the same numbers, the same bytes.
 
     Raises:
         FileError: It cannot be written.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import
-    from matplotlib.figure import Figure
+    from microglia.report.printed import images  # slow to import
 
-    layers = removed["layers"]
-    figure = Figure(figsize=(max(6.0, min(18.0, 2 + 0.24 * len(layers))), 4.8), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    places = range(len(layers))
-    before, after = zip(*(channels(layer) for layer in layers), strict=True) if layers else ((), ())
-    axes.bar(places, before, width=0.85, color="#c9d6df", label="before")
-    axes.bar(places, after, width=0.55, color="#0072B2", label="after")
-    step = max(1, math.ceil(len(layers) / LABELS))
-    names = [layer["name"].removesuffix(".weight") for layer in layers]
-    axes.set_xticks(list(places)[::step], names[::step], rotation=90, fontsize=7)
-    axes.set_xlim(-0.7, len(layers) - 0.3)
-    axes.set_ylabel("output channels")
-    axes.set_title(title, parse_math=False)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(True, axis="y", color="0.9")
-    axes.set_axisbelow(True)
-    figure.legend(loc="outside lower center", frameon=False, ncols=2)
-    content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=150, metadata={"Software": None})
-    write_atomic(path, content.getvalue())
+    write_atomic(path, images(removal_chart(removed, title), ("png",))["png"])
     return path
 
 

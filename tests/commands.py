@@ -14,6 +14,7 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
     [
         "microglia.cli.commands",
+        "microglia.cli.studies",
         "accelerate",
         "matplotlib.backends.backend_agg",
         "sklearn.datasets",

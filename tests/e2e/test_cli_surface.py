@@ -141,7 +141,7 @@ def test_peaks_are_inside():
 WRONG = {
     "even side": (("surface", "lenet-300-100", "--side", "4"), "odd number", "got 4"),
     "range": (("surface", "lenet-300-100", "--range", "0"), "above 0; got 0.0"),
-    "normalization": (("surface", "lenet-300-100", "--normalization", "row"), "filter, layer, weight, none; got 'row'"),
+    "normalization": (("surface", "lenet-300-100", "--normalization", "row"), "filter, layer, weight or none; got 'row'"),
     "limit": (("surface", "lenet-300-100", "--limit", "0"), "at least 1; got 0"),
     "split": (("surface", "lenet-300-100", "--split", "all"), "train, validation or test; got 'all'"),
     "target": (("surface", "lenet-301"), "lenet-301", "lenet-300-100"),

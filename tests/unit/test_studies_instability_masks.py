@@ -1,6 +1,7 @@
 """Masks found anew for every epoch at which copies part, over seeds: the search itself, its control, and its resumption."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,9 +14,10 @@ from microglia.methods.lottery import Tickets, tickets
 from microglia.storage.files import digest
 from microglia.storage.run import Run
 from microglia.studies.instability import analysis as room
-from microglia.studies.instability.figures import draw
+from microglia.studies.instability.figures import figures
 from microglia.studies.instability.masks import Rewound
 from microglia.studies.instability.study import Sensing, instability_table, sense
+from microglia.studies.study import draw
 
 TRAIN = {"epochs": 3, "max_batches": 4, "batch_size": 32, "lr": 0.1}
 RECIPE = resolve(
@@ -89,7 +91,7 @@ def test_every_seed_and_epoch_is_told_with_its_spread(asked):
         assert spread["std"] == pytest.approx(abs(values[0] - values[1]) / 2**0.5)
     assert set(told["stable_from"]) == {"dense", "imp", "random"}
     assert instability_table(told).row_count == 6
-    pictures = draw(told, asked.directory)
+    pictures = [Path(path) for path in draw("instability", figures(told), asked.directory)]
     assert all(path.stat().st_size for path in pictures)
 
 

@@ -18,8 +18,11 @@ from microglia.dynamic import Flow, GatePlan, attach_gates, detach_gates, find_s
 from microglia.dynamic.routes import record
 from microglia.lab.execute import execute
 from microglia.lab.recipe import resolve
-from microglia.studies.routes.figures import core_figure
-from microglia.studies.routes.study import Viewing, counter_of, heat_maps, image_data, layer_table, summary_table, view_routes
+from microglia.report.printed import printed as drawn
+from microglia.studies.images import image_data
+from microglia.studies.routes.figures import core_chart
+from microglia.studies.routes.heat import heat_maps
+from microglia.studies.routes.study import Viewing, counter_of, layer_table, summary_table, view_routes
 from microglia.tasks.classification import image_task
 
 RECIPE = {
@@ -201,7 +204,7 @@ class TestPictures:
             {"layer": "one", "filters": 16, "kept": 0.5, "std": 0.1, "core": 4},
             {"layer": "two", "filters": 32, "kept": 0.25, "std": 0.0, "core": 8},
         ]
-        (axes,) = core_figure(layers, "title").axes
+        (axes,) = drawn(core_chart(layers, "title")).axes
         heights = [
             [bar.get_height() for bar in bars] for bars in axes.containers if len(bars) == 2 and hasattr(bars, "patches")
         ]

@@ -15,7 +15,8 @@ from microglia.core.errors import DataError, MicrogliaError
 from microglia.data.shifts import SHIFTS, shifted
 from microglia.dynamic import Flow, GatePlan, attach_gates, find_sites, gates_of, record
 from microglia.measure import count_macs
-from microglia.studies.routes.study import counter_of, image_data
+from microglia.studies.images import image_data
+from microglia.studies.routes.study import counter_of
 from microglia.studies.shifts.study import SEED, Shifting, compare_shifts, shifts_table
 from microglia.tasks.classification import ImageSource, image_task
 

@@ -19,6 +19,7 @@ from typer.core import TyperCommand, TyperGroup
 import microglia
 from microglia.cli.listed import COMMANDS, STUDIES
 from microglia.core.errors import MicrogliaError
+from microglia.studies.study import studies
 
 
 class LazyGroup(TyperGroup):
@@ -26,6 +27,12 @@ class LazyGroup(TyperGroup):
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
+        for name, study in studies.items():  # of another package, or of this one once it is imported
+            if name not in COMMANDS and name not in self.commands:
+                from microglia.cli.derive import derived  # imports torch, which `microglia --help` does without
+
+                derived(study)
+                self.commands[name] = _registered(name)
         known = dict(self.commands)
         listed = {
             name: known.pop(name) if name in known else TyperCommand(name, help=of.sentence, rich_help_panel=of.panel)
@@ -148,6 +155,11 @@ def given_recipe(
 def _imported(name: str) -> Any:
     """Imports the module of a command and returns the command that it registered."""
     import_module(f"microglia.cli.{COMMANDS[name].module}")
+    return _registered(name)
+
+
+def _registered(name: str) -> Any:
+    """Returns the command of a name, once it is registered."""
     info = next(info for info in app.registered_commands if info.callback is not None and info.callback.__name__ == name)
     return typer_main.get_command_from_info(info, pretty_exceptions_short=False, rich_markup_mode="rich")
 

@@ -1,4 +1,4 @@
-"""The command line `microglia`: prune, shrink, eval, measure, routes, shifts, surface, connect, descent, sweep, tickets ..."""
+"""The commands `prune`, `shrink`, `eval`, `measure`, `sweep`, `report`, `methods` and `recipe`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import typer
 import yaml
 from rich.table import Table
 
-from microglia.cli.app import Checkpoint, Data, Device, Json, Shown, SplitName, Target, command, given_recipe
+from microglia.cli.app import Checkpoint, Data, Json, Shown, SplitName, Target, command, given_recipe
 from microglia.core.errors import MicrogliaError
 from microglia.core.patterns import PATTERN_FORMS
 from microglia.lab.accelerating import accelerated
@@ -48,8 +48,6 @@ from microglia.report.write import report as write_report
 from microglia.scores import scores
 from microglia.storage.archive import saved_bytes
 from microglia.storage.changes import changes_of
-from microglia.studies.routes.study import Viewing, layer_table, summary_table, view_routes
-from microglia.studies.shifts.study import Shifting, compare_shifts, shifts_table
 from microglia.tasks.task import SEEN, Split
 from microglia.train.evaluate import evaluate
 
@@ -190,41 +188,6 @@ def measure(
     for done in changes_of(model).values():
         measured.update(done.kind.measured(done.value))
     return measured, [measurement_table(task.name, measured), *shown]
-
-
-@command
-def routes(
-    target: Annotated[str, typer.Argument(help="A run of the method ftwt, or a saved gated model's directory.")],
-    data: Data = None,
-    split: SplitName = "test",
-    layer: Annotated[str | None, typer.Option(help="Layer of the heat maps; default at two thirds of the depth.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Where the pictures go; default RUN/routes.")] = None,
-    device: Device = "auto",
-    json_: Json = False,
-) -> Shown:
-    """Show which filters each input uses in a dynamically pruned network: tables and pictures."""
-    told = view_routes(Viewing(target, _split(split), data, out, layer, device))
-    pictures = "\n".join(f"Picture: {path}" for path in told["pictures"] if path.endswith(".png"))
-    return told, [layer_table(told), summary_table(told), pictures]
-
-
-@command
-def shifts(
-    targets: Annotated[list[str], typer.Argument(help="Runs, saved models or names of networks, on the same data.")],
-    data: Data = None,
-    checkpoint: Checkpoint = None,
-    severity: Annotated[str, typer.Option(help="From 1 (mild) to 5, such as 1,3,5.")] = "1,3,5",
-    limit: Annotated[int | None, typer.Option(help="Test images to use; default all.")] = None,
-    device: Device = "auto",
-    json_: Json = False,
-) -> Shown:
-    """Compare accuracy and operations on clean and on noisy, blurred, compressed and pale test images."""
-    try:
-        severities = tuple(int(word) for word in severity.split(","))
-    except ValueError:
-        raise RecipeError(f"The severities are whole numbers from 1 to 5 such as 1,3,5; got {severity!r}.") from None
-    compared = compare_shifts(Shifting(targets, severities, limit, data, checkpoint, device))
-    return compared, [shifts_table(compared)]
 
 
 @command

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from microglia.studies.listed import LISTED
+
 PRUNE, LOOK, STUDIES = "Prune", "Look and compare", "Studies"
 
 
@@ -35,36 +37,6 @@ COMMANDS = {
     "report": Listed("commands", LOOK, "Collect runs into Markdown tables, figures and one interactive HTML page."),
     "methods": Listed("commands", LOOK, "List the methods and scores there are, with their defaults."),
     "recipe": Listed("commands", LOOK, "Print a recipe with every default filled in, or the JSON schema of recipes."),
-    "routes": Listed(
-        "commands", STUDIES, "Show which filters each input uses in a dynamically pruned network: tables and pictures."
-    ),
-    "shifts": Listed(
-        "commands",
-        STUDIES,
-        "Compare accuracy and operations on clean and on noisy, blurred, compressed and pale test images.",
-    ),
-    "connect": Listed(
-        "connect",
-        STUDIES,
-        "Connect two trained networks: how high is the loss on the straight line, and on a curve trained between them?",
-    ),
-    "surface": Listed(
-        "surface", STUDIES, "Picture the loss around a network: a plane of contours and a line, filter-normalized."
-    ),
-    "descent": Listed(
-        "surface",
-        STUDIES,
-        "Train networks of growing width, or on growing data, with noisy labels: does the test error rise and fall again?",
-    ),
-    "instability": Listed(
-        "instability",
-        STUDIES,
-        "Train two copies from each of some epochs on with other noise, and walk the straight line between them.",
-    ),
-    "tickets": Listed(
-        "tickets",
-        STUDIES,
-        "Find lottery tickets and train their controls: iterative, one-shot, other initial weights, random masks.",
-    ),
+    **{name: Listed("studies", STUDIES, place.sentence) for name, place in LISTED.items()},
 }
 """The commands of this package. Another package registers its own with `microglia.cli.app.command`."""

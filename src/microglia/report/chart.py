@@ -32,7 +32,8 @@ class Axis:
         falling: Whether values fall along the axis.
         unit: Text after a value under the pointer.
         color: Color of the title.
-        upright: Whether the words at ticks stand upright, where they are many.
+        upright: Whether the words at the ticks stand upright, where they are long and many.
+        bare: Whether it has neither ticks nor a line.
     """
 
     title: str = ""
@@ -46,6 +47,7 @@ class Axis:
     unit: str = ""
     color: str = "black"
     upright: bool = False
+    bare: bool = False
 
     @property
     def words(self) -> list[str]:
@@ -65,6 +67,7 @@ class Look:
         size: Size of the markers, in points.
         width: Width of the line, in points.
         outline: Color of a thin band around the line, on a dark ground; empty for none.
+        bar: Width of a bar from 0 to each value, in units of x; 0 for points and lines.
     """
 
     color: str = COLORS[0]
@@ -74,6 +77,7 @@ class Look:
     size: float = 6
     width: float = 1.5
     outline: str = ""
+    bar: float = 0.0
 
 
 def look(number: int, size: float = 6) -> Look:
@@ -161,6 +165,9 @@ class Field:
         title: Beside the scale of colors.
         levels: Levels of contours; empty for cells of one color each.
         colors: ``Blues``, ``Viridis`` or ``Viridis_r``.
+        limits: Values of the first and the last color, where colors are linear and there are no levels; None leaves an end to
+            the data.
+        scale: Whether the scale of colors is shown.
         log: Whether colors are on a log scale; the values are positive then.
         ticks: Values to mark at the scale of colors.
         labels: Words at these ticks.
@@ -179,6 +186,8 @@ class Field:
     labels: Sequence[str] = ()
     traced: bool = False
     under: tuple[tuple[str, Any], ...] = ()
+    limits: tuple[float | None, float | None] = (None, None)
+    scale: bool = True
 
 
 @dataclass(frozen=True)
@@ -197,6 +206,7 @@ class Panel:
         empty: What it says where it has no line.
         aspect: Height over width of the box; None for what the space gives.
         bars: Its bars, behind the lines.
+        image: Pixels that the panel shows, uint8 (height, width) or (height, width, 3); None for none.
     """
 
     x: Axis
@@ -210,6 +220,7 @@ class Panel:
     empty: str = ""
     aspect: float | None = None
     bars: Sequence[Bars] = ()
+    image: Any = None
 
 
 @dataclass(frozen=True)

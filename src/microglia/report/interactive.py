@@ -51,6 +51,8 @@ def interactive(chart: Chart) -> go.Figure:
         _draw(figure, panel, {"row": number // chart.columns + 1, "col": number % chart.columns + 1}, named)
     title = (chart.note or chart.title).replace("\n", "<br>")
     figure.update_layout(template="plotly_white", height=chart.height, title=title)
+    if any(line.look.bar for panel in chart.panels for line in panel.lines):
+        figure.update_layout(barmode="overlay")
     if fields:
         figure.update_layout(legend={"orientation": "h", "y": -0.12})  # scales of colors stand on the right
     return figure
@@ -63,6 +65,9 @@ def _draw(figure: go.Figure, panel: Panel, at: dict[str, int], named: set[str]) 
         figure.add_trace(_bar(bars, panel.y), **at)
     if panel.bars:
         figure.update_layout(barmode="overlay")
+    if panel.image is not None:
+        pixels = np.asarray(panel.image)
+        figure.add_trace(go.Image(z=np.stack([pixels] * 3, -1) if pixels.ndim == 2 else pixels), **at)
     for line in panel.lines:
         figure.add_trace(_trace(line, panel.x, panel.y, named), **at)
     for line in panel.right_lines:
@@ -81,13 +86,16 @@ def _draw(figure: go.Figure, panel: Panel, at: dict[str, int], named: set[str]) 
         figure.update_yaxes(_axis(panel.right, []), secondary_y=True, **at)
 
 
-def _trace(line: Line, x: Axis, y: Axis, named: set[str]) -> go.Scatter:
-    """Returns a line; ``named`` are the names that the legend has."""
+def _trace(line: Line, x: Axis, y: Axis, named: set[str]) -> go.Scatter | go.Bar:
+    """Returns a line, or its bars; ``named`` are the names that the legend has."""
     look = line.look
     symbol = SYMBOLS.get(look.marker, look.marker) + ("-open" if look.hollow else "")
     listed = bool(line.name) and line.name not in named
     named.add(line.name)
     said = html.escape(line.notes) if isinstance(line.notes, str) else "%{text}" if line.notes else ""
+    if look.bar:
+        shown = {"name": line.name, "legendgroup": line.name, "showlegend": listed, "marker": {"color": look.color}}
+        return go.Bar(x=_json(line.x), y=_json(line.y), width=look.bar, error_y=_bars(line.y_error), **shown)
     return go.Scatter(
         x=_json(line.x),
         y=_json(line.y),
@@ -129,6 +137,8 @@ def _rule(figure: go.Figure, rule: Rule, at: dict[str, int]) -> None:
 
 def _axis(axis: Axis, values: Sequence[float]) -> dict[str, Any]:
     """Returns the settings of an axis; ``values`` are what it shows."""
+    if axis.bare:
+        return {"visible": False, **({"autorange": "reversed"} if axis.falling else {})}
     log = axis.scale == "log"
     settings: dict[str, Any] = {"title": axis.title, "type": "log" if log else "linear"}
     low, high = axis.limits
@@ -164,6 +174,8 @@ def _field(figure: go.Figure, panel: Panel, at: dict[str, int]) -> None:
         "colorscale": field.colors,
         "name": field.title,
     }
+    if not len(field.levels) and not field.log:
+        shown |= {"zmin": field.limits[0], "zmax": field.limits[1], "showscale": field.scale}
     kind = go.Heatmap
     if len(field.levels):
         low, high = (_height(field, field.levels[place]) for place in (0, -1))

@@ -86,6 +86,8 @@ def _draw(figure: Figure, axes: Axes, panel: Panel) -> None:
         _field(figure, axes, panel.field, pad=0.12 if panel.right is not None else 0.05)
     for bars in panel.bars:
         axes.bar(bars.x, bars.heights, width=bars.width, color=bars.color, label=bars.name)
+    if panel.image is not None:
+        axes.imshow(panel.image, cmap="gray", vmin=0, vmax=255)
     named: set[str] = set()
     for line in panel.lines:
         _line(axes, line, listed=line.name not in named)
@@ -105,7 +107,7 @@ def _draw(figure: Figure, axes: Axes, panel: Panel) -> None:
         for line in panel.right_lines:
             _line(other, line, listed=True)
         _axis(other, "y", panel.right)
-    elif panel.field is None:
+    elif panel.field is None and panel.image is None:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(True, color="0.9")
         axes.set_axisbelow(True)
@@ -113,6 +115,10 @@ def _draw(figure: Figure, axes: Axes, panel: Panel) -> None:
 
 def _line(axes: Axes, line: Line, *, listed: bool) -> None:
     look = line.look
+    if look.bar:
+        label, error = line.name if line.name and listed else None, _bars(line.y_error)
+        axes.bar(line.x, line.y, width=look.bar, color=look.color, yerr=error, ecolor="0.3", capsize=2, label=label)
+        return
     style: dict[str, Any] = {
         "color": look.color,
         "marker": MARKERS[look.marker],
@@ -154,7 +160,10 @@ def _field(figure: Figure, axes: Axes, field: Field, *, pad: float) -> None:
             axes.contour(field.x, field.y, values, levels=field.levels[::2], colors="white", linewidths=0.4, alpha=0.7)
     else:
         scale = LogNorm(1, values.max()) if field.log else None
-        image = axes.pcolormesh(field.x, field.y, values, norm=scale, cmap=colors)
+        low, high = field.limits if scale is None else (None, None)
+        image = axes.pcolormesh(field.x, field.y, values, norm=scale, cmap=colors, vmin=low, vmax=high)
+    if not field.scale:
+        return
     plain = FuncFormatter(lambda value, _: f"{value:g}")
     bar = figure.colorbar(image, ax=axes, label=field.title, pad=pad, format=plain)
     if len(field.ticks):
@@ -165,6 +174,10 @@ def _field(figure: Figure, axes: Axes, field: Field, *, pad: float) -> None:
 def _axis(axes: Axes, which: str, axis: Axis) -> None:
     """Sets scale, limits, ticks and title of the axis ``x`` or ``y``."""
     own = axes.xaxis if which == "x" else axes.yaxis
+    if axis.bare:
+        own.set_ticks([])
+        own.set_inverted(own.get_inverted() or axis.falling)
+        return
     if axis.scale != "linear":
         set_scale = axes.set_xscale if which == "x" else axes.set_yscale
         set_scale(axis.scale, **({"linthresh": 0.01} if axis.scale == "symlog" else {}))
@@ -178,7 +191,7 @@ def _axis(axes: Axes, which: str, axis: Axis) -> None:
     if len(axis.ticks):
         own.set_ticks(list(axis.ticks), axis.words)
         if axis.upright:
-            axes.tick_params(axis="x" if which == "x" else "y", labelrotation=90, labelsize=7)
+            own.set_tick_params(rotation=90, labelsize=7)
         own.set_minor_locator(NullLocator())
     elif axis.whole:
         own.set_major_locator(MaxNLocator(integer=True))

@@ -14,7 +14,7 @@ from microglia.core.errors import MicrogliaError
 from microglia.core.masks import MaskSet, fold, masks_of
 from microglia.lab.target import open_target
 from microglia.storage.changes import changes_of
-from microglia.studies.routes.study import image_data
+from microglia.studies.images import image_data
 from microglia.studies.space.curves import LINE, Curve, on_line
 from microglia.studies.space.points import check_alike, point_of
 from microglia.tasks.task import Task

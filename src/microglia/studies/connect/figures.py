@@ -10,9 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from microglia.report.chart import COLORS, Axis, Chart, Field, Line, Look, Panel
-from microglia.report.figure_files import write_figure
+from microglia.studies.study import Figure
 
-SLUG = "connect"
 PANELS = (("error", "error (%)", 100.0), ("loss", "loss (nats)", 1.0))
 """(metric, title, factor) of the profile's two diagrams."""
 SPLITS = {"train": "dash", "test": "solid"}
@@ -23,22 +22,18 @@ LEAST = 1e-6
 LEVELS = 20
 
 
-def draw(told: Mapping[str, Any], directory: Path) -> list[Path]:
-    """Writes the profile, and the plane where there is one, in every form; returns the paths.
+def figures(told: Mapping[str, Any]) -> list[Figure]:
+    """Returns the profile, and the plane where there is one.
 
     Args:
-        told: What `microglia.studies.connect.study.connect` told.
-        directory: Where.
-
-    Raises:
-        FileError: They cannot be written.
+        told: See `microglia.studies.connect.study.connect`.
     """
     shown = {key: told[key] for key in ("task", "ends", "line", "curve", "ensemble")}
-    paths = write_figure(directory, SLUG, "profile", chart=profile_chart(told), told=shown, rows=profile_rows(told))
+    found = [Figure("profile", profile_chart(told), profile_rows(told), shown)]
     if told["plane"] is not None:
         shown = {key: told[key] for key in ("task", "ends", "plane")}
-        paths += write_figure(directory, SLUG, "plane", chart=plane_chart(told), told=shown, rows=plane_rows(told))
-    return paths
+        found.append(Figure("plane", plane_chart(told), plane_rows(told), shown))
+    return found
 
 
 def profile_rows(told: Mapping[str, Any]) -> list[dict[str, Any]]:

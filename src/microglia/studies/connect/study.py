@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
@@ -17,11 +17,16 @@ from microglia.storage.files import digest
 from microglia.storage.run import Progress, Run
 from microglia.studies.connect.curve_training import train_curve
 from microglia.studies.connect.ends import Ends, open_ends
+from microglia.studies.connect.figures import figures
+from microglia.studies.listed import LISTED
+from microglia.studies.options import Option
+from microglia.studies.places import under_runs
 from microglia.studies.space.curves import Bezier, Chain, Curve, Kind, equispaced, on_line
 from microglia.studies.space.gauge import Gauge
 from microglia.studies.space.plane import evaluate_plane, grid_axes, plane_through
 from microglia.studies.space.points import difference, norm, point_of
 from microglia.studies.space.profile import ensemble, profile, visit_all
+from microglia.studies.study import Study, Work, conduct_in, register
 from microglia.train.engine import accelerator
 from microglia.train.optim import FitConfig, identity
 
@@ -30,6 +35,8 @@ AVERAGED = 11
 """Places of the curve whose networks are averaged."""
 TRAINING = FitConfig(epochs=30, lr=0.03, weight_decay=5e-4)
 """Learning rate and decay as Garipov et al. 2018 trained the curves of residual networks, for 200 epochs there."""
+PARTS = {"epochs": "epochs", "lr": "lr", "batches": "max_batches"}
+"""Options of the curve's training."""
 METRICS = ("train_loss", "train_error", "test_loss", "test_error")
 Json = dict[str, Any]
 
@@ -39,25 +46,26 @@ class Connecting:
     """Which networks to connect, how, and what to measure.
 
     Attributes:
-        targets: Two runs, or directories that `save` wrote; of one architecture, on the same data.
+        targets: Run directories or saved models' of one architecture, on the same data.
         curve: ``bezier``, ``chain``, or ``none`` for the straight line alone.
         bends: Trained points of the curve, at least 1.
         fit: Training of the curve; see `microglia.studies.connect.curve_training.train_curve`.
         data: Data set instead of the runs' own.
         points: Places at equal distances in t at which both paths are measured, at least 2.
         recalibrate: Training batches over which batch-norm statistics are made anew at every place.
-        limit: Batches of each split to look at; None for all.
+        limit: Batches of 256 of each split to look at; None for all.
         plane: Rows and columns of the heat map of the plane through the ends and the middle bend; 0 for none.
         ensemble: Whether to average the networks along the curve.
         seed: Root of every random number.
-        out: Directory that keeps everything, where the same call goes on; None keeps nothing.
+        out: Directory that keeps everything, where the same call goes on. In Python nothing is kept without one; the command
+            has a directory of its own under ``runs``.
         device: ``cpu``, ``cuda`` or ``auto``.
     """
 
-    targets: tuple[str, str]
+    targets: Annotated[tuple[str, str], Option(words=("run_a", "run_b"))]
     curve: str = "bezier"
     bends: int = 1
-    fit: FitConfig = field(default_factory=lambda: TRAINING)
+    fit: Annotated[FitConfig, Option(parts=PARTS)] = field(default_factory=lambda: TRAINING)
     data: str | None = None
     points: int = 61
     recalibrate: int = 100
@@ -66,7 +74,15 @@ class Connecting:
     ensemble: bool = False
     seed: int = 0
     out: Path | None = None
-    device: str = "cpu"
+    device: str = "auto"
+
+    @property
+    def directory(self) -> Path:
+        """Where the command keeps everything: the same command, the same directory."""
+        names = [Path(target).resolve().name for target in self.targets]
+        own = {**asdict(self), "fit": identity(asdict(self.fit)), "device": None, "out": None}
+        own["targets"] = [str(Path(target).resolve()) for target in self.targets]
+        return self.out or under_runs(f"connect-{names[0]}-{names[1]}", own)
 
     @property
     def kind(self) -> Kind | None:
@@ -91,15 +107,15 @@ def connect(asked: Connecting) -> Json:
     Raises:
         MicrogliaError: A target is none, they differ in architecture or data, or a number is out of range.
     """
+    return conduct_in(asked.out, CONNECT, asked)
+
+
+def _begin(asked: Connecting) -> Work[Json]:
     _check(asked)
     ends = open_ends(asked.targets, asked.data)
     _check_apart(asked, ends)
-    run = Run(asked.out, _recipe(asked, ends), seed=asked.seed, device=accelerator(asked.device).device.type)
-    try:
-        result = run.result or _connect(asked, ends, run)
-        return result | {"pictures": _draw(result, asked.out)}
-    finally:
-        run.close()
+    device = accelerator(asked.device).device.type
+    return Work(lambda run: run.result or _connect(asked, ends, run), _recipe(asked, ends), asked.seed, device)
 
 
 def _check(asked: Connecting) -> None:
@@ -170,7 +186,6 @@ def _connect(asked: Connecting, ends: Ends, run: Run) -> Json:
             result["ensemble"] = run.stage("ensemble", lambda _: asdict(ensemble(model, curve.point, gauge, averaged)))
         if asked.plane:
             result["plane"] = run.stage("plane", lambda progress: _plane(asked, model, curve, gauge, progress))
-    run.finish(result)
     return result
 
 
@@ -215,15 +230,6 @@ def _plane(asked: Connecting, model: nn.Module, curve: Curve, gauge: Gauge, prog
     return {**grid.to_dict(), "width": plane.width, "height": plane.height, "places": places, "path": path}
 
 
-def _draw(result: Json, directory: Path | None) -> list[str]:
-    if directory is None:
-        return []
-    # Slow to import, and the command line imports this file for every command.
-    from microglia.studies.connect.figures import draw
-
-    return [str(path) for path in draw(result, directory)]
-
-
 # ----------------------------------------------------------------------------------------------------------- for people
 def connection_table(told: Mapping[str, Any]) -> Table:
     """Returns the table of both paths: what each metric is at the ends, at worst, on average, and how high its barrier is."""
@@ -261,3 +267,17 @@ def sentences(told: Mapping[str, Any]) -> list[str]:
             f"{len(found['ts'])} places {so_far}."
         )
     return said
+
+
+CONNECT = register(
+    Study(
+        "connect",
+        LISTED["connect"].sentence,
+        Connecting,
+        _begin,
+        tables=lambda told: [connection_table(told), *sentences(told)],
+        figures=figures,
+        directory=lambda asked: asked.directory,
+        example="microglia connect runs/a runs/b --curve bezier --plane 15",
+    )
+)

@@ -3,28 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from microglia.report.chart import COLORS, Axis, Chart, Line, Look, Panel, Rule
-from microglia.report.figure_files import write_figure
+from microglia.studies.study import Figure
 
-SLUG = "descent"
 LINES = (("test", Look(COLORS[1], "circle", size=5)), ("train", Look(COLORS[0], "square", "dash", size=5)))
 LABELS = 14  # at most so many places are named at the axis
 
 
-def draw(told: Mapping[str, Any], directory: Path) -> list[Path]:
-    """Writes the figure in every form, named ``descent-width`` or ``descent-samples``; returns the paths.
+def figures(told: Mapping[str, Any]) -> list[Figure]:
+    """Returns the figure, named ``width`` or ``samples``.
 
     Args:
-        told: What `microglia.studies.descent.study.view_descent` told.
-        directory: Where.
-
-    Raises:
-        FileError: They cannot be written.
+        told: See `microglia.studies.descent.study.view_descent`.
     """
-    return write_figure(directory, SLUG, told["over"], chart=descent_chart(told), told=told, rows=told["rows"])
+    return [Figure(told["over"], descent_chart(told), told["rows"], told)]
 
 
 def descent_chart(told: Mapping[str, Any]) -> Chart:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from rich.table import Table
 
@@ -16,17 +14,27 @@ from microglia.data import load_data
 from microglia.storage.run import Run
 from microglia.studies.descent.double_descent import (
     DescentConfig,
-    descend,
     effective_capacity,
     interpolation_threshold,
     member,
+    model_wise,
+    sample_wise,
     with_samples,
 )
+from microglia.studies.descent.figures import figures
+from microglia.studies.listed import LISTED
+from microglia.studies.options import Option
+from microglia.studies.places import under_runs
+from microglia.studies.study import Study, Work, conduct, register
 from microglia.train.engine import accelerator
 
 EPSILON = 0.01
 """Training error below which the noisy labels count as fitted."""
 WIDTHS = (1, 2, 4, 8, 16, 32, 64, 128)
+PARTS = {name: name for name in DescentConfig.__dataclass_fields__}
+"""Options of the training: all its fields."""
+WIDTH = 16
+"""The one width over numbers of samples."""
 Json = dict[str, Any]
 
 
@@ -36,19 +44,21 @@ class Descending:
 
     Attributes:
         config: How.
-        widths: Of the networks; with ``samples`` a single one.
-        samples: Numbers of training images, nested; empty for all of them, width by width.
+        widths: Widths of the networks; with ``samples`` a single one; None for 1,2,4,8,16,32,64,128.
+        samples: Numbers of training images, nested, such as 50,100,200; without any all of them are taken, width by width.
+        width: The one width with ``samples``, instead of ``widths``; None for 16.
         data: Data set.
-        out: Where everything goes; None for a directory of its own under ``runs``. More widths or samples can be added there.
+        out: Directory, to which more widths or samples can be added; None for one of its own under ``runs``.
         device: ``cpu``, ``cuda`` or ``auto``.
     """
 
-    config: DescentConfig = field(default_factory=DescentConfig)
-    widths: Sequence[int] = WIDTHS
-    samples: Sequence[int] = ()
+    config: Annotated[DescentConfig, Option(parts=PARTS)] = field(default_factory=DescentConfig)
+    widths: Annotated[Sequence[int] | None, Option(least=1, example="1,2,4,8")] = None
+    samples: Annotated[Sequence[int], Option(least=1, example="50,100,200")] = ()
+    width: int | None = None
     data: str = "digits"
     out: Path | None = None
-    device: str = "cpu"
+    device: str = "auto"
 
     @property
     def recipe(self) -> Json:
@@ -58,11 +68,7 @@ class Descending:
     @property
     def directory(self) -> Path:
         """Where everything goes."""
-        if self.out is not None:
-            return self.out
-        mark = hashlib.blake2b(json.dumps(self.recipe, sort_keys=True).encode(), digest_size=3).hexdigest()
-        name = f"descent-{self.config.family}-{self.data}-{mark}"
-        return Path("runs") / "".join(c if c.isalnum() or c in "-_." else "_" for c in name)
+        return self.out or under_runs(f"descent-{self.config.family}-{self.data}", self.recipe)
 
 
 def view_descent(asked: Descending) -> Json:
@@ -76,25 +82,30 @@ def view_descent(asked: Descending) -> Json:
     Raises:
         MicrogliaError: A setting is not as it should be, or a training diverged.
     """
-    # Slow to import, and the command line imports this file for every command.
-    from microglia.studies.descent.figures import draw
+    return conduct(DESCENT, asked)
 
-    if asked.samples and len(asked.widths) != 1:
+
+def _begin(asked: Descending) -> Work[Json]:
+    given = (asked.width,) if asked.width is not None else WIDTHS if asked.widths is None else asked.widths
+    if asked.samples and len(given) != 1:
         raise MicrogliaError(
-            f"Over numbers of samples the width is one and the same; got {len(asked.widths)} widths. Give either several "
+            f"Over numbers of samples the width is one and the same; got {len(given)} widths. Give either several "
             "widths, or one width and several numbers of samples."
         )
     device = accelerator(asked.device).device
     data = load_data(asked.data)
-    samples = sorted(set(asked.samples)) or [len(data.train)]
-    cells = [(width, count) for width in sorted(set(asked.widths)) for count in samples]
-    for width, count in cells:  # what is wrong shows before the first training
+    samples, widths = sorted(set(asked.samples)), sorted(set(given))
+    for count in samples:  # what is wrong shows before the first training
         with_samples(data, count)
+    for width in widths:
         member(asked.config.family, width, len(data.classes), data.shape)
-    run = Run(asked.directory, asked.recipe, seed=asked.config.seed, device=device.type)
-    try:
-        rows = descend(data, asked.config, cells, run)
-        result = {
+
+    def measure(run: Run) -> Json:
+        if samples:
+            rows = sample_wise(data, asked.config, samples, widths[0], run)
+        else:
+            rows = model_wise(data, asked.config, widths, run)
+        return {
             "command": "descent",
             "data": data.name,
             "config": asdict(asked.config),
@@ -106,11 +117,22 @@ def view_descent(asked: Descending) -> Json:
             "peak": interior_peak(rows),
             "chance": 1 - 1 / len(data.classes),
         }
-        result["pictures"] = [str(path) for path in draw(result, asked.directory)]
-        run.finish(result)
-        return result
-    finally:
-        run.close()
+
+    return Work(measure, asked.recipe, asked.config.seed, device.type)
+
+
+def _settle(given: Json) -> Json:
+    """Returns the options with one width beside numbers of samples.
+
+    Raises:
+        MicrogliaError: Both vary, or the one width is given without samples.
+    """
+    if given["samples"] is not None and given["widths"] is not None:
+        raise MicrogliaError("Give --widths, or --samples with one --width, not both: one of them varies at a time.")
+    if given["samples"] is None and given["width"] is not None:
+        raise MicrogliaError("--width is the one width of --samples; several are --widths, such as --widths 1,2,4.")
+    one = WIDTH if given["samples"] is not None and given["width"] is None else given["width"]
+    return {**given, "width": one}
 
 
 def interior_peak(rows: Sequence[Mapping[str, Any]]) -> Json | None:
@@ -157,3 +179,18 @@ def sentence(told: Mapping[str, Any]) -> str:
         return f"{fitted} The test error has no peak inside."
     height = f"{100 * peak['test_error']:.2f} %, {100 * peak['height']:.2f} points above the valleys on both sides"
     return f"{fitted} The test error peaks at {over} {peak[over]:,}: {height}."
+
+
+DESCENT = register(
+    Study(
+        "descent",
+        LISTED["descent"].sentence,
+        Descending,
+        _begin,
+        tables=lambda told: [descent_table(told)],
+        figures=figures,
+        directory=lambda asked: asked.directory,
+        settle=_settle,
+        example="microglia descent --data digits --widths 2,4,8,16,32,64 --noise 0.2",
+    )
+)

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from microglia.report.chart import COLORS, DASHES, Axis, Chart, Line, Look, Panel, Rule, look
-from microglia.report.figure_files import write_figure
 from microglia.studies.instability.analysis import STABLE
+from microglia.studies.study import Figure
 
 Json = Mapping[str, Any]
 
 
-def draw(told: Json, directory: Path) -> list[Path]:
-    """Writes instability against k (left) and the test error along each line (right); returns the paths.
+def figures(told: Json) -> list[Figure]:
+    """Returns instability against k beside the test error along each line.
 
-    Raises:
-        FileError: They cannot be written.
+    Args:
+        told: See `microglia.studies.instability.study.sense`.
     """
     rows = [
         {"network": r["network"], "density": r["density"], "epoch": r["epoch"], "seed": r["seed"], "pair": r["pair"]}
@@ -26,7 +25,7 @@ def draw(told: Json, directory: Path) -> list[Path]:
         for r in told["rows"]
         for alpha, train, test in zip(r["alphas"], r["error"]["train"], r["error"]["test"], strict=True)
     ]
-    return write_figure(directory, "instability", "lines", chart=chart(told), told=told, rows=rows)
+    return [Figure("lines", chart(told), rows, told)]
 
 
 def _networks(told: Json) -> list[str]:

@@ -6,21 +6,25 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from rich.table import Table
 
 from microglia.core.errors import MicrogliaError
 from microglia.core.masks import MaskSet, masks_of
 from microglia.lab.execute import make_task
-from microglia.lab.recipe import Recipe, as_dict, begun, method_config
+from microglia.lab.recipe import Recipe, RecipeError, as_dict, begun, method_config
 from microglia.report.spread import Spread
 from microglia.storage.archive import load
 from microglia.storage.files import digest
 from microglia.storage.run import Run
 from microglia.studies.instability.analysis import STABLE, Training, instability, smallest_stable
+from microglia.studies.instability.figures import figures
 from microglia.studies.instability.masks import Rewound, check_rewound
+from microglia.studies.listed import LISTED
+from microglia.studies.options import Option
 from microglia.studies.space.gauge import Gauge
+from microglia.studies.study import Study, Work, register
 from microglia.train.engine import accelerator
 
 Json = dict[str, Any]
@@ -36,28 +40,28 @@ class Sensing:
 
     Attributes:
         recipe: Whose model, data and training are meant; its pruning only where masks are found.
-        at: Epochs of that training, 0 and its last included (the last has no masks to be found for).
-        directory: Of one run for each seed.
+        at: Epochs of that training at which the copies part, 0 and its last included (the last has no masks to be found for).
+        directory: Directory of one run for each seed; the same command goes on there.
         masks: A finished run whose masks are put on at the parting, beside the dense network; None for dense alone.
-        seeds: Initializations.
-        pairs: Of noises for each.
-        points: Of the straight line between the copies.
+        seeds: Initializations, each with masks of its own where they are found.
+        pairs: Pairs of noises for each.
+        points: Points of the straight line between the copies.
         recalibrate: Training batches for the batch-norm statistics of every point.
-        limit: Batches of each split to look at; None for all.
+        limit: Batches of 256 of each split to look at; None for all.
         find: Whether masks are found for every seed and epoch beside the dense network, by the recipe's iterative magnitude
             pruning down to its density, rewound to that very epoch; and as many weights at random as a control.
     """
 
-    recipe: Recipe
-    at: tuple[int, ...]
-    directory: Path
+    recipe: Annotated[Recipe, Option(recipe={"method": "tickets", "prune": {"density": 1.0}}, masked="masks")]
+    at: tuple[int, ...] = (0, 1, 2, 5)
+    directory: Annotated[Path, Option(name="out")] = Path("runs/instability")
     masks: Path | None = None
-    seeds: int = 1
-    pairs: int = 1
-    points: int = 30
-    recalibrate: int = 100
-    limit: int | None = None
-    find: bool = False
+    seeds: Annotated[int, Option(least=1)] = 1
+    pairs: Annotated[int, Option(least=1)] = 1
+    points: Annotated[int, Option(least=3)] = 30
+    recalibrate: Annotated[int, Option(least=0)] = 100
+    limit: Annotated[int | None, Option(least=1)] = None
+    find: Annotated[bool, Option(hidden=True)] = False
 
 
 def sense(asked: Sensing) -> Json:
@@ -176,3 +180,40 @@ def instability_table(told: Json) -> Table:
         name = row["network"] if row["density"] == 1 else f"{row['network']}, {100 * row['density']:.3g} %"
         table.add_row(name, str(row["epoch"]), *cells, f"{100 * row['error']['test']:.2f}", "yes" if row["stable"] else "no")
     return table
+
+
+def _stable(told: Json) -> list[str]:
+    return [
+        f"{name}: stable from epoch {epoch} on." if epoch is not None else f"{name}: not stable at any of these epochs."
+        for name, epoch in told["stable_from"].items()
+    ]
+
+
+def _settle(given: Json) -> Json:
+    """Returns the options with masks to be found where a density is given.
+
+    Raises:
+        RecipeError: Masks are given and to be found.
+    """
+    if given["masks"] is not None and given["density"] is not None:
+        raise RecipeError("Masks are either those of a run or found: give --masks or --density, not both.")
+    return {**given, "find": given["density"] is not None}
+
+
+register(
+    Study(
+        "instability",
+        LISTED["instability"].sentence,
+        Sensing,
+        lambda asked: Work(lambda run: sense(asked)),
+        tables=lambda told: [instability_table(told), *_stable(told)],
+        figures=figures,
+        directory=lambda asked: asked.directory,
+        settle=_settle,
+        details=(
+            "Dense alone; beside the masks of a run (--masks); or beside masks found for every seed and epoch by iterative "
+            "magnitude pruning rewound to it, and random ones (--density)."
+        ),
+        example="microglia instability lenet-300-100 --data digits --at 0,1,2 train.epochs=4",
+    )
+)

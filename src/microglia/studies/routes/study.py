@@ -5,38 +5,39 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-import torch
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import nn
 
+from microglia.core.devices import device_of
 from microglia.core.errors import MicrogliaError
 from microglia.core.registry import unknown_name
 from microglia.core.running import twin
-from microglia.data import ImageData
 from microglia.dynamic import (
     Counter,
     Flow,
-    Passage,
     detach_gates,
     frequencies,
     gate_plan,
     gates_of,
-    listening,
     record,
     statistics,
 )
 from microglia.lab.target import open_target
+from microglia.methods import methods
 from microglia.storage.run import read_json
-from microglia.tasks.classification import ImageSource
+from microglia.studies.images import image_data
+from microglia.studies.listed import LISTED
+from microglia.studies.options import Option
+from microglia.studies.places import beside, run_of
+from microglia.studies.routes.figures import Used, class_chart, core_chart, heat_chart
+from microglia.studies.routes.heat import Heat, heat_maps
+from microglia.studies.study import Figure, Study, Work, conduct, register
 from microglia.tasks.task import Split, Task
 from microglia.train.engine import accelerator
 
-SHOWN = 6
-"""Images whose heat maps are drawn, each of another class."""
 Json = dict[str, Any]
 
 
@@ -45,59 +46,40 @@ class Viewing:
     """What to look at.
 
     Attributes:
-        target: A run, or a directory that `save` wrote.
-        split: Of the data, whose inputs are sent through.
+        target: A run that made a gated model, or a saved gated model's directory.
+        split: Part of the data, whose inputs are sent through.
         data: Data set instead of the run's own.
-        out: Where the pictures go; None for ``routes`` in the run, or beside a saved model.
+        out: Directory of the pictures; None for ``routes`` in the run, or beside a saved model.
         layer: Gated convolution whose heat maps are drawn; None for the one at two thirds of the depth.
         device: ``cpu``, ``cuda`` or ``auto``.
     """
 
-    target: str
+    target: Annotated[str, Option(words=("target",))]
     split: Split = "test"
     data: str | None = None
     out: Path | None = None
     layer: str | None = None
-    device: str = "cpu"
-
-    @property
-    def run(self) -> Path | None:
-        """The run that the target is, or whose model it is."""
-        near = (Path(self.target), Path(self.target).resolve().parent)
-        return next((path for path in near if (path / "recipe.yaml").is_file()), None)
+    device: str = "auto"
 
     @property
     def directory(self) -> Path:
         """Where the pictures go."""
-        if self.out is not None:
-            return self.out
-        alone = Path(self.target)
-        return self.run / "routes" if self.run is not None else alone.with_name(f"{alone.resolve().name}-routes")
+        return self.out or beside(self.target, "routes", self.data)
 
 
 @dataclass(frozen=True)
-class Heat:
-    """The response of one layer to some images, dense beside masked.
+class Routes:
+    """What was found.
 
     Attributes:
-        layer: Its name.
-        images: The inputs as bytes, uint8 (images, channels, height, width).
-        dense: Mean over channels of the absolute response of the same weights with all gates open, (images, h, w).
-        masked: The same of what the gated model passes on.
-        cosine: Similarity of the two maps of each image, (images,); of maps without a negative value it is near 1 anyway.
-        correlation: The same of the maps less their means, (images,), which tells more.
-        kept: Filters its gate kept for each image, int64 (images,).
-        filters: Of how many.
+        told: The numbers; see `view_routes`.
+        heat: Heat maps of some images.
+        used: How often each class uses each filter of the layer of the largest diversity.
     """
 
-    layer: str
-    images: Tensor
-    dense: Tensor
-    masked: Tensor
-    cosine: Tensor
-    correlation: Tensor
-    kept: Tensor
-    filters: int
+    told: Json
+    heat: Heat
+    used: Used
 
 
 def view_routes(asked: Viewing) -> Json:
@@ -110,9 +92,10 @@ def view_routes(asked: Viewing) -> Json:
     Raises:
         MicrogliaError: There is no finished gated model, the split is empty, or no gate has the layer asked for.
     """
-    # Slow to import, and the command line imports this file for every command.
-    from microglia.studies.routes.figures import draw
+    return conduct(ROUTES, asked)
 
+
+def _begin(asked: Viewing) -> Work[Routes]:
     model, task = open_target(asked.target, asked.data)
     counter = counter_of(model, task, asked.target)
     data = image_data(task)
@@ -121,6 +104,11 @@ def view_routes(asked: Viewing) -> Json:
     layer = _layer(model, asked.layer)
     device = accelerator(asked.device).device
     model.to(device).eval()
+    return Work(lambda run: _routes(asked, model, task, counter, layer))
+
+
+def _routes(asked: Viewing, model: nn.Module, task: Task, counter: Counter, layer: str) -> Routes:
+    data, device = image_data(task), device_of(model)
     routes = record(model, task.data.batches(asked.split, 256).epoch(0), device)
     told = statistics(routes, counter)
     heat = heat_maps(model, data, asked.split, layer, device)
@@ -129,12 +117,22 @@ def view_routes(asked: Viewing) -> Json:
         "task": task.name,
         "split": asked.split,
         **told,
-        "estimate": _estimate(asked.run),
+        "estimate": _estimate(run_of(asked.target)),
         "heat": {"layer": layer, "cosine": heat.cosine.tolist(), "correlation": heat.correlation.tolist()},
     }
-    used = (widest, frequencies(routes)[widest], data.classes)
-    pictures = draw(result, heat, used, asked.directory)
-    return {**result, "pictures": [str(path) for path in pictures]}
+    return Routes(result, heat, (widest, frequencies(routes)[widest], data.classes))
+
+
+def figures(found: Routes) -> list[Figure]:
+    """Returns the figures of routes, named after the split; pictures alone."""
+    told = found.told
+    title = f"{told['task']}, {told['split']} split"
+    charts = {
+        "core": core_chart(told["layers"], title),
+        "heat": heat_chart(found.heat, title),
+        "classes": class_chart(found.used, title),
+    }
+    return [Figure(name, chart, slug=told["split"]) for name, chart in charts.items()]
 
 
 def counter_of(model: nn.Module, task: Task, target: str) -> Counter:
@@ -145,63 +143,13 @@ def counter_of(model: nn.Module, task: Task, target: str) -> Counter:
     """
     plan = gate_plan(model)
     if plan is None:
+        able = " or ".join(f"--method {name}" for name, one in methods.items() if "gated" in one.config.takes.patterns.values())
         raise MicrogliaError(
             f"The model {target} has no gates, so every input takes the same route. Routes are those of a run with "
-            "--method ftwt; see `microglia methods`."
+            f"{able}; see `microglia methods`."
         )
     plain = detach_gates(twin(model)).eval()
     return Counter(plain, Flow(plain, task.example), plan, task.example)
-
-
-def image_data(task: Task) -> ImageData:
-    """Returns the images of a task.
-
-    Raises:
-        MicrogliaError: It is no task on images.
-    """
-    if not isinstance(task.data, ImageSource):
-        raise MicrogliaError(f"{task.name} is no task on images in memory, and these are what this command looks at.")
-    return task.data.images
-
-
-@torch.no_grad()
-def heat_maps(model: nn.Module, data: ImageData, split: Split, layer: str, device: torch.device | str = "cpu") -> Heat:
-    """Returns the heat maps of the first image of each of some classes; the model, in evaluation mode, stays as it is.
-
-    Source: FTWT; spec, section 7.12.
-
-    Args:
-        model: With gates.
-        data: Its images.
-        split: Where the images are from.
-        layer: A gated convolution.
-        device: Of the model.
-    """
-    images = getattr(data, split)
-    chosen = [int((images.labels == label).nonzero()[0]) for label in images.labels.unique().tolist()[:SHOWN]]
-    shown = images.images[chosen]
-    inputs = data.normalization.apply(shown).to(device)
-    passages: list[Passage] = []
-
-    def hear(passage: Passage) -> None:
-        if passage.gate.site.layer == layer:
-            passages.append(passage)
-
-    with listening(model, hear, fade=0.0):
-        model(inputs)
-    with listening(model, hear):
-        model(inputs)
-    opened, gated = passages
-    dense = opened.response.abs().mean(1).cpu()
-    masked = (gated.response * gated.mask[:, :, None, None]).abs().mean(1).cpu()
-    cosine, correlation = _alike(dense.flatten(1), masked.flatten(1))
-    return Heat(layer, shown, dense, masked, cosine, correlation, gated.mask.sum(1).cpu(), gated.mask.shape[1])
-
-
-def _alike(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns cosine similarity and correlation of the rows, (rows,) each."""
-    apart = (rows - rows.mean(1, keepdim=True) for rows in (one, other))
-    return functional.cosine_similarity(one, other), functional.cosine_similarity(next(apart), next(apart))
 
 
 def _layer(model: nn.Module, asked: str | None) -> str:
@@ -260,3 +208,18 @@ def summary_table(told: Mapping[str, Any]) -> Table:
         "(counts of filters by layer)."
     )
     return table
+
+
+ROUTES = register(
+    Study(
+        "routes",
+        LISTED["routes"].sentence,
+        Viewing,
+        _begin,
+        tables=lambda told: [layer_table(told), summary_table(told)],
+        figures=figures,
+        told=lambda found: found.told,
+        directory=lambda asked: asked.directory,
+        example="microglia routes runs/gated",
+    )
+)

@@ -6,7 +6,7 @@ from collections import Counter as Tally
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from rich.table import Table
@@ -21,15 +21,19 @@ from microglia.dynamic.routes import agreement
 from microglia.lab.target import open_target
 from microglia.measure import count_macs
 from microglia.storage.changes import changes_of
-from microglia.studies.routes.study import counter_of, image_data
+from microglia.studies.images import image_data
+from microglia.studies.listed import LISTED
+from microglia.studies.options import Option
+from microglia.studies.routes.study import counter_of
+from microglia.studies.shifts.figures import CLEAN, figures
+from microglia.studies.study import Study, Work, conduct, register
 from microglia.tasks.classification import ImageSource
 from microglia.tasks.task import Task
 from microglia.train.engine import accelerator
 from microglia.train.evaluate import evaluate
 
-CLEAN = "clean"
 SEED = 0
-"""Of the noise and of the choice of images: every run sees the same."""
+"""Root of the noise and of the choice of images: every run sees the same."""
 Json = dict[str, Any]
 
 
@@ -38,20 +42,22 @@ class Shifting:
     """What to evaluate, under what.
 
     Attributes:
-        targets: Runs, directories that `save` wrote, or names of networks; all on the same data.
-        severities: Of every shift, each from 1 (mild) to 5 (strong).
+        targets: Runs, saved models or names of networks, on the same data.
+        severities: How strong every shift is, each from 1 (mild) to 5.
         limit: Test images to use, drawn once for all; None for all.
         data: Data set instead of the runs' own.
         checkpoint: Trained weights of a network by name.
         device: ``cpu``, ``cuda`` or ``auto``.
+        out: Directory of the figure; None for no figure.
     """
 
-    targets: Sequence[str]
-    severities: Sequence[int] = (1, 3, 5)
+    targets: Annotated[Sequence[str], Option(words=("targets",))]
+    severities: Annotated[Sequence[int], Option(name="severity")] = (1, 3, 5)
     limit: int | None = None
     data: str | None = None
     checkpoint: str | None = None
-    device: str = "cpu"
+    device: str = "auto"
+    out: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -103,11 +109,15 @@ def compare_shifts(asked: Shifting) -> Json:
         ``data``, ``inputs``, and ``runs``: of each ``run`` (as given), ``name``, ``dynamic`` and ``results``, one for the clean
         images (severity 0) and one for each shift and severity, with ``shift``, ``severity``, ``accuracy``, ``macs`` (``mean``
         and ``std`` over inputs, fractions of the dense network's; heads of gates included) and, of a gated model,
-        ``agreement`` of its masks with the targets.
+        ``agreement`` of its masks with the targets; ``pictures``.
 
     Raises:
         MicrogliaError: A target is none, they have different test images, or a number is out of range.
     """
+    return conduct(SHIFTED, asked)
+
+
+def _begin(asked: Shifting) -> Work[Json]:
     _check(asked)
     contenders = [_open(asked, target, name) for target, name in zip(asked.targets, _names(asked.targets), strict=True)]
     data = _common(contenders)
@@ -115,6 +125,10 @@ def compare_shifts(asked: Shifting) -> Json:
     if asked.limit is not None and asked.limit < len(images):  # drawn, for folders are in the order of their classes
         chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(SEED))[: asked.limit]
         images = images.subset(chosen.sort().values)
+    return Work(lambda run: _compare(asked, contenders, data.name, images))
+
+
+def _compare(asked: Shifting, contenders: Sequence[Contender], data: str, images: ImageSet) -> Json:
     results: list[list[Json]] = [[] for _ in contenders]
     for shift, severity, changed in _conditions(images, asked.severities):
         for contender, found in zip(contenders, results, strict=True):
@@ -123,7 +137,7 @@ def compare_shifts(asked: Shifting) -> Json:
         {"run": c.target, "name": c.name, "dynamic": c.counter is not None, "results": found}
         for c, found in zip(contenders, results, strict=True)
     ]
-    return {"data": data.name, "inputs": len(images), "runs": runs}
+    return {"data": data, "inputs": len(images), "runs": runs}
 
 
 def _check(asked: Shifting) -> None:
@@ -195,3 +209,16 @@ def _cell(results: Sequence[Mapping[str, Any]]) -> str:
     accuracy = sum(r["accuracy"] for r in results) / len(results)
     macs = sum(r["macs"]["mean"] for r in results) / len(results)
     return f"{100 * accuracy:.2f} ({100 * macs:.1f})"
+
+
+SHIFTED = register(
+    Study(
+        "shifts",
+        LISTED["shifts"].sentence,
+        Shifting,
+        _begin,
+        tables=lambda compared: [shifts_table(compared)],
+        figures=figures,
+        example="microglia shifts runs/dense runs/gated --severity 1,3,5 --out runs/shifts",
+    )
+)

@@ -3,41 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from microglia.report.chart import COLORS, Axis, Chart, Field, Line, Look, Panel
-from microglia.report.figure_files import write_figure
+from microglia.studies.study import Figure
 
-SLUG = "surface"
 LEVELS = 24
 LEAST = 1e-8
 """In nats: a loss below it is drawn as this one, for a log scale has no 0."""
 
 
-def draw(told: Mapping[str, Any], directory: Path) -> list[Path]:
-    """Writes the plane and the line in every form; returns the paths.
+def figures(told: Mapping[str, Any]) -> list[Figure]:
+    """Returns the plane and the line.
 
     Args:
-        told: What `microglia.studies.surface.study.view_surface` told.
-        directory: Where.
-
-    Raises:
-        FileError: They cannot be written.
+        told: See `microglia.studies.surface.study.view_surface`.
     """
     plane = {key: told[key] for key in ("task", "split", "range", "normalization", "axis", "plane", "trajectory")}
     line = {key: told[key] for key in ("task", "split", "range", "normalization", "line")}
-    figures = (
-        ("plane", plane_chart(told), plane, plane_rows(told)),
-        ("line", line_chart(told), line, told["line"]),
-    )
     return [
-        path
-        for name, chart, content, rows in figures
-        for path in write_figure(directory, SLUG, name, chart=chart, told=content, rows=rows)
+        Figure("plane", plane_chart(told), plane_rows(told), plane),
+        Figure("line", line_chart(told), told["line"], line),
     ]
 
 

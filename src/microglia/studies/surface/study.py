@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from rich.table import Table
 from torch import nn
@@ -16,9 +16,14 @@ from microglia.core.masks import fold, masks_of
 from microglia.lab.target import open_target
 from microglia.storage.files import digest
 from microglia.storage.run import TRAJECTORY, Run
+from microglia.studies.listed import LISTED
+from microglia.studies.options import Option
+from microglia.studies.places import beside, run_of
 from microglia.studies.space.gauge import Gauge
 from microglia.studies.space.points import Point, check_alike, difference, inner, norm, point_of
 from microglia.studies.space.trajectory import Plane, principal_plane, project, read_trajectory
+from microglia.studies.study import Study, Work, conduct, register
+from microglia.studies.surface.figures import figures
 from microglia.studies.surface.grid import Normalization, grid, measure_row, random_direction
 from microglia.tasks.task import Split, Task
 from microglia.train.engine import accelerator
@@ -33,24 +38,25 @@ class Surveying:
     """What to look at, and how closely.
 
     Attributes:
-        target: A run, a directory that `save` wrote, or the name of a network.
+        target: A run directory, a saved model's directory, or a model's name.
         side: Places of the plane in each direction, odd; the line has twice as many.
-        reach: How far the plane goes from the network, in lengths of its directions; with filter-normalized ones 1 is as far
-            as to double or to zero the weights.
-        normalization: Of the directions: ``filter``, ``layer``, ``weight`` or ``none``.
+        reach: Distance from the network to the edge of the plane, in lengths of its directions; with filter-normalized ones 1
+            is as far as to double or to zero the weights.
+        normalization: How long the directions are: by ``filter``, ``layer``, ``weight`` or ``none``.
         limit: Batches of 256 to look at, the same at every place; None for all.
-        split: Of the data, without augmentation.
+        split: Part of the data, without augmentation.
         trajectory: Whether the plane is that of the training's trajectory, where the run keeps one.
         data: Data set instead of the run's own.
         checkpoint: Trained weights of a network by name.
-        seed: Of the directions and of what ``limit`` draws.
-        out: Where everything goes; None for ``surface`` in the run, beside a saved model, or under ``runs``.
+        seed: Root of the directions and of what ``limit`` draws.
+        out: Directory, where the same command goes on; None for ``surface`` in the run, beside a saved model, or under
+            ``runs``.
         device: ``cpu``, ``cuda`` or ``auto``.
     """
 
-    target: str
+    target: Annotated[str, Option(words=("target",))]
     side: int = 25
-    reach: float = 1.0
+    reach: Annotated[float, Option(name="range")] = 1.0
     normalization: Normalization = "filter"
     limit: int | None = None
     split: Split = "train"
@@ -59,26 +65,17 @@ class Surveying:
     checkpoint: str | None = None
     seed: int = 0
     out: Path | None = None
-    device: str = "cpu"
+    device: str = "auto"
 
     @property
     def run(self) -> Path | None:
         """The run that the target is, or whose model it is."""
-        near = (Path(self.target), Path(self.target).resolve().parent)
-        exists = Path(self.target).exists()
-        return next((path for path in near if exists and (path / "recipe.yaml").is_file()), None)
+        return run_of(self.target)
 
     @property
     def directory(self) -> Path:
         """Where everything goes."""
-        if self.out is not None:
-            return self.out
-        if self.run is not None:
-            return self.run / "surface"
-        if (alone := Path(self.target)).is_dir():
-            return alone.with_name(f"{alone.resolve().name}-surface")
-        words = f"surface-{self.target}-{self.data or 'digits'}"
-        return Path("runs") / "".join(c if c.isalnum() or c in "-_." else "_" for c in words)
+        return self.out or beside(self.target, "surface", self.data)
 
 
 @dataclass(frozen=True)
@@ -107,9 +104,10 @@ def view_surface(asked: Surveying) -> Json:
     Raises:
         MicrogliaError: The target or a setting is not as it should be.
     """
-    # Slow to import, and the command line imports this file for every command.
-    from microglia.studies.surface.figures import draw
+    return conduct(SURFACE, asked)
 
+
+def _begin(asked: Surveying) -> Work[Json]:
     axis = grid(asked.side, asked.reach)
     if asked.limit is not None and asked.limit < 1:
         raise MicrogliaError(f"The limit is a number of batches of at least 1; got {asked.limit}.")
@@ -117,20 +115,17 @@ def view_surface(asked: Surveying) -> Json:
     model.to(accelerator(asked.device).device)
     notes: list[str] = []
     plane = _lie(asked, model, notes)
-    run = Run(asked.directory, _recipe(asked, model, task, plane), seed=asked.seed)
-    try:
+
+    def measure(run: Run) -> Json:
         rows, line = _measure(asked, model, task, plane, run)
-        result = _result(asked, task, rows, line) | {
+        return _result(asked, task, rows, line) | {
             "axis": axis,
             "cosine": inner(*plane.directions) / (norm(plane.directions[0]) * norm(plane.directions[1]) or 1.0),
             "trajectory": plane.trajectory,
             "notes": notes,
         }
-        result["pictures"] = [str(path) for path in draw(result, asked.directory)]
-        run.finish(result)
-        return result
-    finally:
-        run.close()
+
+    return Work(measure, _recipe(asked, model, task, plane), asked.seed)
 
 
 def _lie(asked: Surveying, model: nn.Module, notes: list[str]) -> _Plane:
@@ -252,3 +247,17 @@ def surface_table(told: Mapping[str, Any]) -> Table:
         shares = " and ".join(f"{100 * share:.1f} %" for share in told["trajectory"]["explained"])
         table.caption += f" They explain {shares} of the trajectory's variance."
     return table
+
+
+SURFACE = register(
+    Study(
+        "surface",
+        LISTED["surface"].sentence,
+        Surveying,
+        _begin,
+        tables=lambda told: [surface_table(told), *told["notes"]],
+        figures=figures,
+        directory=lambda asked: asked.directory,
+        example="microglia surface runs/a --side 25",
+    )
+)

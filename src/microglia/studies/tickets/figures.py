@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from microglia.report.chart import Axis, Chart, Line, Panel, Rule, look
-from microglia.report.figure_files import write_figure
-from microglia.studies.tickets.statements import ARMS
-from microglia.studies.tickets.study import NAMES
+from microglia.studies.study import Figure
+from microglia.studies.tickets.statements import ARMS, NAMES
 
 Json = Mapping[str, Any]
 PANELS = (("accuracy", "test accuracy at the end (%)", 100.0), ("early_stop", "step of least validation loss", 1.0))
 """(what, title, factor); the paper draws the same two."""
 
 
-def draw(told: Json, directory: Path) -> list[Path]:
-    """Writes the figure in every form, with its data; returns the paths.
+def figures(told: Json) -> list[Figure]:
+    """Returns accuracy and early stopping against density.
 
-    Raises:
-        FileError: They cannot be written.
+    Args:
+        told: See `microglia.studies.tickets.study.find_tickets`.
     """
     rows = [
         {"arm": r["arm"], "level": r["level"], "density": r["density"], "n": r["n"]}
@@ -31,7 +29,7 @@ def draw(told: Json, directory: Path) -> list[Path]:
         }
         for r in told["summary"]
     ]
-    return write_figure(directory, "tickets", "levels", chart=chart(told), told=told, rows=rows)
+    return [Figure("levels", chart(told), rows, told)]
 
 
 def chart(told: Json) -> Chart:

@@ -9,6 +9,14 @@ from typing import Any
 
 ARMS = ("dense", "iterative", "oneshot", "reinit", "shuffle")
 """The whole network; tickets found step by step and at once; of the iterative ones other initial weights and other places."""
+NAMES = {
+    "dense": "dense",
+    "iterative": "winning tickets, iterative",
+    "oneshot": "winning tickets, one-shot",
+    "reinit": "iterative mask, other initial weights",
+    "shuffle": "random mask, same layer counts",
+}
+"""Each arm for people."""
 Json = dict[str, Any]
 
 

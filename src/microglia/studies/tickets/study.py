@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from rich.table import Table
 
@@ -16,16 +16,13 @@ from microglia.methods import LotteryConfig, methods
 from microglia.methods.lottery import Level, Tickets, levels_to
 from microglia.report.spread import Spread
 from microglia.storage.run import Run
+from microglia.studies.listed import LISTED
+from microglia.studies.options import Option
+from microglia.studies.study import Study, Work, register
+from microglia.studies.tickets.figures import figures
 from microglia.studies.tickets.statements import ARMS, statements
 from microglia.train.engine import accelerator
 
-NAMES = {
-    "dense": "dense",
-    "iterative": "winning tickets, iterative",
-    "oneshot": "winning tickets, one-shot",
-    "reinit": "iterative mask, other initial weights",
-    "shuffle": "random mask, same layer counts",
-}
 TITLES = {**{arm: arm for arm in ARMS}, "oneshot": "one-shot", "reinit": "re-initialized", "shuffle": "random mask"}
 Json = dict[str, Any]
 
@@ -35,17 +32,17 @@ class Search:
     """What to run.
 
     Attributes:
-        recipe: Of the method ``tickets``; its density is where the levels end.
-        seeds: How many initializations.
-        draws: Of each random control, at every level and seed.
-        directory: One run for each seed.
-        arms: Which of `ARMS` to train beside the dense network and the iterative tickets.
+        recipe: A recipe of the method ``tickets``; its density is where the levels end.
+        directory: Directory of one run for each seed; the same command goes on there.
+        seeds: Initializations, each with its own order of data.
+        draws: Draws of each random control, at every level and seed.
+        arms: What is trained beside the dense network and the iterative tickets: other initial weights, random masks, one-shot.
     """
 
-    recipe: Recipe
-    directory: Path
-    seeds: int = 3
-    draws: int = 1
+    recipe: Annotated[Recipe, Option(recipe={"method": "tickets"})]
+    directory: Annotated[Path, Option(name="out")] = Path("runs/tickets")
+    seeds: Annotated[int, Option(least=1)] = 3
+    draws: Annotated[int, Option(least=1)] = 1
     arms: tuple[str, ...] = ARMS[2:]
 
 
@@ -162,3 +159,23 @@ def statement_table(told: Json) -> Table:
         verdict = {True: "holds", False: "does not hold", None: unknown}[row["holds"]]
         table.add_row(row["text"], verdict, row["found"])
     return table
+
+
+def _begin(asked: Search) -> Work[Json]:
+    if asked.recipe.prune["density"] is None and asked.recipe.prune["params"] is None:
+        raise RecipeError("Tickets need to know where the levels end: give --density, such as 0.035.")
+    return Work(lambda run: find_tickets(asked))
+
+
+register(
+    Study(
+        "tickets",
+        LISTED["tickets"].sentence,
+        Search,
+        _begin,
+        tables=lambda told: [arm_table(told), statement_table(told)],
+        figures=figures,
+        directory=lambda asked: asked.directory,
+        example="microglia tickets lenet-300-100 --data mnist --density 0.035",
+    )
+)

@@ -1,0 +1,224 @@
+"""The command of a study, derived from its frozen config: names, types and defaults of the fields, help of the docstring."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, Field, fields, replace
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import typer
+
+from microglia.cli.app import Checkpoint, Data, Device, DeviceName, Json, Shown, SplitName, command, given_recipe
+from microglia.core.errors import MicrogliaError
+from microglia.lab.recipe import Recipe, RecipeError, put, read_yaml, resolve
+from microglia.studies.options import Option, described, option_of
+from microglia.studies.study import Study, conduct
+
+SHARED = {"data": Data, "checkpoint": Checkpoint, "device": Device, "split": SplitName}
+"""Options that other commands have too."""
+DENSITY = Annotated[float | None, typer.Option(help="Fraction of the prunable weights to keep, in (0, 1].")]
+RECIPE = Annotated[Path | None, typer.Option(help="YAML recipe; options and KEY=VALUE override it.")]
+WORDS = Annotated[
+    list[str] | None, typer.Argument(metavar="[MODEL] [KEY=VALUE]...", help="A model, then settings of the recipe.")
+]
+OUT = "Directory of everything; the same command goes on there."
+SHOWN = (".png", ".html")
+"""Forms of a figure whose paths are printed."""
+
+
+def derived(study: Study[Any, Any]) -> Callable[..., Any]:
+    """Registers the command of a study and returns it.
+
+    Args:
+        study: Any study; its config's fields become the options.
+    """
+
+    def function(**given: Any) -> Shown:
+        told = conduct(study, configured(study, given))
+        pictures = "\n".join(f"Picture: {path}" for path in told["pictures"] if path.endswith(SHOWN))
+        return told, [*study.tables(told), *([pictures] if pictures else [])]
+
+    function.__name__ = study.name
+    function.__doc__ = "\n\n".join(filter(None, (study.sentence, study.details)))
+    parameters = [p for one in _fields(study) for p in _parameters(one)]
+    last = inspect.Parameter("json_", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Json)
+    function.__signature__ = inspect.Signature([*parameters, last])  # type: ignore[attr-defined]
+    return command(function, example=study.example or None)
+
+
+def configured(study: Study[Any, Any], given: Mapping[str, Any]) -> Any:
+    """Returns the config that options stand for.
+
+    Args:
+        study: Whose config.
+        given: The value of every option, as `derived` declares them.
+
+    Raises:
+        MicrogliaError: An option cannot be read or does not fit another.
+    """
+    settled = study.settle({name: value for name, value in given.items() if name != "json_"})
+    known = [one for one in _fields(study) if not one.option.hidden or one.name in settled]
+    try:
+        return study.config(**{one.name: _value(one, settled, study) for one in known})
+    except ValueError as error:
+        raise MicrogliaError(f"These options do not fit: {error}.") from error
+
+
+class _Asked:
+    """A field of a config, and how it is asked for.
+
+    Attributes:
+        name: Name of the field.
+        option: How it is asked for.
+        asked: Name of the command's parameter.
+        help: Its help text.
+        type: Type of the field without None.
+        optional: Whether it may be None.
+        default: Default of the field; `MISSING` where it has to be given.
+    """
+
+    def __init__(self, one: Field[Any], hint: Any, text: str) -> None:
+        self.name = one.name
+        hint, self.option = option_of(hint)
+        self.asked = (self.option.name or one.name).replace("-", "_")
+        self.help = text or (OUT if self.asked == "out" else "")
+        some = [part for part in get_args(hint) if part is not NoneType] if get_origin(hint) in (Union, UnionType) else [hint]
+        self.optional = len(some) < len(get_args(hint)) and get_origin(hint) in (Union, UnionType)
+        self.type = some[0]
+        self.default: Any = one.default_factory() if one.default_factory is not MISSING else one.default
+
+    @property
+    def sequence(self) -> Any:
+        """Type of the elements of a tuple or sequence of any length; None for another field."""
+        parts = get_args(self.type)
+        several = get_origin(self.type) in (tuple, Sequence) and (len(parts) == 1 or parts[-1] is ...)
+        return parts[0] if several else None
+
+
+def _fields(study: Study[Any, Any]) -> list[_Asked]:
+    hints, texts = get_type_hints(study.config, include_extras=True), described(study.config)
+    return [_Asked(one, hints[one.name], texts.get(one.name, "")) for one in fields(study.config)]
+
+
+# ------------------------------------------------------------------------------------------------------------- declaring
+def _parameters(one: _Asked) -> list[inspect.Parameter]:
+    """Returns the parameters of a command that give a field."""
+    if one.option.hidden:
+        return []
+    if one.option.recipe is not None:
+        own = {"words": WORDS, "data": Data, "density": DENSITY, "recipe": RECIPE, "device": DeviceName}
+        return [_parameter(name, annotation, None) for name, annotation in own.items()]
+    if one.option.parts is not None:
+        return _parts(one)
+    if one.option.words:
+        return _words(one)
+    if one.asked in SHARED:
+        return [_parameter(one.asked, SHARED[one.asked], one.default)]
+    kind, default = one.type, one.default
+    if one.sequence is not None:
+        kind, default = str, None if one.default in (None, ()) else _joined(one.default)
+    elif get_origin(kind) is Literal:
+        kind = str
+    optional = one.optional or (one.sequence is not None and default is None)
+    return [
+        _parameter(one.asked, _option(kind, optional, one.help, one.option.least if one.sequence is None else None), default)
+    ]
+
+
+def _parts(one: _Asked) -> list[inspect.Parameter]:
+    """Returns one option for each part of a field that is a dataclass."""
+    hints, texts = get_type_hints(one.type, include_extras=True), described(one.type)
+    found = {f.name: f for f in fields(one.type)}
+    parameters = []
+    for name, part in (one.option.parts or {}).items():
+        inner = _Asked(found[part], hints[part], texts.get(part, ""))
+        kind = str if get_origin(inner.type) is Literal else inner.type
+        parameters.append(_parameter(name, _option(kind, inner.optional, inner.help), getattr(one.default, part)))
+    return parameters
+
+
+def _words(one: _Asked) -> list[inspect.Parameter]:
+    """Returns the words of a command line that give a field: one, several of any number, or exactly so many."""
+    kind = list[one.sequence] if one.sequence is not None else str  # type: ignore[name-defined]
+    return [
+        _parameter(name, Annotated[kind, typer.Argument(metavar=name.upper(), help=one.help)], inspect.Parameter.empty)
+        for name in one.option.words
+    ]
+
+
+def _option(kind: Any, optional: bool, text: str, least: int | None = None) -> Any:
+    return Annotated[kind | None if optional else kind, typer.Option(help=text, min=least)]
+
+
+def _parameter(name: str, annotation: Any, default: Any) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+def _joined(values: Sequence[Any]) -> str:
+    return ",".join(map(str, values))
+
+
+# --------------------------------------------------------------------------------------------------------------- reading
+def _value(one: _Asked, given: Mapping[str, Any], study: Study[Any, Any]) -> Any:
+    """Returns the value of a field."""
+    if one.option.hidden:
+        return given[one.name]
+    if one.option.recipe is not None:
+        return _recipe(one.option, given, study)
+    if one.option.parts is not None:
+        return replace(one.default, **{part: given[name] for name, part in one.option.parts.items()})
+    if one.option.words:
+        values = [given[name] for name in one.option.words]
+        return tuple(values[0]) if one.sequence is not None else tuple(values) if len(values) > 1 else values[0]
+    if one.sequence is None:
+        return given[one.asked]
+    text = given[one.asked]
+    return one.default if text is None else _read(one, text)
+
+
+def _read(one: _Asked, text: str) -> tuple[Any, ...]:
+    """Returns the values of a list such as ``1,3,5``.
+
+    Raises:
+        MicrogliaError: One of them is none, or below the least.
+    """
+    words, least = [word for word in text.split(",") if word], one.option.least
+    try:
+        found = tuple(one.sequence(word) for word in words)
+    except ValueError:
+        found = ()
+    if one.sequence is str or (found and (least is None or min(found) >= least)):
+        return found
+    kind = "whole numbers" if one.sequence is int else "numbers"
+    low = "" if least is None else f" of at least {least}"
+    example = one.option.example or _joined((one.default or ())[:4])
+    raise RecipeError(f"The {one.name} are {kind}{low} such as {example}; got {text!r}.")
+
+
+def _recipe(how: Option, given: Mapping[str, Any], study: Study[Any, Any]) -> Recipe:
+    """Returns the recipe that a model, settings and options stand for.
+
+    Raises:
+        RecipeError: No model is named, or the recipe cannot be read.
+    """
+    words, file, run = list(given["words"] or []), given["recipe"], given.get(how.masked) if how.masked else None
+    source = read_yaml(run / "recipe.yaml") if run is not None else dict(how.recipe or {})
+    source |= read_yaml(file) if file is not None else {}
+    typed = {
+        "model": words.pop(0) if words and "=" not in words[0] else None,
+        "data": given["data"],
+        "prune.density": given["density"],
+        "device": given["device"],
+    }
+    for key, value in typed.items():
+        if value is not None:
+            source = put(source, key, value)
+    asked = given_recipe(source, words, file or run, typed=typed)
+    if "model" not in asked and not isinstance(asked.get("task"), str):  # a task of one's own brings its model
+        raise RecipeError(
+            f"Which model is to be trained? Name one, such as `{study.example}`, or give a --recipe that names one."
+        )
+    return resolve(asked)

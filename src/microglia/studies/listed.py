@@ -1,0 +1,43 @@
+"""The studies of this library: where each is, and the sentence that lists it, so that a list imports none of them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Place(NamedTuple):
+    """Where a study is.
+
+    Attributes:
+        folder: Of this package; its module ``study`` registers the study.
+        sentence: One line that says what the study shows.
+    """
+
+    folder: str
+    sentence: str
+
+
+LISTED = {
+    "routes": Place("routes", "Show which filters each input uses in a dynamically pruned network: tables and pictures."),
+    "shifts": Place(
+        "shifts", "Compare accuracy and operations on clean and on noisy, blurred, compressed and pale test images."
+    ),
+    "connect": Place(
+        "connect",
+        "Connect two trained networks: how high is the loss on the straight line, and on a curve trained between them?",
+    ),
+    "surface": Place("surface", "Picture the loss around a network: a plane of contours and a line, filter-normalized."),
+    "descent": Place(
+        "descent",
+        "Train networks of growing width, or on growing data, with noisy labels: does the test error rise and fall again?",
+    ),
+    "instability": Place(
+        "instability",
+        "Train two copies from each of some epochs on with other noise, and walk the straight line between them.",
+    ),
+    "tickets": Place(
+        "tickets",
+        "Find lottery tickets and train their controls: iterative, one-shot, other initial weights, random masks.",
+    ),
+}
+"""One line for each study."""

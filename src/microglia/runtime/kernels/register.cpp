@@ -17,9 +17,9 @@ struct Places {  // the index arrays that block and row kernels share, checked f
         row_pointer(plain(row_pointer_, ScalarType::Int, 1, "row_pointer")),
         channel(plain(channel_, ScalarType::Int, 1, "channel")),
         tap(optional_plain(tap_, ScalarType::Byte, channel.size(0), "tap")) {
-    STD_TORCH_CHECK(values.size(0) == channel.size(0), "microglia: values and channel must have the same length");
-    STD_TORCH_CHECK(row_pointer.size(0) == rows + 1, "microglia: row_pointer must have ", rows + 1, " entries, not ",
-                    row_pointer.size(0));
+    MG_CHECK(values.size(0) == channel.size(0), "microglia: values and channel must have the same length");
+    MG_CHECK(row_pointer.size(0) == rows + 1, "microglia: row_pointer must have ", rows + 1, " entries, not ",
+             row_pointer.size(0));
   }
   const float* value_data() const { return static_cast<const float*>(values.const_data_ptr()); }
   const int32_t* row_data() const { return static_cast<const int32_t*>(row_pointer.const_data_ptr()); }
@@ -29,10 +29,10 @@ struct Places {  // the index arrays that block and row kernels share, checked f
 // The type that a layer of blocks runs in: that of its input and of its values.
 ScalarType block_type(const Tensor& x, const Tensor& values) {
   const ScalarType type = x.scalar_type();
-  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16,
-                  "microglia: the input of a block layer must be float32 or bfloat16");
-  STD_TORCH_CHECK(values.scalar_type() == type, "microglia: the input is ", name_of(type), " and the values of the blocks are ",
-                  name_of(values.scalar_type()), ": both must be of one type; convert the module or its input with .to()");
+  MG_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16,
+           "microglia: the input of a block layer must be float32 or bfloat16");
+  MG_CHECK(values.scalar_type() == type, "microglia: the input is ", name_of(type), " and the values of the blocks are ",
+           name_of(values.scalar_type()), ": both must be of one type; convert the module or its input with .to()");
   return type;
 }
 
@@ -40,9 +40,9 @@ struct BlockPlaces : Places {
   BlockPlaces(const Tensor& values_, const Tensor& row_pointer_, const Tensor& channel_, const std::optional<Tensor>& tap_,
               int64_t outputs, ScalarType type)
       : Places(values_, row_pointer_, channel_, tap_, type == ScalarType::Float ? 3 : 4, (outputs + 15) / 16, type) {
-    STD_TORCH_CHECK(values.size(2) == 16 && (type == ScalarType::Float || values.size(3) == 2),
-                    "microglia: values must be (blocks, inputs of a block, 16) in float32, (blocks, pairs of inputs, 16, 2) in "
-                    "bfloat16");
+    MG_CHECK(values.size(2) == 16 && (type == ScalarType::Float || values.size(3) == 2),
+             "microglia: values must be (blocks, inputs of a block, 16) in float32, (blocks, pairs of inputs, 16, 2) in "
+             "bfloat16");
   }
 
   void run(const mg_conv2d& c, const Tensor& x, Tensor& y, const Optional& residual, const Optional& bias,
@@ -67,12 +67,12 @@ struct BlockPlaces : Places {
 
 // The residual, which a layer writes over: `laid_out` is the same memory if it lies as the output would.
 Tensor written_over(const Tensor& residual, const Optional& laid_out, const Tensor& x) {
-  STD_TORCH_CHECK(laid_out.data<char>() == residual.const_data_ptr(),
-                  "microglia: a residual that is written over must lie in memory as the output would");
+  MG_CHECK(laid_out.data<char>() == residual.const_data_ptr(),
+           "microglia: a residual that is written over must lie in memory as the output would");
   const char *read = static_cast<const char*>(x.const_data_ptr()), *written = static_cast<const char*>(residual.const_data_ptr());
   const int64_t element = x.scalar_type() == ScalarType::Float ? 4 : 2;
   const bool apart = written + residual.numel() * element <= read || read + x.numel() * element <= written;
-  STD_TORCH_CHECK(apart, "microglia: a layer cannot write over its own input");
+  MG_CHECK(apart, "microglia: a layer cannot write over its own input");
   return residual;
 }
 
@@ -115,10 +115,10 @@ Tensor run_block_linear(const Tensor& x_, const Tensor& values, const Tensor& ro
                         const std::optional<Tensor>& bias, const std::optional<Tensor>& residual, int64_t out_features,
                         int64_t activation, bool over) {
   const ScalarType type = block_type(x_, values);
-  STD_TORCH_CHECK(x_.is_cpu() && x_.dim() >= 1, "microglia: the input must be a CPU tensor (..., features)");
-  Tensor x = x_.is_contiguous() ? x_ : torch::stable::contiguous(x_);
+  MG_CHECK(x_.is_cpu() && x_.dim() >= 1, "microglia: the input must be a CPU tensor (..., features)");
+  Tensor x = x_.is_contiguous() ? x_ : contiguous(x_);
   int64_t features = x.size(x.dim() - 1), rows = features > 0 ? x.numel() / features : 0;
-  uint32_t threads = torch::stable::get_num_threads();
+  uint32_t threads = get_num_threads();
   mg_conv2d c{1, features, 1, rows, out_features, 1, 1, 1, 1, 0, 0, 1, 1, static_cast<int32_t>(activation),
               static_cast<int32_t>(threads)};
   BlockPlaces p(values, row_pointer, channel, std::nullopt, out_features, type);
@@ -152,7 +152,7 @@ Tensor row_conv2d(const Tensor& x_, const Tensor& values, const Tensor& row_poin
   Tensor x = plain(x_, ScalarType::Float, 4, "the input");
   mg_conv2d c = problem(x, out_channels, kernel, stride, padding, dilation, activation);
   int64_t rows = values.dim() == 2 ? values.size(1) : 0;
-  STD_TORCH_CHECK(rows > 0, "microglia: values must be (entries, rows of a group)");
+  MG_CHECK(rows > 0, "microglia: values must be (entries, rows of a group)");
   Places p(values, row_pointer, channel, tap, 2, (out_channels + rows - 1) / rows);
   Optional b = optional_plain(bias, ScalarType::Float, out_channels, "bias");
   const Sizes shape = output_shape(c);
@@ -169,14 +169,12 @@ Tensor row_conv2d(const Tensor& x_, const Tensor& values, const Tensor& row_poin
   return y;
 }
 
-}  // namespace
+const Registration registered(__FILE__, {{"block_conv2d", Operator<block_conv2d>::call},
+                                         {"block_conv2d_", Operator<block_conv2d_over>::call},
+                                         {"block_linear", Operator<block_linear>::call},
+                                         {"block_linear_", Operator<block_linear_over>::call},
+                                         {"row_conv2d", Operator<row_conv2d>::call}});
 
-STABLE_TORCH_LIBRARY_IMPL(microglia, CPU, m) {
-  m.impl("block_conv2d", TORCH_BOX(&block_conv2d));
-  m.impl("block_conv2d_", TORCH_BOX(&block_conv2d_over));
-  m.impl("block_linear", TORCH_BOX(&block_linear));
-  m.impl("block_linear_", TORCH_BOX(&block_linear_over));
-  m.impl("row_conv2d", TORCH_BOX(&row_conv2d));
-}
+}  // namespace
 
 }  // namespace microglia

@@ -2,32 +2,24 @@
 #ifndef MICROGLIA_REGISTER_H
 #define MICROGLIA_REGISTER_H
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
-
 #include <algorithm>
 #include <cstdint>
 #include <optional>
 #include <vector>
 
 #include "kernels.h"
+#include "tensors.h"
 
 namespace microglia {
 
-using torch::headeronly::MemoryFormat;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 using Sizes = std::vector<int64_t>;
 
 inline void parallel(int64_t begin, int64_t end, int64_t grain, mg_body body, void* context) {
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(begin, end, grain, body, context));
+  MG_CALL(torch_parallel_for(begin, end, grain, body, context));
 }
 
 inline void check(int code, const char* operation) {
-  STD_TORCH_CHECK(code == MG_OK, "microglia::", operation, ": ", mg_error_text(code));
+  MG_CHECK(code == MG_OK, "microglia::", operation, ": ", mg_error_text(code));
 }
 
 inline const char* name_of(ScalarType type) {
@@ -41,9 +33,9 @@ inline const char* name_of(ScalarType type) {
 }
 
 inline Tensor plain(const Tensor& t, ScalarType type, int64_t dimensions, const char* what) {
-  STD_TORCH_CHECK(t.is_cpu() && t.scalar_type() == type && t.dim() == dimensions, "microglia: ", what, " must be a CPU tensor of ",
-                  dimensions, " dimensions in ", name_of(type));
-  return t.is_contiguous() ? t : torch::stable::contiguous(t);  // which asks the dispatcher: a microsecond or two
+  MG_CHECK(t.is_cpu() && t.scalar_type() == type && t.dim() == dimensions, "microglia: ", what, " must be a CPU tensor of ",
+           dimensions, " dimensions in ", name_of(type));
+  return t.is_contiguous() ? t : contiguous(t);  // which asks the dispatcher: a microsecond or two
 }
 
 inline Sizes strides_of(const Sizes& shape, MemoryFormat format) {
@@ -57,11 +49,11 @@ inline Sizes sizes_of(const Tensor& t) { return {t.sizes().begin(), t.sizes().en
 
 // The activations in NHWC order, copied only if they lie otherwise.
 inline Tensor channels_last(const Tensor& x, const char* what, ScalarType type = ScalarType::Float) {
-  STD_TORCH_CHECK(x.is_cpu() && x.scalar_type() == type && x.dim() == 4, "microglia: ", what, " must be a ", name_of(type),
-                  " CPU tensor (batch, channels, height, width)");
+  MG_CHECK(x.is_cpu() && x.scalar_type() == type && x.dim() == 4, "microglia: ", what, " must be a ", name_of(type),
+           " CPU tensor (batch, channels, height, width)");
   const Sizes strides = strides_of(sizes_of(x), MemoryFormat::ChannelsLast);
   const bool so = std::equal(strides.begin(), strides.end(), x.strides().begin());
-  return so ? x : torch::stable::contiguous(x, MemoryFormat::ChannelsLast);
+  return so ? x : contiguous(x, MemoryFormat::ChannelsLast);
 }
 
 struct Optional {  // an optional tensor, made contiguous, with the pointer the kernels take
@@ -75,7 +67,7 @@ struct Optional {  // an optional tensor, made contiguous, with the pointer the 
 inline Optional optional_plain(const std::optional<Tensor>& t, ScalarType type, int64_t length, const char* what) {
   if (!t) return {};
   Tensor held = plain(*t, type, 1, what);
-  STD_TORCH_CHECK(held.size(0) == length, "microglia: ", what, " must have ", length, " entries, not ", held.size(0));
+  MG_CHECK(held.size(0) == length, "microglia: ", what, " must have ", length, " entries, not ", held.size(0));
   return {held};
 }
 
@@ -85,9 +77,9 @@ inline int64_t outputs_of(int64_t size, int64_t kernel, int64_t stride, int64_t 
 
 inline mg_conv2d problem(const Tensor& x, int64_t out_channels, const Sizes& kernel, const Sizes& stride, const Sizes& padding,
                   const Sizes& dilation, int64_t activation) {
-  STD_TORCH_CHECK(kernel.size() == 2 && stride.size() == 2 && padding.size() == 2 && dilation.size() == 2,
-                  "microglia: kernel, stride, padding and dilation must be pairs");
-  uint32_t threads = torch::stable::get_num_threads();
+  MG_CHECK(kernel.size() == 2 && stride.size() == 2 && padding.size() == 2 && dilation.size() == 2,
+           "microglia: kernel, stride, padding and dilation must be pairs");
+  uint32_t threads = get_num_threads();
   return {x.size(0), x.size(1), x.size(2), x.size(3), out_channels, kernel[0], kernel[1], stride[0], stride[1], padding[0],
           padding[1], dilation[0], dilation[1], static_cast<int32_t>(activation), static_cast<int32_t>(threads)};
 }
@@ -95,24 +87,23 @@ inline mg_conv2d problem(const Tensor& x, int64_t out_channels, const Sizes& ker
 inline Sizes output_shape(const mg_conv2d& c) {
   int64_t height = outputs_of(c.height, c.kernel_height, c.stride_height, c.padding_height, c.dilation_height);
   int64_t width = outputs_of(c.width, c.kernel_width, c.stride_width, c.padding_width, c.dilation_width);
-  STD_TORCH_CHECK(c.batch > 0 && c.out_channels > 0 && height > 0 && width > 0, "microglia: the output would be empty");
+  MG_CHECK(c.batch > 0 && c.out_channels > 0 && height > 0 && width > 0, "microglia: the output would be empty");
   return {c.batch, c.out_channels, height, width};
 }
 
-// In float32 or bfloat16; not through the dispatcher, which takes longer than the smallest layers.
+// Not through the dispatcher, which takes longer than the smallest layers.
 inline Tensor empty(const Sizes& shape, MemoryFormat format, ScalarType type = ScalarType::Float) {
   const Sizes strides = strides_of(shape, format);
-  const int32_t dtype = type == ScalarType::Float ? aoti_torch_dtype_float32() : aoti_torch_dtype_bfloat16();
   AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(), strides.data(), dtype,
-                                                         aoti_torch_device_type_cpu(), 0, &handle));
+  MG_CALL(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(), strides.data(), dtype_of(type),
+                                   aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
 }
 
 inline void check_shape(const Tensor& residual, const Sizes& shape) {
   bool same = residual.dim() == static_cast<int64_t>(shape.size());
   for (int64_t d = 0; same && d < residual.dim(); ++d) same = residual.size(d) == shape[static_cast<size_t>(d)];
-  STD_TORCH_CHECK(same, "microglia: the residual must have the shape of the output");
+  MG_CHECK(same, "microglia: the residual must have the shape of the output");
 }
 
 }  // namespace microglia

@@ -20,12 +20,12 @@ class Parts {
   Parts(const Tensor& t, ScalarType type, const char* what) : held_(plain(t, type, 1, what)), what_(what), left_(held_.size(0)) {}
 
   const T* take(int64_t count) {
-    STD_TORCH_CHECK(count >= 0 && count <= left_, "microglia::block_chain: the steps ask for more of ", what_, " than there is");
+    MG_CHECK(count >= 0 && count <= left_, "microglia::block_chain: the steps ask for more of ", what_, " than there is");
     const T* part = static_cast<const T*>(held_.const_data_ptr()) + (held_.size(0) - left_);
     left_ -= count;
     return part;
   }
-  void finish() const { STD_TORCH_CHECK(left_ == 0, "microglia::block_chain: the steps leave ", left_, " of ", what_); }
+  void finish() const { MG_CHECK(left_ == 0, "microglia::block_chain: the steps leave ", left_, " of ", what_); }
 
  private:
   Tensor held_;
@@ -41,11 +41,11 @@ struct Steps {
 
   void add(const int64_t* s, const Sizes& shape) {
     const int64_t count = s[blocks], inputs = s[block_inputs], outputs = s[out_channels];
-    STD_TORCH_CHECK(count >= 0 && inputs >= 1 && inputs <= 8 && outputs >= 1,
-                    "microglia::block_chain: a step has an impossible number of blocks, inputs of a block or outputs");
+    MG_CHECK(count >= 0 && inputs >= 1 && inputs <= 8 && outputs >= 1,
+             "microglia::block_chain: a step has an impossible number of blocks, inputs of a block or outputs");
     const mg_conv2d conv{shape[0], shape[1], shape[2], shape[3], outputs, s[kernel_height], s[kernel_width], s[stride_height],
                          s[stride_width], s[padding_height], s[padding_width], s[dilation_height], s[dilation_width],
-                         static_cast<int32_t>(s[activation]), static_cast<int32_t>(torch::stable::get_num_threads())};
+                         static_cast<int32_t>(s[activation]), static_cast<int32_t>(get_num_threads())};
     const float* weights = values.take(count * inputs * 16);
     const int32_t* pointer = row_pointer.take((outputs + 15) / 16 + 1);
     const mg_blocks places{inputs, count, weights, pointer, channel.take(count), tap.take(count)};
@@ -55,16 +55,16 @@ struct Steps {
 
 std::vector<Tensor> block_chain(const std::vector<Tensor> images_, const Tensor& values, const Tensor& row_pointer,
                                 const Tensor& channel, const Tensor& tap, const Tensor& bias, const Sizes program) {
-  STD_TORCH_CHECK(!images_.empty() && !program.empty() && program.size() % fields == 0,
-                  "microglia::block_chain: there must be an image and whole steps");
-  for (int64_t number : program) STD_TORCH_CHECK(number >= -1 && number <= INT32_MAX, "microglia::block_chain: ", number, " in a step");
+  MG_CHECK(!images_.empty() && !program.empty() && program.size() % fields == 0,
+           "microglia::block_chain: there must be an image and whole steps");
+  for (int64_t number : program) MG_CHECK(number >= -1 && number <= INT32_MAX, "microglia::block_chain: ", number, " in a step");
   std::vector<Tensor> held, out;
   std::vector<Sizes> shapes;  // of all values
   std::vector<mg_image> images;
   for (const Tensor& image : images_) {
     held.push_back(channels_last(image, "the input"));
     const Tensor& x = held.back();
-    STD_TORCH_CHECK(x.size(0) == held[0].size(0), "microglia::block_chain: the images must be of one batch");
+    MG_CHECK(x.size(0) == held[0].size(0), "microglia::block_chain: the images must be of one batch");
     shapes.push_back({x.size(0), x.size(1), x.size(2), x.size(3)});
     images.push_back({static_cast<const float*>(x.const_data_ptr()), x.size(1), x.size(2), x.size(3)});
   }
@@ -72,14 +72,14 @@ std::vector<Tensor> block_chain(const std::vector<Tensor> images_, const Tensor&
              {channel, ScalarType::Int, "channel"}, {tap, ScalarType::Byte, "tap"},    {}};
   std::vector<float*> results;
   for (const int64_t* s = program.data(); s < program.data() + program.size(); s += fields) {
-    STD_TORCH_CHECK(s[input] >= 0 && s[input] < static_cast<int64_t>(shapes.size()),
-                    "microglia::block_chain: a step reads a value that is not there");
-    STD_TORCH_CHECK(s[residual] < static_cast<int64_t>(shapes.size()),
-                    "microglia::block_chain: a step adds a value that is not there");
+    MG_CHECK(s[input] >= 0 && s[input] < static_cast<int64_t>(shapes.size()),
+             "microglia::block_chain: a step reads a value that is not there");
+    MG_CHECK(s[residual] < static_cast<int64_t>(shapes.size()),
+             "microglia::block_chain: a step adds a value that is not there");
     made.add(s, shapes[static_cast<size_t>(s[input])]);
     const Sizes shape = output_shape(made.steps.back().conv);
-    STD_TORCH_CHECK(s[residual] < 0 || shapes[static_cast<size_t>(s[residual])] == shape,
-                    "microglia::block_chain: the residual must have the shape of the output");
+    MG_CHECK(s[residual] < 0 || shapes[static_cast<size_t>(s[residual])] == shape,
+             "microglia::block_chain: the residual must have the shape of the output");
     shapes.push_back(shape);
     if (s[goes_out]) out.push_back(empty(shapes.back(), MemoryFormat::ChannelsLast));
     results.push_back(s[goes_out] ? static_cast<float*>(out.back().mutable_data_ptr()) : nullptr);
@@ -91,8 +91,8 @@ std::vector<Tensor> block_chain(const std::vector<Tensor> images_, const Tensor&
   return out;
 }
 
-}  // namespace
+const Registration registered(__FILE__, {{"block_chain", Operator<block_chain>::call}});
 
-STABLE_TORCH_LIBRARY_IMPL(microglia, CPU, m) { m.impl("block_chain", TORCH_BOX(&block_chain)); }
+}  // namespace
 
 }  // namespace microglia

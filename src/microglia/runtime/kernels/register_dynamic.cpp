@@ -30,9 +30,9 @@ Tensor gated_conv2d(const Tensor& x_, const Tensor& values_, const Tensor& chann
   mg_conv2d c = problem(x, out_channels, kernel, stride, padding, dilation, activation);
   Tensor values = plain(values_, ScalarType::Float, 3, "values"), channels = plain(channels_, ScalarType::Int, 1, "channels");
   Tensor stripes = plain(stripes_, ScalarType::Int, 1, "stripes");
-  STD_TORCH_CHECK(values.size(0) == (out_channels + 15) / 16 && values.size(1) == kernel[0] * kernel[1] * c.in_channels &&
-                      values.size(2) == 16,
-                  "microglia: values must be (stripes, taps * input channels, 16)");
+  MG_CHECK(values.size(0) == (out_channels + 15) / 16 && values.size(1) == kernel[0] * kernel[1] * c.in_channels &&
+               values.size(2) == 16,
+           "microglia: values must be (stripes, taps * input channels, 16)");
   Optional b = optional_plain(bias, ScalarType::Float, out_channels, "bias");
   Tensor y = empty(output_shape(c), MemoryFormat::ChannelsLast);
   check(mg_gated_conv2d(&c, static_cast<const float*>(values.const_data_ptr()),
@@ -48,12 +48,12 @@ Tensor part_conv2d(const Tensor& x_, const Tensor& values_, const std::optional<
                    const std::optional<Tensor>& columns_, const std::optional<Tensor>& bias, int64_t outputs, const Sizes kernel,
                    const Sizes stride, const Sizes padding, const Sizes dilation, int64_t activation) {
   Tensor x = channels_last(x_, "the input");
-  STD_TORCH_CHECK(!rows_ || rows_->dim() == 1, "microglia: rows must be a list");
+  MG_CHECK(!rows_ || rows_->dim() == 1, "microglia: rows must be a list");
   mg_conv2d c = problem(x, rows_ ? rows_->size(0) : outputs, kernel, stride, padding, dilation, activation);
   Tensor values = plain(values_, ScalarType::Float, 3, "values");
   const int64_t taps = kernel[0] * kernel[1];
-  STD_TORCH_CHECK(taps > 0 && values.size(0) == (outputs + 15) / 16 && values.size(1) % taps == 0 && values.size(2) == 16,
-                  "microglia: values must be (stripes, taps * input channels, 16)");
+  MG_CHECK(taps > 0 && values.size(0) == (outputs + 15) / 16 && values.size(1) % taps == 0 && values.size(2) == 16,
+           "microglia: values must be (stripes, taps * input channels, 16)");
   List rows(rows_, c.out_channels, "rows"), columns(columns_, c.in_channels, "columns");
   Optional b = optional_plain(bias, ScalarType::Float, outputs, "bias");
   mg_part part{values.size(1) / taps, outputs, static_cast<const float*>(values.const_data_ptr()), rows.data(), columns.data()};
@@ -67,7 +67,7 @@ Tensor part_conv2d(const Tensor& x_, const Tensor& values_, const std::optional<
 Tensor gate_rows(const Tensor& x_, const std::optional<Tensor>& columns_, const Tensor& weight_, const Tensor& bias,
                  bool softmax, bool maximum) {
   Tensor x = channels_last(x_, "the input"), weight = plain(weight_, ScalarType::Float, 2, "weight");
-  STD_TORCH_CHECK(x.size(0) == 1, "microglia: a gate chooses for one input at a time, not for ", x.size(0));
+  MG_CHECK(x.size(0) == 1, "microglia: a gate chooses for one input at a time, not for ", x.size(0));
   Optional columns = optional_plain(columns_, ScalarType::Long, x.size(1), "columns");
   Optional b = optional_plain(bias, ScalarType::Float, weight.size(0), "bias");
   mg_gate gate{weight.size(1), weight.size(0), static_cast<const float*>(weight.const_data_ptr()), b.data<float>(), maximum,
@@ -77,7 +77,7 @@ Tensor gate_rows(const Tensor& x_, const std::optional<Tensor>& columns_, const 
   check(mg_gate_rows(&gate, static_cast<const float*>(x.const_data_ptr()), x.size(2) * x.size(3), x.size(1),
                      columns.data<int64_t>(), x.size(1), kept.data(), &count),
         "gate_rows");
-  Tensor rows = torch::stable::empty({count}, ScalarType::Long);
+  Tensor rows = empty({count}, MemoryFormat::Contiguous, ScalarType::Long);
   std::copy_n(kept.data(), count, static_cast<int64_t*>(rows.mutable_data_ptr()));
   return rows;
 }
@@ -85,11 +85,10 @@ Tensor gate_rows(const Tensor& x_, const std::optional<Tensor>& columns_, const 
 Tensor add_rows(const Tensor& x_, const Tensor& part_, const Tensor& rows_) {
   Tensor x = channels_last(x_, "the input"), part = channels_last(part_, "the part");
   Tensor rows = plain(rows_, ScalarType::Long, 1, "rows");
-  STD_TORCH_CHECK(x.size(0) == part.size(0) && x.size(2) == part.size(2) && x.size(3) == part.size(3) &&
-                      part.size(1) == rows.size(0),
-                  "microglia: a part must have the images and pixels of what it is added to, and a channel for each row");
-  Tensor y = torch::stable::empty({x.size(0), x.size(1), x.size(2), x.size(3)}, ScalarType::Float, std::nullopt, std::nullopt,
-                                  std::nullopt, MemoryFormat::ChannelsLast);
+  MG_CHECK(x.size(0) == part.size(0) && x.size(2) == part.size(2) && x.size(3) == part.size(3) &&
+               part.size(1) == rows.size(0),
+           "microglia: a part must have the images and pixels of what it is added to, and a channel for each row");
+  Tensor y = empty(sizes_of(x), MemoryFormat::ChannelsLast);
   check(mg_add_rows(x.size(0) * x.size(2) * x.size(3), x.size(1), static_cast<const float*>(x.const_data_ptr()), x.size(1),
                     static_cast<const float*>(part.const_data_ptr()), part.size(1),
                     static_cast<const int64_t*>(rows.const_data_ptr()), rows.size(0), static_cast<float*>(y.mutable_data_ptr()),
@@ -98,13 +97,11 @@ Tensor add_rows(const Tensor& x_, const Tensor& part_, const Tensor& rows_) {
   return y;
 }
 
-}  // namespace
+const Registration registered(__FILE__, {{"gated_conv2d", Operator<gated_conv2d>::call},
+                                         {"part_conv2d", Operator<part_conv2d>::call},
+                                         {"gate_rows", Operator<gate_rows>::call},
+                                         {"add_rows", Operator<add_rows>::call}});
 
-STABLE_TORCH_LIBRARY_IMPL(microglia, CPU, m) {
-  m.impl("gated_conv2d", TORCH_BOX(&gated_conv2d));
-  m.impl("part_conv2d", TORCH_BOX(&part_conv2d));
-  m.impl("gate_rows", TORCH_BOX(&gate_rows));
-  m.impl("add_rows", TORCH_BOX(&add_rows));
-}
+}  // namespace
 
 }  // namespace microglia

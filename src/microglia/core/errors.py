@@ -45,3 +45,7 @@ class RunError(MicrogliaError):
 
 class TrainingError(MicrogliaError):
     """A training that cannot go on, such as one whose loss is not finite."""
+
+
+class ExportError(MicrogliaError):
+    """A model that cannot be exported as asked, or a file whose outputs are not the model's."""

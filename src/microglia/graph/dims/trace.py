@@ -65,6 +65,20 @@ def trace(model: nn.Module, example_inputs: Any, *, dynamic: Sequence[int] = (0,
     Raises:
         TraceError: torch.export cannot trace the model.
     """
+    exported, unknown = export_program(model, example_inputs, dynamic=dynamic, training=training)
+    inline_wrappers(exported.graph_module)
+    _refuse_unknown_sizes(exported.graph, model)
+    return replace(_as_trace(exported, model), unknown_outputs=unknown)
+
+
+def export_program(
+    model: nn.Module, example_inputs: Any, *, dynamic: Sequence[int] = (0,), training: bool = False
+) -> tuple[torch.export.ExportedProgram, tuple[str, ...]]:
+    """Returns what torch.export makes of a model, and the classes of the outputs that it leaves out; arguments as `trace`.
+
+    Raises:
+        TraceError: torch.export cannot trace it.
+    """
     args, kwargs = arguments(example_inputs)
     unknown: dict[str, None] = {}
 
@@ -79,12 +93,9 @@ def trace(model: nn.Module, example_inputs: Any, *, dynamic: Sequence[int] = (0,
             _run_once(model, args, kwargs)
         hook = model.register_forward_hook(known)
         try:
-            exported = _export(model, args, kwargs, dynamic)
+            return _export(model, args, kwargs, dynamic), tuple(unknown)
         finally:
             hook.remove()
-    inline_wrappers(exported.graph_module)
-    _refuse_unknown_sizes(exported.graph, model)
-    return replace(_as_trace(exported, model), unknown_outputs=tuple(unknown))
 
 
 def _run_once(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -153,7 +164,7 @@ def _export(
     problem: Exception | None = None
     for (positional, named), free in attempts:
         try:
-            with warnings.catch_warnings(), _quiet():
+            with warnings.catch_warnings(), quiet():
                 warnings.simplefilter("ignore")
                 return torch.export.export(
                     model, positional, named or None, dynamic_shapes=_free((positional, named), free), strict=False
@@ -199,7 +210,7 @@ def _unknown_outputs(outputs: Any, model: nn.Module) -> dict[str, None]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Context without torch's log and printed output, the whole graph on failure; the error itself is enough."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)

@@ -17,3 +17,6 @@ A file names a field, never a module: what is not in this table is only known if
 
 ALWAYS: dict[str, Any] = {"masks": {}, "shrunk": None, "gates": None}
 """Fields that every ``plan.json`` has had since version 1, and their values where nothing was done."""
+
+SCOPE_FILES: dict[str, str] = {"sensitivity": "microglia.storage.sensitivity"}
+"""Word before the colon of a scope such as ``sensitivity:FILE`` -> module that registers what reads the file."""

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from microglia.core.allocation import Scope, check_scope, layer_counts
+from microglia.core.allocation import Scope, layer_counts, read_scope
 from microglia.core.errors import BudgetError, ScoreError
 from microglia.core.largest import largest
 from microglia.core.masks import MaskSet
@@ -37,7 +37,7 @@ def select(
         scores: One value per weight, by layer, higher = keep.
         pattern: The unit; a pattern with its own density (N:M) chooses within its rows whatever the scope, and keeps more
             than n of m only while ``keep`` is above n / m, as on the way of a schedule.
-        keep: Weights to keep over all layers; ignored where ``scope`` gives densities.
+        keep: Weights to keep over all layers; ignored where ``scope`` gives densities by layer.
         scope: See `microglia.core.allocation.Scope`.
         reduction: How the scores of a unit's weights become one.
         alive: Masks from before; what they removed stays removed.
@@ -48,7 +48,7 @@ def select(
         BudgetError: The count cannot be met; the text names what binds.
         ScoreError: A score is NaN.
     """
-    check_scope(scope)
+    scope = read_scope(scope)
     units = {name: _unit_scores(s, pattern, reduction, (alive or {}).get(name), name in protect) for name, s in scores.items()}
     sizes = {name: pattern.sizes(s.shape) for name, s in scores.items()}
     if pattern.fixed_density is not None or scope != "global":

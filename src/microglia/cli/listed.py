@@ -56,6 +56,9 @@ COMMANDS = {
         STUDIES,
         "Train networks of growing width, or on growing data, with noisy labels: does the test error rise and fall again?",
     ),
+    "sensitivity": Listed(
+        "sensitivity", STUDIES, "Show what each layer alone can lose: accuracy by layer and density, without retraining."
+    ),
     "instability": Listed(
         "instability",
         STUDIES,

@@ -69,7 +69,7 @@ def prune(
     checkpoint: Checkpoint = None,
     method: Annotated[str | None, kept(help="See `microglia methods`.")] = None,
     pattern: Annotated[str | None, kept(help=", ".join(PATTERN_FORMS))] = None,
-    scope: Annotated[str | None, kept(help="global, layer, row or erk; where channels are removed: uniform or global.")] = None,
+    scope: Annotated[str | None, kept(help="global, layer, row, erk, sensitivity:FILE; of channels: uniform, global.")] = None,
     density: Annotated[float | None, kept(help="Fraction of the prunable weights to keep, in (0, 1].")] = None,
     params: Annotated[float | None, kept(help="Fraction of all parameters to keep, in (0, 1].")] = None,
     flops: Annotated[float | None, kept(help="Fraction of the operations to keep: removes channels.")] = None,

@@ -2,23 +2,77 @@
 
 from __future__ import annotations
 
+import importlib
 import math
-from collections.abc import Mapping, Sequence
-from typing import Literal, get_args
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal, Protocol, runtime_checkable
 
 from microglia.core.errors import BudgetError, SelectorError
-from microglia.core.registry import unknown_name
+from microglia.core.house import SCOPE_FILES
+from microglia.core.registry import Registry, unknown_name
 
+GLOBAL = "global"
 ScopeName = Literal["global", "layer", "row", "erk"]
-Scope = ScopeName | Mapping[str, float]
-"""One ordering over all layers, the same density in each layer or each row, Erdős-Rényi-kernel densities, or given ones."""
+"""The names of the house; `scopes` holds them and what others register."""
+
+
+@runtime_checkable
+class Allocation(Protocol):
+    """A scope with a rule of its own, such as `microglia.core.sensitivity.Sensitivity`."""
+
+    def check(self, sizes: Mapping[str, int]) -> None:
+        """Raises `SelectorError` unless the rule knows these layers; ``sizes`` are their weights by name."""
+
+    def counts(self, sizes: Mapping[str, int], keep: int, low: Mapping[str, int], high: Mapping[str, int]) -> dict[str, int]:
+        """Returns how many weights each layer keeps: ``keep`` in all, each between its ``low`` and its ``high``."""
+
+
+Scope = str | Mapping[str, float] | Allocation
+"""How layers share the budget.
+
+``global``: one ordering over all layers. A name of `scopes`: the same density in each ``layer`` or each ``row``,
+Erdős-Rényi-kernel densities (``erk``). A name of `scope_files`, a colon and a file, such as ``sensitivity:FILE``. Densities by
+layer name. Or any `Allocation`.
+"""
+
+Shares = Callable[[Mapping[str, Sequence[int]]], dict[str, float]]
+"""Returns the wanted kept weights of each layer from the shapes of the weights; only their proportions matter."""
+scopes: Registry[Shares] = Registry("scope")
+scope_files: Registry[Callable[[str], Allocation]] = Registry("scope with a file")
+"""What reads the file after the colon; those of the house register in the modules of `microglia.core.house.SCOPE_FILES`."""
 
 
 def check_scope(scope: Scope) -> Scope:
-    """Returns the scope, or raises for an unknown name."""
-    if isinstance(scope, str) and scope not in get_args(ScopeName):
-        raise unknown_name("scope", scope, get_args(ScopeName))
+    """Returns the scope, or raises `UnknownNameError` for an unknown name; no file is read."""
+    if isinstance(scope, str):
+        kind, _, file = scope.partition(":")
+        if not (scope == GLOBAL or scope in scopes or (file and _reads(kind))):
+            files = (f"{name}:FILE" for name in dict.fromkeys((*SCOPE_FILES, *scope_files)))
+            raise unknown_name("scope", scope, (GLOBAL, *scopes, *files))
+    elif not isinstance(scope, Mapping | Allocation):
+        raise unknown_name("scope", scope, (GLOBAL, *scopes))
     return scope
+
+
+def read_scope(scope: Scope) -> Scope:
+    """Returns the scope with its file read, where it names one.
+
+    Raises:
+        UnknownNameError: There is no such scope.
+        FileError: The file is not what the scope expects.
+    """
+    check_scope(scope)
+    if not isinstance(scope, str) or ":" not in scope:
+        return scope
+    kind, _, file = scope.partition(":")
+    return scope_files[kind](file)
+
+
+def _reads(kind: str) -> bool:
+    """Tells whether a scope reads files; the module of one of the house is imported."""
+    if kind in SCOPE_FILES and kind not in scope_files:
+        importlib.import_module(SCOPE_FILES[kind])
+    return kind in scope_files
 
 
 def apportion(shares: Sequence[float], total: int, low: Sequence[int], high: Sequence[int]) -> list[int]:
@@ -62,6 +116,7 @@ def _bounded_quotas(shares: Sequence[float], total: int, low: Sequence[int], hig
     return quotas(upper)
 
 
+@scopes.add("erk")
 def erk_shares(shapes: Mapping[str, Sequence[int]]) -> dict[str, float]:
     """Returns the unscaled Erdős-Rényi-kernel kept weights of each layer: the sum of the weight's dimensions.
 
@@ -69,6 +124,13 @@ def erk_shares(shapes: Mapping[str, Sequence[int]]) -> dict[str, float]:
     are proportional to sum(dims); `apportion` clips layers at density 1 and distributes the rest again.
     """
     return {name: float(sum(shape)) for name, shape in shapes.items()}
+
+
+@scopes.add("layer")
+@scopes.add("row")
+def uniform_shares(shapes: Mapping[str, Sequence[int]]) -> dict[str, float]:
+    """Returns the weights of each layer: all keep the same density."""
+    return {name: float(math.prod(shape)) for name, shape in shapes.items()}
 
 
 def layer_counts(
@@ -92,11 +154,27 @@ def layer_counts(
     """
     sizes = {name: math.prod(shape) for name, shape in shapes.items()}
     least = {name: high[name] if name in protected else min(low[name], high[name]) for name in shapes}
-    if not isinstance(scope, str):
+    scope = read_scope(scope)
+    if isinstance(scope, Mapping):
         return _given_counts(sizes, scope, least, protected)
-    shares = erk_shares(shapes) if scope == "erk" else {name: float(n) for name, n in sizes.items()}
-    counts = apportion([shares[n] for n in shapes], keep, [least[n] for n in shapes], [high[n] for n in shapes])
+    if not isinstance(scope, str):
+        fixed = {name: high[name] for name in shapes if name in protected}
+        free = {name: size for name, size in sizes.items() if name not in fixed}
+        return {**fixed, **_allocated(scope, free, keep - sum(fixed.values()), least, high)}
+    wanted = scopes[scope](shapes)
+    counts = apportion([wanted[n] for n in shapes], keep, [least[n] for n in shapes], [high[n] for n in shapes])
     return dict(zip(shapes, counts, strict=True))
+
+
+def _allocated(
+    scope: Allocation, sizes: Mapping[str, int], keep: int, low: Mapping[str, int], high: Mapping[str, int]
+) -> dict[str, int]:
+    """Returns the counts of a rule, after a check that they are possible."""
+    scope.check(sizes)
+    least, greatest = (sum(bound[name] for name in sizes) for bound in (low, high))
+    if not least <= keep <= greatest:
+        raise BudgetError(f"Cannot share out {keep:,} weights: the layers admit {least:,} to {greatest:,}.")
+    return scope.counts(sizes, keep, low, high)
 
 
 def _given_counts(

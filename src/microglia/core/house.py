@@ -24,3 +24,5 @@ EXECUTIONS: dict[str, str] = {
     "openvino-int8": "microglia.export.engines",
 }
 """Name of an execution of another engine -> module that registers it, in the order in which they are shown."""
+SCOPE_FILES: dict[str, str] = {"sensitivity": "microglia.storage.sensitivity"}
+"""Word before the colon of a scope such as ``sensitivity:FILE`` -> module that registers what reads the file."""

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from microglia.core.allocation import Scope, check_scope, layer_counts
+from microglia.core.allocation import Scope, layer_counts, read_scope
 from microglia.core.errors import BudgetError, ScoreError
 from microglia.core.largest import largest
 from microglia.core.masks import MaskSet
@@ -49,7 +49,7 @@ def select(
         BudgetError: The count cannot be met; the text names what binds.
         ScoreError: A score is NaN.
     """
-    check_scope(scope)
+    scope = read_scope(scope)
     units = {name: _unit_scores(s, pattern, reduction, (alive or {}).get(name), name in protect) for name, s in scores.items()}
     sizes = {name: pattern.sizes(s.shape) for name, s in scores.items()}
     if pattern.fixed_density is not None or scope != "global":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
-from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from torch.jit import ScriptModule
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
-from microglia.core.allocation import ScopeName, check_scope
+from microglia.core.allocation import Allocation, check_scope
 from microglia.core.errors import BudgetError, MicrogliaError, ScoreError
 from microglia.core.patterns import Pattern, Reduction
 from microglia.core.registry import unknown_name
@@ -109,10 +109,10 @@ def check_choices(settings: Mapping[str, Any], config: type | None = None) -> No
     Raises:
         UnknownNameError: The text names the choices.
     """
-    if "scope" in settings and not isinstance(settings["scope"], Mapping):
+    if "scope" in settings and not isinstance(settings["scope"], Mapping | Allocation):
         own = _words(config, "scope") if config is not None else ()
         if settings["scope"] not in own:
-            check_scope(cast(ScopeName, str(settings["scope"])))
+            check_scope(str(settings["scope"]))
     if (how := settings.get("reduction", "mean")) not in get_args(Reduction):
         raise unknown_name("reduction", how, get_args(Reduction))
 

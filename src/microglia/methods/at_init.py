@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -68,7 +69,7 @@ class AtInitConfig(MethodConfig):
             raise BudgetError(f"rounds and per_class are at least 1; got {self.rounds} and {self.per_class}.")
         if self.halves and self.per_class is None:
             raise BudgetError("Halves are those of so many examples of each class: give per_class, such as 10, with halves.")
-        if self.rounds > 1 and not isinstance(self.scope, str):
+        if self.rounds > 1 and isinstance(self.scope, Mapping):
             raise BudgetError("Rounds lead from dense to one budget; with densities by layer leave rounds at 1.")
 
 

@@ -44,7 +44,7 @@ class GradualConfig(Permuting, MethodConfig):
     def check_values(self) -> None:
         """Raises `BudgetError` for densities by layer, and unless begin <= end."""
         schedules[self.schedule]
-        if not isinstance(self.scope, str):
+        if isinstance(self.scope, Mapping):
             raise BudgetError("Gradual pruning leads from dense to one budget; densities by layer are not supported.")
         if not 0 <= self.begin <= self.end <= 1 or self.updates < 1:
             raise BudgetError(

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
-from microglia.core.allocation import Scope, check_scope
+from microglia.core.allocation import Allocation, Scope, read_scope
 from microglia.core.budget import Budget
 from microglia.core.errors import BudgetError, PatternError
 from microglia.core.layers import Layer, check_selectors, matches, oriented
@@ -99,13 +99,15 @@ class Pruner:
         self.score = scores[config.score]
         self.pattern = parse_pattern(config.pattern)
         self.budget = _budget(config, self.pattern)
-        check_scope(config.scope)
+        self.scope = read_scope(config.scope)
         layers = self.layers
         _refuse_misfit(self.pattern, layers)
         if isinstance(self.pattern, Channel) and not self.couples:
             _refuse_gates(layers)
         check_selectors(layers, config.protect)
         self.protected = [n for n, layer in layers.items() if config.protect and matches(n, layer.module, config.protect)]
+        if isinstance(self.scope, Allocation):  # here, so that it shows before a dense model is trained
+            self.scope.check({name: layer.raw.numel() for name, layer in layers.items() if name not in self.protected})
         self.weights = sum(layer.raw.numel() for layer in layers.values())
         self.target = self._target()
         announce(model, layers, config.layers, config.exclude)
@@ -146,7 +148,7 @@ class Pruner:
             oriented(layers, values),
             pattern=self.pattern,
             keep=keep,
-            scope=config.scope if scope is None else scope,
+            scope=self.scope if scope is None else scope,
             reduction=config.reduction,
             alive=oriented(layers, {n: m for n, m in alive.items() if n in layers}),
             protect=self.protected,
@@ -250,7 +252,7 @@ def _budget(config: PruneConfig, pattern: Pattern) -> Budget | None:
         if config.params is not None or config.density not in (None, fixed):
             raise BudgetError(f"{pattern} keeps {fixed:g} of the weights by itself; leave density and params out.")
         return Budget(density=fixed)
-    if not isinstance(config.scope, str):
+    if isinstance(config.scope, Mapping):
         if config.density is not None or config.params is not None:
             raise BudgetError("Where scope gives densities by layer, they are the budget; leave density and params out.")
         return None

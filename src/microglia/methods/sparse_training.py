@@ -28,7 +28,7 @@ from microglia.methods.config import MethodConfig, method, preset
 from microglia.methods.exchange import DenseGradients, exchange, mask_of
 from microglia.methods.procedure import dense_model, evidence, train
 from microglia.methods.pruner import Pruner
-from microglia.methods.what import LAYERS, NO_SUCH_BUDGET, SAMPLING, PruneConfig, Takes
+from microglia.methods.what import LAYERS, NO_SUCH_BUDGET, SAMPLING, PruneConfig, ScopeSetting, Takes
 from microglia.scores import Evidence, scores
 from microglia.storage.run import Run
 from microglia.tasks.task import Task
@@ -66,7 +66,7 @@ class SparseTrainingConfig(MethodConfig):
             "ms": NO_SUCH_BUDGET,
         },
     )
-    scope: Literal["global", "layer", "row", "erk"] | dict[str, float] = "erk"
+    scope: ScopeSetting = "erk"
     score: str = "random"
     train: FitConfig = field(default_factory=FitConfig)
     first_dense: bool = True

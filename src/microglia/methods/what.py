@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import ConfigDict
+from pydantic import ConfigDict, Field
 
+from microglia.core.allocation import ScopeName
 from microglia.core.errors import BudgetError, MicrogliaError, PatternError, ScoreError, SelectorError
 from microglia.core.patterns import NM, Block, Channel, Pattern, Unstructured, parse_pattern
 from microglia.core.registry import unknown_name
+
+ScopeSetting = ScopeName | Annotated[str, Field(pattern=r"^[\w-]+(:.+)?$")] | dict[str, float]
+"""A scope in a recipe; `microglia.core.allocation.check_scope` knows the names, which others may add to."""
 
 Outcome = Literal["masked", "shrunk", "gated"]
 """Outcome of a method: weights under masks, a smaller model, or gates that choose channels for each input."""
@@ -84,7 +88,8 @@ class PruneConfig:
         flops: Kept fraction of the multiply-accumulates; only for the removal of channels (the method ``channels``).
         ms: Measured milliseconds that one example may take on this machine; only for the removal of channels.
         pattern: ``unstructured``, ``block:OUTxIN``, ``nm:N:M`` or ``channel``.
-        scope: ``global``, ``layer``, ``row``, ``erk``, or densities by layer name.
+        scope: ``global``, ``layer``, ``row``, ``erk``, ``sensitivity:FILE`` (of ``microglia sensitivity``), or densities by
+            layer name.
         score: Name of a score; see ``microglia methods``.
         reduction: Function that combines the scores of a unit's weights: ``mean``, ``sum``, ``max``, ``l2``.
         layers: Selectors of the layers to prune.
@@ -105,7 +110,7 @@ class PruneConfig:
     flops: float | None = None
     ms: float | None = None
     pattern: str = "unstructured"
-    scope: Literal["global", "layer", "row", "erk"] | dict[str, float] = "global"
+    scope: ScopeSetting = "global"
     score: str = "magnitude"
     reduction: Literal["mean", "sum", "max", "l2"] = "mean"
     layers: tuple[str, ...] = ("*",)

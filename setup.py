@@ -88,9 +88,7 @@ class BuildKernels(build_ext):
         source.write_text(f'extern "C" {{\n{functions}}}\n', encoding="utf-8")
         objects = self.compiler.compile([str(source)], output_dir=str(folder))
         name = "libtorch_cpu.so"
-        self.compiler.link_shared_object(
-            objects, str(folder / name), extra_postargs=[f"-Wl,-soname,{name}"], target_lang="c++"
-        )
+        self.compiler.link_shared_object(objects, str(folder / name), extra_postargs=[f"-Wl,-soname,{name}"], target_lang="c++")
         ext.library_dirs = [str(folder)]
         with ThreadPool() as pool:  # a file on each processor: one after the other takes minutes
             one = self.compiler.compile

@@ -37,7 +37,9 @@ ATTENTION = frozenset({"ScaledDotProductAttention"})
 """Operations of OpenVINO by which a transformer is known; NNCF then smooths activations and leaves softmax in float."""
 MULTIPLY = frozenset({"Convolution", "GroupConvolution", "ConvolutionBackpropData", "MatMul"})
 """Operations that int8 makes fast."""
-MOVE = frozenset({"Reshape", "Transpose", "Squeeze", "Unsqueeze", "Concat", "MaxPool", "Split", "VariadicSplit", "Slice", "Pad"})
+MOVE = frozenset(
+    {"Reshape", "Transpose", "Squeeze", "Unsqueeze", "Concat", "MaxPool", "Split", "VariadicSplit", "Slice", "Pad"}
+)
 """Operations that only move numbers: where the input of one is rounded, so is its output."""
 
 Arrays = list[NDArray[Any]]

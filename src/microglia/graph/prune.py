@@ -20,6 +20,7 @@ from microglia.graph.channels.groups import (
     excluded_tensors,
     group_scores,
     independent,
+    scored_members,
 )
 from microglia.graph.channels.latency_table import LatencyTable
 from microglia.graph.channels.request import check_asked
@@ -31,7 +32,8 @@ from microglia.graph.cutting.plan import after, attach, plan_of
 from microglia.graph.cutting.remove import Subject, remove
 from microglia.graph.cutting.verify import ShrinkError
 from microglia.graph.dims.trace import arguments
-from microglia.scores import Evidence, scores
+from microglia.scores import Evidence, scores, values_filters
+from microglia.scores.base import compact
 
 
 def prune_channels(
@@ -69,7 +71,8 @@ def prune_channels(
         budget: The budget: ``density`` of the channels, ``params``, ``flops``, ``ms`` per example batch on this machine, or
             several. It is met within 1 %, or as nearly as the rounding allows; the plan's notes report a deviation.
         score: Name of a score, or one value per weight by parameter name; higher = keep.
-        reduction: Function that combines the values of a unit's weights over all its members.
+        reduction: How the values of a unit's weights, over all its members, become one. With a score of whole filters (see
+            `microglia.scores.values_filters`): those of the filters that make the unit.
         scope: ``uniform``: the same fraction of every group; ``global``: by normalized score across groups.
         round_to: Widths are kept at multiples of this where wide enough; 1 for none.
         exclude: Selectors of layers that keep both their inputs and outputs; coupled channels stay too. A selector may match
@@ -101,6 +104,7 @@ def prune_channels(
         subject,
         _elements(subject, score, evidence),
         budget,
+        makers=isinstance(score, str) and values_filters(score),
         reduction=reduction,
         scope=scope,
         round_to=round_to,
@@ -128,6 +132,7 @@ class _Pruning:
     subject: Subject
     elements: Mapping[str, Tensor]
     budget: Budget
+    makers: bool
     reduction: GroupReduction
     scope: WidthScope
     round_to: int
@@ -139,7 +144,10 @@ class _Pruning:
     def of(self, reach: Reach) -> nn.Module:
         """Returns the smaller model; only the groups in reach lose units."""
         subject, by_part = self.subject, [self._free(part, reach) for part in self.subject.parts]
-        groups, ranks = list(chain.from_iterable(by_part)), _ranked(subject, by_part, self.elements, self.reduction)
+        groups, ranks = (
+            list(chain.from_iterable(by_part)),
+            _ranked(subject, by_part, self.elements, self.reduction, makers=self.makers),
+        )
         chosen = [g for g in groups if g.atom in ranks]
         costs = Costs(subject.parts, chosen, sum(p.numel() for p in subject.model.parameters()))
         widths = self._widths(costs, chosen, ranks)
@@ -184,25 +192,32 @@ def _followed(part: Part, group: ChannelGroup) -> bool:
 
 
 def _ranked(
-    subject: Subject, groups: Sequence[Sequence[ChannelGroup]], elements: Mapping[str, Tensor], reduction: GroupReduction
+    subject: Subject,
+    groups: Sequence[Sequence[ChannelGroup]],
+    elements: Mapping[str, Tensor],
+    reduction: GroupReduction,
+    *,
+    makers: bool,
 ) -> dict[int, Tensor]:
     """Returns the scores by atom, by part, for the groups whose weights have scores."""
     ranks: dict[int, Tensor] = {}
     for part, own in zip(subject.parts, groups, strict=True):
         local = {name: elements[part.name(name)] for name in part.analysis.parameter_dims if part.name(name) in elements}
-        scored = [g for g in own if any(m.name in local for m in g.members)]
-        ranks.update(group_scores(part.analysis, scored, local, reduction))
+        scored = [g for g in own if scored_members(part.analysis, g, local, makers=makers)]
+        ranks.update(group_scores(part.analysis, scored, local, reduction, makers=makers))
     return ranks
 
 
 def _elements(subject: Subject, score: str | Mapping[str, Tensor], evidence: Evidence | None) -> dict[str, Tensor]:
-    """Returns one value per weight. By magnitude every matrix counts, also outside known layer classes."""
+    """Returns one value per weight or per filter. By magnitude every matrix counts, layer of a known class or not."""
     if not isinstance(score, str):
         return dict(score)
     if score == "magnitude":
         named = subject.model.named_parameters(remove_duplicate=False)
         return {name: p.detach().abs() for name, p in named if p.ndim > 1 and p.is_floating_point()}
-    return scores[score](subject.model, prunable_layers(subject.model), evidence or Evidence())
+    layers = prunable_layers(subject.model)
+    values = scores[score](subject.model, layers, evidence or Evidence())
+    return {n: compact(layers[n], v) for n, v in values.items()} if values_filters(score) else values
 
 
 def _candidates(subject: Subject, ranks: Mapping[int, Tensor]) -> Callable[[Mapping[int, int]], nn.Module]:

@@ -44,11 +44,21 @@ Score = Callable[[nn.Module, Mapping[str, Layer], Evidence], dict[str, Tensor]]
 scores: Registry[Score] = Registry("score")
 
 
-def score(name: str) -> Callable[[Score], Score]:
-    """Returns a decorator that registers a score by name and enforces the contract.
+_FILTER_SCORES: set[str] = set()
+
+
+def score(name: str, *, filters: bool = False) -> Callable[[Score], Score]:
+    """Returns a decorator that registers a score by name and holds it to the contract.
 
     The wrapped score leaves the model untouched (see `untouched`) and returns finite values of the weights' shapes.
+
+    Args:
+        name: As in recipes.
+        filters: Whether its values are those of whole filters, each weight of a filter holding the filter's one value. Where
+            channels are coupled, each filter that makes a channel then counts once, and weights that read it do not count.
     """
+    if filters:
+        _FILTER_SCORES.add(name)
 
     def register(function: Score) -> Score:
         @functools.wraps(function)
@@ -63,3 +73,27 @@ def score(name: str) -> Callable[[Score], Score]:
         return scores.add(name)(guarded)
 
     return register
+
+
+def values_filters(name: str) -> bool:
+    """Tells whether the values of a registered score are those of whole filters; see `score`."""
+    return name in _FILTER_SCORES
+
+
+def per_filter(layer: Layer, values: Tensor) -> Tensor:
+    """Returns one value per filter of a layer, (out,), in the weight's shape: each weight holds that of its filter."""
+    shape = [1] * len(layer.shape)
+    shape[1 if layer.swapped else 0] = -1
+    return values.reshape(shape).expand(layer.shape)
+
+
+def compact(layer: Layer, values: Tensor) -> Tensor:
+    """Returns what `per_filter` spread, (out, 1, ...) in the weight's layout: one value per filter again."""
+    kept = 1 if layer.swapped else 0
+    return values.mean([dim for dim in range(values.ndim) if dim != kept], keepdim=True)
+
+
+def rows(layer: Layer) -> Tensor:
+    """Returns the weights of a layer as the forward pass sees them, float64 (out, weights of a filter)."""
+    weight = layer.weight.detach().double()
+    return (weight.transpose(0, 1) if layer.swapped else weight).flatten(1)

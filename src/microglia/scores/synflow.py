@@ -214,7 +214,7 @@ def _factors_in(  # noqa: PLR0917 -- the parts of one computation
     state |= {name: b.to(dtype) for name, b in model.named_buffers() if b.is_floating_point()}
     ones = Example.of(example).map(lambda x: torch.full_like(x, scale, dtype=dtype) if x.is_floating_point() else x)
     model.eval()
-    with torch.enable_grad(), _passing(model):
+    with torch.enable_grad(), passing(model):
         with fitting(model, example):
             outputs = torch.func.functional_call(model, state, ones.args, ones.kwargs)
         flow = sum(_outputs(outputs), torch.zeros((), dtype=dtype))
@@ -227,8 +227,8 @@ def _factors_in(  # noqa: PLR0917 -- the parts of one computation
 
 
 @contextmanager
-def _passing(model: nn.Module) -> Iterator[None]:
-    """Context in which norms and clipped activations return their input."""
+def passing(model: nn.Module) -> Iterator[None]:
+    """Runs its body with norms and clipped activations that return their input."""
     passed = [module for module in model.modules() if isinstance(module, PASSED)]
     for module in passed:
         module.forward = _pass  # type: ignore[method-assign]

@@ -177,6 +177,7 @@ def group_scores(
     reduction: GroupReduction = "l2",
     *,
     normalize: bool = True,
+    makers: bool = False,
 ) -> dict[int, Tensor]:
     """Returns one score per unit by atom, float64 (size,), or (rows, size) if rows choose their own units; higher = keep.
 
@@ -186,13 +187,14 @@ def group_scores(
         elements: One value per weight by parameter name; members without values do not count.
         reduction: Function that combines the values of a unit's weights over all members.
         normalize: Whether to divide by the mean over the group, so that groups of different widths are comparable.
+        makers: Whether only the members that make a unit count, because the values are those of filters.
 
     Raises:
         ScoreError: No member of a group has values, or a value is NaN.
     """
     scores, rows = {}, _Rows(analysis, elements, reduction)
     for group in groups:
-        members = [m for m in group.members if m.name in elements]
+        members = scored_members(analysis, group, elements, makers=makers)
         if not members:
             named = ", ".join(m.name for m in group.members[:3])
             raise ScoreError(f"The score gives no value for any weight of the group of {group.size} channels of {named}.")
@@ -204,6 +206,14 @@ def group_scores(
         score = score / mean if normalize and mean > 0 and not alone else score
         scores[group.atom] = score if group.rows == 1 else score.view(group.rows, -1)
     return scores
+
+
+def scored_members(
+    analysis: Analysis, group: ChannelGroup, elements: Mapping[str, Tensor], *, makers: bool = False
+) -> list[Member]:
+    """Returns the members of a group that have values; ``makers``: those alone that make a unit."""
+    known = [m for m in group.members if m.name in elements]
+    return [m for m in known if not makers or (m.name, m.dim) in analysis.producers]
 
 
 class _Rows:

@@ -1,4 +1,4 @@
-"""What every command of the command line shares: the application, its options, and how values and errors are printed."""
+"""The common parts of the command line: the application, its options, and the output of values and errors."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from microglia.studies.study import studies
 
 
 class LazyGroup(TyperGroup):
-    """The commands of `COMMANDS`, each imported when it is called, and whatever else was registered."""
+    """The commands of `COMMANDS`, each imported when it is called, and other registered commands."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
@@ -41,7 +41,7 @@ class LazyGroup(TyperGroup):
         self.commands = {**listed, **known}
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        """Imports the command that is called, then returns it as the base class does."""
+        """Imports the called command, then returns it as the base class does."""
         name = args[0]
         if name in COMMANDS and self.commands[name].callback is None:
             self.commands[name] = _imported(name)
@@ -57,15 +57,15 @@ app = typer.Typer(
 )
 
 Shown = tuple[Any, list[Any]]
-"""What a command returns: a JSON-ready value, and what a person sees instead."""
+"""Result of a command: a JSON-ready value, and its text for a reader."""
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs instead of tables.")]
-Trust = Annotated[bool, typer.Option("--trust", help="Build whatever model a file names, also by its own code.")]
+Trust = Annotated[bool, typer.Option("--trust", help="Build any model that a file names, also by its own code.")]
 Data = Annotated[str | None, typer.Option(help="digits, cifar10, mnist, hf:NAME or a folder.")]
 Checkpoint = Annotated[str | None, typer.Option(help="File with trained weights.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, or auto: a GPU where there is one.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, or auto: a GPU if there is one.")]
 DeviceName = Annotated[
-    str | None, typer.Option("--device", help="cpu, cuda, or auto: a GPU where there is one; default the recipe's.")
+    str | None, typer.Option("--device", help="cpu, cuda, or auto: a GPU if there is one; default the recipe's.")
 ]
 SplitName = Annotated[str, typer.Option("--split", help="train, validation or test.")]
 Target = Annotated[str, typer.Argument(help="A run directory, a saved model's directory, or a model's name.")]
@@ -87,16 +87,16 @@ def top(
 
 
 def command(function: Callable[..., Shown], *, example: str | None = None) -> Callable[..., Any]:
-    """Registers a command that prints what it returns; errors of the user's making end in one sentence and status 1.
+    """Registers a command that prints its result; a user's error ends in one sentence and status 1.
 
     Args:
         function: The command; its docstring is the help text and its arguments are the options.
-        example: A command line that the help text ends with.
+        example: A command line for the end of the help text.
     """
 
     @wraps(function)
     def printed(*args: Any, **kwargs: Any) -> None:
-        from microglia.train.engine import rank_and_world  # imports torch, which `microglia --help` does without
+        from microglia.train.engine import rank_and_world  # imports torch, which `microglia --help` does not need
         from microglia.zoo.trust import trusting
 
         as_json = kwargs["json_"]
@@ -131,16 +131,16 @@ def command(function: Callable[..., Shown], *, example: str | None = None) -> Ca
 def given_recipe(
     source: Mapping[str, Any], words: Sequence[str], file: Path | None, *, typed: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Returns a recipe with ``KEY=VALUE`` words put over it, once nothing in it that a file alone names may run code.
+    """Returns a recipe with ``KEY=VALUE`` words applied, after a check that the file cannot run code.
 
     Args:
         source: The recipe so far: the file, and the options over it.
-        words: ``KEY=VALUE``, as typed.
-        file: Where the recipe was read from, or None.
-        typed: Options by key; what is None was not typed. Names that were typed are the user's own.
+        words: ``KEY=VALUE`` words, as typed.
+        file: File of the recipe, or None.
+        typed: Options by key; None means that an option was not typed. Typed names are the user's own.
 
     Raises:
-        FileError: The file names a model that it may not name without ``--trust``.
+        FileError: The file names a model that needs ``--trust``.
     """
     from microglia.lab.recipe import override
     from microglia.storage.code_folder import admit
@@ -167,7 +167,7 @@ def _registered(name: str) -> Any:
 def main() -> None:
     """Runs the command line.
 
-    The current folder comes last on the import path, so that ``mynet:MyNet`` is found there and hides no library.
+    The current folder is last on the import path, so that ``mynet:MyNet`` is found there but hides no library.
     """
     sys.path.append(str(Path.cwd()))
     app(prog_name="microglia")

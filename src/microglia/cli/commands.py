@@ -56,7 +56,7 @@ MODELS = "A name of the zoo, timm:NAME, torchvision:NAME, hf:NAME or mypackage.m
 
 
 def _under(panel: str) -> Callable[..., Any]:
-    """Returns `typer.Option` with the heading under which the help lists it."""
+    """Returns `typer.Option` with a heading for the help."""
     return partial(typer.Option, rich_help_panel=panel)
 
 
@@ -74,8 +74,8 @@ def prune(
     params: Annotated[float | None, kept(help="Fraction of all parameters to keep, in (0, 1].")] = None,
     flops: Annotated[float | None, kept(help="Fraction of the operations to keep: removes channels.")] = None,
     ms: Annotated[float | None, kept(help="Milliseconds per example, measured here: removes channels.")] = None,
-    round_to: Annotated[int | None, kept(help="Make widths multiples of this, where channels are removed.")] = None,
-    permute: Annotated[bool | None, kept(help="First order the channels so that blocks keep more.")] = None,
+    round_to: Annotated[int | None, kept(help="Make widths multiples of this, if channels are removed.")] = None,
+    permute: Annotated[bool | None, kept(help="Reorder the channels first, so that blocks keep more.")] = None,
     layers: Annotated[list[str] | None, kept(help="Layers to prune (name globs, type:Conv2d, role:classifier, !not).")] = None,
     exclude: Annotated[list[str] | None, kept(help="Layers neither pruned nor counted.")] = None,
     protect: Annotated[list[str] | None, kept(help="Layers kept dense but counted.")] = None,
@@ -83,10 +83,10 @@ def prune(
     lr: Annotated[float | None, trained(help="Peak learning rate of that training.")] = None,
     accelerate: Annotated[bool | None, ran("--accelerate", help="Time its fastest execution, layer by layer.")] = None,
     seed: Annotated[int | None, ran(help="Root of every random number.")] = None,
-    device: Annotated[str | None, ran(help="cpu, cuda, or auto (the default): a GPU where there is one.")] = None,
+    device: Annotated[str | None, ran(help="cpu, cuda, or auto (the default): a GPU if there is one.")] = None,
     recipe: Annotated[Path | None, ran(help="YAML recipe; options and KEY=VALUE override it.")] = None,
-    out: Annotated[Path | None, ran(help="Run directory; the same command goes on there.")] = None,
-    starts: Annotated[Path | None, ran(help="Directory in which runs share the dense networks they start from.")] = None,
+    out: Annotated[Path | None, ran(help="Run directory; the same command resumes there.")] = None,
+    starts: Annotated[Path | None, ran(help="Directory in which runs share their dense networks.")] = None,
     json_: Json = False,
 ) -> Shown:
     """Prune a model on data: load or train it, prune, recover, measure, save.
@@ -106,7 +106,7 @@ def prune(
         if value is not None and value != []:
             source = put(source, key, value)
     asked = given_recipe(source, words, recipe, typed=given)
-    if "model" not in asked and not isinstance(asked.get("task"), str):  # a task of one's own brings its model
+    if "model" not in asked and not isinstance(asked.get("task"), str):  # a user's own task brings its model
         raise RecipeError(f"Which model is to be pruned? Name one, such as `{EXAMPLE}`, or give a --recipe that names one.")
     resolved = resolve(asked)
     directory = out if out is not None else _own_directory(resolved)
@@ -127,10 +127,10 @@ command(prune, example=EXAMPLE)
 def shrink(
     target: Annotated[Path, typer.Argument(help="A run directory or a saved model's, masked by channels.")],
     data: Data = None,
-    out: Annotated[Path | None, typer.Option(help="Where the smaller model goes; default RUN/shrunk.")] = None,
-    keep_class: Annotated[bool, typer.Option("--keep-class", help="Only what the model's own classes can follow.")] = False,
-    clear: Annotated[bool, typer.Option("--clear", help="Zero the biases that masked channels still have; all go.")] = False,
-    latency: Annotated[bool, typer.Option(help="Whether to time dense, masked and shrunk.")] = True,
+    out: Annotated[Path | None, typer.Option(help="Directory of the smaller model; default RUN/shrunk.")] = None,
+    keep_class: Annotated[bool, typer.Option("--keep-class", help="Remove only what the model's own classes allow.")] = False,
+    clear: Annotated[bool, typer.Option("--clear", help="Zero biases of masked channels, so that all are removed.")] = False,
+    latency: Annotated[bool, typer.Option(help="Whether to time the dense, masked and shrunk models.")] = True,
     json_: Json = False,
 ) -> Shown:
     """Remove masked channels physically: a smaller model, proved equal, saved beside the masked one."""
@@ -171,13 +171,13 @@ def measure(
     checkpoint: Checkpoint = None,
     latency: Annotated[bool, typer.Option(help="Whether to time it.")] = True,
     accelerate: Annotated[bool, typer.Option("--accelerate", help="Choose its fastest execution, layer by layer.")] = False,
-    precision: Annotated[str, typer.Option(help="Of the accelerated model: float32, or bf16, which rounds.")] = "float32",
+    precision: Annotated[str, typer.Option(help="Precision when accelerated: float32, or bf16, which rounds.")] = "float32",
     batch: Annotated[int, typer.Option(min=1, help="Examples per timed call.")] = 1,
     json_: Json = False,
 ) -> Shown:
     """Measure a run, a saved model or a network: parameters, MACs, latency, bytes."""
     if precision != "float32" and not accelerate:
-        raise MicrogliaError(f"--precision {precision} is of the accelerated model: give it beside --accelerate.")
+        raise MicrogliaError(f"--precision {precision} applies to the accelerated model: give it together with --accelerate.")
     model, task = open_target(target, data, checkpoint)
     example = task.example_batch(batch)
     measured = {**measure_model(model, example, latency=latency).to_dict(), "saved": saved_bytes(target)}
@@ -199,7 +199,7 @@ def sweep(
     dry_run: Annotated[bool, typer.Option(help="List the runs only.")] = False,
     json_: Json = False,
 ) -> Shown:
-    """Run a grid of recipes, each a durable run; what is finished is not run again."""
+    """Run a grid of recipes, each a durable run; finished ones are not run again."""
     planned = read_sweep(file, overrides or [])
     directory = out if out is not None else Path("runs") / planned.name
     if dry_run:
@@ -213,8 +213,8 @@ def sweep(
 @command
 def report(
     paths: Annotated[list[Path], typer.Argument(help="Run directories, or results/*.json.")],
-    out: Annotated[Path, typer.Option(help="Where to write tables, figures and the page.")] = Path("report"),
-    export: Annotated[Path | None, typer.Option(help="Also write the results, slim, to one JSON file to keep.")] = None,
+    out: Annotated[Path, typer.Option(help="Directory of the tables, figures and page.")] = Path("report"),
+    export: Annotated[Path | None, typer.Option(help="Also write the results, without layers, to one JSON file.")] = None,
     json_: Json = False,
 ) -> Shown:
     """Collect runs into Markdown tables, figures and one interactive HTML page."""
@@ -226,7 +226,7 @@ def report(
 
 @command
 def methods(json_: Json = False) -> Shown:
-    """List the methods and scores there are, with their defaults."""
+    """List the methods and scores, with their defaults."""
     rows = {
         m.name: {
             "description": m.description,
@@ -274,9 +274,9 @@ def _defaults(config: type[MethodConfig]) -> dict[str, Any]:
 
 
 def _own_directory(recipe: Recipe) -> Path:
-    """Returns the directory under runs/ of a recipe: the same recipe, the same directory, also of the time before ``auto``."""
+    """Returns the directory of a recipe under runs/; equal recipes, also those from before ``auto``, share one."""
     told = {**completed(as_dict(recipe)), "device": "cpu" if recipe.device == "auto" else recipe.device}
     mark = hashlib.blake2b(json.dumps(told, sort_keys=True).encode(), digest_size=3).hexdigest()
-    data = "" if recipe.data == recipe.model else f"-{recipe.data}"  # a task of one's own brings both
+    data = "" if recipe.data == recipe.model else f"-{recipe.data}"  # a user's own task brings both
     name = f"{recipe.model}{data}-{recipe.method}-{mark}"
     return Path("runs") / "".join(c if c.isalnum() or c in "-_." else "_" for c in name)

@@ -1,4 +1,4 @@
-"""The command `demo`: the three roads on real digits, and one table in which each says milliseconds, bytes and accuracy."""
+"""The command `demo`: three roads of pruning on real digits, and one table of milliseconds, bytes and accuracy."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from microglia.lab.target import open_target
 from microglia.measure import measure_latency
 
 BATCH = 32
-"""Images of a timed call: one 8x8 image is so little work that calls alone would be timed."""
+"""Images of a timed call: one 8x8 image is so little work that only call overhead would be timed."""
 EXECUTIONS = ("eager", "packed", "compiled")
 BASE = {
     "model": "conv-2",
@@ -39,14 +39,14 @@ ROADS: dict[str, dict[str, Any]] = {
         "measure": {"latency": False},
     },
 }
-"""What each road asks for, over `BASE`. They share one dense network, which the first trains."""
+"""Settings of each road, added to `BASE`. They share one dense network, which the first trains."""
 STARTS = ".starts"
 PLACES = {"masks": ".", "channels": "channels", "blocks": "blocks"}
-"""Where the run of a road lies in the directory of the demo."""
+"""Directory of each run in the directory of the demo."""
 
 
 def demo(
-    out: Annotated[Path, typer.Option(help="Directory of the three runs; the same command goes on there.")] = Path("runs/demo"),
+    out: Annotated[Path, typer.Option(help="Directory of the three runs; the same command resumes there.")] = Path("runs/demo"),
     json_: Json = False,
 ) -> Shown:
     """Take all three roads on real 8x8 digits: masks, removed channels, accelerated blocks; one table."""
@@ -81,7 +81,7 @@ def _timed(out: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _table(results: Mapping[str, Mapping[str, Any]], latency: Mapping[str, Any]) -> Table:
-    """Returns the table: a row for each road, in which every number was measured."""
+    """Returns the table: a row for each road, with measured numbers only."""
     table = Table(
         "", "accuracy, %", "zipped bytes", f"ms, batch {latency['batch']}", "execution", title="conv-2 on real 8x8 digits"
     )

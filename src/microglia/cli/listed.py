@@ -1,4 +1,4 @@
-"""What the list of commands says of each, so that ``microglia --help`` imports none of them and waits for no torch."""
+"""The list of commands with their help sentences, so that ``microglia --help`` imports neither them nor torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ PRUNE, LOOK, STUDIES = "Prune", "Look and compare", "Studies"
 
 
 class Listed(NamedTuple):
-    """What the list of commands says of one.
+    """Entry of one command in the list.
 
     Attributes:
         module: Module of this package that registers the command.
@@ -28,14 +28,14 @@ COMMANDS = {
     "shrink": Listed(
         "commands", PRUNE, "Remove masked channels physically: a smaller model, proved equal, saved beside the masked one."
     ),
-    "sweep": Listed("commands", PRUNE, "Run a grid of recipes, each a durable run; what is finished is not run again."),
+    "sweep": Listed("commands", PRUNE, "Run a grid of recipes, each a durable run; finished ones are not run again."),
     "demo": Listed(
         "demo", PRUNE, "Take all three roads on real 8x8 digits: masks, removed channels, accelerated blocks; one table."
     ),
     "eval": Listed("commands", LOOK, "Evaluate a run, a saved model or a checkpoint."),
     "measure": Listed("commands", LOOK, "Measure a run, a saved model or a network: parameters, MACs, latency, bytes."),
     "report": Listed("commands", LOOK, "Collect runs into Markdown tables, figures and one interactive HTML page."),
-    "methods": Listed("commands", LOOK, "List the methods and scores there are, with their defaults."),
+    "methods": Listed("commands", LOOK, "List the methods and scores, with their defaults."),
     "recipe": Listed("commands", LOOK, "Print a recipe with every default filled in, or the JSON schema of recipes."),
     "sensitivity": Listed(
         "sensitivity", STUDIES, "Show what each layer alone can lose: accuracy by layer and density, without retraining."

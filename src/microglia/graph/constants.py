@@ -1,7 +1,7 @@
-"""Constants: what masked channels still add, folded into the biases of the layers that read them.
+"""Constants that masked channels still add, folded into the biases of the layers that read them.
 
-A weight mask zeroes a channel's filter, but its bias and its norm's shift survive: the channel is a constant, not zero.
-A constant can be folded exactly where the layers that read it do not pad with zeros (survey 0.7).
+A weight mask zeroes a channel's filter, but its bias and its norm's shift survive: the channel is a constant, not zero. A
+constant can be folded exactly if the layers that read it do not pad with zeros (survey 0.7).
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from microglia.graph.dims.nodes import named_arguments, operator_name
 
 
 def evened(alive: Mapping[int, Tensor]) -> dict[int, Tensor]:
-    """Returns what stays if rows that choose for themselves keep equally many: as many as the one that needs most."""
+    """Returns the units that stay if rows keep equal numbers of their own units: as many as the row with most."""
     return {a: highest(units.byte(), int(units.sum(-1).max())) if units.ndim > 1 else units for a, units in alive.items()}
 
 
 @torch.no_grad()
 def fold_constants(part: Part, kept: dict[int, Tensor], stay: Counter[str]) -> dict[str, Tensor]:
-    """Returns what to add to the biases of layers that read removed channels; channels that cannot be folded are kept.
+    """Returns the constants for the biases of layers that read removed channels; channels that cannot be folded stay.
 
-    ``kept`` is changed: it gets back the units whose value is not one constant, or is read through zero padding. ``stay``
-    counts them by reason.
+    ``kept`` is changed: units whose value is not constant, or is read through zero padding, become kept again. ``stay`` counts
+    them by reason.
     """
     while True:
         found = list(_constants(part.analysis, Cut(part.analysis, evened(kept))))
@@ -53,9 +53,9 @@ def fold_constants(part: Part, kept: dict[int, Tensor], stay: Counter[str]) -> d
 
 
 def _constants(analysis: Analysis, cut: Cut) -> Iterator[tuple[Consumer, Tensor]]:
-    """Yields for each weight that reads removed channels their values: 0 for those kept, NaN for those not constant.
+    """Yields the channels' values for each weight that reads removed ones: 0 for kept channels, NaN for varying ones.
 
-    Infinity stands for those that are no numbers in the masked model itself.
+    Infinity marks channels that are infinite or NaN in the masked model itself.
     """
     generator = torch.Generator().manual_seed(0)
     inputs = analysis.trace.example
@@ -72,7 +72,7 @@ def _constants(analysis: Analysis, cut: Cut) -> Iterator[tuple[Consumer, Tensor]
 
 
 def _values(analysis: Analysis, consumers: Sequence[Consumer], inputs: tuple[Any, ...]) -> dict[Consumer, Tensor]:
-    """Runs the graph and returns what each consumer reads, which operators in place may write after it was made."""
+    """Runs the graph and returns the value that each consumer reads; in-place operators may change it before that."""
     held: dict[fx.Node, Tensor | None] = {consumer.source: None for consumer in consumers}
     found: dict[Consumer, Tensor] = {}
     for node, value in Reference(Cut(analysis, {})).walk(inputs):
@@ -85,7 +85,7 @@ def _values(analysis: Analysis, consumers: Sequence[Consumer], inputs: tuple[Any
 
 
 def _obstacle(part: Part, consumer: Consumer, values: Tensor) -> str:
-    """Returns why what removed channels are where a weight reads them cannot become part of a bias; empty if it can."""
+    """Returns the reason why removed channels' constants cannot be folded into a reader's bias; empty if they can."""
     if bool(values.isinf().any()):
         return "the masked model itself makes them infinite or NaN, as a division by a zero does"
     if bool(values.isnan().any()):
@@ -109,7 +109,7 @@ def _numbers(padding: Any) -> list[Any]:
 
 
 def _give_back(analysis: Analysis, consumer: Consumer, values: Tensor, kept: dict[int, Tensor]) -> int:
-    """Keeps the units that are not zero where a weight reads them; returns how many were to go until now."""
+    """Keeps units that are not zero where a weight reads them; returns the number of units that were to be removed."""
     before = sum(int(units.sum()) for units in kept.values())
     dim = analysis.dims[consumer.source][consumer.dim]
     entries = values.isnan() | (values != 0)
@@ -121,7 +121,7 @@ def _give_back(analysis: Analysis, consumer: Consumer, values: Tensor, kept: dic
 
 
 def _contribution(analysis: Analysis, consumer: Consumer, values: Tensor) -> Tensor:
-    """Returns what constant channels add to each output of a layer: the layer applied to them, where it does not pad."""
+    """Returns the term that constant channels add to each output of a layer without padding: the layer applied to them."""
     weight = analysis.trace.tensors[consumer.weight].detach()
     if weight.ndim == 2:
         return nn.functional.linear(values, weight)
@@ -133,7 +133,7 @@ def _contribution(analysis: Analysis, consumer: Consumer, values: Tensor) -> Ten
 
 @torch.no_grad()
 def with_biases(model: nn.Module, biases: Mapping[str, Tensor]) -> nn.Module:
-    """Returns a copy whose layers carry what the channels they lose added."""
+    """Returns a copy with the constants of removed channels added to the biases."""
     model = deepcopy(model)
     give_biases(model, tuple(biases))
     for name, delta in biases.items():

@@ -37,7 +37,7 @@ class Shrinking:
         target: A run, or a directory that `save` wrote.
         out: Where the smaller model goes; None for ``shrunk`` in a run, or beside a saved model.
         data: Data set instead of the run's own; ``digits`` for a saved model alone.
-        keep_class: Only what the model's own classes can follow.
+        keep_class: Remove only channels that the model's classes can lose.
         clear: Zero what masked channels still add (biases, norm shifts), so that all of them go.
         latency: Whether to time dense, masked and shrunk model.
     """

@@ -1,4 +1,4 @@
-"""Cells: numbers of a report as text, with what they are sorted by."""
+"""Cells: numbers of a report as text, with their sort keys."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ from microglia.report.spread import Spread
 
 @dataclass(frozen=True)
 class Entry:
-    """One cell of a table: the text, and the number or text that it is sorted by."""
+    """One cell of a table: its text, and its sort key, a number or a text."""
 
     text: str
     order: float | str
 
     @property
     def number(self) -> bool:
-        """Whether it is sorted by a number."""
+        """Whether the sort key is a number."""
         return isinstance(self.order, int | float)
 
     @property
     def key(self) -> str:
-        """What it is sorted by, as JavaScript reads it."""
+        """The sort key in JavaScript's form."""
         return str(self.order).replace("inf", "Infinity") if self.number else str(self.order)
 
 
 def of_words(text: str) -> Entry:
-    """Returns a cell of words."""
+    """Returns a cell of text."""
     return Entry(text, text)
 
 
 def of_spread(values: Spread | None, scale: float, signed: bool = False) -> Entry:
-    """Returns a cell of mean and deviation, both times ``scale``; empty where there is none."""
+    """Returns a cell of mean and deviation, both times ``scale``; empty without values."""
     if values is None:
         return Entry("", float("-inf"))
     places = 2 if scale == 100 else 4
@@ -47,17 +47,17 @@ def of_ratio(value: float | None) -> Entry:
 
 
 def of_count(value: float) -> Entry:
-    """Returns a cell of a number of things."""
+    """Returns a cell of a count."""
     return Entry(f"{value:,.0f}", value)
 
 
 def escaped(text: str) -> str:
-    """Returns a text that cannot break a Markdown table or page."""
+    """Returns a text escaped for Markdown tables and pages."""
     return " ".join(text.split()).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("`", "'")
 
 
 def count_runs(number: int) -> str:
-    """Returns so many runs."""
+    """Returns "1 run" or "n runs"."""
     return f"{number} run" if number == 1 else f"{number} runs"
 
 
@@ -65,9 +65,9 @@ def markdown_table(titles: Sequence[str], rows: Iterable[Sequence[Entry]], words
     """Returns the lines of a Markdown table.
 
     Args:
-        titles: Of the columns.
-        rows: Their cells.
-        words: Titles of the columns that hold no numbers, and stand to the left.
+        titles: Titles of the columns.
+        rows: Cells of each row.
+        words: Titles of the text columns, which are aligned to the left.
     """
     left = frozenset(words)
     sides = ["---" if title in left else "---:" for title in titles]

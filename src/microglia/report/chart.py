@@ -1,6 +1,6 @@
 """Charts: a figure described once, as a value; `printed` draws it for paper and `interactive` for the screen.
 
-Two renderers, not one: the static export of plotly needs kaleido and a browser, and neither is installed with this library.
+There are two renderers because the static export of plotly needs kaleido and a browser, which this library does not install.
 The value imports neither matplotlib nor plotly.
 """
 
@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-"""Okabe and Ito 2008: told apart by colour-blind readers. Black is the dense model; their yellow is too pale on white."""
+"""Okabe and Ito 2008: colour-blind readers can distinguish them. Black is the dense model; their yellow is too pale on
+white."""
 MARKERS = ("circle", "square", "triangle-up", "diamond", "triangle-down", "cross", "x", "star", "triangle-left")
 DASHES = ("solid", "dash", "dashdot", "dot")
-"""In greyscale the lines are told apart by markers and dashes."""
+"""Markers distinguish the lines in greyscale, together with dashes."""
 
 
 @dataclass(frozen=True)
@@ -24,9 +25,9 @@ class Axis:
     Attributes:
         title: Name and unit of the quantity.
         scale: ``symlog`` is linear below 0.01 and logarithmic above; the screen shows it as linear.
-        limits: Smallest and largest value shown; None leaves a side to the data.
+        limits: Minimum and maximum shown; None takes the limit from the data.
         ticks: Values to mark; empty for automatic ones.
-        labels: Words at these ticks; empty for their numbers.
+        labels: Texts at these ticks; empty for their numbers.
         suffix: Text after the number of each tick.
         whole: Whether automatic ticks are whole numbers.
         falling: Whether values fall along the axis.
@@ -57,12 +58,12 @@ class Axis:
 
 @dataclass(frozen=True)
 class Look:
-    """How a line looks.
+    """The appearance of a line.
 
     Attributes:
-        color: As HTML writes it.
+        color: Color in HTML notation.
         marker: One of `MARKERS`, ``plus``, or empty.
-        dash: One of `DASHES`, or empty for points alone.
+        dash: One of `DASHES`, or empty for points only.
         hollow: Whether markers are filled with white.
         size: Size of the markers, in points.
         width: Width of the line, in points.
@@ -81,23 +82,23 @@ class Look:
 
 
 def look(number: int, size: float = 6) -> Look:
-    """Returns how the line of a number looks beside others."""
+    """Returns the look of a line by its number, different from the others."""
     return Look(COLORS[number % len(COLORS)], MARKERS[number % len(MARKERS)], DASHES[number % len(DASHES)], size=size)
 
 
 @dataclass(frozen=True)
 class Line:
-    """Points, joined by a line or not.
+    """Points, with or without a joining line.
 
     Attributes:
-        name: Label in the legend; lines of one name share one entry, and an empty name has none.
-        x: Places, the same number as ``y``.
+        name: Label in the legend; lines with the same name share one entry, and an empty name has none.
+        x: Positions, as many as in ``y``.
         y: Values; NaN leaves a gap.
-        x_error: Half the width of each error bar across; empty where there are none.
-        y_error: Half the height of each error bar.
-        look: How it looks.
-        notes: What the screen shows of each point beside its values; one text for all, or one for each.
-        method: Method whose box on the page shows and hides the line; empty for none.
+        x_error: Half the width of each horizontal error bar; empty for none.
+        y_error: Half the height of each vertical error bar; empty for none.
+        look: Appearance of the line.
+        notes: Additional text of each point on the screen; one text for all, or one per point.
+        method: Method whose checkbox on the page shows and hides the line; empty for none.
     """
 
     name: str
@@ -136,13 +137,13 @@ class Rule:
     """A straight line across a panel, such as the dense model.
 
     Attributes:
-        at: The value.
+        at: Position of the line.
         name: Label in the legend.
-        upright: Whether it stands at a place of x instead of lying at a value of y.
-        color: As HTML writes it.
+        upright: Whether the line is vertical, at a value of x, instead of horizontal.
+        color: Color in HTML notation.
         dash: One of `DASHES`.
         spread: Half the width of a pale band around it.
-        label: Text beside it on the screen, where a rule is in no legend.
+        label: Text beside it on the screen, for a rule outside the legend.
     """
 
     at: float
@@ -159,20 +160,19 @@ class Field:
     """Values over a plane, shown by color.
 
     Attributes:
-        x: Places of the columns; with cells their edges, one more than columns.
-        y: Places of the rows, likewise.
-        values: Rows of numbers; NaN is left blank.
-        title: Beside the scale of colors.
+        x: Positions of the columns; with cells their edges, one more than columns.
+        y: Positions of the rows, likewise.
+        values: Rows of numbers; NaN stays blank.
+        title: Title of the color scale.
         levels: Levels of contours; empty for cells of one color each.
         colors: ``Blues``, ``Viridis`` or ``Viridis_r``.
-        limits: Values of the first and the last color, where colors are linear and there are no levels; None leaves an end to
-            the data.
-        scale: Whether the scale of colors is shown.
+        limits: Values of the first and the last color, for linear colors without levels; None takes the end from the data.
+        scale: Whether the color scale is shown.
         log: Whether colors are on a log scale; the values are positive then.
-        ticks: Values to mark at the scale of colors.
-        labels: Words at these ticks.
-        traced: Whether every second level is drawn as a thin white line.
-        under: What the screen says of each place, by name: rows of numbers; empty for the values themselves.
+        ticks: Values to mark at the color scale.
+        labels: Texts at these ticks.
+        traced: Whether every second level is a thin white line.
+        under: Values that the screen shows at each position, by name: rows of numbers; empty for the values themselves.
     """
 
     x: Sequence[float]
@@ -195,17 +195,17 @@ class Panel:
     """One diagram.
 
     Attributes:
-        x: Axis across.
-        y: Axis up.
-        lines: Its lines.
-        rules: Its straight lines.
+        x: Horizontal axis.
+        y: Vertical axis.
+        lines: Lines of the panel.
+        rules: Straight lines of the panel.
         field: Values behind the lines, or None.
         title: Above it.
-        right: A second axis up, with lines of its own, or None.
+        right: A second vertical axis with its own lines, or None.
         right_lines: Lines on that axis.
-        empty: What it says where it has no line.
-        aspect: Height over width of the box; None for what the space gives.
-        bars: Its bars, behind the lines.
+        empty: Text for a panel without lines.
+        aspect: Height over width of the box; None to fill the space.
+        bars: Bars of the panel, behind the lines.
         image: Pixels that the panel shows, uint8 (height, width) or (height, width, 3); None for none.
     """
 
@@ -229,13 +229,13 @@ class Chart:
 
     Attributes:
         title: Above it.
-        panels: Row by row.
+        panels: Panels, row by row.
         columns: Panels in a row.
         size: Width and height on paper, in inches.
-        shared: Whether panels of a row share their axis up.
+        shared: Whether panels of a row share their vertical axis.
         legend: Columns of the legend below the figure; 0 for a legend in every panel, -1 for none.
         note: Title on the screen instead of ``title``.
-        height: On the screen, in pixels.
+        height: Height on the screen, in pixels.
     """
 
     title: str

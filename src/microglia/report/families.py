@@ -1,4 +1,4 @@
-"""Families: how a report reads the runs of methods that the usual labels and counts do not describe."""
+"""Families: labels and counts of runs for methods that the usual ones do not describe."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from microglia.report.records import Record
 
 @dataclass(frozen=True)
 class Family:
-    """What the shared parts of a report ask of a family's runs, instead of the usual answer.
+    """A family's answers to the questions of a report's shared parts, instead of the usual answers.
 
     Attributes:
-        applies: Whether a run is one of the family.
-        method: Returns the name of its row.
-        asked: Returns its budget in words.
-        strength: Returns a number that sorts budgets, the weakest first.
-        left: Returns the fraction of the dense multiply-accumulates that it computes; None for none at all.
-        shown: Recipe keys, or their beginnings before a dot, that the answers above already name.
+        applies: Tells whether a run belongs to the family.
+        method: Returns the name of the run's row.
+        asked: Returns the run's budget in words.
+        strength: Returns a number to sort budgets, the weakest first.
+        left: Returns the computed fraction of the dense multiply-accumulates; None if it is zero.
+        shown: Recipe keys, or their prefixes before a dot, that the answers above already name.
         patterned: Whether the lines of a figure should name the pattern.
         check: Raises ValueError, with the reason, for a run that cannot be reported.
     """
@@ -38,18 +38,18 @@ families: list[Family] = []
 
 
 def family_of(record: Record) -> Family | None:
-    """Returns the family of a run, None where the usual answers hold."""
+    """Returns the family of a run, None if the usual answers hold."""
     return next((family for family in families if family.applies(record)), None)
 
 
 def common_family(records: Iterable[Record]) -> Family | None:
-    """Returns the family that all of several runs are of, or None."""
+    """Returns the common family of several runs, or None."""
     found = [family_of(record) for record in records]
     return found[0] if found and all(one is found[0] for one in found) else None
 
 
 def left_of(record: Record) -> float | None:
-    """Returns the fraction of the dense multiply-accumulates that a run's model computes; None where that is 0."""
+    """Returns the fraction of the dense multiply-accumulates that a run's model computes; None if it is 0."""
     if (family := family_of(record)) is not None:
         return family.left(record)
     whole = record.dense.macs.total
@@ -57,10 +57,10 @@ def left_of(record: Record) -> float | None:
 
 
 def checked(record: Record) -> Record:
-    """Returns a run that can be reported.
+    """Returns the run if it can be reported.
 
     Raises:
-        ValueError: It lacks what its family needs.
+        ValueError: The run lacks fields that its family needs.
     """
     if (family := family_of(record)) is not None:
         family.check(record)

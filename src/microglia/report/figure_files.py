@@ -1,4 +1,4 @@
-"""A figure in every form a reader may want: PNG and SVG for paper, an interactive page, and its data as JSON and CSV."""
+"""A figure as files: PNG and SVG for paper, an interactive page, and its data as JSON and CSV."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ def write_figure(
     """Writes ``slug-name`` as .png, .svg, .html, .json and .csv, the same data as the same bytes; returns the paths.
 
     Args:
-        directory: Where.
-        slug: What it is about, such as the command.
-        name: Which figure.
+        directory: Directory of the files.
+        slug: Prefix of the file names, such as the command.
+        name: Name of the figure.
         chart: The figure; its page needs no network.
-        told: Everything the figure is made of, JSON-ready.
+        told: All data of the figure, JSON-ready.
         rows: Its points, one mapping each, all with the same keys.
 
     Raises:
-        FileError: They cannot be written.
+        FileError: The files cannot be written.
     """
     paths = save(chart, directory, slug, name)
     contents = {"html": _page(chart, f"{slug}: {name}", f"{slug}-{name}"), "json": json.dumps(told, indent=1) + "\n"}

@@ -18,14 +18,14 @@ POLICY = (
     "default-src 'none'; script-src 'unsafe-inline' 'unsafe-eval'; style-src 'unsafe-inline'; img-src data: blob:; "
     "form-action 'none'; base-uri 'none'"
 )
-"""What a page may load and send: nothing, from and to anywhere."""
+"""Content policy of a page: it may not load or send anything."""
 CONFIG = {"displaylogo": False, "showSendToCloud": False}
-"""Settings of plotly, whose toolbar would otherwise offer to upload the figure."""
+"""Settings of plotly without the upload button of its toolbar."""
 SYMBOLS = {"plus": "cross-thin-open"}
 
 
 def markup(chart: Chart, mark: str, *, whole: bool = False) -> str:
-    """Returns the HTML of a chart, an element with the id ``mark``; ``whole`` brings the library along."""
+    """Returns the HTML of a chart, an element with the id ``mark``; ``whole`` includes the library."""
     text: str = to_html(interactive(chart), full_html=False, include_plotlyjs=whole, div_id=mark, config=CONFIG)
     return text
 
@@ -36,7 +36,7 @@ def interactive(chart: Chart) -> go.Figure:
     titles = [panel.title for panel in chart.panels]
     right = any(panel.right is not None for panel in chart.panels)
     fields = any(panel.field is not None for panel in chart.panels)
-    between = 0.06 if chart.shared else 0.18 if fields else 0.1  # a scale of colors stands there
+    between = 0.06 if chart.shared else 0.18 if fields else 0.1  # the color scale is there
     figure = make_subplots(
         rows=rows,
         cols=chart.columns,
@@ -54,7 +54,7 @@ def interactive(chart: Chart) -> go.Figure:
     if any(line.look.bar for panel in chart.panels for line in panel.lines):
         figure.update_layout(barmode="overlay")
     if fields:
-        figure.update_layout(legend={"orientation": "h", "y": -0.12})  # scales of colors stand on the right
+        figure.update_layout(legend={"orientation": "h", "y": -0.12})  # color scales are on the right
     return figure
 
 
@@ -87,7 +87,7 @@ def _draw(figure: go.Figure, panel: Panel, at: dict[str, int], named: set[str]) 
 
 
 def _trace(line: Line, x: Axis, y: Axis, named: set[str]) -> go.Scatter | go.Bar:
-    """Returns a line, or its bars; ``named`` are the names that the legend has."""
+    """Returns a line, or its bars; ``named`` are the names already in the legend."""
     look = line.look
     symbol = SYMBOLS.get(look.marker, look.marker) + ("-open" if look.hollow else "")
     listed = bool(line.name) and line.name not in named
@@ -136,7 +136,7 @@ def _rule(figure: go.Figure, rule: Rule, at: dict[str, int]) -> None:
 
 
 def _axis(axis: Axis, values: Sequence[float]) -> dict[str, Any]:
-    """Returns the settings of an axis; ``values`` are what it shows."""
+    """Returns the settings of an axis; ``values`` are its data."""
     if axis.bare:
         return {"visible": False, **({"autorange": "reversed"} if axis.falling else {})}
     log = axis.scale == "log"
@@ -190,7 +190,7 @@ def _field(figure: go.Figure, panel: Panel, at: dict[str, int]) -> None:
 
 
 def _marks(field: Field, raw: Any) -> tuple[list[float], list[str]]:
-    """Returns places and words at the scale of colors."""
+    """Returns positions and texts at the color scale."""
     if len(field.ticks):
         return [_height(field, tick) for tick in field.ticks], list(field.labels)
     if not field.log:
@@ -204,7 +204,7 @@ def _height(field: Field, value: float) -> float:
 
 
 def _json(values: Any) -> Any:
-    """Returns numbers as lists, None for what is no finite number: JSON has no NaN."""
+    """Returns numbers as lists, with None for NaN and infinity, which JSON does not have."""
     return list(_plain(values))
 
 

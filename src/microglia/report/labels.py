@@ -1,4 +1,4 @@
-"""Labels: what a report calls a run, from its recipe; runs with the same labels differ in their seed alone."""
+"""Labels of a run in a report, from its recipe; runs with the same labels differ only in their seed."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from microglia.storage.run import flatten
 
 BUDGET = tuple(f"prune.{term}" for term in ("density", "params", "flops", "ms"))
 SHOWN = ("model", "data", "method", "seed", "prune.pattern", "prune.scope", *BUDGET)
-"""Recipe keys that a table shows anyway; the others are named where they differ between runs of one method."""
+"""Recipe keys that a table always shows; other keys are named if they differ between runs of one method."""
 DENSE = ("checkpoint", "normalize", "image_size", "label_smoothing", "dense.")
-"""Recipe keys, or beginnings of them, that the dense model depends on."""
+"""Recipe keys, or their prefixes, that the dense model depends on."""
 
 
 def method_of(record: Record) -> str:
-    """Returns the method of a run, as its family names it."""
+    """Returns the method's name of a run, according to its family."""
     family = family_of(record)
     return family.method(record) if family is not None else str(record.recipe["method"])
 
 
 def named_elsewhere(key: str, more: Iterable[str] = ()) -> bool:
-    """Tells whether a table shows a recipe key in a column of its own; ``more`` are keys that a family shows."""
+    """Tells whether a table shows a recipe key in its own column; ``more`` are keys that a family shows."""
     return any(key == shown or key.startswith(f"{shown}.") for shown in (*SHOWN, *more))
 
 
 def varying_of(records: Iterable[Record], wanted: Callable[[str], bool]) -> list[str]:
-    """Returns the wanted recipe keys in which records differ."""
+    """Returns the recipe keys, among the wanted ones, in which records differ."""
     flat = [_whole(record) for record in records]
     keys = sorted({key for recipe in flat for key in recipe if wanted(key)})
     return [key for key in keys if len({text_of(recipe.get(key)) for recipe in flat}) > 1]
@@ -44,7 +44,7 @@ def settings_of(record: Record, keys: Iterable[str]) -> str:
 
 
 def _whole(record: Record) -> dict[str, Any]:
-    """Returns a run's recipe, flat, and, if this version reads it, later fields at the defaults it ran with."""
+    """Returns a run's flat recipe; if this version reads it, later fields are added with the defaults of the run."""
     own = flatten(completed(record.recipe))
     if own.get("device") == "auto":
         own["device"] = "cuda" if record.environment.gpu else "cpu"
@@ -54,19 +54,19 @@ def _whole(record: Record) -> dict[str, Any]:
 
 
 def text_of(value: Any) -> str:
-    """Returns a recipe's value for people."""
+    """Returns a recipe's value as readable text."""
     if isinstance(value, list | tuple):
         return "[" + ", ".join(map(text_of, value)) + "]"
     return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def pattern_of(record: Record) -> str:
-    """Returns what a run keeps or removes together."""
+    """Returns the pattern of a run."""
     return str(record.recipe["prune"].get("pattern", "unstructured"))
 
 
 def scope_of(record: Record) -> str:
-    """Returns within what units compete in a run."""
+    """Returns the scope of a run, within which units compete."""
     scope = record.recipe["prune"].get("scope", "global")
     return ", ".join(f"{k}={v:g}" for k, v in sorted(scope.items())) if isinstance(scope, dict) else str(scope)
 
@@ -79,7 +79,7 @@ def asked_of(record: Record) -> str:
 
 
 def fraction_of(record: Record) -> float:
-    """Returns what sorts budgets from weak to strong."""
+    """Returns the sort key of budgets, from weak to strong."""
     if (family := family_of(record)) is not None:
         return family.strength(record)
     given = {k: v for k, v in record.asked.items() if v is not None}

@@ -17,15 +17,15 @@ from microglia.report.section import pictures_of, tables_of
 from microglia.report.table import what_ran
 
 TEMPLATE = "page.html"
-"""Beside this file; everything it shows is escaped, except the scripts of plotly."""
+"""The template beside this file; it escapes everything except the scripts of plotly."""
 
 
 def page(found: Collected, tasks: Sequence[Group]) -> str:
     """Returns ``report.html``.
 
     Args:
-        found: What was read.
-        tasks: The groups of its records.
+        found: The collected records.
+        tasks: The groups of records.
     """
     template = Environment(autoescape=True, undefined=StrictUndefined, keep_trailing_newline=True).from_string(
         files("microglia.report").joinpath(TEMPLATE).read_text(encoding="utf-8")
@@ -42,7 +42,7 @@ def page(found: Collected, tasks: Sequence[Group]) -> str:
 
 
 def _task(group: Group) -> dict[str, Any]:
-    """Returns what the template shows of one task."""
+    """Returns the template's values of one task."""
     return {
         "title": group.title,
         "facts": what_ran(group),

@@ -1,4 +1,4 @@
-"""Charts for paper: matplotlib, as PNG and SVG; the same chart gives the same bytes."""
+"""Charts for paper by matplotlib, as PNG and SVG; the same chart gives the same bytes."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ MARKERS = {
 }
 DASHES = {"solid": "-", "dash": "--", "dashdot": "-.", "dot": ":", "": "none"}
 STYLE: Any = {"svg.hashsalt": "microglia", "text.parse_math": False}
-"""Marks of an SVG are the same every time, and a dollar in a name is a dollar."""
+"""Settings: ids in an SVG are always the same, and a dollar in a name is plain text."""
 
 
 def printed(chart: Chart) -> Figure:
@@ -59,7 +59,7 @@ def save(chart: Chart | Callable[[], Figure], directory: Path, slug: str, name: 
     """Writes a chart, or a figure of matplotlib by its maker, as ``slug-name.png`` and ``.svg``; returns the paths.
 
     Raises:
-        FileError: They cannot be written.
+        FileError: The files cannot be written.
     """
     written = []
     for form, content in images(chart).items():

@@ -1,4 +1,4 @@
-"""Finding results: run directories and exported files to records, the damaged ones named and left out."""
+"""Reading of results: run directories and exported files to records; damaged ones are named and left out."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ RESULT, RECIPE, CELL, METRICS = "result.json", "recipe.yaml", "cell.yaml", "metr
 
 @dataclass(frozen=True)
 class Collected:
-    """What was found.
+    """The results that were found.
 
     Attributes:
-        records: Sorted, each run once.
-        left_out: One line for each thing that was found and is not among the records, with the reason.
+        records: Records in sorted order, each run once.
+        left_out: One line for each result that was found but left out, with the reason.
     """
 
     records: tuple[Record, ...]
@@ -35,7 +35,7 @@ def read_results(paths: Sequence[str | Path]) -> Collected:
         paths: Run directories, directories of them at any depth, directories of exported files, or such files.
 
     Raises:
-        FileError: There is nothing at a path.
+        FileError: A path has no results.
     """
     files: dict[Path, str] = {}
     records: list[Record] = []
@@ -62,7 +62,7 @@ def read_results(paths: Sequence[str | Path]) -> Collected:
 
 
 def _command(recipe: Path) -> str | None:
-    """Returns what to say of a directory that another command keeps, None for a run."""
+    """Returns a note about a directory of another command, None for a run."""
     try:
         first = recipe.read_text().partition("\n")[0]
     except (OSError, UnicodeDecodeError):
@@ -121,10 +121,10 @@ def _curves(text: str, headline: str) -> Curves:
 
 
 def _unique(records: list[Record], left_out: list[str]) -> Collected:
-    """Sorts; a run that was read twice, or repeated with the same recipe and seed, counts once."""
+    """Sorts the records; a run that was read twice, or repeated with the same recipe and seed, counts once."""
     seen: dict[tuple[str, float], Record] = {}
     for record in sorted(records, key=order):
-        # Two checkpoints may have the same file name; they hardly have the same accuracy.
+        # Two checkpoints may have the same file name, but hardly the same accuracy.
         identity = json.dumps(record.recipe, sort_keys=True, default=str), record.value(record.dense)
         first = seen.setdefault(identity, record)
         if first is not record and first.source != record.source:
@@ -133,7 +133,7 @@ def _unique(records: list[Record], left_out: list[str]) -> Collected:
 
 
 def _shown(path: Path) -> str:
-    """Returns a path as given when that says nothing about the machine, else its last part."""
+    """Returns a path as given if it does not reveal the machine, else its last part."""
     plain = not path.is_absolute() and ".." not in path.parts and path.parts and "~" not in path.parts[0]
     return path.as_posix() if plain else path.resolve().name
 
@@ -143,5 +143,5 @@ def _shown_below(shown: str, relative: PurePath) -> str:
 
 
 def _why(error: Exception, file: Path) -> str:
-    """Returns an error's text without the path of the file, which is named anyway and may be the machine's."""
+    """Returns an error's text without the path of the file, which is named elsewhere and may reveal the machine."""
     return without_paths(str(error).replace(str(file), file.name).split("\n")[0])

@@ -1,4 +1,4 @@
-"""Records: the part of a run's result that reports need, and the file that keeps them."""
+"""Records: the part of a run's result that reports need, and the file that stores them."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ Curves = dict[str, dict[str, list[float]]]
 
 @dataclass(frozen=True, kw_only=True)
 class Record(Outcome):
-    """One finished run, in sums alone; no path of the machine it ran on is left in it.
+    """One finished run, only with sums over layers and without paths of its machine.
 
     Attributes:
-        curves: What its trainings logged.
-        source: Where it was read.
+        curves: Logged values of its trainings.
+        source: Path from which it was read.
     """
 
     curves: Curves = field(default_factory=dict)
@@ -69,10 +69,10 @@ def parse(content: Mapping[str, Any]) -> Record:
 
 
 def export(records: Sequence[Record], path: str | Path) -> Path:
-    """Writes records to one JSON file, a list with a line for each, to be kept with a project and reported from.
+    """Writes records to one JSON file, a list with one line per record, from which a report can be made later.
 
     Raises:
-        FileError: It cannot be written.
+        FileError: The file cannot be written.
     """
     lines = [json.dumps(written(record), sort_keys=True) for record in sorted(records, key=order)]
     write_atomic(Path(path), "[\n" + ",\n".join(lines) + "\n]\n")
@@ -80,12 +80,12 @@ def export(records: Sequence[Record], path: str | Path) -> Path:
 
 
 def order(record: Record) -> tuple[str, str, str]:
-    """Returns what records are sorted by."""
+    """Returns the sort key of a record."""
     return record.task, json.dumps(record.recipe, sort_keys=True, default=str), record.source
 
 
 def _in_sums(observed: Observed) -> Observed:
-    """Returns what was observed as an exported file keeps it, without the counts of each layer."""
+    """Returns the observations for an exported file, without the counts of each layer."""
     parameters = replace(observed.parameters, nonzero_all=None, layers={})
     return replace(observed, parameters=parameters, macs=replace(observed.macs, other=0, layers={}))
 

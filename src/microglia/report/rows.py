@@ -1,4 +1,4 @@
-"""Rows: records of one task, brought together over seeds."""
+"""Rows: records of one task, combined over seeds."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Row:
-    """Runs that differ in their seed alone.
+    """Runs that differ only in their seed.
 
     Attributes:
-        method: As in the recipe, or as its family names it; ``dense`` for the baseline.
-        pattern: What is kept or removed together.
-        scope: Within what units compete.
+        method: Name in the recipe, or the name from its family; ``dense`` for the baseline.
+        pattern: Pattern of the masks.
+        scope: Scope within which units compete.
         asked: The budget.
         settings: ``key=value`` of the other recipe fields in which runs of the same method differ; often empty.
         records: The runs.
@@ -62,18 +62,18 @@ class Row:
 
     @property
     def family(self) -> Family | None:
-        """The family of its runs; None where the usual labels and counts hold."""
+        """The family of its runs; None if the usual labels and counts hold."""
         return None if self.baseline else common_family(self.records)
 
     @property
     def reduction(self) -> Spread | None:
-        """Fraction of the dense multiply-accumulates that is saved; None where nothing is left."""
+        """Saved fraction of the dense multiply-accumulates; None if nothing remains."""
         left = [left_of(record) for record in self.records]
         return None if None in left else Spread.of(1 - value for value in left if value is not None)
 
     @property
     def line(self) -> str:
-        """What a figure's line of several budgets is called."""
+        """Name of a figure's line over several budgets."""
         plain = self.pattern in ("unstructured", "") or (self.family is not None and not self.family.patterned)
         return " ".join(filter(None, (self.method, "" if plain else self.pattern, self._odd_scope, self.settings)))
 
@@ -83,18 +83,18 @@ class Row:
 
     @property
     def before(self) -> Spread | None:
-        """The headline before recovery, or None where not every run has such a moment."""
+        """The headline before recovery, or None if some run has no such moment."""
         observed = [(r, r.before) for r in self.records]
         values = [r.value(o) for r, o in observed if o is not None]
         return Spread.of(values) if len(values) == len(observed) and not self.baseline else None
 
     @property
     def after(self) -> Spread:
-        """The headline in the end; of a baseline, over the dense models that differ."""
+        """The final headline; for a baseline, over the different dense models."""
         if not self.baseline:
             return Spread.of(r.value(r.pruned) for r in self.records)
         trained = {r.recipe["seed"]: r.value(r.dense) for r in self.records}
-        loaded = sorted({r.value(r.dense) for r in self.records})  # one checkpoint is one model whatever the seed
+        loaded = sorted({r.value(r.dense) for r in self.records})  # one checkpoint is one model for all seeds
         return Spread.of(loaded if self.records[0].recipe.get("checkpoint") else trained.values())
 
     @property
@@ -104,7 +104,7 @@ class Row:
 
     @property
     def compression(self) -> float | None:
-        """All parameters of the dense model over those left, mean over the runs."""
+        """All parameters of the dense model divided by the remaining ones, mean over the runs."""
         if self.baseline:
             return _mean(self.records, lambda r: _finite(r.dense.parameters.compression))
         return _mean(
@@ -114,7 +114,7 @@ class Row:
 
     @property
     def theoretical(self) -> float | None:
-        """Theoretical speed-up, MACs of the dense model over those computed, mean over the runs."""
+        """Theoretical speed-up: MACs of the dense model divided by computed MACs, mean over the runs."""
         if self.baseline:
             return _mean(self.records, lambda r: _finite(r.dense.macs.speedup))
         return _mean(self.records, lambda r: 1 / left if (left := left_of(r)) else None)
@@ -126,22 +126,22 @@ class Row:
 
     @property
     def zipped(self) -> float:
-        """The same after zlib."""
+        """Bytes of this file after zlib, mean over the runs."""
         return _mean(self._observed(), lambda o: o.bytes.zipped) or 0.0
 
     @property
     def measured(self) -> list[LatencyReport]:
-        """The latencies of those runs that were timed."""
+        """The latencies of the timed runs."""
         return [r.latency for r in self.records if r.latency is not None]
 
     @property
     def machines(self) -> int:
-        """On how many kinds of machine, batch and torch the latencies were measured."""
+        """Number of different machines, batches and torch versions of the latencies."""
         return len({(m.device, m.threads, m.batch, m.torch_version) for m in self.measured})
 
     @property
     def speedup(self) -> float | None:
-        """Measured: the median over the runs of best dense over best pruned time; None where nothing was timed."""
+        """Measured speed-up: median over the runs of best dense over best pruned time; None without timing."""
         return statistics.median(speedup_of(m) for m in self.measured) if self.measured else None
 
     def time(self, model: str) -> tuple[str, float] | None:
@@ -160,11 +160,11 @@ class Group:
     """One task: a model on a data set.
 
     Attributes:
-        title: For people.
-        slug: For file names, unique among the groups.
+        title: Title for readers.
+        slug: Part of file names, unique among the groups.
         headline: Name of the metric.
         baselines: The dense models.
-        rows: The pruned ones.
+        rows: The pruned models.
     """
 
     title: str
@@ -175,17 +175,17 @@ class Group:
 
     @property
     def records(self) -> list[Record]:
-        """Every run."""
+        """All records of the group."""
         return [record for row in self.rows for record in row.records]
 
     @property
     def seen(self) -> str:
-        """What to say beside a number of the validation split where a run began with a checkpoint; else nothing."""
+        """Note beside numbers of the validation split if a run began with a checkpoint; else empty."""
         return SEEN if any(record.recipe.get("checkpoint") for record in self.records) else ""
 
     @property
     def scale(self) -> float:
-        """100 where the headline is a fraction, shown in per cent; else 1. Runs that do not say it are told by their values."""
+        """100 if the headline is a fraction, shown in per cent; else 1. Without a recorded unit the values decide."""
         if units := {record.units[self.headline] for record in self.records if self.headline in record.units}:
             return 100.0 if units == {"%"} else 1.0
         values = [r.value(o) for r in self.records for o in (r.dense, r.before, r.pruned) if o is not None]
@@ -210,7 +210,7 @@ class Group:
         return lines
 
     def common(self, *keys: str) -> str:
-        """Returns ``key value`` of recipe fields, ``varies`` where runs differ; fields no run has are left out."""
+        """Returns ``key value`` of recipe fields, ``varies`` if runs differ; fields of no run are left out."""
         flat = [flatten(record.recipe) for record in self.records]
         texts = []
         for key in keys:
@@ -257,7 +257,8 @@ def _baselines(records: Sequence[Record]) -> tuple[Row, ...]:
     named: dict[tuple[Any, ...], list[str]] = {}
 
     def model(record: Record) -> tuple[Any, ...]:
-        # One checkpoint that measured the same is one model, however a setting is spelled (normalize=auto or by name).
+        # One checkpoint with equal measurements is one model, even if a setting is written differently (normalize=auto or by
+        # name).
         if checkpoint := record.recipe.get("checkpoint"):
             return checkpoint, record.value(record.dense), record.dense.bytes
         return (settings_of(record, varying),)
@@ -272,7 +273,7 @@ def _baselines(records: Sequence[Record]) -> tuple[Row, ...]:
 
 
 def _trained(record: Record) -> bool:
-    """Tells whether the dense model was trained, here or before; without that it is what pruning began with."""
+    """Tells whether the dense model was trained, here or before; otherwise it is the initial model."""
     epochs = (record.recipe.get("dense") or {}).get("epochs", 1)
     return epochs > 0 or bool(record.recipe.get("checkpoint")) or "pretrained" in str(record.recipe["model"])
 
@@ -291,7 +292,7 @@ def _finite(ratio: float) -> float | None:
 
 
 def _times(ratio: float | None, dense: int, now: int) -> float | None:
-    """Returns a model's own ratio, by its zeros, times what was removed from it; None where it is infinite."""
+    """Returns a model's ratio by its zeros times the ratio by its removed parts; None if infinite."""
     return ratio if ratio is None or dense == now else ratio * dense / now if now else None
 
 

@@ -1,4 +1,4 @@
-"""Sections: what a family adds to a report, as one value. `results.md`, the page and the figures loop over them.
+"""Sections: a family's additions to a report, as one value. `results.md`, the page and the figures loop over them.
 
 A new family writes one file that calls `register`, and no shared file changes:
 
@@ -24,13 +24,13 @@ from microglia.report.rows import Group, Row
 
 @dataclass(frozen=True)
 class Table:
-    """A table of a section; without rows it is left out.
+    """A table of a section; a table without rows is left out.
 
     Attributes:
-        columns: Titles.
+        columns: Titles of the columns.
         rows: The runs of each row, and its cells.
-        words: Titles of the columns that hold words, which stand to the left.
-        explained: What a reader must know, above the table.
+        words: Titles of the text columns, which are aligned to the left.
+        explained: Explanation above the table.
     """
 
     columns: Sequence[str]
@@ -57,10 +57,10 @@ class Picture:
     """A figure of a section.
 
     Attributes:
-        name: End of its file name, unique in the report; letters and digits.
-        caption: What it shows, for readers who do not see it.
+        name: End of the file name, unique in the report; letters and digits.
+        caption: Description for readers who do not see the figure.
         chart: The figure.
-        paper: Whether it is written as PNG and SVG too; the page has every figure.
+        paper: Whether it is also written as PNG and SVG; the page has every figure.
     """
 
     name: str
@@ -76,14 +76,14 @@ def nothing(group: Group) -> tuple[()]:
 
 @dataclass(frozen=True)
 class Section:
-    """What a family adds to a report.
+    """A family's additions to a report.
 
     Attributes:
-        name: Unique.
-        applies: Whether the section has anything to say of a task.
-        tables: Returns its tables for a task.
-        pictures: Returns its figures for a task.
-        family: How the shared parts of a report read the family's runs, where the usual labels do not describe them.
+        name: Unique name.
+        applies: Tells whether the section has content for a task.
+        tables: Returns the section's tables for a task.
+        pictures: Returns the section's figures for a task.
+        family: Labels and counts of the family's runs, if the usual ones do not describe them.
     """
 
     name: str
@@ -101,7 +101,7 @@ def register(section: Section) -> Section:
     """Adds a section to every report from here on, and returns it.
 
     Raises:
-        ValueError: There is a section of this name.
+        ValueError: A section with this name exists.
     """
     sections.add(section.name)(section)
     if section.family is not None:

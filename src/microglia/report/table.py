@@ -1,4 +1,4 @@
-"""Tables: the rows of a task as text, for the Markdown file and the page alike."""
+"""Tables: the rows of a task as text, for the Markdown file and the page."""
 
 from __future__ import annotations
 
@@ -35,18 +35,18 @@ SETTINGS = (
     "train.distill",
     "prune.exclude",
 )
-"""Recipe fields that a reader wants to know of all runs of a task."""
+"""Recipe fields that the table gives for all runs of a task."""
 LEGEND = """\
-- One row holds the *n* runs that differ in their seed alone: mean ± sample standard deviation over the seeds. Below three
-  seeds the deviation says little. Of *dense*, n counts the models: a checkpoint is one, whatever the seed.
-- *change*: against the dense model of the same run, in points. *compression*: all parameters over those left, biases,
-  norms and layers left dense included.
-- *theoretical speed-up*: multiply-accumulates of the dense model over those of the kept weights, or over the mean of those
-  computed, where that depends on the input. It is no time: beside it stands the measured one, the fastest execution of the
-  dense model over the fastest of the pruned one, both timed interleaved in one process; over several seeds, the median of
+- One row holds the *n* runs that differ only in their seed: mean ± sample standard deviation over the seeds. With fewer than
+  three seeds the deviation is not reliable. For *dense*, n counts models: a checkpoint is one model for all seeds.
+- *change*: difference to the dense model of the same run, in points. *compression*: all parameters divided by the remaining
+  ones, including biases, norms and dense layers.
+- *theoretical speed-up*: multiply-accumulates of the dense model divided by those of the kept weights (or by the mean of the
+  computed ones, if they depend on the input). It is not a time. The measured speed-up is beside it: the fastest execution of
+  the dense model against the fastest of the pruned one, timed interleaved in one process; over several seeds, the median of
   each.
-- *bytes*: of the weights alone, masks multiplied in, as a safetensors file, and of that file after zlib. A saved run has
-  its masks beside them."""
+- *bytes*: size of the weights alone, masks multiplied in, as a safetensors file, and of that file after zlib. A saved run also
+  holds its masks."""
 
 
 def table(group: Group) -> Table:
@@ -88,7 +88,7 @@ def _entries(row: Row, scale: float) -> list[Entry]:
 
 
 def _times(row: Row) -> list[Entry]:
-    """Returns best dense time, best pruned time and their ratio, saying how many of the runs were timed."""
+    """Returns best dense time, best pruned time and their ratio, with the number of timed runs."""
     dense, pruned, ratio = row.time("dense"), row.time("pruned"), row.speedup
     if dense is None or pruned is None or ratio is None:
         return [_time(None, ""), Entry("", 0.0), Entry("", 1.0)] if row.baseline else [_time(None, "")] * 3
@@ -109,7 +109,7 @@ def _time(best: tuple[str, float] | None, note: str) -> Entry:
 
 
 def what_ran(group: Group) -> list[str]:
-    """Returns sentences on what ran on what; nothing that the runs did not record."""
+    """Returns sentences about machines and versions, as far as the runs recorded them."""
     records = group.records
     loaded = all(record.recipe.get("checkpoint") for record in records)
     common = group.common(*(key for key in SETTINGS if not (loaded and key.startswith("dense."))))
@@ -136,8 +136,8 @@ def markdown(found: Collected, tasks: Sequence[Group], figures: Iterable[PurePat
     """Returns ``results.md``: the same records, the same bytes.
 
     Args:
-        found: What was read.
-        tasks: The groups of its records.
+        found: The collected records.
+        tasks: The groups of records.
         figures: Paths of the pictures relative to the file, named after the task's slug and the picture.
     """
     written = {figure.name: figure for figure in figures}

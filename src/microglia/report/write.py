@@ -21,15 +21,15 @@ __all__ = ["Record", "Report", "collect", "export", "read_results", "report"]
 
 @dataclass(frozen=True)
 class Report:
-    """What was written.
+    """The written report.
 
     Attributes:
-        directory: Where.
+        directory: Directory of the report.
         tables: ``results.md``.
-        page: ``report.html``, which needs nothing beside it.
+        page: ``report.html``, which needs no other file.
         figures: PNG and SVG files.
-        records: How many runs are in it.
-        left_out: What was found and is not in it, with the reason.
+        records: Number of runs in it.
+        left_out: Results that were found but left out, with the reasons.
     """
 
     directory: Path
@@ -41,7 +41,7 @@ class Report:
 
     @property
     def sentence(self) -> str:
-        """What a person should know."""
+        """Summary for a reader."""
         first = f"{self.records} runs in {self.tables}, {self.page} and {len(self.figures)} figures."
         return "\n".join([first, *(f"left out: {line}" for line in self.left_out)])
 
@@ -52,7 +52,7 @@ class Report:
 
 
 def collect(paths: Sequence[str | Path]) -> list[Record]:
-    """Returns the records of all finished runs below paths, sorted, with a warning for each thing left out.
+    """Returns the records of all finished runs below paths, sorted, with a warning for each omitted result.
 
     Args:
         paths: Run directories, directories of them at any depth, and files that `export` wrote or directories of these.
@@ -73,12 +73,12 @@ def report(paths: Sequence[str | Path], out: str | Path) -> Report:
 
     Args:
         paths: As for `collect`.
-        out: Directory to write to; what a report wrote there before is replaced.
+        out: Directory to write to; an earlier report there is replaced.
 
     Raises:
-        FileError: There is nothing at a path, no finished run at all, or the report cannot be written.
+        FileError: A path has no results, no run is finished, or the report cannot be written.
     """
-    # Slow to import, and the command line imports this file for every command.
+    # Slow to import, but the command line imports this file for every command.
     from microglia.report.page import page
     from microglia.report.printed import save
 

@@ -1,4 +1,4 @@
-"""The section of masks made before training: weights on a path from input to output, and layers that keep nothing."""
+"""The section of masks made before training: weights on a path from input to output, and empty layers."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from microglia.report.spread import Spread
 
 WORDS = ("method", "asked", "settings")
 EXPLAINED = (
-    "Masks made before training. On a path: of the weights kept, those that lie on a path from input to output; the others are "
-    "dead. Emptied: layers that kept nothing, at most over seeds; one of them on the trunk collapses the network. Least: the "
-    "smallest density of a layer."
+    "Masks made before training. On a path: kept weights that lie on a path from input to output; the others are dead. "
+    "Emptied: layers that kept nothing, maximum over seeds; one such layer on the trunk collapses the network. Least: the "
+    "minimum density of a layer."
 )
 CAPTION = "weights on a path, emptied layers and the least density against compression, of masks made before training"
-LEAST = 2  # budgets that make a line worth drawing
+LEAST = 2  # minimum number of budgets for a line
 PANELS: tuple[tuple[Axis, Callable[[Initialization], float]], ...] = (
-    (Axis("of the weights kept, on a path (%)"), lambda found: 100 * found.effective / max(1, found.kept)),
+    (Axis("kept weights on a path (%)"), lambda found: 100 * found.effective / max(1, found.kept)),
     (Axis("emptied layers", whole=True), lambda found: len(found.emptied)),
     (Axis("least density of a layer (%)", "symlog", (0, None)), lambda found: 100 * found.least),
 )
 
 
 def tables(group: Group) -> list[Table]:
-    """Returns the table of a task's runs that prune before training."""
+    """Returns the table of a task's runs with pruning before training."""
     unit = f", {group.unit.strip()}" if group.unit else ""
     titles = ["method", "asked", "settings", "n", "on a path, %", "emptied", "least, %", f"{group.headline}{unit}"]
     rows = [(row, _entries(row, group.scale)) for row in _rows(group)]
@@ -36,7 +36,7 @@ def tables(group: Group) -> list[Table]:
 
 
 def pictures(group: Group) -> Iterator[Picture]:
-    """Returns the collapse figure of a task, where several budgets show one."""
+    """Returns the collapse figure of a task with several budgets."""
     if lines := _lines(group):
         yield Picture("collapse", CAPTION, collapse_chart(group, lines))
 

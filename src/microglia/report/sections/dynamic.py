@@ -1,4 +1,4 @@
-"""The section of dynamic runs, whose gates choose for each input what is computed: labels, table and figures."""
+"""The section of dynamic runs, whose gates choose the computation for each input: labels, table and figures."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ from microglia.report.spread import Spread
 
 WORDS = ("method", "rule", "asked", "settings")
 EXPLAINED = (
-    "Gates choose for each input what is computed; shares are in % of the dense model's multiply-accumulates. Honest: all that "
-    "is computed, heads, depthwise layers and full residual widths included. Paper: as published, heads and depthwise layers "
-    "for free. Predicted: before the training, on training images. Precision and recall: of the masks against the targets. "
-    "Routes: distinct ones of so many test inputs. ± is over seeds where a column does not say inputs. In the figure stand "
-    "static runs beside, by the multiply-accumulates of their kept weights."
+    "Gates choose the computation for each input; shares are in % of the dense model's multiply-accumulates. Honest: all "
+    "computed operations, including heads, depthwise layers and full residual widths. Paper: as published, without heads and "
+    "depthwise layers. Predicted: before the training, on training images. Precision and recall: masks against targets. "
+    "Routes: distinct routes among the test inputs. ± is over seeds unless a column says inputs. The figure also shows static "
+    "runs, by the multiply-accumulates of their kept weights."
 )
-AXIS = "FLOPs reduction, % of dense (of gates the honest mean over inputs, heads counted)"
+AXIS = "FLOPs reduction, % of dense (with gates: honest mean over inputs, heads counted)"
 USUAL_RULE = "prefix_le"
-"""Rule of the targets that goes without saying in the name of a row."""
+"""The usual rule of targets, which the name of a row omits."""
 Point = tuple[Spread, Spread, Row]
 """(fraction of operations saved, headline, row)."""
 
 
 # ------------------------------------------------------------------------------------------------------------ the labels
 def gated(record: Record) -> bool:
-    """Tells whether gates of a run's model choose for each input what is computed."""
+    """Tells whether gates of a run's model choose the computation for each input."""
     return record.observed(Routing) is not None
 
 
@@ -48,7 +48,7 @@ def left(record: Record) -> float | None:
 
 
 def method(record: Record) -> str:
-    """Returns a run's method with its mode, and with its rule where that is not the usual one."""
+    """Returns a run's method with its mode, and with its rule unless that is the usual one."""
     rule = rule_of(record)
     return " ".join(
         filter(None, (record.recipe["method"], record.recipe["prune"].get("mode", ""), "" if rule == USUAL_RULE else rule))
@@ -61,19 +61,19 @@ def rule_of(record: Record) -> str:
 
 
 def asked(record: Record) -> str:
-    """Returns the budget of a run: the operations, by which count, or r."""
+    """Returns the budget of a run: the operations with the kind of count, or r."""
     prune: Mapping[str, Any] = record.recipe["prune"]
     flops, r = prune.get("flops"), prune.get("r")
     if flops is not None:
         return f"flops {flops:g}{' by the paper count' if prune.get('count') == 'paper' else ''}"
-    if isinstance(r, dict):  # which of several such plans is meant shows in no number, so it gets a mark
+    if isinstance(r, dict):  # no number identifies one of several such plans, so it gets a mark
         mark = hashlib.blake2b(json.dumps(r, sort_keys=True).encode(), digest_size=3).hexdigest()
         return f"r by layer, mean {fmean(r.values()):.4g} (plan {mark})"
     return f"r {r:g}"
 
 
 def strength(record: Record) -> float:
-    """Returns what sorts budgets from weak to strong."""
+    """Returns the sort key of budgets, from weak to strong."""
     flops, r = record.recipe["prune"].get("flops"), record.recipe["prune"].get("r")
     return -float(flops if flops is not None else fmean(r.values()) if isinstance(r, dict) else r)
 
@@ -96,7 +96,7 @@ def tables(group: Group) -> list[Table]:
 
 
 def routings(row: Row) -> list[Routing]:
-    """Returns what the routes of each of a row's runs tell."""
+    """Returns the observed routing of each of a row's runs."""
     found = [record.observed(Routing) for record in row.records]
     return [routing for routing in found if routing is not None]
 
@@ -166,7 +166,7 @@ def saved_points(rows: Sequence[Row]) -> list[Point]:
 
 
 def lines_of(group: Group) -> dict[str, list[Point]]:
-    """Returns the points of each line, dynamic and static ones alike; lines that save nothing at all are left out."""
+    """Returns the points of each line, dynamic and static; lines without any saving are left out."""
     found = {line: saved_points(rows) for line, rows in group.lines.items()}
     return {line: points for line, points in found.items() if any(x.mean > 0 for x, _, _ in points)}
 

@@ -18,8 +18,8 @@ class Ratio:
 
     Attributes:
         title: Title of the axis.
-        read: Returns the ratio of a row, None where it is not known.
-        missing: What an empty diagram says.
+        read: Returns the ratio of a row, None if it is unknown.
+        missing: Text of an empty diagram.
     """
 
     title: str
@@ -34,8 +34,8 @@ RATIOS: dict[str, tuple[Ratio, ...]] = {
         Ratio("measured speed-up (best dense / best pruned)", lambda row: row.speedup, "latency was not measured"),
     ),
 }
-"""Theory never stands alone: the measured speed-up is beside it."""
-MARKED = 5  # epochs from which a curve has no markers
+"""The theoretical speed-up is always shown beside the measured one."""
+MARKED = 5  # from this number of epochs on a curve has no markers
 
 
 def tables(group: Group) -> list[Table]:
@@ -101,7 +101,7 @@ def _limits(ratios: Sequence[float]) -> tuple[int, int]:
 
 
 def curves_chart(group: Group) -> Chart:
-    """Returns what every training logged, a column for each stage: the headline on validation above, the loss below."""
+    """Returns the curves of every training, a column per stage: the validation headline above, the loss below."""
     stages = list(dict.fromkeys(stage for record in group.records for stage in record.curves))
     above = Axis(f"validation {group.headline}{group.in_unit}")
     panels = [Panel(Axis(), above, _curves(group, stage, "validation", group.scale), title=stage) for stage in stages]

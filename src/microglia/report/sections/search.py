@@ -28,7 +28,7 @@ def densities(record: Record) -> dict[str, float]:
 
 
 def tables(group: Group) -> list[Table]:
-    """Returns the table of what making the masks exact changed, without rows where no method learned any."""
+    """Returns the table of changes at the freeze; methods that learn no masks have no row."""
     explained = (
         f"The freeze, when soft masks become exact, means over the runs; {group.headline} on the validation split with the "
         f"soft and with the exact masks.{group.seen and f' {group.seen}'}"
@@ -40,7 +40,7 @@ def tables(group: Group) -> list[Table]:
 
 
 def pictures(group: Group) -> Iterator[Picture]:
-    """Returns the figures of a task whose runs tell of layers or of a search."""
+    """Returns the figures of a task whose runs observe layers or a search."""
     if budgets := _budgets(group):
         yield Picture("layers", "density of each layer", layers_chart(group, budgets))
     if searches := _searches(group):
@@ -63,7 +63,7 @@ def layers_chart(group: Group, budgets: Budgets) -> Chart:
 
 
 def search_chart(group: Group, searches: Sequence[tuple[Row, Search]]) -> Chart:
-    """Returns how binary the masks become: the units in each part of [0, 1] over the steps, and the temperature."""
+    """Returns the distribution of mask values in [0, 1] over the steps, and the temperature."""
     panels = [_search(row, search) for row, search in searches]
     return Chart(group.title, panels, size=(8, 1 + 2.6 * len(panels)), legend=-1, height=160 + 240 * len(panels))
 
@@ -89,7 +89,7 @@ def _entries(group: Group, row: Row, freezes: Sequence[Freeze]) -> list[Entry]:
 
 
 def _budgets(group: Group) -> Budgets:
-    """Returns the rows of each budget for which methods can be compared layer by layer, one of them learned."""
+    """Returns the rows of each budget whose methods can be compared by layer; at least one is learned."""
     found: Budgets = {}
     for row in group.rows:
         if densities(row.records[0]):

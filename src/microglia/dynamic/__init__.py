@@ -1,4 +1,4 @@
-"""Dynamic pruning: gates inside a model that choose, for every input, which channels are computed (FTWT)."""
+"""Dynamic pruning: gates inside a model choose the channels to compute for every input (FTWT)."""
 
 from microglia.dynamic import change as _registered  # noqa: F401
 from microglia.dynamic.calibrate import calibrate

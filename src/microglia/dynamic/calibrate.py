@@ -1,9 +1,9 @@
-"""Moving the thresholds of trained heads so that the gates meet a budget of operations.
+"""Calibration: moves the thresholds of trained heads so that the gates meet a budget of operations.
 
-A head keeps what is more likely than not to be in its target. Where most targets are likely the masks are larger than the
-targets, where few are they are smaller, and after a short training all logits of a layer lie close together: what is computed
-differs from what `choose_r` promised. Other thresholds give the budget back and leave the order of a layer's logits alone. It
-is ours, not the paper's.
+A head keeps the filters that are more likely than not in its target. If most filters are likely, the masks are larger than the
+targets; if few are, they are smaller. After a short training all logits of a layer are close together. So the computed
+operations differ from the estimate of `choose_r`. Other thresholds restore the budget and keep the order of a layer's logits.
+This method is ours, not the paper's.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from microglia.dynamic.counting import Count, Counter
 from microglia.dynamic.gates import Passage, gates_of, listening
 
 PASSES = 4
-"""Forward passes: what arrives at a head depends on the masks before it, so that each step is measured anew."""
-ROUNDS = 30  # of the bisection
+"""Number of forward passes: the input of a head depends on earlier masks, so each step is measured again."""
+ROUNDS = 30  # steps of the bisection
 
 
 @torch.no_grad()
@@ -36,16 +36,16 @@ def calibrate(
 ) -> dict[str, float]:
     """Moves the biases of each head by one amount, in place, until the mean operations are ``flops``.
 
-    Each layer keeps the share of its filters that its targets would, times one factor, common to all, that meets the budget.
-    Over several ranks, given the same batches, all move as the first one does.
+    Each layer keeps the share of filters of its targets, times one common factor that meets the budget. On several ranks with
+    the same batches, all use the first rank's moves.
 
     Args:
-        model: With trained gates that choose by threshold.
-        batches: Few batches of training inputs; read once, kept in memory.
-        counter: Of the model's operations.
+        model: A model with trained gates that choose by threshold.
+        batches: A few batches of training inputs; read once, kept in memory.
+        counter: Counter of the model's operations.
         kept: Layer -> mean fraction of its filters to keep, before the factor.
         flops: Fraction of the dense model's operations to compute, on the mean over inputs.
-        count: What of them counts.
+        count: Kind of count, ``honest`` or ``paper``.
 
     Returns:
         Layer -> how far its biases moved, in log-odds; positive keeps more.
@@ -67,7 +67,7 @@ def calibrate(
 
 
 def _logits(model: nn.Module, inputs: list[Any]) -> dict[str, Tensor]:
-    """Returns what the heads say of some batches, layer -> (inputs, outputs), every mask acting."""
+    """Returns the heads' logits for some batches, layer -> (inputs, outputs), with all masks active."""
     found: dict[str, list[Tensor]] = {}
 
     def hear(passage: Passage) -> None:
@@ -82,7 +82,7 @@ def _logits(model: nn.Module, inputs: list[Any]) -> dict[str, Tensor]:
 def _steps(
     logits: Mapping[str, Tensor], counter: Counter, kept: Mapping[str, float], flops: float, count: Count
 ) -> list[float]:
-    """Returns for each layer the amount by which its logits, all of them, keep its share times the largest fitting factor."""
+    """Returns the move of each layer's logits with which it keeps its share times the largest fitting factor."""
     ordered = {layer: each.flatten().sort().values for layer, each in logits.items()}
     low, high = 0.0, 1.0 / min(kept.values())  # nothing, everything
     for _ in range(ROUNDS):
@@ -97,7 +97,7 @@ def _steps(
 
 
 def _step(ordered: Tensor, share: float) -> float:
-    """Returns what to add to logits, given in rising order, so that this share of them is above 0: half way between two."""
+    """Returns the term for ascending logits with which this share of them is above 0: midway between two."""
     above = min(len(ordered), round(share * len(ordered)))
     if above in (0, len(ordered)):
         return 1.0 - float(ordered[0]) if above else -1.0 - float(ordered[-1])

@@ -1,4 +1,4 @@
-"""The change "gates": how a gated model is written to a file, made again, and timed."""
+"""The change "gates": storage, replay and timing of a gated model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from microglia.storage.changes import Change, register_change
 
 
 def _executions(model: nn.Module, example: Tensor, batches: Callable[[], Sequence[Tensor]]) -> dict[str, Callable[[], object]]:
-    """Returns the execution that computes the chosen channels alone, on one batch after the other."""
+    """Returns the execution that computes only the chosen channels, on one batch after the other."""
     fast = Gathered(model, example)
     if example.device.type == "cpu":
         tune(fast)

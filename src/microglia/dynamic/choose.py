@@ -1,4 +1,4 @@
-"""Choosing r before training, so that a budget of operations is met: one dense pass over training images.
+"""Choice of r before training for a budget of operations, from one dense pass over training images.
 
 Source: FTWT's estimate before training; spec, section 7.9.
 """
@@ -20,19 +20,19 @@ from microglia.dynamic.counting import Count, Counter
 from microglia.dynamic.gates import Passage, listening
 from microglia.dynamic.targets import Rule, targets
 
-ROUNDS = 24  # of the bisection: r to less than 1e-6
+ROUNDS = 24  # steps of the bisection: r to less than 1e-6
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a plan is expected to cost.
+    """The expected cost of a plan.
 
     Attributes:
-        r: The fraction of the mass to keep, of all layers or by layer.
-        honest: Fraction of the dense model's multiply-accumulates that is left, heads included.
-        paper: The same by the published count.
-        kept: Layer -> mean fraction of its filters that are kept.
-        images: On how many training images it was estimated.
+        r: Fraction of the mass to keep, for all layers or by layer.
+        honest: Remaining fraction of the dense model's multiply-accumulates, heads included.
+        paper: The same fraction by the published count.
+        kept: Layer -> mean fraction of its kept filters.
+        images: Number of training images of the estimate.
     """
 
     r: float | dict[str, float]
@@ -61,7 +61,7 @@ def shares(model: nn.Module, batches: Iterable[tuple[Any, Any]], count: int, dev
 
 
 def estimate(share: Mapping[str, Tensor], r: float | Mapping[str, float], rule: Rule, counter: Counter) -> Estimate:
-    """Returns what targets of one r for all layers, or of one for each, would cost."""
+    """Returns the estimated cost of targets with one r for all layers, or one per layer."""
     each = r if isinstance(r, Mapping) else dict.fromkeys(share, r)
     masks = {layer: targets(part, each[layer], rule) for layer, part in share.items()}
     costs = counter(masks)
@@ -72,7 +72,7 @@ def estimate(share: Mapping[str, Tensor], r: float | Mapping[str, float], rule: 
 
 
 def choose_r(share: Mapping[str, Tensor], flops: float, rule: Rule, counter: Counter, count: Count = "honest") -> Estimate:
-    """Returns the largest r whose cost is at most ``flops``, a fraction of the dense model's; by bisection, for it is monotone.
+    """Returns the largest r with a cost of at most ``flops``, a fraction of the dense model's, by bisection.
 
     Raises:
         BudgetError: Even one filter in each layer costs more.

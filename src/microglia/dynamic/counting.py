@@ -1,8 +1,8 @@
-"""What each input costs a gated model: multiply-accumulates by the published count and by an honest one.
+"""The cost of each input in a gated model: multiply-accumulates by the published count and by an honest one.
 
-The published count takes heads and depthwise convolutions for free, and a residual sum for as wide as the branch added last
-(spec, section 7.8). The honest one counts what is computed: heads, the channels that really arrive, depthwise layers, and every
-layer without a gate. Neither counts norms, activations, pooling and biases; both divide by the same dense model.
+The published count ignores heads and depthwise convolutions, and takes the width of a residual sum from the branch added last
+(spec, section 7.8). The honest count includes all computation: heads, the channels that really arrive, depthwise layers, and
+every layer without a gate. Neither counts norms, activations, pooling and biases; both divide by the same dense model.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ class Costs:
     """Multiply-accumulates of each input of a batch.
 
     Attributes:
-        honest: Of all that is computed, float64 (batch,).
-        paper: By the published count, float64 (batch,).
+        honest: Multiply-accumulates of all computation, float64 (batch,).
+        paper: Multiply-accumulates by the published count, float64 (batch,).
         layers: Convolution -> honest multiply-accumulates, float64 (batch,); without its head.
-        heads: Of all heads together, the same for every input.
-        dense: Of the model without gates.
+        heads: Multiply-accumulates of all heads together, the same for every input.
+        dense: Multiply-accumulates of the model without gates.
     """
 
     honest: Tensor
@@ -50,8 +50,8 @@ class Counter:
 
     Args:
         model: The model without gates.
-        flow: Of it.
-        plan: Of the gates; sites are all it is asked for.
+        flow: Flow of this model.
+        plan: Plan of the gates; only its sites are used.
         example_inputs: One batch of inputs.
     """
 
@@ -63,7 +63,7 @@ class Counter:
         self.heads = sum(site.inputs * site.outputs for site in plan.sites)
 
     def __call__(self, masks: Mapping[str, Tensor]) -> Costs:
-        """Returns the costs of the inputs that have these masks: layer -> boolean (batch, outputs)."""
+        """Returns the costs of the inputs with these masks: layer -> boolean (batch, outputs)."""
         batch = len(next(iter(masks.values())))
         arriving = self.flow.supports(masks)
         published = self.flow.supports(masks, published=True)
@@ -82,13 +82,13 @@ def computed(c: Convolution, kept: Tensor | None, arriving: Tensor | None, batch
     """Returns the fraction of a convolution's products that are computed for each input, float64 (batch,)."""
     if c.depthwise and kept is not None:
         return _share(kept if arriving is None else kept & arriving, batch)
-    if c.groups > 1:  # runs whole, as do depthwise layers without a gate
+    if c.groups > 1:  # runs whole, like depthwise layers without a gate
         return torch.ones(batch, dtype=torch.float64)
     return _share(kept, batch) * _share(arriving, batch)
 
 
 def _as_published(c: Convolution, kept: Tensor | None, arriving: Tensor | None, batch: int) -> Tensor:
-    """Returns |kept| floor(|arriving| / groups) over its dense value: of a depthwise layer 0 unless every channel arrives."""
+    """Returns |kept| floor(|arriving| / groups) over its dense value; 0 for a depthwise layer unless every channel arrives."""
     if arriving is None:
         return _share(kept, batch)
     each = torch.div(arriving.sum(1), c.groups, rounding_mode="floor").double() / (c.inputs // c.groups)

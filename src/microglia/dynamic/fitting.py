@@ -1,8 +1,8 @@
 """Heads that start as the best affine maps for their targets, instead of at random.
 
-What a head sees of an image and what it should answer are both known before any training, from one pass of the dense network:
-a logistic regression for each layer. Heads so made follow the input from the first step on, so that the training, however
-short, is the network's. It is ours, not the paper's.
+One pass of the dense network gives each head's inputs and targets before any training: a logistic regression for each layer.
+These heads follow the input from the first step on, so that even a short training can adapt the network. This method is ours,
+not the paper's.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ from microglia.core.modes import evaluating
 from microglia.dynamic.gates import Gate, Passage, gates_of, listening
 
 RIDGE = 1e-3
-"""Of the squared weights, beside the mean loss, where every input has unit variance."""
-ITERATIONS = 60  # of L-BFGS; the loss is convex
+"""Weight of the squared weights, added to the mean loss; every input has unit variance."""
+ITERATIONS = 60  # steps of L-BFGS; the loss is convex
 
 
 def fit_heads(model: nn.Module, batches: Iterable[tuple[Any, Any]]) -> dict[str, float]:
-    """Makes each head the logistic regression of its targets on what arrives, in place, as if no mask acted.
+    """Makes each head the logistic regression of its targets on its inputs, in place, without active masks.
 
-    Over several ranks, given the same batches, all take the first one's heads.
+    On several ranks with the same batches, all use the first rank's heads.
 
     Args:
-        model: With gates that have their r.
-        batches: Few batches of training inputs; what heads see of them is kept in memory.
+        model: A model with gates that have their r.
+        batches: A few batches of training inputs; the inputs of heads are kept in memory.
 
     Raises:
-        MicrogliaError: There is no image, or no gate.
+        MicrogliaError: The batches have no image, or the model has no gate.
 
     Returns:
-        Layer -> fraction of these inputs and filters on which the head says what the target does.
+        Layer -> fraction of these inputs and filters on which head and target agree.
     """
     device = next(model.parameters()).device
     seen: dict[str, list[tuple[Tensor, Tensor]]] = {}
@@ -55,7 +55,7 @@ def fit_heads(model: nn.Module, batches: Iterable[tuple[Any, Any]]) -> dict[str,
     agreement = {}
     for layer, gate in gates_of(model).items():
         embedded, wanted = (torch.cat(parts) for parts in zip(*seen.pop(layer), strict=True))
-        wide = torch.promote_types(embedded.dtype, torch.float32)  # half precision has no room for a line search
+        wide = torch.promote_types(embedded.dtype, torch.float32)  # half precision is too coarse for a line search
         _regress(gate, embedded.to(wide), wanted.to(wide))
         with torch.no_grad():
             agreement[layer] = float(((gate.logits(embedded) > 0) == wanted).double().mean())
@@ -66,7 +66,7 @@ def fit_heads(model: nn.Module, batches: Iterable[tuple[Any, Any]]) -> dict[str,
 def _regress(gate: Gate, embedded: Tensor, wanted: Tensor) -> None:
     mean = embedded.mean(0)
     scale = (embedded - mean).square().mean(0).sqrt()
-    scale = torch.where(scale > 1e-6 * (1e-6 + mean.abs()), scale, torch.inf)  # what never changes tells nothing
+    scale = torch.where(scale > 1e-6 * (1e-6 + mean.abs()), scale, torch.inf)  # constant inputs carry no information
     inputs = (embedded - mean) / scale
     weight = torch.zeros_like(gate.weight, dtype=inputs.dtype, requires_grad=True)
     bias = torch.zeros_like(gate.bias, dtype=inputs.dtype, requires_grad=True)
@@ -76,7 +76,7 @@ def _regress(gate: Gate, embedded: Tensor, wanted: Tensor) -> None:
         optimizer.zero_grad()
         said = functional.linear(inputs, weight, bias)
         entropy = functional.binary_cross_entropy_with_logits(said, wanted, reduction="sum") / len(inputs)
-        value = entropy + RIDGE * (weight.square().sum() + bias.square().sum())  # the bias too: filters no image fires
+        value = entropy + RIDGE * (weight.square().sum() + bias.square().sum())  # the bias too: some filters never fire
         value.backward()  # type: ignore[no-untyped-call]
         return value
 

@@ -1,6 +1,6 @@
-"""The flow of channels through a traced model: which steps keep zero channels zero, and where they come from.
+"""The flow of channels through a traced model: the steps that keep zero channels zero, and the source of channels.
 
-The same steps serve to find where gates can hang, to count what each input needs, and to compute only that.
+The same steps are used to find sites for gates, to count the operations of each input, and to compute only these.
 """
 
 from __future__ import annotations
@@ -25,29 +25,29 @@ CHANNELWISE = frozenset(
         "clone", "detach", "alias", "to", "upsample_nearest2d", "upsample_bilinear2d", "neg", "abs",
     }
 )  # fmt: skip
-"""Operators on each channel by itself that leave a channel of zeros one of zeros."""
+"""Operators on single channels that keep a zero channel zero."""
 
 ACTIVATION_OF = {
     "relu": "relu", "relu6": "relu6", "silu": "silu", "hardswish": "hardswish", "gelu": "gelu", "leaky_relu": "leaky_relu",
     "elu": "elu", "mish": "mish", "tanh": "tanh",
 }  # fmt: skip
-"""Operator -> its name in `microglia.dynamic.gates.ACTIVATIONS`, where it has its default arguments."""
+"""Operator -> its name in `microglia.dynamic.gates.ACTIVATIONS`, for default arguments."""
 
 ADDITIONS, PADS = frozenset({"add", "sub"}), frozenset({"pad", "constant_pad_nd"})
 
 
 @dataclass(frozen=True)
 class Convolution:
-    """A convolution with what was fused into it.
+    """A convolution with the operators fused into it.
 
     Attributes:
         layer: Name of the module.
-        weight: With the norm's scale folded in, (outputs, inputs / groups, *kernel).
-        bias: With the norm's shift folded in, (outputs,); None where there is none.
+        weight: Weight with the norm's scale folded in, (outputs, inputs / groups, *kernel).
+        bias: Bias with the norm's shift folded in, (outputs,), or None.
         settings: stride, padding, dilation and groups, as `torch.conv2d` takes them.
         carrier: Name of the norm, or of the convolution itself.
-        activation: Name of the activation that was fused, ``identity`` without one.
-        inner: Whether the activation is part of the carrier itself, as in a norm with an activation of its own.
+        activation: Name of the fused activation, ``identity`` without one.
+        inner: Whether the activation is part of the carrier itself, as in a norm with a built-in activation.
     """
 
     layer: str
@@ -60,27 +60,27 @@ class Convolution:
 
     @property
     def groups(self) -> int:
-        """Groups of channels that do not see each other."""
+        """Number of groups of channels that do not interact."""
         return int(self.settings["groups"])
 
     @property
     def outputs(self) -> int:
-        """Channels it writes."""
+        """Number of channels that it writes."""
         return self.weight.shape[0]
 
     @property
     def inputs(self) -> int:
-        """Channels it reads, all groups together."""
+        """Number of channels that it reads, all groups together."""
         return self.weight.shape[1] * self.groups
 
     @functools.cached_property
     def blocks(self) -> Tensor:
-        """The weight of a convolution of one group as kernels that compute parts of it take it, made once."""
+        """The weight of an ungrouped convolution in the layout of kernels that compute parts of it, made once."""
         return every_block(self.weight)
 
     @property
     def depthwise(self) -> bool:
-        """Whether each output channel reads the one input channel of the same number."""
+        """Whether each output channel reads only the input channel of the same number."""
         return self.groups == self.weight.shape[0] > 1 and self.weight.shape[1] == 1
 
 
@@ -89,12 +89,12 @@ class Step:
     """One step of the forward pass.
 
     Attributes:
-        node: Its value; of a fused chain the last one.
-        kind: ``convolution``; ``keep`` (channels stay what they are), ``add``, ``cat`` and ``pad`` over channels; ``plain``
-            for all else, after which no channel is known to be zero.
-        sources: Values it reads, in order.
-        convolution: Of a convolution.
-        amount: Of ``pad`` (before, after).
+        node: Its value; for a fused chain the last node.
+        kind: ``convolution``; ``keep`` (channels stay separate), ``add``, ``cat`` and ``pad`` over channels; ``plain`` for all
+            others, after which no channel is known to be zero.
+        sources: Values that it reads, in order.
+        convolution: The convolution of such a step.
+        amount: Amount of ``pad``, (before, after).
     """
 
     node: fx.Node
@@ -108,16 +108,16 @@ class Flow:
     """The steps of a model without gates, in order.
 
     Args:
-        model: Any model `torch.export` can trace, in evaluation mode; left as it is.
+        model: Any model that `torch.export` can trace, in evaluation mode; it stays unchanged.
         example_inputs: One batch of inputs.
 
     Attributes:
         trace: The traced forward pass.
-        steps: In order.
-        depth: Value -> convolutions on the longest way to it.
+        steps: The steps in order.
+        depth: Value -> number of convolutions on the longest path to it.
 
     Raises:
-        TraceError: It cannot be traced.
+        TraceError: The model cannot be traced.
     """
 
     def __init__(self, model: nn.Module, example_inputs: Any) -> None:
@@ -136,7 +136,7 @@ class Flow:
 
     @property
     def convolutions(self) -> dict[str, Step]:
-        """The steps that are convolutions of a module of their own, by its name."""
+        """The steps that are convolutions with their own module, by its name."""
         return {step.convolution.layer: step for step in self.steps if step.convolution is not None}
 
     # ------------------------------------------------------------------------------------------------------- reading
@@ -152,7 +152,7 @@ class Flow:
         return Step(node, *self._kind(node, name, sources))
 
     def _kind(self, node: fx.Node, name: str, sources: tuple[fx.Node, ...]) -> tuple[Any, ...]:
-        """Returns kind, sources and, where it has one, the amount of any other step."""
+        """Returns kind, sources and amount, if any, of a step that is not a convolution."""
         rank = len(shape_of(node)) if isinstance(node.meta.get("val"), Tensor) else 0
         a = named_arguments(node) if isinstance(node.target, torch._ops.OpOverload) else {}
         if rank < 2:
@@ -168,7 +168,7 @@ class Flow:
         return "plain", sources
 
     def _convolution(self, node: fx.Node) -> tuple[Convolution, list[fx.Node]] | None:
-        """Returns a convolution that a module of its own makes once, and the chain of nodes fused with it."""
+        """Returns a convolution whose module is called once, and the chain of nodes fused with it."""
         a = named_arguments(node)
         layer = self._holder(a["weight"], "weight")
         if layer is None or not isinstance(self._modules[layer], nn.Conv1d | nn.Conv2d | nn.Conv3d):
@@ -197,7 +197,7 @@ class Flow:
         return Convolution(layer, weight.detach(), shift, settings, carrier, activation, inner), chain
 
     def _holder(self, value: Any, attribute: str) -> str | None:
-        """Returns the name of the module whose attribute a value is, if it is read once."""
+        """Returns the name of the module that owns a value as attribute, if the value is read once."""
         if not isinstance(value, fx.Node) or len(value.users) != 1:
             return None
         module, _, name = self.trace.name_of.get(value.name, "").rpartition(".")
@@ -208,12 +208,12 @@ class Flow:
 
     # -------------------------------------------------------------------------------------------------------- supports
     def supports(self, masks: Mapping[str, Tensor], *, published: bool = False) -> dict[fx.Node, Tensor | None]:
-        """Returns for every value which channels can be other than zero, boolean (batch, channels); None for all.
+        """Returns the channels of every value that can be nonzero, boolean (batch, channels); None for all.
 
         Args:
-            masks: Layer -> what its gate keeps, boolean (batch, outputs).
-            published: Take a sum for as narrow as the branch added last, as the published operation counts do, instead of
-                for what it is: as wide as the identity.
+            masks: Layer -> channels that its gate keeps, boolean (batch, outputs).
+            published: Whether a sum has the width of the branch added last, as in the published operation counts. Its real
+                width is that of the identity.
         """
         known: dict[fx.Node, Tensor | None] = {}
         for step in self.steps:
@@ -247,7 +247,7 @@ def _side_by_side(step: Step, below: list[Tensor | None]) -> Tensor | None:
 
 
 def _within_channels(name: str, a: dict[str, Any], node: fx.Node, sources: tuple[fx.Node, ...]) -> bool:
-    """Tells whether a mean, slice or pad with zeros is over space alone."""
+    """Tells whether a mean, slice or pad with zeros is only over space."""
     before = shape_of(sources[0]) if sources else []
     if name == "mean":
         return all(d % len(before) > 1 for d in a.get("dim") or (0,))
@@ -261,7 +261,7 @@ def _zeros(a: dict[str, Any]) -> bool:
 
 
 def activation_of(node: fx.Node) -> str | None:
-    """Returns the name of an activation that leaves 0 as it is, in the form that has a name; None for all else."""
+    """Returns the name of an activation with f(0) = 0, in its named form; None for all others."""
     if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
         return None
     name = operator_name(node).rstrip("_")
@@ -275,7 +275,7 @@ def activation_of(node: fx.Node) -> str | None:
 
 
 def _within(node: fx.Node) -> set[str]:
-    """Returns the names of the modules whose forward a node is part of."""
+    """Returns the names of the modules whose forward contains a node."""
     return {path for path, _ in node.meta.get("nn_module_stack", {}).values()}
 
 

@@ -1,4 +1,4 @@
-"""The plan of a model's gates: where they are and how they choose, beside their weights; plain values, saved as JSON."""
+"""The plan of a model's gates: their sites and their rule of choice; plain values, saved as JSON beside the weights."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "mish": functional.mish,
     "tanh": torch.tanh,
 }
-"""Activations that leave 0 as it is, so that a gate may stand in front of them."""
+"""Activations with f(0) = 0, so that a gate may come before them."""
 RECTIFYING = frozenset({"relu", "relu6"})
-"""Those that never fall and are never negative."""
+"""Activations that are monotone and never negative."""
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,9 @@ class Site:
     Attributes:
         layer: Name of the convolution.
         carrier: Name of the module whose output is masked: its batch norm, or itself.
-        activation: What follows the carrier, by its name in `ACTIVATIONS`; the target is the mass behind it.
-        inputs: Channels the convolution reads, all groups together.
-        outputs: Channels it writes.
+        activation: Activation after the carrier, by its name in `ACTIVATIONS`; the target is the mass after it.
+        inputs: Number of channels that the convolution reads, all groups together.
+        outputs: Number of channels that it writes.
     """
 
     layer: str
@@ -53,15 +53,15 @@ class Site:
 
 @dataclass(frozen=True)
 class GatePlan:
-    """What a gated model is, beside its weights; plain values, saved as JSON.
+    """The description of a gated model beside its weights; plain values, saved as JSON.
 
     Attributes:
-        sites: Where the gates are, in the order of the network.
-        pool: How a head sees its input: ``avg`` as in the code that made the published numbers, or ``max`` as in the figures.
+        sites: Sites of the gates, in the order of the network.
+        pool: Pooling of a head's input: ``avg`` as in the code of the published numbers, or ``max`` as in the figures.
         softmax: Whether the pooled input goes through a softmax over channels.
-        rule: How targets are made.
+        rule: Rule for targets.
         r: Layer -> fraction of the mass that its target keeps.
-        keep: Layer -> how many filters stay whatever the input, those of the largest logits; for random gates.
+        keep: Layer -> fixed number of kept filters, those with the largest logits; for random gates.
     """
 
     sites: tuple[Site, ...]
@@ -72,12 +72,12 @@ class GatePlan:
     keep: Mapping[str, int] = field(default_factory=dict)
 
     def with_r(self, r: float | Mapping[str, float]) -> GatePlan:
-        """Returns the plan with one r for all layers, or one for each."""
+        """Returns the plan with one r for all layers, or one per layer."""
         each = r if isinstance(r, Mapping) else dict.fromkeys((site.layer for site in self.sites), r)
         return replace(self, r=dict(each))
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns it as JSON values."""
+        """Returns the plan as JSON values."""
         return asdict(self)
 
     @classmethod
@@ -85,11 +85,11 @@ class GatePlan:
         """Returns the plan that `to_dict` wrote.
 
         Args:
-            values: As read from a file.
-            weights: The state that the plan belongs to, which has to hold its heads; None where there is none at hand.
+            values: Values read from a file.
+            weights: The state that belongs to the plan and must hold its heads, or None.
 
         Raises:
-            FileError: It is none: a type, a range or, against the weights, a shape is wrong.
+            FileError: A type, a range or a shape is wrong.
         """
         check_form(values, {"pool": get_args(Pool), "rule": RULES, "activation": ACTIVATIONS})
         sites = tuple(Site(**site) for site in values["sites"])

@@ -1,8 +1,8 @@
-"""Gates: small heads inside a model that decide, for each input and layer, which output channels count.
+"""Gates: small heads inside a model that choose the output channels for each input and layer.
 
-A gate hangs on a module of the user's own model, on the convolution or on the batch norm behind it, and multiplies what comes
-out of it by a mask of zeros and ones. So the norm sees all filters, as FTWT asks, and an activation with f(0) = 0 that follows,
-also a functional one, leaves the zeros zero. Source: FTWT; spec, sections 7.2, 7.4 and 7.6.
+A gate is attached to a module of the user's own model, the convolution or the batch norm after it, and multiplies its output by
+a mask of zeros and ones. So the norm sees all filters, as FTWT requires, and a following activation with f(0) = 0, also a
+functional one, keeps the zeros. Source: FTWT; spec, sections 7.2, 7.4 and 7.6.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from microglia.dynamic.gate_plan import ACTIVATIONS, RECTIFYING, GatePlan, Site
 from microglia.dynamic.targets import highest, mass, share_of, targets
 
 GATES = "microglia_gates"
-"""Attribute under which a model notes the plan of its gates."""
+"""Attribute of a model that holds the plan of its gates."""
 
 
 @dataclass(frozen=True)
 class Passage:
-    """One batch going through a gate; to be read within the listener, for what follows may write into the output.
+    """One batch in a gate. Read it within the listener, because later operators may overwrite the output.
 
     Attributes:
-        gate: Which.
-        embedded: What its head sees, (batch, inputs).
-        logits: Of its head, (batch, outputs); positive = keep.
-        mask: What was kept, boolean, (batch, outputs).
-        output: Feature maps behind the norm, before activation and mask, without gradient.
+        gate: The gate.
+        embedded: Input of its head, (batch, inputs).
+        logits: Logits of its head, (batch, outputs); positive = keep.
+        mask: Kept channels, boolean, (batch, outputs).
+        output: Feature maps after the norm, before activation and mask, without gradient.
     """
 
     gate: Gate
@@ -44,15 +44,15 @@ class Passage:
 
     @property
     def response(self) -> Tensor:
-        """Feature maps behind norm and activation, before the mask."""
+        """Feature maps after norm and activation, before the mask."""
         return ACTIVATIONS[self.gate.site.activation](self.output)
 
     @torch.no_grad()
     def share(self) -> Tensor:
         """Returns each filter's share of the response, (batch, outputs).
 
-        An activation that never falls and is never negative takes the largest value to the largest absolute one, so that the
-        peaks of the response are known without computing it.
+        A monotone, nonnegative activation maps the largest value to the largest absolute one, so that the peaks of the response
+        are known without computing it.
         """
         name = self.gate.site.activation
         return share_of(ACTIVATIONS[name](highest(self.output))) if name in RECTIFYING else mass(self.response)
@@ -67,7 +67,7 @@ Listener = Callable[[Passage], None]
 
 
 class _Wire:
-    """What passes between a gate's two ends in one call, and who listens; a copied model has wires of its own."""
+    """The connection between a gate's two ends in one call, and its listener; a copied model has its own wires."""
 
     def __init__(self) -> None:
         self.arriving: Tensor | None = None
@@ -89,13 +89,13 @@ class Gate(nn.Module):
     Source: FTWT; spec, section 7.2.
 
     Args:
-        site: Where it is.
-        plan: Of all gates.
-        generator: Draws the initial weights as those of a 1x1 convolution, uniform within 1 / sqrt(inputs).
+        site: Site of the gate.
+        plan: Plan of all gates.
+        generator: Draws the initial weights as for a 1x1 convolution, uniform within 1 / sqrt(inputs).
 
     Attributes:
-        fade: How much of the mask acts, in [0, 1]: the factor of a channel switched off is 1 - fade.
-        detached: Whether the head looks at its input without a gradient to it (decoupled training).
+        fade: Strength of the mask, in [0, 1]: the factor of a channel that is switched off is 1 - fade.
+        detached: Whether no gradient flows from the head to its input (decoupled training).
     """
 
     def __init__(self, site: Site, plan: GatePlan, generator: torch.Generator | None = None) -> None:
@@ -111,11 +111,11 @@ class Gate(nn.Module):
         self._wire = _Wire()
 
     def extra_repr(self) -> str:
-        """Returns what is special of it."""
+        """Returns the printed details."""
         return f"{self.site.inputs} -> {self.site.outputs}, r={self.r:g}"
 
     def embed(self, arriving: Tensor) -> Tensor:
-        """Returns what the head sees of its input, (batch, inputs)."""
+        """Returns the pooled input of the head, (batch, inputs)."""
         space = arriving.flatten(2)
         pooled = space.mean(2) if self.pool == "avg" else space.amax(2)
         return pooled.softmax(1) if self.softmax else pooled
@@ -133,7 +133,7 @@ class Gate(nn.Module):
         return torch.zeros_like(logits, dtype=torch.bool).scatter_(1, best, True)
 
     def listen(self, listener: Listener | None) -> None:
-        """Calls ``listener`` at every passage from here on; None ends it."""
+        """Calls ``listener`` at every passage from now on; None ends this."""
         self._wire.listener = listener
 
     def _arrive(self, module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -157,10 +157,10 @@ class Gate(nn.Module):
 
 # ----------------------------------------------------------------------------------------------------------- of a model
 def attach_gates(model: nn.Module, plan: GatePlan, generator: torch.Generator | None = None) -> nn.Module:
-    """Hangs gates on a model, in place, as a plan says; returns it.
+    """Attaches gates to a model, in place, according to a plan; returns the model.
 
     Raises:
-        MicrogliaError: It has gates already, or a layer of the plan is not there, or of another size.
+        MicrogliaError: The model already has gates, or a layer of the plan is missing or has another size.
     """
     if gate_plan(model) is not None:
         raise MicrogliaError(f"{type(model).__name__} has gates already; microglia.dynamic.detach_gates removes them.")
@@ -182,7 +182,7 @@ def attach_gates(model: nn.Module, plan: GatePlan, generator: torch.Generator | 
 
 
 def _check_place(site: Site, layer: nn.Module, carrier: nn.Module) -> None:
-    """Raises unless a gate can hang on these modules: a convolution of the site's size, and itself or its norm."""
+    """Raises unless a gate can be attached to these modules: a convolution of the site's size, and itself or its norm."""
     sound = isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d) and (layer.in_channels, layer.out_channels) == (
         site.inputs,
         site.outputs,
@@ -197,7 +197,7 @@ def _check_place(site: Site, layer: nn.Module, carrier: nn.Module) -> None:
 
 
 def detach_gates(model: nn.Module) -> nn.Module:
-    """Removes all gates from a model, in place; returns it as it was before they came, with the weights it has now."""
+    """Removes all gates from a model, in place; returns the model without gates, with its current weights."""
     for module in list(model.modules()):
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
             for key in [k for k, hook in hooks.items() if isinstance(getattr(hook, "__self__", None), Gate)]:
@@ -210,7 +210,7 @@ def detach_gates(model: nn.Module) -> nn.Module:
 
 
 def gate_plan(model: nn.Module) -> GatePlan | None:
-    """Returns the plan of a model's gates, None where it has none."""
+    """Returns the plan of a model's gates, or None."""
     return getattr(model, GATES, None)
 
 
@@ -230,7 +230,7 @@ def gates_of(model: nn.Module) -> dict[str, Gate]:
 
 @contextmanager
 def listening(model: nn.Module, listener: Listener, *, fade: float | None = None) -> Iterator[None]:
-    """Within it a listener hears every passage; with ``fade`` 0 the model computes as if it had no gates."""
+    """Context in which a listener gets every passage; with ``fade`` 0 the model computes as without gates."""
     gates = list(gates_of(model).values())
     before = [(gate._wire.listener, gate.fade) for gate in gates]
     for gate in gates:

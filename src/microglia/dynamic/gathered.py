@@ -1,8 +1,8 @@
-"""Executing a gated model so that only what an input needs is computed.
+"""Execution of a gated model that computes only the channels that an input needs.
 
-Between a gate and the next convolution a map holds the kept channels alone; the convolution gathers the columns of its weight
-that arrive and the rows its own gate keeps, and runs dense on these. A residual sum scatters them into the full width again.
-Inputs of a batch go on together as long as the gates keep the same of them. Spec, section 7.7.
+Between a gate and the next convolution a map holds only the kept channels. The convolution gathers the weight columns of
+arriving channels and the rows that its own gate keeps, and runs dense on these. A residual sum scatters them into the full
+width again. Inputs of a batch stay together while the gates keep the same channels for them. Spec, section 7.7.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from microglia.runtime import operators
 
 Work = Callable[[Environment], Any]
 Routed = Callable[[Environment, Tensor], Any]
-"""Computes a step from the values before it and the output channels that its gate keeps, rising."""
+"""Computes a step from earlier values and the output channels that its gate keeps, ascending."""
 
 
 class Gathered:
@@ -37,13 +37,13 @@ class Gathered:
         >>> logits = fast(images)                             # doctest: +SKIP
 
     Args:
-        model: A gated model; its weights of this moment are taken, and its evaluation mode.
+        model: A gated model; its current weights are used, in evaluation mode.
         example_inputs: One batch of inputs.
 
     Attributes:
         macs: Multiply-accumulates of convolutions and heads in the last call, all inputs together.
-        limits: Layer -> fraction of its products above which it runs whole and is masked, for that is faster (see `tune`); no
-            entry: it is always gathered.
+        limits: Layer -> fraction of its products above which it runs whole and is masked because that is faster (see `tune`). A
+            layer without an entry is always gathered.
 
     Raises:
         MicrogliaError: The model has no gates, or takes more than one input.
@@ -53,7 +53,7 @@ class Gathered:
     def __init__(self, model: nn.Module, example_inputs: Tensor) -> None:
         if gate_plan(model) is None:
             raise MicrogliaError(f"{type(model).__name__} has no gates: prune it with the method 'ftwt' first.")
-        operators.level()  # from the first input on the same operators decide
+        operators.level()  # the same operators decide from the first input on
         own = twin(model)
         self._gates = gates_of(own)
         self.flow = Flow(detach_gates(own).eval(), example_inputs)
@@ -88,7 +88,7 @@ class Gathered:
 
     # ------------------------------------------------------------------------------------------------------- executing
     def _run(self, values: Environment, start: int, batch: int, kept: Tensor | None = None) -> list[Any]:
-        """Returns the outputs of inputs that went together up to step ``start``, whose kept channels may be known."""
+        """Returns the outputs of inputs that are together up to step ``start``, whose kept channels may be known."""
         for number in range(start, len(self.flow.steps)):
             step = self.flow.steps[number]
             routed = self._routed.get(step.node)
@@ -106,7 +106,7 @@ class Gathered:
         return [whole(values[n]) if isinstance(n, fx.Node) else n for n in self._results]
 
     def _split(self, values: Environment, number: int, masks: Tensor) -> list[Any]:
-        """Returns the outputs of inputs that go different ways from here on, those of one way together."""
+        """Returns the outputs of inputs on different routes from here on; inputs of one route stay together."""
         ways, way = torch.unique(masks, dim=0, return_inverse=True)
         members = [(way == k).nonzero()[:, 0] for k in range(len(ways))]
         parts = [
@@ -120,7 +120,7 @@ class Gathered:
         ]
 
     def _choose(self, step: Step, values: Environment, batch: int) -> Tensor:
-        """Returns the channels that all inputs keep, int64; where they differ all masks, boolean (batch, outputs)."""
+        """Returns the channels that all inputs keep, int64; if inputs differ, all masks, boolean (batch, outputs)."""
         assert step.convolution is not None
         gate = self._gates[step.convolution.layer]
         x = values[step.sources[0]]
@@ -183,7 +183,7 @@ class Gathered:
         return Channels(out, kept, c.outputs)
 
     def _depthwise(self, c: Convolution, x: Value, kept: Tensor) -> Channels:
-        """Filters whose input did not arrive are constant, not zero."""
+        """Compiles a depthwise layer; filters without an arriving input are constant, not zero."""
         if isinstance(x, Channels):
             places = torch.full((x.width,), -1, device=kept.device).scatter_(0, x.index, _all(len(x.index), kept))[kept]
             present = (places >= 0).nonzero()[:, 0]
@@ -201,7 +201,7 @@ class Gathered:
 
 
 def _embed(gate: Gate, x: Value) -> Tensor:
-    """Returns what a head sees, (batch, inputs): channels that did not arrive are pooled to 0."""
+    """Returns the input of a head, (batch, inputs); channels that did not arrive are pooled to 0."""
     if not isinstance(x, Channels):
         return gate.embed(x)
     space = x.values.flatten(2)
@@ -216,7 +216,7 @@ def _taken(values: Environment, constants: Environment, index: Tensor) -> Enviro
     def one(node: fx.Node, value: Any) -> Any:
         if node in constants:
             return value
-        if not isinstance(value, Tensor | Channels):  # a size, which depends on the batch if on anything
+        if not isinstance(value, Tensor | Channels):  # a size, which may depend on the batch
             size = node.meta.get("val")
             expression = size.node.expr if isinstance(size, torch.SymInt) else None
             return value if expression is None else int(expression.subs(dict.fromkeys(expression.free_symbols, len(index))))
@@ -232,7 +232,7 @@ def _all(count: int, like: Tensor) -> Tensor:
 
 
 def _products(c: Convolution, out: Tensor, columns: int) -> int:
-    """Returns the products of so many input channels that made an output."""
+    """Returns the number of products for an output from this number of input channels."""
     return out.numel() * columns * math.prod(c.weight.shape[2:])
 
 

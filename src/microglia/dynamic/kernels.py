@@ -1,8 +1,7 @@
-"""Running a convolution, or the part of it that an input needs, and deciding which part that is.
+"""Runs a convolution, or the part of it that an input needs, and decides this part.
 
-On a CPU with compiled kernels one of these puts the part of the weight together and convolves. Elsewhere the part is gathered
-and run densely; oneDNN takes it as it is and reorders it at every call, which costs about as much as gathering it. A whole
-convolution is packed once.
+On a CPU with compiled kernels one kernel gathers the part of the weight and convolves. Elsewhere the part is gathered and run
+densely; oneDNN reorders it at every call, which costs about as much as gathering it. A whole convolution is packed once.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {1: torch.conv1d, 2: torch.conv
 """By the dimensions of space."""
 
 AT_ONCE = 10_000
-"""Kernels from which on both sides of a weight are gathered in one pass."""
+"""Minimum number of kernels for which both sides of a weight are gathered in one pass."""
 FUSED: dict[str, tuple[str, list[float], str]] = {
     "identity": ("none", [], ""),
     "relu": ("relu", [], ""),
@@ -34,19 +33,19 @@ FUSED: dict[str, tuple[str, list[float], str]] = {
     "gelu": ("gelu", [], "none"),
     "tanh": ("tanh", [], ""),
 }
-"""Activation -> how oneDNN's operators spell it."""
+"""Activation -> its name in oneDNN's operators."""
 
 FEW = 8
-"""Input channels up to which oneDNN is faster: the kernels read them by 16, and so small a weight is soon reordered."""
+"""Up to this number of input channels oneDNN is faster: kernels read 16 at once, and small weights reorder quickly."""
 KERNELS = {"identity": 0, "relu": 1, "relu6": 2, "silu": 3}
-"""Activation -> its number in Microglia's own kernels, where they have it."""
+"""Activation -> its number in Microglia's own kernels, if they support it."""
 
 
 def run_part(x: Tensor, c: Convolution, rows: Tensor | None, columns: Tensor | None) -> Tensor:
     """Returns some output channels of a convolution and its activation, from some input channels.
 
     Args:
-        x: The channels ``columns`` of the input, or all of them where that is None.
+        x: The channels ``columns`` of the input, or all of them if that is None.
         c: The convolution.
         rows: Output channels to compute, None for all.
         columns: Input channels given, None for all.
@@ -95,7 +94,7 @@ def has_kernel(x: Tensor, c: Convolution) -> bool:
 
 
 def fusible(x: Tensor, c: Convolution) -> bool:
-    """Tells whether oneDNN's operators take an input to a convolution and its activation."""
+    """Tells whether oneDNN's operators support a convolution and its activation for an input."""
     return _plain(x, c) and c.activation in FUSED and bool(torch.backends.mkldnn.enabled)
 
 
@@ -104,16 +103,16 @@ def _plain(x: Tensor, c: Convolution) -> bool:
 
 
 def is_image(x: Tensor) -> bool:
-    """Tells whether Microglia's own operators take a map: images in float32 on the CPU."""
+    """Tells whether Microglia's own operators support a map: images in float32 on the CPU."""
     return x.ndim == 4 and x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() > 0
 
 
 def choose_rows(gate: Gate, x: Tensor, columns: Tensor | None) -> Tensor | None:
-    """Returns which output channels a gate keeps for one input, rising; None where no operator decides as this gate does.
+    """Returns the output channels that a gate keeps for one input, ascending; None if no operator supports this gate.
 
     Args:
         gate: The gate.
-        x: The channels ``columns`` of its input, or all of them where that is None, (1, channels, height, width).
+        x: The channels ``columns`` of its input, or all of them if that is None, (1, channels, height, width).
         columns: Input channels given, None for all.
     """
     if gate.keep is not None or not is_image(x) or gate.weight.dtype != torch.float32:
@@ -123,7 +122,7 @@ def choose_rows(gate: Gate, x: Tensor, columns: Tensor | None) -> Tensor | None:
 
 
 def _part_of(weight: Tensor, rows: Tensor | None, columns: Tensor | None) -> Tensor:
-    """Returns some rows and columns of a weight; many of them in one pass, as kernels by their place, which is faster."""
+    """Returns some rows and columns of a weight; many are gathered in one pass by kernel index, which is faster."""
     if rows is not None and columns is not None and len(rows) * len(columns) > AT_ONCE:
         places = (rows[:, None] * weight.shape[1] + columns).flatten()
         return weight.flatten(2).flatten(0, 1).index_select(0, places).reshape(len(rows), len(columns), *weight.shape[2:])
@@ -132,7 +131,7 @@ def _part_of(weight: Tensor, rows: Tensor | None, columns: Tensor | None) -> Ten
 
 
 def padding_of(c: Convolution) -> list[int]:
-    """Returns the zeros on either side of each dimension of space, where these are the same."""
+    """Returns the padding of each spatial dimension, if both sides are equal."""
     padding, rank = c.settings["padding"], c.weight.ndim - 2
     if padding == "valid":
         return [0] * rank
@@ -140,11 +139,11 @@ def padding_of(c: Convolution) -> list[int]:
 
 
 def silent(c: Convolution, x: Tensor, rows: Tensor) -> Tensor:
-    """Returns what filters without any input make: their bias behind the activation, at every pixel.
+    """Returns the output of filters without any input: their bias after the activation, at every pixel.
 
     Args:
         c: The convolution.
-        x: The input, of any channels.
+        x: The input, with any channels.
         rows: The filters.
     """
     space = list(x.shape[2:])
@@ -156,6 +155,6 @@ def silent(c: Convolution, x: Tensor, rows: Tensor) -> Tensor:
 
 
 def settings_key(c: Convolution, space: Any) -> tuple[Any, ...]:
-    """Returns what two convolutions that take the same time have in common."""
+    """Returns a key that is equal for convolutions with equal time."""
     s = c.settings
     return (tuple(c.weight.shape), tuple(space), tuple(s["stride"]), str(s["padding"]), tuple(s["dilation"]), s["groups"])

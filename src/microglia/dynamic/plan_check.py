@@ -1,4 +1,4 @@
-"""Whether what a file calls a plan of gates has the form of one, and fits the weights; read before anything is built."""
+"""Checks that a file's plan of gates has the right form and fits the weights, before anything is built."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ Fits = Callable[[Any], bool]
 
 
 def check_form(values: Any, choices: Mapping[str, Collection[str]]) -> None:
-    """Raises `FileError` unless every field of a plan, written as JSON, has the type and the range that a plan's has.
+    """Raises `FileError` unless every field of a plan in JSON has the right type and range.
 
     Args:
-        values: As read from a file.
-        choices: Values that ``pool``, ``rule`` and a site's ``activation`` may have.
+        values: Values read from a file.
+        choices: Allowed values of ``pool``, ``rule`` and a site's ``activation``.
     """
     fields: dict[str, Fits] = {
         "sites": lambda v: isinstance(v, list | tuple) and len(v) > 0 and all(_site(s, choices["activation"]) for s in v),
@@ -48,11 +48,11 @@ def _check_layers(values: Mapping[str, Any]) -> None:
 
 
 def check_weights(sites: Any, weights: Mapping[str, Tensor]) -> None:
-    """Raises `FileError` unless the file's weights hold the head of each site, in the shape that the plan says.
+    """Raises `FileError` unless the file's weights hold the head of each site, in the plan's shape.
 
     Args:
-        sites: Where the plan has gates.
-        weights: By the names of the model's state.
+        sites: Sites of the plan's gates.
+        weights: Weights by the names of the model's state.
     """
     for site in sites:
         wanted = {"weight": (site.outputs, site.inputs), "bias": (site.outputs,)}

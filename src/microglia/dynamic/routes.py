@@ -1,4 +1,4 @@
-"""Routes: which filters each input of a data set used, and what that tells.
+"""Routes: the filters that each input of a data set used, and statistics of these.
 
 A route is the tuple of an input's masks, its signature the tuple of their counts; core filters are active on every route
 (spec, section 7.12).
@@ -20,7 +20,7 @@ from microglia.dynamic.counting import Counter
 from microglia.dynamic.gates import Passage, gates_of, listening
 
 PAIRS = 2000
-"""Pairs of inputs by which overlaps are estimated."""
+"""Number of pairs of inputs to estimate overlaps."""
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,8 @@ class Routes:
     """The masks of the inputs of a data set.
 
     Attributes:
-        masks: Layer -> what its gate kept, boolean (inputs, outputs).
-        targets: Layer -> what its own response would have kept, the same shape.
+        masks: Layer -> filters that its gate kept, boolean (inputs, outputs).
+        targets: Layer -> filters that its own response would keep, the same shape.
         labels: Class of each input, int64 (inputs,).
     """
 
@@ -42,7 +42,7 @@ class Routes:
 def record(
     model: nn.Module, batches: Iterable[tuple[Any, Any]], device: torch.device | str = "cpu", limit: int | None = None
 ) -> Routes:
-    """Returns the routes of up to ``limit`` batches through a gated model, which is left as it is."""
+    """Returns the routes of up to ``limit`` batches through a gated model, which stays unchanged."""
     masks: dict[str, list[Tensor]] = {layer: [] for layer in gates_of(model)}
     wanted: dict[str, list[Tensor]] = {layer: [] for layer in masks}
     labels = []
@@ -64,14 +64,14 @@ def _joined(parts: dict[str, list[Tensor]]) -> dict[str, Tensor]:
 
 
 def statistics(routes: Routes, counter: Counter, generator: torch.Generator | None = None) -> dict[str, Any]:
-    """Returns what a set of routes tells, JSON-ready.
+    """Returns statistics of a set of routes, JSON-ready.
 
-    It holds ``inputs``; ``dense`` and ``heads`` (multiply-accumulates); ``honest`` and ``paper`` (of the dense ones the
-    fraction computed: ``mean``, ``std``, ``min`` and ``max`` over inputs); ``agreement`` of masks with targets
-    (``accuracy``, ``precision``, ``recall``); ``routes`` and ``signatures`` (distinct ones); ``layers``, each with
-    ``filters``, ``kept`` and its ``std`` over inputs (fractions), ``core`` (filters of every route), ``dead`` (of none),
-    ``diversity`` (1 - core / mean kept), ``macs`` (fraction of the layer's computed), agreement, and ``within`` and
-    ``across`` (mean Jaccard overlap of the masks of two inputs of one class, and of two classes).
+    It holds ``inputs``; ``dense`` and ``heads`` (multiply-accumulates); ``honest`` and ``paper`` (computed fraction of the
+    dense ones: ``mean``, ``std``, ``min`` and ``max`` over inputs); ``agreement`` of masks with targets (``accuracy``,
+    ``precision``, ``recall``); ``routes`` and ``signatures`` (distinct ones); ``layers``, each with ``filters``, ``kept`` and
+    its ``std`` over inputs (fractions), ``core`` (filters of every route), ``dead`` (filters of no route), ``diversity`` (1 -
+    core / mean kept), ``macs`` (computed fraction of the layer's), agreement, and ``within`` and ``across`` (mean Jaccard
+    overlap of the masks of two inputs of one class, and of two classes).
     """
     costs = counter(routes.masks)
     pairs = _pairs(routes.labels, generator or torch.Generator().manual_seed(0))
@@ -115,7 +115,7 @@ def _activity(mask: Tensor) -> dict[str, Any]:
 
 
 def agreement(mask: Tensor, target: Tensor) -> dict[str, float]:
-    """Returns accuracy, precision and recall of predicted masks against targets; 1 where there is nothing to miss."""
+    """Returns accuracy, precision and recall of predicted masks against targets; 1 for an empty denominator."""
     hits, kept, wanted = int((mask & target).sum()), int(mask.sum()), int(target.sum())
     return {
         "accuracy": float((mask == target).double().mean()),

@@ -1,4 +1,4 @@
-"""Finding where gates can hang: every convolution whose skipped filters are exactly zeros for what follows."""
+"""Search for sites of gates: every convolution whose skipped filters are exact zeros for the following layers."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from microglia.dynamic.gate_plan import Site
 from microglia.graph.dims.nodes import operator_name, shape_of
 
 MIXING = frozenset({"group_norm", "layer_norm", "instance_norm", "rms_norm", "batch_norm", "softmax", "log_softmax", "sigmoid"})
-"""What must not follow a gate: these make something of a zero channel, or let it change the others."""
+"""Operators that must not follow a gate: they change a zero channel, or let it change other channels."""
 
 
 @dataclass(frozen=True)
 class Sites:
-    """Where gates can hang.
+    """The sites of gates.
 
     Attributes:
-        sites: In the order of the network.
-        left_out: Convolution -> why it has none.
+        sites: Sites in the order of the network.
+        left_out: Convolution -> reason why it has no gate.
     """
 
     sites: tuple[Site, ...]
@@ -33,18 +33,18 @@ class Sites:
 def find_sites(flow: Flow, model: nn.Module, layers: Sequence[str] = ("*",), exclude: Sequence[str] = ()) -> Sites:
     """Returns the sites of a model.
 
-    Gated is, as FTWT gates (spec 7.5), every convolution together with its batch norm and activation; in a residual block
-    also the last one, before the addition. Not gated are projection shortcuts, convolutions that make the model's output,
-    grouped ones that are not depthwise, and those on 1x1 maps: there the head costs as much as the layer.
+    As in FTWT (spec 7.5), a gate covers a convolution together with its batch norm and activation; in a residual block also the
+    last convolution, before the addition. Some convolutions get no gate: projection shortcuts, those that make the model's
+    output, grouped ones that are not depthwise, and those on 1x1 maps, where the head costs as much as the layer.
 
     Args:
-        flow: Of the model.
+        flow: Flow of the model.
         model: The model.
         layers: Selectors of the convolutions to gate (see `microglia.core.layers.matches`).
-        exclude: Selectors of those not to gate.
+        exclude: Selectors of convolutions not to gate.
 
     Raises:
-        SelectorError: Nothing can be gated, or a selector meets no layer.
+        SelectorError: Nothing can be gated, or a selector matches no layer.
     """
     check_selectors(prunable_layers(model), [*layers, *exclude])
     found, left_out = [], {}
@@ -69,7 +69,7 @@ def find_sites(flow: Flow, model: nn.Module, layers: Sequence[str] = ("*",), exc
 
 
 def _obstacle(step: Step, module: nn.Module) -> str | None:
-    """Returns why a convolution cannot be gated by what is seen at it, None where it can."""
+    """Returns the local reason why a convolution cannot be gated, None if it can."""
     c = step.convolution
     assert c is not None
     if c.groups > 1 and not c.depthwise:
@@ -85,7 +85,7 @@ def _obstacle(step: Step, module: nn.Module) -> str | None:
 
 
 def _reaches_output(node: fx.Node) -> bool:
-    """Tells whether a value becomes the model's output through nothing but views, as a detector's maps do."""
+    """Tells whether a value becomes the model's output only through views, as a detector's maps do."""
     if node.op == "output":
         return True
     if operator_name(node).rstrip("_") not in ("view", "reshape", "permute", "transpose", "flatten", "contiguous", "cat"):
@@ -94,7 +94,7 @@ def _reaches_output(node: fx.Node) -> bool:
 
 
 def _shortcuts(flow: Flow) -> dict[fx.Node, str]:
-    """Returns the convolutions that project a block's identity: all they do is to be the shorter summand of an addition."""
+    """Returns projection shortcuts: their output is used only as the shorter branch of a residual addition."""
     own = {step.node for step in flow.convolutions.values()}
     found = {}
     for step in flow.steps:

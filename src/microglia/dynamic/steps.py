@@ -1,4 +1,4 @@
-"""Steps of a forward pass on maps that hold some of their channels; all but the convolutions."""
+"""Steps of a forward pass, except convolutions, on maps that hold only some of their channels."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from microglia.graph.dims.nodes import concrete, shape_of
 
 @dataclass(frozen=True)
 class Channels:
-    """A map that holds some of its channels, the same of every input; the others are zero.
+    """A map that holds only some of its channels, the same for every input; the others are zero.
 
     Attributes:
         values: (batch, kept, *space).
-        index: Which channels, ascending, int64 (kept,).
-        width: Of how many.
+        index: Kept channels, ascending, int64 (kept,).
+        width: Number of all channels.
     """
 
     values: Tensor
@@ -29,9 +29,9 @@ class Channels:
     width: int
 
     def whole(self) -> Tensor:
-        """Returns the map with its zeros."""
+        """Returns the map with its zero channels."""
         shape = (self.values.shape[0], self.width, *self.values.shape[2:])
-        order = torch.channels_last if self.values.ndim == 4 else torch.contiguous_format  # as convolutions take them
+        order = torch.channels_last if self.values.ndim == 4 else torch.contiguous_format  # the layout of convolutions
         full = torch.empty(shape, dtype=self.values.dtype, device=self.values.device, memory_format=order).zero_()
         return full.index_copy_(1, self.index, self.values)
 
@@ -46,7 +46,7 @@ def whole(value: Any) -> Any:
 
 
 def compile_step(step: Step) -> Callable[[Environment], Any]:
-    """Returns what computes the value of a step that is no convolution from those before it."""
+    """Returns a function that computes a step other than a convolution from earlier values."""
     if step.kind == "keep":
         return _channelwise(step)
     if step.kind == "add" and _is_sum(step.node):
@@ -71,7 +71,7 @@ def _sum(step: Step) -> Callable[[Environment], Any]:
 
 
 def _scattered(a: Tensor, b: Channels) -> Tensor:
-    """Returns the sum of a map and one that holds some of its channels."""
+    """Returns the sum of a whole map and a map with only some channels."""
     if is_image(a):
         return torch.ops.microglia.add_rows(a, b.values, b.index)  # type: ignore[no-any-return]
     return a.index_add(1, b.index, b.values)
@@ -120,7 +120,7 @@ def _channelwise(step: Step) -> Callable[[Environment], Any]:
 
 
 def _plain(step: Step) -> Callable[..., Any]:
-    """Returns what calls the operator itself, on maps with all their channels or on a given one."""
+    """Returns a function that calls the operator itself, on maps with all their channels or on a given one."""
     node = step.node
     target: Any = node.target
 

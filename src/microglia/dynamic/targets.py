@@ -1,6 +1,6 @@
-"""Targets of the gates: which filters of a layer carry the mass of its response to one input.
+"""Targets of the gates: the filters of a layer that carry the mass of its response to one input.
 
-Source: FTWT (Elkerdawy et al. 2022), "Fire Together Wire Together"; spec, section 7.3. Nothing here has a gradient.
+Source: FTWT (Elkerdawy et al. 2022), "Fire Together Wire Together"; spec, section 7.3. No function here has a gradient.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from microglia.core.registry import unknown_name
 Rule = Literal["prefix_le", "cover_ge", "uniform"]
 RULES = ("prefix_le", "cover_ge", "uniform")
 TOLERANCE = 1e-5
-"""Mass by which a prefix may exceed r, and below which a filter does not fire at all (both of the released code)."""
+"""Tolerance of a prefix's mass above r, and mass below which a filter is inactive (both from the released code)."""
 
 
 @torch.no_grad()
@@ -39,7 +39,7 @@ def peaks(response: Tensor) -> Tensor:
 
 def highest(maps: Tensor) -> Tensor:
     """Returns the largest value in each map, (batch, channels)."""
-    if maps.ndim == 4:  # five times faster than amax where channels come last
+    if maps.ndim == 4:  # five times faster than amax in channels-last layout
         return torch.nn.functional.max_pool2d(maps, maps.shape[2:]).flatten(1)
     return maps if maps.ndim == 2 else maps.flatten(2).amax(2)
 
@@ -56,29 +56,29 @@ def share_of(strongest: Tensor) -> Tensor:
 def targets(share: Tensor, r: float, rule: Rule = "prefix_le", *, least: int = 1) -> Tensor:
     """Returns the filters to keep for each input, boolean, shaped like ``share``.
 
-    - ``prefix_le``: of the filters that fire, the largest set of leading ones whose mass does not exceed ``r``; with r = 1 all.
-      It is the rule of the published numbers, and keeps one filter fewer than
+    - ``prefix_le``: the largest set of leading active filters whose mass does not exceed ``r``; with r = 1 all active ones. It
+      is the rule of the published numbers, and keeps one filter fewer than ``cover_ge``.
     - ``cover_ge``: the smallest set of leading filters that has at least the mass ``r``.
-    - ``uniform``: the ``ceil(r C)`` strongest of those that fire; the released code asks for the fraction that goes instead.
+    - ``uniform``: the ``ceil(r C)`` strongest active filters; the released code takes the removed fraction instead.
 
-    Ties go to the lower index. A share of 1e-5 or less counts as no response, but not with ``cover_ge``.
+    Ties go to the lower index. Except with ``cover_ge``, a share of 1e-5 or less counts as no response.
 
     Args:
-        share: Of every filter, as `mass` returns it, (batch, channels).
+        share: Share of every filter, as `mass` returns it, (batch, channels).
         r: Fraction of the mass (of the filters with ``uniform``) to keep, in (0, 1].
         rule: One of the three.
-        least: Filters kept at least, also in a dead layer.
+        least: Minimum number of kept filters, also in a dead layer.
 
     Raises:
         BudgetError: r is not in (0, 1].
-        UnknownNameError: A rule of another name.
+        UnknownNameError: The rule is unknown.
     """
     if not 0 < r <= 1:
         raise BudgetError(f"r is the fraction to keep, in (0, 1]; got {r}.")
     ordered, order = share.double().sort(dim=1, descending=True, stable=True)
     total = ordered.cumsum(1)
     if rule == "prefix_le":
-        kept = (total <= r + TOLERANCE) & (ordered > TOLERANCE)  # the code asks for the latter at r = 1 alone: not nested in r
+        kept = (total <= r + TOLERANCE) & (ordered > TOLERANCE)  # in the code only at r = 1: not nested in r
     elif rule == "cover_ge":
         kept = (total - ordered < r - TOLERANCE) & (ordered > 0)
     elif rule == "uniform":

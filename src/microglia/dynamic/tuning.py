@@ -1,7 +1,7 @@
-"""Where gathering pays: each convolution is timed whole and in parts on this machine, and runs the faster way.
+"""Tuning: each convolution is timed whole and in parts on this machine, and runs the faster way.
 
-A gated model never runs slower than it must: a layer gathers only below the fraction of its products at which that was measured
-to be faster than running it whole, packed, and masking the result.
+A layer gathers only below a measured fraction of its products. Above this fraction, running it whole and packed, then masking
+the result, is faster.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from microglia.runtime.dense.packing import pack
 Call = Callable[[Tensor], Any]
 
 FRACTIONS = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875)
-"""Of the channels on each side that are kept, tried in turn."""
+"""Fractions of kept channels on each side that are timed."""
 
 
 @dataclass(frozen=True)
 class Crossover:
-    """What was measured of one shape of convolution.
+    """The measurements of one shape of convolution.
 
     Attributes:
         layers: Convolutions of this shape.
-        shape: Of the weight.
-        space: Of the input.
+        shape: Shape of the weight.
+        space: Spatial size of the input.
         whole: Milliseconds of the whole convolution, packed, with its mask.
         parts: Fraction of the products -> milliseconds gathered.
-        limit: Largest fraction of the products, between those measured, at which gathering is faster; 0 for none.
+        limit: Interpolated largest fraction of the products at which gathering is faster; 0 for none.
     """
 
     layers: tuple[str, ...]
@@ -50,7 +50,7 @@ class Crossover:
 
 
 def tune(gathered: Gathered, *, rounds: int = 7, seed: int = 0) -> list[Crossover]:
-    """Sets the limits of a gathered model by timing, in place; returns what was measured, one entry for each shape."""
+    """Sets the limits of a gathered model by timing, in place; returns the measurements, one entry for each shape."""
     alike: dict[tuple[Any, ...], list[tuple[Convolution, tuple[int, ...]]]] = {}
     for step in gathered.flow.convolutions.values():
         c = step.convolution
@@ -66,13 +66,13 @@ def tune(gathered: Gathered, *, rounds: int = 7, seed: int = 0) -> list[Crossove
 
 
 class Fastest:
-    """A gated model that runs the way that is fastest for inputs of a shape: gathered, or masked as a whole.
+    """A gated model in its fastest execution for inputs of a shape: gathered, or whole with masks.
 
-    The first inputs of each shape are timed both ways, whatever their routes; few inputs are likely to gather, many of
-    different routes to be masked.
+    The first inputs of each shape are timed both ways. Usually gathering wins for few inputs, and masking for many inputs of
+    different routes.
 
     Args:
-        model: A gated model; its weights of this moment are taken.
+        model: A gated model; its current weights are used.
         example_inputs: One batch of inputs.
 
     Attributes:
@@ -125,7 +125,7 @@ def _measure(layers: list[str], c: Convolution, space: tuple[int, ...], generato
 
 
 def _part(x: Tensor, c: Convolution, fraction: float, generator: torch.Generator) -> Any:
-    """Returns the gathered run of a random fraction of the channels; of the first layer's input nothing is left out."""
+    """Returns a gathered run with a random fraction of the channels; the first layer's input is always whole."""
     rows = _some(c.outputs, fraction, generator)
     if c.depthwise:
         given = x.index_select(1, rows)
@@ -142,7 +142,7 @@ def _some(count: int, fraction: float, generator: torch.Generator) -> Tensor:
 
 
 def _limit(parts: dict[float, float], whole: float) -> float:
-    """Returns where the times of parts cross that of the whole, linear between the fractions measured."""
+    """Returns the fraction at which the times of parts cross the whole's time, by linear interpolation."""
     before = (0.0, 0.0)
     for fraction, time in sorted(parts.items()):
         if time >= whole:

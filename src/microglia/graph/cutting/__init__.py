@@ -1,1 +1,1 @@
-"""Cutting: kept units to a smaller model that is verified equal."""
+"""Cutting: from kept units to a smaller, verified model."""

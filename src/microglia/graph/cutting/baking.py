@@ -1,4 +1,4 @@
-"""Baking: a copy whose weights are plain tensors that can be cut, held against the model that was given."""
+"""Baking: a copy whose weights are plain tensors that can be cut, compared with the given model."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from microglia.graph.cutting.verify import ShrinkError, difference
 from microglia.graph.dims.trace import arguments, copied
 
 SAME = 1e-6
-"""Largest relative difference of the baked copy to the model, both in the model's own precision: their weights are equal."""
+"""Maximum relative difference of the baked copy to the model, both in the model's own precision: their weights are equal."""
 
 HOOKS = ("WeightNorm", "SpectralNorm")
-"""Classes of torch.nn.utils' old hooks, which compute a weight anew before each forward pass."""
+"""Classes of old hooks of torch.nn.utils, which compute a weight before each forward pass."""
 
 
 def baked_copy(model: nn.Module, example_inputs: Any) -> tuple[nn.Module, tuple[str, ...]]:
-    """Returns a copy with masks and other parametrizations written into the weights, and notes that say which.
+    """Returns a copy with masks and other parametrizations written into the weights, and notes about these.
 
-    The reference is the model as given, never the copy that was changed.
+    The reference is the given model, never the changed copy.
 
     Raises:
-        ShrinkError: A weight is computed by an old hook, or the copy computes something else than the model.
+        ShrinkError: An old hook computes a weight, or the copy's outputs differ from the model's.
     """
     _refuse_hooks(model)
     own = deepcopy(model)
@@ -52,10 +52,10 @@ def _refuse_hooks(model: nn.Module) -> None:
 
 
 def _check(model: nn.Module, own: nn.Module, example_inputs: Any) -> None:
-    """Raises unless both compute the same in evaluation mode; both are copies to be used up."""
+    """Raises unless both have equal outputs in evaluation mode; both copies may be changed."""
     try:
         wanted = _run(model, example_inputs)
-    except Exception:  # that it does not run on these inputs is for the trace to say
+    except Exception:  # the trace reports inputs that do not fit
         return
     got = _run(own, example_inputs)
     pairs = [(w, g) for w, g in zip(wanted, got, strict=True) if isinstance(w, Tensor)]

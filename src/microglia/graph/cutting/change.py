@@ -1,4 +1,4 @@
-"""The change "shrunk": how a smaller model is written to a file, made again, and told of."""
+"""The change "shrunk": storage, replay and description of a smaller model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from microglia.storage.changes import Change, register_change
 
 
 def _result(plan: Plan, model: nn.Module, dense: Callable[[], nn.Module]) -> dict[str, Any]:
-    """Returns which layers lost which of their channels, for a run's result."""
+    """Returns the lost channels of each layer, for a run's result."""
     return {"removed": removal(dense(), model)}
 
 

@@ -1,4 +1,4 @@
-"""A cut: which units of each atom stay, and what that makes of every tensor and every constant of the graph."""
+"""A cut: the units of each atom that stay, and the effect on every tensor and constant of the graph."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from microglia.graph.dims.atoms import Dim
 from microglia.graph.dims.nodes import named_arguments, operator_name, shape_of, split_dim
 
 Kept = Mapping[int, Tensor]
-"""Atom -> which of its units stay, boolean (size,), or (rows, size) where rows keep units of their own, each equally many;
-atoms not named stay whole."""
+"""Atom -> units that stay, boolean (size,), or (rows, size) if rows keep different units, equally many. Other atoms stay
+whole."""
 
 
 @dataclass(frozen=True)
 class Scaled:
-    """A size known only at run time, of which a part was pruned: size * kept // whole."""
+    """A size known only at run time, a part of which was pruned: size * kept // whole."""
 
     size: fx.Node
     kept: int
@@ -36,7 +36,7 @@ class Cut:
         self._masks: dict[Dim, Tensor] = {}
 
     def mask(self, dim: Dim) -> Tensor:
-        """Returns which entries of a Dim stay."""
+        """Returns a mask of the entries of a Dim that stay."""
         dim = self.analysis.algebra.normal(dim)
         if dim not in self._masks:
             self._masks[dim] = self.analysis.algebra.mask(dim, self.kept)
@@ -47,19 +47,19 @@ class Cut:
         return self.analysis.dims[node]  # type: ignore[no-any-return]
 
     def changes(self, dim: Dim) -> bool:
-        """Tells whether a Dim loses anything."""
+        """Tells whether a Dim loses entries."""
         return any(
             a in self.kept and self.counts[a] < self.analysis.algebra.sizes[a] for a in self.analysis.algebra.leaves(dim)
         )
 
     def count(self, dim: Dim) -> int:
-        """Returns how many entries of a Dim stay."""
+        """Returns the number of entries of a Dim that stay."""
         return self.analysis.algebra.count(dim, self.counts)
 
     def stays(self, name: str) -> dict[int, Tensor]:
-        """Returns by dimension which entries of a tensor stay, for the dimensions that lose any.
+        """Returns the entries of a tensor that stay, by dimension, for the dimensions that lose any.
 
-        Boolean (size,), or (groups, size) of the weight of a convolution whose groups, those that stay, keep others.
+        They are boolean (size,), or (groups, size) for a convolution's weight whose remaining groups keep different entries.
         """
         found = {}
         for k, dim in enumerate(self.analysis.parameter_dims[name]):
@@ -69,17 +69,17 @@ class Cut:
         return found
 
     def _by_group(self, name: str, k: int) -> Tensor:
-        """Returns which entries of a dimension stay in each group, boolean (groups, size)."""
+        """Returns the entries of a dimension that stay in each group, boolean (groups, size)."""
         return self.mask(self.analysis.entries(name, k)).view(self.analysis.algebra.size(self.analysis.groups(name, k)), -1)
 
     def slice(self, name: str, tensor: Tensor) -> Tensor:
-        """Returns what stays of a tensor."""
+        """Returns the part of a tensor that stays."""
         for k, mask in self.stays(name).items():
             tensor = select(tensor, k, positions(mask))
         return tensor
 
     def zero(self, name: str, tensor: Tensor) -> Tensor:
-        """Returns a copy of a tensor, zero where it does not stay."""
+        """Returns a copy of a tensor with removed entries set to zero."""
         tensor = tensor.detach().clone()
         for k, dim in enumerate(self.analysis.parameter_dims[name]):
             if self.changes(dim):
@@ -90,7 +90,7 @@ class Cut:
 
 
 def counts(kept: Kept) -> dict[int, int]:
-    """Returns how many units of each atom stay, in each row.
+    """Returns the number of units of each atom that stay, in each row.
 
     Raises:
         ValueError: Rows keep different numbers.
@@ -105,22 +105,22 @@ def counts(kept: Kept) -> dict[int, int]:
 
 
 def positions(mask: Tensor) -> list[Any]:
-    """Returns which entries stay by their places: a list, or a list for each row of a mask."""
+    """Returns the indices of the entries that stay: a list, or a list for each row of a mask."""
     return [positions(row) for row in mask] if mask.ndim > 1 else mask.nonzero()[:, 0].tolist()
 
 
 def by_group(places: Sequence[Any]) -> bool:
-    """Tells whether places are a list for each group of a convolution."""
+    """Tells whether indices are a list for each group of a convolution."""
     return bool(places) and isinstance(places[0], list)
 
 
 def select(tensor: Tensor, dim: int, places: Sequence[Any]) -> Tensor:
-    """Returns the entries of a tensor at places of a dimension, which may be others in each group of its dimension 0.
+    """Returns the entries of a tensor at indices of a dimension, which may differ in each group of its dimension 0.
 
     Args:
-        tensor: Any; if its dimension 0 was cut already, the cut tensor.
-        dim: Which dimension.
-        places: Of the entries; or a list of them for each group.
+        tensor: Any tensor; if its dimension 0 was cut before, the cut tensor.
+        dim: Index of the dimension.
+        places: Indices of the entries, or a list of indices for each group.
     """
     if not by_group(places):
         return tensor.index_select(dim, torch.tensor(places, dtype=torch.int64, device=tensor.device))
@@ -140,7 +140,7 @@ def constants(cut: Cut, node: fx.Node) -> Patch:
     found = _PATCHES[name](cut, node, a) if name in _PATCHES else {}
     target = node.target
     if "split_sizes" in found:
-        target = torch.ops.aten.split_with_sizes.default  # equal pieces need not stay equal
+        target = torch.ops.aten.split_with_sizes.default  # equal pieces may become unequal
     return target, found
 
 
@@ -220,7 +220,7 @@ def _pad(cut: Cut, node: fx.Node, a: dict[str, Any]) -> dict[str, Any]:
 
 
 def _attention_scale(cut: Cut, node: fx.Node, a: dict[str, Any]) -> dict[str, Any]:
-    """The implicit scale is width ** -0.5 and would move with the width."""
+    """Makes the implicit scale width ** -0.5 explicit, because it would change with the width."""
     width = cut.dims_of(node.args[0])[-1]
     return {"scale": shape_of(a["query"])[-1] ** -0.5} if a["scale"] is None and cut.changes(width) else {}
 

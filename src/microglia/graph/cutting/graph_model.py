@@ -1,4 +1,4 @@
-"""Building: the smaller model as its graphs, which train, follow precision and copy as the model does."""
+"""Builds the smaller model from its graphs, which train, change precision and copy like the model."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from microglia.graph.dims.trace import Trace, as_inputs
 def graph_model(
     model: nn.Module, example: Any, kept: Indices, dynamic: Sequence[int] = (0,), whole: tuple[nn.Module, str] | None = None
 ) -> GraphModel:
-    """Returns the cut model as its graph; as two, where its own code does something else in training.
+    """Returns the cut model as its graph, or as two graphs if its own code differs in training.
 
     Args:
-        model: To trace.
+        model: Model to trace.
         example: Its inputs, (args, kwargs).
         kept: Kept indices by tensor.
-        dynamic: Dimensions of the inputs that are left free.
-        whole: The model of which this is a part, and the part's path; its own `train` says which modules stay as they are.
+        dynamic: Free dimensions of the inputs.
+        whole: The whole model and the part's path in it; its own `train` decides which modules keep their mode.
     """
     root, path = whole or (model, "")
     modes, stay = modes_of(model), exceptions(modes_of(root), path)
@@ -79,7 +79,7 @@ def _follows(
     *,
     training: bool = False,
 ) -> tuple[Follows, bool]:
-    """Returns what operators of a trace follow, and whether this is known of the types that it states."""
+    """Returns the modes and types that operators of a trace follow, and whether the types are known."""
     if not states_precision(traced):
         return Follows(modes), True
     twin = double_copy(model)
@@ -92,7 +92,7 @@ def _follows(
 
 
 def _in_training(model: nn.Module, example: Any, kept: Indices, dynamic: Sequence[int]) -> tuple[Cut | None, str]:
-    """Returns the cut of the trace in training mode, or why there is none."""
+    """Returns the cut of the trace in training mode, or the reason why there is none."""
     try:
         with averaging(model):
             cut, drawn = drew(lambda: cut_again(model, example, kept, dynamic, training=True))

@@ -1,7 +1,7 @@
-"""Configurations of transformers' models: what `save_pretrained` writes builds the cut model again, or is refused.
+"""Configurations of transformers' models: `save_pretrained` of a cut model can be loaded again, or is refused.
 
-Widths that differ from layer to layer are refused. The configurations of transformers 5.23 can say them (`per_layer_config`).
-Its language models do not build from them: the MLP of Llama, and that of Gemma 4, reads one `intermediate_size` and raises.
+Widths that differ between layers are refused. The configurations of transformers 5.23 can express them (`per_layer_config`).
+Its language models cannot use them: the MLP of Llama, and that of Gemma 4, reads one `intermediate_size` and raises.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ HIDDEN = (
     "hidden_dim",
     "ffn_hidden_size",
 )
-"""Fields that are the width between two layers and nothing else: no forward computes with them, so equal shapes suffice."""
+"""Fields that are only the width between two layers: no forward computes with them, so equal shapes suffice."""
 
 Shapes = Mapping[str, tuple[list[int], list[int]]]
 """Tensor name -> (shape before, shape after)."""
 
 
 def fitting_fields(small: nn.Module, shapes: Shapes) -> dict[str, dict[str, Any]]:
-    """Returns the fields with which transformers builds a cut model's shapes again, of each of its models that has them."""
+    """Returns the fields with which transformers builds a cut model's shapes again, for each of its models with such fields."""
     found = {}
     for path, module in _outermost(small):
         prefix = f"{path}." if path else ""
@@ -70,7 +70,7 @@ def set_fields(small: nn.Module, fields: Fields) -> None:
 
 
 def _outermost(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Yields the models of transformers in a model, none within another; nothing is imported for it."""
+    """Yields the outermost models of transformers in a model, without an import."""
     kind: Any = getattr(sys.modules.get("transformers.modeling_utils"), "PreTrainedModel", None)
     inside: set[nn.Module] = set()
     for path, module in model.named_modules() if kind is not None else ():

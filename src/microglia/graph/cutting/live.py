@@ -1,7 +1,7 @@
-"""Live values: what a model's code keeps or fixes while it is traced, as the model itself computes it at each call.
+"""Live values: constants of a trace become the computations that the model's code runs at each call.
 
-In evaluation mode some classes keep a tensor that they compute from a parameter, such as attention biases by position. A trace
-holds it as a constant, which no optimizer reaches. The trace in training mode shows how it is computed.
+In evaluation mode some classes cache a tensor that they compute from a parameter, such as attention biases by position. A trace
+holds it as a constant, which no optimizer reaches. The trace in training mode shows its computation.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from microglia.graph.dims.trace import CHECKS, Trace, trace
 
 
 def live_trace(model: nn.Module, example_inputs: Any, *, dynamic: Sequence[int] = (0,), training: bool = False) -> Trace:
-    """Returns the trace of a model, its constants computed from its parameters where its code for training does so.
+    """Returns the trace of a model; constants are computed from parameters if its code for training does so.
 
     Args:
-        model: As for `trace`.
-        example_inputs: As for `trace`.
-        dynamic: As for `trace`.
-        training: As for `trace`.
+        model: See `trace`.
+        example_inputs: See `trace`.
+        dynamic: See `trace`.
+        training: See `trace`.
 
     Raises:
-        TraceError: torch.export cannot trace it.
+        TraceError: torch.export cannot trace the model.
     """
     traced = trace(model, example_inputs, dynamic=dynamic, training=training)
     if training or not kept_constants(traced):
@@ -42,7 +42,7 @@ def live_trace(model: nn.Module, example_inputs: Any, *, dynamic: Sequence[int] 
 
 
 def kept_constants(traced: Trace) -> list[fx.Node]:
-    """Returns the placeholders of constants that may have been computed from parameters: floating-point, more than a number."""
+    """Returns the placeholders of constants possibly computed from parameters: floating-point, more than one number."""
     return [
         node
         for node in traced.graph.nodes
@@ -56,9 +56,9 @@ def kept_constants(traced: Trace) -> list[fx.Node]:
 
 @torch.no_grad()
 def with_live_constants(evaluation: Trace, training: Trace) -> Trace:
-    """Returns the trace of evaluation with its constants computed from parameters, where the code of training does so.
+    """Returns the trace of evaluation, with constants computed from parameters if the code of training does so.
 
-    A constant is taken for a value of the training graph if one and the same module uses both and they are equal.
+    A constant is identified with a value of the training graph if the same module uses both and they are equal.
     """
     values = _from_parameters(training)
     by_module: dict[str, list[fx.Node]] = {}
@@ -85,7 +85,7 @@ def with_live_constants(evaluation: Trace, training: Trace) -> Trace:
 
 
 def _from_parameters(traced: Trace) -> dict[fx.Node, Tensor]:
-    """Returns the values that depend on parameters and on nothing that is given or drawn."""
+    """Returns the values that depend only on parameters, not on inputs or random numbers."""
     known: dict[fx.Node, Any] = {}
     learned: set[fx.Node] = set()
     for node in traced.graph.nodes:
@@ -109,7 +109,7 @@ def _is_pure(node: fx.Node) -> bool:
 
 
 def _users(node: fx.Node, within: Mapping[fx.Node, Any]) -> list[str]:
-    """Returns the modules that use a value for more than to compute another of the given ones, by path."""
+    """Returns the modules, by path, that use a value other than to compute another of the given values."""
     found = {}
     for user in node.users:
         if user.op == "call_function" and operator_name(user) in ("lift_fresh_copy", "detach_", "detach"):
@@ -125,7 +125,7 @@ def _equal(value: Tensor, constant: Tensor) -> bool:
 
 
 def _compute(evaluation: Trace, training: Trace, constant: fx.Node, source: fx.Node) -> None:
-    """Puts the operators that compute a value of the training graph in the place of a constant."""
+    """Replaces a constant by the operators that compute it in the training graph."""
     places = {name: node for node in evaluation.graph.nodes if (name := evaluation.name_of.get(node.name)) is not None}
     needed: dict[fx.Node, None] = {}
 
@@ -148,15 +148,15 @@ def _compute(evaluation: Trace, training: Trace, constant: fx.Node, source: fx.N
 
 # ---------------------------------------------------------------------------------------------------------------- precision
 def following_precision(traced: Trace, wide: Trace) -> tuple[dict[fx.Node, tuple[str, ...]], frozenset[str], bool]:
-    """Returns what of a trace follows the precision of the model.
+    """Returns the arguments and constants of a trace that follow the precision of the model.
 
     Args:
-        traced: In the model's own precision.
-        wide: Of its copy in float64.
+        traced: Trace in the model's own precision.
+        wide: Trace of its copy in float64.
 
     Returns:
-        Operators with the names of their arguments that are the model's dtype; constants that keep theirs; whether it is
-        known, for the two traces may not be laid side by side.
+        Operators with the names of their arguments that are the model's dtype; constants that keep their dtype; and whether
+        this is known, because the two traces may not correspond.
     """
     mine, theirs = _operators(traced), _operators(wide)
     if [str(n.target) for n in mine] != [str(n.target) for n in theirs]:
@@ -176,7 +176,7 @@ def _operators(traced: Trace) -> list[fx.Node]:
 
 
 def unread(model: nn.Module, small: nn.Module) -> list[str]:
-    """Returns the parameters of a model that its smaller one does not hold under any of their names: no operator reads them."""
+    """Returns the parameters that the smaller model does not hold under any name, because no operator reads them."""
     held = {name for name, _ in small.named_parameters(remove_duplicate=False)}
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):

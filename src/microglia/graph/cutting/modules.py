@@ -1,4 +1,4 @@
-"""Surgery on the user's own modules: tensors sliced in a copy, and the sizes its layers note about themselves mended."""
+"""Surgery on the user's own modules: slices tensors in a copy and corrects the sizes that layers store."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from microglia.graph.dims.analysis import Analysis
 from microglia.graph.dims.nodes import named_arguments
 
 Indices = Mapping[str, Mapping[str, list[Any]]]
-"""Tensor name -> dimension -> kept indices; of the weight of a convolution whose groups keep others, a list for each."""
+"""Tensor name -> dimension -> kept indices; a list per group if the groups of a convolution keep different ones."""
 
 Attributes = Mapping[str, Mapping[str, Any]]
 """Module name -> attribute -> new value."""
 
 NOTED = ("groups", "num_groups", "normalized_shape", "pad")
-"""Arguments that layers hand to their operators from an attribute of the same name."""
+"""Arguments that layers pass to their operators from an attribute of the same name."""
 
 
 def indices(cut: Cut) -> dict[str, dict[str, list[Any]]]:
@@ -36,17 +36,17 @@ def indices(cut: Cut) -> dict[str, dict[str, list[Any]]]:
 
 
 def kept_units(analysis: Analysis, kept: Indices, without: Collection[str] = ()) -> dict[int, Tensor]:
-    """Returns which units of each atom stay, from kept indices by tensor: those that any of their entries keeps.
+    """Returns the units of each atom that stay, from kept indices by tensor: a unit stays if any of its entries stays.
 
     Args:
-        analysis: Of the model.
-        kept: As `indices` returns it; tensors not named stay whole.
-        without: Tensors that say nothing.
+        analysis: Analysis of the model.
+        kept: The result of `indices`; other tensors stay whole.
+        without: Tensors to ignore.
     """
     algebra, rows = analysis.algebra, analysis.rows
     units: dict[int, Tensor] = {}
-    for name, dims in analysis.parameter_dims.items():  # whole tensors too: a unit that is gone from one may stay in others
-        if name in analysis.trace.constants or name in without:  # constants are numbered by each trace in its own way
+    for name, dims in analysis.parameter_dims.items():  # whole tensors too: a unit removed from one may stay in others
+        if name in analysis.trace.constants or name in without:  # each trace numbers constants differently
             continue
         for k in range(len(dims)):
             dim, stays = analysis.entries(name, k), _stays(analysis, name, k, kept.get(name, {}))
@@ -58,13 +58,13 @@ def kept_units(analysis: Analysis, kept: Indices, without: Collection[str] = ())
 
 
 def _stays(analysis: Analysis, name: str, k: int, kept: Mapping[str, list[Any]]) -> Tensor:
-    """Returns which entries of a tensor's dimension stay, in every group of a convolution that does; boolean (entries,)."""
+    """Returns the entries of a tensor's dimension that stay, in every remaining group of a convolution; boolean (entries,)."""
     groups, shape = analysis.algebra.size(analysis.groups(name, k)), analysis.trace.tensors[name].shape
     stay: Any = kept.get(str(k))
     rows = list(dict.fromkeys(i * groups // shape[0] for i in kept.get("0", range(shape[0])))) if groups > 1 else [0]
     stays = torch.zeros(groups, shape[k], dtype=torch.bool)
     each = stay if by_group(stay or []) else [range(shape[k]) if stay is None else stay] * len(rows)
-    if groups == 1:  # of lists for groups that this trace does not see, what any keeps
+    if groups == 1:  # for groups that this trace does not see, the union of the lists
         rows *= len(each)
     for row, own in zip(rows, each, strict=True):
         stays[row, list(own)] = True
@@ -72,7 +72,7 @@ def _stays(analysis: Analysis, name: str, k: int, kept: Mapping[str, list[Any]])
 
 
 def _by_row(units: Tensor, rows: int) -> Tensor:
-    """Returns the units of each row; a row of which none stays, for it goes itself, is as the first that does."""
+    """Returns the units of each row; a row that is removed itself gets those of the first remaining row."""
     if rows == 1:
         return units
     each = units.view(rows, -1)
@@ -109,7 +109,7 @@ def issuer(node: Any) -> str:
 
 
 def cut_module(model: nn.Module, kept: Indices, changed: Attributes) -> nn.Module:
-    """Returns a copy of the model, cut."""
+    """Returns a cut copy of the model."""
     model = deepcopy(model)
     apply_indices(model, kept, changed)
     forget(model)
@@ -117,17 +117,17 @@ def cut_module(model: nn.Module, kept: Indices, changed: Attributes) -> nn.Modul
 
 
 def forget(model: nn.Module) -> None:
-    """Lets a model compute anew what it keeps in one mode alone, such as biases by position, from the cut parameters."""
+    """Makes a model recompute values that it caches in one mode, such as biases by position, from the cut parameters."""
     with modes_kept(model, through_train=True):
         model.train(not model.training)
 
 
 @torch.no_grad()
 def apply_indices(model: nn.Module, kept: Indices, changed: Attributes) -> None:
-    """Slices tensors of a model in place and mends its layers' attributes. Names that are no tensor of it are left out."""
+    """Slices tensors of a model in place and corrects its layers' attributes. Names without a tensor are skipped."""
     modules = dict(model.named_modules(remove_duplicate=False))
     new_of: dict[int, Tensor] = {}
-    held: list[Tensor] = []  # what was replaced lives on, for a new tensor might else get its id
+    held: list[Tensor] = []  # keeps replaced tensors alive, because a new tensor might otherwise get the same id
     touched: dict[int, nn.Module] = {}
     for name, by_dim in kept.items():
         path, _, leaf = name.rpartition(".")
@@ -138,7 +138,7 @@ def apply_indices(model: nn.Module, kept: Indices, changed: Attributes) -> None:
         if id(old) not in new_of:
             held.append(old)
             new_of[id(old)] = new = _sliced(old, by_dim)
-            new_of[id(new)] = new  # a module that is held under several names is cut under the first
+            new_of[id(new)] = new  # a module with several names is cut under the first
         if leaf in owner._parameters:
             owner._parameters[leaf] = new_of[id(old)]  # type: ignore[assignment]
         elif leaf in owner._buffers:
@@ -168,12 +168,12 @@ def _sliced(old: Tensor, by_dim: Mapping[str, list[Any]]) -> Tensor:
     for dim in sorted(by_dim, key=int):
         new = select(new, int(dim), by_dim[dim])
     if old.ndim == 4 and not old.is_contiguous() and old.is_contiguous(memory_format=torch.channels_last):
-        new = new.contiguous(memory_format=torch.channels_last)  # or every convolution would convert it
+        new = new.contiguous(memory_format=torch.channels_last)  # otherwise every convolution would convert it
     return nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
 
 
 def mend(module: nn.Module) -> None:
-    """Makes the sizes that a layer notes about itself those of its tensors."""
+    """Sets the sizes that a layer stores to those of its tensors."""
     weight = getattr(module, "weight", None)
     if isinstance(module, _ConvNd):
         first, second = module.weight.shape[0], module.weight.shape[1] * module.groups
@@ -196,7 +196,7 @@ def mend(module: nn.Module) -> None:
         module.input_size = module.get_parameter("weight_ih_l0").shape[1]
         module.hidden_size = module.get_parameter("weight_hh_l0").shape[1]
         module._flat_weights = [getattr(module, name) for name in module._flat_weights_names]
-    elif type(module).__name__ == "Conv1D" and isinstance(weight, Tensor):  # of Transformers: (in, out)
+    elif type(module).__name__ == "Conv1D" and isinstance(weight, Tensor):  # a layer of Transformers: (in, out)
         for attribute, size in (("nx", weight.shape[0]), ("nf", weight.shape[1])):
             if hasattr(module, attribute):
                 setattr(module, attribute, size)

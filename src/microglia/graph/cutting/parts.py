@@ -1,7 +1,7 @@
-"""Parts: a model that cannot be traced whole is traced by its submodules, as large as they come.
+"""Parts: a model that cannot be traced as a whole is traced by its largest traceable submodules.
 
-A detector's backbone and heads are plain tensor code; what lies between them (proposals, non-maximum suppression) depends on
-values. What enters and leaves a part keeps its size; within it channels go as in any model.
+A detector's backbone and heads are plain tensor code; the steps between them (proposals, non-maximum suppression) depend on
+values. Inputs and outputs of a part keep their size; within it channels are removed as in any model.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ class Part:
         path: Its name in the model; empty for the model itself.
         module: The submodule, in the model's own precision.
         example: Its inputs in one forward pass of the model: (args, kwargs).
-        analysis: Of its twin in float64; names are the submodule's own.
-        weight: How often the model calls it.
-        narrow: Whether its code casts to a narrower type, so that its modules cannot follow in float64.
+        analysis: Analysis of its twin in float64; names are the submodule's own.
+        weight: Number of calls by the model.
+        narrow: Whether its code casts to a narrower type, so that its modules cannot run in float64.
     """
 
     path: str
@@ -53,7 +53,7 @@ class Part:
         return f"{self.path}.{local}".strip(".")
 
     def dims_of(self, name: str) -> Sequence[Any]:
-        """Returns the dimensions of a tensor of the model, those of a weight as (out, in, *kernel) however it is stored."""
+        """Returns the dimensions of a tensor of the model; a weight's are (out, in, *kernel) for every layout."""
         local = name.removeprefix(f"{self.path}.") if self.path else name
         dims = self.analysis.parameter_dims[local]
         kind = layer_kind(self.module.get_submodule(local.rpartition(".")[0]))
@@ -64,12 +64,12 @@ def find_parts(model: nn.Module, twin: nn.Module, example_inputs: Any) -> list[P
     """Returns the largest traceable parts of a model that hold parameters, all over one algebra.
 
     Args:
-        model: In its own precision.
-        twin: Its copy in float64.
-        example_inputs: In any of the accepted forms.
+        model: Model in its own precision.
+        twin: The model's copy in float64.
+        example_inputs: Inputs in any of the accepted forms.
 
     Raises:
-        TraceError: Nothing in it that has channels can be traced, what it returns is random, or the inputs do not fit.
+        TraceError: No part with channels can be traced, the outputs are random, or the inputs do not fit.
     """
     algebra = Algebra()
     try:
@@ -89,7 +89,7 @@ def find_parts(model: nn.Module, twin: nn.Module, example_inputs: Any) -> list[P
 
 
 def _check_runs(model: nn.Module, example_inputs: Any) -> None:
-    """Raises where it is the inputs that are wrong, not the model: in its own precision, which the user knows."""
+    """Raises if the inputs are wrong, not the model; runs in the model's own precision, which the user knows."""
     try:
         with evaluating(model), undisturbed():
             run(model, Example(*arguments(example_inputs)).copied())
@@ -105,7 +105,7 @@ def to_double(value: Any) -> Any:
 
 
 def double_copy(model: nn.Module) -> nn.Module:
-    """Returns a copy of a model in float64, whose tensors are written once."""
+    """Returns a copy of a model in float64; each tensor is written once."""
     tensors = (*model.parameters(), *model.buffers())
     doubled: dict[int, Any] = {}
     for tensor in tensors:
@@ -169,7 +169,7 @@ def _single(example: Any, module: nn.Module) -> Any:
 
 
 def _freeze_shared(algebra: Algebra, parts: Sequence[Part]) -> None:
-    """A tensor that two parts read keeps its size: each part knows only its own use of it."""
+    """Freezes tensors that two parts read: each part knows only its own use."""
     seen: dict[int, Part] = {}
     for part in parts:
         own = dict(part.module.named_parameters(remove_duplicate=False))

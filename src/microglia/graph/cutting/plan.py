@@ -1,4 +1,4 @@
-"""Plans: what a shrunk model lost, as JSON; replayed on a freshly built model it gives the same smaller one."""
+"""Plans: the removals of a shrunk model, as JSON; replayed on a freshly built model they give the same smaller one."""
 
 from __future__ import annotations
 
@@ -18,37 +18,37 @@ from microglia.graph.cutting.modules import cut_module
 from microglia.graph.cutting.plan_check import check_form, check_names
 
 PLAN = "microglia_plan"
-"""Attribute under which a shrunk model carries its plan."""
+"""Attribute of a shrunk model that holds its plan."""
 
 Kind = Literal["module", "graph"]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What was removed from a model, and what was measured while doing so.
+    """The removals from a model, with measurements.
 
     Attributes:
         kind: ``module``: the user's own classes, cut; ``graph``: the traced graph, because sizes are written into a forward.
-        kept: Tensor name -> dimension -> kept indices; where the groups of a convolution keep other channels of a weight,
-            a list for each group left.
+        kept: Tensor name -> dimension -> kept indices; if the groups of a convolution keep different channels of a weight, a
+            list for each remaining group.
         attributes: Module name -> attribute -> new value.
-        biases: Linear layers and convolutions that were given a bias to carry what removed channels added.
-        graphs: Part of the model that came back as a graph (empty name: the model itself) -> shapes of its example inputs,
-            to trace it again.
-        dynamic: Dimensions of the inputs that were left free.
+        biases: Linear layers and convolutions that got a bias for the constants of removed channels.
+        graphs: Part of the model that became a graph (empty name: the model itself) -> shapes of its example inputs, to trace
+            it again.
+        dynamic: Free dimensions of the inputs.
         shapes: Tensor name -> (shape before, shape after).
-        parameters: Before and after.
+        parameters: Number of parameters before and after.
         macs: Multiply-accumulates of the example batch, before and after.
-        error: Largest relative difference to the masked model at any node, in float64. Norms, softmax and other reductions
-            of that model run over the kept entries; the notes name those where zeros would count.
-        found: Channel groups that could lose units.
-        pruned: Those that did.
+        error: Maximum relative difference to the masked model at any node, in float64. Norms, softmax and other reductions of
+            the masked model run over the kept entries; the notes name those in which zeros would count.
+        found: Number of channel groups that could lose units.
+        pruned: Number of channel groups that lost units.
         asked: The budget.
-        got: What it came to.
-        notes: What was not as asked, and why.
-        config: Models of transformers within the model -> fields of their configurations -> new value; those not named
-            cannot be saved by transformers.
-        model: Class of the model that was cut; of a graph this is where it came from.
+        got: Reached values of the budget.
+        notes: Deviations from the request, with the reasons.
+        config: Models of transformers within the model -> fields of their configurations -> new value; transformers cannot save
+            other models.
+        model: Class of the model that was cut; for a graph its origin.
     """
 
     kind: Kind
@@ -78,7 +78,7 @@ class Plan:
         """Returns the plan that `to_dict` wrote.
 
         Raises:
-            FileError: It is not one.
+            FileError: The value is not a plan.
         """
         if not isinstance(source, Mapping):
             raise FileError("The plan of the shrunk model is damaged: what was removed is no plan.")
@@ -94,7 +94,7 @@ def plan_of(model: nn.Module) -> Plan:
     """Returns the plan of a shrunk model.
 
     Raises:
-        MicrogliaError: It is not one.
+        MicrogliaError: The model was not shrunk.
     """
     plan = getattr(model, PLAN, None)
     if not isinstance(plan, Plan):
@@ -103,7 +103,7 @@ def plan_of(model: nn.Module) -> Plan:
 
 
 def refuse_graph(model: nn.Module) -> None:
-    """Raises where a model came back as a graph before: its parts are no longer the model's own."""
+    """Raises if a model already became a graph: its parts are no longer the model's own."""
     first = getattr(model, PLAN, None)
     if isinstance(first, Plan) and first.graphs:
         raise MicrogliaError(
@@ -113,13 +113,13 @@ def refuse_graph(model: nn.Module) -> None:
 
 
 def after(model: nn.Module, second: Plan) -> Plan:
-    """Returns the plan of a cut of this model; of a model that was cut before, the plan of both from the beginning."""
+    """Returns the plan of a cut of this model; if the model was cut before, the plan of both cuts together."""
     first = getattr(model, PLAN, None)
     return compose(first, second) if isinstance(first, Plan) else second
 
 
 def compose(first: Plan, second: Plan) -> Plan:
-    """Returns the plan of two cuts one after the other, of the model before the first."""
+    """Returns the plan of two consecutive cuts, relative to the model before the first."""
     kept = {name: dict(by_dim) for name, by_dim in first.kept.items()}
     for name, by_dim in second.kept.items():
         own = kept.setdefault(name, {})
@@ -146,14 +146,14 @@ def compose(first: Plan, second: Plan) -> Plan:
 
 
 def _of_groups(places: list[Any], rows: int, stay: Sequence[int]) -> list[Any]:
-    """Returns the places of those groups of a convolution of which some of so many rows of the weight stay."""
+    """Returns the indices of the groups of a convolution with remaining rows of the weight."""
     if not by_group(places):
         return places
     return [places[group] for group in dict.fromkeys(i // (rows // len(places)) for i in stay)]
 
 
 def _one_after_another(first: list[Any], second: list[Any]) -> list[Any]:
-    """Returns the places that two selections leave, each a list or a list for each group."""
+    """Returns the indices that two consecutive selections leave, each a list or a list for each group."""
     if by_group(first):
         each = second if by_group(second) else [second] * len(first)
         return [_one_after_another(one, other) for one, other in zip(first, each, strict=True)]
@@ -161,13 +161,13 @@ def _one_after_another(first: list[Any], second: list[Any]) -> list[Any]:
 
 
 def attach(model: nn.Module, plan: Plan) -> nn.Module:
-    """Notes the plan on the model; returns the model."""
+    """Records the plan on the model; returns the model."""
     object.__setattr__(model, PLAN, plan)
     return model
 
 
 def replay(model: nn.Module, plan: Plan) -> nn.Module:
-    """Returns a freshly built model cut as the plan says; its weights are those it was built with.
+    """Returns a freshly built model cut by the plan; it keeps its fresh weights.
 
     Raises:
         FileError: The plan does not fit the model.
@@ -195,7 +195,7 @@ def _replayed(model: nn.Module, plan: Plan) -> nn.Module:
 
 
 def place(model: nn.Module, path: str, part: nn.Module) -> nn.Module:
-    """Returns the model with a part put in the place of its submodule, or the part itself where that is all of it."""
+    """Returns the model with a part in place of its submodule, or the part itself if it is the whole model."""
     if not path:
         return part
     parent, _, leaf = path.rpartition(".")
@@ -204,7 +204,7 @@ def place(model: nn.Module, path: str, part: nn.Module) -> nn.Module:
 
 
 def give_biases(model: nn.Module, names: tuple[str, ...]) -> None:
-    """Gives layers without a bias one of zeros."""
+    """Adds a zero bias to layers without one."""
     for name in names:
         layer: Any = model.get_submodule(name)
         if layer.bias is None:

@@ -1,4 +1,4 @@
-"""Whether what a file calls a plan has the form of one; read before anything is built or cut."""
+"""Checks that a file's plan has the right form, before anything is built or cut."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from microglia.graph.cutting.hugging_face import HIDDEN
 from microglia.graph.cutting.modules import NOTED
 
 LARGEST = 2**26
-"""Entries that the example inputs of a plan may have in all; 268 MB in float32."""
+"""Maximum total number of entries of a plan's example inputs; 268 MB in float32."""
 SIZE = 2**31
 """Above every size and index of a plan."""
 
 
 def check_form(source: Mapping[str, Any]) -> None:
-    """Raises `FileError` unless every field of a plan, written as JSON, has the type that a plan's has."""
+    """Raises `FileError` unless every field of a plan in JSON has the right type."""
     forms: dict[str, Any] = {
         "kind": lambda v: v in ("module", "graph"),
         "kept": lambda v: _mapping(v, lambda by_dim: _mapping(by_dim, _indices, str.isdecimal)),
@@ -44,7 +44,7 @@ def check_form(source: Mapping[str, Any]) -> None:
 
 
 def check_names(names: Iterable[Any], model: nn.Module) -> None:
-    """Raises `FileError` unless each name is one that the model's forward takes: they enter the source of its graph."""
+    """Raises `FileError` unless the model's forward takes each name: names become source code of its graph."""
     parameters = inspect.signature(model.forward).parameters
     open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     for name in names:
@@ -62,7 +62,7 @@ def _example(value: Any) -> bool:
 
 
 def _entries(value: Any) -> float:
-    """Returns how many entries the inputs of a written example have; infinitely many where a shape is none."""
+    """Returns the number of entries of a written example's inputs; infinite for an invalid shape."""
     if isinstance(value, Mapping) and "shape" in value:
         shape = value["shape"]
         return math.prod(map(int, shape)) if _list(shape, _whole) and len(shape) <= 16 else math.inf
@@ -72,7 +72,7 @@ def _entries(value: Any) -> float:
 
 
 def _indices(value: Any) -> bool:
-    """Tells whether it is a list of different places, or one for each group."""
+    """Tells whether the value is a list of different indices, or such a list for each group."""
     if isinstance(value, list | tuple) and value and all(isinstance(v, list | tuple) for v in value):
         return all(_indices(v) and not any(isinstance(i, list | tuple) for i in v) for v in value)
     return _list(value, _whole) and len(set(value)) == len(value)

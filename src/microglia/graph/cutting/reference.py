@@ -1,9 +1,9 @@
-"""The reference: what the masked model computes, so that every value of the pruned graph can be held against it.
+"""The reference: the values of the masked model, with which every value of the pruned graph is compared.
 
-Parameters are zeroed where they were cut, and the unpruned graph runs on them. Zero is not absent for reductions over a pruned
-dimension (a norm, a mean, a softmax): those run over the kept entries only. Nor where a zero makes a value undefined, as a
-divisor does: no zeroed weight takes NaN out again, so removed entries that are not finite are set to zero. Nowhere else are
-activations masked, or the analysis would prove itself.
+The unpruned graph runs on parameters whose removed entries are zero. For reductions over a pruned dimension (a norm, a mean, a
+softmax) zero differs from absent: these run over the kept entries only. A zero can also make a value undefined, as a divisor
+does, and no zeroed weight removes NaN again; so removed entries that are not finite are set to zero. Other activations are
+never masked; otherwise the analysis would verify itself.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from microglia.graph.dims.trace import copied
 Handler = Callable[["Reference", fx.Node, dict[str, Any]], Any]
 
 HANDLERS: dict[str, Handler] = {}
-"""Operator -> how it reduces over kept entries only; returns None where nothing it reduces over is pruned."""
+"""Operator -> its reduction over kept entries only; returns None if no reduced dimension is pruned."""
 
 
 class MissingReference(Exception):
-    """A reduction over a pruned dimension that nobody has written down: nothing can be verified."""
+    """A reduction over a pruned dimension without a reference: it cannot be verified."""
 
 
 def handler(*names: str) -> Callable[[Handler], Handler]:
-    """Registers how an operator reduces over kept entries."""
+    """Registers an operator's reduction over kept entries."""
 
     def register(function: Handler) -> Handler:
         for name in names:
@@ -46,14 +46,14 @@ class Reference:
     def __init__(self, cut: Cut) -> None:
         self.cut = cut
         self.reduced_nodes: set[fx.Node] = set()
-        """Nodes that ran over the kept entries only, so far."""
+        """Nodes that so far ran over the kept entries only."""
 
     def walk(self, inputs: Sequence[Any]) -> Iterator[tuple[fx.Node, Any]]:
-        """Yields every operator of the graph with its value, the output node with the flat outputs.
+        """Yields every operator of the graph with its value, and the output node with the flat outputs.
 
         Args:
-            inputs: The model's own, flat. Values are dropped after their last use; what in-place operators may still change
-                is for the caller to copy.
+            inputs: The model's own inputs, flat. Values are dropped after their last use; the caller must copy values that
+                in-place operators may change.
         """
         trace = self.cut.analysis.trace
         given = dict(zip(trace.inputs, map(copied, inputs), strict=True))
@@ -74,7 +74,7 @@ class Reference:
                     values.pop(source, None)
 
     def run(self, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
-        """Returns a node's value, given those of its inputs."""
+        """Returns a node's value from the values of its inputs."""
         return self._defined(node, self._value(node, values))
 
     def _value(self, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
@@ -87,23 +87,23 @@ class Reference:
         return self.with_zeros(node, values)
 
     def with_zeros(self, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
-        """Returns a node's value with removed entries counted as what zeroed parameters make of them."""
+        """Returns a node's value computed with zeroed parameters, removed entries included."""
         args = fx.node.map_arg(node.args, values.__getitem__)
         kwargs = fx.node.map_arg(node.kwargs, values.__getitem__)
         return node.target(*args, **kwargs)  # type: ignore[operator]
 
     def _defined(self, node: fx.Node, value: Any) -> Any:
-        """Returns a value with the removed entries zero that are not finite: x / 0, or the sine of that."""
+        """Returns a value in which removed entries that are not finite (x / 0, or its sine) are zero."""
         if not isinstance(value, Tensor) or not value.is_floating_point() or not value.dim():
             return value
         mask = self.over(node, range(value.dim()))
-        if mask is None or math.isfinite(float(value.sum())):  # one pass; a sum past the largest number is looked at below
+        if mask is None or math.isfinite(float(value.sum())):  # one pass; an overflow of the sum is handled below
             return value
         undefined = ~(value.isfinite() | mask.to(value.device))
         return value.masked_fill_(undefined, 0) if _writes(node) else value.masked_fill(undefined, 0)
 
     def over(self, node: Any, dims: Iterable[int]) -> Tensor | None:
-        """Returns the mask of some dimensions of a node's value, shaped for broadcasting; None if all of them is kept."""
+        """Returns the mask of some dimensions of a node's value, shaped for broadcasting; None if all entries are kept."""
         own = self.cut.analysis.dims[node]
         out: Tensor | None = None
         for k in {k % len(own) for k in dims}:
@@ -113,7 +113,7 @@ class Reference:
         return out
 
     def reduced(self, node: fx.Node, a: dict[str, Any]) -> tuple[list[int], Tensor | None]:
-        """Returns (dimensions a reduction runs over, their mask)."""
+        """Returns (dimensions of a reduction, their mask)."""
         rank = len(self.cut.analysis.dims[node.args[0]])  # type: ignore[index]
         dims = a.get("dim")
         dims = list(range(rank)) if dims is None or dims == [] else [dims] if isinstance(dims, int) else list(dims)
@@ -248,7 +248,7 @@ def _addmm(r: Reference, n: fx.Node, a: dict[str, Any]) -> Any:
 
 @handler("einsum")
 def _einsum(r: Reference, n: fx.Node, a: dict[str, Any]) -> Any:
-    """Entries removed from a contracted letter are absent in each operand."""
+    """Sums over contracted letters without their removed entries."""
     values = []
     for node, value in zip(n.args[1], a["tensors"], strict=True):  # type: ignore[arg-type]
         mask = r.over(node, range(value.dim()))

@@ -1,4 +1,4 @@
-"""The record of a cut: which layers lost which of their channels."""
+"""The record of a cut: the channels that each layer lost."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from microglia.measure.parameters import Weight, weights
 
 
 def removal(dense: nn.Module, small: nn.Module) -> dict[str, Any]:
-    """Returns what a cut did, JSON-ready: the budget asked and got, notes, and every weight's shape before and after.
+    """Returns the record of a cut, JSON-ready: requested and reached budget, notes, shapes of weights before and after.
 
     Args:
-        dense: The model before.
-        small: The shrunk one, masked or not.
+        dense: The model before the cut.
+        small: The shrunk model, masked or not.
     """
     plan = plan_of(small)
     after = {weight.name: list(weight.value.shape) for weight in weights(small)}

@@ -33,19 +33,19 @@ from microglia.graph.dims.refusals import refuse_kinds
 from microglia.graph.dims.trace import Trace, copied, fixed_sizes, known_outputs
 
 EXACT, SINGLE = 1e-9, 1e-4
-"""Largest relative difference between the cut modules and the cut graph in float64, and to a graph traced in float32."""
+"""Maximum relative difference between the cut modules and the cut graph in float64, and to a graph traced in float32."""
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A model on its way through the house.
+    """A model during its removal of channels.
 
     Attributes:
-        model: As given, masks and other parametrizations written into the weights (a copy).
-        example: Example inputs as given.
-        parts: Its traceable parts: the whole model, where it can be traced.
-        dynamic: Dimensions of the inputs that a graph leaves free.
-        notes: What was done to the copy that its user has to know.
+        model: A copy of the given model, with masks and other parametrizations written into the weights.
+        example: The given example inputs.
+        parts: Its traceable parts: the whole model if it can be traced.
+        dynamic: Free dimensions of the inputs of a graph.
+        notes: Changes of the copy that the user has to know.
     """
 
     model: nn.Module
@@ -59,8 +59,8 @@ class Subject:
         """Traces and analyses a folded copy of a model.
 
         Raises:
-            ShrinkError: Its weights cannot be written down, or the copy computes something else than the model.
-            TraceError: It is of a kind that cannot be cut, or nothing in it can be traced.
+            ShrinkError: Its weights cannot be baked, or the copy's outputs differ from the model's.
+            TraceError: The model is of a kind that cannot be cut, or no part of it can be traced.
         """
         refuse_graph(model)
         refuse_kinds(model)
@@ -69,14 +69,14 @@ class Subject:
         return Subject(own, example_inputs, tuple(parts), tuple(dynamic), notes)
 
     def unread(self, small: nn.Module) -> int:
-        """Returns how many parameters the smaller model does not hold, for no operator of its graphs reads them."""
+        """Returns the number of parameters that the smaller model lacks because no operator of its graphs reads them."""
         if not plan_of(small).graphs:
             return 0
         held = dict(self.model.named_parameters(remove_duplicate=False))
         return sum(held[name].numel() for name in unread(self.model, small))
 
     def cuts(self, kept: Mapping[int, Tensor]) -> list[tuple[Part, Cut]]:
-        """Returns each part with its share of a choice of kept units."""
+        """Returns each part with its own kept units."""
         return [(part, Cut(part.analysis, kept)) for part in self.parts]
 
     def changes(self, kept: Mapping[int, Tensor]) -> tuple[dict[str, dict[str, list[Any]]], dict[str, dict[str, Any]]]:
@@ -90,10 +90,10 @@ class Subject:
 
 
 def remove(subject: Subject, kept: Mapping[int, Tensor], *, keep_class: bool = False, verified: bool = True) -> nn.Module:
-    """Returns the cut model: the user's own classes where they compute what the cut graph does, else the graph.
+    """Returns the cut model: the user's own classes if their outputs equal the cut graph's, else the graph.
 
     Raises:
-        ShrinkError: A value differs from the masked model's; or ``keep_class`` and the classes cannot follow.
+        ShrinkError: A value differs from the masked model's; or the classes cannot be cut although ``keep_class`` is set.
     """
     named, changed = subject.changes(kept)
     small = cut_module(subject.model, named, changed)
@@ -138,7 +138,7 @@ def remove(subject: Subject, kept: Mapping[int, Tensor], *, keep_class: bool = F
 
 
 def left_out_note(operators: Sequence[str]) -> list[str]:
-    """Returns what it means that operators no longer see removed channels, if any; as one sentence for a plan."""
+    """Returns a sentence for a plan about reductions in which removed channels no longer count, if any."""
     if not operators:
         return []
     shown = ", ".join(operators[:3]) + (f" and {len(operators) - 3} more" if len(operators) > 3 else "")
@@ -149,7 +149,7 @@ def left_out_note(operators: Sequence[str]) -> list[str]:
 
 
 def _problem(small: nn.Module, cut: Cut, checked: Verification, exact: float) -> str:
-    """Returns why the cut classes are not the cut graph; empty if they are."""
+    """Returns the reason why the cut classes differ from the cut graph; empty if they are equal."""
     try:
         outputs = model_outputs(double_copy(small), cut)
     except Exception as error:
@@ -161,21 +161,21 @@ def _problem(small: nn.Module, cut: Cut, checked: Verification, exact: float) ->
 
 
 def _as_graph(part: Part, cut: Cut, checked: Verification, subject: Subject) -> nn.Module:
-    """Returns a part as a graph traced in the model's own precision, after holding it against the verified one."""
+    """Returns a part as a graph traced in the model's own precision, after a comparison with the verified one."""
     small = graph_model(part.module, part.example, indices(cut), subject.dynamic, (subject.model, part.path))
     _check_sizes(small, cut)
     args, kwargs = pytree.tree_map(copied, part.example)
     with torch.no_grad():
         outputs = pytree.tree_leaves(small.eval()(*args, **kwargs))
     if outputs_difference(outputs, checked.outputs) > SINGLE:
-        # What a forward decides by comparing may come out otherwise in another precision: look node by node.
+        # A comparison in a forward may have another result in another precision: check node by node.
         verify(cut_again(part.module, part.example, indices(cut), subject.dynamic), tolerance=10 * SINGLE)
     small.learn_modes(part.module)
     return small
 
 
 def _check_sizes(small: nn.Module, cut: Cut) -> None:
-    """Raises unless the graph's tensors have the sizes that were cut."""
+    """Raises unless the graph's tensors have the sizes of the cut."""
     tensors = {**dict(small.named_parameters()), **dict(small.named_buffers())}
     for name, by_dim in indices(cut).items():
         if name in tensors and name not in cut.analysis.trace.constants:
@@ -186,14 +186,14 @@ def _check_sizes(small: nn.Module, cut: Cut) -> None:
 
 
 def _carry_notes(model: nn.Module, small: nn.Module) -> None:
-    """What the house notes on a model, such as how it was built, holds for the smaller one too."""
+    """Copies the library's records of a model, such as how it was built, to the smaller one."""
     for name, value in vars(model).items():
         if name.startswith("microglia_") and name not in vars(small):
             object.__setattr__(small, name, value)
 
 
 def model_outputs(model: nn.Module, cut: Cut) -> list[Any]:
-    """Returns a model's flat outputs on the inputs the cut's graph was traced with; it is put into evaluation mode."""
+    """Returns a model's flat outputs on the inputs of the trace; the model is set to evaluation mode."""
     return _outputs(model, cut.analysis.trace, cut.analysis.trace.example)
 
 
@@ -209,14 +209,14 @@ def _outputs(model: nn.Module, trace: Trace, inputs: Sequence[Any]) -> list[Any]
 
 
 def noise(value: Any, generator: torch.Generator) -> Any:
-    """Returns random numbers in the place of an input of them; other inputs as they are."""
+    """Returns random numbers in place of a floating-point input; other inputs are returned unchanged."""
     if isinstance(value, Tensor) and value.is_floating_point():
         return torch.randn(value.shape, generator=generator, dtype=torch.float64).to(value)
     return value
 
 
 def outputs_difference(got: Sequence[Any], wanted: Sequence[Any]) -> float:
-    """Returns the largest relative difference of two flat outputs; infinite where they do not correspond."""
+    """Returns the maximum relative difference of two flat outputs; infinite if they do not correspond."""
     if len(got) != len(wanted):
         return math.inf
     worst = 0.0

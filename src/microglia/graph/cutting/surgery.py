@@ -1,4 +1,4 @@
-"""Surgery on the graph: the smaller model as its traced graph, with every constant that depends on a size patched."""
+"""Surgery on the graph: the smaller model as its traced graph, with patched constants for every changed size."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from microglia.graph.dims.nodes import named_arguments, operator_name, split_dim
 from microglia.graph.dims.trace import CHECKS, Trace
 
 _TRAINING = "training_"
-"""Begin of the names of constants that the graph of training alone holds."""
+"""Prefix of the names of constants that only the graph of training holds."""
 
 
 @dataclass(frozen=True)
 class Follows:
-    """What operators of a trace follow.
+    """The modes and types that operators of a trace follow.
 
     Attributes:
-        modes: Operator -> the mode of which module.
-        types: Operator -> names of its arguments that are the type of the parameters.
-        fixed: Constants that keep the type that they have.
+        modes: Operator -> the module whose mode it follows.
+        types: Operator -> names of its arguments that are the dtype of the parameters.
+        fixed: Constants that keep their dtype.
     """
 
     modes: Mapping[fx.Node, Mode]
@@ -43,14 +43,14 @@ class Follows:
 class GraphModel(fx.GraphModule):
     """A pruned model as its traced graphs: parameters under their own names, any batch size, `train` and `eval` as usual.
 
-    Batch norm, dropout and recurrent nets read the mode of their own module, so that `small.norm.eval()` freezes a norm. What
-    the model's own code does in training alone (random depth) is in a second graph, which runs while the whole is in training.
+    Batch norm, dropout and recurrent nets read the mode of their own module, so that `small.norm.eval()` freezes a norm. Code
+    that the model runs only in training (random depth) is in a second graph, which runs while the whole model is in training.
 
     Attributes:
-        microglia_graphs: The graph of each mode, where one does not serve both.
-        microglia_exceptions: For each mode the modules that stay in the other, as the model's own `train` has it.
-        microglia_fixed: Constants that keep their type whatever the type of the parameters.
-        microglia_notes: What does not train as in the model.
+        microglia_graphs: The graph of each mode, if one graph does not serve both.
+        microglia_exceptions: For each mode the modules that stay in the other mode, according to the model's own `train`.
+        microglia_fixed: Constants that keep their dtype independent of the parameters' dtype.
+        microglia_notes: Notes about differences to the model in training.
     """
 
     microglia_graphs: dict[bool, fx.Graph] | None = None
@@ -61,24 +61,24 @@ class GraphModel(fx.GraphModule):
     def __deepcopy__(self, memo: Any) -> GraphModel:
         """Returns a copy with its plan."""
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # torch copies specs of a class of its own that it deprecates
+            warnings.simplefilter("ignore", FutureWarning)  # torch copies specs of its own deprecated class
             copy: GraphModel = super().__deepcopy__(memo)  # type: ignore[assignment]
             own = {k: v for k, v in self.__dict__.items() if k.startswith("microglia_")}
             graphs = {mode: deepcopy(graph) for mode, graph in (self.microglia_graphs or {}).items()}
-        for held in ("_modules", "_parameters", "_buffers"):  # torch rebuilds them without their classes and masks
+        for held in ("_modules", "_parameters", "_buffers"):  # torch rebuilds modules without their classes and masks
             copy.__dict__[held] = deepcopy(self.__dict__[held], memo)
         copy.__dict__.update({**own, "microglia_graphs": graphs or None})
         return copy
 
     def learn_training(self, cut: Cut, names: list[str], follows: Follows) -> None:
-        """Takes the graph traced in training mode too; its tensors are this model's, under the same names."""
+        """Adds the graph traced in training mode; its tensors are this model's, under the same names."""
         training = _named_graph(cut, self, follows, _TRAINING)
         _keep_forms(training, cut.analysis.trace, names)
         self.microglia_graphs = {True: training, False: self.graph}
         self.microglia_fixed += tuple(f"{_TRAINING}{name}" for name in sorted(follows.fixed))
 
     def learn_modes(self, model: nn.Module) -> None:
-        """Takes the mode that each module of the traced model is in."""
+        """Sets each module's mode from the traced model."""
         self.train(model.training)
         held = dict(self.named_modules())
         for path, module in model.named_modules(remove_duplicate=False):
@@ -86,7 +86,7 @@ class GraphModel(fx.GraphModule):
                 held[path].training = module.training
 
     def learn_layers(self, model: nn.Module) -> None:
-        """Takes from the traced model which of its tensors are weights of layers, so that masks and selectors find them."""
+        """Records which tensors of the traced model are weights of layers, so that masks and selectors find them."""
         held = dict(self.named_modules())
         for path, module in model.named_modules(remove_duplicate=False):
             if path in held and type(held[path]) is nn.Module:
@@ -96,7 +96,7 @@ class GraphModel(fx.GraphModule):
                 layer.kind = layer_kind(module)
 
     def _apply(self, fn: Any, recurse: bool = True) -> GraphModel:
-        """Converts everything, as torch does, but for the type of those constants whose type the model's code states."""
+        """Converts everything like torch, except constants whose dtype the model's code states."""
         held = dict(self.named_buffers(remove_duplicate=False))
         before = {name: held[name] for name in self.microglia_fixed if name in held}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -109,7 +109,7 @@ class GraphModel(fx.GraphModule):
         return self
 
     def train(self, mode: bool = True) -> GraphModel:
-        """Sets the mode, as the model's own `train` does, and returns itself."""
+        """Sets the mode like the model's own `train`, and returns itself."""
         super().train(mode)
         held = dict(self.named_modules())
         for path in self.microglia_exceptions[mode]:
@@ -118,7 +118,7 @@ class GraphModel(fx.GraphModule):
         graphs = self.microglia_graphs
         if graphs is not None and self.graph is not graphs[mode]:
             self.graph = graphs[mode]
-            graphs[mode] = self.graph  # the setter may copy
+            graphs[mode] = self.graph  # the setter may make a copy
         return self
 
 
@@ -170,7 +170,7 @@ def _patch(cut: Cut, node: fx.Node, copies: dict[fx.Node, fx.Node]) -> None:
 
 
 def _carried(copy: fx.Node, value: Any, copies: dict[fx.Node, fx.Node]) -> Any:
-    """Returns an argument for the copied graph; a scaled size becomes two operators there."""
+    """Returns an argument for the copied graph; a scaled size becomes two operators."""
     if isinstance(value, fx.Node):
         return copies[value]
     if not isinstance(value, Scaled):
@@ -184,9 +184,9 @@ def cut_graph(cut: Cut, names: list[str], follows: Follows | None = None) -> Gra
     """Returns the pruned model as a graph.
 
     Args:
-        cut: What stays.
-        names: Parameter names of the model's forward, by which its inputs may be given.
-        follows: What operators of the trace follow.
+        cut: The cut.
+        names: Parameter names of the model's forward, for inputs by keyword.
+        follows: The modes and types that operators of the trace follow.
     """
     root = nn.Module()
     graph = _named_graph(cut, root, follows or Follows({}))
@@ -198,9 +198,9 @@ def cut_graph(cut: Cut, names: list[str], follows: Follows | None = None) -> Gra
 
 
 def _named_graph(cut: Cut, root: nn.Module, follows: Follows, prefix: str = "") -> fx.Graph:
-    """Returns the patched graph, reading its tensors from ``root``, where those that are not there yet are placed.
+    """Returns the patched graph, which reads its tensors from ``root``; missing tensors are added there.
 
-    ``prefix`` sets the constants of this graph apart from those of another.
+    ``prefix`` distinguishes the constants of this graph from those of another.
     """
     trace = cut.analysis.trace
     graph, copies = patched(cut)
@@ -227,10 +227,10 @@ def _named_graph(cut: Cut, root: nn.Module, follows: Follows, prefix: str = "") 
 def _follow(
     graph: fx.Graph, copies: Mapping[fx.Node, fx.Node], root: nn.Module, cut: Cut, follows: Mapping[fx.Node, Mode]
 ) -> None:
-    """Lets operators of the copied graph read the mode of their modules, and batch norms count."""
+    """Makes operators of the copied graph read the mode of their modules, and batch norms count batches."""
     trace = cut.analysis.trace
     counted = {mode.counter for mode in follows.values()}
-    for node in reversed(list(copies)):  # these count in both modes; the norm itself does so now
+    for node in reversed(list(copies)):  # these count in both modes; now the norm itself counts
         if node.op == "call_function" and counter_of(node, trace) in counted - {None} and not copies[node].users:
             graph.erase_node(copies[node])
     for node, mode in follows.items():
@@ -252,7 +252,7 @@ def _follow(
 def _follow_precision(
     graph: fx.Graph, copies: Mapping[fx.Node, fx.Node], root: nn.Module, types: Mapping[fx.Node, tuple[str, ...]]
 ) -> None:
-    """Lets operators of the copied graph take their types from a parameter: of their module's own, or else the first."""
+    """Makes operators of the copied graph take their dtypes from a parameter of their module, or else the first one."""
     held = [name for name, p in root.named_parameters() if p.is_floating_point()]
     for node, keys in types.items():
         if node not in copies or not held:
@@ -265,7 +265,7 @@ def _follow_precision(
 
 
 def _module(root: nn.Module, path: str) -> nn.Module:
-    """Returns the module at a path, which is made where there is none."""
+    """Returns the module at a path, which is created if it is missing."""
     for part in filter(None, path.split(".")):
         if part not in root._modules:
             root.add_module(part, nn.Module())
@@ -285,7 +285,7 @@ def _place(root: nn.Module, name: str, tensor: Tensor) -> None:
 
 
 def _keep_forms(graph: fx.Graph, trace: Trace, names: list[str]) -> None:
-    """Lets the graph take and return what the model's forward does, nested as there."""
+    """Gives the graph the inputs and outputs of the model's forward, with the same nesting."""
     positional, named = pytree.tree_unflatten(list(trace.example), trace.in_spec)
     given = [*names[: len(positional)], *named]
     graph._codegen = _PyTreeCodeGen(_PyTreeInfo(given, trace.in_spec, trace.out_spec))

@@ -1,8 +1,8 @@
-"""Training: which operators of a traced graph ask a module for its mode, and what a model's own code does in one mode alone.
+"""Training: the operators of a traced graph that read a module's mode, and code of a model that runs in one mode only.
 
-A graph has no code of the model's own left to ask `self.training`. The traces of both modes tell what that code does: where
-they differ in an argument such as that of dropout, the graph reads it from the module; where they differ in more, the model
-needs a graph for each mode.
+A graph no longer contains the model's own code, which reads `self.training`. The traces of both modes show its effect. If they
+differ only in an argument, such as that of dropout, the graph reads it from the module. If they differ in more, the model needs
+a graph for each mode.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ FLAGS = {
     **dict.fromkeys(("batch_norm", "rrelu"), "training"),
     "instance_norm": "use_input_stats",
 }
-"""Operator -> the argument by which it is told whether it trains."""
+"""Operator -> its argument for the training mode."""
 
 COUNTER = ".num_batches_tracked"
-"""End of the name of the buffer in which a batch norm counts its batches."""
+"""Suffix of the name of the buffer in which a batch norm counts its batches."""
 
 
 @dataclass(frozen=True)
 class Mode:
-    """Whose mode an operator follows.
+    """The module whose mode an operator follows.
 
     Attributes:
-        path: Of the module, in the graph.
+        path: Path of the module in the graph.
         counter: Name of the buffer in which a batch norm counts its batches, if it does.
-        momentum: Of such a batch norm; None for the mean over all batches.
+        momentum: Momentum of such a batch norm; None for the mean over all batches.
     """
 
     path: str
@@ -66,15 +66,15 @@ def batch_norm(
     momentum: float | None,
     eps: float,
 ) -> Tensor:
-    """Returns what a batch norm of torch.nn does, which counts the batches it trains on.
+    """Returns the output of a batch norm of torch.nn, which counts its training batches.
 
     Args:
         x: Input, (N, C, ...).
         affine: Weight and bias, each (C,) or None.
         statistics: Running mean and variance, each (C,), and the number of batches seen.
-        training: Whether to use the batch's own statistics and learn from them.
+        training: Whether to use the batch's own statistics and update the running ones.
         momentum: Weight of the newest batch; None for the mean over all batches.
-        eps: Added to the variance.
+        eps: Constant added to the variance.
     """
     mean, variance, batches = statistics
     if training:
@@ -84,7 +84,7 @@ def batch_norm(
 
 
 def modes_of(model: nn.Module) -> dict[bool, dict[str, bool]]:
-    """Returns the mode of each module, by path, after ``model.train(mode)``, which a class may write anew; restores them."""
+    """Returns the mode of each module, by path, after ``model.train(mode)``, which a class may override; restores the modes."""
     found = {}
     with modes_kept(model, through_train=True):
         for mode in (True, False):
@@ -104,7 +104,7 @@ def exceptions(modes: Mapping[bool, Mapping[str, bool]], path: str = "") -> dict
 
 @contextmanager
 def averaging(model: nn.Module) -> Iterator[None]:
-    """Gives batch norms that average over all batches a momentum: they read it from a buffer, which no trace can follow."""
+    """Gives a momentum to batch norms that average over all batches, because a trace cannot follow their counter."""
     changed = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.momentum is None]
     for module in changed:
         module.momentum = 0.1
@@ -116,7 +116,7 @@ def averaging(model: nn.Module) -> Iterator[None]:
 
 
 def drew(run: Callable[[], Any]) -> tuple[Any, bool]:
-    """Returns what a function returns, and whether it drew random numbers that no graph holds: those of Python or NumPy."""
+    """Returns a function's result, and whether it drew random numbers of Python or NumPy, which no graph holds."""
     python, state = random.getstate(), np.random.get_state(legacy=False)  # noqa: NPY002 - what the model draws from
     try:
         result = run()
@@ -134,9 +134,9 @@ def _key(state: Any) -> Any:
 
 # ------------------------------------------------------------------------------------------------------------- comparing
 def own_code(evaluation: Trace, training: Trace) -> tuple[str, ...]:
-    """Returns the modules whose code computes something else in training, but for what operators are told; by path.
+    """Returns the modules, by path, whose code differs in training beyond the operators' mode arguments.
 
-    Empty where one graph serves both modes.
+    The result is empty if one graph serves both modes.
     """
     if _written(evaluation) == _written(training):
         return ()
@@ -150,7 +150,7 @@ def own_code(evaluation: Trace, training: Trace) -> tuple[str, ...]:
 
 
 def steps(trace: Trace) -> dict[str, list[fx.Node]]:
-    """Returns the operators of each module, in order; without checks, sizes and those that count batches."""
+    """Returns the operators of each module, in order, without checks, sizes and counters of batches."""
     found: dict[str, list[fx.Node]] = defaultdict(list)
     for node in trace.graph.nodes:
         if node.op == "call_function" and operator_name(node) not in _BESIDE and counter_of(node, trace) is None:
@@ -171,7 +171,7 @@ def counter_of(node: fx.Node, trace: Trace) -> str | None:
 
 
 def _written(trace: Trace) -> list[str]:
-    """Returns a graph as text that is the same for both modes where they differ in nothing but what operators are told."""
+    """Returns a graph as text that is equal for both modes if they differ only in the operators' mode arguments."""
     place = {node: str(i) for i, node in enumerate(n for own in steps(trace).values() for n in own)}
     for node in trace.graph.nodes:
         if node.op == "placeholder":
@@ -196,13 +196,13 @@ def _signature(node: fx.Node, place: Mapping[fx.Node, str]) -> str:
 def following(
     model: nn.Module, trace: Trace, other: Trace | None, modes: Mapping[bool, Mapping[str, bool]], *, training: bool = False
 ) -> dict[fx.Node, Mode]:
-    """Returns the operators of a trace that follow the mode of a module, which is that whose code calls them.
+    """Returns the operators of a trace that follow the mode of a module: the module whose code calls them.
 
     Args:
-        model: That was traced.
-        trace: In one mode.
-        other: In the other mode; where there is none every operator that can be told follows its module.
-        modes: Of its modules after ``train(True)`` and ``train(False)``.
+        model: The traced model.
+        trace: Trace in one mode.
+        other: Trace in the other mode; without it every operator with a mode argument follows its module.
+        modes: Modes of its modules after ``train(True)`` and ``train(False)``.
         training: The mode of the trace.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
@@ -231,7 +231,7 @@ def _flag(node: fx.Node) -> Any:
 
 
 def _without_statistics(node: fx.Node, module: nn.Module) -> bool:
-    """Tells whether a norm uses the statistics of its own input in either mode, or from now on in training."""
+    """Tells whether a norm uses the statistics of its own input in both modes, or from now on in training."""
     a = named_arguments(node)
     return "running_mean" in a and (a["running_mean"] is None or not getattr(module, "track_running_stats", True))
 
@@ -246,7 +246,7 @@ def _mode(node: fx.Node, module: nn.Module, path: str, trace: Trace) -> Mode:
 
 
 def _homes(model: nn.Module, trace: Trace) -> dict[str, str]:
-    """Returns under which of its paths a graph holds each module, by every path: where its tensors are, else the first."""
+    """Returns the path under which a graph holds each module, by every path: the path of its tensors, else the first."""
     used = {
         trace.name_of[n.name].rpartition(".")[0]
         for n in trace.graph.nodes
@@ -262,7 +262,7 @@ def _homes(model: nn.Module, trace: Trace) -> dict[str, str]:
 
 # ------------------------------------------------------------------------------------------------------------------ notes
 def note(name: str, own: tuple[str, ...], model: nn.Module) -> list[str]:
-    """Returns what a user has to know of a graph for each mode: what does not follow the mode of a single module."""
+    """Returns a note for the user about graphs for each mode: the code that does not follow a single module's mode."""
     shown = [f"{path} ({type(model.get_submodule(path)).__name__})" for path in own if path]
     if not shown:
         return []
@@ -273,7 +273,7 @@ def note(name: str, own: tuple[str, ...], model: nn.Module) -> list[str]:
 
 
 def lost(name: str, model: nn.Module, why: str) -> str:
-    """Returns that a model's own code for training could not be followed, and whose that is."""
+    """Returns a note that a model's own code for training could not be followed, with the modules."""
     asking = [f"{path or name} ({type(m).__name__})" for path, m in model.named_modules() if _asks(type(m))]
     whose = f"that of {_listed(asking)}" if asking else "what its modules do in training alone"
     return f"In training {name} runs this graph too, with batch norm and dropout told: its own code for training " \
@@ -285,7 +285,7 @@ def _listed(names: list[str]) -> str:
 
 
 def _asks(kind: type) -> bool:
-    """Tells whether a class, or one that it inherits from, has code that names its mode; torch's own can be told."""
+    """Tells whether a class or its base has code that reads its mode; classes of torch take it as argument."""
     codes = [
         function.__code__
         for base in kind.__mro__

@@ -1,7 +1,7 @@
-"""Verification: the pruned graph against the masked model, node by node, in lockstep.
+"""Verification: compares the pruned graph with the masked model, node by node, in lockstep.
 
-Comparing every intermediate value catches mistakes whose effect on the output is 1e-9, and names the operator. Values are
-dropped after their last use, so that no more than the two running models' own memory is needed.
+The comparison of every intermediate value finds mistakes whose effect on the output is 1e-9, and names the operator. Values are
+dropped after their last use, so that it needs only the memory of two running models.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ from microglia.graph.dims.trace import copied
 
 
 class ShrinkError(MicrogliaError):
-    """A model that cannot be shrunk as asked; the text names the operator or the group."""
+    """A model that cannot be shrunk as requested; the text names the operator or the group."""
 
 
 @dataclass(frozen=True)
 class Verification:
-    """What the comparison found.
+    """The result of the comparison.
 
     Attributes:
-        error: Largest difference at any node, relative to the largest value there.
-        node: Where that was.
-        module: The module that node belongs to.
+        error: Maximum difference at any node, relative to the largest value there.
+        node: Node of this difference.
+        module: Module of this node.
         outputs: Outputs of the pruned graph, flat.
-        nodes: How many values were compared.
-        left_out: Operators, by module, that masked entries would change though they are zeroed: a norm, a softmax, a sum of
-            values that are not zero. There the reference runs over the kept entries.
+        nodes: Number of compared values.
+        left_out: Operators, by module, whose result zeroed entries would change: a norm, a softmax, a sum of nonzero values.
+            There the reference runs over the kept entries.
     """
 
     error: float
@@ -53,12 +53,12 @@ def verify(cut: Cut, inputs: Sequence[Any] | None = None, tolerance: float = 1e-
     """Runs masked reference and pruned graph together and compares the kept entries of every value.
 
     Args:
-        cut: What stays.
-        inputs: Flat inputs; by default those the model was traced with.
-        tolerance: Largest relative difference allowed; 1e-10 suits float64, 1e-4 float32.
+        cut: The cut.
+        inputs: Flat inputs; by default those of the trace.
+        tolerance: Maximum relative difference; 1e-10 suits float64, 1e-4 float32.
 
     Raises:
-        ShrinkError: A value differs: a rule is wrong, and the first node named is where.
+        ShrinkError: A value differs because a rule is wrong; the text names the first such node.
     """
     run = _Lockstep(cut, tuple(cut.analysis.trace.example if inputs is None else inputs), tolerance)
     return run.result()
@@ -66,7 +66,7 @@ def verify(cut: Cut, inputs: Sequence[Any] | None = None, tolerance: float = 1e-
 
 @torch.no_grad()
 def run_patched(cut: Cut) -> Verification:
-    """Runs the pruned graph alone on the traced inputs: nothing is compared."""
+    """Runs only the pruned graph on the traced inputs, without a comparison."""
     lockstep = _Lockstep(cut, cut.analysis.trace.example, math.inf)
     lockstep.alone = True
     return lockstep.result()
@@ -111,7 +111,7 @@ class _Lockstep:
         elif node.users:
             tensor = self.trace.tensors[name].detach()
             self.wanted[node], self.got[copy] = self.cut.zero(name, tensor), self.cut.slice(name, tensor)
-            if self.got[copy] is tensor:  # an operator may write over it
+            if self.got[copy] is tensor:  # an operator may overwrite it
                 self.got[copy] = tensor.clone()
 
     def _step(self, node: fx.Node | None, copy: fx.Node) -> None:
@@ -127,14 +127,14 @@ class _Lockstep:
                 raise ShrinkError(f"The cut cannot be verified: {error}.") from error
             if node in self.reference.reduced_nodes and self._zeros_count(node):
                 self.left_out[f"{operator_name(node)} {self._module(node.name)}"] = None
-            if _is_arbitrary(node):  # random or uninitialized: both models go on with the same values
+            if _is_arbitrary(node):  # random or uninitialized: both models continue with the same values
                 self.got[copy] = copied(self._kept(node, self.wanted[node]))
             self._compare(node, self.wanted[node], self.got[copy])
             self._drop(self.wanted, self.last_use, node)
         self._drop(self.got, self.extra_use, copy)
 
     def _zeros_count(self, node: fx.Node) -> bool:
-        """Tells whether a reduction over kept entries differs from that over all, the removed ones zeroed where they begin."""
+        """Tells whether a reduction over kept entries differs from one over all entries with zeroed parameters."""
         pairs = zip(_tensors(self.reference.with_zeros(node, self.wanted)), _tensors(self.wanted[node]), strict=True)
         return any(difference(self._kept(node, zeros), self._kept(node, wanted)) > _ALIKE for zeros, wanted in pairs)
 
@@ -144,11 +144,11 @@ class _Lockstep:
                 values.pop(source, None)
 
     def _kept(self, node: fx.Node, value: Any) -> Any:
-        """Returns the entries of a node's value that stay."""
+        """Returns the kept entries of a node's value."""
         if not isinstance(value, Tensor):
             return value
         dims = self.cut.analysis.dims[node]
-        for k, dim in enumerate(dims[0] if dims and isinstance(dims[0], list) else dims):  # of several values, which are alike
+        for k, dim in enumerate(dims[0] if dims and isinstance(dims[0], list) else dims):  # one of several similar values
             if self.cut.changes(dim):
                 value = value.index_select(k, self.cut.mask(dim).nonzero()[:, 0].to(value.device))
         return value
@@ -179,7 +179,7 @@ class _Lockstep:
 
 
 _ALIKE = 1e-9
-"""Relative difference up to which two values of one reduction are one."""
+"""Relative difference up to which two values of one reduction count as equal."""
 
 
 def _tensors(value: Any) -> list[Tensor]:
@@ -190,7 +190,7 @@ _ARBITRARY = (
     "empty", "empty_like", "new_empty", "rand", "randn", "rand_like", "randn_like", "randint", "randint_like", "bernoulli",
     "normal", "uniform", "exponential",
 )  # fmt: skip
-"""Operators whose values are drawn anew by each call, or not set at all."""
+"""Operators whose values are random or uninitialized in each call."""
 
 
 def _is_arbitrary(node: fx.Node) -> bool:
@@ -198,7 +198,7 @@ def _is_arbitrary(node: fx.Node) -> bool:
 
 
 def difference(got: Tensor, wanted: Tensor) -> float:
-    """Returns the largest difference of finite entries, relative to the largest of them; 1.0 where other things differ."""
+    """Returns the maximum difference of finite entries, relative to the largest; 1.0 if other properties differ."""
     if not wanted.is_floating_point() or not wanted.numel():
         return 0.0 if torch.equal(got, wanted) else 1.0
     error, largest = _largest(got - wanted), _largest(wanted)
@@ -213,6 +213,6 @@ def difference(got: Tensor, wanted: Tensor) -> float:
 
 
 def _largest(value: Tensor) -> float:
-    """Returns the largest absolute entry in one pass over them; NaN where any is."""
+    """Returns the largest absolute entry in one pass; NaN if any entry is NaN."""
     low, high = value.aminmax()
     return max(-float(low), float(high))

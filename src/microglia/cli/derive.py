@@ -1,4 +1,4 @@
-"""The command of a study, derived from its frozen config: names, types and defaults of the fields, help of the docstring."""
+"""The command of a study, derived from its frozen config: fields give names, types and defaults, the docstring the help."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ RECIPE = Annotated[Path | None, typer.Option(help="YAML recipe; options and KEY=
 WORDS = Annotated[
     list[str] | None, typer.Argument(metavar="[MODEL] [KEY=VALUE]...", help="A model, then settings of the recipe.")
 ]
-OUT = "Directory of everything; the same command goes on there."
+OUT = "Directory of all files; the same command resumes there."
 SHOWN = (".png", ".html")
 """Forms of a figure whose paths are printed."""
 
@@ -50,10 +50,10 @@ def derived(study: Study[Any, Any]) -> Callable[..., Any]:
 
 
 def configured(study: Study[Any, Any], given: Mapping[str, Any]) -> Any:
-    """Returns the config that options stand for.
+    """Returns the config from the given options.
 
     Args:
-        study: Whose config.
+        study: The study whose config is returned.
         given: The value of every option, as `derived` declares them.
 
     Raises:
@@ -68,16 +68,16 @@ def configured(study: Study[Any, Any], given: Mapping[str, Any]) -> Any:
 
 
 class _Asked:
-    """A field of a config, and how it is asked for.
+    """A field of a config, and its option.
 
     Attributes:
         name: Name of the field.
-        option: How it is asked for.
+        option: Declaration of the option.
         asked: Name of the command's parameter.
         help: Its help text.
         type: Type of the field without None.
         optional: Whether it may be None.
-        default: Default of the field; `MISSING` where it has to be given.
+        default: Default of the field; `MISSING` if it must be given.
     """
 
     def __init__(self, one: Field[Any], hint: Any, text: str) -> None:
@@ -141,7 +141,7 @@ def _parts(one: _Asked) -> list[inspect.Parameter]:
 
 
 def _words(one: _Asked) -> list[inspect.Parameter]:
-    """Returns the words of a command line that give a field: one, several of any number, or exactly so many."""
+    """Returns the words of a command line that give a field: one, any number, or a fixed number."""
     kind = list[one.sequence] if one.sequence is not None else str  # type: ignore[name-defined]
     return [
         _parameter(name, Annotated[kind, typer.Argument(metavar=name.upper(), help=one.help)], inspect.Parameter.empty)
@@ -183,7 +183,7 @@ def _read(one: _Asked, text: str) -> tuple[Any, ...]:
     """Returns the values of a list such as ``1,3,5``.
 
     Raises:
-        MicrogliaError: One of them is none, or below the least.
+        MicrogliaError: A value is invalid, or below the minimum.
     """
     words, least = [word for word in text.split(",") if word], one.option.least
     try:
@@ -199,7 +199,7 @@ def _read(one: _Asked, text: str) -> tuple[Any, ...]:
 
 
 def _recipe(how: Option, given: Mapping[str, Any], study: Study[Any, Any]) -> Recipe:
-    """Returns the recipe that a model, settings and options stand for.
+    """Returns the recipe from a model, settings and options.
 
     Raises:
         RecipeError: No model is named, or the recipe cannot be read.
@@ -217,7 +217,7 @@ def _recipe(how: Option, given: Mapping[str, Any], study: Study[Any, Any]) -> Re
         if value is not None:
             source = put(source, key, value)
     asked = given_recipe(source, words, file or run, typed=typed)
-    if "model" not in asked and not isinstance(asked.get("task"), str):  # a task of one's own brings its model
+    if "model" not in asked and not isinstance(asked.get("task"), str):  # a user's own task brings its model
         raise RecipeError(
             f"Which model is to be trained? Name one, such as `{study.example}`, or give a --recipe that names one."
         )

@@ -1,4 +1,4 @@
-"""Allocation: how many weights each layer may keep, the total exact (survey 0.4, 9)."""
+"""Allocation: the number of weights that each layer may keep, with an exact total (survey 0.4, 9)."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from microglia.core.registry import Registry, unknown_name
 
 GLOBAL = "global"
 ScopeName = Literal["global", "layer", "row", "erk"]
-"""The names of the house; `scopes` holds them and what others register."""
+"""The library's own scopes; `scopes` holds these and registered ones."""
 
 
 @runtime_checkable
 class Allocation(Protocol):
-    """A scope with a rule of its own, such as `microglia.core.sensitivity.Sensitivity`."""
+    """A scope with its own rule, such as `microglia.core.sensitivity.Sensitivity`."""
 
     def check(self, sizes: Mapping[str, int]) -> None:
         """Raises `SelectorError` unless the rule knows these layers; ``sizes`` are their weights by name."""
 
     def counts(self, sizes: Mapping[str, int], keep: int, low: Mapping[str, int], high: Mapping[str, int]) -> dict[str, int]:
-        """Returns how many weights each layer keeps: ``keep`` in all, each between its ``low`` and its ``high``."""
+        """Returns the number of weights that each layer keeps: ``keep`` in all, each between its ``low`` and its ``high``."""
 
 
 Scope = str | Mapping[str, float] | Allocation
-"""How layers share the budget.
+"""Rule for the distribution of the budget over layers.
 
 ``global``: one ordering over all layers. A name of `scopes`: the same density in each ``layer`` or each ``row``,
 Erdős-Rényi-kernel densities (``erk``). A name of `scope_files`, a colon and a file, such as ``sensitivity:FILE``. Densities by
@@ -39,7 +39,7 @@ Shares = Callable[[Mapping[str, Sequence[int]]], dict[str, float]]
 """Returns the wanted kept weights of each layer from the shapes of the weights; only their proportions matter."""
 scopes: Registry[Shares] = Registry("scope")
 scope_files: Registry[Callable[[str], Allocation]] = Registry("scope with a file")
-"""What reads the file after the colon; those of the house register in the modules of `microglia.core.house.SCOPE_FILES`."""
+"""Readers of the file after the colon; the library's own register in the modules of `microglia.core.house.SCOPE_FILES`."""
 
 
 def check_scope(scope: Scope) -> Scope:
@@ -55,11 +55,11 @@ def check_scope(scope: Scope) -> Scope:
 
 
 def read_scope(scope: Scope) -> Scope:
-    """Returns the scope with its file read, where it names one.
+    """Returns the scope, with its file read if it names one.
 
     Raises:
-        UnknownNameError: There is no such scope.
-        FileError: The file is not what the scope expects.
+        UnknownNameError: The scope is unknown.
+        FileError: The file does not have the form that the scope expects.
     """
     check_scope(scope)
     if not isinstance(scope, str) or ":" not in scope:
@@ -69,7 +69,7 @@ def read_scope(scope: Scope) -> Scope:
 
 
 def _reads(kind: str) -> bool:
-    """Tells whether a scope reads files; the module of one of the house is imported."""
+    """Tells whether a scope reads files; imports the module of one of the library's own."""
     if kind in SCOPE_FILES and kind not in scope_files:
         importlib.import_module(SCOPE_FILES[kind])
     return kind in scope_files
@@ -142,7 +142,7 @@ def layer_counts(
     high: Mapping[str, int],
     protected: Sequence[str] = (),
 ) -> dict[str, int]:
-    """Returns how many weights each layer keeps under a scope other than ``global``.
+    """Returns the number of weights that each layer keeps under a scope other than ``global``.
 
     Args:
         shapes: Weight shape by layer.

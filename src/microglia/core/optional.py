@@ -1,4 +1,4 @@
-"""Optional libraries: one sentence that names the extra where one is missing."""
+"""Optional libraries: an error that names the extra if a library is missing."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def needs(extra: str, *modules: str) -> None:
         modules: Top-level modules, such as ``onnx``.
 
     Raises:
-        MicrogliaError: One is missing; the text says which, and the command that installs it.
+        MicrogliaError: A module is missing; the text names it and the command that installs it.
     """
     missing = [module for module in modules if find_spec(module) is None]
     if missing:

@@ -1,4 +1,4 @@
-"""Sensitivity: how the loss grows while one layer alone loses weights, and the densities that keep the loss smallest."""
+"""Sensitivity: the growth of the loss while a single layer loses weights, and the densities with the lowest loss."""
 
 from __future__ import annotations
 
@@ -15,12 +15,11 @@ Point = tuple[int, float]
 
 @dataclass(frozen=True)
 class LayerCurve:
-    """The loss of the network while one layer alone is pruned.
+    """The loss of the network while a single layer is pruned.
 
     Attributes:
         size: Weights of the layer.
-        points: (kept weights, loss) at each density that was measured, in any order, all finite; the dense layer is not among
-            them.
+        points: (kept weights, loss) at each measured density, in any order, all finite, without the dense layer.
     """
 
     size: int
@@ -29,15 +28,15 @@ class LayerCurve:
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """Measured curves as a scope: under a total density each layer keeps what its own curve says it is worth.
+    """Measured curves as a scope: the curves decide each layer's share of a total density.
 
     The estimate: the network's loss grows by the sum of the growths of its layers, each read from its own curve. The curves are
-    made monotone first: going down in density, a growth is at least that of every larger density and at least 0. Then each
-    is replaced by its lower convex envelope. The sum of convex curves under one total is least where all slopes are equal
-    (Lagrange). The greedy rule finds it exactly: start from the smallest measured densities and give weights to the
-    steepest piece of all envelopes, until the total is reached; pieces of one slope share in proportion to their lengths.
-    No layer goes below its smallest measured density, unless the total is too small for that. Then all of them shrink from
-    there in the same proportion.
+    made monotone first: at a lower density the growth is at least that of every higher density, and at least 0. Then each is
+    replaced by its lower convex envelope. The sum of convex curves under one total is minimal where all slopes are equal
+    (Lagrange). A greedy rule finds the minimum exactly. It starts from the lowest measured densities and gives weights to the
+    steepest piece of all envelopes until the total is reached. Pieces of equal slope share in proportion to their lengths. No
+    layer goes below its smallest measured density, unless the total is too small for that. Then all of them shrink from there
+    in the same proportion.
 
     Attributes:
         dense: Loss of the network before any layer is pruned.
@@ -50,7 +49,7 @@ class Sensitivity:
     def check(self, sizes: Mapping[str, int]) -> None:
         """Raises `SelectorError` unless each of the layers was measured, with as many weights.
 
-        Layers that were measured and are not pruned now do no harm.
+        Measured layers that are not pruned now are ignored.
         """
         unknown = [name for name in sizes if name not in self.curves]
         if unknown:
@@ -66,13 +65,13 @@ class Sensitivity:
                 )
 
     def counts(self, sizes: Mapping[str, int], keep: int, low: Mapping[str, int], high: Mapping[str, int]) -> dict[str, int]:
-        """Returns the kept weights of each layer whose estimated loss is least; the class says how.
+        """Returns the kept weights of each layer with the lowest estimated loss; see the class.
 
         Args:
             sizes: Weights by layer.
             keep: Weights to keep in all, between the sums of the bounds.
-            low: Least weights of each layer.
-            high: Greatest weights of each layer.
+            low: Lower bound of the kept weights of each layer.
+            high: Upper bound of the kept weights of each layer.
         """
         hulls = {name: envelope(self.curves[name], self.dense) for name in sizes}
         found = {name: min(max(hulls[name][0][0], low[name]), high[name]) for name in sizes}
@@ -101,7 +100,7 @@ def envelope(curve: LayerCurve, dense: float) -> list[Point]:
     """Returns the corners of a curve's lower convex envelope, kept weights ascending, losses falling to ``dense``.
 
     Args:
-        curve: As measured; made monotone first (see `Sensitivity`).
+        curve: The measured curve; it is made monotone first (see `Sensitivity`).
         dense: Loss of the dense network: the last corner is (size, dense).
     """
     worst = dense

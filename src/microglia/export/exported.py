@@ -1,4 +1,4 @@
-"""A file as its engine runs it: called with the model's arguments, it returns torch tensors."""
+"""An exported file in its engine: it is called with the model's arguments and returns torch tensors."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class Exported(nn.Module):
     Args:
         run: The engine's forward pass.
         inputs: Names of the file's inputs, in order.
-        engine: What runs it, such as "ONNX Runtime 1.32.0".
+        engine: Name of the engine, such as "ONNX Runtime 1.32.0".
 
     Attributes:
-        structure: Makes the model's own outputs of the list of tensors; None for one tensor, or a tuple of several.
+        structure: Makes the model's own outputs from the list of tensors; None for one tensor, or a tuple of several.
     """
 
     def __init__(self, run: Run, inputs: Sequence[str], engine: str) -> None:
@@ -42,8 +42,8 @@ class Exported(nn.Module):
         """Returns the outputs.
 
         Args:
-            args: The model's arguments; their tensors are given to the engine in order.
-            kwargs: Arguments by name; those that the file names go to its input of this name.
+            args: The model's arguments; their tensors are passed to the engine in order.
+            kwargs: Arguments by name; an argument with the name of an input of the file goes to that input.
         """
         outputs = self.run(arranged(self.inputs, args, kwargs))
         if self.structure is not None:
@@ -55,7 +55,7 @@ def arranged(inputs: Sequence[str], args: tuple[Any, ...], kwargs: Mapping[str, 
     """Returns the tensors of a call in the order of a file's inputs.
 
     Raises:
-        ExportError: There are more or fewer of them.
+        ExportError: The number of tensors differs from that of the inputs.
     """
     named = {name: value for name, value in kwargs.items() if name in inputs and isinstance(value, Tensor)}
     rest = tensors_of((args, {name: value for name, value in kwargs.items() if name not in named}))

@@ -20,7 +20,7 @@ from microglia.export.traced import Traced, traced
 from microglia.graph.dims.trace import quiet
 
 OLDEST = 18
-"""Oldest opset that torch.onnx writes with certainty."""
+"""Oldest opset that torch.onnx writes reliably."""
 
 
 def to_onnx(
@@ -40,7 +40,7 @@ def to_onnx(
         path: The file; over 2 GB the weights go to ``<path>.data`` beside it.
         dynamic: Dimensions of the inputs that shall be free; see `microglia.export.traced.traced`.
         opset: Version of the operators; None for torch's default.
-        external_data: Whether the weights go beside the file whatever their size.
+        external_data: Whether the weights are always written beside the file.
 
     Returns:
         The path.
@@ -102,7 +102,7 @@ def open_onnx(path: str | Path, *, threads: int | None = None) -> Exported:
 
 
 def _unwritable(source: Traced, error: BaseException) -> str:
-    """Returns which operator ONNX cannot hold, or what else torch.onnx says."""
+    """Returns the operator that ONNX does not support, or another message of torch.onnx."""
     text = ""
     cause: BaseException | None = error
     while cause is not None:
@@ -119,7 +119,7 @@ def _unwritable(source: Traced, error: BaseException) -> str:
 
 
 def _name_sizes(graph: Any, names: dict[str, str]) -> None:
-    """Gives free sizes their names in every shape of a graph, in sums and products of them too."""
+    """Gives free sizes their names in every shape of a graph, also in sums and products."""
     import onnx_ir
 
     def renamed(size: Any) -> Any:

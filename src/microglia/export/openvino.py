@@ -1,6 +1,7 @@
-"""OpenVINO: converted from the ONNX file, whose road holds more models than its own reader of torch programs does.
+"""OpenVINO: converted from the ONNX file, which supports more models than OpenVINO's own reader of torch programs.
 
-OpenVINO 2026.4 does not read the program of a Llama (an operator of lists remains) and forgets height and width of images.
+OpenVINO 2026.4 does not read the torch program of a Llama (an operator of lists remains) and loses free height and width of
+images.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def as_openvino(source: Traced) -> Any:
 
 
 def open_openvino(path: Any, *, threads: int | None = None) -> Exported:
-    """Opens an OpenVINO model on the CPU, computed in float32 where its weights are.
+    """Opens an OpenVINO model on the CPU, computed in float32 if its weights are float32.
 
     Args:
         path: The ``.xml`` file, or an `openvino.Model`.

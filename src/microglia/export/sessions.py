@@ -1,4 +1,4 @@
-"""Sessions: a converted model in its engine, called like the PyTorch model that it was."""
+"""Sessions: a converted model in its engine, called like the original PyTorch model."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ Infer = Callable[[Sequence[Array]], Sequence[Array]]
 
 
 class Session:
-    """A converted model that takes and gives what the PyTorch model does, on the CPU and without gradients.
+    """A converted model with the inputs and outputs of the PyTorch model, on the CPU and without gradients.
 
     Args:
         infer: Runs the engine.
-        outputs: What the PyTorch model returned once, for its structure; None for one tensor, or a list of several.
-        again: Returns another ``infer`` on the same weights, for a copy; None where one may be shared.
+        outputs: An output of the PyTorch model, for its structure; None for one tensor, or a list of several.
+        again: Returns another ``infer`` on the same weights, for a copy; None if one may be shared.
     """
 
     def __init__(self, infer: Infer, outputs: Any = None, again: Callable[[], Infer] | None = None) -> None:
@@ -41,7 +41,7 @@ class Session:
         return tensors[0] if len(tensors) == 1 else tensors
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        """Returns a session of its own on the same weights, which no session changes."""
+        """Returns a separate session on the same weights, which no session changes."""
         copied = type(self).__new__(type(self))
         copied.__dict__.update(self.__dict__)
         if self._again is not None:
@@ -51,10 +51,10 @@ class Session:
 
 
 def openvino_session(model: openvino.Model, outputs: Any = None, *, threads: int | None = None) -> Session:
-    """Returns a session of OpenVINO on the CPU, in float32 where the model is.
+    """Returns a session of OpenVINO on the CPU, in float32 for a float32 model.
 
     Args:
-        model: Converted; its quantized layers compute in 8 bits.
+        model: A converted model; its quantized layers compute in 8 bits.
         outputs: See `Session`.
         threads: By default as many as PyTorch has.
     """
@@ -97,7 +97,7 @@ def onnxruntime_session(model: Any, outputs: Any = None, *, threads: int | None 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or torch.get_num_threads()
     options.inter_op_num_threads = 1
-    options.log_severity_level = 3  # warnings of its own optimizer are nobody's here
+    options.log_severity_level = 3  # hides warnings of its own optimizer
     session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     names = [value.name for value in session.get_inputs()]
     return Session(lambda arrays: session.run(None, dict(zip(names, arrays, strict=True))), outputs)

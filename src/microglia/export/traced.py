@@ -1,4 +1,4 @@
-"""The traced program that every target is written from: a folded copy of the model, its free sizes, its names."""
+"""The traced program from which every format is written: a folded copy of the model, its free sizes, its names."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from microglia.runtime.accelerated import Accelerated
 
 @dataclass(frozen=True)
 class Traced:
-    """A model as torch.export holds it.
+    """A model as a program of torch.export.
 
     Attributes:
         program: The program, whose inputs are the example's tensors.
-        model: The folded copy on the CPU that it was made of.
+        model: The folded copy of the model on the CPU.
         example: The example on the CPU.
         inputs: Names of the inputs.
         outputs: Names of the output tensors.
         left_out: Classes of outputs that the program does not return, such as a language model's cache.
-        fixed: Input -> dimensions that were to be free and are constants.
+        fixed: Input -> requested free dimensions that are constants.
         metadata: What a file is to tell of the model.
     """
 
@@ -56,13 +56,13 @@ class Traced:
 def traced(
     model: nn.Module, example_inputs: Any, *, dynamic: Sequence[int] = (0,), metadata: Mapping[str, str] | None = None
 ) -> Traced:
-    """Traces a copy of a model to be exported, masks written into its weights, in evaluation mode on the CPU.
+    """Traces a copy of a model for export, with masks written into its weights, in evaluation mode on the CPU.
 
     Args:
         model: Any module, masked, shrunk or accelerated; it is left as it is.
         example_inputs: A tensor, a tuple of arguments, or a mapping of keyword arguments.
-        dynamic: Dimensions of the inputs that shall be free: the batch by default, (0, 2, 3) also for height and width of
-            images, (0, 1) for the length of token ids. What the model's code fixes stays as in the example.
+        dynamic: Free dimensions of the inputs: by default the batch; (0, 2, 3) also height and width of images, (0, 1) also the
+            length of token ids. A size that the model's code fixes stays as in the example.
         metadata: What a file is to tell of the model.
 
     Raises:
@@ -85,7 +85,7 @@ def traced(
 
 
 def prepared(model: nn.Module, example_inputs: Any) -> nn.Module:
-    """Returns a copy of a model to be exported: dense kernels, masks folded, evaluation mode, on the CPU.
+    """Returns a copy of a model for export: dense kernels, masks folded, evaluation mode, on the CPU.
 
     Raises:
         ExportError: A pruner still searches in the model.
@@ -98,7 +98,7 @@ def prepared(model: nn.Module, example_inputs: Any) -> nn.Module:
 
 
 def expected(model: nn.Module, inputs: Any) -> list[Tensor]:
-    """Returns the tensors that a model returns for inputs, without what no file can return."""
+    """Returns the tensors that a model returns for inputs, without outputs that no file can return."""
     example = Example.of(inputs).map(lambda t: t.detach().cpu()).copied()
     with torch.no_grad(), quiet():
         return tensors_of(known_outputs(model(*example.args, **example.kwargs)))
@@ -111,7 +111,7 @@ def _inputs(example: Example) -> Any:
 
 
 def _input_values(program: torch.export.ExportedProgram) -> dict[str, Tensor]:
-    """Returns the traced tensor of every input; an argument that is no tensor is a constant of the program."""
+    """Returns the traced tensor of every input; other arguments are constants of the program."""
     names = {spec.arg.name for spec in program.graph_signature.input_specs if spec.kind is InputKind.USER_INPUT}
     found = {n.name: n.meta.get("val") for n in program.graph.nodes if n.op == "placeholder" and n.name in names}
     return {name: value for name, value in found.items() if isinstance(value, Tensor)}
@@ -122,7 +122,7 @@ def _is_free(size: Any) -> bool:
 
 
 def _fixed_elsewhere(program: torch.export.ExportedProgram, example: Example) -> bool:
-    """Tells whether a constant size of the program is another than the example's."""
+    """Tells whether a constant size of the program differs from the example's."""
     pairs = zip(_input_values(program).values(), example.tensors, strict=False)
     return any(
         not _is_free(size) and size != given

@@ -1,4 +1,4 @@
-"""Accelerating what a task serves, and proving on its data that no prediction changed."""
+"""Acceleration of a task's model, with a check on its data that no prediction changed."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ def accelerated(
 
     Args:
         model: A masked or shrunk model on the CPU.
-        task: Its data.
-        batch: Examples of a call.
-        against: The dense executions that it must not be slower than.
-        precision: ``float32``, or ``bf16`` to try that too.
-        rounds: Of every timing.
+        task: The task with its data.
+        batch: Examples per call.
+        against: The dense executions of the comparison.
+        precision: ``float32``, or ``bf16`` to time that too.
+        rounds: Rounds of every timing.
 
     Returns:
         The accelerated model; and what `AccelerationReport.to_dict` says, with how many predictions on the test split

@@ -1,4 +1,4 @@
-"""Executing a recipe: once through the house, from task to result, every stage durable."""
+"""Execution of a recipe, from task to result; every stage is durable."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ from microglia.tasks.task import Task
 from microglia.train.engine import accelerator
 
 BUDGET = ("density", "params", "flops", "ms")
-"""Terms of a budget; masks know the first two."""
+"""Terms of a budget; masks support only the first two."""
 ROUTED = 32
-"""Test images over which an execution is timed that takes its own time for each."""
+"""Number of test images to time an execution whose time depends on the input."""
 
 
 def make_task(recipe: Recipe) -> Task:
-    """Returns the task a recipe names, its layers' roles found where a selector of the recipe means one."""
+    """Returns the task that a recipe names, with roles of layers if a selector of the recipe needs them."""
     task = build_task(recipe)
     named = chain.from_iterable(value for value in recipe.prune.values() if isinstance(value, list | tuple))
     return with_roles(task) if means_role(named) else task
@@ -56,26 +56,26 @@ def make_task(recipe: Recipe) -> Task:
 def execute(recipe: Recipe, directory: Path | None = None, *, starts: Path | None = None) -> Result:
     """Runs a recipe and returns its result, which a run directory keeps as ``result.json``.
 
-    A run that finished before is not run again: its result is returned. One that was interrupted goes on. Runs with the same
-    ``starts``, a directory, train a dense network that they have in common once: equal model, data, training and seed.
+    A finished run is not repeated: its result is returned. An interrupted run resumes. Runs with the same ``starts``, a
+    directory, train a dense network that they have in common once: equal model, data, training and seed.
 
     The result has typed fields (see `microglia.lab.result.Result`), and is the dict that ``result.json`` holds. The dict has
     ``recipe``; ``environment``; ``units`` (of each metric: ``%`` for a fraction that is shown in per cent); ``asked`` and
-    ``masks`` (budget asked, weights kept of all masked); ``densities`` (kept fraction of each masked layer); ``search`` (how a
-    method that learns its masks found them); ``removed`` (what a shrunk model lost, layer by layer; None for a masked one);
-    ``saved`` (bytes of the file ``model.safetensors`` as it was written, masks included; None without a directory);
-    ``dense``, ``before`` and ``pruned`` (each with ``metrics`` on the test split, ``parameters``, ``macs``, ``bytes``;
-    ``before`` is the pruned model before recovery, where the method has such a moment); what else the method observed, such
-    as ``estimate`` and ``routes`` of a model that chooses for every input what it computes; ``latency``; ``seconds``.
+    ``masks`` (requested budget, kept weights among the masked ones); ``densities`` (kept fraction of each masked layer);
+    ``search`` (the search of a method that learns its masks); ``removed`` (losses of a shrunk model by layer; None for a masked
+    one); ``saved`` (bytes of the written file ``model.safetensors``, masks included; None without a directory); ``dense``,
+    ``before`` and ``pruned`` (each with ``metrics`` on the test split, ``parameters``, ``macs``, ``bytes``; ``before`` is the
+    pruned model before recovery, if the method has such a moment); further observations of the method, such as ``estimate`` and
+    ``routes`` of a dynamic model; ``latency``; ``seconds``.
 
     Raises:
-        MicrogliaError: Anything the user can mend; the text says how.
+        MicrogliaError: An error that the user can correct; the text says how.
     """
     recipe = begun(recipe, directory)
     engine = accelerator(recipe.device)
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
-    # What is wrong with a new recipe shows before its directory is made; a known directory answers before data is read.
+    # Errors of a new recipe appear before its directory is made; a known directory answers before data are read.
     prepared = None if directory is not None and (directory / "recipe.yaml").exists() else prepare(recipe)
     run = Run(directory, as_dict(recipe), seed=recipe.seed, device=engine.device.type, identity=completed)
     run.trajectory = recipe.measure.trajectory
@@ -87,7 +87,7 @@ def execute(recipe: Recipe, directory: Path | None = None, *, starts: Path | Non
 
 
 def _finished(run: Run) -> Result | None:
-    """Returns the result of a finished run whose model is whole; else None, for its stages can make both again."""
+    """Returns the result of a finished run with a complete model; else None, because its stages can make both again."""
     result = run.result
     if result is None or run.directory is None:
         return None
@@ -108,7 +108,7 @@ def prepare(recipe: Recipe) -> Task:
     """Returns the recipe's task, after checking that its pruning fits the model.
 
     Raises:
-        MicrogliaError: Model, data, checkpoint, layers, pattern or budget are not as they should be.
+        MicrogliaError: Model, data, checkpoint, layers, pattern or budget are not valid.
     """
     task = make_task(recipe)
     check_fit(task.build(), task)
@@ -165,7 +165,7 @@ def _asked(config: MethodConfig, *, masked: bool) -> dict[str, Any]:
 
 
 def _times(recipe: Recipe, task: Task, model: nn.Module, main: bool) -> dict[str, Any]:
-    """Returns what was timed: dense beside pruned, and, when asked for, the record of the accelerated model."""
+    """Returns the times of the dense and the pruned model and, if requested, the record of the accelerated model."""
     asked = recipe.measure
     if not main or not (asked.latency or asked.accelerate):
         return {"latency": None}
@@ -193,7 +193,7 @@ def _batches(task: Task, batch: int, device: torch.device) -> Sequence[Tensor]:
 
 
 def environment() -> dict[str, Any]:
-    """Returns what a reader needs to know of where a run ran."""
+    """Returns the environment of a run: versions, machine and threads."""
     return {
         "microglia": version("microglia"),
         "torch": torch.__version__,

@@ -1,4 +1,4 @@
-"""Recipes: what to run, as one frozen value that YAML, the command line and Python share."""
+"""Recipes: the description of a run as one frozen value, shared by YAML, the command line and Python."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from microglia.storage.plain_yaml import DEEPEST, parse_yaml, read_yaml_text
 from microglia.train.optim import RECOVERY, FitConfig, identity
 
 LATER = ("task", "task_options")
-"""Fields that recipes of version 0.1.0 do not have."""
+"""Fields that recipes of version 0.1.0 lack."""
 AFTER_DENSE = ("method", "prune", "train", "measure")
 """Fields that do not reach the training of the dense network."""
 MOST, LONGEST = 20, 200
-"""Problems of a recipe that are told at once, and characters of each value in them."""
+"""Maximum number of problems of a recipe in one error, and of characters of each value."""
 
 
 class RecipeError(MicrogliaError):
@@ -33,15 +33,15 @@ class RecipeError(MicrogliaError):
 
 @dataclass(frozen=True)
 class MeasureConfig:
-    """What to measure of the result.
+    """The measurements of the result.
 
     Attributes:
-        latency: Whether to time dense and pruned, eager, packed and compiled.
+        latency: Whether to time the dense and the pruned model.
         batch: Examples per timed call.
         rounds: Interleaved rounds.
-        executions: Ways to run each model; ``compiled`` takes half a minute to prepare.
-        accelerate: Whether to choose the fastest exact execution of the pruned model by timing (CPU), and to prove on the
-            test images that no prediction changed.
+        executions: Executions of each model; ``compiled`` takes half a minute to prepare.
+        accelerate: Whether to choose the fastest exact execution of the pruned model by timing (CPU), and to check on the test
+            images that no prediction changed.
         trajectory: Whether to keep the weights after every epoch of the last training, for ``microglia surface --trajectory``.
     """
 
@@ -57,26 +57,26 @@ class MeasureConfig:
 
 @dataclass(frozen=True)
 class Recipe:
-    """One run: which model, on which data, pruned how, trained how.
+    """One run: its model, data, pruning and trainings.
 
     Attributes:
         model: A zoo name, ``timm:NAME``, ``torchvision:NAME``, ``hf:NAME`` or ``package.module:function``.
         data: ``digits``, ``cifar10``, ``mnist``, ``hf:NAME`` or a folder.
-        checkpoint: File with trained weights; without one the dense model is trained first.
-        normalize: Statistics by name (``imagenet``, ``cifar10`` ...), ``data`` for the data set's own, or ``auto``: the data
-            set's own, or with a checkpoint those among the usual ones under which it fits the training images best.
+        checkpoint: File with trained weights; without it the dense model is trained first.
+        normalize: Statistics by name (``imagenet``, ``cifar10`` ...), ``data`` for the data set's own, or ``auto``. ``auto``
+            means the data set's own; with a checkpoint the usual statistics that fit the training images best.
         image_size: Side to resize images to, or None for their own.
-        label_smoothing: In [0, 1), of the training loss.
-        task: What the model is for: a mapping with ``kind`` and the options of that kind, or ``package.module:function``, which
-            returns a `microglia.Task`. None for image classification with the four fields above, which are its options.
-        task_options: Keywords of that function.
-        method: A name that ``microglia methods`` lists; ``channels`` by default where the budget has ``flops`` or ``ms``.
+        label_smoothing: Label smoothing of the training loss, in [0, 1).
+        task: The task of the model: a mapping with ``kind`` and the options of that kind, or ``package.module:function``, which
+            returns a `microglia.Task`. None means image classification with the four fields above as options.
+        task_options: Keywords of the task function.
+        method: A name that ``microglia methods`` lists; by default ``channels`` if the budget has ``flops`` or ``ms``.
         prune: The fields of that method's config, except the trainings below.
         dense: Training of the dense model.
         train: Training after (or while) pruning; by default the method's own.
-        measure: What to measure.
+        measure: The measurements.
         seed: Root of every random number.
-        device: ``cpu``, ``cuda``, or ``auto``: what the run began on, and for a new run a GPU where there is one.
+        device: ``cpu``, ``cuda``, or ``auto``: the device on which the run began; for a new run a GPU if there is one.
         threads: CPU threads, or None for torch's choice.
     """
 
@@ -122,7 +122,7 @@ def method_config(recipe: Recipe) -> MethodConfig:
 
 
 def resolve(source: Mapping[str, Any]) -> Recipe:
-    """Returns the recipe with every default of its method filled in, so that it says all that happens, and nothing else.
+    """Returns the recipe with every default of its method filled in, so that it describes the run completely.
 
     Raises:
         RecipeError: A field is unknown or wrong; the text names it.
@@ -130,7 +130,7 @@ def resolve(source: Mapping[str, Any]) -> Recipe:
     source = settle_task(source)
     defaults = {**as_dict(Recipe()), **_meant(source)}
     name = source.get("method", defaults["method"])
-    if isinstance(name, str):  # anything else is refused below
+    if isinstance(name, str):  # other values are refused below
         defaults["train"] = asdict(methods[name].training)
     recipe: Recipe = _validate(_recipe, merge(defaults, source), "recipe")
     config = method_config(recipe)
@@ -139,14 +139,14 @@ def resolve(source: Mapping[str, Any]) -> Recipe:
 
 
 def is_setting(config: type[MethodConfig], name: str) -> bool:
-    """Tells whether a field of a method's config is one of ``prune``: taken, and no training."""
+    """Tells whether a field of a method's config belongs to ``prune``: taken, and not a training."""
     return is_taken(config, name) and name not in ("dense", "train")
 
 
 def completed(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a recipe, as plain values, with the fields that its method does not take, at the defaults they stay at.
+    """Returns a recipe, as plain values, with the fields that its method does not take, at their defaults.
 
-    Version 0.1 wrote these out. With them a run has the same identity whichever version wrote its recipe.
+    Version 0.1 wrote these fields. With them a run's identity does not depend on the version that wrote its recipe.
     """
     prune, name = recipe.get("prune"), recipe.get("method")
     if not isinstance(prune, Mapping) or not isinstance(name, str) or name not in methods:
@@ -156,7 +156,7 @@ def completed(recipe: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _meant(source: Mapping[str, Any]) -> dict[str, str]:
-    """Returns the method that a budget alone can mean: only removed channels save operations and time."""
+    """Returns the method that follows from a budget: only removed channels save operations and time."""
     prune = source.get("prune")
     if not isinstance(prune, Mapping) or (prune.get("flops") is None and prune.get("ms") is None):
         return {}
@@ -164,9 +164,9 @@ def _meant(source: Mapping[str, Any]) -> dict[str, str]:
 
 
 def begun(recipe: Recipe, directory: Path | None) -> Recipe:
-    """Returns the recipe with the device that a run directory began on, where the recipe leaves the device to the house.
+    """Returns the recipe with the device on which a run directory began, if the recipe's device is ``auto``.
 
-    A run goes on where it began: another device would give other bits, and ``cpu`` was the default before ``auto`` was.
+    A run resumes on the device where it began: another device would give other bits. Before ``auto`` the default was ``cpu``.
     """
     if recipe.device != "auto" or directory is None:
         return recipe
@@ -179,9 +179,9 @@ def begun(recipe: Recipe, directory: Path | None) -> Recipe:
 
 
 def as_dict(recipe: Recipe) -> dict[str, Any]:
-    """Returns a recipe as plain JSON values: what a run is known by.
+    """Returns a recipe as plain JSON values, the identity of a run.
 
-    Fields that came later are there where they differ from their defaults, so that runs of earlier versions go on.
+    Later fields are included only if they differ from their defaults, so that runs of earlier versions resume.
     """
     found = as_whole_dict(recipe)
     trainings = {name: identity(found[name]) for name in ("dense", "train")}
@@ -198,7 +198,7 @@ def start_of(recipe: Mapping[str, Any]) -> str:
 
 
 def as_whole_dict(recipe: Recipe) -> dict[str, Any]:
-    """Returns a recipe as plain JSON values, every field of it."""
+    """Returns a recipe as plain JSON values, with every field."""
     return _recipe.dump_python(recipe, mode="json")  # type: ignore[no-any-return]
 
 
@@ -218,7 +218,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """Returns the mapping in a YAML file.
 
     Raises:
-        RecipeError: The file is missing or holds something else.
+        RecipeError: The file is missing or does not hold a mapping.
     """
     try:
         content = read_yaml_text(path)
@@ -262,7 +262,7 @@ def put(tree: Mapping[str, Any], key: str, value: Any) -> dict[str, Any]:
 
 
 def merge(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns nested defaults with what is given put over them, so that ``train.epochs`` alone keeps the default rate."""
+    """Returns nested defaults updated with the given values, so that ``train.epochs`` alone keeps the default rate."""
     result = dict(defaults)
     for key, value in given.items():
         below = result.get(key)

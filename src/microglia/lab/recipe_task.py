@@ -1,4 +1,4 @@
-"""The task of a recipe: by kind, ``task: {kind: ..., ...}``, or a function of one's own, ``task: package.module:function``."""
+"""The task of a recipe: by kind, ``task: {kind: ..., ...}``, or a user's own function, ``task: package.module:function``."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from microglia.lab.recipe import Recipe
 
 OWN = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
-"""How a function of the user's own is spelled."""
+"""Form of the name of a user's own function."""
 
 
 class TaskFieldError(MicrogliaError):
@@ -32,12 +32,12 @@ class TaskFieldError(MicrogliaError):
 def settle_task(source: Mapping[str, Any]) -> dict[str, Any]:
     """Returns a recipe's mapping with its task in the one form that `microglia.Recipe` has.
 
-    ``task: {kind: classification, data: ...}`` becomes the fields of the recipe that these options always were. The options of
-    another kind are filled in with their defaults. Data and model of a task of one's own are called by its name.
+    ``task: {kind: classification, data: ...}`` becomes fields of the recipe, as in earlier versions. The options of another
+        kind are filled in with their defaults. Data and model of a user's own task get the task's name.
 
     Raises:
-        TaskFieldError: The task, or an option of it, is wrong, or a field of classification stands beside another task.
-        UnknownNameError: There is no such kind.
+        TaskFieldError: The task or one of its options is wrong, or a field of classification is given beside another task.
+        UnknownNameError: The kind is unknown.
     """
     task = source.get("task")
     rest = {key: value for key, value in source.items() if key not in ("task", "task_options")}
@@ -74,7 +74,7 @@ def _of_kind(task: dict[str, Any], rest: dict[str, Any]) -> dict[str, Any]:
 
 
 def _refuse_beside(rest: Mapping[str, Any], data: str, task: str) -> None:
-    """Raises where a field of classification stands beside another task; what a resolved recipe says of itself is none."""
+    """Raises if a field of classification is given beside another task; fields that a resolved recipe adds are allowed."""
     usual = {**asdict(ClassificationOptions()), "data": data}
     for key, value in usual.items():
         if key in rest and rest[key] != value:
@@ -100,7 +100,7 @@ def build_task(recipe: Recipe) -> Task:
     """Returns the task that a recipe names.
 
     Raises:
-        MicrogliaError: Model, data, checkpoint or task are not as they should be.
+        MicrogliaError: Model, data, checkpoint or task are not valid.
     """
     if isinstance(recipe.task, str):
         return own_task(recipe.task, recipe)
@@ -111,12 +111,12 @@ def build_task(recipe: Recipe) -> Task:
 
 
 def own_task(name: str, recipe: Recipe) -> Task:
-    """Returns the task that a function of the user's own makes of ``task_options``; this imports its module.
+    """Returns the task that a user's own function makes from ``task_options``; this imports its module.
 
-    The function gets ``seed`` and, where the recipe names one, ``model``, if its signature takes them.
+    The function gets ``seed`` and, if the recipe names one, ``model``, if its signature takes them.
 
     Raises:
-        ModelError: It takes other keywords, does not take the model, or returns no Task.
+        ModelError: The function takes other keywords, does not take the model, or returns no Task.
     """
     function = function_of(name, "task")
     offered: dict[str, Any] = {"seed": recipe.seed}

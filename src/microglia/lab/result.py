@@ -1,4 +1,4 @@
-"""Results: what a run came to, typed, and the JSON form that its directory keeps."""
+"""Results: the typed outcome of a run, and the JSON form in its directory."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Annotated, Any, TypeVar
 from pydantic import AfterValidator, BeforeValidator, PlainSerializer, TypeAdapter, ValidationError
 
 from microglia.measure import Bytes, LatencyReport, Macs, Parameters
-from microglia.methods import methods  # the families, which register their observations  # noqa: F401
+from microglia.methods import methods  # imports the families, which register their observations  # noqa: F401
 from microglia.storage.observations import observations
 
 T = TypeVar("T")
 DETAILS = {"layers", "nonzero_all", "other"}
-"""Keys of a measurement that only the run's own directory keeps."""
+"""Keys of a measurement that only the run's own directory holds."""
 _adapters: dict[Any, TypeAdapter[Any]] = {}
 
 
@@ -40,7 +40,7 @@ def _positive(value: LatencyReport) -> LatencyReport:
 
 @dataclass(frozen=True)
 class Environment:
-    """Where a run ran: versions, machine and threads."""
+    """The environment of a run: versions, machine and threads."""
 
     microglia: str
     torch: str
@@ -57,7 +57,7 @@ class Observed:
     """One model at one moment of a run.
 
     Attributes:
-        metrics: Metrics on the test split; None where one is not finite.
+        metrics: Metrics on the test split; None for one that is not finite.
         parameters: Parameters, and those kept.
         macs: Multiply-accumulates of one sample.
         bytes: Size on disk.
@@ -71,22 +71,22 @@ class Observed:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What a finished run came to.
+    """The outcome of a finished run.
 
     Attributes:
         recipe: The resolved recipe.
-        environment: Where it ran.
+        environment: Environment of the run.
         task: Model and data, in words.
-        headline: Name of the metric that counts.
-        units: Unit of each metric: ``%`` for a fraction that is shown in per cent; empty where a version did not store it.
-        asked: Budget: ``density``, ``params`` and ``flops`` are fractions, ``ms`` is a time; None or missing where not asked.
+        headline: Name of the main metric.
+        units: Unit of each metric: ``%`` for a fraction that is shown in per cent; empty if the version did not store it.
+        asked: Budget: ``density``, ``params`` and ``flops`` are fractions, ``ms`` is a time; None or missing if not requested.
         dense: The model before pruning.
         pruned: The model at the end.
-        before: The pruned model before recovery, where the method has such a moment.
+        before: The pruned model before recovery, if the method has such a moment.
         latency: Measured times of ``dense`` and ``pruned``, if they were measured.
         seconds: Duration of the run.
         densities: Kept fraction of each masked layer.
-        observations: What the method told besides, by name, each of the type that its family registered; see
+        observations: Further observations of the method, by name, each of its registered type; see
             `microglia.storage.observations`.
     """
 
@@ -110,7 +110,7 @@ class Outcome:
     observations: dict[str, Any] = field(default_factory=dict)
 
     def observed(self, kind: type[T]) -> T | None:
-        """Returns the observation of a type, or None where the run's method told none."""
+        """Returns the observation of a type, or None if the run has none."""
         return next((found for found in self.observations.values() if isinstance(found, kind)), None)
 
 
@@ -118,12 +118,12 @@ class Outcome:
 class Result(Outcome, dict[str, Any]):
     """An outcome that is also its JSON form: ``result.pruned.macs.total`` and ``result["pruned"]["macs"]["total"]``.
 
-    As a mapping it holds all that ``result.json`` holds, hence more than the fields; `json.dumps` writes it.
+    As a mapping it holds all keys of ``result.json``, more than the fields; `json.dumps` writes it.
     """
 
     @classmethod
     def of(cls, content: Mapping[str, Any]) -> Result:
-        """Returns the result that a JSON form stands for.
+        """Returns the result of a JSON form.
 
         Raises:
             ValueError: A field is missing or wrong; the text names it.
@@ -135,7 +135,7 @@ class Result(Outcome, dict[str, Any]):
 
 
 def read(kind: type[T], content: Mapping[str, Any]) -> T:
-    """Returns an `Outcome`, or a kind of it, from its JSON form; observations lie beside the other fields there.
+    """Returns an `Outcome`, or a subclass, from its JSON form, in which observations are beside the other fields.
 
     Raises:
         ValueError: A field is missing or wrong; the text names it.
@@ -154,7 +154,7 @@ def typed_observations(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def written(outcome: Outcome) -> dict[str, Any]:
-    """Returns the JSON form that `read` takes, in sums alone: without the counts of each layer."""
+    """Returns the JSON form that `read` takes, only with sums, without the counts of each layer."""
     content: dict[str, Any] = _adapter(type(outcome)).dump_python(outcome, mode="json")
     told = content.pop("observations")
     return {**content, **dict.fromkeys(observations), **told}

@@ -1,4 +1,4 @@
-"""Shrinking what is saved: masks in, a smaller model out, proved equal, measured beside the dense and the masked one."""
+"""Shrinking of a saved masked model: the smaller model is verified and measured beside the dense and the masked one."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True)
 class Shrinking:
-    """What to shrink, and how.
+    """The options of shrinking.
 
     Attributes:
         target: A run, or a directory that `save` wrote.
-        out: Where the smaller model goes; None for ``shrunk`` in a run, or beside a saved model.
-        data: Data set instead of the run's own; ``digits`` for a saved model alone.
+        out: Directory of the smaller model; None for ``shrunk`` in a run, or beside a saved model.
+        data: Data set instead of the run's own; by default ``digits`` for a saved model without a run.
         keep_class: Remove only channels that the model's classes can lose.
-        clear: Zero what masked channels still add (biases, norm shifts), so that all of them go.
-        latency: Whether to time dense, masked and shrunk model.
+        clear: Whether to zero biases and norm shifts of masked channels, so that all of them are removed.
+        latency: Whether to time the dense, masked and shrunk models.
     """
 
     target: Path
@@ -51,7 +51,7 @@ class Shrinking:
 
     @property
     def directory(self) -> Path:
-        """Where the smaller model goes."""
+        """Directory of the smaller model."""
         if self.out is not None:
             return self.out
         whole = (self.target / "recipe.yaml").is_file()
@@ -59,21 +59,22 @@ class Shrinking:
 
     @property
     def run(self) -> Path | None:
-        """The run that the target is, or is of."""
+        """The run that is, or contains, the target."""
         near = (self.target, self.target.resolve().parent)
         return next((path for path in near if (path / "recipe.yaml").is_file()), None)
 
 
 def shrink_saved(asked: Shrinking) -> Json:
-    """Shrinks a saved masked model, saves the smaller one and returns what it came to, kept as ``shrink.json`` beside it.
+    """Shrinks a saved masked model, saves the smaller one and returns the result, also stored as ``shrink.json`` beside it.
 
     The result holds ``task``; ``dense``, ``masked`` and ``shrunk`` (``metrics`` on the test split, ``parameters``, ``macs``,
-    ``bytes``, ``saved``: bytes of the file as written; of a model without a run ``dense`` has no metrics); ``removed`` (layer
-    by layer); ``difference``, the largest between the outputs of masked and shrunk model on test inputs, relative to the
-    largest output; ``latency``.
+    ``bytes``, ``saved``: bytes of the written file; without a run ``dense`` has no metrics); ``removed`` (layer by layer);
+    ``difference``, the maximum difference between the outputs of both models on test inputs, relative to the largest output;
+    ``latency``.
 
     Raises:
-        MicrogliaError: There is no saved model with whole masked channels, or it cannot be shrunk; the text says why.
+        MicrogliaError: There is no saved model with completely masked channels, or it cannot be shrunk; the text gives the
+            reason.
     """
     masked, task = _open(asked)
     small = shrink(masked, task.example, clear=asked.clear, keep_class=asked.keep_class)
@@ -116,7 +117,7 @@ def _open(asked: Shrinking) -> tuple[nn.Module, Task]:
 
 
 def _difference(task: Task, masked: nn.Module, small: nn.Module) -> float:
-    """Returns the largest difference of the outputs on test inputs, relative to the largest output."""
+    """Returns the maximum difference of the outputs on test inputs, relative to the largest output."""
     inputs, _ = next(iter(task.data.batches("test", 64).epoch(0)))
     with torch.no_grad():
         outputs = [tensors_of(task.forward(model.eval(), inputs)) for model in (masked, small)]
@@ -130,7 +131,7 @@ def _observe(task: Task, model: nn.Module) -> Json:
 
 
 def _dense(asked: Shrinking, task: Task, model: nn.Module) -> Json:
-    """Returns what the run observed of its dense model; without a run, what can be counted."""
+    """Returns the run's observation of its dense model; without a run, only counts."""
     result = asked.run / "result.json" if asked.run is not None else None
     if result is not None and result.is_file() and "dense" in (content := read_json(result)):
         found: Json = content["dense"]

@@ -1,4 +1,4 @@
-"""Sweeps: a grid of recipes, each cell a durable run of its own that is never done twice."""
+"""Sweeps: a grid of recipes; each cell is a separate durable run that is never done twice."""
 
 from __future__ import annotations
 
@@ -35,18 +35,18 @@ __all__ = ["Cell", "CellOutcome", "Sweep", "SweepOutcome", "cells", "plan_table"
 STARTS = ".starts"
 """Directory, in that of a sweep, of the dense networks that cells share."""
 CELL = "cell.yaml"
-"""The recipe a cell is started with; ``recipe.yaml`` appears beside it once the recipe has proved to fit model and data."""
+"""The recipe at the start of a cell; ``recipe.yaml`` appears beside it once the recipe fits model and data."""
 
 
 @dataclass(frozen=True)
 class CellOutcome:
-    """How a cell ended.
+    """The outcome of a cell.
 
     Attributes:
-        name: Of the cell.
-        status: ``skipped`` when it was finished before.
-        seconds: Spent on it now.
-        problem: The last lines of the log of a failed one.
+        name: Name of the cell.
+        status: ``skipped`` if it was finished before.
+        seconds: Time spent on it now.
+        problem: The last lines of the log of a failed cell.
     """
 
     name: str
@@ -57,10 +57,10 @@ class CellOutcome:
 
 @dataclass(frozen=True)
 class SweepOutcome:
-    """How a sweep ended, in the order of its cells.
+    """The outcome of a sweep, in the order of its cells.
 
     Attributes:
-        directory: Where the runs are, each under its cell's name.
+        directory: Directory of the runs, each under its cell's name.
         cells: Every cell.
     """
 
@@ -84,7 +84,7 @@ class SweepOutcome:
 
     @property
     def sentence(self) -> str:
-        """What a person should know: the counts, and each failed cell with the end of its log."""
+        """Summary for a reader: the counts, and each failed cell with the end of its log."""
         lines = [f"{self.directory}: {len(self.done)} done, {len(self.skipped)} skipped, {len(self.failed)} failed."]
         for cell in self.cells:
             if cell.status == "failed":
@@ -98,7 +98,7 @@ class SweepOutcome:
 
 
 class Children:
-    """The processes of a sweep that are running, so that all of them can be ended together."""
+    """The running processes of a sweep, which can be ended together."""
 
     def __init__(self) -> None:
         self.stopped = threading.Event()
@@ -106,7 +106,7 @@ class Children:
         self._running: set[subprocess.Popen[bytes]] = set()
 
     def run(self, command: Sequence[str], log: TextIO, lock: TextIO, environment: Mapping[str, str]) -> int:
-        """Runs a command to its end and returns its status; the child holds ``lock`` for as long as it lives."""
+        """Runs a command to its end and returns its status; the child holds ``lock`` while it lives."""
         with self._lock:
             if self.stopped.is_set():
                 return -signal.SIGKILL
@@ -117,7 +117,7 @@ class Children:
                 stderr=subprocess.STDOUT,
                 env=environment,
                 pass_fds=[lock.fileno()],
-                start_new_session=True,  # Ctrl-C reaches the sweep alone, which ends every child with its own children
+                start_new_session=True,  # Ctrl-C reaches only the sweep, which ends every child with its own children
             )
             self._running.add(child)
         status = child.wait()
@@ -126,7 +126,7 @@ class Children:
         return status
 
     def stop(self) -> None:
-        """Ends every child, at once: a run is durable at any moment, so nothing is gained by asking it first."""
+        """Ends every child immediately: a run is durable at any moment, so a gentle stop has no advantage."""
         self.stopped.set()
         with self._lock:
             for child in self._running:
@@ -143,15 +143,15 @@ def run_cell(
     children: Children | None = None,
     starts: Path | None = None,
 ) -> CellOutcome:
-    """Runs one cell to its end as ``microglia prune`` in a process of its own; here a cluster would come in.
+    """Runs one cell to its end as ``microglia prune`` in its own process; a cluster would replace this function.
 
-    A process of an earlier sweep that still works on the cell is waited for, not doubled.
+    If a process of an earlier sweep still works on the cell, this waits for it.
 
     Args:
         cell: What to run.
-        directory: Of the run; its output goes to ``log.txt`` there.
+        directory: Directory of the run; its output is in ``log.txt`` there.
         threads: CPU threads of the process, or None for torch's choice.
-        children: Where the process is known while it runs.
+        children: Registry of the process while it runs.
         starts: Directory in which cells share the dense networks they start from.
     """
     children, began = children or Children(), time.monotonic()
@@ -164,7 +164,7 @@ def run_cell(
             recipe = directory / CELL
             write_atomic(recipe, yaml.safe_dump(as_dict(cell.recipe), sort_keys=False))
             command = [sys.executable, "-m", "microglia", "prune", "--recipe", str(recipe), "--out", str(directory)]
-            command += ["--trust"] if needs_trust(as_dict(cell.recipe)) else []  # `read_sweep` asked; a cell's file is ours
+            command += ["--trust"] if needs_trust(as_dict(cell.recipe)) else []  # `read_sweep` checked trust
             command += [*(["--starts", str(starts)] if starts is not None else []), "--json"]
             start = log.seek(0, os.SEEK_END)
             log.write(f"$ {shlex.join(command)}\n")
@@ -180,7 +180,7 @@ def run_cell(
 
 
 def _wait_for(lock: TextIO, children: Children) -> None:
-    """Takes the lock of a cell once no process works on it any more, or returns when the sweep stops."""
+    """Takes the lock of a cell once no process works on it, or returns when the sweep stops."""
     while True:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -202,11 +202,11 @@ def _tail(log: Path, start: int, lines: int = 8, width: int = 400) -> str:
 
 
 def run_sweep(sweep: Sweep, out: str | Path, jobs: int = 1) -> SweepOutcome:
-    """Runs every cell that is not finished, ``jobs`` at a time; a failed one does not stop the others.
+    """Runs every unfinished cell, ``jobs`` at a time; a failed cell does not stop the others.
 
     Cells with the same model, data, dense training and seed share one dense network, which the first of them trains.
 
-    Killed at any moment and started again, it goes on: finished cells are left alone and the interrupted ones resume.
+    A sweep can be killed at any moment and started again: finished cells are skipped and interrupted ones resume.
 
     Args:
         sweep: What to run.
@@ -215,7 +215,7 @@ def run_sweep(sweep: Sweep, out: str | Path, jobs: int = 1) -> SweepOutcome:
 
     Raises:
         RunError: The directory holds runs of other recipes under the same names.
-        KeyboardInterrupt: Ctrl-C; as for SIGTERM (``SystemExit``), every child was ended first.
+        KeyboardInterrupt: Ctrl-C; as after SIGTERM (``SystemExit``), every child was ended first.
     """
     if jobs < 1:
         raise RunError(f"jobs is the number of runs at a time, 1 or more; got {jobs}.")
@@ -228,7 +228,7 @@ def run_sweep(sweep: Sweep, out: str | Path, jobs: int = 1) -> SweepOutcome:
     with _signals_raise(), _progress() as progress, ThreadPoolExecutor(jobs) as pool:
         try:
             bar = progress.add_task(sweep.name, total=len(chosen), completed=len(outcomes))
-            progress.advance(bar, 0)  # from here on time is counted
+            progress.advance(bar, 0)  # the time starts here
             run = partial(run_cell, threads=threads, children=children, starts=out / STARTS)
             futures = [pool.submit(run, cell, out / cell.name) for cell in left]
             for future in as_completed(futures):
@@ -263,7 +263,7 @@ def _refuse_other_recipes(chosen: Sequence[Cell], out: Path) -> None:
 
 
 def _progress() -> Progress:
-    """Returns a bar on standard error; time left is estimated over the whole sweep, since a cell may take hours."""
+    """Returns a bar on standard error; the remaining time is estimated over the whole sweep, because a cell may take hours."""
     console = Console(stderr=True)
     columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()]
     return Progress(*columns, console=console, disable=not console.is_terminal, transient=True, speed_estimate_period=math.inf)
@@ -271,7 +271,7 @@ def _progress() -> Progress:
 
 @contextlib.contextmanager
 def _signals_raise() -> Iterator[None]:
-    """Lets SIGTERM and SIGHUP end the program as Ctrl-C does, through its ``finally`` clauses, where nobody handles them."""
+    """Makes unhandled SIGTERM and SIGHUP end the program like Ctrl-C, through its ``finally`` clauses."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

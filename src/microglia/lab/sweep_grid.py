@@ -1,4 +1,4 @@
-"""The grid of a sweep: a YAML file to cells, every one of them a checked recipe with a readable name."""
+"""The grid of a sweep: a YAML file becomes cells, each a checked recipe with a readable name."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from microglia.storage.run import flatten
 from microglia.zoo.trust import require_known_recipe
 
 SPOKEN = {"method", "model", "data"}
-"""Grid keys whose values speak for themselves in a cell's name."""
+"""Grid keys whose values appear without the key in a cell's name."""
 MOST = 10_000
 """Cells of a sweep."""
 LONGEST = 120
-"""Characters of a cell's name, a directory name."""
+"""Maximum length of a cell's name, which is a directory name."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,8 @@ class Cell:
 
     Attributes:
         name: Directory name, unique in the sweep.
-        values: What the grid sets here, by dotted key.
-        recipe: With every default filled in.
+        values: Values of the grid for this cell, by dotted key.
+        recipe: Recipe with every default filled in.
     """
 
     name: str
@@ -54,8 +54,8 @@ class Sweep:
 
     Attributes:
         grid: Dotted recipe key -> the values to run; the cells are all combinations, the last key varying fastest.
-        base: The recipe they share.
-        name: For people, and of the default directory.
+        base: The common recipe of the cells.
+        name: Name for readers and for the default directory.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -83,11 +83,11 @@ _sweep = TypeAdapter(Sweep)
 
 
 def read_sweep(path: str | Path, overrides: Sequence[str] = ()) -> Sweep:
-    """Returns the sweep a YAML file describes, every cell of it validated.
+    """Returns the sweep of a YAML file; every cell is validated.
 
     Args:
-        path: A mapping with ``grid`` and, if wanted, ``base`` and ``name``.
-        overrides: Such as ``base.checkpoint=FILE`` or ``grid.prune.params=[0.5]``; values are YAML.
+        path: A file with a mapping of ``grid`` and, optionally, ``base`` and ``name``.
+        overrides: Assignments such as ``base.checkpoint=FILE`` or ``grid.prune.params=[0.5]``; values are YAML.
 
     Raises:
         RecipeError: The file, or a cell, is not valid; the text names the cell and the field.
@@ -150,7 +150,7 @@ def _names(chosen: Sequence[Mapping[str, Any]]) -> list[str]:
     ends = Counter(key.rpartition(".")[2] for key in chosen[0])
     labels = {key: key if ends[end] > 1 else end for key in chosen[0] for end in [key.rpartition(".")[2]]}
     plain = ["_".join(_spoken(labels[k], v) for k, v in values.items()) for values in chosen]
-    often = Counter(name.casefold() for name in plain)  # some file systems do not tell cases apart
+    often = Counter(name.casefold() for name in plain)  # some file systems ignore case
     names = []
     for name, values in zip(plain, chosen, strict=True):
         mark = hashlib.blake2b(json.dumps(values, sort_keys=True, default=str).encode(), digest_size=4).hexdigest()
@@ -171,7 +171,7 @@ def _spoken(label: str, value: Any) -> str:
 
 
 def plan_table(sweep: Sweep, out: str | Path | None = None) -> Table:
-    """Returns the cells as a table for people; with the sweep's directory also which of them are finished."""
+    """Returns the cells as a table for readers; with the sweep's directory also their status."""
     table = Table(
         Column("cell", overflow="fold"),
         *sweep.grid,

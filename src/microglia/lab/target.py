@@ -1,4 +1,4 @@
-"""What a command line may point at: a run, a saved model (of a run or alone), or a network by name."""
+"""The target of a command: a run, a saved model (of a run or alone), or a network by name."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from microglia.zoo import is_known, model_names
 
 
 def open_target(target: str, data: str | None = None, checkpoint: str | None = None) -> tuple[nn.Module, Task]:
-    """Returns the model and task a target stands for.
+    """Returns the model and the task of a target.
 
     Args:
-        target: A run directory; a directory that `save` wrote (inside a run the run's data is meant); or a model's name.
-        data: Data set instead of the run's own; with a model's name, ``digits`` unless given.
-        checkpoint: Trained weights for a model by name.
+        target: A run directory; a directory that `save` wrote (inside a run the run's data are used); or a model's name.
+        data: Data set instead of the run's own; by default ``digits`` for a model's name.
+        checkpoint: Trained weights of a model by name.
 
     Raises:
-        RunError: The directory is neither.
+        RunError: The directory is neither a run nor a saved model.
         FileError: A file of the directory names a model that it may not name; see `microglia.zoo.trust`.
     """
     path = Path(target)
@@ -43,7 +43,7 @@ def open_target(target: str, data: str | None = None, checkpoint: str | None = N
         source = read_json(path / PLAN).get("source")
         if not source:
             raise RunError(f"{path} does not say which network it is; load it in Python: microglia.load(path, model).")
-        network = load(path)  # first: it refuses what a file may not name
+        network = load(path)  # first, because it refuses names that need trust
         return network, image_task(source["name"], data or "digits")
     if path.is_dir():
         raise RunError(f"{path} is neither a run directory (recipe.yaml) nor a saved model ({PLAN}).")

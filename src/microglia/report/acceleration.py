@@ -12,7 +12,7 @@ Json = dict[str, Any]
 
 
 def acceleration_tables(record: Json) -> list[Any]:
-    """Returns what a person reads: how many layers run which way, the times of the whole, and the agreement."""
+    """Returns tables for a reader: the executions of layers, the times of the whole model, and the agreement."""
     ways: dict[str, list[Json]] = {}
     for layer in record["layers"]:
         ways.setdefault(layer["chosen"], []).append(layer)

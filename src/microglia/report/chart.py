@@ -121,7 +121,7 @@ class Bars:
         heights: One for each place.
         color: As HTML writes it.
         width: Width of a bar, in units of the axis.
-        notes: What the screen says of each bar beside its height; one for each, or empty.
+        notes: Additional text of each bar on the screen; one per bar, or empty.
     """
 
     name: str

@@ -14,7 +14,7 @@ from microglia.storage.files import write_atomic
 
 PICTURE = "channels.png"
 LABELS = 70
-"""Largest number of layers that are named under the bars."""
+"""Maximum number of layers that are named under the bars."""
 Json = Mapping[str, Any]
 
 
@@ -24,7 +24,7 @@ def channels(layer: Json) -> tuple[int, int]:
 
 
 def removal_table(removed: Json) -> Table:
-    """Returns the table of what went per layer."""
+    """Returns the table of removed channels per layer."""
     table = Table(title="Removed channels")
     table.add_column("layer", no_wrap=True, overflow="fold")
     for name in ("weight before", "weight after", "channels", "channels kept", "weights kept"):
@@ -67,7 +67,7 @@ def draw_removed(removed: Json, title: str, path: Path) -> Path:
     """Writes the bars as a PNG; the same numbers, the same bytes.
 
     Raises:
-        FileError: It cannot be written.
+        FileError: The file cannot be written.
     """
     from microglia.report.printed import images  # slow to import
 

@@ -1,4 +1,4 @@
-"""The final table a person reads: accuracy, parameters, operations, measured time and bytes, dense beside pruned."""
+"""The final table for a reader: accuracy, parameters, operations, measured time and bytes, dense beside pruned."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from microglia.storage.observations import Observation
 
 Json = Mapping[str, Any]
 Row = tuple[str, Callable[[Json], Any], Callable[[Any], str]]
-"""(label, how a moment's value is read, how it is shown)."""
+"""(label, reader of a moment's value, formatter of the value)."""
 NAMES = {"top5": "top-5"}
-"""What the table calls a metric, where not by its own name."""
+"""Names of metrics in the table, if they differ from the metric's own name."""
 UNITS = {"accuracy": "%", "top5": "%"}
-"""Units of the metrics of classification, for results of versions that did not store them."""
+"""Units of the metrics of classification, for results of versions without stored units."""
 LAST_OF_MACS = "MACs of kept weights"
 
 
@@ -66,10 +66,10 @@ def comparison_table(
     title: str,
     caption: str,
 ) -> Table:
-    """Returns the table of several moments of one model beside each other, and of the ratio of the first to the last.
+    """Returns the table of several moments of one model, with the ratio of the first to the last.
 
     Args:
-        columns: Name -> what was observed; where the first is dense, the others are counted against it.
+        columns: Name -> observation; if the first is dense, the others are relative to it.
         latency: Times of models by the same names, or None.
         units: Unit of each metric, ``%`` for a fraction that is shown in per cent; None for the usual ones.
         title: Title of the table.
@@ -91,7 +91,7 @@ def comparison_table(
 
 
 def _against(column: Json, dense: Json | None) -> Json:
-    """Returns what was observed with density and compression taken against the dense model: a shrunk one has no zeros."""
+    """Returns the observation with density and compression relative to the dense model: a shrunk one has no zeros."""
     if dense is None:
         return column
     own, whole = column["parameters"], dense["parameters"]
@@ -115,7 +115,7 @@ def measurement_table(name: str, measured: Json) -> Table:
 
 
 def _metrics(columns: Mapping[str, Json], units: Mapping[str, str]) -> list[Row]:
-    """Returns a row for every metric that one of the columns has."""
+    """Returns a row for every metric of any column."""
     names = dict.fromkeys(name for column in columns.values() for name in column.get("metrics", {}))
     return [
         (f"{NAMES.get(name, name)}, test", _metric(name), _percent if units.get(name, UNITS.get(name)) == "%" else _decimal)
@@ -136,12 +136,12 @@ def _own(label: str) -> Callable[[Json], Any]:
 
 
 def _more(columns: Mapping[str, Json]) -> list[str]:
-    """Returns the labels of operations that a method counts in its own way."""
+    """Returns the labels of a method's own counts of operations."""
     return list(dict.fromkeys(label for column in columns.values() for label in column.get("computed", {})))
 
 
 def _rows(columns: Mapping[str, Json]) -> list[Row]:
-    """Returns the rows of the table, those of the method's own counts below the other operations."""
+    """Returns the rows of the table; the method's own counts are below the other operations."""
     more: list[Row] = [(label, _own(label), _count) for label in _more(columns)]
     place = next(number for number, (label, *_) in enumerate(_ROWS) if label == LAST_OF_MACS) + 1
     return [*_ROWS[:place], *more, *_ROWS[place:]]
@@ -185,7 +185,7 @@ def _add_latency(table: Table, latency: Json | None, columns: list[str]) -> None
         return
     timings, best = latency["timings"], latency["best"]
     for execution in dict.fromkeys(name for own in timings.values() for name in own):
-        row = [timings.get(c, {}).get(execution) for c in columns]  # a model may have executions that the dense one has not
+        row = [timings.get(c, {}).get(execution) for c in columns]  # a model may have executions that the dense model lacks
         ratio = row[0]["median"] / row[-1]["median"] if row[0] and row[-1] else None
         label = f"latency, {execution}, batch {latency['batch']} (ms)"
         table.add_row(label, *("" if t is None else _time(t) for t in row), "" if ratio is None else f"{ratio:.2f}x")

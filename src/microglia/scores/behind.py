@@ -1,4 +1,4 @@
-"""What stands behind a layer: the norm of its outputs and the map after its activation, found while the model runs."""
+"""The norm after a layer and the map after its activation, found while the model runs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ACTIVATIONS = frozenset((
 ))  # fmt: skip
 """Functions after which the outputs of a layer are its map."""
 MIXING = ("conv", "linear", "matmul", "mm", "bmm", "baddbmm", "addmm", "einsum")
-"""Names of functions, or how they begin, that make other channels of those they are given."""
+"""Names of functions, or their prefixes, that change channels."""
 NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 
 JOINING = ("cat", "concat", "concatenate")
@@ -36,11 +36,11 @@ Held = dict[str, int]
 
 @dataclass(frozen=True)
 class Norm:
-    """The norm behind a layer.
+    """The norm after a layer.
 
     Attributes:
-        module: With a scale for each channel.
-        channels: Those of the layer among its own; a norm behind a concatenation has those of others too.
+        module: The norm, with a scale for each channel.
+        channels: Channels of the layer among the norm's; a norm after a concatenation also has channels of other layers.
     """
 
     module: nn.Module
@@ -53,7 +53,7 @@ class Norm:
 
 
 class _Outputs(TorchFunctionMode):
-    """Follows the outputs of layers through everything that keeps their channels: norms, sums, concatenation, pooling."""
+    """Follows the outputs of layers through operators that keep their channels: norms, sums, concatenation, pooling."""
 
     def __init__(self, dims: Mapping[str, int], sizes: Mapping[str, int], note: Note) -> None:
         super().__init__()
@@ -72,14 +72,14 @@ class _Outputs(TorchFunctionMode):
         return self._holds.get(tensor, {}) if isinstance(tensor, Tensor) else {}
 
     def arrived(self, tensor: Tensor, held: Held) -> None:
-        """Notes the map of layers; each has one in a pass."""
+        """Records the map of layers; each has one in a pass."""
         for name, first in held.items():
             if self._waiting.pop(name, None) is not None:
                 self._note(name, tensor.narrow(self._dims[name], first, self._sizes[name]).movedim(self._dims[name], 1))
         self._holds[tensor] = {}
 
     def end(self) -> None:
-        """Notes the outputs of layers that reached neither an activation nor another layer."""
+        """Records the outputs of layers that reached neither an activation nor another layer."""
         for name, output in list(self._waiting.items()):
             self.arrived(output, {name: 0})
 
@@ -103,7 +103,7 @@ class _Outputs(TorchFunctionMode):
         return found
 
     def _joined(self, parts: Sequence[Tensor], found: Tensor, dim: int) -> Held:
-        """Returns what a tensor holds that was put together along a dimension."""
+        """Returns the layers of a tensor that was concatenated along a dimension."""
         held: Held = {}
         before = 0
         for part in parts:
@@ -122,7 +122,7 @@ class _Outputs(TorchFunctionMode):
 def _following(
     model: nn.Module, layers: Mapping[str, Layer], note: Note, behind: Callable[[str, nn.Module, int], None]
 ) -> Iterator[_Outputs]:
-    """Within it the model's layers are followed: their maps and norms are noted."""
+    """Context in which the maps and norms of the model's layers are recorded."""
     if any(isinstance(layer.module, GraphLayer) for layer in layers.values()):
         raise ScoreError(
             "Maps and norms are found where a layer is called, and this model came back from shrinking as a graph, whose "
@@ -155,14 +155,14 @@ def _following(
 def follow(
     model: nn.Module, layers: Mapping[str, Layer], evidence: Evidence, note: Note, *, first: bool = False
 ) -> dict[str, Norm]:
-    """Runs the model over the batches and notes the map of each layer; returns the norm right behind each layer that has one.
+    """Runs the model over the batches and records each layer's map; returns the norm right after each layer that has one.
 
-    The map of a layer is what its outputs are after the next activation: behind its norm and, where it ends a residual
-    block, behind the sum with the shortcut. A layer without an activation has the map that the next layer reads.
+    The map of a layer is its output after the next activation: after its norm and, at the end of a residual block, after the
+    sum with the shortcut. A layer without an activation has the map that the next layer reads.
 
     Args:
-        model: In the mode wanted.
-        layers: Those to follow, by name. A layer that is not called by itself, as inside attention, has no map.
+        model: Any module, in the mode to run in.
+        layers: Layers to follow, by name. A layer that is not called itself, as inside attention, has no map.
         evidence: Batches of (inputs, targets).
         note: Called with (name, map (batch, channels, *positions)).
         first: Whether one batch is enough.
@@ -192,5 +192,5 @@ def follow(
 
 
 def norms_behind(model: nn.Module, layers: Mapping[str, Layer], evidence: Evidence) -> dict[str, Norm]:
-    """Returns the norm right behind each layer that has one with a scale for each channel; see `follow`."""
+    """Returns the norm right after each layer, if it has a scale for each channel; see `follow`."""
     return follow(model, layers, evidence, lambda name, found: None, first=True)

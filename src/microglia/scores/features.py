@@ -1,4 +1,4 @@
-"""Scores of whole filters from the maps they make: their rank, and what the loss feels of them."""
+"""Scores of whole filters from their maps: the rank, and the sensitivity of the loss."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from microglia.scores.reading import loss_of, outputs_of
 def hrank(model: nn.Module, layers: Mapping[str, Layer], evidence: Evidence) -> dict[str, Tensor]:
     """Returns the mean rank of each filter's map after its activation, over all images (Lin et al. 2020, equation 5).
 
-    Equal ranks are ordered by the mean norm of the maps, which adds less than one image's rank could. In evaluation mode.
-    The last layer of a residual block is ranked behind the sum with the shortcut, as in the authors' code.
+    Equal ranks are ordered by the mean norm of the maps, which adds less than one image's rank. The model runs in evaluation
+    mode. The last layer of a residual block is ranked after the sum with the shortcut, as in the authors' code.
 
     Raises:
         ScoreError: There is no batch, or the model is a traced graph.
@@ -68,10 +68,11 @@ def _ordered(layer: Layer, sums: Tensor | None) -> Tensor:
 
 @score("taylor", filters=True)
 def taylor(model: nn.Module, layers: Mapping[str, Layer], evidence: Evidence) -> dict[str, Tensor]:
-    """Returns (dL/dz)^2 of a gate z = 1 on each filter behind its norm (Molchanov et al. 2019, section 3).
+    """Returns (dL/dz)^2 of a gate z = 1 on each filter after its norm (Molchanov et al. 2019, section 3).
 
-    dL/dz is that of the mean loss over all batches of all ranks, squared after averaging. It is gamma dL/dgamma + beta
-    dL/dbeta of the norm, and not the sum of w dL/dw of the filter, which batch norm makes 0. In train mode, without dropout.
+    dL/dz is that of the mean loss over all batches of all ranks, squared after averaging. It equals gamma dL/dgamma + beta
+    dL/dbeta of the norm, not the sum of w dL/dw of the filter, which is 0 under batch norm. The model is in training mode,
+    without dropout.
 
     Raises:
         ScoreError: There are no batches or no loss, the loss is not finite, or the model is a traced graph.
@@ -96,11 +97,11 @@ def taylor_weights(model: nn.Module, layers: Mapping[str, Layer], evidence: Evid
 
 
 def gate_gradients(model: nn.Module, layers: Mapping[str, Layer], evidence: Evidence) -> dict[str, Tensor]:
-    """Returns dL/dz by layer, float64 (out,), of gates z = 1 on the outputs behind each layer's norm; see `taylor`.
+    """Returns dL/dz by layer, float64 (out,), for gates z = 1 on the outputs after each layer's norm; see `taylor`.
 
     Args:
-        model: In the mode wanted. A layer that is not called by itself, as inside attention, gets zeros.
-        layers: By name.
+        model: Any module, in the mode to run in. A layer that is not called itself, as inside attention, gets zeros.
+        layers: Layers by name.
         evidence: Batches and loss.
     """
     if evidence.loss is None:
@@ -143,5 +144,5 @@ def gate_gradients(model: nn.Module, layers: Mapping[str, Layer], evidence: Evid
 
 
 def _outputs(layers: Mapping[str, Layer], module: nn.Module) -> int:
-    """Returns how many outputs a layer's module has."""
+    """Returns the number of outputs of a layer's module."""
     return next(layer.sides[0] for layer in layers.values() if layer.module is module)

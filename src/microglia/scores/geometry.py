@@ -1,4 +1,4 @@
-"""Scores of whole filters from the weights alone: norms, the geometric median, the scale of the norm; and LAMP."""
+"""Scores of whole filters from weights only: norms, the geometric median, the scale of the norm; and LAMP."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from microglia.scores.behind import norms_behind
 def l1(model: nn.Module, layers: Mapping[str, Layer], evidence: Evidence) -> dict[str, Tensor]:
     """Returns the sum of |w| over each filter (Li et al. 2017).
 
-    Weights are those that the forward pass sees: columns that a mask removed do not count, which is the paper's greedy rule.
+    The weights are those of the forward pass: masked columns do not count, which is the paper's greedy rule.
     """
     return {name: per_filter(layer, rows(layer).abs().sum(1)) for name, layer in layers.items()}
 
@@ -32,13 +32,13 @@ def l2(model: nn.Module, layers: Mapping[str, Layer], evidence: Evidence) -> dic
 def fpgm(model: nn.Module, layers: Mapping[str, Layer], evidence: Evidence) -> dict[str, Tensor]:
     """Returns the sum of distances from each filter to all others of its layer (He et al. 2019, equation 5).
 
-    The smallest is nearest to the geometric median, so that the others can stand for it.
+    The filter with the smallest sum is nearest to the geometric median, so the others can replace it.
     """
     return {name: per_filter(layer, distances(rows(layer))) for name, layer in layers.items()}
 
 
 def distances(filters: Tensor) -> Tensor:
-    """Returns the sum over j of |f_i - f_j| for each row f_i, (n,), in float64; a distance that rounding could make is 0."""
+    """Returns the sum over j of |f_i - f_j| for each row f_i, (n,), in float64; a distance within rounding error is 0."""
     centred = filters.double() - filters.double().mean(0)
     squares = centred.square().sum(1)
     apart = squares[:, None] + squares - 2 * centred @ centred.T
@@ -47,12 +47,12 @@ def distances(filters: Tensor) -> Tensor:
 
 @score("scale", filters=True)
 def scale(model: nn.Module, layers: Mapping[str, Layer], evidence: Evidence) -> dict[str, Tensor]:
-    """Returns |gamma| of the norm right behind each filter (Liu et al. 2017); 1 for a layer without one.
+    """Returns |gamma| of the norm right after each filter (Liu et al. 2017); 1 for a layer without a norm.
 
-    One batch is run to find the norms.
+    It runs one batch to find the norms.
 
     Raises:
-        ScoreError: No layer has a norm with a scale behind it.
+        ScoreError: No layer is followed by a norm with a scale.
     """
     norms = norms_behind(model.eval(), layers, evidence)
     if not norms:
@@ -69,7 +69,7 @@ def scale(model: nn.Module, layers: Mapping[str, Layer], evidence: Evidence) -> 
 
 @score("lamp")
 def lamp(model: nn.Module, layers: Mapping[str, Layer], evidence: Evidence) -> dict[str, Tensor]:
-    """Returns w^2 over the sum of all v^2 of its layer with |v| >= |w| (Lee et al. 2021): it compares across layers.
+    """Returns w^2 over the sum of all v^2 of its layer with |v| >= |w| (Lee et al. 2021), comparable across layers.
 
     The largest weight of every layer scores 1.
     """

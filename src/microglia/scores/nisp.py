@@ -16,17 +16,18 @@ from microglia.scores.reading import fitting, outputs_of
 from microglia.scores.synflow import example_of, passing
 
 MIXED = 0.5
-"""How much spread counts beside independence in the graph of responses (Roffo et al. 2015, alpha)."""
+"""Weight of spread against independence in the graph of responses (Roffo et al. 2015, alpha)."""
 SHARE = 0.9
-"""The path factor of Inf-FS, as a fraction of the largest for which the sum over paths of all lengths is finite."""
+"""The path factor of Inf-FS, as a fraction of the largest factor with a finite sum over all paths."""
 
 
 @score("nisp", filters=True)
 def nisp(model: nn.Module, layers: Mapping[str, Layer], evidence: Evidence) -> dict[str, Tensor]:
     """Returns the importance that reaches each filter from the last hidden responses: s_l = |W_(l+1)|^T s_(l+1).
 
-    The responses that the last layer reads are ranked by Inf-FS over the batches; their importance goes back through the
-    network of absolute weights, shortcuts and pooling included, norms passing. A convolution's is summed over positions.
+    The responses that the last layer reads are ranked by Inf-FS over the batches. Their importance is propagated back through
+    the network of absolute weights, including shortcuts and pooling, with norms as identity. A convolution's importance is
+    summed over positions.
 
     Raises:
         ScoreError: There is no batch, the last layer is never called, or the importance is beyond float64.
@@ -83,10 +84,10 @@ def propagated(model: nn.Module, layers: Mapping[str, Layer], example: Any, fina
     """Returns the importance of each filter by layer, float64 (out,).
 
     Args:
-        model: In evaluation mode.
-        layers: By name.
+        model: A model in evaluation mode.
+        layers: Layers by name.
         example: Inputs of one example.
-        final: Importance of each response that the last layer called reads. Its own outputs have 1.
+        final: Importance of each response that the last called layer reads. Its own outputs have 1.
     """
     called = _called(layers)
     shifts = {

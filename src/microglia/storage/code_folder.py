@@ -1,4 +1,4 @@
-"""A run remembers where the code of a user's own model was, and finds it again where the run is trusted."""
+"""The folder of the code of a user's own model: a run records it, and uses it again if the run is trusted."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from microglia.zoo.origin import import_from, module_of, origin_of
 from microglia.zoo.trust import require_known_recipe
 
 ENVIRONMENT = "environment.json"
-"""File of a run that says where it ran, and under `CODE` where the module of its model was."""
+"""File of a run with its environment, and under `CODE` the folder of its model's module."""
 CODE = "code"
 MODEL_CODE = "model_code"
-"""Under this of its model, where `CODE` is of a task of the user's own that takes another one's model."""
+"""Key of the model's folder, if `CODE` is the folder of a user's own task."""
 
 
 def _named(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the names in a recipe that may stand for code of the user's own, by where a run remembers their folders."""
+    """Returns the names in a recipe that may be code of the user's own, by the key of their folder."""
     task, model = recipe.get("task"), recipe.get("model")
     if not isinstance(task, str):
         return {CODE: model}
@@ -27,20 +27,20 @@ def _named(recipe: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def origins(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns what a run remembers of the code that its recipe names; None for names of the library."""
+    """Returns the record of the code that a recipe names; None for names of the library."""
     return {key: origin_of(str(name)) for key, name in _named(recipe).items()}
 
 
 def admit(recipe: Mapping[str, Any], file: Path) -> None:
-    """Raises as `microglia.zoo.trust.require_known_recipe`; of a trusted run, makes the code of its model and task importable.
+    """Raises as `microglia.zoo.trust.require_known_recipe`; for a trusted run, makes the code of model and task importable.
 
     Args:
-        recipe: As the file holds it, without what the user typed.
-        file: The recipe; a run's own has the run's environment beside it.
+        recipe: Recipe in the file, without the user's options.
+        file: File of the recipe; a run's own file has the run's environment beside it.
 
     Raises:
-        FileError: The file names what it may not name; the text says which module that is and where it was.
-        ModelError: The module is not where it was.
+        FileError: The file names code that needs trust; the text gives the module and its folder.
+        ModelError: The module is not in its folder.
     """
     names = _named(recipe)
     folders = {key: _remembered(file.parent, key, module_of(name)) for key, name in names.items()}
@@ -51,7 +51,7 @@ def admit(recipe: Mapping[str, Any], file: Path) -> None:
 
 
 def _remembered(run: Path, key: str, module: str | None) -> str | None:
-    """Returns the folder that a run remembers of a module; a file that does not say it so counts as not saying it."""
+    """Returns the recorded folder of a module; a malformed record counts as missing."""
     if module is None or not (run / ENVIRONMENT).is_file():
         return None
     try:

@@ -1,4 +1,4 @@
-"""The file of a sensitivity: what ``microglia sensitivity`` measured, as the scope ``sensitivity:FILE`` reads it."""
+"""The file of a sensitivity: curves measured by ``microglia sensitivity`` for the scope ``sensitivity:FILE``."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def write_sensitivity(path: Path, found: Sensitivity, **notes: Any) -> None:
         notes: Further fields, JSON-ready, for the reader: the pattern, the split.
 
     Raises:
-        FileError: It cannot be written.
+        FileError: The file cannot be written.
     """
     layers = {name: {"size": curve.size, "points": [list(p) for p in curve.points]} for name, curve in found.curves.items()}
     content = {**notes, "dense": found.dense, "layers": layers}
@@ -43,7 +43,7 @@ def read_sensitivity(path: str | Path) -> Sensitivity:
     """Returns the curves of a file that `write_sensitivity` wrote.
 
     Args:
-        path: The file, the directory of the study, or the run it was made of.
+        path: The file, the directory of the study, or its run.
 
     Raises:
         FileError: The file is missing, damaged, of another kind, or newer than this library.

@@ -1,4 +1,4 @@
-"""Agreement: on how many test examples two models say the same."""
+"""Agreement: the number of test examples with the same prediction of two models."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ Json = dict[str, Any]
 
 
 def agreement(model: nn.Module, fast: nn.Module, task: Task, batch: int) -> Json | None:
-    """Returns on how many examples of the test split both models say the same by `Task.agree`; None where that is unknown.
+    """Returns the number of test examples on which both models agree by `Task.agree`; None if this is undefined.
 
-    The last examples are repeated to fill their batch, for a smaller one would run in the dense model.
+    The last examples are repeated to fill their batch, because a smaller batch would run in the dense model.
 
     Returns:
-        ``images``, ``equal``, ``correct`` (right classes of the first and of the second model; None where targets are no
-        classes) and the largest ``difference`` of outputs.
+        ``images``, ``equal``, ``correct`` (right classes of the first and of the second model; None if targets are not classes)
+        and the maximum ``difference`` of outputs.
     """
     images = equal = 0
     correct: list[int] | None = [0, 0]
@@ -43,7 +43,7 @@ def agreement(model: nn.Module, fast: nn.Module, task: Task, batch: int) -> Json
 
 
 def _right(outputs: Any, targets: Any) -> int | None:
-    """Returns how many logits (batch, classes) have their label (batch,) largest; None where these are no such ones."""
+    """Returns the number of logits (batch, classes) whose arg-max is the label (batch,); None for other shapes."""
     if not isinstance(outputs, Tensor) or not isinstance(targets, Tensor) or outputs.ndim != 2 or targets.ndim != 1:
         return None
     return int((outputs.argmax(1) == targets).sum())

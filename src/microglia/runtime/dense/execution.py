@@ -39,10 +39,10 @@ def executions(
       in float32; needs no compiler and takes one or two seconds to prepare.
     - ``compiled``: ``torch.compile`` with frozen weights; needs a C++ compiler on the CPU, Triton on a GPU, and takes
       from seconds (when its cache has seen the model) to minutes.
-    - ``onnxruntime`` and ``openvino``: the model converted for another engine on the CPU, with as many threads as PyTorch;
-      seconds to tens of seconds. Each needs its package.
-    - ``openvino-int8``: weights and activations rounded to 8 bits, calibrated on the example alone. Good for its time, not
-      for its predictions: `microglia.export` calibrates on data and says the accuracy.
+    - ``onnxruntime`` and ``openvino``: the model converted for another engine on the CPU, with as many threads as PyTorch.
+      Preparation takes seconds to tens of seconds, and each needs its package.
+    - ``openvino-int8``: weights and activations rounded to 8 bits, calibrated only on the example. Its time is valid, its
+      predictions are not: `microglia.export` calibrates on data and reports the accuracy.
 
     Each is run once and compared with ``eager``. It is left out if it cannot be prepared here, or if its outputs differ by more
     than 1e-4 of the largest output (2e-2 in half precision, 5e-3 on a GPU that multiplies in TF32).
@@ -50,7 +50,7 @@ def executions(
     Args:
         model: Any module, masked or folded; it stays bit for bit unchanged.
         example_inputs: A tensor, a tuple of arguments, or a mapping of keyword arguments. The executions work on copies.
-        kinds: Which ones: names, or ``torch`` for the first four, or ``all`` for every exact one that is installed.
+        kinds: Names of executions, or ``torch`` for the first four, or ``all`` for every installed exact one.
         notes: A list to which the reason for each one left out is added.
 
     Returns:

@@ -20,8 +20,8 @@ def folder_source(root: Path) -> Source:
             folders directly. Names that start with a dot are skipped.
 
     Raises:
-        DataError: When there are no class folders, a training class has no images, there is a test or validation split
-            without a train split, or it has a class that the train split lacks.
+        DataError: When there are no class folders, or a training class has no images. Also when a test or validation split has
+            no train split beside it, or a class that the train split lacks.
     """
     splits = split_names((path.name for path in _folders(root)), f"The folder {root}")
     if splits and "train" not in splits:

@@ -22,8 +22,8 @@ Collate = Callable[[list[Any]], Any]
 class SampleBatches:
     """A map-style dataset cut into batches as `microglia.data.Batches` cuts images.
 
-    The order of an epoch depends on (seed, epoch). Each sample is read with the generators of torch, Python and NumPy seeded
-    by (seed, epoch, index), so that random augmentation is the same after a resumption and for every number of processes.
+    The order of an epoch depends on (seed, epoch). Each sample is read with the generators of torch, Python and NumPy seeded by
+    (seed, epoch, index). So random augmentation is the same after a resumption and for every number of processes.
 
     Args:
         dataset: Has ``len()`` and returns a sample, (input, target), for an index.

@@ -28,7 +28,7 @@ NOISE = (0.04, 0.08, 0.12, 0.18, 0.26)
 BLUR = (0.4, 0.6, 0.8, 1.1, 1.5)
 """Standard deviation in pixels of an image 32 pixels wide or less; it grows with larger ones."""
 QUALITY = (60, 40, 25, 15, 8)
-"""Of JPEG as Pillow counts it."""
+"""Quality of JPEG on Pillow's scale."""
 CONTRAST = (0.75, 0.5, 0.35, 0.25, 0.15)
 """Remaining fraction of each pixel's distance from its image's mean."""
 CHUNK = 1024

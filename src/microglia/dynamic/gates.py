@@ -1,6 +1,6 @@
 """Gates: small heads inside a model that choose the output channels for each input and layer.
 
-A gate is attached to a module of the user's own model, the convolution or the batch norm after it, and multiplies its output by
+A gate is attached to a module of the user's own model, the convolution or the batch norm after it. It multiplies the output by
 a mask of zeros and ones. So the norm sees all filters, as FTWT requires, and a following activation with f(0) = 0, also a
 functional one, keeps the zeros. Source: FTWT; spec, sections 7.2, 7.4 and 7.6.
 """

@@ -68,9 +68,9 @@ def statistics(routes: Routes, counter: Counter, generator: torch.Generator | No
 
     It holds ``inputs``; ``dense`` and ``heads`` (multiply-accumulates); ``honest`` and ``paper`` (computed fraction of the
     dense ones: ``mean``, ``std``, ``min`` and ``max`` over inputs); ``agreement`` of masks with targets (``accuracy``,
-    ``precision``, ``recall``); ``routes`` and ``signatures`` (distinct ones); ``layers``, each with ``filters``, ``kept`` and
-    its ``std`` over inputs (fractions), ``core`` (filters of every route), ``dead`` (filters of no route), ``diversity`` (1 -
-    core / mean kept), ``macs`` (computed fraction of the layer's), agreement, and ``within`` and ``across`` (mean Jaccard
+    ``precision``, ``recall``); ``routes`` and ``signatures`` (distinct ones); ``layers``. Each layer has ``filters``, ``kept``
+    and its ``std`` over inputs (fractions), ``core`` (filters of every route), ``dead`` (filters of no route); ``diversity`` (1
+    - core / mean kept), ``macs`` (computed fraction of the layer's), agreement; and ``within`` and ``across`` (mean Jaccard
     overlap of the masks of two inputs of one class, and of two classes).
     """
     costs = counter(routes.masks)

@@ -66,8 +66,8 @@ class Evaluation:
 
     Attributes:
         batches: Pairs of inputs and targets, iterated several times: a list or a loader, no generator.
-        score: Of the outputs; `accuracy` by default.
-        outputs: What the model returned for its example: the structure in which the score gets outputs.
+        score: Score of the outputs; `accuracy` by default.
+        outputs: The model's outputs for its example: the structure in which the score gets outputs.
     """
 
     batches: Iterable[tuple[Any, Any]]
@@ -77,7 +77,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Int8Report:
-    """What rounding to 8 bits changed.
+    """The effect of rounding to 8 bits.
 
     Attributes:
         calibrated: Examples that calibrated.
@@ -114,7 +114,7 @@ def quantize(
 
     Args:
         model: In float32; stays as it is.
-        example: What the PyTorch model is called with: the structure of the calibration inputs.
+        example: Example inputs of the PyTorch model: the structure of the calibration inputs.
         calibration: Batches of inputs, or of (inputs, targets) as a loader gives them, such as training images. The first
             ``count`` examples are taken in their order, so shuffle with a seed where classes are sorted.
         count: Examples that calibrate.

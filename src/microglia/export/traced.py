@@ -31,7 +31,7 @@ class Traced:
         outputs: Names of the output tensors.
         left_out: Classes of outputs that the program does not return, such as a language model's cache.
         fixed: Input -> requested free dimensions that are constants.
-        metadata: What a file is to tell of the model.
+        metadata: Metadata of the model for the file.
     """
 
     program: torch.export.ExportedProgram
@@ -63,7 +63,7 @@ def traced(
         example_inputs: A tensor, a tuple of arguments, or a mapping of keyword arguments.
         dynamic: Free dimensions of the inputs: by default the batch; (0, 2, 3) also height and width of images, (0, 1) also the
             length of token ids. A size that the model's code fixes stays as in the example.
-        metadata: What a file is to tell of the model.
+        metadata: Metadata of the model for the file.
 
     Raises:
         ExportError: A pruner still searches in the model.

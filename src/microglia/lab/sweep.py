@@ -148,7 +148,7 @@ def run_cell(
     If a process of an earlier sweep still works on the cell, this waits for it.
 
     Args:
-        cell: What to run.
+        cell: The cell to run.
         directory: Directory of the run; its output is in ``log.txt`` there.
         threads: CPU threads of the process, or None for torch's choice.
         children: Registry of the process while it runs.
@@ -209,7 +209,7 @@ def run_sweep(sweep: Sweep, out: str | Path, jobs: int = 1) -> SweepOutcome:
     A sweep can be killed at any moment and started again: finished cells are skipped and interrupted ones resume.
 
     Args:
-        sweep: What to run.
+        sweep: The sweep to run.
         out: Directory of the runs, each under its cell's name.
         jobs: Runs at a time; each gets its share of the cores.
 

@@ -81,8 +81,8 @@ def accelerate(
         notes: A list to which the executions that could not be timed are added.
 
     Raises:
-        MicrogliaError: The model is neither on the CPU nor on one CUDA GPU, cannot be traced, has no convolution or linear
-            layer of these types, or does not run on these inputs; or the precision is unknown; or autocast is on.
+        MicrogliaError: The model is neither on the CPU nor on one CUDA GPU, cannot be traced, or does not run on these inputs;
+            it has no convolution or linear layer of these types; or the precision is unknown; or autocast is on.
     """
     if precision not in PRECISIONS:
         raise MicrogliaError(f"A model is accelerated in {' or '.join(PRECISIONS)}, not in {precision!r}.")

@@ -72,7 +72,7 @@ def shares(
 
     Args:
         model: Masked or dense.
-        layers: Whose weights to score.
+        layers: Layers whose weights are scored.
         example: Inputs of one example: tensors (1, ...).
         dtype: Dtype of the computation; None takes float32 where the flow fits in it.
 
@@ -87,7 +87,7 @@ class PositiveFlow:
 
     Args:
         model: A network without masks; only read.
-        layers: Whose weights to score.
+        layers: Layers whose weights are scored.
         example: Inputs of one example: tensors (1, ...).
 
     Attributes:

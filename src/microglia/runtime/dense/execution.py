@@ -44,8 +44,8 @@ def executions(
     - ``openvino-int8``: weights and activations rounded to 8 bits, calibrated only on the example. Its time is valid, its
       predictions are not: `microglia.export` calibrates on data and reports the accuracy.
 
-    Each is run once and compared with ``eager``. It is left out if it cannot be prepared here, or if its outputs differ by more
-    than 1e-4 of the largest output (2e-2 in half precision, 5e-3 on a GPU that multiplies in TF32).
+    Each is run once and compared with ``eager``. It is left out if it cannot be prepared here, or if its outputs differ too
+    much: by more than 1e-4 of the largest output (2e-2 in half precision, 5e-3 on a GPU that multiplies in TF32).
 
     Args:
         model: Any module, masked or folded; it stays bit for bit unchanged.

@@ -14,8 +14,8 @@ aten = torch.ops.aten
 def overwrite_residuals(module: GraphModule, made: Collection[Node]) -> None:
     """Sets ``overwrites`` on each fused layer that may write its output over its residual.
 
-    This is allowed if the residual is another fused layer's output, if the layer does not also read it as its input, if it is
-    the last reader, and if no reader can hold a view of the residual.
+    This is allowed under four conditions. The residual is another fused layer's output; the layer does not also read it as its
+    input; the layer is its last reader; no reader can hold a view of it.
 
     Args:
         module: The graph module.

@@ -45,8 +45,8 @@ class BlockChain(nn.Module):
         images: Number of images of a call.
 
     Raises:
-        MicrogliaError: There is no layer, a layer is not in float32 on the CPU, a layer reads or adds a value that does not
-            exist yet or has another number of channels, or no result goes out.
+        MicrogliaError: There is no layer; a layer is not in float32 on the CPU; a layer reads or adds a value that does not
+            exist yet or has another number of channels; or no result goes out.
     """
 
     values: Tensor

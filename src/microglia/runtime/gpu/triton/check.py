@@ -26,8 +26,8 @@ def check_places(places: Places, outputs: int, inputs: int, kernel: Sequence[int
         kernel: Height and width; (1, 1) of a linear layer.
 
     Raises:
-        MicrogliaError: A tensor of another type or shape, a row pointer that falls or does not end at the number of
-            blocks, a first channel outside the input or not a multiple of the block's inputs, or a tap outside the kernel.
+        MicrogliaError: A tensor has another type or shape; a row pointer falls or does not end at the number of blocks; a first
+            channel is outside the input or not a multiple of the block's inputs; or a tap is outside the kernel.
     """
     values, row_pointer, channel, tap = places
     if values.ndim != 3 or values.shape[1] not in WIDTHS or values.shape[2] not in STRIPES:

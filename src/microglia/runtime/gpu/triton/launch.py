@@ -27,7 +27,7 @@ MASKED_TAPS = 32
 ALIGNMENT = 16
 """Rows of a transposed matrix are padded to a multiple of this many elements, so that loads are aligned."""
 SIDE = 64
-"""Of the square that one program turns."""
+"""Side of the square that one program transposes."""
 INTEGER = 2**31
 """From this many elements on, offsets need 64 bits."""
 LARGEST = 2**26

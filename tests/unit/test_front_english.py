@@ -35,7 +35,7 @@ def paragraphs(text: str) -> Iterator[str]:
     section, lines = "", list[str]()
     for line in [*text.splitlines(), ""]:
         entry = ENTRY.match(line) if section and section not in ("Returns:", "Yields:", "Example:", "Examples:") else None
-        aside = not section and line.startswith("    ") or section.startswith("Example")
+        aside = (not section and line.startswith("    ")) or section.startswith("Example")
         if entry or aside or not line.strip() or line in SECTIONS or re.match(r"\s*(- |\d+\. |>>> |\.\.\. |\|)", line):
             if lines:
                 yield " ".join(lines)

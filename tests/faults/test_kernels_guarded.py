@@ -37,9 +37,13 @@ def sanitized(tmp_path_factory):
     assert compiler, "the sanitizers need the C++ compiler that built the kernels"
     folder = tmp_path_factory.mktemp("sanitized")
     sources = sorted(file for file in RUNTIME.glob("kernels/*.cpp") if not file.name.startswith("register"))
-    flags = ["-O1", "-g1", "-std=c++17", "-fPIC", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    plain = ["-O0", "-g1", "-std=c++17", "-fPIC"]
+    flags = [*plain, "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    absent = tuple(LEVELS[len(HERE) + 1 :])  # what this processor cannot run is only linked
     building = [
-        subprocess.Popen([compiler, *flags, "-c", str(source), "-o", str(folder / f"{source.stem}.o")]) for source in sources
+        subprocess.Popen([compiler, *own, "-c", str(source), "-o", str(folder / f"{source.stem}.o")])
+        for source in sources
+        for own in [plain if source.stem.endswith(absent) else flags]
     ]
     assert all(process.wait(300) == 0 for process in building)
     library = folder / "kernels.so"

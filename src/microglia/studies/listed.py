@@ -26,10 +26,22 @@ LISTED = {
         "connect",
         "Connect two trained networks: how high is the loss on the straight line, and on a curve trained between them?",
     ),
+    "dropout-path": Place(
+        "dropout_paths",
+        "Build a path of low loss between two trained networks without training: each drops half of its units on the way.",
+    ),
+    "fast-ensemble": Place(
+        "fast_ensemble",
+        "Train a network on in cycles of its learning rate, and average the networks it passes: fast geometric ensembling.",
+    ),
     "surface": Place("surface", "Picture the loss around a network: a plane of contours and a line, filter-normalized."),
     "descent": Place(
         "descent",
         "Train networks of growing width, or on growing data, with noisy labels: does the test error rise and fall again?",
+    ),
+    "least-squares": Place(
+        "least_squares",
+        "Compute double descent exactly: the risk of least squares over the number of features, beside a simulation.",
     ),
     "instability": Place(
         "instability",

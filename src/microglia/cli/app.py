@@ -1,4 +1,4 @@
-"""What every command of the command line shares: the application, its options, and how values and errors are printed."""
+"""The parts that all commands share: the application, its options, and how values and errors are printed."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ app = typer.Typer(
 )
 
 Shown = tuple[Any, list[Any]]
-"""What a command returns: a JSON-ready value, and what a person sees instead."""
+"""The result of a command: a JSON-ready value, and the tables and sentences that a person sees instead."""
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs instead of tables.")]
 Trust = Annotated[bool, typer.Option("--trust", help="Build whatever model a file names, also by its own code.")]

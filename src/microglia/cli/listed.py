@@ -1,4 +1,4 @@
-"""What the list of commands says of each, so that ``microglia --help`` imports none of them and waits for no torch."""
+"""The list of commands with a sentence for each, so that ``microglia --help`` imports none of them and waits for no torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ PRUNE, LOOK, STUDIES = "Prune", "Look and compare", "Studies"
 
 
 class Listed(NamedTuple):
-    """What the list of commands says of one.
+    """One entry of the list of commands.
 
     Attributes:
         module: Module of this package that registers the command.
@@ -37,9 +37,6 @@ COMMANDS = {
     "report": Listed("commands", LOOK, "Collect runs into Markdown tables, figures and one interactive HTML page."),
     "methods": Listed("commands", LOOK, "List the methods and scores there are, with their defaults."),
     "recipe": Listed("commands", LOOK, "Print a recipe with every default filled in, or the JSON schema of recipes."),
-    "sensitivity": Listed(
-        "sensitivity", STUDIES, "Show what each layer alone can lose: accuracy by layer and density, without retraining."
-    ),
     **{name: Listed("studies", STUDIES, place.sentence) for name, place in LISTED.items()},
 }
 """The commands of this package. Another package registers its own with `microglia.cli.app.command`."""

@@ -9,7 +9,7 @@ class Place(NamedTuple):
     """Where a study is.
 
     Attributes:
-        folder: Of this package; its module ``study`` registers the study.
+        folder: Folder of this package; its module ``study`` registers the study.
         sentence: One line that says what the study shows.
     """
 
@@ -18,6 +18,9 @@ class Place(NamedTuple):
 
 
 LISTED = {
+    "sensitivity": Place(
+        "sensitivity", "Show what each layer alone can lose: accuracy by layer and density, without retraining."
+    ),
     "routes": Place("routes", "Show which filters each input uses in a dynamically pruned network: tables and pictures."),
     "shifts": Place(
         "shifts", "Compare accuracy and operations on clean and on noisy, blurred, compressed and pale test images."

@@ -42,7 +42,7 @@ class Building:
         rescale: Whether the best factor of what kept units give is searched for; else it is all units over kept ones.
         points: Places of each segment at which the loss is measured.
         limit: Batches of 256 to look at, the same everywhere; None for all.
-        split: Part of the data, without augmentation.
+        split: Part of the data, without augmentation: ``train``, ``validation`` or ``test``.
         data: Data set instead of the runs' own.
         seed: Root of the draws.
         out: Directory, where the same command goes on; None for one of its own under ``runs``.

@@ -26,7 +26,7 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True)
 class Regressing:
-    """What to simulate: y = X b + e with Gaussian X and e.
+    """Which data to simulate: y = X b + e with Gaussian X and e.
 
     Attributes:
         samples: Rows of X.
@@ -48,7 +48,7 @@ class Regressing:
 
     @property
     def record(self) -> Json:
-        """What makes a row the same row: all but which numbers of features there are."""
+        """All that a row depends on beside its number of features."""
         settings = {name: value for name, value in asdict(self).items() if name not in ("features", "out")}
         return {"command": "least-squares", **settings}
 

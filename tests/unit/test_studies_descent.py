@@ -24,7 +24,7 @@ from microglia.studies.descent.double_descent import (
     with_label_noise,
     with_samples,
 )
-from microglia.studies.dropout_paths.least_squares import bias_risk, optimal_ridge, simulate, variance_risk
+from microglia.studies.least_squares.regression import bias_risk, optimal_ridge, simulate, variance_risk
 
 QUICK = DescentConfig(steps=60, batch_size=32, lr=0.01)
 

@@ -11,13 +11,13 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 import typer
 
-from microglia.cli.app import Checkpoint, Data, Device, DeviceName, Json, Shown, SplitName, command, given_recipe
+from microglia.cli.app import Checkpoint, Data, Device, DeviceName, Json, Shown, command, given_recipe
 from microglia.core.errors import MicrogliaError
 from microglia.lab.recipe import Recipe, RecipeError, put, read_yaml, resolve
 from microglia.studies.options import Option, described, option_of
 from microglia.studies.study import Study, conduct
 
-SHARED = {"data": Data, "checkpoint": Checkpoint, "device": Device, "split": SplitName}
+SHARED = {"data": Data, "checkpoint": Checkpoint, "device": Device}
 """Options that other commands have too."""
 DENSITY = Annotated[float | None, typer.Option(help="Fraction of the prunable weights to keep, in (0, 1].")]
 RECIPE = Annotated[Path | None, typer.Option(help="YAML recipe; options and KEY=VALUE override it.")]
@@ -118,7 +118,9 @@ def _parameters(one: _Asked) -> list[inspect.Parameter]:
     if one.asked in SHARED:
         return [_parameter(one.asked, SHARED[one.asked], one.default)]
     kind, default = one.type, one.default
-    if one.sequence is not None:
+    if one.option.repeated:
+        kind, default = list[str], None
+    elif one.sequence is not None:
         kind, default = str, None if one.default in (None, ()) else _joined(one.default)
     elif get_origin(kind) is Literal:
         kind = str
@@ -164,8 +166,6 @@ def _joined(values: Sequence[Any]) -> str:
 # --------------------------------------------------------------------------------------------------------------- reading
 def _value(one: _Asked, given: Mapping[str, Any], study: Study[Any, Any]) -> Any:
     """Returns the value of a field."""
-    if one.option.hidden:
-        return given[one.name]
     if one.option.recipe is not None:
         return _recipe(one.option, given, study)
     if one.option.parts is not None:
@@ -173,10 +173,12 @@ def _value(one: _Asked, given: Mapping[str, Any], study: Study[Any, Any]) -> Any
     if one.option.words:
         values = [given[name] for name in one.option.words]
         return tuple(values[0]) if one.sequence is not None else tuple(values) if len(values) > 1 else values[0]
+    typed = given[one.name if one.option.hidden else one.asked]
     if one.sequence is None:
-        return given[one.asked]
-    text = given[one.asked]
-    return one.default if text is None else _read(one, text)
+        return typed
+    if typed is None or typed == []:
+        return one.default
+    return tuple(typed) if one.option.repeated else _read(one, typed)
 
 
 def _read(one: _Asked, text: str) -> tuple[Any, ...]:
@@ -192,7 +194,7 @@ def _read(one: _Asked, text: str) -> tuple[Any, ...]:
         found = ()
     if one.sequence is str or (found and (least is None or min(found) >= least)):
         return found
-    kind = "whole numbers" if one.sequence is int else "numbers"
+    kind = one.option.kind or ("whole numbers" if one.sequence is int else "numbers")
     low = "" if least is None else f" of at least {least}"
     example = one.option.example or _joined((one.default or ())[:4])
     raise RecipeError(f"The {one.name} are {kind}{low} such as {example}; got {text!r}.")

@@ -37,9 +37,6 @@ COMMANDS = {
     "report": Listed("commands", LOOK, "Collect runs into Markdown tables, figures and one interactive HTML page."),
     "methods": Listed("commands", LOOK, "List the methods and scores, with their defaults."),
     "recipe": Listed("commands", LOOK, "Print a recipe with every default filled in, or the JSON schema of recipes."),
-    "sensitivity": Listed(
-        "sensitivity", STUDIES, "Show what each layer alone can lose: accuracy by layer and density, without retraining."
-    ),
     **{name: Listed("studies", STUDIES, place.sentence) for name, place in LISTED.items()},
 }
 """The commands of this package. Another package registers its own with `microglia.cli.app.command`."""

@@ -68,7 +68,6 @@ class Look:
         size: Size of the markers, in points.
         width: Width of the line, in points.
         outline: Color of a thin band around the line, on a dark ground; empty for none.
-        bar: Width of a bar from 0 to each value, in units of x; 0 for points and lines.
     """
 
     color: str = COLORS[0]
@@ -78,7 +77,6 @@ class Look:
     size: float = 6
     width: float = 1.5
     outline: str = ""
-    bar: float = 0.0
 
 
 def look(number: int, size: float = 6) -> Look:
@@ -122,6 +120,7 @@ class Bars:
         color: As HTML writes it.
         width: Width of a bar, in units of the axis.
         notes: Additional text of each bar on the screen; one per bar, or empty.
+        errors: Half the height of each error bar; empty for none.
     """
 
     name: str
@@ -130,6 +129,7 @@ class Bars:
     color: str = COLORS[0]
     width: float = 0.8
     notes: Sequence[str] = ()
+    errors: Sequence[float] = ()
 
 
 @dataclass(frozen=True)

@@ -51,8 +51,6 @@ def interactive(chart: Chart) -> go.Figure:
         _draw(figure, panel, {"row": number // chart.columns + 1, "col": number % chart.columns + 1}, named)
     title = (chart.note or chart.title).replace("\n", "<br>")
     figure.update_layout(template="plotly_white", height=chart.height, title=title)
-    if any(line.look.bar for panel in chart.panels for line in panel.lines):
-        figure.update_layout(barmode="overlay")
     if fields:
         figure.update_layout(legend={"orientation": "h", "y": -0.12})  # color scales are on the right
     return figure
@@ -86,16 +84,13 @@ def _draw(figure: go.Figure, panel: Panel, at: dict[str, int], named: set[str]) 
         figure.update_yaxes(_axis(panel.right, []), secondary_y=True, **at)
 
 
-def _trace(line: Line, x: Axis, y: Axis, named: set[str]) -> go.Scatter | go.Bar:
-    """Returns a line, or its bars; ``named`` are the names already in the legend."""
+def _trace(line: Line, x: Axis, y: Axis, named: set[str]) -> go.Scatter:
+    """Returns a line; ``named`` are the names that the legend has."""
     look = line.look
     symbol = SYMBOLS.get(look.marker, look.marker) + ("-open" if look.hollow else "")
     listed = bool(line.name) and line.name not in named
     named.add(line.name)
     said = html.escape(line.notes) if isinstance(line.notes, str) else "%{text}" if line.notes else ""
-    if look.bar:
-        shown = {"name": line.name, "legendgroup": line.name, "showlegend": listed, "marker": {"color": look.color}}
-        return go.Bar(x=_json(line.x), y=_json(line.y), width=look.bar, error_y=_bars(line.y_error), **shown)
     return go.Scatter(
         x=_json(line.x),
         y=_json(line.y),
@@ -120,6 +115,7 @@ def _bar(bars: Bars, y: Axis) -> go.Bar:
         width=bars.width,
         name=bars.name,
         marker={"color": bars.color},
+        error_y=_bars(bars.errors),
         customdata=[html.escape(note) for note in bars.notes] or None,
         hovertemplate=f"%{{y:.4g}}{y.unit}" + ("<br>%{customdata}" if bars.notes else ""),
     )

@@ -85,7 +85,8 @@ def _draw(figure: Figure, axes: Axes, panel: Panel) -> None:
     if panel.field is not None:
         _field(figure, axes, panel.field, pad=0.12 if panel.right is not None else 0.05)
     for bars in panel.bars:
-        axes.bar(bars.x, bars.heights, width=bars.width, color=bars.color, label=bars.name)
+        style: dict[str, Any] = {"yerr": _bars(bars.errors), "ecolor": "0.3", "capsize": 2}
+        axes.bar(bars.x, bars.heights, width=bars.width, color=bars.color, label=bars.name, **style)
     if panel.image is not None:
         axes.imshow(panel.image, cmap="gray", vmin=0, vmax=255)
     named: set[str] = set()
@@ -115,10 +116,6 @@ def _draw(figure: Figure, axes: Axes, panel: Panel) -> None:
 
 def _line(axes: Axes, line: Line, *, listed: bool) -> None:
     look = line.look
-    if look.bar:
-        label, error = line.name if line.name and listed else None, _bars(line.y_error)
-        axes.bar(line.x, line.y, width=look.bar, color=look.color, yerr=error, ecolor="0.3", capsize=2, label=label)
-        return
     style: dict[str, Any] = {
         "color": look.color,
         "marker": MARKERS[look.marker],

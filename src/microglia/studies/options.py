@@ -1,4 +1,4 @@
-"""What the command line knows of a config's fields beside their names, types and defaults: help texts, and how to ask."""
+"""All that the command line knows of a config's fields beside their names, types and defaults: help texts, and how to ask."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ class Option:
         words: Names of the words that give the field without an option: one, or as many as a tuple has; empty for an option.
         least: Smallest whole number; None for any.
         example: Values that the error names where the default has none, such as ``50,100``.
+        kind: Name of the values of a list in errors; empty for numbers or whole numbers.
+        repeated: Whether a list of words is given by the option again and again, instead of by commas.
         parts: Where the field is a dataclass: option -> field of it. The field's default gives the defaults.
         recipe: Where the field is a recipe: what a recipe holds before any word; None for another field.
         masked: Option with a run whose recipe is taken instead of ``recipe``; empty for none.
@@ -28,6 +30,8 @@ class Option:
     words: tuple[str, ...] = ()
     least: int | None = None
     example: str = ""
+    kind: str = ""
+    repeated: bool = False
     parts: Mapping[str, str] | None = None
     recipe: Mapping[str, Any] | None = None
     masked: str = ""

@@ -37,7 +37,7 @@ def under_runs(name: str, identity: Mapping[str, Any] | None = None) -> Path:
 
     Args:
         name: Start of its name; what no file name may hold becomes an underscore.
-        identity: What else tells it from others, JSON-ready; None for nothing.
+        identity: Settings that tell it from others, JSON-ready; None for none.
     """
     if identity is not None:
         mark = hashlib.blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=3).hexdigest()

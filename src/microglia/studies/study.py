@@ -5,7 +5,7 @@ A new study is one value. Its command line is derived from the config, and no sh
     >>> from dataclasses import dataclass
     >>> @dataclass(frozen=True)
     ... class Counting:
-    ...     '''What to count to.
+    ...     '''How far to count.
     ...
     ...     Attributes:
     ...         top: Largest number.
@@ -44,9 +44,9 @@ class Figure:
 
     Attributes:
         name: End of its file names, unique in the study.
-        chart: What it shows.
+        chart: The figure itself.
         rows: Its points, one mapping each with the same keys, for the CSV file; None for a picture on paper alone.
-        told: What the JSON file holds.
+        told: Content of the JSON file.
         slug: Start of its file names; the study's name where it is empty.
     """
 
@@ -59,11 +59,11 @@ class Figure:
 
 @dataclass(frozen=True)
 class Work(Generic[R]):
-    """What a study is about to do: its config is checked, its models are open, and nothing is written yet.
+    """The work of a study: its config is checked, its models are open, and nothing is written yet.
 
     Attributes:
         measure: Does it, stage by stage of a run, and returns the result.
-        record: What makes the run this one: a directory of another record is refused. None for a study that keeps nothing but
+        record: All that the stages depend on: a directory of another record is refused. None for a study that keeps nothing but
             pictures, or runs of its own.
         seed: Root of the run's random numbers.
         device: Where the run computes, ``cpu`` or ``cuda``.
@@ -111,7 +111,7 @@ class Study(Generic[C, R]):
         directory: Where a config keeps everything; None keeps nothing.
         settle: Changes options, by name as typed, where one means something beside another; may add fields of the config that
             have no option.
-        details: What the command's help says after the sentence.
+        details: Help of the command after the sentence.
         example: A command line.
     """
 

@@ -56,7 +56,7 @@ def train_curve(
     Source: Garipov et al. 2018, equation 2 and algorithm of section 3.2.
 
     Args:
-        model: Of the curve's architecture, without masks (`microglia.fold`); it is visited and left as it was.
+        model: A network of the curve's architecture, without masks (`microglia.fold`); it is visited and left as it was.
         task: Data and loss to train with.
         curve: Where to start, such as `on_line`.
         config: Optimizer, ``lr``, ``epochs``, batches, ``momentum``, ``clip``, ``precision``; ``weight_decay`` acts on phi(t).
@@ -67,7 +67,7 @@ def train_curve(
         masks: By parameter name, true = keep, that both ends obey; then every place of the curve obeys them too.
         progress: Where an interrupted training goes on and saves each finished epoch.
         log: Called with all rows after every epoch.
-        title: What the progress bar says.
+        title: Title of the progress bar.
 
     Raises:
         MicrogliaError: The model is of another architecture, the curve has no bends, or an end has weights outside the masks.
@@ -149,7 +149,7 @@ class Places:
 
 
 class _Training:
-    """What one training of a curve holds: inner points, optimizer, generator of t."""
+    """The state of one training of a curve: inner points, optimizer, generator of t."""
 
     def __init__(
         self, model: nn.Module, task: Task, curve: Curve, config: FitConfig, *, masks: Mapping[str, Tensor], seed: int

@@ -28,9 +28,9 @@ class Ends:
         targets: As they were given.
         models: With their masks folded, to visit places with.
         points: Where they are in weight space.
-        task: Of the first.
+        task: Task of the first.
         masks: Those that both have; None where they differ or there are none.
-        notes: What a reader has to know of them.
+        notes: Remarks on them for a reader.
     """
 
     targets: tuple[str, str]
@@ -51,7 +51,7 @@ def open_ends(targets: tuple[str, str], data: str | None = None) -> Ends:
     """Returns the two networks that targets stand for.
 
     Args:
-        targets: As of `microglia.lab.target.open_target`.
+        targets: See `microglia.lab.target.open_target`.
         data: Data set instead of the runs' own.
 
     Raises:

@@ -42,7 +42,7 @@ class DescentConfig:
         optimizer: ``adam`` or ``sgd`` (without momentum).
         lr: Learning rate.
         schedule: ``constant``, or ``root``: lr / sqrt(1 + floor(step / 512)).
-        seed: Of the labels, the subsets, the initial weights and the order of the samples.
+        seed: Root of the labels, the subsets, the initial weights and the order of the samples.
 
     Raises:
         MicrogliaError: A number is out of range.

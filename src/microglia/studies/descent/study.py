@@ -40,7 +40,7 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True)
 class Descending:
-    """What to train.
+    """Which networks to train, and on which data.
 
     Attributes:
         config: How.
@@ -62,7 +62,7 @@ class Descending:
 
     @property
     def recipe(self) -> Json:
-        """What makes a cell the same cell: all but which cells there are."""
+        """All that a cell depends on beside its width and samples."""
         return {"command": "descent", "data": self.data, **asdict(self.config)}
 
     @property

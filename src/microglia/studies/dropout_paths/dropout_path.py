@@ -35,7 +35,7 @@ class DropoutPath:
 
     Attributes:
         points: Way-points; they share the tensors they have in common, so do not write into them.
-        kinds: Of each segment, one less than points.
+        kinds: Kind of each segment, one less than points.
     """
 
     points: tuple[Network, ...]
@@ -62,8 +62,8 @@ def keep_sets(chain: UnitChain, *, seed: int = 0, share: float = 0.5) -> list[Te
 
     Args:
         chain: The network's layers.
-        seed: Of the draw.
-        share: Of a layer's units to keep, in (0, 0.5], rounded down, but at least one unit.
+        seed: Root of the draw.
+        share: Fraction of a layer's units to keep, in (0, 0.5], rounded down, but at least one unit.
 
     Raises:
         MicrogliaError: The share is out of range, or a layer has a single unit.

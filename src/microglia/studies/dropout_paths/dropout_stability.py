@@ -22,11 +22,11 @@ FACTORS = (1.0, 1.25, 1.5, 1.75, 2.0, 2.25, 2.5, 3.0)
 
 @dataclass(frozen=True)
 class Stability:
-    """What dropping units costs.
+    """The cost of dropped units.
 
     Attributes:
-        loss: Of the whole network.
-        dropped: Of it with dropped units from each hidden layer on, the first layer first.
+        loss: Loss of the whole network.
+        dropped: Losses with dropped units from each hidden layer on, the first layer first.
     """
 
     loss: float
@@ -96,7 +96,7 @@ def best_keep_sets(
         tries: Draws.
         by: ``network`` takes the draw with the least epsilon; ``layer`` goes from the last hidden layer to the first and
             takes for each the drawn set with the least loss, those after it being chosen.
-        seed: Of the draws.
+        seed: Root of the draws.
         rescale: See `dropped`.
 
     Raises:

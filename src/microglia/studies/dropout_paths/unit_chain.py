@@ -14,7 +14,7 @@ Network = Mapping[str, Tensor]
 """Every tensor of a chain by name: parameters, and the running statistics of batch norms, which move with their units."""
 
 EMPTY = {"running_var": 1.0}
-"""What the tensors of an empty unit hold, by the end of their names; everything else holds 0."""
+"""Values in the tensors of an empty unit, by the end of their names; everything else holds 0."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def put_units(network: Network, chain: UnitChain, layer: int, units: Tensor, cop
 
     Args:
         network: Where to put them; it stays as it is, and the result shares all other tensors with it.
-        chain: Of all networks here.
+        chain: Layers of all networks here.
         layer: Index of the layer.
         units: Places, int64.
         copied: As many units of the same layer.
@@ -153,7 +153,7 @@ def put_outlets(network: Network, chain: UnitChain, layer: int, units: Tensor, c
 
     Args:
         network: Where to put them; the result shares all other tensors with it.
-        chain: Of all networks here.
+        chain: Layers of all networks here.
         layer: Index of the hidden layer; what changes is the next one's weight.
         units: Places, int64.
         copied: As many units of the same layer.

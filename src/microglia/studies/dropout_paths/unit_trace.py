@@ -144,7 +144,7 @@ class _Walk:
         self.linear = False  # of two factors, weight and scale, a line in both is no line in the product
 
     def passes(self, node: fx.Node, here: fx.Node, *, linear: bool) -> None:
-        """What acts on each unit by itself."""
+        """An operation that acts on each unit by itself."""
         self.linear = self.linear and linear
 
     def flatten(self, node: fx.Node, here: fx.Node) -> None:

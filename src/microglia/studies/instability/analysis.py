@@ -30,14 +30,14 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True)
 class Training:
-    """What is trained twice.
+    """A training that is done twice.
 
     Attributes:
         task: A task of an untrained network.
         run: Every training is a stage of it, never done twice.
         config: The whole training, from epoch 0.
-        masks: Of a subnetwork, or None for the dense network; put on at the epoch the copies part.
-        name: Of what is trained, unique in the run; the dense training up to the parting is shared by all names.
+        masks: Masks of a subnetwork, or None for the dense network; put on at the epoch the copies part.
+        name: Name of the network, unique in the run; the dense training up to the parting is shared by all names.
     """
 
     task: Task
@@ -55,10 +55,10 @@ def instability(training: Training, epoch: int, gauge: Gauge, *, points: int = 3
     batch-norm statistics made anew at each point. Instability = max E - (E(0) + E(1)) / 2 (equation 1).
 
     Args:
-        training: What to train.
+        training: The training.
         epoch: k, from 0 to the whole training; then the copies are one network.
         gauge: How to measure a point.
-        points: Of the line, ends included.
+        points: Points of the line, ends included.
         pair: Number of the pair of noises.
 
     Returns:

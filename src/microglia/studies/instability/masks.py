@@ -84,6 +84,6 @@ class Rewound:
         """Returns as many weights of every layer as `masks` keeps, drawn at random.
 
         Args:
-            epoch: As of `masks`.
+            epoch: See `masks`.
         """
         return shuffled(self.masks(epoch), parse_pattern(self.config.pattern), self.run.seed * 1_009)

@@ -36,7 +36,7 @@ FOUND = "by iterative magnitude pruning, rewound to each epoch"
 
 @dataclass(frozen=True)
 class Sensing:
-    """What to train in two copies, and where they part.
+    """Which network to train in two copies, and where they part.
 
     Attributes:
         recipe: Whose model, data and training are meant; its pruning only where masks are found.

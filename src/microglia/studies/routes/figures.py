@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from microglia.report.chart import COLORS, Axis, Chart, Field, Line, Look, Panel
+from microglia.report.chart import COLORS, Axis, Bars, Chart, Field, Panel
 from microglia.studies.routes.heat import Heat
 
 LABELS = 70
@@ -25,15 +25,15 @@ def core_chart(layers: Sequence[Mapping[str, Any]], title: str) -> Chart:
     Source: FTWT, figure of the core filters.
 
     Args:
-        layers: Of each its name ``layer``, ``filters``, ``kept`` and ``std`` as fractions, and ``core``.
-        title: Of the chart.
+        layers: For each its name ``layer``, ``filters``, ``kept`` and ``std`` as fractions, and ``core``.
+        title: Title of the chart.
     """
     places = list(range(len(layers)))
     kept, spread = ([row[key] * row["filters"] for row in layers] for key in ("kept", "std"))
-    lines = [
-        Line("all filters", places, [row["filters"] for row in layers], look=Look(PALE, bar=0.85)),
-        Line("kept, mean ± std of inputs", places, kept, y_error=spread, look=Look(COLORS[5], bar=0.6)),
-        Line("core: kept for every input", places, [row["core"] for row in layers], look=Look(COLORS[0], bar=0.35)),
+    bars = [
+        Bars("all filters", places, [row["filters"] for row in layers], PALE, 0.85),
+        Bars("kept, mean ± std of inputs", places, kept, COLORS[5], 0.6, errors=spread),
+        Bars("core: kept for every input", places, [row["core"] for row in layers], COLORS[0], 0.35),
     ]
     step = -(-len(layers) // LABELS)
     across = Axis(
@@ -43,7 +43,7 @@ def core_chart(layers: Sequence[Mapping[str, Any]], title: str) -> Chart:
         upright=True,
     )
     size = (max(7.5, min(18.0, 2 + 0.3 * len(layers))), 4.8)
-    return Chart(title, [Panel(across, Axis("filters", limits=(0, None)), lines)], size=size, legend=3)
+    return Chart(title, [Panel(across, Axis("filters", limits=(0, None)), bars=bars)], size=size, legend=3)
 
 
 def heat_chart(heat: Heat, title: str) -> Chart:

@@ -24,11 +24,11 @@ class Heat:
         layer: Its name.
         images: The inputs as bytes, uint8 (images, channels, height, width).
         dense: Mean over channels of the absolute response of the same weights with all gates open, (images, h, w).
-        masked: The same of what the gated model passes on.
+        masked: The same for the response that the gated model passes on.
         cosine: Similarity of the two maps of each image, (images,); of maps without a negative value it is near 1 anyway.
         correlation: The same of the maps less their means, (images,), which tells more.
         kept: Filters its gate kept for each image, int64 (images,).
-        filters: Of how many.
+        filters: Filters of the layer.
     """
 
     layer: str
@@ -52,7 +52,7 @@ def heat_maps(model: nn.Module, data: ImageData, split: Split, layer: str, devic
         data: Its images.
         split: Where the images are from.
         layer: A gated convolution.
-        device: Of the model.
+        device: Device of the model.
     """
     images = getattr(data, split)
     chosen = [int((images.labels == label).nonzero()[0]) for label in images.labels.unique().tolist()[:SHOWN]]

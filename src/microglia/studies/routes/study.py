@@ -43,11 +43,11 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True)
 class Viewing:
-    """What to look at.
+    """Which model to look at, and on which inputs.
 
     Attributes:
         target: A run that made a gated model, or a saved gated model's directory.
-        split: Part of the data, whose inputs are sent through.
+        split: Part of the data whose inputs are sent through: ``train``, ``validation`` or ``test``.
         data: Data set instead of the run's own.
         out: Directory of the pictures; None for ``routes`` in the run, or beside a saved model.
         layer: Gated convolution whose heat maps are drawn; None for the one at two thirds of the depth.
@@ -69,7 +69,7 @@ class Viewing:
 
 @dataclass(frozen=True)
 class Routes:
-    """What was found.
+    """The routes of a split.
 
     Attributes:
         told: The numbers; see `view_routes`.

@@ -1,1 +1,1 @@
-"""What each layer alone can lose: accuracy by layer and density, without retraining."""
+"""Sensitivity of each layer alone: accuracy by layer and density, without retraining."""

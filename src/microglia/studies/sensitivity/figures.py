@@ -8,10 +8,21 @@ from typing import Any
 import numpy as np
 
 from microglia.report.chart import Axis, Chart, Field, Line, Look, Panel, Rule, look
+from microglia.studies.study import Figure
 
 CURVES = 6
 """Layers with a color of their own."""
 GREY = Look("#bbbbbb", width=0.8)
+
+
+def figures(told: Mapping[str, Any]) -> list[Figure]:
+    """Returns the map and the curves.
+
+    Args:
+        told: See `microglia.studies.sensitivity.study.measure_sensitivity`.
+    """
+    charts = {"map": map_chart(told), "curves": curve_chart(told)}
+    return [Figure(name, chart, rows(told), told) for name, chart in charts.items()]
 
 
 def rows(told: Mapping[str, Any]) -> list[dict[str, Any]]:

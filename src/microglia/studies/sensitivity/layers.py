@@ -46,12 +46,12 @@ def check_densities(densities: Sequence[float] | None, pattern: Pattern) -> tupl
 
 @dataclass(frozen=True)
 class Probe:
-    """What is pruned, and how it is measured.
+    """The network that is pruned, and how it is measured.
 
     Attributes:
         model: The network; it is left as it is.
         pruner: Made for the model: layers, pattern, score and reduction.
-        scores: Of every weight, by layer, as the whole network gives them.
+        scores: Score of every weight, by layer, as the whole network gives them.
         densities: To prune each layer to.
         gauge: Measures a network.
     """

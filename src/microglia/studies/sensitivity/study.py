@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any
 
 from rich.table import Table
 
@@ -19,9 +19,14 @@ from microglia.methods.pruner import Pruner
 from microglia.storage.files import digest
 from microglia.storage.run import Run
 from microglia.storage.sensitivity import FILE, write_sensitivity
+from microglia.studies.listed import LISTED
+from microglia.studies.options import Option
+from microglia.studies.places import beside
+from microglia.studies.sensitivity.figures import figures
 from microglia.studies.sensitivity.layers import Probe, check_densities, curves_of, estimate_of
 from microglia.studies.space.gauge import Gauge
-from microglia.tasks.task import Task
+from microglia.studies.study import Study, Work, conduct, register
+from microglia.tasks.task import Split, Task
 from microglia.train.engine import accelerator
 from microglia.train.progress import Bar
 
@@ -30,16 +35,16 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True)
 class Probing:
-    """What to prune, layer by layer, and where to measure it.
+    """How to prune, layer by layer, and where to measure it.
 
     Attributes:
         target: A run directory, a saved model's directory, or a model's name.
-        densities: Fractions kept of the one layer; None for 0.8 down to 0.05.
+        densities: Fractions kept of the one layer, such as 0.5,0.2,0.1; None for 0.8 down to 0.05.
         pattern: ``unstructured``, ``block:OUTxIN``, ``nm:N:M`` or ``channel``.
         score: Name of a score; see ``microglia methods``.
         reduction: How the scores of a unit's weights become one: ``mean``, ``sum``, ``max`` or ``l2``.
-        layers: Selectors of the layers to look at.
-        exclude: Selectors of layers to leave out.
+        layers: Selector of layers to look at; may be given again.
+        exclude: Selector of layers to leave out; may be given again.
         split: ``validation``, or ``train``; never the test images, for densities are chosen by it.
         recalibrate: Training batches of 256 over which batch-norm statistics are made anew at every place; 0 for none.
         limit: Batches of 256 to look at, the same at every place; None for all.
@@ -51,14 +56,14 @@ class Probing:
         device: ``cpu``, ``cuda`` or ``auto``.
     """
 
-    target: str
-    densities: tuple[float, ...] | None = None
+    target: Annotated[str, Option(words=("target",))]
+    densities: Annotated[tuple[float, ...] | None, Option(example="0.5,0.2,0.1", kind="fractions")] = None
     pattern: str = "unstructured"
     score: str = "magnitude"
     reduction: Reduction = "mean"
-    layers: tuple[str, ...] = ("*",)
-    exclude: tuple[str, ...] = ()
-    split: Literal["validation", "train"] = "validation"
+    layers: Annotated[tuple[str, ...], Option(repeated=True)] = ("*",)
+    exclude: Annotated[tuple[str, ...], Option(repeated=True)] = ()
+    split: Split = "validation"
     recalibrate: int = 0
     limit: int | None = None
     data: str | None = None
@@ -70,14 +75,7 @@ class Probing:
     @property
     def directory(self) -> Path:
         """Where everything goes."""
-        near = (Path(self.target), Path(self.target).resolve().parent)
-        run = next((p for p in near if Path(self.target).exists() and (p / "recipe.yaml").is_file()), None)
-        if self.out is not None or run is not None:
-            return self.out or run / "sensitivity"  # type: ignore[operator]
-        if (alone := Path(self.target)).is_dir():
-            return alone.with_name(f"{alone.resolve().name}-sensitivity")
-        words = f"sensitivity-{self.target}-{self.data or 'digits'}"
-        return Path("runs") / "".join(c if c.isalnum() or c in "-_." else "_" for c in words)
+        return self.out or beside(self.target, "sensitivity", self.data)
 
 
 def measure_sensitivity(asked: Probing) -> Json:
@@ -92,31 +90,23 @@ def measure_sensitivity(asked: Probing) -> Json:
     Raises:
         MicrogliaError: The target or a setting is not as it should be.
     """
-    # Slow to import, and the command line imports this file for every command.
-    from microglia.report.figure_files import write_figure
-    from microglia.studies.sensitivity.figures import curve_chart, map_chart, rows
+    return conduct(SENSITIVITY, asked)
 
+
+def _begin(asked: Probing) -> Work[Json]:
     densities = _checked(asked)
     model, task = open_target(asked.target, asked.data, asked.checkpoint)
-    model.to(accelerator(asked.device).device).eval()
+    device = accelerator(asked.device).device
+    model.to(device).eval()
     config = _config(asked)
     pruner = Pruner(model, config)
-    run = Run(asked.directory, _record(asked, task, digest(model.state_dict()), densities), seed=asked.seed)
-    run.device = accelerator(asked.device).device
-    try:
+
+    def measure(run: Run) -> Json:
         gauge = Gauge(task, (asked.split,), recalibrate=asked.recalibrate, limit=asked.limit, seed=asked.seed)
         values = pruner.score(model, pruner.layers, evidence(task, run, config))
-        result = _measured(asked, task, run, Probe(model, pruner, values, densities, gauge))
-        charts = {"map": map_chart(result), "curves": curve_chart(result)}
-        result["pictures"] = [
-            str(path)
-            for name, chart in charts.items()
-            for path in write_figure(asked.directory, "sensitivity", name, chart=chart, told=result, rows=rows(result))
-        ]
-        run.finish(result)
-        return result
-    finally:
-        run.close()
+        return _measured(asked, task, run, Probe(model, pruner, values, densities, gauge))
+
+    return Work(measure, _record(asked, task, digest(model.state_dict()), densities), asked.seed, device.type)
 
 
 def _checked(asked: Probing) -> tuple[float, ...]:
@@ -208,3 +198,17 @@ def _cell(value: float | None, unit: str) -> str:
     if value is None:
         return "-"
     return f"{100 * value:.2f}" if unit == "%" else f"{value:.4g}"
+
+
+SENSITIVITY = register(
+    Study(
+        "sensitivity",
+        LISTED["sensitivity"].sentence,
+        Probing,
+        _begin,
+        tables=lambda told: [sensitivity_table(told), *told["notes"], f"Scope: sensitivity:{told['file']}"],
+        figures=figures,
+        directory=lambda asked: asked.directory,
+        example="microglia sensitivity runs/a --densities 0.5,0.2,0.1",
+    )
+)

@@ -1,4 +1,4 @@
-"""What a shift of the images costs: accuracy and operations of finished models on test images of worse cameras."""
+"""The cost of shifted images: accuracy and operations of finished models on test images of worse cameras."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True)
 class Shifting:
-    """What to evaluate, under what.
+    """Which models to evaluate, and under which shifts.
 
     Attributes:
         targets: Runs, saved models or names of networks, on the same data.
@@ -68,9 +68,9 @@ class Contender:
         name: In the table, unique.
         target: As it was given.
         model: In evaluation mode.
-        task: What it is for; its images are replaced by shifted ones.
-        counter: Of a gated model; None for any other.
-        macs: Of a model without gates: multiply-accumulates of its kept weights over those of the dense network.
+        task: Its task, whose images are replaced by shifted ones.
+        counter: Counter of a gated model's operations; None for any other model.
+        macs: Multiply-accumulates of the kept weights over those of the dense network; 0 for a gated model.
     """
 
     name: str

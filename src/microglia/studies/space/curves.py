@@ -117,7 +117,7 @@ class Curve:
     """A curve between two solutions, an immutable value.
 
     Attributes:
-        kind: What the control points mean.
+        kind: Meaning of the control points.
         points: p_0 ... p_n; the first and the last are the ends, the inner ones are what training moves.
 
     Raises:

@@ -166,7 +166,7 @@ def fast_ensemble(
         cycles: See `Cycles`.
         optimizer: State (``state_dict``) of the optimizer that trained the model so far; its momentum goes on.
         split: On which members are measured.
-        seed: Of the order of the data.
+        seed: Root of the order of the data.
         device: See `microglia.train.engine.accelerator`.
         progress: Where an interrupted ensembling goes on, epoch by epoch.
 
@@ -198,7 +198,7 @@ def fast_ensemble(
 
 
 class _Cycling:
-    """What a training in cycles holds: model, optimizer, batches."""
+    """The state of a training in cycles: model, optimizer, batches."""
 
     def __init__(
         self,

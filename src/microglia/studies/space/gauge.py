@@ -1,4 +1,4 @@
-"""The gauge: what a network is worth at a place in weight space, its batch-norm statistics made for that place."""
+"""The gauge: the metrics of a network at a place in weight space, with batch-norm statistics made for that place."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Gauge:
             place; 0 keeps those stored. Statistics of another place hide barriers or exaggerate them (survey 0.7, 2.1).
         batch_size: Examples in each batch.
         limit: Batches of each split to look at, the same drawn ones at every place; None for all.
-        seed: Of what is drawn.
+        seed: Root of the draws.
     """
 
     task: Task

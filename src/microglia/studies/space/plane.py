@@ -101,7 +101,7 @@ class Grid:
     Attributes:
         a: Coordinates of the columns.
         b: Coordinates of the rows.
-        values: Of every metric, a row of values for each of ``b``.
+        values: Metric -> a row of values for each of ``b``.
     """
 
     a: tuple[float, ...]
@@ -118,7 +118,7 @@ def grid_axes(plane: Plane, places: Sequence[Point], side: int, margin: float = 
 
     Args:
         plane: The plane.
-        places: What the grid is to contain, such as the ends and the bend.
+        places: Places that the grid contains, such as the ends and the bend.
         side: Rows and columns, at least 2.
         margin: Beyond the outermost places, as a fraction of their distance.
 
@@ -147,7 +147,7 @@ def evaluate_plane(
     """Measures a grid of places of a plane; batch-norm statistics are made anew at each, as the gauge says.
 
     Args:
-        model: Of the plane's architecture, without masks; it is visited and left as it was.
+        model: A network of the plane's architecture, without masks; it is visited and left as it was.
         plane: The plane.
         a: Coordinates of the columns.
         b: Coordinates of the rows.

@@ -1,4 +1,4 @@
-"""The profile of a path in weight space: what every place of it is worth, how long it is, and how high its barrier."""
+"""The profile of a path in weight space: the metrics at its places, its length, and the height of its barrier."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Summary:
         mean: Plain mean over these places.
         integral: Mean weighted by length, sum (v_i + v_i+1)/2 dl_i / sum dl_i (trapezoids; survey 2.1 e).
         barrier: max over t of v(t) - ((1 - t) v(0) + t v(1)): by how much the path rises above its ends. At least 0 where both
-            ends are among the places. Of a metric that is better when higher look at the error instead.
+            ends are among the places. Where a metric is better when it is higher, look at the error instead.
     """
 
     min: float
@@ -44,12 +44,12 @@ class Summary:
 
 @dataclass(frozen=True)
 class Profile:
-    """What a path is worth at some places.
+    """The metrics of a path at some places.
 
     Attributes:
         ts: Where, increasing from the first to the last.
         lengths: Euclidean length walked to each, by chords, from 0.
-        values: Of every metric, one value for each place.
+        values: Metric -> one value for each place.
     """
 
     ts: tuple[float, ...]
@@ -75,7 +75,7 @@ def summary(ts: Sequence[float], lengths: Sequence[float], values: Sequence[floa
     """Returns the summary of one metric.
 
     Args:
-        ts: Of the places, increasing.
+        ts: Parameters of the places, increasing.
         lengths: Walked to each place, from 0.
         values: At each place.
     """
@@ -115,12 +115,12 @@ def profile(
     """Measures a path at some places; batch-norm statistics are made anew at each, as the gauge says.
 
     Args:
-        model: Of the path's architecture, without masks, on the device to compute on; it is visited and left as it was.
+        model: A network of the path's architecture, without masks, on the device to compute on; it is left as it was.
         path: Place by t.
         gauge: How to measure. Where it measures an accuracy, the error (1 - accuracy) is among the values too.
         ts: Where to measure, in [0, 1], increasing.
         progress: Where an interrupted measurement goes on, place by place.
-        title: What the progress bar says.
+        title: Title of the progress bar.
 
     Raises:
         MicrogliaError: A t is out of range, or the path is of another architecture.
@@ -144,12 +144,12 @@ def visit_all(
     """Returns the metrics at places of weight space, one row for each stop; the model is visited and left as it was.
 
     Args:
-        model: Of the places' architecture.
+        model: A network of the places' architecture.
         place: Where a stop is.
-        stops: What ``place`` takes.
+        stops: Arguments of ``place``.
         gauge: How to measure; with the error beside every accuracy.
         progress: Where an interrupted measurement goes on, stop by stop.
-        title: What the progress bar says.
+        title: Title of the progress bar.
     """
     rows: list[dict[str, float]] = list(progress.state["rows"]) if progress is not None and progress.state is not None else []
     with visiting(model), Bar(title, total=len(stops), done=len(rows)) as bar:
@@ -163,7 +163,10 @@ def visit_all(
 
 
 def with_errors(metrics: dict[str, float]) -> dict[str, float]:
-    """Returns metrics with ``test_error`` = 1 - ``test_accuracy`` and so on, for barriers are of what is better when lower."""
+    """Returns metrics with ``test_error`` = 1 - ``test_accuracy`` and so on.
+
+    A barrier is defined for quantities where lower is better.
+    """
     return metrics | {f"{k.removesuffix('accuracy')}error": 1 - v for k, v in metrics.items() if k.endswith("accuracy")}
 
 
@@ -173,9 +176,9 @@ class AlongPath:
 
     Attributes:
         ts: Where the networks are.
-        alone: Of phi(t).
-        pair: Of the mean of the probabilities of phi(first t) and phi(t).
-        so_far: Of the mean over all places up to t.
+        alone: Accuracy of phi(t).
+        pair: Accuracy of the mean of the probabilities of phi(first t) and phi(t).
+        so_far: Accuracy of the mean over all places up to t.
     """
 
     ts: tuple[float, ...]
@@ -190,7 +193,7 @@ def ensemble(model: nn.Module, path: Path, gauge: Gauge, ts: Sequence[float], *,
     Source: Garipov et al. 2018, figure 2 right.
 
     Args:
-        model: Of the path's architecture, a classifier; it is visited and left as it was.
+        model: A classifier of the path's architecture; it is visited and left as it was.
         path: Place by t.
         gauge: How batch-norm statistics are made at every place, and which batches to look at.
         ts: Where the networks are, in [0, 1].

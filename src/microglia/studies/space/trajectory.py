@@ -33,8 +33,8 @@ class Plane:
 def principal_plane(path: Sequence[Point]) -> Plane:
     """Returns the first two principal components of a path, seen from its end.
 
-    Of the differences theta_t - theta_T, the end's 0 included, less their mean. Computed from the T x T matrix of inner
-    products, in float64: no matrix of the size of the network squared is made.
+    They are those of the differences theta_t - theta_T, the end's 0 included, less their mean. The T x T matrix of inner
+    products is enough, in float64: no matrix of the size of the network squared is made.
 
     Args:
         path: Three places or more; the last one is the end.
@@ -71,7 +71,7 @@ def project(
 
     Args:
         point: The place.
-        origin: Of the coordinates.
+        origin: Origin of the coordinates.
         directions: Any two that are not parallel, or one.
         how: ``inner`` by inner products, right for orthogonal directions; ``least_squares`` gives the nearest point of the
             plane for any directions.

@@ -27,10 +27,10 @@ def random_direction(
 
     Args:
         point: Parameters by name.
-        seed: Of the draw.
+        seed: Root of the draw.
         normalization: ``filter`` gives every row of a weight (filter, or what comes into a neuron) the norm of the weight's
             own row; ``layer`` the same for whole tensors; ``weight`` multiplies entry by entry; ``none`` leaves it as drawn.
-        masks: Of a pruned network by parameter name: what was pruned gets no direction, for it is no freedom of the network.
+        masks: Masks of a pruned network by parameter name: a pruned weight is no freedom of the network and gets no direction.
 
     Raises:
         MicrogliaError: The normalization is none of these, or a mask is of no parameter.
@@ -108,7 +108,7 @@ def measure_row(
         model: To measure in; parameters, buffers and modes are put back, bit for bit.
         origin: The place around which.
         directions: One or two.
-        coordinates: Of each place, one number for each direction.
+        coordinates: For each place one number for each direction.
         gauge: How to measure.
     """
     rows = []

@@ -35,7 +35,7 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True)
 class Surveying:
-    """What to look at, and how closely.
+    """Which network to look at, and how closely.
 
     Attributes:
         target: A run directory, a saved model's directory, or a model's name.
@@ -44,7 +44,7 @@ class Surveying:
             is as far as to double or to zero the weights.
         normalization: How long the directions are: by ``filter``, ``layer``, ``weight`` or ``none``.
         limit: Batches of 256 to look at, the same at every place; None for all.
-        split: Part of the data, without augmentation.
+        split: Part of the data, without augmentation: ``train``, ``validation`` or ``test``.
         trajectory: Whether the plane is that of the training's trajectory, where the run keeps one.
         data: Data set instead of the run's own.
         checkpoint: Trained weights of a network by name.

@@ -1,4 +1,4 @@
-"""What Frankle and Carbin 2019 say of tickets in LeNet (survey 5.1, 5.6), each held against what was measured."""
+"""Statements of Frankle and Carbin 2019 on tickets in LeNet (survey 5.1, 5.6), each held against what was measured."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ class Statement:
     """That one arm does better than another one at all densities of a range.
 
     Attributes:
-        text: For people.
-        arm: Which does better.
-        against: Than which, at the same density; or ``dense``.
-        least: Smallest density it is said of.
-        most: Largest.
+        text: The statement for people.
+        arm: The arm that does better.
+        against: The arm that does worse at the same density; or ``dense``.
+        least: Smallest density of the statement.
+        most: Largest density.
         measure: ``accuracy``, on the test split at the end of training, or ``early_stop``, the step of least validation loss,
             where fewer are better.
     """

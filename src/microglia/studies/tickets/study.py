@@ -29,14 +29,15 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True)
 class Search:
-    """What to run.
+    """Which tickets to find, and which controls to train.
 
     Attributes:
         recipe: A recipe of the method ``tickets``; its density is where the levels end.
         directory: Directory of one run for each seed; the same command goes on there.
         seeds: Initializations, each with its own order of data.
         draws: Draws of each random control, at every level and seed.
-        arms: What is trained beside the dense network and the iterative tickets: other initial weights, random masks, one-shot.
+        arms: Controls that are trained beside the dense network and the iterative tickets: other initial weights, random masks,
+            one-shot tickets.
     """
 
     recipe: Annotated[Recipe, Option(recipe={"method": "tickets"})]

@@ -13,7 +13,7 @@ from microglia.core.errors import MicrogliaError
 
 @dataclass(frozen=True)
 class Risk:
-    """What a simulated regression is worth, means over draws.
+    """The risk of a simulated regression, means over draws.
 
     Attributes:
         total: Squared distance of the estimate from the truth, which is the excess test error with isotropic features.
@@ -81,7 +81,7 @@ def simulate(
         signal: Squared length of b.
         ridge: Penalty on the squared length of the estimate.
         draws: Data sets, at least 2.
-        seed: Of the draws.
+        seed: Root of the draws.
 
     Raises:
         MicrogliaError: A number is out of range.

@@ -1,0 +1,1 @@
+"""Fast geometric ensembling: one training in cycles, whose members are averaged."""

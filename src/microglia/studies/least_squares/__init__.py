@@ -1,0 +1,1 @@
+"""Double descent of least squares, simulated beside its closed form."""

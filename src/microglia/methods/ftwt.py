@@ -36,11 +36,12 @@ from microglia.dynamic import (
     gates_of,
     note_plan,
 )
-from microglia.methods.arguments import check_evidence, check_model, plain_settings
+from microglia.methods.arguments import check_model, plain_settings
 from microglia.methods.config import MethodConfig
 from microglia.methods.pruner import own_optimizer, set_rate
 from microglia.methods.what import Takes
 from microglia.scores import Evidence
+from microglia.scores.checks import check_evidence
 
 Mode = Literal["decoupled", "joint", "heads", "random"]
 

@@ -23,6 +23,7 @@ from microglia.core.patterns import parse_pattern
 from microglia.lab.recipe import Recipe, RecipeError, as_dict, method_config, override, put, read_yaml, resolve
 from microglia.scores import scores
 from microglia.storage.run import flatten
+from microglia.storage.validation import problems
 from microglia.zoo.trust import require_known_recipe
 
 SPOKEN = {"method", "model", "data"}
@@ -107,10 +108,7 @@ def read_sweep(path: str | Path, overrides: Sequence[str] = ()) -> Sweep:
     try:
         sweep: Sweep = _sweep.validate_python({**source, "grid": grid})
     except ValidationError as error:
-        problems = (
-            f"{'.'.join(map(str, e['loc'])) or 'sweep'}: {e['msg'].removeprefix('Value error, ')}" for e in error.errors()
-        )
-        raise RecipeError(f"The sweep {path} is not valid: " + " | ".join(problems)) from None
+        raise RecipeError(f"The sweep {path} is not valid: {problems(error, 'sweep')}") from None
     for cell in sweep.cells:
         require_known_recipe(as_dict(cell.recipe), path)
     return sweep

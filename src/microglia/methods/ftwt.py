@@ -93,6 +93,10 @@ class FtwtConfig(MethodConfig):
     initial: Literal["random", "fitted"] = "random"
     calibrate: bool = False
 
+    def asked_besides(self) -> dict[str, float]:
+        """Returns r, where it is one for all layers."""
+        return {"r": self.r} if isinstance(self.r, float) else {}
+
     def check_values(self) -> None:
         """Raises `BudgetError` for an unknown choice and for fractions out of range."""
         if self.mode not in ("decoupled", "joint", "heads", "random") or self.rule not in RULES or self.count not in COUNTS:

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from microglia.cli.app import Checkpoint, Data, Device, Json, Shown, Target, command
+from microglia.cli.app import command
+from microglia.cli.options import Checkpoint, Data, Device, Json, Shown, Target
 from microglia.core.errors import MicrogliaError
 from microglia.studies.sensitivity.study import Probing, measure_sensitivity, sensitivity_table
 

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
-from rich.table import Column, Table
 
 from microglia.core.budget import Budget
 from microglia.core.errors import CheckpointError, MicrogliaError
@@ -166,17 +165,3 @@ def _spoken(label: str, value: Any) -> str:
         text = "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
     text = text if label in SPOKEN else f"{label}-{text}"
     return re.sub(r"[^A-Za-z0-9.+-]+", "-", text).strip("-.") or "empty"
-
-
-def plan_table(sweep: Sweep, out: str | Path | None = None) -> Table:
-    """Returns the cells as a table for people; with the sweep's directory also which of them are finished."""
-    table = Table(
-        Column("cell", overflow="fold"),
-        *sweep.grid,
-        *(["state"] if out is not None else []),
-        title=f"{sweep.name}: {len(sweep.cells)} runs",
-    )
-    for cell in sweep.cells:
-        state = [] if out is None else ["finished" if (Path(out) / cell.name / "result.json").is_file() else "to run"]
-        table.add_row(cell.name, *(str(value) for value in cell.values.values()), *state)
-    return table

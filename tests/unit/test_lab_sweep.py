@@ -19,7 +19,8 @@ from rich.console import Console
 
 from microglia.core.errors import MicrogliaError, RunError
 from microglia.lab.recipe import RecipeError, as_dict, resolve
-from microglia.lab.sweep import Sweep, cells, plan_table, read_sweep, run_cell, run_sweep
+from microglia.lab.sweep import Sweep, cells, read_sweep, run_cell, run_sweep
+from microglia.report.plan import plan_table
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 BASE = {"model": "lenet-300-100", "prune": {"density": 0.5}}

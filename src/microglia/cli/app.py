@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from functools import wraps
 from importlib import import_module
 from pathlib import Path
@@ -18,6 +19,7 @@ from typer.core import TyperCommand, TyperGroup
 
 import microglia
 from microglia.cli.listed import COMMANDS, STUDIES
+from microglia.cli.options import Json, Shown
 from microglia.core.errors import MicrogliaError
 from microglia.studies.study import studies
 
@@ -31,7 +33,7 @@ class LazyGroup(TyperGroup):
             if name not in COMMANDS and name not in self.commands:
                 from microglia.cli.derive import derived  # imports torch, which `microglia --help` does without
 
-                derived(study)
+                command(derived(study), example=study.example or None)
                 self.commands[name] = _registered(name)
         known = dict(self.commands)
         listed = {
@@ -48,6 +50,8 @@ class LazyGroup(TyperGroup):
         return super().resolve_command(ctx, args)
 
 
+__all__ = ["Json", "LazyGroup", "Shown", "app", "command", "main"]
+
 app = typer.Typer(
     cls=LazyGroup,
     help="Prune any PyTorch model, see it get measurably faster and smaller, and load the result anywhere.",
@@ -56,19 +60,9 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 
-Shown = tuple[Any, list[Any]]
-"""Result of a command: a JSON-ready value, and its text for a reader."""
-
-Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs instead of tables.")]
-Trust = Annotated[bool, typer.Option("--trust", help="Build any model that a file names, also by its own code.")]
-Data = Annotated[str | None, typer.Option(help="digits, cifar10, mnist, hf:NAME or a folder.")]
-Checkpoint = Annotated[str | None, typer.Option(help="File with trained weights.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, or auto: a GPU if there is one.")]
-DeviceName = Annotated[
-    str | None, typer.Option("--device", help="cpu, cuda, or auto: a GPU if there is one; default the recipe's.")
-]
-SplitName = Annotated[str, typer.Option("--split", help="train, validation or test.")]
-Target = Annotated[str, typer.Argument(help="A run directory, a saved model's directory, or a model's name.")]
+IMPORTS = "MICROGLIA_IMPORT"
+IMPORT = "Import a module of your own that registers scores, methods, changes or sections. No file can name one here."
+Trust = Annotated[bool, typer.Option("--trust", help="Build whatever model a file names, also by its own code.")]
 
 
 def _print_version(asked: bool) -> None:
@@ -82,8 +76,19 @@ def top(
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and end.")
     ] = False,
+    imports: Annotated[list[str] | None, typer.Option("--import", metavar="MODULE", envvar=IMPORTS, help=IMPORT)] = None,
 ) -> None:
     """Prune any PyTorch model, see it get measurably faster and smaller, and load the result anywhere."""
+    for name in imports or []:
+        try:
+            import_module(name)
+        except ModuleNotFoundError as error:
+            if error.name is None or not f"{name}.".startswith(f"{error.name}."):
+                raise  # the module was found; an import inside it failed
+            typer.echo(f"error: There is no module {name!r} to import: is its folder on PYTHONPATH?", err=True)
+            raise typer.Exit(1) from None
+    if imports:  # the runs of a sweep are processes of their own
+        os.environ[IMPORTS] = " ".join(imports)
 
 
 def command(function: Callable[..., Shown], *, example: str | None = None) -> Callable[..., Any]:
@@ -126,30 +131,6 @@ def command(function: Callable[..., Shown], *, example: str | None = None) -> Ca
     printed.__annotations__ = {**{name: p.annotation for name, p in own.parameters.items()}, "trust": Trust}
     panel = COMMANDS[function.__name__].panel if function.__name__ in COMMANDS else STUDIES
     return app.command(rich_help_panel=panel, epilog=example and f"Example: [bold]{example}[/bold]")(printed)
-
-
-def given_recipe(
-    source: Mapping[str, Any], words: Sequence[str], file: Path | None, *, typed: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Returns a recipe with ``KEY=VALUE`` words applied, after a check that the file cannot run code.
-
-    Args:
-        source: The recipe so far: the file, and the options over it.
-        words: ``KEY=VALUE`` words, as typed.
-        file: File of the recipe, or None.
-        typed: Options by key; None means that an option was not typed. Typed names are the user's own.
-
-    Raises:
-        FileError: The file names a model that needs ``--trust``.
-    """
-    from microglia.lab.recipe import override
-    from microglia.storage.code_folder import admit
-
-    asked = override(source, words)
-    if file is not None:
-        own = {word.partition("=")[0] for word in words} | {key for key, value in typed.items() if value is not None}
-        admit({key: value for key, value in asked.items() if key not in own}, file / "recipe.yaml" if file.is_dir() else file)
-    return asked
 
 
 def _imported(name: str) -> Any:

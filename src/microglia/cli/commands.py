@@ -14,7 +14,8 @@ import typer
 import yaml
 from rich.table import Table
 
-from microglia.cli.app import Checkpoint, Data, Json, Shown, SplitName, Target, command, given_recipe
+from microglia.cli.app import command
+from microglia.cli.options import Checkpoint, Data, Json, Shown, SplitName, Target, given_recipe
 from microglia.core.errors import MicrogliaError
 from microglia.core.patterns import PATTERN_FORMS
 from microglia.lab.accelerating import accelerated
@@ -34,12 +35,13 @@ from microglia.lab.recipe import (
 )
 from microglia.lab.shrinking import Shrinking, shrink_saved
 from microglia.lab.sweep import run_sweep
-from microglia.lab.sweep_grid import plan_table, read_sweep
+from microglia.lab.sweep_grid import read_sweep
 from microglia.lab.target import open_target
 from microglia.measure import measure as measure_model
 from microglia.methods import MethodConfig
 from microglia.methods import methods as known_methods
 from microglia.report.acceleration import acceleration_tables
+from microglia.report.plan import plan_table
 from microglia.report.removed import PICTURE, draw_removed, removal_table
 from microglia.report.summary import comparison_table, measurement_table, result_table
 from microglia.report.write import collect

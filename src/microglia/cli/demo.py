@@ -9,7 +9,8 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from microglia.cli.app import Json, Shown, command
+from microglia.cli.app import command
+from microglia.cli.options import Json, Shown
 from microglia.lab.accelerating import accelerated
 from microglia.lab.execute import execute
 from microglia.lab.recipe import resolve

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 import typer
 
-from microglia.cli.app import Checkpoint, Data, Device, DeviceName, Json, Shown, command, given_recipe
+from microglia.cli.options import Checkpoint, Data, Device, DeviceName, Json, Shown, given_recipe
 from microglia.core.errors import MicrogliaError
 from microglia.lab.recipe import Recipe, RecipeError, put, read_yaml, resolve
 from microglia.studies.options import Option, described, option_of
@@ -30,7 +30,7 @@ SHOWN = (".png", ".html")
 
 
 def derived(study: Study[Any, Any]) -> Callable[..., Any]:
-    """Registers the command of a study and returns it.
+    """Returns the function of a study's command, for `microglia.cli.app.command`.
 
     Args:
         study: Any study; its config's fields become the options.
@@ -46,7 +46,7 @@ def derived(study: Study[Any, Any]) -> Callable[..., Any]:
     parameters = [p for one in _fields(study) for p in _parameters(one)]
     last = inspect.Parameter("json_", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Json)
     function.__signature__ = inspect.Signature([*parameters, last])  # type: ignore[attr-defined]
-    return command(function, example=study.example or None)
+    return function
 
 
 def configured(study: Study[Any, Any], given: Mapping[str, Any]) -> Any:

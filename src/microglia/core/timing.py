@@ -8,8 +8,10 @@ import platform
 import random
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -72,35 +74,42 @@ def time_interleaved(
             f"Timing takes at least one function, one round and one warm-up call, not {len(callables)}, {rounds} and {warmup}."
         )
     synchronize: Callable[[], None] = torch.cuda.synchronize if cuda_in_use() else lambda: None
-    order = random.Random(seed)
-    names = list(callables)
+    turns = {name: partial(_turn, function, synchronize, clock) for name, function in callables.items()}
+    order, names = random.Random(seed), list(callables)
     times: dict[str, list[float]] = {name: [] for name in names}
-
-    def turn(name: str, calls: int) -> float:
-        function = callables[name]
-        synchronize()
-        start = clock()
-        for _ in range(calls):
-            function()
-            synchronize()
-        return (clock() - start) / calls
-
-    fastest = {name: min(turn(name, 1) for _ in range(warmup)) for name in names}
+    fastest = {name: min(turn(1) for _ in range(warmup)) for name, turn in turns.items()}
     calls = {name: max(1, math.ceil(min_round_seconds / max(fastest[name], 1e-7))) for name in names}
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
+    with _collection_waits():
         start = clock()
         for done in range(rounds):
             if done >= 3 and clock() - start > max_seconds:
                 break
             for name in order.sample(names, len(names)):
-                turn(name, 1)
-                times[name].append(turn(name, calls[name]))
+                turns[name](1)
+                times[name].append(turns[name](calls[name]))
+    return {name: _summary(values) for name, values in times.items()}
+
+
+def _turn(function: Callable[[], object], synchronize: Callable[[], None], clock: Callable[[], float], calls: int) -> float:
+    """Returns the seconds of one call, the mean over so many."""
+    synchronize()
+    start = clock()
+    for _ in range(calls):
+        function()
+        synchronize()
+    return (clock() - start) / calls
+
+
+@contextmanager
+def _collection_waits() -> Iterator[None]:
+    """Within it no garbage is collected."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
     finally:
         if collecting:
             gc.enable()
-    return {name: _summary(values) for name, values in times.items()}
 
 
 def _summary(seconds: list[float]) -> Timing:

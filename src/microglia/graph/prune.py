@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -23,7 +24,7 @@ from microglia.graph.channels.groups import (
     scored_members,
 )
 from microglia.graph.channels.latency_table import LatencyTable
-from microglia.graph.channels.request import check_asked
+from microglia.graph.channels.request import ChannelRequest
 from microglia.graph.channels.widths import Costs, Widths, WidthScope, choose_widths, highest, keep_units
 from microglia.graph.cutting.cut import Cut, constants, counts
 from microglia.graph.cutting.modules import NOTED, cut_module
@@ -34,6 +35,7 @@ from microglia.graph.cutting.verify import ShrinkError
 from microglia.graph.dims.trace import arguments
 from microglia.scores import Evidence, scores, values_filters
 from microglia.scores.base import compact
+from microglia.scores.checks import check_evidence
 
 
 def prune_channels(
@@ -54,10 +56,9 @@ def prune_channels(
 ) -> nn.Module:
     """Returns a physically smaller copy of a model: whole channels, heads and hidden units removed from all that use them.
 
-    The outputs equal those of the model with these units masked; every value is verified in float64 before the model is
-    returned. Norms, means, softmax, and sums or products of activations over a removed dimension run over the remaining
-    entries. If a masked channel would still count there, as in a sum of sigmoids, the plan's notes report it. Inputs, outputs
-    (the classes of a classifier) and all tensors of an operator without a rule keep their size.
+    The outputs equal those of the model with these units masked; every value is verified in float64. Norms, means, softmax
+    and sums over a removed dimension run over the remaining entries; the plan's notes report where a masked channel would
+    still count. Inputs, outputs and all tensors of an operator without a rule keep their size.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 4))
@@ -68,22 +69,15 @@ def prune_channels(
     Args:
         model: Any model that `torch.export` can trace; it stays unchanged.
         example_inputs: A tensor, a tuple of arguments, or a mapping of keyword arguments.
-        budget: The budget: ``density`` of the channels, ``params``, ``flops``, ``ms`` per example batch on this machine, or
-            several. It is met within 1 %, or as nearly as the rounding allows; the plan's notes report a deviation.
+        budget: The budget; `microglia.graph.channels.request.ChannelRequest` explains it and the keywords in full.
         score: Name of a score, or one value per weight by parameter name; higher = keep.
-        reduction: How the values of a unit's weights, over all its members, become one. With a score of whole filters (see
-            `microglia.scores.values_filters`): those of the filters that make the unit.
+        reduction: How the values of a unit's weights, over all its members, become one.
         scope: ``uniform``: the same fraction of every group; ``global``: by normalized score across groups.
         round_to: Widths are kept at multiples of this where wide enough; 1 for none.
-        exclude: Selectors of layers that keep both their inputs and outputs; coupled channels stay too. A selector may match
-            any parameter: the bias of a layer, or its norm, keeps only the layer's outputs.
-        within_groups: Whether to remove channels within each group of a grouped convolution or norm, rather than whole groups.
-            Each group loses its own channels, equally many. With nested groups the innermost are used. If there are fewer than
-            four groups, channels are always removed within them.
-        keep_class: Whether to remove only channels that the user's own classes can lose. Otherwise a model with fixed sizes in
-            its forward is returned as its traced graph. `plan_of` tells which.
-        dynamic: Dimensions of the inputs that may change later if the result is a graph: by default the batch; (0, 2, 3) for
-            images of any size, (0, 1) for token ids of any length. The plan's notes list those that stay fixed.
+        exclude: Selectors of layers that keep both their inputs and outputs; coupled channels stay too.
+        within_groups: Whether to remove channels within each group of a grouped convolution or norm.
+        keep_class: Whether to remove only channels that the user's own classes can lose, so that no graph is returned.
+        dynamic: Dimensions of the inputs that may change later if the result is a graph.
         evidence: The data for the score.
         verified: Whether to compare every value with the masked model's; turn it off only in a search.
 
@@ -94,30 +88,16 @@ def prune_channels(
         BudgetError: The budget cannot be met.
         ShrinkError: The pruned model would differ from the masked one; nothing is returned.
         TraceError: The model cannot be traced.
-        UnknownNameError: The score, the scope or the reduction is unknown.
-        MicrogliaError: ``round_to`` or ``dynamic`` is out of range.
+        MicrogliaError: An argument is wrong; the text names it.
     """
-    round_to, dynamic = check_asked(budget, scope=scope, reduction=reduction, round_to=round_to, dynamic=dynamic)
-    subject = Subject.of(model, example_inputs, dynamic)
-    pruning = _Pruning(
-        model,
-        subject,
-        _elements(subject, score, evidence),
-        budget,
-        makers=isinstance(score, str) and values_filters(score),
-        reduction=reduction,
-        scope=scope,
-        round_to=round_to,
-        excluded=excluded_tensors(subject.model, exclude),
-        within_groups=within_groups,
-        keep_class=keep_class,
-        verified=verified,
-    )
-    if keep_class:
-        for reach in (_all, _whole):
-            with suppress(ShrinkError):
-                return pruning.of(reach)
-    return pruning.of(_followed if keep_class else _all)
+    # fmt: off
+    request = ChannelRequest(
+        budget=budget, reduction=reduction, scope=scope, round_to=round_to, exclude=exclude, within_groups=within_groups,
+        keep_class=keep_class, dynamic=dynamic, verified=verified,
+    ).checked()
+    # fmt: on
+    evidence = check_evidence(evidence, "prune_channels")
+    return _Pruning.of_model(model, example_inputs, request, score, evidence).best()
 
 
 Reach = Callable[[Part, ChannelGroup], bool]
@@ -131,33 +111,46 @@ class _Pruning:
     model: nn.Module
     subject: Subject
     elements: Mapping[str, Tensor]
-    budget: Budget
     makers: bool
-    reduction: GroupReduction
-    scope: WidthScope
-    round_to: int
+    request: ChannelRequest
     excluded: Collection[str]
-    within_groups: bool
-    keep_class: bool
-    verified: bool
+
+    @staticmethod
+    def of_model(
+        model: nn.Module, inputs: Any, request: ChannelRequest, score: str | Mapping[str, Tensor], evidence: Evidence
+    ) -> _Pruning:
+        """Returns the request on a model, traced and scored."""
+        subject = Subject.of(model, inputs, tuple(request.dynamic))
+        elements = _elements(subject, score, evidence)
+        makers = isinstance(score, str) and values_filters(score)
+        return _Pruning(model, subject, elements, makers, request, excluded_tensors(subject.model, request.exclude))
+
+    def best(self) -> nn.Module:
+        """Returns the smaller model with as many groups pruned as the request allows."""
+        if not self.request.keep_class:
+            return self.of(_all)
+        for reach in (_all, _whole):
+            with suppress(ShrinkError):
+                return self.of(reach)
+        return self.of(_followed)
 
     def of(self, reach: Reach) -> nn.Module:
         """Returns the smaller model; only the groups in reach lose units."""
         subject, by_part = self.subject, [self._free(part, reach) for part in self.subject.parts]
         groups, ranks = (
             list(chain.from_iterable(by_part)),
-            _ranked(subject, by_part, self.elements, self.reduction, makers=self.makers),
+            _ranked(subject, by_part, self.elements, self.request.reduction, makers=self.makers),
         )
         chosen = [g for g in groups if g.atom in ranks]
         costs = Costs(subject.parts, chosen, sum(p.numel() for p in subject.model.parameters()))
         widths = self._widths(costs, chosen, ranks)
         kept = never_empty(subject, keep_units(ranks, widths.counts), ranks)
-        small = remove(subject, kept, keep_class=self.keep_class, verified=self.verified)
+        small = remove(subject, kept, keep_class=self.request.keep_class, verified=self.request.verified)
         plan = replace(
             plan_of(small),
             **totals(costs, kept, subject.unread(small)),
             found=len(groups),
-            asked={f.name: v for f in fields(self.budget) if (v := getattr(self.budget, f.name)) is not None},
+            asked={term: value for term, value in asdict(self.request.budget).items() if value is not None},
             got={**widths.got, "round_to": widths.round_to},
             notes=(*plan_of(small).notes, *_notes(subject, widths, len(groups) - len(chosen))),
         )
@@ -166,13 +159,14 @@ class _Pruning:
     def _free(self, part: Part, reach: Reach) -> list[ChannelGroup]:
         """Returns the groups of a part that may lose units, in reach."""
         groups = channel_groups(part.analysis, self.excluded, part.path)
-        return [g for g in independent(part.analysis, groups, within=self.within_groups) if reach(part, g)]
+        return [g for g in independent(part.analysis, groups, within=self.request.within_groups) if reach(part, g)]
 
     def _widths(self, costs: Costs, groups: Sequence[ChannelGroup], ranks: Mapping[int, Tensor]) -> Widths:
         """Returns the widths that meet the budget; for a budget in milliseconds models are timed."""
-        subject, timed = self.subject, self.budget.ms is not None
-        timer = LatencyTable(subject.example, _candidates(subject, ranks)) if timed else None
-        return choose_widths(costs, groups, self.budget, ranks, scope=self.scope, round_to=self.round_to, milliseconds=timer)
+        asked, timed = self.request, self.request.budget.ms is not None
+        timer = LatencyTable(self.subject.example, _candidates(self.subject, ranks)) if timed else None
+        choose = partial(choose_widths, scope=asked.scope, round_to=asked.round_to, milliseconds=timer)
+        return choose(costs, groups, asked.budget, ranks)
 
 
 def _all(part: Part, group: ChannelGroup) -> bool:
@@ -208,7 +202,7 @@ def _ranked(
     return ranks
 
 
-def _elements(subject: Subject, score: str | Mapping[str, Tensor], evidence: Evidence | None) -> dict[str, Tensor]:
+def _elements(subject: Subject, score: str | Mapping[str, Tensor], evidence: Evidence) -> dict[str, Tensor]:
     """Returns one value per weight or per filter. By magnitude every matrix counts, layer of a known class or not."""
     if not isinstance(score, str):
         return dict(score)
@@ -216,7 +210,7 @@ def _elements(subject: Subject, score: str | Mapping[str, Tensor], evidence: Evi
         named = subject.model.named_parameters(remove_duplicate=False)
         return {name: p.detach().abs() for name, p in named if p.ndim > 1 and p.is_floating_point()}
     layers = prunable_layers(subject.model)
-    values = scores[score](subject.model, layers, evidence or Evidence())
+    values = scores[score](subject.model, layers, evidence)
     return {n: compact(layers[n], v) for n, v in values.items()} if values_filters(score) else values
 
 

@@ -8,7 +8,6 @@ import platform
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from functools import partial
 from importlib.metadata import version
 from itertools import chain
@@ -35,9 +34,9 @@ from microglia.storage.changes import changes_of
 from microglia.storage.code_folder import ENVIRONMENT, origins
 from microglia.storage.files import write_atomic
 from microglia.storage.run import Run
-from microglia.tasks.classification import ImageSource, check_fit
+from microglia.tasks.classification import check_fit
 from microglia.tasks.roles import with_roles
-from microglia.tasks.task import Task
+from microglia.tasks.task import Task, Telling
 from microglia.train.engine import accelerator
 
 BUDGET = ("density", "params", "flops", "ms")
@@ -137,7 +136,8 @@ def _execute(recipe: Recipe, run: Run, task: Task) -> Result:
         "task": task.name,
         "headline": task.headline,
         "units": {name: metric.unit for name, metric in task.metrics.items()},
-        "normalization": asdict(task.data.images.normalization) if isinstance(task.data, ImageSource) else None,
+        "normalization": None,
+        **(task.data.told() if isinstance(task.data, Telling) else {}),
         "asked": _asked(config, masked=not any(done.kind.cuts or done.kind.chooses for done in changes.values())),
         **changed,
         "saved": None if run.directory is None else saved_bytes(run.directory),
@@ -159,9 +159,7 @@ def prove_equal(model: nn.Module, directory: Path, fresh: nn.Module) -> None:
 
 
 def _asked(config: MethodConfig, *, masked: bool) -> dict[str, Any]:
-    asked = {term: getattr(config, term) for term in (BUDGET[:2] if masked else BUDGET)}
-    r = getattr(config, "r", None)
-    return {**asked, "r": r} if isinstance(r, float) else asked
+    return {term: getattr(config, term) for term in (BUDGET[:2] if masked else BUDGET)} | config.asked_besides()
 
 
 def _times(recipe: Recipe, task: Task, model: nn.Module, main: bool) -> dict[str, Any]:

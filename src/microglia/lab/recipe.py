@@ -17,14 +17,13 @@ from microglia.methods import MethodConfig, methods
 from microglia.methods.arguments import check_choices
 from microglia.methods.what import is_taken, left_out
 from microglia.storage.plain_yaml import DEEPEST, parse_yaml, read_yaml_text
+from microglia.storage.validation import brief, problems
 from microglia.train.optim import RECOVERY, FitConfig, identity
 
 LATER = ("task", "task_options")
 """Fields that recipes of version 0.1.0 lack."""
 AFTER_DENSE = ("method", "prune", "train", "measure")
 """Fields that do not reach the training of the dense network."""
-MOST, LONGEST = 20, 200
-"""Maximum number of problems of a recipe in one error, and of characters of each value."""
 
 
 class RecipeError(MicrogliaError):
@@ -241,9 +240,7 @@ def override(source: Mapping[str, Any], assignments: Sequence[str]) -> dict[str,
         try:
             value = parse_yaml(text)
         except ValueError:
-            raise RecipeError(
-                f"The value in {_brief(assignment)} is not valid YAML; quote it, as in 'key=\"[text\"'."
-            ) from None
+            raise RecipeError(f"The value in {brief(assignment)} is not valid YAML; quote it, as in 'key=\"[text\"'.") from None
         result = put(result, key, value)
     return result
 
@@ -251,7 +248,7 @@ def override(source: Mapping[str, Any], assignments: Sequence[str]) -> dict[str,
 def put(tree: Mapping[str, Any], key: str, value: Any) -> dict[str, Any]:
     """Returns a copy of a nested mapping with the value at a dotted key."""
     if key.count(".") > DEEPEST:
-        raise RecipeError(f"The key {_brief(key)} has {key.count('.'):,} dots; no recipe is as deep.")
+        raise RecipeError(f"The key {brief(key)} has {key.count('.'):,} dots; no recipe is as deep.")
     first, _, rest = key.partition(".")
     if rest:
         below = tree.get(first) or {}
@@ -274,18 +271,4 @@ def _validate(adapter: TypeAdapter[Any], fields: Mapping[str, Any], what: str) -
     try:
         return adapter.validate_python(dict(fields))
     except ValidationError as error:
-        lines = []
-        problems = error.errors()
-        for problem in problems[:MOST]:
-            place = ".".join(str(part) for part in problem["loc"]) or what
-            whole = problem["type"] == "missing" or isinstance(problem["input"], Mapping)
-            given = "" if whole else f"; got {_brief(problem['input'])}"
-            message = "there is no such field" if problem["type"].endswith("unexpected_keyword_argument") else problem["msg"]
-            lines.append(f"{place}: {message}{given}")
-        lines += [f"and {len(problems) - MOST} more"] if len(problems) > MOST else []
-        raise RecipeError(f"The {what} is not valid: " + " | ".join(lines)) from None
-
-
-def _brief(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= LONGEST else f"{text[:LONGEST]} ..."
+        raise RecipeError(f"The {what} is not valid: {problems(error, what)}") from None

@@ -12,6 +12,7 @@ from torch import nn
 
 from microglia.core.errors import MicrogliaError
 from microglia.core.registry import unknown_name
+from microglia.storage.validation import problems
 from microglia.tasks.kinds import DEFAULT, ClassificationOptions, kinds
 from microglia.tasks.task import Task
 from microglia.zoo import load_checkpoint
@@ -88,12 +89,7 @@ def _options(kind: str, given: Mapping[str, Any]) -> Any:
     try:
         return TypeAdapter(kinds[kind].options).validate_python(dict(given))
     except ValidationError as error:
-        problems = [f"task.{'.'.join(map(str, e['loc']))}: {_said(e['type'], e['msg'])}" for e in error.errors()]
-        raise TaskFieldError(f"The task of kind {kind!r} is not valid: {' | '.join(problems)}.") from None
-
-
-def _said(kind: str, message: str) -> str:
-    return "there is no such field" if "unexpected_keyword" in kind or kind == "extra_forbidden" else message
+        raise TaskFieldError(f"The task of kind {kind!r} is not valid: {problems(error, 'task', under='task.')}.") from None
 
 
 def build_task(recipe: Recipe) -> Task:

@@ -105,9 +105,9 @@ def _open(asked: Shrinking) -> tuple[nn.Module, Task]:
     if not (asked.target / "recipe.yaml").is_file() and not (asked.target / PLAN).is_file():
         raise RunError(f"{asked.target} is neither a run directory (recipe.yaml) nor a saved model ({PLAN}).")
     model, task = open_target(str(asked.target), asked.data)
-    changes = changes_of(model)
-    if "masks" not in changes:
-        if any(done.kind.cuts for done in changes.values()):
+    kinds = [done.kind for done in changes_of(model).values()]
+    if not any(kind.zeroes for kind in kinds):
+        if any(kind.cuts for kind in kinds):
             raise MicrogliaError(f"The model in {asked.target} was shrunk already, and has no masks since.")
         raise MicrogliaError(
             f"The model in {asked.target} has no masks, so there is nothing to remove. Prune with --pattern channel first, or "

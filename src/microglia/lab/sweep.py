@@ -25,12 +25,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from microglia.core.errors import MicrogliaError, RunError
 from microglia.lab.recipe import as_dict, begun, read_yaml, resolve
-from microglia.lab.sweep_grid import Cell, Sweep, cells, plan_table, read_sweep
+from microglia.lab.sweep_grid import Cell, Sweep, cells, read_sweep
 from microglia.storage.files import write_atomic
 from microglia.storage.run import flatten
 from microglia.zoo.trust import needs_trust
 
-__all__ = ["Cell", "CellOutcome", "Sweep", "SweepOutcome", "cells", "plan_table", "read_sweep", "run_cell", "run_sweep"]
+__all__ = ["Cell", "CellOutcome", "Sweep", "SweepOutcome", "cells", "read_sweep", "run_cell", "run_sweep"]
 
 STARTS = ".starts"
 """Directory, in that of a sweep, of the dense networks that cells share."""

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
-from rich.table import Column, Table
 
 from microglia.core.budget import Budget
 from microglia.core.errors import CheckpointError, MicrogliaError
@@ -23,6 +22,7 @@ from microglia.core.patterns import parse_pattern
 from microglia.lab.recipe import Recipe, RecipeError, as_dict, method_config, override, put, read_yaml, resolve
 from microglia.scores import scores
 from microglia.storage.run import flatten
+from microglia.storage.validation import problems
 from microglia.zoo.trust import require_known_recipe
 
 SPOKEN = {"method", "model", "data"}
@@ -107,10 +107,7 @@ def read_sweep(path: str | Path, overrides: Sequence[str] = ()) -> Sweep:
     try:
         sweep: Sweep = _sweep.validate_python({**source, "grid": grid})
     except ValidationError as error:
-        problems = (
-            f"{'.'.join(map(str, e['loc'])) or 'sweep'}: {e['msg'].removeprefix('Value error, ')}" for e in error.errors()
-        )
-        raise RecipeError(f"The sweep {path} is not valid: " + " | ".join(problems)) from None
+        raise RecipeError(f"The sweep {path} is not valid: {problems(error, 'sweep')}") from None
     for cell in sweep.cells:
         require_known_recipe(as_dict(cell.recipe), path)
     return sweep
@@ -168,17 +165,3 @@ def _spoken(label: str, value: Any) -> str:
         text = "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
     text = text if label in SPOKEN else f"{label}-{text}"
     return re.sub(r"[^A-Za-z0-9.+-]+", "-", text).strip("-.") or "empty"
-
-
-def plan_table(sweep: Sweep, out: str | Path | None = None) -> Table:
-    """Returns the cells as a table for readers; with the sweep's directory also their status."""
-    table = Table(
-        Column("cell", overflow="fold"),
-        *sweep.grid,
-        *(["state"] if out is not None else []),
-        title=f"{sweep.name}: {len(sweep.cells)} runs",
-    )
-    for cell in sweep.cells:
-        state = [] if out is None else ["finished" if (Path(out) / cell.name / "result.json").is_file() else "to run"]
-        table.add_row(cell.name, *(str(value) for value in cell.values.values()), *state)
-    return table

@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.jit import ScriptModule
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
 from microglia.core.allocation import Allocation, check_scope
-from microglia.core.errors import BudgetError, MicrogliaError, ScoreError
+from microglia.core.errors import BudgetError, MicrogliaError
 from microglia.core.patterns import Pattern, Reduction
 from microglia.core.registry import unknown_name
-from microglia.scores import Evidence
+from microglia.scores.checks import described
 
 REMOVED = ("sparsity", "amount", "pruning_ratio", "ratio")
 """Words of other libraries for the removed fraction; here a budget is the kept fraction."""
 SELECTORS = ("layers", "exclude", "protect")
-PAIR = 2
 
 
 def check_model(model: object, user: str) -> None:
@@ -35,7 +34,7 @@ def check_model(model: object, user: str) -> None:
     if isinstance(model, type):
         raise MicrogliaError(f"{user} takes a model, an instance; got the class {model.__name__} itself: call it first.")
     if not isinstance(model, nn.Module):
-        raise MicrogliaError(f"{user} takes a model, a torch.nn.Module; got {_kind(model)}.")
+        raise MicrogliaError(f"{user} takes a model, a torch.nn.Module; got {described(model)}.")
     if isinstance(model, ScriptModule):
         raise MicrogliaError(f"{user} cannot change a scripted model (torch.jit): give the Python model it was made from.")
     for name, module in model.named_modules():
@@ -113,6 +112,8 @@ def check_choices(settings: Mapping[str, Any], config: type | None = None) -> No
         own = _words(config, "scope") if config is not None else ()
         if settings["scope"] not in own:
             check_scope(str(settings["scope"]))
+            if own:
+                raise unknown_name("scope of this method", settings["scope"], own)
     if (how := settings.get("reduction", "mean")) not in get_args(Reduction):
         raise unknown_name("reduction", how, get_args(Reduction))
 
@@ -135,62 +136,6 @@ def check_steps(total_steps: object, user: str, *, least: int = 1) -> int:
     return plain
 
 
-def check_evidence(evidence: object, user: str) -> Evidence:
-    """Returns the evidence with batches that can be read more than once.
-
-    Raises:
-        ScoreError: The argument is not an `Evidence`; its batches are not (inputs, targets) pairs, or are an exhausted
-            generator; inputs and targets differ in number; or its loss or generator is of a wrong kind.
-    """
-    if evidence is None:
-        return Evidence()
-    if not isinstance(evidence, Evidence):
-        raise ScoreError(
-            f"evidence of {user} is mg.scores.Evidence(batches=[(inputs, targets), ...], loss=...); got {_kind(evidence)}."
-        )
-    batches: Any = evidence.batches
-    if isinstance(batches, Tensor) or not isinstance(batches, Iterable):
-        raise ScoreError(f"The batches of evidence are a list of (inputs, targets); got {_kind(batches)}.")
-    if isinstance(batches, Iterator):
-        batches = list(batches)
-        if not batches:
-            raise ScoreError("The batches of evidence are a generator that is used up: give a list of (inputs, targets).")
-        object.__setattr__(evidence, "batches", batches)
-    if isinstance(batches, Sequence):
-        for batch in batches:
-            if not isinstance(batch, Sequence) or isinstance(batch, str) or len(batch) != PAIR:
-                raise ScoreError(f"Each batch of evidence is a pair (inputs, targets); got {_kind(batch)}.")
-            _check_batch(*batch, needed=evidence.loss is not None)
-    _check_loss(evidence.loss, evidence.generator)
-    return evidence
-
-
-def _check_batch(inputs: Any, targets: Any, *, needed: bool) -> None:
-    """Raises unless inputs and targets, if both are tensors, have the same number; a score without a loss needs no targets."""
-    if isinstance(inputs, Tensor) and inputs.ndim == 0:
-        raise ScoreError(f"The inputs of evidence are a batch, (batch, ...); got {_kind(inputs)}.")
-    if targets is None and not needed:
-        return
-    if not hasattr(targets, "__len__") or (isinstance(targets, Tensor) and targets.ndim == 0):
-        raise ScoreError(f"The targets of evidence are one for each input of a batch; got {_kind(targets)}.")
-    if isinstance(inputs, Tensor) and isinstance(targets, Tensor) and len(inputs) != len(targets):
-        raise ScoreError(
-            "A batch of evidence has as many inputs as targets; got inputs of shape "
-            f"{tuple(inputs.shape)} and targets of shape {tuple(targets.shape)}."
-        )
-
-
-def _check_loss(loss: object, generator: object) -> None:
-    if isinstance(loss, type):
-        raise ScoreError(
-            f"The loss of evidence is a function of (outputs, targets); got the class {loss.__name__} itself: call it first."
-        )
-    if loss is not None and not callable(loss):
-        raise ScoreError(f"The loss of evidence is a function of (outputs, targets); got {_kind(loss)}.")
-    if not isinstance(generator, torch.Generator):
-        raise ScoreError(f"The generator of evidence is a torch.Generator; got {_kind(generator)}.")
-
-
 def _plain(value: Any) -> Any:
     return value.item() if isinstance(value, np.generic) else value
 
@@ -202,9 +147,3 @@ def _selectors(name: str, value: Any) -> tuple[str, ...]:
     if not all(isinstance(s, str) for s in listed):
         raise MicrogliaError(f"{name} is a selector or a list of them, such as 'type:Conv2d'; got {value!r}.")
     return listed
-
-
-def _kind(value: object) -> str:
-    if isinstance(value, Tensor):
-        return f"a tensor of shape {tuple(value.shape)}"
-    return "None" if value is None else f"a {type(value).__name__}"

@@ -109,7 +109,7 @@ def channels(task: Task, run: Run, config: ChannelsConfig) -> nn.Module:
 
 def _prune(task: Task, run: Run, config: ChannelsConfig, number: int, model: nn.Module) -> nn.Module:
     """Returns the model of a round: after round i of n the fraction of the dense model is the budget's to the power i / n."""
-    reached = plan_of(model).got if "shrunk" in changes_of(model) else {}
+    reached = plan_of(model).got if any(done.kind.cuts for done in changes_of(model).values()) else {}
     asked = {term: value for term in TERMS if (value := getattr(config, term)) is not None}
     left = {term: min(1.0, value ** (number / config.rounds) / reached.get(term, 1.0)) for term, value in asked.items()}
     small = prune_channels(

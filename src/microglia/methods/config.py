@@ -56,6 +56,10 @@ class Sampling:
 class MethodConfig(Sampling, Trainings, PruneConfig):
     """The budget, the score and the trainings: common to all whole procedures."""
 
+    def asked_besides(self) -> dict[str, float]:
+        """Returns what a budget of the method's own asks for, by name, beside `microglia.core.budget.Budget`."""
+        return {}
+
 
 @dataclass(frozen=True)
 class Permuting:

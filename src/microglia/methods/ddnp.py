@@ -32,7 +32,7 @@ from microglia.core.patterns import Channel
 from microglia.graph import plan_of, shrink
 from microglia.graph.channels.coupled import CoupledChannels
 from microglia.graph.cutting.plan import attach
-from microglia.methods.arguments import check_evidence, check_model, check_steps, plain_settings
+from microglia.methods.arguments import check_model, check_steps, plain_settings
 from microglia.methods.config import MethodConfig, method
 from microglia.methods.ddnp_networks import Prefix, Search, energies, ranks, to_channels, whole_widths
 from microglia.methods.procedure import cut, dense_model, observe, train
@@ -40,6 +40,7 @@ from microglia.methods.pruner import own_optimizer, set_rate
 from microglia.methods.soft import SoftMasks
 from microglia.methods.what import Takes
 from microglia.scores import Evidence
+from microglia.scores.checks import check_evidence
 from microglia.storage.run import Progress, Run
 from microglia.tasks.task import Task
 from microglia.train.step import Step, objective

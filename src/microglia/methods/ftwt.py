@@ -36,11 +36,12 @@ from microglia.dynamic import (
     gates_of,
     note_plan,
 )
-from microglia.methods.arguments import check_evidence, check_model, plain_settings
+from microglia.methods.arguments import check_model, plain_settings
 from microglia.methods.config import MethodConfig
 from microglia.methods.pruner import own_optimizer, set_rate
 from microglia.methods.what import Takes
 from microglia.scores import Evidence
+from microglia.scores.checks import check_evidence
 
 Mode = Literal["decoupled", "joint", "heads", "random"]
 
@@ -91,6 +92,10 @@ class FtwtConfig(MethodConfig):
     soften: float = 0.0
     initial: Literal["random", "fitted"] = "random"
     calibrate: bool = False
+
+    def asked_besides(self) -> dict[str, float]:
+        """Returns r, where it is one for all layers."""
+        return {"r": self.r} if isinstance(self.r, float) else {}
 
     def check_values(self) -> None:
         """Raises `BudgetError` for an unknown choice and for fractions out of range."""

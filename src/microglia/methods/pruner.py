@@ -16,9 +16,10 @@ from microglia.core.left_out import announce, chosen_layers
 from microglia.core.masks import MaskSet, enforce, mask, masks_of
 from microglia.core.patterns import Channel, Pattern, parse_pattern
 from microglia.core.selection import select
-from microglia.methods.arguments import check_evidence, check_model, check_steps, plain_settings
+from microglia.methods.arguments import check_model, check_steps, plain_settings
 from microglia.methods.what import PruneConfig
 from microglia.scores import Evidence, scores
+from microglia.scores.checks import check_evidence
 from microglia.train.fit import Pruner as Stepped
 
 __all__ = ["PruneConfig", "Pruner", "PrunerProtocol", "own_optimizer", "set_rate"]

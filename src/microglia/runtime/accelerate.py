@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from microglia.core.batch import Example
 from microglia.core.errors import MicrogliaError
 from microglia.core.running import first_line, folded_twin, run, undisturbed
-from microglia.core.timing import time_interleaved
+from microglia.core.timing import Timing, time_interleaved
 from microglia.runtime.accelerated import Accelerated, refuse_autocast
 from microglia.runtime.bfloat16 import TOLERANCE, dense_lowered, lower, lowered_site
 from microglia.runtime.candidates import Candidate
@@ -84,44 +84,84 @@ def accelerate(
         MicrogliaError: The model is neither on the CPU nor on one CUDA GPU, cannot be traced, or does not run on these inputs;
             it has no convolution or linear layer of these types; or the precision is unknown; or autocast is on.
     """
-    if precision not in PRECISIONS:
-        raise MicrogliaError(f"A model is accelerated in {' or '.join(PRECISIONS)}, not in {precision!r}.")
-    half = precision == "bf16"
     example = Example.of(example_inputs).copied()
-    device = device_of([*example.tensors, *model.parameters()])
-    refuse_autocast(next((tensor.device.type for tensor in [*example.tensors, *model.parameters()]), "cpu"))
-    if half and device is not CPU:
-        raise MicrogliaError("bf16 is for float32 models on the CPU; on a GPU convert the model with .bfloat16() instead.")
+    device, half = _checked([*example.tensors, *model.parameters()], precision), precision == "bf16"
     against = execution_names(against)
-    folder = default_cache() if cache == "default" else None if cache is None else Path(cache)
     own = notes if notes is not None else []
     dense = folded_twin(model)
     with undisturbed():
-        run(dense, example.copied())
-        sites = [lowered_site(site) if half else site for site in _sites(dense, example)]
+        sites = _sites(dense, example, half)
         own += left_dense(model, {site.name for site in sites})
-        choices = Choices(folder, device.machine())
-        measured = _measure(sites, device, choices, rounds, progress=progress, notes=own)
-        ready: dict[str, Runner] = runners(dense, example, against, notes=own)
-        if not any(map(is_exact, ready)):
-            ready["eager"] = dense
-        ready.update(dense_lowered(dense, example, [name for name in against if name in TORCH], own) if half else {})
-        ready.update(_plans(dense, example, measured, own, half))
+        measured = _measure(sites, device, _cached(cache, device), rounds, progress=progress, notes=own)
+        ready = _executions(dense, example, against, measured, notes=own, half=half)
         fast = {name: Accelerated(runner, dense, example) for name, runner in ready.items()}
-        calls = {name: bind(ready[name] if is_dense(name) else fast[name], example) for name in ready}
-        # The minimum of many noisy medians is biased low: one timing picks the sparse plan, a second compares it with dense.
-        first, second = (time_interleaved(calls, rounds=rounds, warmup=2) for _ in range(2))
+        first, second = _timed_twice({name: ready[name] if is_dense(name) else fast[name] for name in ready}, example, rounds)
+    report = _report(measured, device, first, second, notes=own, precision=precision)
+    fast[report.chosen]._report = report
+    return fast[report.chosen]
+
+
+def _checked(tensors: Sequence[Tensor], precision: str) -> Device:
+    """Returns the device of all tensors, if a model is accelerated there in this precision."""
+    if precision not in PRECISIONS:
+        raise MicrogliaError(f"A model is accelerated in {' or '.join(PRECISIONS)}, not in {precision!r}.")
+    device = device_of(tensors)
+    refuse_autocast(next((tensor.device.type for tensor in tensors), "cpu"))
+    if precision == "bf16" and device is not CPU:
+        raise MicrogliaError("bf16 is for float32 models on the CPU; on a GPU convert the model with .bfloat16() instead.")
+    return device
+
+
+def _cached(cache: Path | str | None, device: Device) -> Choices:
+    """Returns the earlier timings on this machine."""
+    folder = default_cache() if cache == "default" else None if cache is None else Path(cache)
+    return Choices(folder, device.machine())
+
+
+def _executions(
+    dense: nn.Module, example: Example, against: Sequence[str], measured: list[Measured], *, notes: list[str], half: bool
+) -> dict[str, Runner]:
+    """Returns the whole model in every execution to time: the dense ones, and those of the fastest layers."""
+    ready: dict[str, Runner] = runners(dense, example, against, notes=notes)
+    if not any(map(is_exact, ready)):
+        ready["eager"] = dense
+    ready.update(dense_lowered(dense, example, [name for name in against if name in TORCH], notes) if half else {})
+    ready.update(_plans(dense, example, measured, notes, half))
+    return ready
+
+
+def _timed_twice(ready: dict[str, Runner], example: Example, rounds: int) -> tuple[dict[str, Timing], dict[str, Timing]]:
+    """Returns two timings of all executions.
+
+    The minimum of many noisy medians is biased low: one timing picks the sparse plan, a second compares it with dense.
+    """
+    calls = {name: bind(runner, example) for name, runner in ready.items()}
+    first, second = (time_interleaved(calls, rounds=rounds, warmup=2) for _ in range(2))
+    return first, second
+
+
+def _report(
+    measured: list[Measured],
+    device: Device,
+    first: dict[str, Timing],
+    second: dict[str, Timing],
+    *,
+    notes: list[str],
+    precision: str,
+) -> AccelerationReport:
+    """Returns which execution was chosen, and why: the first timing picks the sparse plan, the second decides."""
     times = {name: time.median for name, time in second.items()}
     best_dense = min(filter(is_exact, filter(is_dense, times)), key=times.__getitem__)
     sparse = min((name for name in times if not is_dense(name)), key=lambda name: first[name].median, default=best_dense)
     best = min(best_dense, sparse, key=times.__getitem__)
     layers = tuple(_choice(site, found, best) for site, found in measured)
     where = device.level(), torch.get_num_threads()
-    fast[best]._report = AccelerationReport(layers, times, best, best_dense, *where, tuple(own), precision)
-    return fast[best]
+    return AccelerationReport(layers, times, best, best_dense, *where, tuple(notes), precision)
 
 
-def _sites(dense: nn.Module, example: Example) -> list[Site]:
+def _sites(dense: nn.Module, example: Example, half: bool) -> list[Site]:
+    """Returns the layers that can be accelerated, once the model has run."""
+    run(dense, example.copied())
     sites: list[Site] = []
 
     def note(site: Site) -> nn.Module:
@@ -131,7 +171,7 @@ def _sites(dense: nn.Module, example: Example) -> list[Site]:
     fuse(dense, example, note)
     if not sites:
         raise MicrogliaError("There is no 2-d convolution or linear layer, on the CPU in float32, that could be accelerated.")
-    return sites
+    return [lowered_site(site) for site in sites] if half else sites
 
 
 def _measure(

@@ -44,7 +44,8 @@ class Change:
             weights. True if the names, shapes or meaning of the weights depend on the change.
         alone: Whether this digest omits the key of the JSON if nothing else binds, as in files of version 1.
         cuts: Whether the change alters shapes of tensors.
-        chooses: Name of the parts that choose the computation for every input, such as "gates".
+        zeroes: Whether `microglia.shrink` can remove what the change set to zero.
+        chooses: Name of the parts that choose the computation for every input.
         result: Returns fields of a run's result, from the value, the model, and a function that makes the dense model.
         was: Returns the model's former class, from the value; empty if the class is unchanged.
         measured: Returns additional numbers for ``microglia measure``, from the value.
@@ -58,6 +59,7 @@ class Change:
     binds: bool = True
     alone: bool = False
     cuts: bool = False
+    zeroes: bool = False
     chooses: str = ""
     result: Callable[[Any, nn.Module, Callable[[], nn.Module]], Mapping[str, Any]] = field(default=_nothing)
     was: Callable[[Any], str] = lambda value: ""

@@ -30,6 +30,7 @@ register_change(
         decode=lambda written, state: None,  # loading the weights attaches the masks that they hold; see core.restore
         replay=lambda model, masks: model,
         binds=False,
+        zeroes=True,
         result=_result,
     ),
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,10 @@ class ImageSource:
             world=world,
             channels_last=True,
         )
+
+    def told(self) -> dict[str, Any]:
+        """Returns the statistics that images are normalized by."""
+        return {"normalization": asdict(self.images.normalization)}
 
 
 def image_task(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +44,15 @@ class Data(Protocol):
         world: int = 1,
     ) -> Batches:
         """Returns the batches of a split; ``batch_size`` counts examples over all ``world`` ranks, ``rank`` gets its share."""
+        ...
+
+
+@runtime_checkable
+class Telling(Protocol):
+    """Data that a run's result says more of, such as how images are normalized; others need not say anything."""
+
+    def told(self) -> dict[str, Any]:
+        """Returns fields of ``result.json``, as JSON values."""
         ...
 
 

@@ -115,22 +115,14 @@ def fit(
     """
     _check_arguments(model, task, config)
     engine = accelerator(device)
-    rank, world = rank_and_world()
-    batches = task.data.batches("train", config.batch_size, seed=seed, shuffle=True, augment=True, rank=rank, world=world)
-    wrapped, trained = _trained(model, task, config, pruner, engine)
+    trained, steps = _prepared(model, task, config, engine, seed=seed, pruner=pruner, teacher=teacher)
     rows = trained.resume(progress)
-    length = epoch_length(config, len(batches))
-    loss = objective(task, teacher=teacher, weight=config.distill, temperature=config.temperature)
-    clip = clipped(wrapped.parameters, config.clip, by=engine.clip_grad_norm_)
-    step = Step(task, wrapped, trained.optimizers, loss, engine.device, config.precision, engine.backward, clip)
-    steps = _Steps(step, batches, config, pruner, trained.average)
-    _warn_of_few(config, len(batches))
     end = config.epochs if stop is None else min(stop, config.epochs)
-    with torch.random.fork_rng(), Bar(title, total=end * length, done=len(rows) * length) as bar:
+    with torch.random.fork_rng(), Bar(title, total=end * steps.length, done=len(rows) * steps.length) as bar:
         for epoch in range(len(rows), end):
             began = time.perf_counter()
             torch.manual_seed(seed * 1_000_003 + epoch)  # for dropout and similar randomness
-            wrapped.train()
+            steps.step.model.train()
             mean = steps.epoch(epoch, bar)
             rows.append(trained.row(task, config, epoch, mean) | {"seconds": round(time.perf_counter() - began, 3)})
             bar.say(_headline(task, rows[-1]))
@@ -138,9 +130,8 @@ def fit(
                 log(rows)
             if progress is not None:
                 progress.save(trained.state(rows))
-    if trained.average is not None and end == config.epochs:
-        trained.average.put()
-    if world > 1:
+    trained.finish(end == config.epochs)
+    if rank_and_world()[1] > 1:
         engine.free_memory()
     return rows
 
@@ -181,6 +172,11 @@ class _Trained:
             state["average"] = self.average.state_dict()
         return state | ({"pruner": self.pruner.state_dict()} if self.pruner is not None else {})
 
+    def finish(self, whole: bool) -> None:
+        """Puts the averaged weights, if there are any, into the model at the end of the whole training."""
+        if self.average is not None and whole:
+            self.average.put()
+
     def row(self, task: Task, config: FitConfig, epoch: int, mean: float) -> Row:
         """Returns the row of a finished epoch; validation metrics use the averaged weights if there are any."""
         row = {"epoch": epoch + 1, "loss": mean, "lr": self.optimizers[0].param_groups[0]["lr"]}
@@ -205,6 +201,27 @@ def _trained(
     return wrapped, _Trained(model, optimizers, pruner, average, grouped=bool(asked or config.no_decay))
 
 
+def _prepared(
+    model: nn.Module,
+    task: Task,
+    config: FitConfig,
+    engine: Accelerator,
+    *,
+    seed: int,
+    pruner: Pruner | None,
+    teacher: nn.Module | None,
+) -> tuple[_Trained, _Steps]:
+    """Returns what the training changes, and the steps over the batches of an epoch."""
+    rank, world = rank_and_world()
+    batches = task.data.batches("train", config.batch_size, seed=seed, shuffle=True, augment=True, rank=rank, world=world)
+    wrapped, trained = _trained(model, task, config, pruner, engine)
+    loss = objective(task, teacher=teacher, weight=config.distill, temperature=config.temperature)
+    clip = clipped(wrapped.parameters, config.clip, by=engine.clip_grad_norm_)
+    step = Step(task, wrapped, trained.optimizers, loss, engine.device, config.precision, engine.backward, clip)
+    _warn_of_few(config, len(batches))
+    return trained, _Steps(step, batches, config, pruner, trained.average)
+
+
 def _headline(task: Task, row: Row) -> str:
     """Returns the headline of an epoch in words, empty without an evaluation."""
     value = row.get(f"validation_{task.headline}")
@@ -217,7 +234,7 @@ def _warn_of_few(config: FitConfig, batches: int) -> None:
         warnings.warn(
             f"With accumulate={config.accumulate} an epoch of {batches} batches has {length} optimizer steps; take smaller "
             "batches or more epochs.",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 
@@ -241,11 +258,16 @@ class _Steps:
     pruner: Pruner | None
     average: MovingAverage | None
 
+    @property
+    def length(self) -> int:
+        """Optimizer steps of an epoch."""
+        return epoch_length(self.config, len(self.batches))
+
     def epoch(self, epoch: int, bar: Bar) -> float:
         """Trains one epoch; returns the mean loss over its batches."""
         total = torch.zeros((), device=self.step.device)
         count = epoch_batches(self.config, len(self.batches))
-        length, many = epoch_length(self.config, len(self.batches)), self.config.accumulate
+        length, many = self.length, self.config.accumulate
         for number, batch in enumerate(islice(self.batches.epoch(epoch), count)):
             index, place = divmod(number, many)
             together = min(many, count - index * many)  # the last step of an epoch may have fewer batches

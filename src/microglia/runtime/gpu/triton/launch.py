@@ -91,12 +91,7 @@ def block_conv2d(
     places = Places(values, row_pointer, channel, tap)
     if x.ndim != 4:
         raise MicrogliaError(f"x of block_conv2d must be (batch, inputs, height, width), not {tuple(x.shape)}.")
-    sizes = (*stride, *dilation, *kernel, *padding)
-    if min(sizes[:6]) < 1 or min(padding) < 0 or max(sizes) >= LARGEST or not 0 <= activation <= 3:
-        raise MicrogliaError(
-            f"A convolution has kernel, stride and dilation from 1, padding from 0, all below {LARGEST}, and an activation "
-            f"from 0 to 3, not {list(kernel)}, {list(stride)}, {list(dilation)}, {list(padding)} and {activation}."
-        )
+    _check_geometry(kernel, stride, padding, dilation, activation)
     shape = (x.shape[0], outputs, *_sides(x, kernel, stride, padding, dilation))
     if min(shape[2:]) < 1 or x.shape[1] < 1:
         raise MicrogliaError(f"A kernel of {list(kernel)} does not fit into images of {tuple(x.shape)}.")
@@ -163,6 +158,15 @@ def _sides(x: Tensor, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair)
 def _pixels(image: Tensor) -> Tensor:
     """Returns an image in channels last as a batch of images of one pixel, without a copy."""
     return image.permute(0, 2, 3, 1).view(-1, image.shape[1], 1, 1)
+
+
+def _check_geometry(kernel: Pair, stride: Pair, padding: Pair, dilation: Pair, activation: int) -> None:
+    sizes = (*stride, *dilation, *kernel, *padding)
+    if min(sizes[:6]) < 1 or min(padding) < 0 or max(sizes) >= LARGEST or not 0 <= activation <= 3:
+        raise MicrogliaError(
+            f"A convolution has kernel, stride and dilation from 1, padding from 0, all below {LARGEST}, and an activation "
+            f"from 0 to 3, not {list(kernel)}, {list(stride)}, {list(dilation)}, {list(padding)} and {activation}."
+        )
 
 
 def _check(

@@ -37,6 +37,11 @@ COMMANDS = {
     "report": Listed("commands", LOOK, "Collect runs into Markdown tables, figures and one interactive HTML page."),
     "methods": Listed("commands", LOOK, "List the methods and scores there are, with their defaults."),
     "recipe": Listed("commands", LOOK, "Print a recipe with every default filled in, or the JSON schema of recipes."),
+    "doctor": Listed(
+        "doctor",
+        LOOK,
+        "Tell what is installed and what is missing: kernels, torch, devices, extras, each with the command that gets it.",
+    ),
     "sensitivity": Listed(
         "sensitivity", STUDIES, "Show what each layer alone can lose: accuracy by layer and density, without retraining."
     ),

@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
+EXTRAS := data,train,report,zoo,export,serve,dev
 export PYTHONWARNINGS ?= ignore::UserWarning:multiprocessing.resource_tracker
 
 .PHONY: demo test lint clean
@@ -18,11 +19,10 @@ lint: $(READY)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# torch first and alone: with it in place nothing else asks for another build of it, and the kernels build against it.
+# What the tests need: no trackers and no clusters. torch is pinned, and in one call nothing asks for another build of it.
 $(READY): pyproject.toml setup.py constraints.txt $(wildcard src/microglia/runtime/kernels/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch 'setuptools>=77'
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-build-isolation --editable '.[zoo,export,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[$(EXTRAS)]'
 	touch $(READY)
 
 clean:

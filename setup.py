@@ -65,7 +65,7 @@ def extensions() -> list[Extension]:
         Extension(
             "microglia.runtime._kernels",
             sources=sorted(str(file) for file in KERNELS.glob("*.cpp")),
-            depends=sorted(str(file) for file in KERNELS.glob("*.h")),
+            depends=[*sorted(str(file) for file in KERNELS.glob("*.h")), "setup.py"],
             libraries=["torch_cpu"],
             extra_compile_args=COMPILE,
             extra_link_args=LINK,

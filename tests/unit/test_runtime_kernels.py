@@ -54,7 +54,7 @@ def sparse(*shape, tall=16, density=0.3, seed=0):
 
 
 def test_the_kernels_are_built_where_there_is_a_compiler():
-    assert level() != "torch", "no compiled kernels: is there a C++ compiler, and was the package built without isolation?"
+    assert level() != "torch", "no compiled kernels: is there a C++ compiler? `microglia doctor` says more"
 
 
 @pytest.mark.parametrize(("isa", "threads"), [*((isa, 1) for isa in HERE), (HERE[-1], 2)])

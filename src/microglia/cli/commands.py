@@ -118,7 +118,7 @@ def prune(
         shown = [*acceleration_tables(result["accelerated"]), *shown]
     if result.get("removed"):
         picture = draw_removed(result["removed"], f"{result['task']}: {resolved.method}", directory / PICTURE)
-        shown = [removal_table(result["removed"]), f"Picture: {picture}", *shown]
+        shown = [removal_table(result["removed"]), *([f"Picture: {picture}"] if picture else []), *shown]
     return result, [result_table(result), *shown]
 
 
@@ -144,7 +144,7 @@ def shrink(
     table = comparison_table(columns, result["latency"], title=f"{result['task']}: shrunk", caption=caption)
     title = f"{result['task']}: channels before and after"
     picture = draw_removed(result["removed"], title, asked.directory / PICTURE)
-    where = f"Picture: {picture}\nModel: {asked.directory}"
+    where = (f"Picture: {picture}\n" if picture else "") + f"Model: {asked.directory}"
     return result, [removal_table(result["removed"]), table, where]
 
 

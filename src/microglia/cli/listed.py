@@ -37,6 +37,11 @@ COMMANDS = {
     "report": Listed("commands", LOOK, "Collect runs into Markdown tables, figures and one interactive HTML page."),
     "methods": Listed("commands", LOOK, "List the methods and scores, with their defaults."),
     "recipe": Listed("commands", LOOK, "Print a recipe with every default filled in, or the JSON schema of recipes."),
+    "doctor": Listed(
+        "doctor",
+        LOOK,
+        "List what is installed and what is missing: kernels, torch, devices, extras, each with the command that installs it.",
+    ),
     **{name: Listed("studies", STUDIES, place.sentence) for name, place in LISTED.items()},
 }
 """The commands of this package. Another package registers its own with `microglia.cli.app.command`."""

@@ -43,6 +43,10 @@ class RunError(MicrogliaError):
     """A run directory that cannot be used as asked."""
 
 
+class MissingLibraryError(MicrogliaError):
+    """An optional library that is not installed; the text names the command that installs it."""
+
+
 class TrainingError(MicrogliaError):
     """A training that cannot go on, such as one whose loss is not finite."""
 

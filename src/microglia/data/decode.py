@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from microglia.core.errors import DataError
+from microglia.core.optional import needs
 from microglia.data.parallel import map_chunks
 from microglia.data.sources import Encoded
 
@@ -96,6 +97,7 @@ def decode(encoded: Encoded, layout: Layout, label: str) -> Tensor:
 
 def resized(images: Tensor, size: int) -> Tensor:
     """Returns decoded images, uint8 [N, C, H, W], at another size, as ``decode`` would: uint8 [N, C, size, size]."""
+    needs("data", "PIL", what="Resizing images")
     from PIL import Image
 
     layout = Layout(images.shape[1] == 3, size, size)
@@ -121,6 +123,7 @@ def check_memory(size: int) -> None:
 
 def decoder() -> str:
     """Returns the decoder's name and version, because another version may decode JPEG to other bytes."""
+    needs("data", "PIL", what="Reading images")
     import PIL
 
     return f"pillow {PIL.__version__}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from microglia.core.optional import needs
 from microglia.data.images import ImageSet
 from microglia.data.splits import stratified_split
 
@@ -19,6 +20,7 @@ def digits() -> dict[str, ImageSet]:
     dividing by 15 gives the originals exactly. Source: Alpaydin and Kaynak, "Optical Recognition of Handwritten Digits", UCI
     repository, 1998.
     """
+    needs("data", "sklearn", what="The data set 'digits'")
     from sklearn.datasets import load_digits
 
     found = load_digits()

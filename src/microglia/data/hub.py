@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from microglia.core.errors import DataError
+from microglia.core.optional import needs
 from microglia.data.sources import Source, split_names
 from microglia.data.tables import Table, table_source
 
@@ -18,6 +19,7 @@ def hub_source(name: str) -> Source:
     Raises:
         DataError: When the hub has no such data set or cannot be reached, or it is not for image classification.
     """
+    needs("data", "datasets", what=f"The data set {name!r} of the Hugging Face hub")
     import datasets
 
     try:

@@ -17,6 +17,7 @@ from torch import Generator, Tensor
 from torch.nn import functional
 
 from microglia.core.errors import DataError
+from microglia.core.optional import needs
 from microglia.core.registry import unknown_name
 
 Shift = Callable[[Tensor, int, Generator], Tensor]
@@ -113,6 +114,7 @@ def _bytes(values: Tensor) -> Tensor:
 
 def _through_jpeg(image: npt.NDArray[np.uint8], mode: str, quality: int) -> npt.NDArray[np.uint8]:
     """Returns one image, (H, W, C) in and (H, W) or (H, W, C) out, after encoding and decoding."""
+    needs("data", "PIL", what="The shift 'jpeg'")
     from PIL import Image  # not before an image is compressed
 
     file = io.BytesIO()

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from microglia.core.errors import DataError
+from microglia.core.optional import needs
 from microglia.data.sources import Encoded, Source, split_names
 
 _LABELS = ("label", "labels", "fine_label", "class", "target")
@@ -139,6 +140,7 @@ def _image_struct(kind: Any) -> bool:
 
 def _parquet_table(paths: list[Path]) -> Table:
     """Returns the table in these files, one after the other; a column is read on demand."""
+    needs("data", "pyarrow", what="Reading parquet files")
     import pyarrow as pa
     import pyarrow.parquet as pq
 

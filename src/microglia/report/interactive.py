@@ -8,11 +8,14 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-import plotly.graph_objects as go
-from plotly.io import to_html
-from plotly.subplots import make_subplots
 
+from microglia.core.optional import needs
 from microglia.report.chart import Axis, Bars, Chart, Field, Line, Panel, Rule
+
+with needs("report", "plotly", what="An interactive figure"):
+    import plotly.graph_objects as go
+    from plotly.io import to_html
+    from plotly.subplots import make_subplots
 
 POLICY = (
     "default-src 'none'; script-src 'unsafe-inline' 'unsafe-eval'; style-src 'unsafe-inline'; img-src data: blob:; "

@@ -7,14 +7,16 @@ from collections.abc import Sequence
 from importlib.resources import files
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
-from plotly.offline import get_plotlyjs
-
+from microglia.core.optional import needs
 from microglia.report.interactive import POLICY, markup
 from microglia.report.read import Collected
 from microglia.report.rows import Group
 from microglia.report.section import pictures_of, tables_of
 from microglia.report.table import what_ran
+
+with needs("report", "jinja2", "plotly", what="A report"):
+    from jinja2 import Environment, StrictUndefined
+    from plotly.offline import get_plotlyjs
 
 TEMPLATE = "page.html"
 """The template beside this file; it escapes everything except the scripts of plotly."""

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
+from microglia.core.errors import MissingLibraryError
+from microglia.core.optional import needs
 from microglia.report.chart import Axis, Bars, Chart, Panel
 from microglia.storage.files import write_atomic
 
@@ -63,12 +66,17 @@ def removal_chart(removed: Json, title: str) -> Chart:
     return Chart(title, [Panel(across, Axis("output channels"), bars=bars)], size=size)
 
 
-def draw_removed(removed: Json, title: str, path: Path) -> Path:
-    """Writes the bars as a PNG; the same numbers, the same bytes.
+def draw_removed(removed: Json, title: str, path: Path) -> Path | None:
+    """Writes the bars as a PNG; the same numbers, the same bytes. Without matplotlib it warns and returns None.
 
     Raises:
         FileError: The file cannot be written.
     """
+    try:
+        needs("report", "matplotlib", what="The picture of the removed channels")
+    except MissingLibraryError as error:  # no reason to lose the run
+        warnings.warn(str(error), stacklevel=2)
+        return None
     from microglia.report.printed import images  # slow to import
 
     write_atomic(path, images(removal_chart(removed, title), ("png",))["png"])

@@ -47,6 +47,8 @@ _SCHEMAS = {
     "add_rows": "(Tensor x, Tensor part, Tensor rows) -> Tensor",
     "block_chain": f"(Tensor[] images, {_PLACES}, Tensor tap, Tensor bias, int[] program) -> Tensor[]",
 }
+BUILD = "Install a C++17 compiler (g++ or clang++), then in a checkout: pip install --force-reinstall --no-deps ."
+"""How to get the compiled kernels."""
 _library = torch.library.Library("microglia", "DEF")  # type: ignore[no-untyped-call]
 
 
@@ -61,12 +63,29 @@ def level() -> str:
 
 @functools.cache
 def _load() -> str:
-    """Loads the compiled kernels, once in a process, and returns the level."""
+    """Loads the compiled kernels, once in a process, and returns the level; without kernels it says so, once."""
+    found, reason = kernels()
+    if reason is not None:
+        warnings.warn(
+            f"Microglia runs without its compiled kernels: {reason}. Everything works, sparse layers run as dense ones. "
+            f"{BUILD}",
+            stacklevel=3,
+        )
+    return found
+
+
+@functools.cache
+def kernels() -> tuple[str, str | None]:
+    """Loads the compiled kernels and returns their level; and, where nobody asked for none, why there are none.
+
+    Raises:
+        MicrogliaError: As `level`.
+    """
     asked = os.environ.get("MICROGLIA_ISA", "")
     if asked and asked not in LEVELS:
         raise MicrogliaError(f"MICROGLIA_ISA is {asked!r}; it can be one of {', '.join(LEVELS)}.")
     if asked == "torch":
-        return "torch"
+        return "torch", None
     built = sorted(Path(__file__).parent.glob("_kernels*.so"))
     if not built:
         return _without_kernels(asked, "they were not built at installation (no C++ compiler)")
@@ -79,18 +98,13 @@ def _load() -> str:
     found = library.mg_level_name(library.mg_level()).decode()
     if asked and found != asked:
         raise MicrogliaError(f"MICROGLIA_ISA asks for {asked!r}, but the best that this machine can run is {found!r}.")
-    return str(found)
+    return str(found), None
 
 
-def _without_kernels(asked: str, reason: str) -> str:
+def _without_kernels(asked: str, reason: str) -> tuple[str, str]:
     if asked:
         raise MicrogliaError(f"MICROGLIA_ISA asks for {asked!r}, but there are no compiled kernels: {reason}.")
-    warnings.warn(
-        f"Microglia runs without its compiled kernels: {reason}. Everything works, sparse layers run as dense ones. "
-        "To build them install a C++17 compiler, then this package again with --no-build-isolation.",
-        stacklevel=2,
-    )
-    return "torch"
+    return "torch", reason
 
 
 # ------------------------------------------------------------------------------------------------- references and shapes

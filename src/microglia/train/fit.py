@@ -17,7 +17,7 @@ from microglia.core.errors import TrainingError
 from microglia.storage.run import Progress
 from microglia.tasks.task import Batches, Task
 from microglia.train.average import MovingAverage
-from microglia.train.engine import accelerator, rank_and_world
+from microglia.train.engine import OneProcess, accelerator, rank_and_world
 from microglia.train.evaluate import evaluate
 from microglia.train.groups import parameter_groups, plain_name
 from microglia.train.optim import FitConfig, epoch_batches, epoch_length, lay_out, make_optimizers, set_rates
@@ -187,7 +187,7 @@ class _Trained:
 
 
 def _trained(
-    model: nn.Module, task: Task, config: FitConfig, pruner: Pruner | None, engine: Accelerator
+    model: nn.Module, task: Task, config: FitConfig, pruner: Pruner | None, engine: Accelerator | OneProcess
 ) -> tuple[nn.Module, _Trained]:
     """Returns the model to call in steps, and the trained state: optimizers over its groups, perhaps an average."""
     own = pruner.param_groups() if pruner is not None else []

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from microglia.core.masks import fold, mask, masks_of
     from microglia.core.patterns import NM, Block, Channel, Unstructured
     from microglia.core.selection import select
+    from microglia.export import export
     from microglia.graph import permute_channels, prune_channels, shrink
     from microglia.lab.execute import execute
     from microglia.lab.recipe import Recipe
@@ -48,6 +49,7 @@ __all__ = [
     "accelerate",
     "evaluate",
     "execute",
+    "export",
     "fit",
     "fold",
     "load",
@@ -78,6 +80,7 @@ _PLACES = {
     "accelerate": "runtime",
     "evaluate": "train.evaluate",
     "execute": "lab.execute",
+    "export": "export",
     "fit": "train.fit",
     "measure": "measure",
     "score": "scores",

@@ -28,6 +28,9 @@ COMMANDS = {
     "shrink": Listed(
         "commands", PRUNE, "Remove masked channels physically: a smaller model, proved equal, saved beside the masked one."
     ),
+    "export": Listed(
+        "export", PRUNE, "Write a run's model as a file of another engine, compared with the model before it counts as written."
+    ),
     "sweep": Listed("commands", PRUNE, "Run a grid of recipes, each a durable run; finished ones are not run again."),
     "demo": Listed(
         "demo", PRUNE, "Take all three roads on real 8x8 digits: masks, removed channels, accelerated blocks; one table."

@@ -3,5 +3,17 @@
 from microglia.export.exported import Exported
 from microglia.export.onnx import open_onnx, to_onnx
 from microglia.export.openvino import open_openvino, to_openvino
+from microglia.export.targets import Target, targets
+from microglia.export.write import Export, export
 
-__all__ = ["Exported", "open_onnx", "open_openvino", "to_onnx", "to_openvino"]
+__all__ = [
+    "Export",
+    "Exported",
+    "Target",
+    "export",
+    "open_onnx",
+    "open_openvino",
+    "targets",
+    "to_onnx",
+    "to_openvino",
+]

@@ -16,7 +16,7 @@ from microglia.core.errors import ExportError
 from microglia.core.optional import needs
 from microglia.core.running import first_line
 from microglia.export.exported import Exported
-from microglia.export.traced import Traced, traced
+from microglia.export.traced import Source, Traced, source_of
 from microglia.graph.dims.trace import quiet
 
 OLDEST = 18
@@ -38,7 +38,7 @@ def to_onnx(
         model: Any module, masked, shrunk or accelerated; it is left as it is.
         example_inputs: A tensor, a tuple of arguments, or a mapping of keyword arguments.
         path: The file; over 2 GB the weights go to ``<path>.data`` beside it.
-        dynamic: Dimensions of the inputs that shall be free; see `microglia.export.traced.traced`.
+        dynamic: Dimensions of the inputs that shall be free; see `microglia.export.traced.source_of`.
         opset: Version of the operators; None for torch's default.
         external_data: Whether the weights are always written beside the file.
 
@@ -49,20 +49,21 @@ def to_onnx(
         ExportError: An operator has no form in ONNX, or none in this opset.
         TraceError: torch.export cannot trace the model.
     """
-    return write_onnx(traced(model, example_inputs, dynamic=dynamic), path, opset=opset, external_data=external_data)
+    return write_onnx(source_of(model, example_inputs, dynamic=dynamic), path, opset=opset, external_data=external_data)
 
 
-def write_onnx(source: Traced, path: str | Path, *, opset: int | None = None, external_data: bool = False) -> Path:
-    """Writes a traced model as `to_onnx` does."""
+def write_onnx(source: Source, path: str | Path, *, opset: int | None = None, external_data: bool = False) -> Path:
+    """Writes a model as `to_onnx` does."""
     needs("export", "onnx", "onnxscript")
+    traced = source.traced
     try:
         with quiet(), redirect_stdout(io.StringIO()):
-            written = torch.onnx.export(source.program, opset_version=opset, dynamo=True, verbose=False)
+            written = torch.onnx.export(traced.program, opset_version=opset, dynamo=True, verbose=False)
     except Exception as error:
         raise ExportError(_unwritable(source, error)) from error
     assert written is not None
-    _name_sizes(written.model.graph, source.sizes())
-    _name_outputs(written.model.graph, source)
+    _name_sizes(written.model.graph, traced.sizes())
+    _name_outputs(written.model.graph, traced)
     written.model.metadata_props.update(source.metadata)
     found = written.model.opset_imports.get("", opset)
     if opset is not None and found != opset:
@@ -101,8 +102,8 @@ def open_onnx(path: str | Path, *, threads: int | None = None) -> Exported:
     return Exported(run, names, f"ONNX Runtime {onnxruntime.__version__}")
 
 
-def _unwritable(source: Traced, error: BaseException) -> str:
-    """Returns the operator that ONNX does not support, or another message of torch.onnx."""
+def _unwritable(source: Source, error: BaseException) -> str:
+    """Returns which operator ONNX cannot hold, or what else torch.onnx says."""
     text = ""
     cause: BaseException | None = error
     while cause is not None:
@@ -133,11 +134,11 @@ def _name_sizes(graph: Any, names: dict[str, str]) -> None:
             value.shape = onnx_ir.Shape([renamed(size) for size in value.shape])
 
 
-def _name_outputs(graph: Any, source: Traced) -> None:
+def _name_outputs(graph: Any, traced: Traced) -> None:
     """Gives the outputs the names under which the model returns them."""
     made = [*graph.inputs, *(value for node in graph.all_nodes() for value in node.outputs)]
     taken = {value.name for value in made if value not in set(graph.outputs)}
-    if len(graph.outputs) == len(source.outputs) == len(set(source.outputs)):
-        for value, name in zip(graph.outputs, source.outputs, strict=True):
+    if len(graph.outputs) == len(traced.outputs) == len(set(traced.outputs)):
+        for value, name in zip(graph.outputs, traced.outputs, strict=True):
             if name not in taken and value.producer() is not None:
                 value.name = name

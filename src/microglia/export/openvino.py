@@ -19,7 +19,7 @@ from microglia.core.optional import needs
 from microglia.core.running import first_line
 from microglia.export.exported import Exported
 from microglia.export.onnx import write_onnx
-from microglia.export.traced import Traced, traced
+from microglia.export.traced import Source, source_of
 
 
 def to_openvino(model: nn.Module, example_inputs: Any, *, dynamic: Sequence[int] = (0,)) -> Any:
@@ -28,17 +28,17 @@ def to_openvino(model: nn.Module, example_inputs: Any, *, dynamic: Sequence[int]
     Args:
         model: Any module, masked, shrunk or accelerated; it is left as it is.
         example_inputs: A tensor, a tuple of arguments, or a mapping of keyword arguments.
-        dynamic: Dimensions of the inputs that shall be free; see `microglia.export.traced.traced`.
+        dynamic: Dimensions of the inputs that shall be free; see `microglia.export.traced.source_of`.
 
     Raises:
         ExportError: ONNX or OpenVINO has no form of an operator.
         TraceError: torch.export cannot trace the model.
     """
-    return as_openvino(traced(model, example_inputs, dynamic=dynamic))
+    return as_openvino(source_of(model, example_inputs, dynamic=dynamic))
 
 
-def as_openvino(source: Traced) -> Any:
-    """Converts a traced model as `to_openvino` does."""
+def as_openvino(source: Source) -> Any:
+    """Converts a model as `to_openvino` does."""
     needs("export", "openvino", "onnx", "onnxscript")
     import openvino
 
@@ -51,6 +51,14 @@ def as_openvino(source: Traced) -> Any:
     for key, value in source.metadata.items():
         converted.set_rt_info(value, key)
     return converted
+
+
+def write_openvino(source: Source, path: Path) -> None:
+    """Writes the ``.xml`` file and the ``.bin`` file of its weights, in the model's own precision."""
+    converted = as_openvino(source)
+    import openvino
+
+    openvino.save_model(converted, path, compress_to_fp16=False)
 
 
 def open_openvino(path: Any, *, threads: int | None = None) -> Exported:

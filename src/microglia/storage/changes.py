@@ -6,7 +6,9 @@ them again to a freshly built one. No other code looks for attributes or paramet
 
 from __future__ import annotations
 
+import hashlib
 import importlib
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -112,6 +114,12 @@ def changes_of(model: nn.Module) -> dict[str, Done]:
     """
     found = {key: Done(kind, kind.of(model)) for key, kind in changes.items()}
     return {key: found[key] for key in _ordered(found) if found[key].value is not None}
+
+
+def changes_digest(model: nn.Module) -> str:
+    """Returns a BLAKE2 digest of what was done to a model, as JSON by field of ``plan.json``; empty where nothing was."""
+    written = {key: done.kind.encode(done.value) for key, done in changes_of(model).items()}
+    return hashlib.blake2b(json.dumps(written, sort_keys=True).encode(), digest_size=16).hexdigest() if written else ""
 
 
 def written_changes(plan: Mapping[str, Any]) -> dict[str, tuple[Change, Any]]:

@@ -31,7 +31,8 @@ NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 @contextmanager
-def _explained(path: Path) -> Iterator[None]:
+def explained(path: Path) -> Iterator[None]:
+    """Makes an `OSError` while a path is written one sentence, a `FileError`; a full disk is named as such."""
     try:
         yield
     except OSError as error:
@@ -50,7 +51,7 @@ def write_atomic(path: Path, content: bytes | str) -> None:
         FileError: The file cannot be written; a full disk is named as such and leaves no debris.
     """
     data = content.encode() if isinstance(content, str) else content
-    with _explained(path):
+    with explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
         try:

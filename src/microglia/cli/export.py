@@ -1,0 +1,37 @@
+"""The command `export`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from microglia.cli.app import Data, Json, Shown, command
+from microglia.core.errors import MicrogliaError
+from microglia.lab.exporting import Exporting, export_saved, export_table
+
+EXAMPLE = "microglia export runs/demo --to onnx --accuracy"
+
+
+def export(
+    target: Annotated[Path, typer.Argument(help="A run directory or a saved model's.")],
+    to: Annotated[str | None, typer.Option(help="onnx, openvino, program or hf; default by the suffix of --out.")] = None,
+    out: Annotated[Path | None, typer.Option(help="File or directory to write; default RUN/exported.onnx and so on.")] = None,
+    data: Data = None,
+    dynamic: Annotated[str, typer.Option(help="Free dimensions of the inputs, such as 0,2,3 for images of any size.")] = "0",
+    opset: Annotated[int | None, typer.Option(help="Version of ONNX's operators; default torch's.")] = None,
+    accuracy: Annotated[bool, typer.Option("--accuracy", help="Evaluate the test split by that engine, and time it.")] = False,
+    json_: Json = False,
+) -> Shown:
+    """Write a run's model as a file of another engine, compared with the model before it counts as written."""
+    try:
+        free = tuple(int(word) for word in dynamic.split(",") if word)
+    except ValueError:
+        raise MicrogliaError(f"--dynamic takes dimensions such as 0,2,3; got {dynamic!r}.") from None
+    result = export_saved(Exporting(target, out, to, data, free, opset, accuracy))
+    files = "\n".join(f"File: {file}" for file in result["export"]["files"])
+    return result, [export_table(result), files]
+
+
+command(export, example=EXAMPLE)

@@ -17,3 +17,10 @@ A file names a field, never a module: what is not in this table is only known if
 
 ALWAYS: dict[str, Any] = {"masks": {}, "shrunk": None, "gates": None}
 """Fields that every ``plan.json`` has had since version 1, and their values where nothing was done."""
+
+EXECUTIONS: dict[str, str] = {
+    "onnxruntime": "microglia.export.engines",
+    "openvino": "microglia.export.engines",
+    "openvino-int8": "microglia.export.engines",
+}
+"""Name of an execution of another engine -> module that registers it, in the order in which they are shown."""

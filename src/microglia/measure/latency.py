@@ -15,6 +15,7 @@ from microglia.core.errors import MicrogliaError
 from microglia.core.registry import unknown_name
 from microglia.core.timing import Timing, processor_name, time_interleaved
 from microglia.runtime.dense.execution import executions as prepare_executions
+from microglia.runtime.dense.kinds import execution_names, is_exact
 
 
 @dataclass(frozen=True)
@@ -40,12 +41,16 @@ class LatencyReport:
     def best(self, model: str) -> tuple[str, Timing]:
         """Returns the execution of the least median time for a model, and that time.
 
+        One that rounds the weights, such as ``openvino-int8``, counts only where no other was timed.
+
         Raises:
             UnknownNameError: No model of this name was measured.
         """
         if model not in self.timings:
             raise unknown_name("measured model", model, self.timings)
-        return min(self.timings[model].items(), key=lambda item: item[1].median)
+        timings = self.timings[model]
+        exact = {name: timing for name, timing in timings.items() if is_exact(name)}
+        return min((exact or timings).items(), key=lambda item: item[1].median)
 
     def speedup(self, model: str, over: str) -> float:
         """Returns how many times faster ``model`` is than ``over``, the best execution of each against the other.
@@ -64,7 +69,7 @@ def measure_latency(
     models: Mapping[str, nn.Module],
     example_inputs: Any,
     *,
-    executions: Sequence[str] = ("eager", "packed", "compiled"),
+    executions: str | Sequence[str] = "all",
     ready: Mapping[str, Mapping[str, Callable[[], object]]] | None = None,
     rounds: int = 15,
     warmup: int = 3,
@@ -78,8 +83,8 @@ def measure_latency(
     Args:
         models: Name -> model; all take the same inputs.
         example_inputs: A tensor, a tuple of arguments, or a mapping of keyword arguments, of the batch size to time.
-        executions: Ways to run each model (see `microglia.measure.executions`); one that does not work here is left out
-            and named in the notes.
+        executions: Ways to run each model (see `microglia.measure.executions`): names, ``torch`` for PyTorch's own, or
+            ``all`` for every exact one that is installed. One that does not work here is left out and named in the notes.
         ready: Name of a model -> further executions of it, by name, that are ready to be called.
         rounds: Rounds, as are the following arguments, of `time_interleaved`.
         warmup: Calls before the first round.
@@ -101,7 +106,7 @@ def measure_latency(
         notes += [f"{name}: {note}" for note in own]
         prepared = {**prepared, **(ready or {}).get(name, {})}
         if not prepared:
-            raise MicrogliaError(f"None of {list(executions)} works for the model {name!r}. {' '.join(own)}")
+            raise MicrogliaError(f"None of {list(execution_names(executions))} works for the model {name!r}. {' '.join(own)}")
         calls.update({(name, kind): execution for kind, execution in prepared.items()})
     keys = {str(index): key for index, key in enumerate(calls)}
     times = time_interleaved(

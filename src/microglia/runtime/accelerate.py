@@ -22,12 +22,13 @@ from microglia.runtime.bfloat16 import TOLERANCE, dense_lowered, lower, lowered_
 from microglia.runtime.candidates import Candidate
 from microglia.runtime.dense.execution import Runner, bind, difference, runners
 from microglia.runtime.dense.fusion import Site, fuse
+from microglia.runtime.dense.kinds import TORCH, execution_names, is_exact
 from microglia.runtime.devices import CPU, Device, device_of
 from microglia.runtime.report import AccelerationReport, LayerChoice, is_dense, left_dense
 from microglia.runtime.sparse_layers.chain import chained
 from microglia.runtime.timing_cache import Choices, Times, default_cache
 
-DENSE = ("eager", "eager-channels-last", "packed", "compiled")
+DENSE = TORCH
 """The dense executions that are timed against, as `microglia.measure.executions` names them."""
 CONTIGUOUS = ("rows 4x1", "unstructured")
 """Ways to run a layer that take and give contiguous images; all others keep channels last."""
@@ -42,7 +43,7 @@ def accelerate(
     model: nn.Module,
     example_inputs: Any,
     *,
-    against: Sequence[str] = DENSE,
+    against: str | Sequence[str] = "torch",
     precision: str = "float32",
     cache: Path | str | None = "default",
     rounds: int = 9,
@@ -69,7 +70,10 @@ def accelerate(
         model: Any model that torch.export can trace, on the CPU in float32 or on one CUDA GPU in float32, float16 or
             bfloat16; stays as it is.
         example_inputs: Inputs of the shape to serve: a tensor, a tuple of arguments, or a mapping of keyword arguments.
-        against: The dense executions that it must not be slower than; the fastest of them is returned if it is.
+        against: The dense executions that it must not be slower than; the fastest of them is returned if it is. ``torch``
+            for PyTorch's own; ``all`` adds the engines that are installed (ONNX Runtime, OpenVINO), which takes seconds
+            more and may return a model that runs in one of them; or names (see `microglia.measure.executions`). One that
+            rounds the weights, such as ``openvino-int8``, is timed and reported, never returned.
         precision: ``float32`` or ``bf16``.
         cache: Folder of times measured earlier on this machine; ``"default"`` for `default_cache`, None for none.
         rounds: Of every timing.
@@ -88,6 +92,7 @@ def accelerate(
     refuse_autocast(next((tensor.device.type for tensor in [*example.tensors, *model.parameters()]), "cpu"))
     if half and device is not CPU:
         raise MicrogliaError("bf16 is for float32 models on the CPU; on a GPU convert the model with .bfloat16() instead.")
+    against = execution_names(against)
     folder = default_cache() if cache == "default" else None if cache is None else Path(cache)
     own = notes if notes is not None else []
     dense = folded_twin(model)
@@ -97,15 +102,17 @@ def accelerate(
         own += left_dense(model, {site.name for site in sites})
         choices = Choices(folder, device.machine())
         measured = _measure(sites, device, choices, rounds, progress=progress, notes=own)
-        ready: dict[str, Runner] = runners(dense, example, against, notes=own) or {"eager": dense}
-        ready.update(dense_lowered(dense, example, against, own) if half else {})
+        ready: dict[str, Runner] = runners(dense, example, against, notes=own)
+        if not any(map(is_exact, ready)):
+            ready["eager"] = dense
+        ready.update(dense_lowered(dense, example, [name for name in against if name in TORCH], own) if half else {})
         ready.update(_plans(dense, example, measured, own, half))
         fast = {name: Accelerated(runner, dense, example) for name, runner in ready.items()}
         calls = {name: bind(ready[name] if is_dense(name) else fast[name], example) for name in ready}
         # The least of many medians is too small by chance: one timing says which sparse way to take, another one whether.
         first, second = (time_interleaved(calls, rounds=rounds, warmup=2) for _ in range(2))
     times = {name: time.median for name, time in second.items()}
-    best_dense = min(filter(is_dense, times), key=times.__getitem__)
+    best_dense = min(filter(is_exact, filter(is_dense, times)), key=times.__getitem__)
     sparse = min((name for name in times if not is_dense(name)), key=lambda name: first[name].median, default=best_dense)
     best = min(best_dense, sparse, key=times.__getitem__)
     layers = tuple(_choice(site, found, best) for site, found in measured)

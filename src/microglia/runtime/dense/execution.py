@@ -14,24 +14,20 @@ from torch.utils._pytree import tree_leaves
 
 from microglia.core.batch import Example
 from microglia.core.errors import MicrogliaError
-from microglia.core.registry import Registry
 from microglia.core.running import first_line, folded_twin, run, undisturbed
+from microglia.runtime.dense.kinds import ExecutionKind, Runner, built, execution_kind, execution_names, register_execution
 from microglia.runtime.dense.packing import pack
 
 Execution = Callable[[], object]
 """One forward pass over the example inputs; returns the model's output."""
 
-Runner = Callable[..., Any]
-"""A model in one execution, called like the model itself."""
-
-_BUILDERS: Registry[Callable[[nn.Module, Example], Runner]] = Registry("execution")
 _fresh_names = itertools.count()
 
 
 def executions(
     model: nn.Module,
     example_inputs: Any,
-    kinds: Sequence[str] = ("eager", "eager-channels-last", "packed", "compiled"),
+    kinds: str | Sequence[str] = "torch",
     *,
     notes: list[str] | None = None,
 ) -> dict[str, Execution]:
@@ -43,6 +39,10 @@ def executions(
       the CPU in float32; needs no compiler and is ready in a second or two.
     - ``compiled``: ``torch.compile`` with frozen weights; needs a C++ compiler on the CPU, Triton on a GPU, and takes
       from seconds (when its cache has seen the model) to minutes.
+    - ``onnxruntime`` and ``openvino``: the model converted for another engine on the CPU, with as many threads as PyTorch;
+      seconds to tens of seconds. Each needs its package.
+    - ``openvino-int8``: weights and activations rounded to 8 bits, calibrated on the example alone. Good for its time, not
+      for its predictions: `microglia.export` calibrates on data and says the accuracy.
 
     Each is run once and compared with ``eager``; one that cannot be prepared here or whose outputs differ by more than
     1e-4 of the largest (2e-2 in half precision, 5e-3 on a GPU that is set to multiply in TF32) is left out.
@@ -50,7 +50,7 @@ def executions(
     Args:
         model: Any module, masked or folded; stays bit for bit as it is.
         example_inputs: A tensor, a tuple of arguments, or a mapping of keyword arguments. The executions work on copies.
-        kinds: Which ones, of the four above.
+        kinds: Which ones: names, or ``torch`` for the first four, or ``all`` for every exact one that is installed.
         notes: A list to which the reason for each one left out is added.
 
     Returns:
@@ -66,22 +66,24 @@ def executions(
     return {kind: bind(runner, images if kind == "eager-channels-last" else example) for kind, runner in ready.items()}
 
 
-def runners(model: nn.Module, example: Example, kinds: Sequence[str], *, notes: list[str] | None = None) -> dict[str, Runner]:
+def runners(
+    model: nn.Module, example: Example, kinds: str | Sequence[str], *, notes: list[str] | None = None
+) -> dict[str, Runner]:
     """Prepares the same executions as `executions`, to be called with any inputs of the example's shapes.
 
     Raises:
         UnknownNameError: A kind of another name.
         MicrogliaError: The model does not run on these inputs.
     """
-    builders = {kind: _BUILDERS[kind] for kind in kinds}
+    names = execution_names(kinds)
     folded = folded_twin(model)
     ready: dict[str, Runner] = {}
     with undisturbed():
         expected = run(folded, example.copied())
-        for kind, builder in builders.items():
+        for kind in names:
             try:
-                runner = builder(folded, example)
-                problem = difference(expected, bind(runner, example.copied())())
+                runner = built(kind, folded, example)
+                problem = difference(expected, bind(runner, example.copied())(), execution_kind(kind).tolerance)
             except Exception as error:
                 problem = first_line(error)
             if problem is None:
@@ -101,12 +103,10 @@ def bind(runner: Runner, example: Example) -> Execution:
     return execute
 
 
-@_BUILDERS.add("eager")
 def _eager(model: nn.Module, example: Example) -> Runner:
     return model
 
 
-@_BUILDERS.add("eager-channels-last")
 def _eager_channels_last(model: nn.Module, example: Example) -> Runner:
     if not any(tensor.ndim == 4 for tensor in example.tensors):
         raise MicrogliaError("no example input is an image batch (four dimensions).")
@@ -116,7 +116,6 @@ def _eager_channels_last(model: nn.Module, example: Example) -> Runner:
     return converted
 
 
-@_BUILDERS.add("packed")
 def _packed(model: nn.Module, example: Example) -> Runner:
     if any(tensor.device.type != "cpu" for tensor in example.tensors):
         raise MicrogliaError("oneDNN runs on the CPU.")
@@ -125,7 +124,6 @@ def _packed(model: nn.Module, example: Example) -> Runner:
     return pack(model, example)
 
 
-@_BUILDERS.add("compiled")
 def _compiled(model: nn.Module, example: Example) -> Runner:
     def call(*args: Any, **kwargs: Any) -> object:
         return model(*args, **kwargs)
@@ -136,6 +134,12 @@ def _compiled(model: nn.Module, example: Example) -> Runner:
     own = types.FunctionType(code, call.__globals__, code.co_name, None, call.__closure__)
     compiled: Runner = torch.compile(own, dynamic=False, options={"freezing": True})
     return compiled
+
+
+register_execution("eager", ExecutionKind(_eager))
+register_execution("eager-channels-last", ExecutionKind(_eager_channels_last))
+register_execution("packed", ExecutionKind(_packed))
+register_execution("compiled", ExecutionKind(_compiled))
 
 
 def _rounded(tensor: Tensor) -> bool:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import microglia as mg
-from microglia.core.errors import MicrogliaError, UnknownNameError
+from microglia.core.errors import UnknownNameError
 from microglia.core.timing import Timing
 from microglia.measure import LatencyReport, executions, measure_latency
 from microglia.runtime.dense import kinds

@@ -18,13 +18,15 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from microglia.core.batch import Example, take_examples, tensors_of
+from microglia.core.batch import Example, call, tensors_of
 from microglia.core.errors import MicrogliaError
+from microglia.core.optional import needs
+from microglia.core.registry import Registry
 from microglia.core.running import first_line
-from microglia.export.sessions import compiled_session, openvino_session
+from microglia.export.calibration import calibration_items
+from microglia.export.openvino import open_openvino
 
 if TYPE_CHECKING:
     import openvino
@@ -37,12 +39,20 @@ ATTENTION = frozenset({"ScaledDotProductAttention"})
 """Operations of OpenVINO by which a transformer is known; NNCF then smooths activations and leaves softmax in float."""
 MULTIPLY = frozenset({"Convolution", "GroupConvolution", "ConvolutionBackpropData", "MatMul"})
 """Operations that int8 makes fast."""
-MOVE = frozenset({"Reshape", "Transpose", "Squeeze", "Unsqueeze", "Concat", "MaxPool", "Split", "VariadicSplit", "Slice", "Pad"})
+MOVE = frozenset(
+    {"Reshape", "Transpose", "Squeeze", "Unsqueeze", "Concat", "MaxPool", "Split", "VariadicSplit", "Slice", "Pad"}
+)
 """Operations that only move numbers: where the input of one is rounded, so is its output."""
 
-Arrays = list[NDArray[Any]]
+SWITCH = "NNCF_CI"
+"""Variable of the environment that turns off the telemetry of NNCF while it is imported."""
+
 Score = Callable[[Iterable[tuple[Any, Any]]], float]
 """Takes pairs of outputs and targets, batch by batch; returns a number, higher for better."""
+
+
+quantizers: Registry[Callable[..., tuple[Any, Int8Report]]] = Registry("target with int8")
+"""Target of an export -> the function that quantizes what was converted for it, called like `quantize`."""
 
 
 def accuracy(pairs: Iterable[tuple[Any, Any]]) -> float:
@@ -65,12 +75,12 @@ class Evaluation:
     Attributes:
         batches: Pairs of inputs and targets, iterated several times: a list or a loader, no generator.
         score: Of the outputs; `accuracy` by default.
-        outputs: What the model returned for its example: the structure in which the score gets outputs.
+        structure: Makes of the list of output tensors what the score gets; None for one tensor, or a tuple of several.
     """
 
     batches: Iterable[tuple[Any, Any]]
     score: Score = accuracy
-    outputs: Any = None
+    structure: Callable[[list[Tensor]], Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -99,6 +109,7 @@ class Int8Report:
         return None if self.scores is None else self.scores[0] - self.scores[1]
 
 
+@quantizers.add("openvino")
 def quantize(
     model: openvino.Model,
     example: Example,
@@ -107,6 +118,7 @@ def quantize(
     count: int = COUNT,
     evaluation: Evaluation | None = None,
     max_drop: float = MAX_DROP,
+    correct: bool = True,
 ) -> tuple[openvino.Model, Int8Report]:
     """Returns a converted model in int8, and what that changed.
 
@@ -118,20 +130,22 @@ def quantize(
         count: Examples that calibrate.
         evaluation: Data to compare both on. Without it nothing is compared.
         max_drop: Largest accepted loss of the score. Where it is larger, layers go back to float32.
+        correct: Whether biases are corrected for the rounding of weights; False where only the time matters.
 
     Raises:
         MicrogliaError: NNCF is not installed; the calibration set is empty or does not fit the model; or the limit cannot
             be held.
     """
     nncf = _nncf()
-    items = list(islice(_items(model, example, calibration), count))
+    items = list(islice(calibration_items(model, example, calibration), count))
     if not items:
         raise MicrogliaError("The calibration set is empty; give batches of training inputs, 100 examples or more.")
     settings = {"subset_size": len(items), "model_type": nncf.ModelType.TRANSFORMER if is_transformer(model) else None}
     dataset = nncf.Dataset(items)
     with _quiet(nncf):
         try:
-            small = nncf.quantize(model.clone(), dataset, **settings)
+            advanced = nncf.AdvancedQuantizationParameters(disable_bias_correction=not correct)
+            small = nncf.quantize(model.clone(), dataset, advanced_parameters=advanced, **settings)
         except Exception as error:
             raise MicrogliaError(f"NNCF cannot quantize this model: {first_line(error)}") from error
         report = Int8Report(len(items) * len(items[0][0]), max_drop=max_drop)
@@ -139,7 +153,7 @@ def quantize(
             return small, _compared(report, small)
         report = _compared(report, small, model, evaluation)
         if report.drop is not None and report.drop > max_drop:
-            small = _restored(nncf, model, dataset, evaluation, max_drop, settings)
+            small = _restored(nncf, model, dataset, evaluation, {**settings, "max_drop": max_drop})
             report = _compared(report, small, model, evaluation, restored=True)
     if report.scores is not None and report.drop is not None and report.drop > max_drop:
         raise MicrogliaError(
@@ -162,24 +176,17 @@ def is_transformer(model: openvino.Model) -> bool:
 
 
 def _nncf() -> Any:
-    """Returns NNCF, imported without its telemetry: what somebody quantizes is nobody else's business.
-
-    Raises:
-        MicrogliaError: It is not installed.
-    """
-    switch, before = "NNCF_CI", os.environ.get("NNCF_CI")
-    os.environ[switch] = "1"
+    """Returns NNCF, imported without its telemetry: a library that was called sends nobody a note of it."""
+    needs("export", "nncf")
+    before = os.environ.get(SWITCH)
+    os.environ[SWITCH] = "1"
     try:
-        import nncf
-    except ImportError as error:
-        raise MicrogliaError(
-            f"Int8 needs NNCF ({first_line(error)}); pip install 'microglia[export]' installs it, or export in float32."
-        ) from error
+        import nncf  # type: ignore[import-untyped]
     finally:
         if before is None:
-            del os.environ[switch]
+            del os.environ[SWITCH]
         else:
-            os.environ[switch] = before
+            os.environ[SWITCH] = before
     return nncf
 
 
@@ -195,48 +202,6 @@ def _quiet(nncf: Any) -> Iterator[None]:
         nncf.set_log_level(level)
 
 
-def _items(model: openvino.Model, example: Example, calibration: Iterable[Any]) -> Iterator[Arrays]:
-    """Returns calibration inputs one by one, or in the model's own batches where these are fixed.
-
-    Raises:
-        MicrogliaError: They have another structure than the example, or shapes that the model does not take.
-    """
-    shapes = [port.partial_shape for port in model.inputs]
-    fixed = [shape[0] for shape in shapes if shape.rank.is_static and shape.rank.get_length() and shape[0].is_static]
-    size = fixed[0].get_length() if fixed else 1
-    wanted = len(example.tensors)
-    for batch in calibration:
-        tensors = _inputs_of(batch, wanted)
-        for start in range(0, len(tensors[0]) - size + 1, size):
-            part = take_examples(tensors, torch.arange(start, start + size))
-            for tensor, shape in zip(part, shapes, strict=True):
-                if not shape.compatible(_shape(tensor)):
-                    raise MicrogliaError(
-                        f"The calibration inputs have the shape {tuple(tensor.shape)} one by one, but the model takes {shape}; "
-                        "give inputs of the shape that it is called with."
-                    )
-            yield [tensor.detach().cpu().contiguous().numpy() for tensor in part]
-
-
-def _inputs_of(batch: Any, wanted: int) -> list[Tensor]:
-    """Returns the input tensors of one entry of a calibration set: inputs, or (inputs, targets)."""
-    tensors = tensors_of(batch)
-    if len(tensors) != wanted and isinstance(batch, list | tuple) and len(batch) == 2:
-        tensors = tensors_of(batch[0])
-    if len(tensors) != wanted or not all(tensor.ndim for tensor in tensors):
-        raise MicrogliaError(
-            f"The calibration set gives {len(tensors)} tensors at a time, but the model takes {wanted}; give batches of "
-            "inputs, or pairs of inputs and targets as a loader does."
-        )
-    return tensors
-
-
-def _shape(tensor: Tensor) -> Any:
-    import openvino
-
-    return openvino.PartialShape(list(tensor.shape))
-
-
 def _compared(
     report: Int8Report,
     small: openvino.Model,
@@ -249,11 +214,13 @@ def _compared(
     report = replace(report, restored=restored, kept_float=float_layers(small))
     if model is None or evaluation is None:
         return report
-    both = [openvino_session(one, evaluation.outputs) for one in (model, small)]
+    both = [open_openvino(one) for one in (model, small)]
+    for session in both:
+        session.structure = evaluation.structure
     pairs: tuple[list[tuple[Any, Any]], list[tuple[Any, Any]]] = ([], [])
     equal = count = 0
     for inputs, targets in evaluation.batches:
-        first, second = (session(inputs) for session in both)
+        first, second = (call(session, inputs) for session in both)
         pairs[0].append((first, targets))
         pairs[1].append((second, targets))
         one, other = tensors_of(first)[0], tensors_of(second)[0]
@@ -278,18 +245,26 @@ def _rounded(node: Any) -> bool:
 
 
 def _restored(
-    nncf: Any, model: openvino.Model, dataset: Any, evaluation: Evaluation, max_drop: float, settings: dict[str, Any]
+    nncf: Any, model: openvino.Model, dataset: Any, evaluation: Evaluation, settings: dict[str, Any]
 ) -> openvino.Model:
-    """Returns the model in int8 with as many layers in float32 as the limit needs."""
+    """Returns the model in int8 with as many layers in float32 as the limit needs, ``max_drop`` of the settings."""
 
     def validate(compiled: Any, batches: Iterable[tuple[Any, Any]]) -> tuple[float, None]:
-        session = compiled_session(compiled, evaluation.outputs)
-        return evaluation.score([(session(inputs), targets) for inputs, targets in batches]), None
+        return evaluation.score([(answered(compiled, inputs), targets) for inputs, targets in batches]), None
+
+    def answered(compiled: Any, inputs: Any) -> Any:
+        found = compiled([tensor.detach().contiguous().numpy() for tensor in tensors_of(inputs)])
+        tensors = [torch.from_numpy(found[place]) for place in range(len(found))]
+        if evaluation.structure is not None:
+            return evaluation.structure(tensors)
+        return tensors[0] if len(tensors) == 1 else tuple(tensors)
 
     try:
         restored: openvino.Model = nncf.quantize_with_accuracy_control(
-            model.clone(), dataset, nncf.Dataset(evaluation.batches), validate, max_drop=max_drop, **settings
+            model.clone(), dataset, nncf.Dataset(evaluation.batches), validate, **settings
         )
     except Exception as error:
-        raise MicrogliaError(f"NNCF cannot hold max_drop={max_drop:g} for this model: {first_line(error)}") from error
+        raise MicrogliaError(
+            f"NNCF cannot hold max_drop={settings['max_drop']:g} for this model: {first_line(error)}"
+        ) from error
     return restored

@@ -20,15 +20,10 @@ from microglia.core.batch import Example
 from microglia.core.errors import ExportError
 from microglia.core.running import run
 from microglia.export.exported import Exported
-from microglia.export.int8 import quantize
+from microglia.export.int8 import ROUNDED, Int8, quantize
 from microglia.export.onnx import open_onnx, to_onnx
 from microglia.export.openvino import open_openvino
 from microglia.runtime.dense.kinds import ExecutionKind, register_execution
-
-ROUNDED = 0.5
-"""How far outputs of int8 may be from the model's, against the largest: it says that the same network ran, no more. With
-random weights, calibrated on one input of noise, ResNet-50 was measured to differ by XX %."""
-
 
 _files: WeakKeyDictionary[nn.Module, tuple[tempfile.TemporaryDirectory[str], Path]] = WeakKeyDictionary()
 """Model -> its ONNX file, deleted with it. The engines of one model share the file, for to write it takes longest."""
@@ -68,7 +63,7 @@ def openvino_int8(model: nn.Module, example: Example) -> Exported:
 
     structure = outputs_of(model, example)
     converted = openvino.Core().read_model(_file(model, example))
-    opened = open_openvino(quantize(converted, example, [example.tensors], correct=False)[0])
+    opened = open_openvino(quantize(converted, Int8([example], correct=False))[0])
     opened.structure = structure
     return opened
 

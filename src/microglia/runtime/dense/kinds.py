@@ -85,7 +85,7 @@ def is_exact(name: str) -> bool:
 
 def _every() -> tuple[str, ...]:
     """Returns every exact execution whose packages are installed, those of PyTorch first."""
-    names = dict.fromkeys((*TORCH, *EXECUTIONS, *_KINDS))
+    names = dict.fromkeys((*EXECUTIONS, *_KINDS))
     return tuple(name for name in names if (kind := execution_kind(name)).exact and not kind.missing)
 
 
@@ -119,5 +119,5 @@ def built(name: str, model: nn.Module, example: Example) -> Runner:
     kind = execution_kind(name)
     if kind.missing:
         how = f"pip install 'microglia[{kind.extra}]'" if kind.extra else f"pip install {' '.join(kind.missing)}"
-        raise MicrogliaError(f"{' and '.join(kind.missing)} is not installed; {how} installs it.")
+        raise MicrogliaError(f"not installed here: {', '.join(kind.missing)}; {how} installs what it needs.")
     return kind.build(model, example)

@@ -23,15 +23,14 @@ from torch import nn
 import microglia as mg
 import records
 from block_layers import pruned
-from engines import engines
 from microglia.core.running import Example, folded_twin
 from microglia.core.timing import processor_name
 from microglia.measure import executions, time_interleaved
 from microglia.runtime.bfloat16 import dense_lowered
 from microglia.runtime.dense.execution import bind
+from microglia.runtime.dense.kinds import TORCH
 from models import randomize, torchvision
 
-DENSE = ("eager", "eager-channels-last", "packed", "compiled")
 HALF = ("packed", "compiled")
 """Dense executions in bfloat16."""
 
@@ -54,10 +53,9 @@ def compare(threads: int, arguments: argparse.Namespace, console: Console) -> di
     x = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
     dense = masked(1.0, arguments.pattern)
     notes: list[str] = []
-    calls: dict[str, Callable[[], object]] = dict(executions(dense, x, DENSE, notes=notes))
-    calls.update(engines(dense, x, threads))
+    calls: dict[str, Callable[[], object]] = dict(executions(dense, x, "all", notes=notes))
     if arguments.zeros:
-        zeros = engines(masked(0.1, arguments.pattern), x, threads)
+        zeros = executions(masked(0.1, arguments.pattern), x, [name for name in calls if name not in TORCH], notes=notes)
         calls.update({f"{name}, 90 % zeros": call for name, call in zeros.items()})
     base, example = list(calls), Example.of(x)
     lowered = dense_lowered(folded_twin(dense), example, HALF, notes)

@@ -10,6 +10,7 @@ from torch import nn
 import microglia as mg
 from microglia.core.errors import UnknownNameError
 from microglia.core.timing import Timing
+from microglia.lab.recipe import RecipeError, resolve
 from microglia.measure import LatencyReport, executions, measure_latency
 from microglia.runtime.dense import kinds
 from microglia.runtime.dense.kinds import TORCH, ExecutionKind, execution_kind, execution_names, is_exact, register_execution
@@ -87,7 +88,8 @@ def test_a_missing_package_leaves_the_engine_out_and_says_so(monkeypatch):
     monkeypatch.setattr(kinds, "find_spec", lambda name: None)
     notes = []
     assert list(executions(nn.Linear(4, 4), torch.randn(1, 4), ("eager", "openvino"), notes=notes)) == ["eager"]
-    assert notes == ["openvino was left out: openvino is not installed; pip install 'microglia[export]' installs it."]
+    how = "pip install 'microglia[export]' installs what it needs"
+    assert notes == [f"openvino was left out: not installed here: openvino, onnx, onnxscript; {how}."]
 
 
 def test_a_model_that_an_engine_cannot_hold_is_left_out():
@@ -156,3 +158,11 @@ def test_what_rounds_the_weights_is_timed_but_never_chosen(registry, monkeypatch
     latency = LatencyReport({"a": {"eager": one, "rounding": tenth}, "b": {"rounding": tenth}}, "a CPU", 1, 1, "2")
     assert latency.best("a") == ("eager", one)
     assert latency.best("b") == ("rounding", tenth)
+
+
+def test_a_recipe_names_any_registered_execution_and_no_other(registry):
+    register_execution("toy", ExecutionKind(lambda model, example: model))
+    asked = resolve({"model": "conv-2", "measure": {"executions": ["eager", "toy", "openvino"]}}).measure.executions
+    assert tuple(asked) == ("eager", "toy", "openvino")
+    with pytest.raises(RecipeError, match=r"executions.*'egaer'.*Did you mean 'eager'"):
+        resolve({"model": "conv-2", "measure": {"executions": ["egaer"]}})

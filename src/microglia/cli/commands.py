@@ -47,6 +47,7 @@ from microglia.report.summary import comparison_table, measurement_table, result
 from microglia.report.write import collect
 from microglia.report.write import export as export_records
 from microglia.report.write import report as write_report
+from microglia.runtime.dense.kinds import execution_names
 from microglia.scores import scores
 from microglia.storage.archive import saved_bytes
 from microglia.storage.changes import changes_of
@@ -175,17 +176,25 @@ def measure(
     accelerate: Annotated[bool, typer.Option("--accelerate", help="Choose its fastest execution, layer by layer.")] = False,
     precision: Annotated[str, typer.Option(help="Precision when accelerated: float32, or bf16, which rounds.")] = "float32",
     batch: Annotated[int, typer.Option(min=1, help="Examples per timed call.")] = 1,
+    executions: Annotated[
+        str | None,
+        typer.Option(help="Ways to run it: torch, all (installed), or names with commas; default all, torch for --accelerate."),
+    ] = None,
     json_: Json = False,
 ) -> Shown:
     """Measure a run, a saved model or a network: parameters, MACs, latency, bytes."""
     if precision != "float32" and not accelerate:
         raise MicrogliaError(f"--precision {precision} applies to the accelerated model: give it together with --accelerate.")
+    kinds = None if executions is None else execution_names(executions.split(","))
     model, task = open_target(target, data, checkpoint)
     example = task.example_batch(batch)
-    measured = {**measure_model(model, example, latency=latency).to_dict(), "saved": saved_bytes(target)}
+    measured = {
+        **measure_model(model, example, latency=latency, executions=kinds or "all").to_dict(),
+        "saved": saved_bytes(target),
+    }
     shown: list[Any] = []
     if accelerate:
-        measured["accelerated"] = accelerated(model, task, batch, precision=precision)[1]
+        measured["accelerated"] = accelerated(model, task, batch, against=kinds or "torch", precision=precision)[1]
         shown = acceleration_tables(measured["accelerated"])
     for done in changes_of(model).values():
         measured.update(done.kind.measured(done.value))

@@ -9,6 +9,7 @@ import typer
 
 from microglia.cli.app import Data, Json, Shown, command
 from microglia.core.errors import MicrogliaError
+from microglia.export.int8 import COUNT, MAX_DROP
 from microglia.lab.exporting import Exporting, export_saved, export_table
 
 EXAMPLE = "microglia export runs/demo --to onnx --accuracy"
@@ -22,6 +23,9 @@ def export(
     dynamic: Annotated[str, typer.Option(help="Free dimensions of the inputs, such as 0,2,3 for images of any size.")] = "0",
     opset: Annotated[int | None, typer.Option(help="Version of ONNX's operators; default torch's.")] = None,
     accuracy: Annotated[bool, typer.Option("--accuracy", help="Evaluate the test split by that engine, and time it.")] = False,
+    int8: Annotated[bool, typer.Option("--int8", help="Round to 8 bits, calibrated on training data (openvino).")] = False,
+    calibrate: Annotated[int, typer.Option(min=1, help="Training examples that calibrate --int8.")] = COUNT,
+    max_drop: Annotated[float, typer.Option(help="Loss of validation score that --int8 may cost.")] = MAX_DROP,
     json_: Json = False,
 ) -> Shown:
     """Write a run's model as a file of another engine, compared with the model before it counts as written."""
@@ -29,7 +33,7 @@ def export(
         free = tuple(int(word) for word in dynamic.split(",") if word)
     except ValueError:
         raise MicrogliaError(f"--dynamic takes dimensions such as 0,2,3; got {dynamic!r}.") from None
-    result = export_saved(Exporting(target, out, to, data, free, opset, accuracy))
+    result = export_saved(Exporting(target, out, to, data, free, opset, accuracy, int8, calibrate, max_drop))
     files = "\n".join(f"File: {file}" for file in result["export"]["files"])
     return result, [export_table(result), files]
 

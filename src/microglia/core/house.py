@@ -19,10 +19,11 @@ ALWAYS: dict[str, Any] = {"masks": {}, "shrunk": None, "gates": None}
 """Fields that every ``plan.json`` has had since version 1, and their values where nothing was done."""
 
 EXECUTIONS: dict[str, str] = {
+    **dict.fromkeys(("eager", "eager-channels-last", "packed", "compiled"), "microglia.runtime.dense.execution"),
     "onnxruntime": "microglia.export.engines",
     "openvino": "microglia.export.engines",
     "openvino-int8": "microglia.export.engines",
 }
-"""Name of an execution of another engine -> module that registers it, in the order in which they are shown."""
+"""Name of a way to run a dense model -> module that registers it, in the order in which they are shown."""
 SCOPE_FILES: dict[str, str] = {"sensitivity": "microglia.storage.sensitivity"}
 """Word before the colon of a scope such as ``sensitivity:FILE`` -> module that registers what reads the file."""

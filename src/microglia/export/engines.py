@@ -6,83 +6,102 @@ with as many threads as PyTorch.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from microglia.core.batch import Example
-from microglia.core.errors import MicrogliaError
+from microglia.core.errors import ExportError
 from microglia.core.running import run
-from microglia.export._temp import onnx_bytes, to_openvino
-from microglia.export.int8 import quantize
-from microglia.export.sessions import Session, onnxruntime_session, openvino_session
+from microglia.export.exported import Exported
+from microglia.export.int8 import ROUNDED, Int8, quantize
+from microglia.export.onnx import open_onnx, to_onnx
+from microglia.export.openvino import open_openvino
 from microglia.runtime.dense.kinds import ExecutionKind, register_execution
 
-if TYPE_CHECKING:
-    from openvino import Model as OpenVinoModel
-
-ROUNDED = 0.5
-"""How far outputs of int8 may be from the model's, against the largest: it says that the same network ran, no more. With
-random weights, calibrated on one input of noise, ResNet-50 was measured to differ by XX %."""
+_files: WeakKeyDictionary[nn.Module, tuple[tempfile.TemporaryDirectory[str], Path]] = WeakKeyDictionary()
+"""Model -> its ONNX file, deleted with it. The engines of one model share the file, for to write it takes longest."""
 
 
-def onnxruntime(model: nn.Module, example: Example) -> Session:
+def onnxruntime(model: nn.Module, example: Example) -> Exported:
     """Returns a model in ONNX Runtime, for inputs of the example's shapes.
 
     Raises:
-        MicrogliaError: It is not on the CPU or cannot be converted.
+        MicrogliaError: The example is not on the CPU, or the model cannot be converted.
     """
-    outputs = _outputs(model, example)
-    return onnxruntime_session(onnx_bytes(model, example), outputs)
+    structure = outputs_of(model, example)
+    opened = open_onnx(_file(model, example))
+    opened.structure = structure
+    return opened
 
 
-def openvino(model: nn.Module, example: Example) -> Session:
+def openvino(model: nn.Module, example: Example) -> Exported:
     """Returns a model in OpenVINO, for inputs of the example's shapes.
 
     Raises:
-        MicrogliaError: It is not on the CPU or cannot be converted.
+        MicrogliaError: The example is not on the CPU, or the model cannot be converted.
     """
-    outputs = _outputs(model, example)
-    return openvino_session(static_openvino(model, example), outputs)
+    structure = outputs_of(model, example)
+    opened = open_openvino(_file(model, example))
+    opened.structure = structure
+    return opened
 
 
-def openvino_int8(model: nn.Module, example: Example) -> Session:
+def openvino_int8(model: nn.Module, example: Example) -> Exported:
     """Returns a model in OpenVINO in int8, calibrated on the example alone: for its time, not for its predictions.
 
     Raises:
-        MicrogliaError: It is not on the CPU, cannot be converted, or NNCF cannot quantize it.
+        MicrogliaError: The example is not on the CPU, or the model cannot be converted or quantized.
     """
-    outputs = _outputs(model, example)
-    small, _ = quantize(static_openvino(model, example), example, [example.tensors])
-    return openvino_session(small, outputs)
-
-
-def static_openvino(model: nn.Module, example: Example) -> OpenVinoModel:
-    """Returns a model converted for OpenVINO, for inputs of the example's shapes alone."""
     import openvino
 
-    converted = to_openvino(model, example)
-    shapes = [openvino.PartialShape(list(tensor.shape)) for tensor in example.tensors]
-    converted.reshape(dict(zip(converted.inputs, shapes, strict=True)))
-    return converted
+    structure = outputs_of(model, example)
+    converted = openvino.Core().read_model(_file(model, example))
+    opened = open_openvino(quantize(converted, Int8([example], correct=False))[0])
+    opened.structure = structure
+    return opened
 
 
-def _outputs(model: nn.Module, example: Example) -> Any:
-    """Returns what the model says of the example, for the structure.
+def _file(model: nn.Module, example: Example) -> Path:
+    """Returns the model as an ONNX file for the example's shapes.
+
+    An execution is prepared on a copy of its own that nobody changes (`runners`), so the file stays true.
+    """
+    if model not in _files:
+        folder = tempfile.TemporaryDirectory()
+        _files[model] = folder, to_onnx(model, example, Path(folder.name) / "model.onnx", dynamic=())
+    return _files[model][1]
+
+
+def outputs_of(model: nn.Module, example: Example) -> Callable[[list[Tensor]], Any]:
+    """Returns a function that makes the model's own outputs of the list of their tensors.
 
     Raises:
-        MicrogliaError: The example is not on the CPU.
+        MicrogliaError: The example is not on the CPU, or the model does not run on it.
     """
     if any(tensor.device.type != "cpu" for tensor in example.tensors):
-        raise MicrogliaError("this engine runs on the CPU.")
+        raise ExportError("this engine runs on the CPU.")
     with torch.no_grad():
-        return run(model, example.copied())
+        leaves, structure = tree_flatten(run(model, example.copied()))
+
+    def restored(tensors: list[Tensor]) -> Any:
+        left = iter(tensors)
+        return tree_unflatten([next(left) if isinstance(leaf, Tensor) else leaf for leaf in leaves], structure)
+
+    return restored
 
 
-register_execution("onnxruntime", ExecutionKind(onnxruntime, packages=("onnxruntime", "onnxscript"), extra="export"))
-register_execution("openvino", ExecutionKind(openvino, packages=("openvino",), extra="export"))
+register_execution("onnxruntime", ExecutionKind(onnxruntime, packages=("onnxruntime", "onnx", "onnxscript"), extra="export"))
+register_execution("openvino", ExecutionKind(openvino, packages=("openvino", "onnx", "onnxscript"), extra="export"))
 register_execution(
     "openvino-int8",
-    ExecutionKind(openvino_int8, tolerance=ROUNDED, exact=False, packages=("openvino", "nncf"), extra="export"),
+    ExecutionKind(
+        openvino_int8, tolerance=ROUNDED, exact=False, packages=("nncf", "openvino", "onnx", "onnxscript"), extra="export"
+    ),
 )

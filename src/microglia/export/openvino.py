@@ -83,6 +83,13 @@ def open_openvino(path: Any, *, threads: int | None = None) -> Exported:
         compiled = openvino.Core().compile_model(str(path) if isinstance(path, str | Path) else path, "CPU", settings)
     except Exception as error:
         raise ExportError(f"OpenVINO does not open {path}: {first_line(error)}") from error
+    return compiled_openvino(compiled)
+
+
+def compiled_openvino(compiled: Any) -> Exported:
+    """Returns a model that OpenVINO has compiled."""
+    import openvino
+
     request = compiled.create_infer_request()
 
     def run(tensors: list[Tensor]) -> list[Tensor]:

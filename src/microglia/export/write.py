@@ -16,6 +16,7 @@ from microglia.core.errors import ExportError, MicrogliaError
 from microglia.core.running import first_line
 from microglia.export.exported import Exported
 from microglia.export.files import replacing
+from microglia.export.int8 import ROUNDED, Int8, Int8Report, quantizers
 from microglia.export.program import ExportedModule
 from microglia.export.targets import Target, check_options, target_for, targets
 from microglia.export.traced import Source, source_of
@@ -42,6 +43,7 @@ class Export:
         notes: What is not as the model has it.
         batch: Size of the batch that the file alone takes; None where it takes any.
         structure: Makes the model's own outputs of the file's list of tensors; None where the engine does so itself.
+        int8: What rounding to 8 bits changed; None in the model's own precision.
     """
 
     path: Path
@@ -54,6 +56,7 @@ class Export:
     notes: tuple[str, ...] = ()
     batch: int | None = None
     structure: Callable[[Sequence[Tensor]], Any] | None = field(default=None, repr=False, compare=False)
+    int8: Int8Report | None = None
 
     def open(self) -> Exported:
         """Returns the file in its engine, on the CPU; its outputs come in the structure in which the model returns them."""
@@ -64,6 +67,7 @@ class Export:
     def to_dict(self) -> dict[str, Any]:
         """Returns everything, JSON-ready."""
         told = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "structure"}
+        told["int8"] = None if self.int8 is None else self.int8.to_dict()
         return {**told, "path": str(self.path), "files": [str(file) for file in self.files], "notes": list(self.notes)}
 
 
@@ -76,6 +80,7 @@ def export(
     dynamic: Sequence[int] = (0,),
     data: Iterable[Any] = (),
     tolerance: float | None = None,
+    int8: Int8 | Iterable[Any] | None = None,
     **options: Any,
 ) -> Export:
     """Writes a model as a file that another engine runs, once that engine gives the model's outputs.
@@ -93,6 +98,8 @@ def export(
             images, (0, 1) for the length of token ids. What the model's code fixes stays as in the example; the notes say so.
         data: Further inputs to compare on, such as batches of the test split.
         tolerance: Largest difference, relative to the largest output; None for 1e-4, or 2e-2 in half precision.
+        int8: Training inputs on which weights and activations are rounded to 8 bits, batch by batch, or an `Int8`, which also
+            says what that may cost. The file in float32 is verified first. OpenVINO only.
         options: Of the target. ONNX: ``opset``, and ``external_data`` (weights beside the file, as always over 2 GB).
 
     Returns:
@@ -106,18 +113,25 @@ def export(
     path = Path(path)
     name, target = target_for(path, to)
     given = check_options(name, target, options)
+    quantizer = None if int8 is None else quantizers[name]
     source = source_of(model, example, dynamic=dynamic, metadata=metadata_of(model, example))
     size = sum(t.numel() * t.element_size() for t in (*source.model.parameters(), *source.model.buffers()))
     with replacing(path, size) as place:
         _write(source, name, target, place, given)
         opened = target.open(place)
+        data = data if quantizer is None else list(data)
         difference, examples = _verify(source, opened, data, tolerance)
+        rounded = None
+        if quantizer is not None and int8 is not None:
+            rounded = quantizer(place, Int8.of(int8), source.traced.structured)
+            opened = target.open(place)
+            difference, examples = _verify(source, opened, data, ROUNDED)
         files = sorted(file.relative_to(place.parent) for file in place.parent.rglob("*") if file.is_file())
     written = tuple(path.parent / file for file in files)
     size = sum(file.stat().st_size for file in written)
     structure = source.traced.structured if not isinstance(opened, ExportedModule) else None
     batch = None if _is_batch_free(source) else source.example.batch
-    return Export(path, name, opened.engine, written, size, difference, examples, _notes(source), batch, structure)
+    return Export(path, name, opened.engine, written, size, difference, examples, _notes(source), batch, structure, rounded)
 
 
 def metadata_of(model: nn.Module, example: Any) -> dict[str, str]:

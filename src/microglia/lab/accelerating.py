@@ -17,7 +17,13 @@ Json = dict[str, Any]
 
 
 def accelerated(
-    model: nn.Module, task: Task, batch: int, *, against: Sequence[str] = DENSE, precision: str = "float32", rounds: int = 9
+    model: nn.Module,
+    task: Task,
+    batch: int,
+    *,
+    against: str | Sequence[str] = DENSE,
+    precision: str = "float32",
+    rounds: int = 9,
 ) -> tuple[Accelerated, Json]:
     """Returns a model in its fastest execution for batches of a size, and the record of it.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -12,7 +13,8 @@ from torch import nn
 
 from microglia.core.batch import Example
 from microglia.core.errors import RunError
-from microglia.export import Export, export
+from microglia.export import Export, Int8, export
+from microglia.export.int8 import COUNT, MAX_DROP, quantizers
 from microglia.export.targets import target_for, targets
 from microglia.lab.target import open_target
 from microglia.measure import measure_latency
@@ -21,6 +23,11 @@ from microglia.tasks.task import Task
 from microglia.train.evaluate import evaluate
 
 Json = dict[str, Any]
+
+CALIBRATED = 32
+"""Training examples that are read at a time to calibrate int8."""
+COMPARED = 1024
+"""Validation examples on which int8 is held against float32: the limit is met to a tenth of a point."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +42,9 @@ class Exporting:
         dynamic: Dimensions of the inputs that shall be free.
         opset: Version of ONNX's operators; None for torch's default.
         accuracy: Whether to evaluate the test split through the file, and to time it beside the model.
+        int8: Whether to round to 8 bits, calibrated on training data.
+        calibrate: Training examples that calibrate.
+        max_drop: Largest accepted loss of the task's first metric, on validation data.
     """
 
     target: Path
@@ -44,11 +54,19 @@ class Exporting:
     dynamic: tuple[int, ...] = (0,)
     opset: int | None = None
     accuracy: bool = False
+    int8: bool = False
+    calibrate: int = COUNT
+    max_drop: float = MAX_DROP
 
     @property
     def path(self) -> Path:
         """Where the file goes."""
-        return self.out if self.out is not None else self.target / f"exported{targets[self.to or 'onnx'].suffix}"
+        return self.out if self.out is not None else self.target / f"exported{targets[self.to or self.usual].suffix}"
+
+    @property
+    def usual(self) -> str:
+        """The export target where none is asked for: one that has int8 where that is."""
+        return next(iter(quantizers)) if self.int8 else "onnx"
 
 
 def export_saved(asked: Exporting) -> Json:
@@ -62,15 +80,42 @@ def export_saved(asked: Exporting) -> Json:
     """
     if not (asked.target / "recipe.yaml").is_file() and not (asked.target / PLAN).is_file():
         raise RunError(f"{asked.target} is neither a run directory (recipe.yaml) nor a saved model ({PLAN}).")
-    to, _ = target_for(asked.path, asked.to or (None if asked.out is not None else "onnx"))
+    to, _ = target_for(asked.path, asked.to or (None if asked.out is not None else asked.usual))
     model, task = open_target(str(asked.target), asked.data)
     batches = task.data.batches("test", 16).epoch(0)
     inputs = [inputs for inputs, _ in islice(batches, 2)]
-    written = export(model, asked.path, task.example, to=to, dynamic=asked.dynamic, data=inputs, opset=asked.opset)
+    settings: Json = {"dynamic": asked.dynamic, "data": inputs, "opset": asked.opset}
+    int8 = int8_of(task, asked.calibrate, asked.max_drop) if asked.int8 else None
+    written = export(model, asked.path, task.example, to=to, int8=int8, **settings)
     result: Json = {"task": task.name, "export": written.to_dict(), "saved": saved_bytes(asked.target)}
     if asked.accuracy:
         result |= _compared(model, task, written)
     return result
+
+
+def int8_of(task: Task, count: int = COUNT, max_drop: float = MAX_DROP, *, seed: int = 0) -> Int8:
+    """Returns the wish for int8 on a task's own data: shuffled training data calibrate, validation data compare.
+
+    Args:
+        task: Its first metric is the score; where lower is better, the score is its negative.
+        count: Examples that calibrate.
+        max_drop: Largest accepted loss of the score.
+        seed: Of the order of both splits.
+    """
+    name = task.headline
+    metric = task.metrics[name]
+
+    def score(pairs: Iterable[tuple[Any, Any]]) -> float:
+        state = None
+        for outputs, wanted in pairs:
+            state = metric.update(state, task.predict(outputs), wanted)
+        value = metric.values(name, state)[name]
+        return value if metric.better == "higher" else -value
+
+    train = task.data.batches("train", CALIBRATED, seed=seed, shuffle=True).epoch(0)
+    validation = task.data.batches("validation", COMPARED // 8, seed=seed, shuffle=True).epoch(0)
+    pairs = list(islice(validation, 8)) or None
+    return Int8(train, count, pairs, score, max_drop, task.forward)
 
 
 def _compared(model: nn.Module, task: Task, written: Export) -> Json:
@@ -95,7 +140,9 @@ def export_table(result: Json) -> Table:
     """Returns the table of what was exported: model and file, with bytes and, where they were asked for, metrics and times."""
     written = result["export"]
     compared = f"Outputs differ by {written['difference']:.1e} of the largest at most, on {written['examples']} examples."
-    table = Table("", title=f"{result['task']}: {written['target']}", caption=" ".join([compared, *written["notes"]]))
+    said = [compared, *written["notes"], *_rounded(written["int8"])]
+    title = f"{result['task']}: {written['target']}{', int8' if written['int8'] else ''}"
+    table = Table("", title=title, caption=" ".join(said))
     metrics = result["model"]["metrics"] if "model" in result else {}
     for name in [*metrics, "bytes", *(["ms, one example"] if metrics else [])]:
         table.add_column(name, justify="right")
@@ -109,3 +156,16 @@ def export_table(result: Json) -> Table:
         shown = [f"{result[key]['metrics'][metric]:.4f}" for metric in metrics]
         table.add_row(name, *shown, f"{size:,}", *([f"{times[execution]['median']:.3f}"] if metrics else []))
     return table
+
+
+def _rounded(report: Json | None) -> list[str]:
+    """Returns what a person reads of int8."""
+    if report is None:
+        return []
+    said = [f"Calibrated on {report['calibrated']} training examples."]
+    if report["scores"] is not None:
+        before, after = report["scores"]
+        said.append(f"Validation score {before:.4f} in float32 and {after:.4f} in int8 (limit: {report['max_drop']:g} less).")
+    if report["restored"]:
+        said.append(f"{len(report['kept_float'])} layers are back in float32 to hold that limit.")
+    return said

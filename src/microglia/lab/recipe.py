@@ -11,11 +11,12 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from microglia.core.errors import MicrogliaError
+from microglia.core.errors import MicrogliaError, UnknownNameError
 from microglia.lab.recipe_task import settle_task
 from microglia.methods import MethodConfig, methods
 from microglia.methods.arguments import check_choices
 from microglia.methods.what import is_taken, left_out
+from microglia.runtime.dense.kinds import execution_names
 from microglia.storage.plain_yaml import DEEPEST, parse_yaml, read_yaml_text
 from microglia.storage.validation import brief, problems
 from microglia.train.optim import RECOVERY, FitConfig, identity
@@ -38,9 +39,10 @@ class MeasureConfig:
         latency: Whether to time the dense and the pruned model.
         batch: Examples per timed call.
         rounds: Interleaved rounds.
-        executions: Executions of each model; ``compiled`` takes half a minute to prepare.
-        accelerate: Whether to choose the fastest exact execution of the pruned model by timing (CPU), and to check on the test
-            images that no prediction changed.
+        executions: Ways to run each model; ``compiled`` takes half a minute to prepare, another engine (``onnxruntime``,
+            ``openvino``, ``openvino-int8``) seconds. ``all`` stands for every exact one that is installed.
+        accelerate: Whether to choose the fastest exact execution of the pruned model by timing (CPU), and to prove on the
+            test images that no prediction changed.
         trajectory: Whether to keep the weights after every epoch of the last training, for ``microglia surface --trajectory``.
     """
 
@@ -49,9 +51,15 @@ class MeasureConfig:
     latency: bool = True
     batch: int = 1
     rounds: int = 30
-    executions: tuple[Literal["eager", "eager-channels-last", "packed", "compiled"], ...] = ("eager", "packed", "compiled")
+    executions: tuple[str, ...] = ("eager", "packed", "compiled")
     accelerate: bool = False
     trajectory: bool = False
+
+    def __post_init__(self) -> None:
+        try:
+            execution_names(self.executions)
+        except UnknownNameError as error:
+            raise ValueError(f"executions: {error}") from None
 
 
 @dataclass(frozen=True)

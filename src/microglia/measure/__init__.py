@@ -63,6 +63,7 @@ def measure(
     example_inputs: Any,
     *,
     latency: bool = True,
+    executions: str | Sequence[str] = "all",
     layers: Sequence[str] = ("*",),
     exclude: Sequence[str] = (),
 ) -> Measurement:
@@ -72,7 +73,8 @@ def measure(
         model: Any module with at least one linear or convolution layer.
         example_inputs: A tensor, a tuple of arguments, or a mapping of keyword arguments. MACs are counted for one
             sample, time for the batch as given.
-        latency: False skips the latency, which takes longest; see `measure_latency` to compare models.
+        latency: False leaves the time out, which takes longest; see `measure_latency` to compare models.
+        executions: Ways to run it, see `measure_latency`.
         layers: Selectors of the layers that count as prunable.
         exclude: Selectors of the layers that do not count as prunable.
 
@@ -84,5 +86,5 @@ def measure(
         parameters=count_parameters(model, layers, exclude),
         macs=count_macs(model, example_inputs),
         bytes=bytes_on_disk(model),
-        latency=measure_latency({"model": model}, example_inputs) if latency else None,
+        latency=measure_latency({"model": model}, example_inputs, executions=executions) if latency else None,
     )

@@ -20,9 +20,9 @@ from microglia.core.timing import Timing, time_interleaved
 from microglia.runtime.accelerated import Accelerated, refuse_autocast
 from microglia.runtime.bfloat16 import TOLERANCE, dense_lowered, lower, lowered_site
 from microglia.runtime.candidates import Candidate
-from microglia.runtime.dense.execution import Runner, bind, difference, runners
+from microglia.runtime.dense.execution import bind, difference, runners
 from microglia.runtime.dense.fusion import Site, fuse
-from microglia.runtime.dense.kinds import TORCH, execution_names, is_exact
+from microglia.runtime.dense.kinds import TORCH, Runner, execution_names, is_exact
 from microglia.runtime.devices import CPU, Device, device_of
 from microglia.runtime.report import AccelerationReport, LayerChoice, is_dense, left_dense
 from microglia.runtime.sparse_layers.chain import chained

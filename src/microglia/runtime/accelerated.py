@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_flatten
 
 from microglia.core.batch import Example
 from microglia.core.errors import MicrogliaError
-from microglia.runtime.dense.execution import Runner
+from microglia.runtime.dense.kinds import Runner
 from microglia.runtime.report import AccelerationReport
 
 

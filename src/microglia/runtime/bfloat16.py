@@ -13,8 +13,9 @@ from torch.utils._pytree import tree_map
 
 from microglia.core.batch import Example
 from microglia.core.running import first_line, run
-from microglia.runtime.dense.execution import Runner, difference, runners
+from microglia.runtime.dense.execution import difference, runners
 from microglia.runtime.dense.fusion import Engine, Site, fuse
+from microglia.runtime.dense.kinds import Runner
 from microglia.runtime.dense.packing import Packed
 
 TOLERANCE = 5e-2

@@ -19,7 +19,7 @@ Runner = Callable[..., Any]
 """A model in one execution, called like the model itself."""
 
 TORCH = ("eager", "eager-channels-last", "packed", "compiled")
-"""The executions that need only PyTorch."""
+"""The executions that need nothing beside PyTorch."""
 
 
 @dataclass(frozen=True)
@@ -27,14 +27,14 @@ class ExecutionKind:
     """One way to run a dense model.
 
     Attributes:
-        build: Returns the runner of a folded model in evaluation mode, prepared for the shapes of an example. It raises if the
-            model cannot run this way; the text is for the reader.
-        tolerance: Tolerated difference of its outputs from the model's, as a fraction of the largest; None for the usual
-            tolerance of the precision (see `microglia.measure.executions`).
-        exact: Whether it computes with the unchanged weights. An execution that rounds them is timed beside the others but
-            never returned in their place.
-        packages: Modules that it needs beside PyTorch.
-        extra: The extra of this library that installs these modules.
+        build: Returns the runner of a folded model in evaluation mode, prepared for the shapes of an example. It raises
+            where the model cannot be run this way; the text is for the reader.
+        tolerance: How far its outputs may be from the model's, as a fraction of the largest; None for the usual tolerance
+            of the precision (see `microglia.measure.executions`).
+        exact: Whether it computes with the weights as they are. One that rounds them is timed beside the others and never
+            returned in their place.
+        packages: Modules to import that it needs beside PyTorch.
+        extra: The extra of this library that installs them.
     """
 
     build: Callable[[nn.Module, Example], Runner]
@@ -66,7 +66,7 @@ def register_execution(name: str, kind: ExecutionKind) -> ExecutionKind:
 
 
 def execution_kind(name: str) -> ExecutionKind:
-    """Returns an execution by its name; imports the library's own module that registers it, if needed.
+    """Returns an execution by its name; a module of the house that registers it is imported where it was not yet.
 
     Raises:
         UnknownNameError: No execution has this name.
@@ -79,13 +79,13 @@ def execution_kind(name: str) -> ExecutionKind:
 
 
 def is_exact(name: str) -> bool:
-    """Tells whether an execution computes with the unchanged weights; an unregistered one does."""
+    """Tells whether an execution computes with the weights as they are; one that nobody registered does."""
     return execution_kind(name).exact if name in _KINDS or name in EXECUTIONS else True
 
 
 def _every() -> tuple[str, ...]:
     """Returns every exact execution whose packages are installed, those of PyTorch first."""
-    names = dict.fromkeys((*TORCH, *EXECUTIONS, *_KINDS))
+    names = dict.fromkeys((*EXECUTIONS, *_KINDS))
     return tuple(name for name in names if (kind := execution_kind(name)).exact and not kind.missing)
 
 
@@ -94,7 +94,7 @@ GROUPS: dict[str, Callable[[], tuple[str, ...]]] = {"torch": lambda: TORCH, "all
 
 
 def execution_names(kinds: str | Sequence[str]) -> tuple[str, ...]:
-    """Returns names of executions, each once, with the words of `GROUPS` replaced by their members.
+    """Returns names of executions, each once, with the words of `GROUPS` replaced by what they stand for.
 
     Example:
         >>> execution_names("torch")
@@ -111,7 +111,7 @@ def execution_names(kinds: str | Sequence[str]) -> tuple[str, ...]:
 
 
 def built(name: str, model: nn.Module, example: Example) -> Runner:
-    """Returns a model in the named execution.
+    """Returns a model in the execution of a name.
 
     Raises:
         MicrogliaError: A package is not installed, or the model cannot be run this way.
@@ -119,5 +119,5 @@ def built(name: str, model: nn.Module, example: Example) -> Runner:
     kind = execution_kind(name)
     if kind.missing:
         how = f"pip install 'microglia[{kind.extra}]'" if kind.extra else f"pip install {' '.join(kind.missing)}"
-        raise MicrogliaError(f"{' and '.join(kind.missing)} is not installed; {how} installs it.")
+        raise MicrogliaError(f"not installed here: {', '.join(kind.missing)}; {how} installs what it needs.")
     return kind.build(model, example)

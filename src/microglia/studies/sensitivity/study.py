@@ -201,8 +201,8 @@ def sensitivity_table(told: Mapping[str, Any]) -> Table:
     dense = _cell(told["dense"][told["metric"]], told["unit"])
     per_cent = ", in %" if told["unit"] == "%" else ""
     table.caption = (
-        f"{told['metric'].capitalize()}{per_cent} with one layer pruned to each density and the others dense; all dense: {dense}. "
-        "No retraining."
+        f"{told['metric'].capitalize()}{per_cent}: one layer pruned to each density, the others dense, no retraining. "
+        f"Before: {dense}."
     )
     return table
 

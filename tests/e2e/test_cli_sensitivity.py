@@ -27,7 +27,7 @@ def run(tmp_path_factory):
 def test_measured_drawn_and_pruned_by(run, work):
     outcome = microglia("sensitivity", run, *PLACES, folder=work)
     assert outcome.status == 0, outcome
-    assert "lenet-300-100 on digits: validation accuracy" in outcome.out
+    assert "lenet-300-100 on digits: validation accuracy" in " ".join(outcome.out.split())
     assert f"Scope: sensitivity:{run / 'sensitivity' / 'sensitivity.json'}" in outcome.out
     for name in ("map", "curves"):
         assert f"Picture: {run / 'sensitivity' / f'sensitivity-{name}.png'}" in outcome.out

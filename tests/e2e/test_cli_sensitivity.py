@@ -27,7 +27,7 @@ def run(tmp_path_factory):
 def test_measured_drawn_and_pruned_by(run, work):
     outcome = microglia("sensitivity", run, *PLACES, folder=work)
     assert outcome.status == 0, outcome
-    assert "lenet-300-100 on digits: validation accuracy" in outcome.out
+    assert "lenet-300-100 on digits: validation accuracy" in " ".join(outcome.out.split())
     assert f"Scope: sensitivity:{run / 'sensitivity' / 'sensitivity.json'}" in outcome.out
     for name in ("map", "curves"):
         assert f"Picture: {run / 'sensitivity' / f'sensitivity-{name}.png'}" in outcome.out
@@ -40,8 +40,8 @@ def test_measured_drawn_and_pruned_by(run, work):
     outcome = microglia("prune", *TINY, *scope, "--out", work / "pruned", "--json", folder=work)
     assert outcome.status == 0, outcome
     result = json.loads(outcome.out)
-    assert result["masks"]["density"] == pytest.approx(0.2, abs=1e-4)
-    assert len({round(layer["density"], 3) for layer in result["masks"]["layers"].values()}) > 1
+    assert result["masks"]["kept"] / result["masks"]["total"] == pytest.approx(0.2, abs=1e-4)
+    assert len({round(density, 3) for density in result["densities"].values()}) > 1
 
 
 def test_killed_and_started_again_it_ends_in_the_same_bytes(run, work, tmp_path):
@@ -66,7 +66,7 @@ def test_killed_and_started_again_it_ends_in_the_same_bytes(run, work, tmp_path)
     ],
 )
 def test_wrong_input_is_one_sentence(run, work, words, sentence):
-    assert sentence in refused(microglia("sensitivity", run, *words, "--out", work / "no", folder=work))
+    refused(microglia("sensitivity", run, *words, "--out", work / "no", folder=work), sentence)
 
 
 @pytest.mark.parametrize(
@@ -79,5 +79,5 @@ def test_wrong_input_is_one_sentence(run, work, words, sentence):
 )
 def test_a_wrong_scope_is_one_sentence_before_anything_is_trained(run, work, scope, sentence):
     words = ("prune", *TINY, "--scope", scope.format(run=run), "--out", work / "no")
-    assert sentence in refused(microglia(*words, folder=work))
+    refused(microglia(*words, folder=work), sentence)
     assert not (work / "no" / "stages" / "dense.safetensors").exists()

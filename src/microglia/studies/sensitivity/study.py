@@ -181,7 +181,7 @@ def _finite(values: Mapping[str, float]) -> Json:
 # ----------------------------------------------------------------------------------------------------------- for people
 def sensitivity_table(told: Mapping[str, Any]) -> Table:
     """Returns the headline by layer and density."""
-    table = Table("layer", title=f"{told['task']}: {told['split']} {told['metric']}, one layer pruned, the others dense")
+    table = Table("layer", title=f"{told['task']}: {told['split']} {told['metric']}")
     table.add_column("weights", justify="right")
     for density in told["densities"]:
         table.add_column(f"{density:g}", justify="right")
@@ -190,7 +190,10 @@ def sensitivity_table(told: Mapping[str, Any]) -> Table:
         table.add_row(row["layer"].removesuffix(".weight"), f"{row['size']:,}", *cells)
     dense = _cell(told["dense"][told["metric"]], told["unit"])
     per_cent = ", in %" if told["unit"] == "%" else ""
-    table.caption = f"{told['metric'].capitalize()}{per_cent}, by density of the one layer; dense: {dense}. No retraining."
+    table.caption = (
+        f"{told['metric'].capitalize()}{per_cent}: one layer pruned to each density, the others dense, no retraining. "
+        f"Before: {dense}."
+    )
     return table
 
 

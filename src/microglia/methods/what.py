@@ -47,6 +47,7 @@ class Takes:
             `object` stands for every pattern.
         scopes: Words that ``scope`` may be; () leaves them to the selection.
         also: The method's own terms of a budget, named beside ``density`` and the like in errors.
+        needs: Kinds of layers without which the method has nothing to rank, such as ``norm``.
         why: Field, or form of a pattern -> the reason to refuse it; it may quote fields, as in ``{pattern}``.
     """
 
@@ -54,6 +55,7 @@ class Takes:
     patterns: Mapping[type, Outcome]
     scopes: tuple[str, ...] = ()
     also: tuple[str, ...] = ()
+    needs: tuple[str, ...] = ()
     why: Mapping[str, str] = field(default_factory=dict)
 
     @property

@@ -16,8 +16,10 @@ from microglia.core.errors import SelectorError
 from microglia.core.patterns import parse_pattern
 from microglia.data import ImageData
 from microglia.dynamic import gate_plan, gates_of
+from microglia.graph import ShrinkError
 from microglia.methods import methods
 from microglia.methods.what import taken
+from microglia.scores.behind import NORMS
 from microglia.storage.run import Run
 from microglia.tasks.classification import ImageSource
 from microglia.tasks.roles import with_roles
@@ -177,6 +179,10 @@ def test_method(name: str, pattern: str, kind: str, digits: ImageData, tmp_path:
 @pytest.mark.parametrize(("name", "pattern"), REMOVING)
 def test_method_that_removes(name: str, pattern: str, kind: str, digits: ImageData, tmp_path: Path) -> None:
     task, config = make_task(kind, digits), config_of(name, pattern)
+    if "norm" in config.takes.needs and not any(isinstance(m, NORMS) for m in task.build().modules()):
+        with pytest.raises(ShrinkError, match="no channel of Sequential that can go has a norm with a scale: take"):
+            methods[name].check(task, config)
+        return
     run = Run(tmp_path / "run", {"method": name, "config": asdict(config)})
     model = methods[name].procedure(task, run, config)
     plan = mg.graph.plan_of(model)

@@ -19,12 +19,17 @@ from microglia.methods import (
     AtInit,
     Awg,
     Ddnp,
+    Fpgm,
     Ftwt,
     Gradual,
+    GroupLasso,
     OneShot,
     Pas,
     Pdp,
+    Polarization,
     PrunerProtocol,
+    Sfp,
+    Slimming,
     Smart,
     SparseTraining,
 )
@@ -45,6 +50,11 @@ SETTINGS: dict[type, dict[str, Any]] = {
     Acdc: {**BLOCKS, "compress": (0.2, 0.7), "decompress": (0.5,)},
     Ftwt: {"r": 0.8},
     Ddnp: {"flops": 0.5},
+    Slimming: {"density": 0.5},
+    GroupLasso: {"flops": 0.5},
+    Polarization: {"flops": 0.5},
+    Sfp: {"density": 0.5, "updates": 3},
+    Fpgm: {"flops": 0.4, "updates": 3},
 }
 """Every pruner there is, with the settings of its own."""
 EVERY = pytest.mark.parametrize("kind", list(SETTINGS), ids=lambda kind: kind.__name__)
@@ -95,7 +105,7 @@ def own_of(pruner: PrunerProtocol) -> list[nn.Parameter]:
 
 def test_every_exported_pruner_is_in_the_loop() -> None:
     exported = {name for name in mg.methods.__all__ if hasattr(getattr(mg.methods, name), "param_groups")}
-    assert exported - {"Pruner", "PrunerProtocol", "UnitPruner"} == {kind.__name__ for kind in SETTINGS}
+    assert exported - {"ChannelPruner", "Pruner", "PrunerProtocol", "UnitPruner"} == {kind.__name__ for kind in SETTINGS}
 
 
 @EVERY

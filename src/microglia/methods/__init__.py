@@ -4,19 +4,25 @@ from microglia.methods.acdc import Acdc, AcdcConfig
 from microglia.methods.at_init import AtInit, AtInitConfig
 from microglia.methods.at_init_observed import Initialization
 from microglia.methods.awg import Awg, AwgConfig
+from microglia.methods.channel_pruner import ChannelConfig, ChannelPruner
 from microglia.methods.channels import ChannelsConfig
 from microglia.methods.config import Method, MethodConfig, SearchConfig, UnitConfig, method, methods, preset
 from microglia.methods.ddnp import Ddnp, DdnpConfig
+from microglia.methods.fpgm import Fpgm, FpgmConfig
 from microglia.methods.ftwt import Ftwt, FtwtConfig
 from microglia.methods.ftwt_method import ftwt as _  # noqa: F401 -- registers it
 from microglia.methods.ftwt_observed import Predicted, Routing
 from microglia.methods.gradual import Gradual, GradualConfig
+from microglia.methods.group_lasso import GroupLasso, GroupLassoConfig
 from microglia.methods.lottery import Level, LotteryConfig, Tickets
 from microglia.methods.oneshot import OneShot, OneShotConfig
 from microglia.methods.pas import Pas, PasConfig
 from microglia.methods.pdp import Pdp, PdpConfig
+from microglia.methods.polarization import Polarization, PolarizationConfig
 from microglia.methods.pruner import Pruner, PrunerProtocol
 from microglia.methods.search_observed import Search
+from microglia.methods.sfp import Sfp, SfpConfig
+from microglia.methods.slimming import Slimming, SlimmingConfig
 from microglia.methods.smart import Smart, SmartConfig
 from microglia.methods.sparse_training import SparseTraining, SparseTrainingConfig
 from microglia.methods.unit_pruner import UnitPruner
@@ -29,13 +35,19 @@ __all__ = [
     "AtInitConfig",
     "Awg",
     "AwgConfig",
+    "ChannelConfig",
+    "ChannelPruner",
     "ChannelsConfig",
     "Ddnp",
     "DdnpConfig",
+    "Fpgm",
+    "FpgmConfig",
     "Ftwt",
     "FtwtConfig",
     "Gradual",
     "GradualConfig",
+    "GroupLasso",
+    "GroupLassoConfig",
     "Initialization",
     "Level",
     "LotteryConfig",
@@ -47,6 +59,8 @@ __all__ = [
     "PasConfig",
     "Pdp",
     "PdpConfig",
+    "Polarization",
+    "PolarizationConfig",
     "Predicted",
     "PruneConfig",
     "Pruner",
@@ -54,6 +68,10 @@ __all__ = [
     "Routing",
     "Search",
     "SearchConfig",
+    "Sfp",
+    "SfpConfig",
+    "Slimming",
+    "SlimmingConfig",
     "Smart",
     "SmartConfig",
     "SparseTraining",

@@ -94,7 +94,7 @@ def plain_settings(config: type, settings: Mapping[str, Any], user: str) -> dict
             plain[name] = _selectors(name, plain[name])
     if isinstance(plain.get("pattern"), Pattern):
         plain["pattern"] = str(plain["pattern"])
-    check_choices(plain)
+    check_choices(plain, config)
     return plain
 
 

@@ -46,17 +46,19 @@ class Takes:
     """A method's declaration about its config; its own fields and its trainings need no declaration.
 
     Attributes:
-        fields: Fields of `COMMON` that the method reads. All others must have their default values.
+            fields: Fields of `COMMON` that the method reads. All others must have their default values.
         patterns: Pattern class -> outcome; the first class that matches the pattern counts, and `object` matches every pattern.
         scopes: Allowed words of ``scope``; () allows all words of the selection.
         also: The method's own terms of a budget, named beside ``density`` in errors.
-        why: Field, or form of a pattern -> the reason of its refusal, which may quote fields, as in ``{pattern}``.
+        needs: Kinds of layers that the method ranks, such as ``norm``; a model without them is refused.
+    why: Field, or form of a pattern -> the reason of its refusal, which may quote fields, as in ``{pattern}``.
     """
 
     fields: tuple[str, ...]
     patterns: Mapping[type, Outcome]
     scopes: tuple[str, ...] = ()
     also: tuple[str, ...] = ()
+    needs: tuple[str, ...] = ()
     why: Mapping[str, str] = field(default_factory=dict)
 
     @property

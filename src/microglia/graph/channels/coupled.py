@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from microglia.core.budget import Budget
 from microglia.core.layers import Layer, prunable_layers
 from microglia.core.patterns import Reduction
 from microglia.graph.channels.groups import ChannelGroup, channel_groups, excluded_tensors, independent
-from microglia.graph.channels.widths import Costs
+from microglia.graph.channels.widths import Costs, Widths, WidthScope, choose_widths, keep_units
 from microglia.graph.cutting.parts import Part
 from microglia.graph.cutting.remove import Subject
 from microglia.graph.cutting.verify import ShrinkError
@@ -91,7 +92,8 @@ class CoupledChannels:
         self.groups = [group for _, group in found]
         self.lengths = [group.size for group in self.groups]
         self.count = sum(self.lengths)
-        self._costs = Costs(subject.parts, self.groups, sum(p.numel() for p in model.parameters()))
+        self._parts, self._parameters = subject.parts, sum(p.numel() for p in model.parameters())
+        self._costs = Costs(self._parts, self.groups, self._parameters)
         starts = dict(zip((g.atom for g in self.groups), _starts(self.lengths), strict=True))
         parameters = dict(model.named_parameters(remove_duplicate=False))
         names: list[str] = []
@@ -136,6 +138,36 @@ class CoupledChannels:
         """
         counts = {g.atom: part.sum() for g, part in zip(self.groups, torch.split(kept, list(self.lengths)), strict=True)}
         return self._costs.macs(counts) / self._costs.dense["flops"]  # type: ignore[arg-type,return-value]
+
+    def choose(
+        self,
+        ranking: Tensor,
+        budget: Budget,
+        *,
+        scope: WidthScope = "uniform",
+        round_to: int = 1,
+        among: Tensor | None = None,
+    ) -> tuple[Tensor, Widths]:
+        """Returns the channels that meet a budget, boolean (count,), and how many each group keeps; see `choose_widths`.
+
+        Args:
+            ranking: One value per channel, (count,), higher = keep.
+            budget: ``density`` is the kept fraction of the channels that may go.
+            scope: ``global``: the values compare across groups as they are.
+            round_to: Widths are kept at multiples of this.
+            among: Channels that may go, boolean (count,), all or none of a group; None for all.
+        """
+        parts = zip(self.groups, torch.split(ranking.detach().double().cpu(), list(self.lengths)), strict=True)
+        allowed = [True] * len(self.groups)
+        if among is not None:
+            allowed = [bool(part.all()) for part in torch.split(among, list(self.lengths))]
+        ranks = {g.atom: part for (g, part), free in zip(parts, allowed, strict=True) if free}
+        groups = [replace(g, rows=1) for g in self.groups if g.atom in ranks]
+        costs = Costs(self._parts, groups, self._parameters)
+        widths = choose_widths(costs, groups, budget, ranks, scope=scope, round_to=round_to)
+        kept = keep_units(ranks, widths.counts)
+        ones = [kept.get(g.atom, torch.ones(g.size, dtype=torch.bool)) for g in self.groups]
+        return torch.cat(ones).to(ranking.device), widths
 
     def reduce(self, values: Mapping[str, Tensor], how: Reduction) -> Tensor:
         """Returns one value per channel from one value per weight; mean and l2 are over all weights that make it."""

@@ -14,9 +14,9 @@ Shown = tuple[Any, list[Any]]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs instead of tables.")]
 Data = Annotated[str | None, typer.Option(help="digits, cifar10, mnist, hf:NAME or a folder.")]
 Checkpoint = Annotated[str | None, typer.Option(help="File with trained weights.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, or auto: a GPU where there is one.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, or auto: a GPU if there is one.")]
 DeviceName = Annotated[
-    str | None, typer.Option("--device", help="cpu, cuda, or auto: a GPU where there is one; default the recipe's.")
+    str | None, typer.Option("--device", help="cpu, cuda, or auto: a GPU if there is one; default the recipe's.")
 ]
 SplitName = Annotated[str, typer.Option("--split", help="train, validation or test.")]
 Target = Annotated[str, typer.Argument(help="A run directory, a saved model's directory, or a model's name.")]

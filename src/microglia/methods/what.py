@@ -46,12 +46,12 @@ class Takes:
     """A method's declaration about its config; its own fields and its trainings need no declaration.
 
     Attributes:
-            fields: Fields of `COMMON` that the method reads. All others must have their default values.
-        patterns: Pattern class -> outcome; the first class that matches the pattern counts, and `object` matches every pattern.
+        fields: Fields of `COMMON` that the method reads. All others must have their default values.
+        patterns: Pattern class -> outcome. The first class that matches the pattern counts; `object` matches every pattern.
         scopes: Allowed words of ``scope``; () allows all words of the selection.
         also: The method's own terms of a budget, named beside ``density`` in errors.
         needs: Kinds of layers that the method ranks, such as ``norm``; a model without them is refused.
-    why: Field, or form of a pattern -> the reason of its refusal, which may quote fields, as in ``{pattern}``.
+        why: Field, or form of a pattern -> the reason of its refusal, which may quote fields, as in ``{pattern}``.
     """
 
     fields: tuple[str, ...]

@@ -48,9 +48,9 @@ assert torch.equal(again(x), model(x))
 
 
 def test_contributing(tmp_path):
-    """A score, a method, a model, a command, an observation and its section, from outside, through the command line."""
+    """A score, a method, a model, a command, an observation, its section, a study, from outside, through the command line."""
     found = {block.splitlines()[0].rpartition("/")[2]: block for block in blocks("CONTRIBUTING.md")}
-    assert set(found) == {"squared.py", "twice.py", "mine.py", "commands.py", "codes.py"}
+    assert set(found) == {"squared.py", "twice.py", "mine.py", "commands.py", "codes.py", "norms.py"}
     code = "\n".join(found.values())
     code += """
 import sys
@@ -66,6 +66,7 @@ short = ("dense.epochs=1", "dense.max_batches=2", "train.epochs=1", "train.max_b
 words = ("prune", "my-net", "--data", "digits", "--method", "twice", "--density", "0.25", "prune.score=squared")
 microglia(*words, *short, "--out", "run")
 microglia("parameters", "my-net")
+microglia("norms", "my-net", "--powers", "1,3", "--out", "normed")
 
 import json
 from pathlib import Path
@@ -77,6 +78,8 @@ microglia("report", "run", "--out", "told")
     told = runs(code, tmp_path)
     assert "twice" in told
     assert "my-net: 650 parameters" in told
+    assert "my-net on digits: norm of power 3 is" in told
+    assert (tmp_path / "normed" / "norms-powers.html").is_file()
     assert "| twice | 4 |" in (tmp_path / "told" / "results.md").read_text()
     assert {path.name for path in (tmp_path / "run" / "stages").iterdir()} >= {
         "prune-half.safetensors",

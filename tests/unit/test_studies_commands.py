@@ -177,3 +177,15 @@ def test_every_file_of_the_studies_is_imported_by_a_command():
     root = Path(studies.__file__).parent
     names = {".".join(("microglia.studies", *path.relative_to(root).with_suffix("").parts)) for path in root.rglob("*.py")}
     assert {name.removesuffix(".__init__") for name in names} - set(json.loads(done.stdout.splitlines()[-1])) == set()
+
+
+@pytest.mark.parametrize("name", ["tickets", "instability"])
+def test_a_training_without_a_model_is_one_sentence_with_an_example(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    for words in ((), ("--data", "digits", "--density", "0.5"), ("train.epochs=2",)):
+        outcome = run(name, *words)
+        assert outcome.exit_code == 1
+        assert outcome.stderr.count("\n") == 1
+        assert "Which model is to be trained?" in outcome.stderr
+        assert studies.every_study()[name].example in outcome.stderr
+    assert list(tmp_path.iterdir()) == []

@@ -15,7 +15,7 @@ from microglia.core.errors import MicrogliaError, UnknownNameError
 from microglia.lab.recipe_task import settle_task
 from microglia.methods import MethodConfig, methods
 from microglia.methods.arguments import check_choices
-from microglia.methods.what import is_taken, left_out
+from microglia.methods.what import is_taken, left_out, named
 from microglia.runtime.dense.kinds import execution_names
 from microglia.storage.plain_yaml import DEEPEST, parse_yaml, read_yaml_text
 from microglia.storage.validation import brief, problems
@@ -125,7 +125,8 @@ def method_config(recipe: Recipe) -> MethodConfig:
     chosen = methods[recipe.method]
     fields = {**chosen.defaults, **recipe.prune, "dense": asdict(recipe.dense), "train": asdict(recipe.train)}
     check_choices(fields, chosen.config)
-    return _validate(TypeAdapter(chosen.config), fields, f"prune (method {recipe.method!r})")  # type: ignore[no-any-return]
+    with named(recipe.method):
+        return _validate(TypeAdapter(chosen.config), fields, f"prune (method {recipe.method!r})")  # type: ignore[no-any-return]
 
 
 def resolve(source: Mapping[str, Any]) -> Recipe:

@@ -25,12 +25,13 @@ from microglia.core.patterns import Channel
 from microglia.graph import plan_of, shrink
 from microglia.graph.channels.coupled import CoupledChannels
 from microglia.graph.cutting.plan import attach
-from microglia.methods.arguments import check_evidence, check_model, check_steps, plain_settings
+from microglia.methods.arguments import check_model, check_steps, plain_settings
 from microglia.methods.config import MethodConfig
 from microglia.methods.procedure import change, cut, dense_model, evidence, observe, train
 from microglia.methods.what import SAMPLING, Takes
 from microglia.scores import Evidence
 from microglia.scores.base import compact
+from microglia.scores.checks import check_evidence
 from microglia.storage.run import Progress, Run
 from microglia.tasks.task import Task
 from microglia.train.optim import FitConfig, epoch_length

@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from microglia.train.recover import recalibrate
 from commands import CONTEXT, LIMIT, TINY, microglia, start
 from microglia.core.layers import prunable_layers
 from microglia.scores.gradient import gradient_magnitude
+from microglia.tasks.metrics import Gathered
 
 WORLD = 2
 
@@ -272,3 +274,37 @@ def test_evaluation_agrees_over_ranks():
     for split, metrics in expected.items():
         assert first[split]["accuracy"] == metrics["accuracy"]
         assert math.isclose(first[split]["loss"], metrics["loss"], rel_tol=1e-6)
+
+
+def scored(rank):
+    """Metrics of both kinds over one image, so that a rank gets no batch at all."""
+    def records(outputs, targets):
+        return list(zip(targets, outputs.argmax(1), strict=True))
+
+    task = mg.tasks.image_task("lenet-300-100", "digits")
+    few = replace(task.data.images, test=task.data.images.test.subset(torch.arange(1)))
+    count = Gathered(records, lambda kept: {"kept": float(len(kept))})
+    task = replace(task, data=replace(task.data, images=few), metrics={"kept": count, **task.metrics})
+    return mg.evaluate(task.build(), task, "test")
+
+
+def test_a_rank_without_any_batch_ends_with_the_others():
+    first, second = every_rank(scored)
+    assert first == second == pytest.approx(scored(0))
+    assert first["kept"] == 1.0
+
+
+def averaged(rank):
+    task = mg.tasks.image_task("lenet-300-100", "digits")
+    model = task.build()
+    config = mg.FitConfig(epochs=1, batch_size=128, lr=0.05, ema=0.9, accumulate=3)
+    rows = mg.fit(model, task, config, seed=3)
+    return {n: p.tolist() for n, p in model.named_parameters() if n.endswith("bias")} | {"loss": rows[-1]["loss"]}
+
+
+def test_an_average_of_accumulated_steps_is_the_same_on_two_ranks_as_on_one():
+    first, second = every_rank(averaged)
+    assert first == second
+    expected = averaged(0)
+    for name, value in expected.items():
+        torch.testing.assert_close(torch.tensor(first[name]), torch.tensor(value), rtol=1e-3, atol=1e-5)

@@ -13,8 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from microglia.core.errors import UnknownNameError
-from microglia.lab.recipe import Recipe, RecipeError, as_dict, merge, method_config, override, put, read_yaml, resolve, schema
+from microglia.lab.recipe import Recipe, RecipeError, as_dict, method_config, override, put, read_yaml, resolve, schema
 from microglia.methods import methods
+from microglia.storage.plain_yaml import merge
 from microglia.tasks.task import Task
 from microglia.train.optim import learning_rate
 from microglia.zoo import build

@@ -238,7 +238,7 @@ def test_such_a_budget_alone_means_this_method() -> None:
         recipe = resolve({"prune": prune})
         assert recipe.method == "channels"
         assert isinstance(method_config(recipe), ChannelsConfig)
-    with pytest.raises(BudgetError, match="'oneshot' takes density or params"):  # of magnitude, the default
+    with pytest.raises(BudgetError, match="'magnitude' takes density or params"):  # the default
         resolve({"prune": {"flops": 0.5, "pattern": "nm:2:4"}})
     assert resolve({"prune": {"density": 0.5, "pattern": "channel"}}).method == "magnitude"
     with pytest.raises(BudgetError, match=r"masks .unstructured. save neither"):

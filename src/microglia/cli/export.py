@@ -8,10 +8,10 @@ from typing import Annotated
 import typer
 
 from microglia.cli.app import command
+from microglia.cli.exporting import Exporting, export_saved, export_table
 from microglia.cli.options import Data, Json, Shown
 from microglia.core.errors import MicrogliaError
 from microglia.export.int8 import COUNT, MAX_DROP
-from microglia.lab.exporting import Exporting, export_saved, export_table
 
 EXAMPLE = "microglia export runs/demo --to onnx --accuracy"
 

@@ -126,12 +126,16 @@ def export(
             rounded = quantizer(place, Int8.of(int8), source.traced.structured)
             opened = target.open(place)
             difference, examples = _verify(source, opened, data, ROUNDED)
-        files = sorted(file.relative_to(place.parent) for file in place.parent.rglob("*") if file.is_file())
-    written = tuple(path.parent / file for file in files)
+        written = tuple(path.parent / file for file in _files_of(place.parent))
     size = sum(file.stat().st_size for file in written)
     structure = source.traced.structured if not isinstance(opened, ExportedModule) else None
     batch = None if _is_batch_free(source) else source.example.batch
     return Export(path, name, opened.engine, written, size, difference, examples, _notes(source), batch, structure, rounded)
+
+
+def _files_of(folder: Path) -> list[Path]:
+    """Returns the files below a folder, by their place in it."""
+    return sorted(file.relative_to(folder) for file in folder.rglob("*") if file.is_file())
 
 
 def metadata_of(model: nn.Module, example: Any) -> dict[str, str]:

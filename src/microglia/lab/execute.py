@@ -65,7 +65,7 @@ def execute(recipe: Recipe, directory: Path | None = None, *, starts: Path | Non
     one); ``saved`` (bytes of the written file ``model.safetensors``, masks included; None without a directory); ``dense``,
     ``before`` and ``pruned`` (each with ``metrics`` on the test split, ``parameters``, ``macs``, ``bytes``; ``before`` is the
     pruned model before recovery, if the method has such a moment); further observations of the method, such as ``estimate`` and
-    ``routes`` of a dynamic model; ``latency``; ``seconds``.
+    ``routes`` of a model that chooses its computation by input; ``latency``; ``seconds``.
 
     Raises:
         MicrogliaError: An error that the user can correct; the text says how.

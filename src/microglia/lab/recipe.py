@@ -15,9 +15,9 @@ from microglia.core.errors import MicrogliaError, UnknownNameError
 from microglia.lab.recipe_task import settle_task
 from microglia.methods import MethodConfig, methods
 from microglia.methods.arguments import check_choices
-from microglia.methods.what import is_taken, left_out
+from microglia.methods.what import is_taken, left_out, named
 from microglia.runtime.dense.kinds import execution_names
-from microglia.storage.plain_yaml import DEEPEST, parse_yaml, read_yaml_text
+from microglia.storage.plain_yaml import DEEPEST, merge, parse_yaml, read_yaml_text
 from microglia.storage.validation import brief, problems
 from microglia.train.optim import RECOVERY, FitConfig, identity
 
@@ -125,7 +125,8 @@ def method_config(recipe: Recipe) -> MethodConfig:
     chosen = methods[recipe.method]
     fields = {**chosen.defaults, **recipe.prune, "dense": asdict(recipe.dense), "train": asdict(recipe.train)}
     check_choices(fields, chosen.config)
-    return _validate(TypeAdapter(chosen.config), fields, f"prune (method {recipe.method!r})")  # type: ignore[no-any-return]
+    with named(recipe.method):
+        return _validate(TypeAdapter(chosen.config), fields, f"prune (method {recipe.method!r})")  # type: ignore[no-any-return]
 
 
 def resolve(source: Mapping[str, Any]) -> Recipe:
@@ -264,15 +265,6 @@ def put(tree: Mapping[str, Any], key: str, value: Any) -> dict[str, Any]:
             raise RecipeError(f"{first!r} holds {below!r}, so {key!r} cannot be set below it.")
         value = put(below, rest, value)
     return {**tree, first: value}
-
-
-def merge(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns nested defaults updated with the given values, so that ``train.epochs`` alone keeps the default rate."""
-    result = dict(defaults)
-    for key, value in given.items():
-        below = result.get(key)
-        result[key] = merge(below, value) if isinstance(below, Mapping) and isinstance(value, Mapping) else value
-    return result
 
 
 def _validate(adapter: TypeAdapter[Any], fields: Mapping[str, Any], what: str) -> Any:

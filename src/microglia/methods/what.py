@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field, fields
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -35,6 +37,7 @@ COMMON = (*BUDGET, *LAYERS, *SCORING, *SAMPLING)
 FORMS: dict[type, str] = {Unstructured: "unstructured", Block: "block:OUTxIN", NM: "nm:N:M", Channel: "channel"}
 NAMES: dict[type, str] = {}
 """Config class -> the first method that was registered with it."""
+_named: ContextVar[str | None] = ContextVar("microglia_method", default=None)
 NO_SUCH_BUDGET = (
     "flops and ms are budgets of removed channels: masks ({pattern}) save neither. Take the method 'channels' (pattern "
     "channel), or give density or params"
@@ -142,6 +145,16 @@ def left_out(config: type[PruneConfig]) -> dict[str, Any]:
     return {f.name: f.default for f in fields(config) if not is_taken(config, f.name)}
 
 
+@contextmanager
+def named(method: str) -> Iterator[None]:
+    """Lets refusals within it name the method that was asked for, such as a preset, and not the one it is of."""
+    token = _named.set(method)
+    try:
+        yield
+    finally:
+        _named.reset(token)
+
+
 def refuse(config: PruneConfig) -> None:
     """Raises for the first field or pattern that a method does not take.
 
@@ -155,7 +168,8 @@ def refuse(config: PruneConfig) -> None:
         UnknownNameError: The method does not have the scope.
     """
     kind, takes = type(config), config.takes
-    who = f"The method {NAMES[kind]!r}" if kind in NAMES else kind.__name__
+    method = _named.get() or NAMES.get(kind)
+    who = kind.__name__ if method is None else f"The method {method!r}"
     values = {f.name: getattr(config, f.name) for f in fields(config)}
     for name, usual in left_out(kind).items():
         given = tuple(values[name]) if isinstance(values[name], list) else values[name]

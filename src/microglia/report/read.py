@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
@@ -111,9 +112,8 @@ def _curves(text: str, headline: str) -> Curves:
     curves: Curves = {}
     for line in text.splitlines():
         row = json.loads(line)
-        if f"validation_{headline}" not in row:  # not every epoch is evaluated
-            continue
-        values = {"epoch": row["epoch"], "loss": row["loss"], "validation": row[f"validation_{headline}"]}
+        measured = row.get(f"validation_{headline}", math.nan)  # not every epoch is evaluated
+        values = {"epoch": row["epoch"], "loss": row["loss"], "validation": measured}
         stage = curves.setdefault(str(row["stage"]), {name: [] for name in values})
         for name, value in values.items():
             stage[name].append(float(f"{value:.6g}"))

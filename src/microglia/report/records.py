@@ -23,7 +23,7 @@ class Record(Outcome):
     """One finished run, only with sums over layers and without paths of its machine.
 
     Attributes:
-        curves: Logged values of its trainings.
+        curves: Logged values of its trainings, by epoch; ``validation`` is NaN for an epoch without an evaluation.
         source: Path from which it was read.
     """
 

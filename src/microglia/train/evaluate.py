@@ -6,7 +6,7 @@ from itertools import islice
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from microglia.core.batch import to_device
 from microglia.core.devices import device_of
@@ -50,8 +50,24 @@ def evaluate(
             for name, metric in task.metrics.items():
                 states[name] = metric.update(states.get(name), predictions, wanted)
     if world > 1:
+        states = _with_empty(states, device)
         states = {name: task.metrics[name].over_ranks(state) for name, state in states.items()}
     found: dict[str, float] = {}
     for name, state in states.items():
         found |= task.metrics[name].values(name, state)
     return found
+
+
+def _with_empty(states: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """Returns the states of this rank; empty ones if only other ranks had a batch, so that all ranks gather the same metrics.
+
+    An empty state is zeros like another rank's tensor, else None, which every other kind of state began as.
+    """
+    having: list[bool] = [False] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(having, bool(states))
+    if all(having) or not any(having):
+        return states
+    lent = [{name: state.cpu() if isinstance(state, Tensor) else None for name, state in states.items()}]
+    torch.distributed.broadcast_object_list(lent, src=having.index(True))
+    zeros = {name: None if like is None else torch.zeros_like(like, device=device) for name, like in lent[0].items()}
+    return states or zeros

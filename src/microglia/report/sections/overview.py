@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from microglia.report.chart import Axis, Chart, Line, Panel, Rule, look
 from microglia.report.rows import Group, Row
 from microglia.report.section import Picture, Section, Table, register
 from microglia.report.table import table
+
+NONE = "not evaluated while training"
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,9 @@ def curves_chart(group: Group) -> Chart:
     """Returns the curves of every training, a column per stage: the validation headline above, the loss below."""
     stages = list(dict.fromkeys(stage for record in group.records for stage in record.curves))
     above = Axis(f"validation {group.headline}{group.in_unit}")
-    panels = [Panel(Axis(), above, _curves(group, stage, "validation", group.scale), title=stage) for stage in stages]
+    panels = [
+        Panel(Axis(), above, _curves(group, stage, "validation", group.scale), title=stage, empty=NONE) for stage in stages
+    ]
     panels += [Panel(Axis("epoch"), Axis("training loss"), _curves(group, stage, "loss", 1.0)) for stage in stages]
     note = f"training{group.seen and f'. {group.seen}'}"
     return Chart(group.title, panels, columns=len(stages), note=note, height=620)
@@ -114,17 +118,22 @@ def _curves(group: Group, stage: str, name: str, scale: float) -> list[Line]:
     return [
         Line(
             line,
-            record.curves[stage]["epoch"],
-            [scale * value for value in record.curves[stage][name]],
-            look=replace(look(number), marker=look(number).marker if len(record.curves[stage][name]) < MARKED else ""),
+            [epoch for epoch, _ in points],
+            [scale * value for _, value in points],
+            look=replace(look(number), marker=look(number).marker if len(points) < MARKED else ""),
             notes=f"{row.asked}, seed {record.recipe['seed']}",
             method=row.method,
         )
         for number, (line, rows) in enumerate(group.lines.items())
         for row in rows
         for record in row.records
-        if stage in record.curves
+        if stage in record.curves and (points := _points(record.curves[stage], name))
     ]
+
+
+def _points(curves: Mapping[str, Sequence[float]], name: str) -> list[tuple[float, float]]:
+    """Returns the (epoch, value) pairs of the epochs that have a value."""
+    return [(x, y) for x, y in zip(curves["epoch"], curves[name], strict=True) if not math.isnan(y)]
 
 
 register(Section("overview", tables=tables, pictures=pictures))

@@ -177,7 +177,7 @@ print(type(accelerator()).__name__, sorted(name for name in sys.modules if name 
         [
             ("data", "prune lenet-300-100 --data digits", "The data set 'digits' needs scikit-learn, not installed here: "),
             ("zoo", "prune timm:resnet18 --data digits", "needs torchvision, which is not installed: "),
-            ("report", "report run --out told", "A report needs jinja2 and plotly, not installed here: "),
+            ("report", "report run --out told", "A report needs jinja2 and matplotlib and plotly, not installed here: "),
         ],
     )
     def test_a_command_that_needs_one_says_which_in_one_sentence(self, tmp_path, extra, words, sentence):

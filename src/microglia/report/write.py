@@ -9,6 +9,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from microglia.core.errors import FileError
+from microglia.core.optional import needs
 from microglia.report.read import Collected, read_results
 from microglia.report.records import Record, export
 from microglia.report.rows import groups
@@ -78,6 +79,7 @@ def report(paths: Sequence[str | Path], out: str | Path) -> Report:
     Raises:
         FileError: A path has no results, no run is finished, or the report cannot be written.
     """
+    needs("report", "jinja2", "matplotlib", "plotly", what="A report")
     # Slow to import, but the command line imports this file for every command.
     from microglia.report.page import page
     from microglia.report.printed import save

@@ -81,7 +81,10 @@ def images(build: Callable[[], nn.Module], *shape: int) -> tuple[nn.Module, Any]
     return build(), torch.randn(shape)
 
 
-MLP_ONLY = ["*embed*", "*attention*", "*self_attn*", "*pooler*", "*classifier*", "*lm_head*", "*output.dense", "*down_proj"]
+NOT_MLP = {
+    "BERT": ["*embeddings*", "*attention*", "*pooler*", "classifier"],
+    "Llama": ["*embed_tokens*", "*self_attn*", "lm_head"],
+}
 """What stays whole in a language model, so that a configuration of transformers can say the widths."""
 RESNET56 = partial(mg.tasks.build, "resnet56", classes=10, shape=(3, 32, 32))
 MODELS: dict[str, tuple[Callable[[], tuple[nn.Module, Any]], float, dict[str, Any]]] = {
@@ -89,8 +92,8 @@ MODELS: dict[str, tuple[Callable[[], tuple[nn.Module, Any]], float, dict[str, An
     "MobileNet-v3 small (torchvision)": (partial(images, torchvision.models.mobilenet_v3_small, *IMAGE), 0.5, {}),
     "ViT-Ti (timm)": (partial(images, partial(timm.create_model, "vit_tiny_patch16_224"), *IMAGE), 0.5, {}),
     "UNet, 128x128": (partial(images, UNet, 1, 3, 128, 128), 0.5, {}),
-    "BERT, 4 layers of 256": (bert, 0.7, {"exclude": MLP_ONLY}),
-    "Llama, 4 layers of 256": (llama, 0.7, {"exclude": MLP_ONLY}),
+    "BERT, 4 layers of 256": (bert, 0.7, {"exclude": NOT_MLP["BERT"]}),
+    "Llama, 4 layers of 256": (llama, 0.7, {"exclude": NOT_MLP["Llama"]}),
 }  # fmt: skip
 """Name -> (builder of model and example, fraction of the operations to keep, settings of `prune_channels`)."""
 

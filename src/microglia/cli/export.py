@@ -30,10 +30,10 @@ def export(
     json_: Json = False,
 ) -> Shown:
     """Write a run's model as a file of another engine, compared with the model before it counts as written."""
-    try:
-        free = tuple(int(word) for word in dynamic.split(",") if word)
-    except ValueError:
-        raise MicrogliaError(f"--dynamic takes dimensions such as 0,2,3; got {dynamic!r}.") from None
+    words = [word.strip() for word in dynamic.split(",") if word.strip()]
+    if not all(word.isdecimal() for word in words):
+        raise MicrogliaError(f"--dynamic takes dimensions such as 0,2,3; got {dynamic!r}.")
+    free = tuple(map(int, words))
     result = export_saved(Exporting(target, out, to, data, free, opset, accuracy, int8, calibrate, max_drop))
     files = "\n".join(f"File: {file}" for file in result["export"]["files"])
     return result, [export_table(result), files]

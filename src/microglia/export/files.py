@@ -53,6 +53,8 @@ def _missing(folder: Path) -> list[Path]:
 
 def _no_room(folder: Path, size: int) -> OSError | None:
     """Returns the error that a file of this size gets; libraries that write do not tell why they could not."""
+    if not hasattr(os, "posix_fallocate"):  # macOS
+        return None
     try:
         with tempfile.TemporaryFile(dir=folder) as file:
             os.posix_fallocate(file.fileno(), 0, max(size, 1))

@@ -60,6 +60,17 @@ def test_an_engine_takes_and_gives_what_the_model_does(name, net):
     assert isinstance(found["pair"], tuple)
 
 
+def test_int8_is_near_the_model_and_not_exact(net):
+    pytest.importorskip("nncf")
+    inputs = {"x": torch.randn(2, 3, 8, 8), "extra": torch.randn(2, 4)}
+    notes = []
+    ready = executions(net, inputs, ("eager", "openvino-int8"), notes=notes)
+    assert not notes
+    found, expected = (ready[name]()["logits"] for name in ("openvino-int8", "eager"))
+    assert not torch.equal(found, expected)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0.2 * float(expected.abs().max()))
+
+
 def test_outputs_of_one_call_stay_after_the_next_and_copies_are_their_own():
     pytest.importorskip("openvino")
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 4)).eval()

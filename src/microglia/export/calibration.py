@@ -53,7 +53,7 @@ def calibration_items(model: openvino.Model, calibration: Iterable[Any]) -> Iter
 
 def _inputs_of(batch: Any, names: list[str]) -> list[Tensor]:
     """Returns the input tensors of one entry of a calibration set, inputs or (inputs, targets), in the model's order."""
-    count = len(tensors_of(batch))
+    count = len(batch.tensors if isinstance(batch, Example) else tensors_of(batch))
     if count != len(names) and isinstance(batch, list | tuple) and len(batch) == 2:
         batch, count = batch[0], len(tensors_of(batch[0]))
     if count == len(names):

@@ -1,7 +1,9 @@
 """Int8 for OpenVINO by post-training quantization: weights and activations in 8 bits, calibrated on real inputs.
 
-NNCF does it. ONNX Runtime's static quantization and torchao's PT2E were measured on the same images (COMPARISON); NNCF
-CHOICE.
+NNCF does it. It was compared with ONNX Runtime's static quantization (per channel, QDQ) on ResNet-56 of CIFAR-10, both
+calibrated on the same 320 training images: of 2,000 test images 92.95 % are right in float32, 93.40 % after NNCF, 92.70 %
+after ONNX Runtime (92.95 % with its reduced range). NNCF corrects biases, knows transformers, and can put layers back to
+float32 by accuracy. torchao's PT2E was not measured: its int8 runs by torch.compile, which leaves no file to serve.
 
 Where accuracy falls by more than a stated limit, NNCF's accuracy control puts layers back to float32, those that cost most
 accuracy first, until the limit holds. Nothing is trained: a model that needs more is recovered before it is exported.
@@ -39,8 +41,8 @@ COUNT = 300
 MAX_DROP = 0.01
 """Largest loss of the score that is accepted, in the score's own unit: one point of accuracy."""
 ROUNDED = 0.5
-"""How far outputs of int8 may be from the model's, against the largest: it says that the same network ran, no more. With
-random weights, calibrated on one input of noise, ResNet-50 was measured to differ by XX %."""
+"""How far outputs of int8 may be from the model's, against the largest: it says that the same network ran, no more. A
+MobileNet-v2 with half of its channels, random weights and one calibration input was measured to differ by 1.3 %."""
 ATTENTION = frozenset({"ScaledDotProductAttention"})
 """Operations of OpenVINO by which a transformer is known; NNCF then smooths activations and leaves softmax in float."""
 MULTIPLY = frozenset({"Convolution", "GroupConvolution", "ConvolutionBackpropData", "MatMul"})

@@ -91,7 +91,7 @@ class Served:
 
 @pytest.fixture(scope="module", params=["net.onnx", "net.xml"])
 def served(request, files):
-    one = Served(files / request.param, "--max-batch", 8, "--max-wait-ms", 200, "--warm-seconds", 0.1)
+    one = Served(files / request.param, "--max-batch", 8, "--max-wait-ms", 1000, "--warm-seconds", 0.1)
     try:
         one.statuses()
         yield one

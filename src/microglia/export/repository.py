@@ -194,7 +194,7 @@ def _check_ir(xml: Path) -> None:
 def _onnx(path: Path) -> Any:
     needs("export", "onnx")
     import onnx
-    from google.protobuf.message import DecodeError
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
     try:
         model = onnx.load(str(path), load_external_data=False)

@@ -119,8 +119,10 @@ def check_choices(settings: Mapping[str, Any], config: type | None = None) -> No
 
 
 def _words(config: type, field: str) -> tuple[Any, ...]:
-    """Returns the words of a field's literal type."""
+    """Returns the words of a field's literal type; none for a field of any text, such as a scope of masks."""
     hint = get_type_hints(config)[field]
+    if str in get_args(hint):
+        return ()
     return tuple(word for part in (hint, *get_args(hint)) if get_origin(part) is Literal for word in get_args(part))
 
 

@@ -23,6 +23,7 @@ from microglia.methods import (
     Ftwt,
     Gradual,
     GroupLasso,
+    Hrank,
     OneShot,
     Pas,
     Pdp,
@@ -32,6 +33,7 @@ from microglia.methods import (
     Slimming,
     Smart,
     SparseTraining,
+    Thinet,
 )
 from microglia.scores import Evidence
 from microglia.train.optim import FitConfig, make_optimizers
@@ -55,6 +57,8 @@ SETTINGS: dict[type, dict[str, Any]] = {
     Polarization: {"flops": 0.5},
     Sfp: {"density": 0.5, "updates": 3},
     Fpgm: {"flops": 0.4, "updates": 3},
+    Hrank: {"density": 0.5, "frozen": 0.2},
+    Thinet: {"density": 0.5},
 }
 """Every pruner there is, with the settings of its own."""
 EVERY = pytest.mark.parametrize("kind", list(SETTINGS), ids=lambda kind: kind.__name__)

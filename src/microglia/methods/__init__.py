@@ -14,6 +14,7 @@ from microglia.methods.ftwt_method import ftwt as _  # noqa: F401 -- registers i
 from microglia.methods.ftwt_observed import Predicted, Routing
 from microglia.methods.gradual import Gradual, GradualConfig
 from microglia.methods.group_lasso import GroupLasso, GroupLassoConfig
+from microglia.methods.hrank import Hrank, HrankConfig
 from microglia.methods.lottery import Level, LotteryConfig, Tickets
 from microglia.methods.oneshot import OneShot, OneShotConfig
 from microglia.methods.pas import Pas, PasConfig
@@ -25,6 +26,7 @@ from microglia.methods.sfp import Sfp, SfpConfig
 from microglia.methods.slimming import Slimming, SlimmingConfig
 from microglia.methods.smart import Smart, SmartConfig
 from microglia.methods.sparse_training import SparseTraining, SparseTrainingConfig
+from microglia.methods.thinet import Thinet, ThinetConfig
 from microglia.methods.unit_pruner import UnitPruner
 from microglia.methods.what import PruneConfig, Takes
 
@@ -48,6 +50,8 @@ __all__ = [
     "GradualConfig",
     "GroupLasso",
     "GroupLassoConfig",
+    "Hrank",
+    "HrankConfig",
     "Initialization",
     "Level",
     "LotteryConfig",
@@ -77,6 +81,8 @@ __all__ = [
     "SparseTraining",
     "SparseTrainingConfig",
     "Takes",
+    "Thinet",
+    "ThinetConfig",
     "Tickets",
     "UnitConfig",
     "UnitPruner",

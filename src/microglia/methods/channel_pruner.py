@@ -107,6 +107,7 @@ class ChannelPruner:
         total_steps: Optimizer steps of the training under the method.
         example_inputs: One batch of inputs.
         evidence: What the method may look at.
+        start: Whether to begin; False only checks that the config fits.
         **settings: The fields of the config by keyword instead.
 
     Raises:
@@ -123,6 +124,7 @@ class ChannelPruner:
         total_steps: int,
         example_inputs: Any = None,
         evidence: Evidence | None = None,
+        start: bool = True,
         **settings: Any,
     ) -> None:
         user = type(self).__name__
@@ -139,10 +141,15 @@ class ChannelPruner:
         self.kept: Tensor | None = None
         self.prepare()
         self.choose(torch.zeros(self.units.count))  # can the budget be met
+        if start:
+            self.begin()
 
     # ------------------------------------------------------------------------------------------------ what a method says
     def prepare(self) -> None:
         """Looks at the model once, before anything is trained; raises where the method has nothing to work on."""
+
+    def begin(self) -> None:
+        """Acts once before the first step."""
 
     def ranking(self) -> Tensor:
         """Returns one value per channel, (count,), higher = keep."""
@@ -183,6 +190,23 @@ class ChannelPruner:
         """Returns the mean over the filters that make each channel of a score of filters, float64 (count,)."""
         layers = self.layers
         return self.units.reduce({name: compact(layers[name], values[name].double()) for name in layers}, "mean")
+
+    @torch.no_grad()
+    def clear(self, gone: Tensor, optimizer: torch.optim.Optimizer | None = None, *, whole: bool = False) -> None:
+        """Sets the filters of channels to zero, with the optimizer's state for them: none comes back from momentum.
+
+        Args:
+            gone: Channels, boolean (count,).
+            optimizer: Of the model's parameters.
+            whole: Whether biases and the affine parameters of norms go too, so that the channels are zero.
+        """
+        padded = torch.cat([gone.cpu(), torch.zeros(1, dtype=torch.bool)])
+        for place in self.units.made:
+            raw = self.raw[place.name]
+            if raw.ndim > 1 or whole:
+                entries = padded[place.units].nonzero().flatten().to(raw.device)
+                for tensor in (raw, *states_of(optimizer, raw)):
+                    tensor.index_fill_(place.dim, entries, 0.0)
 
     @torch.no_grad()
     def finish(self) -> MaskSet:
@@ -232,6 +256,12 @@ class ChannelPruner:
         self.steps = int(state["steps"])
 
 
+def states_of(optimizer: torch.optim.Optimizer | None, raw: nn.Parameter) -> list[Tensor]:
+    """Returns what an optimizer keeps for each weight of a parameter."""
+    state = optimizer.state.get(raw, {}) if optimizer is not None else {}
+    return [value for value in state.values() if isinstance(value, Tensor) and value.shape == raw.shape]
+
+
 def _raw(model: nn.Module, name: str) -> nn.Parameter:
     """Returns the trainable tensor of a name, below any parametrization."""
     layers = prunable_layers(model)
@@ -247,7 +277,7 @@ def fits(pruner: type[ChannelPruner]) -> Any:
     """Returns what raises unless a method and its budget fit the task's model."""
 
     def check(task: Task, config: ChannelConfig) -> None:
-        pruner(task.build(), config, total_steps=1, example_inputs=task.example)
+        pruner(task.build(), config, total_steps=1, example_inputs=task.example, start=False)
 
     return check
 

@@ -9,7 +9,6 @@ then those that are zero at the end are removed.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,8 +31,8 @@ class Fpgm(SoftFilters):
     Config = FpgmConfig
     score = "fpgm"
 
-    def __init__(self, model: nn.Module, config: FpgmConfig | None = None, **settings: Any) -> None:
-        super().__init__(model, config, **settings)
+    def begin(self) -> None:
+        """Sets the first filters to zero."""
         self.zero(self.choose(self.ranking()))
 
     def step(self, optimizer: torch.optim.Optimizer | None = None) -> None:

@@ -72,17 +72,10 @@ class SoftFilters(ChannelPruner):
         if self.steps in self._due:
             self.zero(self.choose(self.ranking()), optimizer)
 
-    @torch.no_grad()
     def zero(self, kept: Tensor, optimizer: torch.optim.Optimizer | None = None) -> None:
-        """Sets the filters of all other channels to zero, and the optimizer's state for them: none comes back from momentum."""
+        """Sets the filters of all other channels to zero."""
         self.zeroed = ~kept.cpu()
-        for place in self.units.made:
-            raw = self.raw[place.name]
-            if raw.ndim > 1:
-                gone = torch.cat([self.zeroed, self.zeroed.new_zeros(1)])[place.units].to(raw.device)
-                state = optimizer.state.get(raw, {}) if optimizer is not None else {}
-                for tensor in (raw, *(v for v in state.values() if isinstance(v, Tensor) and v.shape == raw.shape)):
-                    tensor.index_fill_(place.dim, gone.nonzero().flatten(), 0.0)
+        self.clear(self.zeroed, optimizer)
 
     def final(self) -> Tensor:
         """Returns the channels that are not zero now; where filters have learned since they were chosen, it chooses anew."""

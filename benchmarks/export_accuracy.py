@@ -18,9 +18,9 @@ from rich.console import Console
 from rich.table import Table
 
 import microglia as mg
+from microglia.cli.exporting import int8_of
 from microglia.core.timing import processor_name, time_interleaved
 from microglia.export import Export
-from microglia.lab.exporting import int8_of
 from microglia.tasks import image_task
 from microglia.train.recover import recalibrate_on
 

@@ -28,8 +28,8 @@ LANGUAGES = ("runtime/gpu/triton/kernel.py",)
 SHARED = ("lab", "report", "storage", "cli")
 """Rooms that ask registries and name no family; a family's own section of the report lies in ``report/sections``."""
 FAMILY = re.compile(
-    r"(?<![a-z])(dynamic (?:models?|runs?|pruning)|\.dynamic|gates?|gated|ftwt|tickets?|lottery|smart|pas|pdp|awg|acdc|ddnp|rigl"
-    r"|synflow|snip|grasp)(?![a-z])",
+    r"(?<![a-z])(dynamic (?:models?|runs?|pruning)|\.dynamic|gates?|gated|ftwt|tickets?|lottery|smart|pas|pdp|awg|acdc|ddnp"
+    r"|rigl|synflow|snip|grasp)(?![a-z])",
     re.I,
 )
 """Words that name a method, a change or a study of the house."""

@@ -27,11 +27,8 @@ LANGUAGES = ("runtime/gpu/triton/kernel.py",)
 """Files whose functions may be longer: a kernel in Triton's language calls no functions that it could be split into."""
 SHARED = ("lab", "report", "storage", "cli")
 """Rooms that ask registries and name no family; a family's own section of the report lies in ``report/sections``."""
-FAMILY = re.compile(
-    r"(?<![a-z])(dynamic (?:models?|runs?|pruning)|\.dynamic|gates?|gated|ftwt|tickets?|lottery|smart|pas|pdp|awg|acdc|ddnp"
-    r"|rigl|synflow|snip|grasp)(?![a-z])",
-    re.I,
-)
+NAMED = r"gates?|gated|ftwt|tickets?|lottery|smart|pas|pdp|awg|acdc|ddnp|rigl|synflow|snip|grasp"
+FAMILY = re.compile(rf"(?<![a-z])(dynamic (?:models?|runs?|pruning)|\.dynamic|{NAMED})(?![a-z])", re.I)
 """Words that name a method, a change or a study of the house."""
 ROOMS_OF_FAMILIES = ("dynamic", "graph", "methods", "studies", "tasks.classification")
 """Where the types of families are defined."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import math
 from copy import deepcopy
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,10 +17,27 @@ from torch.nn import functional
 import microglia as mg
 from microglia.core.errors import BudgetError, ScoreError, UnknownNameError
 from microglia.graph import ShrinkError
-from microglia.methods import ChannelPruner, Fpgm, GroupLasso, Polarization, Sfp, Slimming
+from microglia.methods import ChannelConfig, ChannelPruner, Fpgm, GroupLasso, Polarization, Sfp, Slimming, method, methods
+from microglia.methods.channel_procedure import fits, thinned
 from microglia.methods.polarization import FALLBACK, polarized, threshold
+from microglia.storage.run import Run
+from microglia.tasks.classification import ImageSource
+from microglia.tasks.task import CLASSIFICATION, CrossEntropy
 
 STEPS = 6
+
+
+@dataclass(frozen=True)
+class ToyConfig(ChannelConfig):
+    """Of a method from elsewhere."""
+
+
+def make_task() -> mg.Task:
+    data = mg.data.load_data("digits")
+    few = torch.arange(48)
+    parts = {name: getattr(data, name).subset(few) for name in ("train", "validation", "test")}
+    data = replace(data, **parts)
+    return mg.Task("digits", network, ImageSource(data), CrossEntropy(), CLASSIFICATION, data.train.images[:1] / 255)
 
 
 def network() -> nn.Sequential:
@@ -310,8 +329,8 @@ def test_the_mean_is_that_of_the_whole_network_and_scales_stay_in_range() -> Non
     everything = torch.cat([model[1].weight, model[4].weight])
     torch.testing.assert_close(pruner.penalty(), 0.2 * polarized(everything, 1.1))
     pruner.step()
-    assert float(model[1].weight.min()) == 0
-    assert float(model[1].weight.max()) == 1
+    assert float(model[1].weight.detach().min()) == 0
+    assert float(model[1].weight.detach().max()) == 1
 
 
 def test_training_moves_scales_apart() -> None:
@@ -359,3 +378,34 @@ def test_a_threshold_far_from_zero_is_warned_of() -> None:
     assert int(pruner.kept.sum()) == 1  # the best one
     with pytest.raises(BudgetError, match="largest is above 0"):
         made(Polarization, network(), largest=0.0)
+
+
+# ----------------------------------------------------------------------------------------------- a method from elsewhere
+def test_a_method_of_ones_own_is_a_ranking_and_two_lines(tmp_path: Path) -> None:
+    class Last(ChannelPruner):
+        """Keeps the first channels of every group, and pulls at the biases."""
+
+        def penalty(self) -> Tensor | float:
+            return 0.0 if self.kept is not None else 1e-3 * self.raw["0.bias"].square().sum()
+
+        def ranking(self) -> Tensor:
+            return torch.arange(self.units.count, 0, -1).double()
+
+    config = ChannelConfig(density=0.5, scope="uniform", train=mg.FitConfig(epochs=1, batch_size=16, lr=0.05, max_batches=2))
+    config = replace(config, dense=config.train, sparse_epochs=2)
+    task = make_task()
+    try:
+        method("toy-channels", ToyConfig, check=fits(Last))(lambda task, run, own: thinned(task, run, own, Last))
+        run = Run(tmp_path / "run", {})
+        model = methods["toy-channels"].procedure(task, run, config)
+    finally:
+        methods._items.pop("toy-channels", None)
+    assert [model[0].out_channels, model[3].out_channels] == [4, 6]
+    assert run.observations["widths"]["counts"] == {"0.weight": 4, "3.weight": 6}
+    plan = mg.graph.plan_of(model)
+    assert plan.asked == {"density": 0.5}
+    assert plan.got == {"density": 0.5}
+    assert [path.name for path in sorted((tmp_path / "run" / "stages").glob("*.safetensors"))] == [
+        "before-observed.safetensors", "dense-observed.safetensors", "dense.safetensors", "prune.safetensors",
+        "recalibrate.safetensors", "sparse.safetensors", "train.safetensors",
+    ]  # fmt: skip

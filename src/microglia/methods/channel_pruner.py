@@ -1,13 +1,13 @@
-"""What methods share that train a network for its channels to be removed: a common config, pruner and procedure.
+"""What methods share that train a network for its channels to be removed: a common config and pruner.
 
-The form: dense model, a training under the method (a penalty, filters set to zero), a cut to the budget, recovery. A method
-says what it adds to the loss (`penalty`), what it does after a step (`step`) and how its channels rank (`ranking`).
+The form: dense model, a training under the method (a penalty, filters set to zero), a cut to the budget, recovery; see
+`microglia.methods.channel_procedure`. A method says what it adds to the loss (`penalty`), what it does after a step (`step`)
+and how its channels rank (`ranking`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
@@ -15,27 +15,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from microglia.core.batch import to_device
 from microglia.core.budget import Budget
 from microglia.core.devices import device_of
 from microglia.core.errors import BudgetError
 from microglia.core.layers import Layer, prunable_layers, raw_parameter
 from microglia.core.masks import MaskSet, enforce, mask, masks_of
 from microglia.core.patterns import Channel
-from microglia.graph import plan_of, shrink
 from microglia.graph.channels.coupled import CoupledChannels
-from microglia.graph.cutting.plan import attach
 from microglia.methods.arguments import check_model, check_steps, plain_settings
 from microglia.methods.config import MethodConfig
-from microglia.methods.procedure import change, cut, dense_model, evidence, observe, train
 from microglia.methods.what import SAMPLING, Takes
 from microglia.scores import Evidence
 from microglia.scores.base import compact
 from microglia.scores.checks import check_evidence
-from microglia.storage.run import Progress, Run
-from microglia.tasks.task import Task
-from microglia.train.optim import FitConfig, epoch_length
-from microglia.train.recover import RECALIBRATION, recalibrate_on
+from microglia.train.optim import FitConfig
+from microglia.train.recover import RECALIBRATION
 
 BARRED = "channels are coupled across layers, and exclude keeps layers whole"
 CHANNELS = Takes(
@@ -270,57 +264,3 @@ def _raw(model: nn.Module, name: str) -> nn.Parameter:
     path, _, attribute = name.rpartition(".")
     module = model.get_submodule(path)
     return raw_parameter(module, attribute) if parametrize.is_parametrized(module, attribute) else model.get_parameter(name)
-
-
-# ------------------------------------------------------------------------------------------------------------ procedure
-def fits(pruner: type[ChannelPruner]) -> Any:
-    """Returns what raises unless a method and its budget fit the task's model."""
-
-    def check(task: Task, config: ChannelConfig) -> None:
-        pruner(task.build(), config, total_steps=1, example_inputs=task.example, start=False)
-
-    return check
-
-
-def thinned(task: Task, run: Run, config: ChannelConfig, pruner: type[ChannelPruner]) -> nn.Module:
-    """Returns the dense model trained with a pruner, without the channels that it gives up, and recovered."""
-    model = dense_model(task, run, config.dense)
-    teacher = deepcopy(model) if config.train.distill else None
-    steps = config.sparse.epochs * epoch_length(config.sparse, len(task.data.batches("train", config.sparse.batch_size)))
-    sampled = set(SAMPLING) <= set(config.takes.fields)
-
-    def make() -> ChannelPruner:
-        return pruner(
-            model,
-            config,
-            total_steps=max(1, steps),
-            example_inputs=to_device(task.example, run.device),
-            evidence=evidence(task, run, config) if sampled else None,
-        )
-
-    run.observations["widths"] = train(task, run, "sparse", model, config.sparse, pruner=make, teacher=teacher)
-    return cut_and_recovered(task, run, config, model, teacher)
-
-
-def cut_and_recovered(task: Task, run: Run, config: ChannelConfig, model: nn.Module, teacher: nn.Module | None) -> nn.Module:
-    """Returns a model without its masked channels, trained further."""
-    model = cut(task, run, "prune", model, lambda masked: removed(masked, task, run, config))
-
-    def anew(progress: Progress) -> None:
-        recalibrate_on(model, task, batch_size=config.train.batch_size, count=config.recalibrate, seed=run.seed)
-
-    if config.recalibrate:
-        change(run, "recalibrate", model, anew)
-    observe(task, run, "before", model)
-    train(task, run, "train", model, config.train, teacher=teacher)
-    return model
-
-
-def removed(masked: nn.Module, task: Task, run: Run, config: ChannelConfig) -> nn.Module:
-    """Returns a masked model without its masked channels; the plan says what was asked and what came out."""
-    small = shrink(masked, to_device(task.example, run.device), clear=True)
-    plan = plan_of(small)
-    asked = {t: v for t in ("density", "params", "flops") if (v := getattr(config, t)) is not None}
-    (params, fewer), (macs, less) = plan.parameters, plan.macs
-    got = {"density": run.observations["widths"]["density"], "params": fewer / params, "flops": less / macs}
-    return attach(small, replace(plan, asked=asked, got={term: got[term] for term in asked or got}))

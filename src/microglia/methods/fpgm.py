@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from microglia.methods.channel_pruner import fits, thinned
+from microglia.methods.channel_procedure import fits, thinned
 from microglia.methods.config import method
 from microglia.methods.sfp import SoftFilters, SoftFiltersConfig
 from microglia.storage.run import Run

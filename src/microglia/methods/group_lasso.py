@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from microglia.core.errors import BudgetError
 from microglia.core.registry import unknown_name
-from microglia.methods.channel_pruner import ChannelConfig, ChannelPruner, fits, thinned
+from microglia.methods.channel_procedure import fits, thinned
+from microglia.methods.channel_pruner import ChannelConfig, ChannelPruner
 from microglia.methods.config import method
 from microglia.storage.run import Run
 from microglia.tasks.task import Task

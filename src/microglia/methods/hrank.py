@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from microglia.core.errors import BudgetError
 from microglia.core.registry import unknown_name
 from microglia.graph.channels.widths import highest
-from microglia.methods.channel_pruner import SAMPLED, ChannelConfig, ChannelPruner, fits, states_of, thinned
+from microglia.methods.channel_procedure import fits, thinned
+from microglia.methods.channel_pruner import SAMPLED, ChannelConfig, ChannelPruner, states_of
 from microglia.methods.config import method
 from microglia.methods.what import Takes
 from microglia.scores import scores

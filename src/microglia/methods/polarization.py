@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from microglia.core.errors import BudgetError
 from microglia.graph.channels.widths import highest
-from microglia.methods.channel_pruner import fits, thinned
+from microglia.methods.channel_procedure import fits, thinned
 from microglia.methods.config import method
 from microglia.methods.scales import ScaleConfig, ScalePruner
 from microglia.storage.run import Run

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from microglia.core.errors import BudgetError
-from microglia.methods.channel_pruner import ChannelConfig, ChannelPruner, fits, thinned
+from microglia.methods.channel_procedure import fits, thinned
+from microglia.methods.channel_pruner import ChannelConfig, ChannelPruner
 from microglia.methods.config import method
 from microglia.scores import scores
 from microglia.storage.run import Run

@@ -21,7 +21,8 @@ from microglia.core.errors import BudgetError, ScoreError
 from microglia.core.modes import evaluating
 from microglia.graph.channels.coupled import Place
 from microglia.graph.channels.widths import highest
-from microglia.methods.channel_pruner import SAMPLED, ChannelConfig, ChannelPruner, fits, thinned
+from microglia.methods.channel_procedure import fits, thinned
+from microglia.methods.channel_pruner import SAMPLED, ChannelConfig, ChannelPruner
 from microglia.methods.config import method
 from microglia.methods.what import Takes
 from microglia.scores import scores

@@ -133,6 +133,30 @@ def test_accumulated_batches_are_one_larger_batch() -> None:
     assert epoch_length(FitConfig(accumulate=2, max_batches=3), 5) == 2
 
 
+def test_a_nominal_batch_accumulates_and_scales_the_decay() -> None:
+    by_hand, nominal = build(), build()
+    with pytest.warns(UserWarning, match="2 batches per optimizer step"):
+        mg.fit(by_hand, task(), FitConfig(epochs=2, batch_size=3, accumulate=2, weight_decay=0.3))
+    with pytest.warns(UserWarning, match="2 batches per optimizer step"):
+        mg.fit(nominal, task(), FitConfig(epochs=2, batch_size=3, nominal_batch=5, weight_decay=0.25))  # 2 x 3 / 5
+    for name, value in nominal.state_dict().items():
+        torch.testing.assert_close(value, by_hand.state_dict()[name], rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "nominal", "batches", "scale"), [(16, 64, 4, 1.0), (48, 64, 1, 0.75), (200, 64, 1, 3.125)]
+)
+def test_batches_and_decay_of_a_nominal_batch(batch_size: int, nominal: int, batches: int, scale: float) -> None:
+    config = FitConfig(batch_size=batch_size, nominal_batch=nominal, weight_decay=2.0)
+    assert (config.batches_per_step, config.step_decay) == (batches, 2 * scale)
+
+
+@pytest.mark.parametrize("wrong", [{"nominal_batch": 0}, {"nominal_batch": 64, "accumulate": 2}])
+def test_a_wrong_nominal_batch_is_one_sentence(wrong: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match="nominal_batch is at least 1 and chooses the batches of a step itself"):
+        FitConfig(**wrong)
+
+
 class Counting:
     """A pruner that counts, with a penalty on one weight of its own."""
 

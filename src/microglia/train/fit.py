@@ -230,9 +230,9 @@ def _headline(task: Task, row: Row) -> str:
 
 def _warn_of_few(config: FitConfig, batches: int) -> None:
     length = epoch_length(config, batches)
-    if config.accumulate > 1 and length < FEW:
+    if config.batches_per_step > 1 and length < FEW:
         warnings.warn(
-            f"With accumulate={config.accumulate} an epoch of {batches} batches has {length} optimizer steps; take smaller "
+            f"With {config.batches_per_step} batches per optimizer step (accumulate, nominal_batch) an epoch of {batches} batches has {length} optimizer steps; take smaller "
             "batches or more epochs.",
             stacklevel=4,
         )
@@ -267,7 +267,7 @@ class _Steps:
         """Trains one epoch; returns the mean loss over its batches."""
         total = torch.zeros((), device=self.step.device)
         count = epoch_batches(self.config, len(self.batches))
-        length, many = self.length, self.config.accumulate
+        length, many = self.length, self.config.batches_per_step
         for number, batch in enumerate(islice(self.batches.epoch(epoch), count)):
             index, place = divmod(number, many)
             together = min(many, count - index * many)  # the last step of an epoch may have fewer batches

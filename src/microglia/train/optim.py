@@ -25,7 +25,10 @@ LOWEST = {"epochs": 0, "batch_size": 1, "lr": 0, "weight_decay": 0, "warmup_epoc
 """The smallest value of fields."""
 FALLING = ("cosine", "linear", "poly")
 """Schedules that fall from ``lr`` to ``final_lr`` * ``lr``."""
-ADDED = ("final_lr", "power", "warmup", "warmup_start", "accumulate", "ema", "ema_ramp", "no_decay", "evaluate_every")
+ADDED = (
+    *("final_lr", "power", "warmup", "warmup_start", "accumulate", "ema", "ema_ramp", "no_decay", "evaluate_every"),
+    "nominal_batch",
+)
 """Fields that recipes of version 0.1.0 lack: at their defaults they are not part of a run's identity."""
 
 
@@ -57,6 +60,8 @@ class FitConfig:
         warmup: ``linear`` from 0, or ``exponential``: ``lr`` times ``warmup_start``^(1 - t) at the fraction t of the warm-up.
         warmup_start: Fraction of ``lr`` where an exponential warm-up starts, in (0, 1].
         accumulate: Batches per optimizer step, which uses their mean gradient. The last step of an epoch may have fewer.
+        nominal_batch: Number of examples for which ``weight_decay`` is meant, or None. Batches are accumulated up to about as
+            many, and the decay is scaled by the examples of a step over ``nominal_batch`` (YOLOv5).
         ema: Final decay in (0, 1) of an exponential moving average of the weights, which is evaluated and becomes the final
             model; None for no average. At update u the decay is ``ema`` (1 - exp(-u / ``ema_ramp``)).
         ema_ramp: Number of updates in which the decay approaches ``ema``.
@@ -88,6 +93,7 @@ class FitConfig:
     warmup: Warmup = "linear"
     warmup_start: float = 0.1
     accumulate: int = 1
+    nominal_batch: int | None = None
     ema: float | None = None
     ema_ramp: float = 2000.0
     no_decay: tuple[str, ...] = ()
@@ -121,8 +127,24 @@ class FitConfig:
                 "warmup_start is in (0, 1], power and ema_ramp are above 0; got "
                 f"{self.warmup_start}, {self.power} and {self.ema_ramp}"
             )
+        if self.nominal_batch is not None and (self.nominal_batch < 1 or self.accumulate > 1):
+            raise ValueError(
+                "nominal_batch is at least 1 and chooses the batches of a step itself, so leave accumulate at 1; got "
+                f"{self.nominal_batch} and accumulate={self.accumulate}"
+            )
         if self.ema is not None and not 0 < self.ema < 1:
             raise ValueError(f"ema is a decay in (0, 1), such as 0.9999, or None; got {self.ema}")
+
+    @property
+    def batches_per_step(self) -> int:
+        """Batches whose mean gradient an optimizer step uses."""
+        return self.accumulate if self.nominal_batch is None else max(1, round(self.nominal_batch / self.batch_size))
+
+    @property
+    def step_decay(self) -> float:
+        """Weight decay of an optimizer step, scaled to its number of examples where ``nominal_batch`` is given."""
+        scale = 1.0 if self.nominal_batch is None else self.batch_size * self.batches_per_step / self.nominal_batch
+        return self.weight_decay * scale
 
 
 RECOVERY = FitConfig(epochs=10, lr=0.05, distill=0.5)
@@ -140,7 +162,7 @@ def refuse_additions(config: FitConfig, what: str) -> None:
         TrainingError: One of these fields is set.
     """
     usual = FitConfig()
-    for name in ("accumulate", "ema", "no_decay"):
+    for name in ("accumulate", "nominal_batch", "ema", "no_decay"):
         if getattr(config, name) != getattr(usual, name):
             raise TrainingError(f"{what} is trained without {name}; leave it at {getattr(usual, name)!r}.")
 
@@ -162,7 +184,7 @@ def epoch_batches(config: FitConfig, batches: int) -> int:
 
 def epoch_length(config: FitConfig, batches: int) -> int:
     """Returns the number of optimizer steps of an epoch, from the number of batches of the split."""
-    return -(-epoch_batches(config, batches) // config.accumulate)
+    return -(-epoch_batches(config, batches) // config.batches_per_step)
 
 
 def learning_rate(config: FitConfig, step: int, steps_per_epoch: int) -> float:
@@ -249,7 +271,7 @@ def _constant(group: dict[str, Any]) -> dict[str, Any]:
 
 def _make_optimizer(name: str, config: FitConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
     # Fused takes a fifth of the time on a CPU, where small networks spend half of a step in the optimizer.
-    common: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay, "fused": True}
+    common: dict[str, Any] = {"lr": config.lr, "weight_decay": config.step_decay, "fused": True}
     if name == "sgd":
         return torch.optim.SGD(groups, momentum=config.momentum, nesterov=config.nesterov, **common)
     if name == "adam":

@@ -232,8 +232,8 @@ def _warn_of_few(config: FitConfig, batches: int) -> None:
     length = epoch_length(config, batches)
     if config.batches_per_step > 1 and length < FEW:
         warnings.warn(
-            f"With {config.batches_per_step} batches per optimizer step (accumulate, nominal_batch) an epoch of {batches} batches has {length} optimizer steps; take smaller "
-            "batches or more epochs.",
+            f"With {config.batches_per_step} batches per optimizer step (accumulate, nominal_batch) an epoch of {batches} "
+            f"batches has {length} optimizer steps; take smaller batches or more epochs.",
             stacklevel=4,
         )
 

@@ -1,7 +1,7 @@
 """Int8 for OpenVINO by post-training quantization: weights and activations in 8 bits, calibrated on real inputs.
 
 NNCF does it. It was compared with ONNX Runtime's static quantization (per channel, QDQ) on ResNet-56 of CIFAR-10, both
-calibrated on the same 320 training images: of 2,000 test images 92.95 % are right in float32, 93.40 % after NNCF, 92.70 %
+calibrated on the same 320 training images: of 2,000 test images 92.95 % are right in float32, 93.30 % after NNCF, 92.70 %
 after ONNX Runtime (92.95 % with its reduced range). NNCF corrects biases, knows transformers, and can put layers back to
 float32 by accuracy. torchao's PT2E was not measured: its int8 runs by torch.compile, which leaves no file to serve.
 

@@ -6,6 +6,7 @@ Every execution that replaces layers uses this search; the caller chooses the re
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -38,6 +39,8 @@ ACTIVATIONS: dict[Any, str] = {
 """Operator -> name of the activation; ``hardtanh`` and ``gelu`` have settings and are read separately."""
 FUSED = {"cpu": (torch.float32,), "cuda": (torch.float32, torch.float16, torch.bfloat16)}
 """Kind of device -> dtypes of the layers that are replaced there."""
+UNKNOWN_OUTPUT = re.compile(r"Found <class '([\w.]+)'> in output, which is not a known type")
+"""The words of torch.export for an output that is neither a tensor nor a container of tensors."""
 
 
 @dataclass(frozen=True)
@@ -121,10 +124,21 @@ def _export(model: nn.Module, example: Example) -> GraphModule:
         if any(_writes_through_a_view(node) for node in program.graph.nodes):
             program = program.run_decompositions({})
     except Exception as error:
-        raise MicrogliaError(f"{type(model).__name__} cannot be traced by torch.export: {first_line(error)}") from error
+        raise MicrogliaError(f"{type(model).__name__} cannot be traced by torch.export: {_cause(error)}") from error
     exported = program.module()
     assert isinstance(exported, GraphModule)
     return exported
+
+
+def _cause(error: Exception) -> str:
+    """Returns the short cause of a failed trace, with the remedy where there is one."""
+    found = UNKNOWN_OUTPUT.search(str(error))
+    if found is None:
+        return first_line(error)
+    return (
+        f"its output holds a {found[1].rpartition('.')[2]}, and a graph returns tensors alone. Wrap the model so that it returns "
+        "tensors; a model of transformers does with config.use_cache = False."
+    )
 
 
 def _writes_through_a_view(node: Node) -> bool:

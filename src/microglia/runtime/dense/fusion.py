@@ -136,8 +136,8 @@ def _cause(error: Exception) -> str:
     if found is None:
         return first_line(error)
     return (
-        f"its output holds a {found[1].rpartition('.')[2]}, and a graph returns tensors alone. Wrap the model so that it returns "
-        "tensors; a model of transformers does with config.use_cache = False."
+        f"its output holds a {found[1].rpartition('.')[2]}, and a graph returns tensors alone. Wrap the model so that it "
+        "returns tensors; a model of transformers does with config.use_cache = False."
     )
 
 

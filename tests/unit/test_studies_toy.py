@@ -1,6 +1,7 @@
 """A study of another package: one value, registered from outside, with a command, a durable run, tables and figures."""
 
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -210,3 +211,42 @@ def test_choices():
     check_choices(Rule(sign="minus"))
     with pytest.raises(MicrogliaError, match="The sign is plus or minus; got 'times'"):
         check_choices(Rule(sign="times"))
+
+
+MODULE = '''
+"""A study of another package, in a module that the command line imports."""
+from dataclasses import dataclass
+
+from microglia.studies import Study, Work, register
+
+
+@dataclass(frozen=True)
+class Echo:
+    """What to say.
+
+    Attributes:
+        word: The word that comes back.
+    """
+
+    word: str = "hello"
+
+
+def begin(config):
+    return Work(lambda run: {"said": config.word}, {"command": "echo-word", "word": config.word})
+
+
+register(Study("echo-word", "Say a word.", Echo, begin, tables=lambda told: [told["said"]], directory=lambda config: None))
+'''
+
+
+def test_a_study_of_an_imported_module_is_listed_and_runs(tmp_path, monkeypatch):
+    (tmp_path / "toy_studies.py").write_text(MODULE)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("MICROGLIA_IMPORT", "")
+    try:
+        assert "Say a word." in run("--import", "toy_studies", "--help").output
+        assert json.loads(run("--import", "toy_studies", "echo-word", "--word", "ciao", "--json").output)["said"] == "ciao"
+    finally:
+        sys.modules.pop("toy_studies", None)
+        studies._items.pop("echo-word", None)
+        app.registered_commands[:] = [one for one in app.registered_commands if one.callback.__name__ != "echo-word"]

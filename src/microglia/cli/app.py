@@ -29,12 +29,7 @@ class LazyGroup(TyperGroup):
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
-        for name, study in studies.items():  # of another package, or of this one once it is imported
-            if name not in COMMANDS and name not in self.commands:
-                from microglia.cli.derive import derived  # imports torch, which `microglia --help` does without
-
-                command(derived(study), example=study.example or None)
-                self.commands[name] = _registered(name)
+        self._add_studies()
         known = dict(self.commands)
         listed = {
             name: known.pop(name) if name in known else TyperCommand(name, help=of.sentence, rich_help_panel=of.panel)
@@ -42,8 +37,23 @@ class LazyGroup(TyperGroup):
         }
         self.commands = {**listed, **known}
 
+    def _add_studies(self) -> None:
+        """Adds the commands of studies that another package registered, also after this group was built (``--import``)."""
+        for name, study in studies.items():
+            if name not in COMMANDS and name not in self.commands:
+                from microglia.cli.derive import derived  # imports torch, which `microglia --help` does not need
+
+                command(derived(study), example=study.example or None)
+                self.commands[name] = _registered(name)
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """Returns the names of all commands, with those of studies from outside."""
+        self._add_studies()
+        return super().list_commands(ctx)
+
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """Imports the called command, then returns it as the base class does."""
+        self._add_studies()
         name = args[0]
         if name in COMMANDS and self.commands[name].callback is None:
             self.commands[name] = _imported(name)
@@ -61,7 +71,7 @@ app = typer.Typer(
 )
 
 IMPORTS = "MICROGLIA_IMPORT"
-IMPORT = "Import a module of your own that registers scores, methods, changes or sections. No file can name one here."
+IMPORT = "Import a module of your own that registers scores, methods, changes, sections or studies. No file can name one here."
 Trust = Annotated[bool, typer.Option("--trust", help="Build whatever model a file names, also by its own code.")]
 
 
@@ -71,15 +81,8 @@ def _print_version(asked: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
-def top(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and end.")
-    ] = False,
-    imports: Annotated[list[str] | None, typer.Option("--import", metavar="MODULE", envvar=IMPORTS, help=IMPORT)] = None,
-) -> None:
-    """Prune any PyTorch model, see it get measurably faster and smaller, and load the result anywhere."""
-    for name in imports or []:
+def _import_modules(names: list[str] | None) -> list[str] | None:
+    for name in names or []:
         try:
             import_module(name)
         except ModuleNotFoundError as error:
@@ -87,8 +90,22 @@ def top(
                 raise  # the module was found; an import inside it failed
             typer.echo(f"error: There is no module {name!r} to import: is its folder on PYTHONPATH?", err=True)
             raise typer.Exit(1) from None
-    if imports:  # the runs of a sweep are processes of their own
-        os.environ[IMPORTS] = " ".join(imports)
+    if names:  # the runs of a sweep are processes of their own
+        os.environ[IMPORTS] = " ".join(names)
+    return names
+
+
+@app.callback()
+def top(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and end.")
+    ] = False,
+    imports: Annotated[
+        list[str] | None,
+        typer.Option("--import", metavar="MODULE", envvar=IMPORTS, callback=_import_modules, is_eager=True, help=IMPORT),
+    ] = None,
+) -> None:
+    """Prune any PyTorch model, see it get measurably faster and smaller, and load the result anywhere."""
 
 
 def command(function: Callable[..., Shown], *, example: str | None = None) -> Callable[..., Any]:

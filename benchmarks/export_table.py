@@ -86,16 +86,17 @@ NOT_MLP = {
     "Llama": ["*embed_tokens*", "*self_attn*", "lm_head"],
 }
 """What stays whole in a language model, so that a configuration of transformers can say the widths."""
+HALF, EQUAL = mg.Budget(flops=0.5), mg.Budget(density=0.5)  # of the operations; of every width, equal in all layers
 RESNET56 = partial(mg.tasks.build, "resnet56", classes=10, shape=(3, 32, 32))
-MODELS: dict[str, tuple[Callable[[], tuple[nn.Module, Any]], float, dict[str, Any]]] = {
-    "ResNet-56, 32x32": (partial(images, RESNET56, 1, 3, 32, 32), 0.5, {}),
-    "MobileNet-v3 small (torchvision)": (partial(images, torchvision.models.mobilenet_v3_small, *IMAGE), 0.5, {}),
-    "ViT-Ti (timm)": (partial(images, partial(timm.create_model, "vit_tiny_patch16_224"), *IMAGE), 0.5, {}),
-    "UNet, 128x128": (partial(images, UNet, 1, 3, 128, 128), 0.5, {}),
-    "BERT, 4 layers of 256": (bert, 0.7, {"exclude": NOT_MLP["BERT"]}),
-    "Llama, 4 layers of 256": (llama, 0.7, {"exclude": NOT_MLP["Llama"]}),
+MODELS: dict[str, tuple[Callable[[], tuple[nn.Module, Any]], mg.Budget, dict[str, Any]]] = {
+    "ResNet-56, 32x32": (partial(images, RESNET56, 1, 3, 32, 32), HALF, {}),
+    "MobileNet-v3 small (torchvision)": (partial(images, torchvision.models.mobilenet_v3_small, *IMAGE), HALF, {}),
+    "ViT-Ti (timm)": (partial(images, partial(timm.create_model, "vit_tiny_patch16_224"), *IMAGE), HALF, {}),
+    "UNet, 128x128": (partial(images, UNet, 1, 3, 128, 128), HALF, {}),
+    "BERT, 4 layers of 256": (bert, EQUAL, {"exclude": NOT_MLP["BERT"]}),
+    "Llama, 4 layers of 256": (llama, EQUAL, {"exclude": NOT_MLP["Llama"]}),
 }  # fmt: skip
-"""Name -> (builder of model and example, fraction of the operations to keep, settings of `prune_channels`)."""
+"""Name -> (builder of model and example, what to keep, settings of `prune_channels`)."""
 
 
 def rows(name: str, folder: Path) -> list[str]:
@@ -103,7 +104,7 @@ def rows(name: str, folder: Path) -> list[str]:
     build, keep, settings = MODELS[name]
     torch.manual_seed(0)
     dense, example = build()
-    small = mg.prune_channels(dense.eval(), example, mg.Budget(flops=keep), **settings)
+    small = mg.prune_channels(dense.eval(), example, keep, **settings)
     sides = {"dense": dense, "pruned": small}
     files = {side: exports(model, example, folder / side) for side, model in sides.items()}
     given = Example.of(example)

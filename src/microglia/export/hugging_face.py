@@ -15,6 +15,7 @@ from microglia.core.running import first_line
 from microglia.export.exported import Exported
 from microglia.export.program import METADATA, ExportedModule
 from microglia.export.traced import Source
+from microglia.graph.dims.trace import quiet
 
 
 def write_directory(source: Source, path: Path) -> None:
@@ -30,7 +31,8 @@ def write_directory(source: Source, path: Path) -> None:
             f"A {type(model).__name__} is no model of transformers, whose configuration could say how it is built: export "
             "it to onnx, openvino or program, or cut a model of transformers with keep_class=True."
         )
-    model.save_pretrained(path)
+    with quiet():  # bars of progress
+        model.save_pretrained(path)
     (path / METADATA).write_text(json.dumps(dict(source.metadata), indent=2) + "\n")
 
 
@@ -44,8 +46,9 @@ def open_directory(path: Path) -> Exported:
     import transformers
 
     try:
-        (name, *_) = transformers.AutoConfig.from_pretrained(path).architectures
-        model, told = getattr(transformers, name).from_pretrained(path, output_loading_info=True)
+        with quiet():
+            (name, *_) = transformers.AutoConfig.from_pretrained(path).architectures
+            model, told = getattr(transformers, name).from_pretrained(path, output_loading_info=True)
     except Exception as error:
         raise ExportError(f"transformers does not open {path}: {first_line(error)}") from error
     unread = sorted({*told["missing_keys"], *told["unexpected_keys"]})

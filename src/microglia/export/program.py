@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -34,9 +35,14 @@ class ExportedModule(Exported):
 
 
 def write_program(source: Source, path: Path) -> None:
-    """Writes the program; the model's parameters keep their names in it."""
+    """Writes the program; the model's parameters keep their names in it.
+
+    Through memory, for where the disk is full torch's own writer ends the whole process.
+    """
+    content = io.BytesIO()
     with quiet():
-        torch.export.save(source.traced.program, path, extra_files={METADATA: json.dumps(dict(source.metadata))})
+        torch.export.save(source.traced.program, content, extra_files={METADATA: json.dumps(dict(source.metadata))})
+    path.write_bytes(content.getbuffer())
 
 
 def open_program(path: Path) -> Exported:

@@ -1,8 +1,9 @@
 """Microglia: prune any PyTorch model, see it get measurably faster and smaller, and load the result anywhere.
 
 `mask` writes zeros, `shrink` removes channels, `accelerate` makes blocks of zeros fast, `save` and `load` keep a model
-without pickle, `pack` and `unpack` keep it in one small file. Pruners that step inside anybody's loop are in `microglia.methods`, builders of tasks in `microglia.tasks`,
-experiments in `microglia.studies`. A name is imported when it is first used, so that ``import microglia`` costs nothing.
+without pickle, `pack` and `unpack` keep it in one small file. Pruners that step inside anybody's loop are in
+`microglia.methods`, builders of tasks in `microglia.tasks`, experiments in `microglia.studies`. A name is imported when it is
+first used, so that ``import microglia`` costs nothing.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 from microglia.compress.codebook import Clusters, kmeans, share
 from microglia.compress.container import Container
-from microglia.compress.packing import Contents, Entry, encode, inspect, open_packed, pack, unpack
+from microglia.compress.packing import Contents, Entry, encode, inspect, measured, open_packed, pack, unpack
 
 __all__ = [
     "Clusters",
@@ -12,6 +12,7 @@ __all__ = [
     "encode",
     "inspect",
     "kmeans",
+    "measured",
     "open_packed",
     "pack",
     "share",

@@ -8,8 +8,9 @@
     table       JSON under zlib: {"plan": as in plan.json, "tensors": rows}
     payload     the parts of the tensors (see `microglia.compress.tensors`), one after another
 
-A row has the ``name`` of a tensor in the model's state, ``form``, ``dtype``, ``shape``, ``size`` (bytes of its part), ``crc``
-(CRC-32 of the part), the fields of its form, and ``mask``, the name of its mask. The checks detect damage, not manipulation.
+A row has the ``name`` of a tensor in the model's state, ``form``, ``dtype``, ``shape``, and ``size`` (bytes of its part). It
+also has ``crc`` (CRC-32 of the part), the fields of its form, and ``mask``, the name of its mask, if there is one. The checks
+detect damage, not manipulation.
 """
 
 from __future__ import annotations

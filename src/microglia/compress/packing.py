@@ -132,7 +132,7 @@ def pack(
         model: Any model that `microglia.save` takes.
         path: File to write; an earlier one is replaced atomically.
         bits: Round the weights to 2^bits - 1 shared values for each layer and zero, 1 to 8 bits; one number for all layers,
-            or numbers by selector, such as ``{"type:Conv*": 8, "*": 5}``, of which the first that matches counts. The given
+            or numbers by selector, such as ``{"type:Conv?d": 8, "*": 5}``, of which the first that matches counts. The given
             model stays unchanged.
         initial: Initial centroids: ``linear``, ``density`` or ``random``.
         exact: Whether to find the best shared values by dynamic programming.
@@ -154,6 +154,11 @@ def pack(
     data = encode(model, bits=bits, initial=initial, exact=exact, seed=seed)
     write_atomic(Path(path), data)
     return contents_of(read_container(data, Path(path), limit=2**63))
+
+
+def measured(model: nn.Module) -> Contents:
+    """Returns the contents of a model's packed file without writing it; errors as in `pack`."""
+    return contents_of(read_container(encode(model), Path("model"), limit=2**63))
 
 
 def unpack(path: str | Path, model: nn.Module | None = None, *, trust: bool = False, limit: int | None = None) -> nn.Module:

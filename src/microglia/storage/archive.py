@@ -221,7 +221,7 @@ def _build(place: Path, plan: Mapping[str, Any], state: Mapping[str, Tensor]) ->
     if not isinstance(source, dict) or not {"name", "classes", "shape", "options"} <= source.keys():
         raise FileError(
             f"{place} does not say how to build its {plan.get('class', 'model')}: pass a freshly built one, "
-            "load(directory, model)."
+            f"{'load(directory, model)' if place.is_dir() else 'unpack(path, model)'}."
         )
     path = place / PLAN if place.is_dir() else place
     require_known(source["name"], source["options"], path)

@@ -56,12 +56,18 @@ def test_unpack_makes_a_model_that_other_commands_take(work, compressed, tmp_pat
 
 def test_pack_a_run_as_it_is_and_rounded(work, compressed, tmp_path):
     run, sizes = compressed[0], {}
-    for name, words in {"exact": (), "rounded": ("--bits", "3"), "mixed": ("--bits", "fc3=2,*=3", "--exact")}.items():
+    for name, words in {
+        "exact": (),
+        "rounded": ("--bits", "3"),
+        "mixed": ("--bits", "fc3=2,*=3"),
+        "best": ("--bits", "3", "--exact"),
+    }.items():
         told = json.loads(good(microglia("pack", run, *words, "--out", tmp_path / name, "--json", folder=work)))
         assert told["file"] == str(tmp_path / name)
         sizes[name] = told["bytes"]
     assert sizes["exact"] == (run / "model.mgpack").stat().st_size
     assert sizes["mixed"] < sizes["rounded"] < sizes["exact"]
+    assert sizes["rounded"] < sizes["best"]  # its codes are used more evenly, and take more bits
 
 
 @pytest.mark.parametrize(

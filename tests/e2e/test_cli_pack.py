@@ -1,4 +1,4 @@
-"""A small file from the command line: `prune --method deep-compression`, `pack`, `unpack`, `inspect`."""
+"""A small file from the command line: `prune --method deep-compression`, `pack`, `unpack`, `inspect`, `eie`."""
 
 import json
 
@@ -68,6 +68,17 @@ def test_pack_a_run_as_it_is_and_rounded(work, compressed, tmp_path):
     assert sizes["exact"] == (run / "model.mgpack").stat().st_size
     assert sizes["mixed"] < sizes["rounded"] < sizes["exact"]
     assert sizes["rounded"] < sizes["best"]  # its codes are used more evenly, and take more bits
+
+
+def test_eie_shows_cycles_and_energy(work, compressed, tmp_path):
+    file = compressed[0] / "model.mgpack"
+    assert "4 elements at 800 MHz" in " ".join(good(microglia("eie", file, "--elements", "4", folder=work)).split())
+    told = json.loads(good(microglia("eie", file, "--elements", "4", "--activations", "1", "--json", folder=work)))["layers"]
+    assert [row["layer"] for row in told] == ["fc1.weight", "fc2.weight", "fc3.weight", "all"]
+    assert told[-1]["cycles"] == sum(row["cycles"] for row in told[:-1])
+    assert all(
+        row["ideal"] <= row["cycles"] and 0 < row["balance"] <= 1 and row["energy"] < row["dense_energy"] for row in told
+    )
 
 
 @pytest.mark.parametrize(

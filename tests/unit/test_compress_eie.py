@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 
 import numpy as np
 import pytest
+from torch import nn
 
+import microglia as mg
+from microglia.compress import open_packed
 from microglia.compress.eie import Costs, Layout, lay_out, multiply, multiply_fixed, simulate
+from microglia.compress.engine_rows import Machine, engine_rows
 from microglia.compress.relative_index import decode_gaps, encode_gaps
-from microglia.core.errors import MicrogliaError
+from microglia.core.errors import FileError, MicrogliaError
 
 RANDOM = np.random.default_rng(0)
 TABLE = np.concatenate([[0], RANDOM.integers(-9, 10, size=15)])
@@ -121,6 +126,12 @@ def test_energy_is_power_times_time() -> None:
     found = simulate(lay_out(matrix(64, 50, 0.2), 4), np.ones(50))
     assert Costs().engine(found, 800) == pytest.approx(4 * 9.157e-3 * found.total / 800e6 * 1e6)
     assert Costs().dense(1000, 1000) == pytest.approx(644.6)
+
+
+def test_a_file_without_shared_linear_layers_is_refused(tmp_path: Path) -> None:
+    mg.pack(nn.Sequential(nn.Linear(30, 30)), tmp_path / "m.mgpack")
+    with pytest.raises(FileError, match="--bits 4"):
+        engine_rows(open_packed(tmp_path / "m.mgpack"), Machine())
 
 
 def test_wrong_input() -> None:

@@ -48,6 +48,9 @@ COMMANDS = {
     "inspect": Listed(
         "packing", LOOK, "Show what a packed file holds: layers, density, bits by part, codebook, share of the file."
     ),
+    "eie": Listed(
+        "packing", LOOK, "Show what a packed file costs on EIE: cycles, balance, frames/s and energy of its linear layers."
+    ),
     "report": Listed("commands", LOOK, "Collect runs into Markdown tables, figures and one interactive HTML page."),
     "methods": Listed("commands", LOOK, "List the methods and scores, with their defaults."),
     "recipe": Listed("commands", LOOK, "Print a recipe with every default filled in, or the JSON schema of recipes."),

@@ -1,4 +1,4 @@
-"""The commands `pack`, `unpack` and `inspect`: a model as one small file."""
+"""The commands `pack`, `unpack`, `inspect` and `eie`: a model as one small file, and what it costs to run from it."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from torch import nn
 from microglia import compress
 from microglia.cli.app import Json, Shown, command
 from microglia.compress.codebook import Initial
+from microglia.compress.engine_rows import Machine, engine_rows
 from microglia.core.errors import FileError, MicrogliaError
 from microglia.lab.target import open_target
-from microglia.report.packed import packed_table
+from microglia.report.packed import engine_table, packed_table
 from microglia.storage.archive import PLAN, load, save
 from microglia.storage.run import read_json
 
@@ -55,6 +56,26 @@ def inspect(file: Packed, json_: Json = False) -> Shown:
     """Show what a packed file holds: layers, density, bits by part, codebook, share of the file."""
     contents = compress.inspect(file)
     return {"file": str(file), **contents.to_dict()}, [packed_table(contents, str(file))]
+
+
+@command
+def eie(
+    file: Packed,
+    elements: Annotated[int, typer.Option(help="Processing elements.", min=1)] = 64,
+    clock: Annotated[float, typer.Option(help="MHz.", min=1)] = 800,
+    depth: Annotated[int, typer.Option(help="Depth of the queues.", min=1)] = 8,
+    activations: Annotated[float, typer.Option(help="Fraction of the inputs that are not zero.", min=0, max=1)] = 0.35,
+    seed: Annotated[int, typer.Option(help="Seed of the inputs that are zero.")] = 0,
+    json_: Json = False,
+) -> Shown:
+    """Show what a packed file costs on EIE: cycles, balance, frames/s and energy of its linear layers.
+
+    Inputs are zero at random. Energy is that of 45 nm: the engine's power times its time. The dense product reads every weight
+    from DRAM.
+    """
+    machine = Machine(elements, clock, depth, activations, seed)
+    layers = engine_rows(compress.open_packed(file), machine)
+    return {"file": str(file), "layers": layers}, [engine_table(layers, machine, str(file))]
 
 
 def _model(target: Path) -> nn.Module:

@@ -10,6 +10,7 @@ Source: Han et al. 2016, "EIE: Efficient Inference Engine on Compressed Deep Neu
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -99,7 +100,8 @@ def multiply(layout: Layout, table: npt.ArrayLike, activations: npt.ArrayLike, *
     values, a = np.asarray(table, dtype=np.float64), np.asarray(activations, dtype=np.float64)
     row, column = layout.places()
     used = np.flatnonzero((a[column] != 0) & (layout.codes != 0))
-    b = np.bincount(row[used], values[layout.codes[used]] * a[column[used]], minlength=layout.rows)[: layout.rows]
+    products = values[layout.codes[used]] * a[column[used]]
+    b: Floats = np.bincount(row[used], products, minlength=layout.rows).astype(np.float64)
     return np.maximum(b, 0.0) if relu else b
 
 
@@ -123,7 +125,7 @@ def multiply_fixed(
     products = np.rint(values[layout.codes[used]] * a[column[used]] / scale)
     sums = np.zeros(layout.rows)
     ends = np.searchsorted(column[used], np.arange(layout.columns + 1))
-    for begin, end in zip(ends[:-1], ends[1:], strict=True):  # a column has each row once
+    for begin, end in pairwise(ends):  # a column has each row once
         own = row[used[begin:end]]
         sums[own] = np.clip(sums[own] + products[begin:end], low, high)
     return np.maximum(sums, 0.0) / scale if relu else sums / scale
@@ -157,9 +159,9 @@ class Cycles:
 def simulate(layout: Layout, activations: npt.ArrayLike, *, depth: int = 8) -> Cycles:
     """Returns the cycles of one product with a queue of activations before each element.
 
-    Activation j is broadcast at t_j, at most one in a cycle, and only if no queue is full: all elements have taken the activation
-    ``depth`` places before. Element p takes it at s_pj, after its arrival and after its own earlier work. It then reads one entry
-    in a cycle. A column without entries takes one cycle, that of its pointers:
+    Activation j is broadcast at t_j, at most one in a cycle, and only if no queue is full: all elements have taken the
+    activation ``depth`` places before. Element p takes it at s_pj, after its arrival and after its own earlier work. It then
+    reads one entry in a cycle. A column without entries takes one cycle, that of its pointers:
 
         t_j = max(t_(j-1) + 1, max_p s_p(j-depth));  s_pj = max(t_j + 1, s_p(j-1) + max(1, entries_p(j-1)))
 

@@ -1,10 +1,14 @@
-"""The table of a packed file: layers, density, bits of each part, codebook, share of the file."""
+"""The tables of a packed file: its layers and their bytes, and what they cost on EIE."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from rich.table import Table
 
 from microglia.compress import Contents, Entry
+from microglia.compress.engine_rows import Machine
 
 
 def packed_table(contents: Contents, title: str) -> Table:
@@ -45,3 +49,26 @@ def _row(entry: Entry) -> tuple[str, ...]:
 
 def _share(bytes_: int, contents: Contents) -> str:
     return f"{100 * bytes_ / contents.bytes:.1f}"
+
+
+def engine_table(layers: Sequence[Mapping[str, Any]], machine: Machine, title: str) -> Table:
+    """Returns the table of a packed file on EIE, from the result of `microglia.compress.engine_rows.engine_rows`."""
+    table = Table("layer", title=title)
+    for column in ("entries", "cycles", "ideal", "balance", "frames/s", "uJ", "dense, uJ"):
+        table.add_column(column, justify="right")
+    for row in layers:
+        table.add_row(
+            row["layer"],
+            f"{row['entries']:,}",
+            f"{row['cycles']:,}",
+            f"{row['ideal']:,.0f}",
+            f"{row['balance']:.2f}",
+            f"{row['frames']:.3g}",
+            f"{row['energy']:.3g}",
+            f"{row['dense_energy']:.3g}",
+        )
+    table.caption = (
+        f"{machine.elements} elements at {machine.clock:g} MHz, queues of {machine.depth}, {100 * machine.activations:g} % of "
+        "the inputs not zero: a model of the hardware, not a measurement."
+    )
+    return table

@@ -1,8 +1,9 @@
 """Microglia: prune any PyTorch model, see it get measurably faster and smaller, and load the result anywhere.
 
 `mask` writes zeros, `shrink` removes channels, `accelerate` makes blocks of zeros fast, `save` and `load` keep a model
-without pickle. Pruners that step inside anybody's loop are in `microglia.methods`, builders of tasks in `microglia.tasks`,
-experiments in `microglia.studies`. A name is imported when it is first used, so that ``import microglia`` costs nothing.
+without pickle, `pack` and `unpack` keep it in one small file. Pruners that step inside anybody's loop are in
+`microglia.methods`, builders of tasks in `microglia.tasks`, experiments in `microglia.studies`. A name is imported when it is
+first used, so that ``import microglia`` costs nothing.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from microglia import methods, studies, tasks
+    from microglia.compress import pack, unpack
     from microglia.core.budget import Budget
     from microglia.core.errors import MicrogliaError
     from microglia.core.masks import fold, mask, masks_of
@@ -57,6 +59,7 @@ __all__ = [
     "masks_of",
     "measure",
     "methods",
+    "pack",
     "permute_channels",
     "prune_channels",
     "save",
@@ -65,6 +68,7 @@ __all__ = [
     "shrink",
     "studies",
     "tasks",
+    "unpack",
 ]
 
 _PLACES = {
@@ -72,6 +76,7 @@ _PLACES = {
     **dict.fromkeys(("fold", "mask", "masks_of"), "core.masks"),
     **dict.fromkeys(("permute_channels", "prune_channels", "shrink"), "graph"),
     **dict.fromkeys(("load", "save"), "storage.archive"),
+    **dict.fromkeys(("pack", "unpack"), "compress"),
     "Budget": "core.budget",
     "FitConfig": "train.optim",
     "MicrogliaError": "core.errors",

@@ -31,12 +31,26 @@ COMMANDS = {
     "export": Listed(
         "export", PRUNE, "Write a run's model as a file of another engine, compared with the model before it counts as written."
     ),
+    "pack": Listed(
+        "packing",
+        PRUNE,
+        "Write a model as one small file: shared values and positions, entropy-coded; nothing is rounded without --bits.",
+    ),
+    "unpack": Listed(
+        "packing", PRUNE, "Read a packed file and save its model, bit for bit, as a directory that every command takes."
+    ),
     "sweep": Listed("commands", PRUNE, "Run a grid of recipes, each a durable run; finished ones are not run again."),
     "demo": Listed(
         "demo", PRUNE, "Take all three roads on real 8x8 digits: masks, removed channels, accelerated blocks; one table."
     ),
     "eval": Listed("commands", LOOK, "Evaluate a run, a saved model or a checkpoint."),
     "measure": Listed("commands", LOOK, "Measure a run, a saved model or a network: parameters, MACs, latency, bytes."),
+    "inspect": Listed(
+        "packing", LOOK, "Show what a packed file holds: layers, density, bits by part, codebook, share of the file."
+    ),
+    "eie": Listed(
+        "packing", LOOK, "Show what a packed file costs on EIE: cycles, balance, frames/s and energy of its linear layers."
+    ),
     "report": Listed("commands", LOOK, "Collect runs into Markdown tables, figures and one interactive HTML page."),
     "methods": Listed("commands", LOOK, "List the methods and scores, with their defaults."),
     "recipe": Listed("commands", LOOK, "Print a recipe with every default filled in, or the JSON schema of recipes."),

@@ -8,6 +8,7 @@ from microglia.methods.channel_pruner import ChannelConfig, ChannelPruner
 from microglia.methods.channels import ChannelsConfig
 from microglia.methods.config import Method, MethodConfig, SearchConfig, UnitConfig, method, methods, preset
 from microglia.methods.ddnp import Ddnp, DdnpConfig
+from microglia.methods.deep_compression import DeepCompressionConfig
 from microglia.methods.fpgm import Fpgm, FpgmConfig
 from microglia.methods.ftwt import Ftwt, FtwtConfig
 from microglia.methods.ftwt_method import ftwt as _  # noqa: F401 -- registers it
@@ -17,6 +18,7 @@ from microglia.methods.group_lasso import GroupLasso, GroupLassoConfig
 from microglia.methods.hrank import Hrank, HrankConfig
 from microglia.methods.lottery import Level, LotteryConfig, Tickets
 from microglia.methods.oneshot import OneShot, OneShotConfig
+from microglia.methods.packed_observed import Packed, PackedLayer
 from microglia.methods.pas import Pas, PasConfig
 from microglia.methods.pdp import Pdp, PdpConfig
 from microglia.methods.polarization import Polarization, PolarizationConfig
@@ -28,6 +30,7 @@ from microglia.methods.smart import Smart, SmartConfig
 from microglia.methods.sparse_training import SparseTraining, SparseTrainingConfig
 from microglia.methods.thinet import Thinet, ThinetConfig
 from microglia.methods.unit_pruner import UnitPruner
+from microglia.methods.weight_sharing import SharingConfig, WeightSharing, WeightSharingConfig
 from microglia.methods.what import PruneConfig, Takes
 
 __all__ = [
@@ -42,6 +45,7 @@ __all__ = [
     "ChannelsConfig",
     "Ddnp",
     "DdnpConfig",
+    "DeepCompressionConfig",
     "Fpgm",
     "FpgmConfig",
     "Ftwt",
@@ -59,6 +63,8 @@ __all__ = [
     "MethodConfig",
     "OneShot",
     "OneShotConfig",
+    "Packed",
+    "PackedLayer",
     "Pas",
     "PasConfig",
     "Pdp",
@@ -74,6 +80,7 @@ __all__ = [
     "SearchConfig",
     "Sfp",
     "SfpConfig",
+    "SharingConfig",
     "Slimming",
     "SlimmingConfig",
     "Smart",
@@ -86,6 +93,8 @@ __all__ = [
     "Tickets",
     "UnitConfig",
     "UnitPruner",
+    "WeightSharing",
+    "WeightSharingConfig",
     "method",
     "methods",
     "preset",

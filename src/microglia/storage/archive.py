@@ -51,26 +51,11 @@ def save(model: nn.Module, directory: str | Path, *, fold: bool = False) -> Path
     Raises:
         FileError: The files cannot be written, or a pruner still searches in the model.
     """
-    if unfinished(model):
-        raise FileError(
-            "A pruner still searches in this model, whose soft masks no file holds: call pruner.finish() before save."
-        )
     directory = Path(directory)
-    model = model.dense if isinstance(model, Accelerated) else model
-    model = core_masks.fold(copy.deepcopy(model)) if fold else model
-    found = changes_of(model)
-    written = {key: done.kind.encode(done.value) for key, done in found.items()}
-    content = {
-        "format": "microglia.model",
-        "version": VERSION,
-        # A build makes plain weights: with other parametrizations only the user can make the model to load into.
-        "source": getattr(model, SOURCE, None) if not parametrized(model) else None,
-        "class": next((name for d in found.values() if (name := d.kind.was(d.value))), type(model).__name__),
-        **{key: written.get(key, ALWAYS.get(key)) for key in dict.fromkeys((*ALWAYS, *written))},
-    }
+    _require_finished(model)
+    model, content, long = described(core_masks.fold(copy.deepcopy(_original(model))) if fold else model)
     # The weights' header holds a digest of the binding changes, so that no other change is replayed for these weights.
     content["digest"] = write_tensors(directory / WEIGHTS, model.state_dict(), kind="weights", document=_mark(content))
-    long = any(done.kind.cuts for done in found.values())  # indices by the thousand
     write_atomic(directory / PLAN, json.dumps(content, indent=None if long else 2) + "\n")
     return directory
 
@@ -92,18 +77,74 @@ def load(directory: str | Path, model: nn.Module | None = None, *, trust: bool =
     """
     directory = Path(directory)
     plan, state = _read(directory)
+    return rebuilt(directory, plan, state, model, trust=trust)
+
+
+def described(model: nn.Module) -> tuple[nn.Module, dict[str, Any], bool]:
+    """Returns the model to write, the content of its ``plan.json``, and whether this content is long.
+
+    Args:
+        model: Any module, with any changes of `changes_of`.
+
+    Returns:
+        (model, content, long): an accelerated model is replaced by its original. The content lacks the digest of the weights.
+
+    Raises:
+        FileError: A pruner still searches in the model.
+    """
+    _require_finished(model)
+    model = _original(model)
+    found = changes_of(model)
+    written = {key: done.kind.encode(done.value) for key, done in found.items()}
+    content = {
+        "format": "microglia.model",
+        "version": VERSION,
+        # A build makes plain weights: with other parametrizations only the user can make the model to load into.
+        "source": getattr(model, SOURCE, None) if not parametrized(model) else None,
+        "class": next((name for d in found.values() if (name := d.kind.was(d.value))), type(model).__name__),
+        **{key: written.get(key, ALWAYS.get(key)) for key in dict.fromkeys((*ALWAYS, *written))},
+    }
+    return model, content, any(done.kind.cuts for done in found.values())  # indices by the thousand
+
+
+def rebuilt(
+    place: Path, plan: Mapping[str, Any], state: Mapping[str, Tensor], model: nn.Module | None = None, *, trust: bool = False
+) -> nn.Module:
+    """Returns the model of a plan and a state, which any kind of file may hold.
+
+    Args:
+        place: Name of the file or directory, for errors.
+        plan: Content of `described`, checked to be of this kind and version.
+        state: The stored tensors.
+        model: See `load`.
+        trust: See `load`.
+
+    Raises:
+        FileError: See `load`.
+    """
     done = decode(plan, state)
     if model is None:
         with trusting(trust):
-            model = _build(directory, plan, state)
+            model = _build(place, plan, state)
     cut = next((key for key, before in changes_of(model).items() if before.kind.cuts), None)
     if cut is not None:
-        raise FileError(f"Pass a freshly built, dense {type(model).__name__} to load {directory} into, not a {cut} one.")
+        raise FileError(f"Pass a freshly built, dense {type(model).__name__} to load {place} into, not a {cut} one.")
     model = replay(model, done)
     try:
         return restore(model, state)
     except (RuntimeError, MicrogliaError) as error:
-        raise FileError(f"The weights in {directory} do not fit {type(model).__name__}: {error}") from error
+        raise FileError(f"The weights in {place} do not fit {type(model).__name__}: {error}") from error
+
+
+def _require_finished(model: nn.Module) -> None:
+    if unfinished(model):
+        raise FileError(
+            "A pruner still searches in this model, whose soft masks no file holds: call pruner.finish() before save."
+        )
+
+
+def _original(model: nn.Module) -> nn.Module:
+    return model.dense if isinstance(model, Accelerated) else model
 
 
 def saved_bytes(target: str | Path) -> int | None:
@@ -175,15 +216,16 @@ def _brief(value: Any) -> str:
     return repr(value)[:60]
 
 
-def _build(directory: Path, plan: dict[str, Any], state: Mapping[str, Tensor]) -> nn.Module:
+def _build(place: Path, plan: Mapping[str, Any], state: Mapping[str, Tensor]) -> nn.Module:
     source = plan.get("source")
     if not isinstance(source, dict) or not {"name", "classes", "shape", "options"} <= source.keys():
         raise FileError(
-            f"{directory} does not say how to build its {plan.get('class', 'model')}: pass a freshly built one, "
-            "load(directory, model)."
+            f"{place} does not say how to build its {plan.get('class', 'model')}: pass a freshly built one, "
+            f"{'load(directory, model)' if place.is_dir() else 'unpack(path, model)'}."
         )
-    require_known(source["name"], source["options"], directory / PLAN)
-    _check_size(source, state, directory / PLAN)
+    path = place / PLAN if place.is_dir() else place
+    require_known(source["name"], source["options"], path)
+    _check_size(source, state, path)
     model = build(source["name"], classes=source["classes"], shape=tuple(source["shape"]), **source["options"])
     setattr(model, SOURCE, source)
     return model

@@ -1,0 +1,74 @@
+"""Claim: Huffman codes are decoded at a measured rate: weights per second and core, by code width and number of lanes.
+
+The weights are codes of 4, 5 and 8 bits whose frequencies are those of trained weights (a Laplace distribution cut into equal
+steps). The decoder is the one that `microglia.unpack` uses. The table also names the figures of numba in the specification
+(performance.md, B6), which were measured elsewhere, and the range coder of `constriction` where it is installed.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import statistics
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+from microglia.compress import entropy
+
+WEIGHTS, REPEATS = 4_000_000, 5
+NUMBA = {4: 0.432, 5: 0.477, 8: 0.581}
+"""Gweights per second and core of four interleaved streams in numba, from the specification."""
+
+
+def symbols(bits: int) -> np.ndarray:
+    values = np.random.default_rng(0).laplace(size=WEIGHTS)
+    steps = np.linspace(values.min() / 2, values.max() / 2, (1 << bits) - 1)
+    return np.searchsorted(steps, values).astype(np.uint8)
+
+
+def rate(run: Callable[[], np.ndarray], expected: np.ndarray) -> float:
+    """Returns Gweights per second, the median of several runs."""
+    assert np.array_equal(run(), expected)
+    times = []
+    for _ in range(REPEATS):
+        began = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - began)
+    return expected.size / statistics.median(times) / 1e9
+
+
+def range_coder(given: np.ndarray) -> float | None:
+    """Returns the rate of constriction's range coder, or None if it is not installed."""
+    if importlib.util.find_spec("constriction") is None:
+        return None
+    import constriction
+
+    counts = np.bincount(given, minlength=int(given.max()) + 1).astype(np.float64)
+    model = constriction.stream.model.Categorical(counts / counts.sum(), perfect=False)
+    encoder = constriction.stream.queue.RangeEncoder()
+    encoder.encode(given.astype(np.int32), model)
+    words = encoder.get_compressed()
+    return rate(lambda: constriction.stream.queue.RangeDecoder(words).decode(model, given.size), given.astype(np.int32))
+
+
+def main() -> None:
+    print("bits  lanes  ours (Gweights/s)  bits/weight  numba, 4 streams  constriction")
+    best = {}
+    for bits in (4, 5, 8):
+        given = symbols(bits)
+        stored = entropy.encode(given, 1 << bits)
+        other = range_coder(given)
+        for lanes in (256, 1024, 4096):
+            entropy.LANES = lanes
+            best[bits, lanes] = rate(lambda: entropy.decode(stored, given.size, 1 << bits), given)  # noqa: B023
+            shown = "-" if other is None else f"{other:.3f}"
+            print(
+                f"{bits:4} {lanes:6} {best[bits, lanes]:18.3f} {8 * len(stored) / given.size:12.3f} "
+                f"{NUMBA[bits]:17.3f} {shown:>13}"
+            )
+    print(f"ratio: {max(rate for (bits, _), rate in best.items() if bits == 5):.3f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -8,6 +8,7 @@ from microglia.methods.channel_pruner import ChannelConfig, ChannelPruner
 from microglia.methods.channels import ChannelsConfig
 from microglia.methods.config import Method, MethodConfig, SearchConfig, UnitConfig, method, methods, preset
 from microglia.methods.ddnp import Ddnp, DdnpConfig
+from microglia.methods.eagleeye import EagleEye, EagleEyeConfig
 from microglia.methods.fpgm import Fpgm, FpgmConfig
 from microglia.methods.ftwt import Ftwt, FtwtConfig
 from microglia.methods.ftwt_method import ftwt as _  # noqa: F401 -- registers it
@@ -29,6 +30,7 @@ from microglia.methods.sparse_training import SparseTraining, SparseTrainingConf
 from microglia.methods.thinet import Thinet, ThinetConfig
 from microglia.methods.unit_pruner import UnitPruner
 from microglia.methods.what import PruneConfig, Takes
+from microglia.methods.width_search import Evaluator, SearchedConfig, SearchedPruner, WidthSpace
 
 __all__ = [
     "Acdc",
@@ -42,6 +44,9 @@ __all__ = [
     "ChannelsConfig",
     "Ddnp",
     "DdnpConfig",
+    "EagleEye",
+    "EagleEyeConfig",
+    "Evaluator",
     "Fpgm",
     "FpgmConfig",
     "Ftwt",
@@ -72,6 +77,8 @@ __all__ = [
     "Routing",
     "Search",
     "SearchConfig",
+    "SearchedConfig",
+    "SearchedPruner",
     "Sfp",
     "SfpConfig",
     "Slimming",
@@ -86,6 +93,7 @@ __all__ = [
     "Tickets",
     "UnitConfig",
     "UnitPruner",
+    "WidthSpace",
     "method",
     "methods",
     "preset",

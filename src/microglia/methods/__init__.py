@@ -9,6 +9,7 @@ from microglia.methods.channels import ChannelsConfig
 from microglia.methods.config import Method, MethodConfig, SearchConfig, UnitConfig, method, methods, preset
 from microglia.methods.ddnp import Ddnp, DdnpConfig
 from microglia.methods.deep_compression import DeepCompressionConfig
+from microglia.methods.eagleeye import EagleEye, EagleEyeConfig
 from microglia.methods.fpgm import Fpgm, FpgmConfig
 from microglia.methods.ftwt import Ftwt, FtwtConfig
 from microglia.methods.ftwt_method import ftwt as _  # noqa: F401 -- registers it
@@ -32,6 +33,7 @@ from microglia.methods.thinet import Thinet, ThinetConfig
 from microglia.methods.unit_pruner import UnitPruner
 from microglia.methods.weight_sharing import SharingConfig, WeightSharing, WeightSharingConfig
 from microglia.methods.what import PruneConfig, Takes
+from microglia.methods.width_search import Evaluator, SearchedConfig, SearchedPruner, WidthSpace
 
 __all__ = [
     "Acdc",
@@ -46,6 +48,9 @@ __all__ = [
     "Ddnp",
     "DdnpConfig",
     "DeepCompressionConfig",
+    "EagleEye",
+    "EagleEyeConfig",
+    "Evaluator",
     "Fpgm",
     "FpgmConfig",
     "Ftwt",
@@ -78,6 +83,8 @@ __all__ = [
     "Routing",
     "Search",
     "SearchConfig",
+    "SearchedConfig",
+    "SearchedPruner",
     "Sfp",
     "SfpConfig",
     "SharingConfig",
@@ -95,6 +102,7 @@ __all__ = [
     "UnitPruner",
     "WeightSharing",
     "WeightSharingConfig",
+    "WidthSpace",
     "method",
     "methods",
     "preset",

@@ -15,9 +15,10 @@ from microglia.core.layers import Layer, prunable_layers
 from microglia.core.patterns import Reduction
 from microglia.graph.channels.groups import ChannelGroup, channel_groups, excluded_tensors, independent
 from microglia.graph.channels.widths import Costs, Widths, WidthScope, choose_widths, keep_units
+from microglia.graph.cutting.modules import cut_module
 from microglia.graph.cutting.parts import Part
-from microglia.graph.cutting.remove import Subject
-from microglia.graph.cutting.verify import ShrinkError
+from microglia.graph.cutting.remove import SINGLE, Subject, class_problem
+from microglia.graph.cutting.verify import ShrinkError, run_patched
 from microglia.graph.dims.analysis import Analysis
 
 
@@ -89,6 +90,7 @@ class CoupledChannels:
         found = [(part, group) for part in subject.parts for group in _groups(part, excluded)]
         if not found:
             raise ShrinkError(f"No channels of {type(model).__name__} can be masked and removed.")
+        self._subject = subject
         self.groups = [group for _, group in found]
         self.lengths = [group.size for group in self.groups]
         self.count = sum(self.lengths)
@@ -138,6 +140,40 @@ class CoupledChannels:
         """
         counts = {g.atom: part.sum() for g, part in zip(self.groups, torch.split(kept, list(self.lengths)), strict=True)}
         return self._costs.macs(counts) / self._costs.dense["flops"]  # type: ignore[arg-type,return-value]
+
+    def fraction(self, term: str, widths: Sequence[int]) -> float:
+        """Returns the remaining fraction of a budget's term, ``density``, ``params`` or ``flops``, at widths of the groups."""
+        if term == "density":
+            return sum(widths) / self.count
+        return self._costs.fraction(term, {g.atom: width for g, width in zip(self.groups, widths, strict=True)})
+
+    def sliced(self, model: nn.Module, kept: Tensor) -> nn.Module:
+        """Returns a smaller copy of a model: its tensors are sliced to channels, without a trace and without verification.
+
+        Args:
+            model: The model of this trace, with any weights and without masks; it stays unchanged.
+            kept: Channels that stay, boolean (count,), at least one of each group.
+        """
+        return cut_module(model, *self._subject.changes(self._left(kept)))
+
+    def check_sliced(self) -> None:
+        """Checks `sliced` once: half of every group is cut, and its outputs are compared with those of the cut graph.
+
+        Raises:
+            ShrinkError: The model's own classes cannot follow a cut.
+        """
+        left = self._left(torch.cat([torch.arange(size) < (size + 1) // 2 for size in self.lengths]))
+        small = cut_module(self._subject.model, *self._subject.changes(left))
+        for part, cut in self._subject.cuts(left):
+            exact = {"exact": SINGLE / 10} if part.narrow else {}
+            if problem := class_problem(small.get_submodule(part.path), cut, run_patched(cut), **exact):
+                name = part.path or type(self._subject.model).__name__
+                raise ShrinkError(f"Width vectors of {name} cannot be evaluated by slices: {problem} Exclude such layers.")
+
+    def _left(self, kept: Tensor) -> dict[int, Tensor]:
+        """Returns the channels that stay, by atom, of groups that lose any."""
+        parts = torch.split(kept.cpu().bool(), list(self.lengths))
+        return {g.atom: part for g, part in zip(self.groups, parts, strict=True) if not bool(part.all())}
 
     def choose(
         self,

@@ -105,7 +105,7 @@ def remove(subject: Subject, kept: Mapping[int, Tensor], *, keep_class: bool = F
         error = max(error, checked.error)
         notes += left_out_note(checked.left_out)
         exact = SINGLE / 10 if part.narrow else EXACT
-        problem = _problem(small.get_submodule(part.path), cut, checked, exact)
+        problem = class_problem(small.get_submodule(part.path), cut, checked, exact)
         if not problem:
             continue
         name = part.path or type(subject.model).__name__
@@ -148,7 +148,7 @@ def left_out_note(operators: Sequence[str]) -> list[str]:
     ]
 
 
-def _problem(small: nn.Module, cut: Cut, checked: Verification, exact: float) -> str:
+def class_problem(small: nn.Module, cut: Cut, checked: Verification, exact: float = EXACT) -> str:
     """Returns the reason why the cut classes differ from the cut graph; empty if they are equal."""
     try:
         outputs = model_outputs(double_copy(small), cut)

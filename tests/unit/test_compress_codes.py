@@ -207,10 +207,33 @@ class TestEntropy:
     def test_many_blocks_cross_the_pieces_that_are_worked_on(self, monkeypatch: pytest.MonkeyPatch) -> None:
         symbols = RANDOM.integers(0, 17, size=7 * 1024 + 5).astype(np.uint8)
         stored = encode(symbols, 17)
+        monkeypatch.setattr(entropy, "huffman_decoder", lambda: None)
         monkeypatch.setattr(entropy, "CHUNK", 2)
         monkeypatch.setattr(entropy, "LANES", 3)
         assert encode(symbols, 17) == stored
         assert np.array_equal(decode(stored, len(symbols), 17), symbols)
+
+    @pytest.mark.skipif(entropy.huffman_decoder() is None, reason="there are no compiled kernels")
+    def test_the_compiled_decoder_and_numpy_agree_also_on_damage(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        compiled, refused = entropy.huffman_decoder(), 0
+        for number in range(120):
+            alphabet = (2, 5, 33, 256)[number % 4]
+            symbols = np.minimum(RANDOM.geometric(RANDOM.uniform(0.02, 0.6), size=RANDOM.integers(2, 5000)) - 1, alphabet - 1)
+            symbols[:2] = 0, 1
+            stored = bytearray(encode(symbols.astype(np.uint8), alphabet))
+            if number % 3:
+                stored[RANDOM.integers(-(-alphabet // 2), len(stored))] ^= 1 << RANDOM.integers(8)
+            found = []
+            for decoder in (compiled, None):
+                monkeypatch.setattr(entropy, "huffman_decoder", lambda decoder=decoder: decoder)
+                try:
+                    found.append(decode(bytes(stored), symbols.size, alphabet).tolist())
+                except ValueError:
+                    found.append([])
+            assert found[0] == found[1]
+            assert number % 3 or found[0] == symbols.tolist()
+            refused += not found[0]
+        assert refused > 20
 
     def test_a_single_symbol_takes_no_stream(self) -> None:
         stored = encode(np.full(100_000, 3, dtype=np.uint8), 8)

@@ -7,15 +7,19 @@ The stored form of n symbols from an alphabet of a:
     streams     each block's codes from the high bits on; the unused bits of its last byte are 0
 
 A single used symbol has the length 1, and sizes and streams are left out. Blocks begin at whole bytes, so that many are decoded
-at the same time: one after another each lane looks up its next code in a table.
+at the same time, by the compiled kernels or, without these, by NumPy: each lane looks up its next code in a table.
 
 Source: Schwartz and Kallick 1964 (canonical codes); Larmore and Hirschberg 1990 (package-merge for limited lengths).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import numpy.typing as npt
+
+from microglia.runtime.operators import huffman_decoder
 
 Bytes = npt.NDArray[np.uint8]
 LIMIT = 12
@@ -166,6 +170,10 @@ def _symbols(data: Bytes, sizes: npt.NDArray[np.int64], lengths: Bytes, count: i
     """Returns the symbols of all streams; some blocks at a time, one lane for each."""
     firsts = np.cumsum(sizes) - sizes
     symbols = np.empty(count, dtype=np.uint8)
+    decoder = huffman_decoder()
+    if decoder is not None:
+        _compiled(decoder, data, sizes, lengths, symbols)
+        return symbols
     for at in range(0, sizes.size, LANES):
         begin, own = int(firsts[at]), sizes[at : at + LANES]
         end = begin + int(own.sum())
@@ -176,6 +184,15 @@ def _symbols(data: Bytes, sizes: npt.NDArray[np.int64], lengths: Bytes, count: i
         many = min(own.size * BLOCK, count - at * BLOCK)
         symbols[at * BLOCK : at * BLOCK + many] = _lanes(words, start, own, many, lengths)
     return symbols
+
+
+def _compiled(decoder: Callable[..., int], data: Bytes, sizes: npt.NDArray[np.int64], lengths: Bytes, symbols: Bytes) -> None:
+    """Decodes all streams by the compiled kernel, which checks all that it reads."""
+    data, short = np.ascontiguousarray(data), sizes.astype(np.uint16)
+    table = decoding_table(lengths).astype(np.uint16)
+    given = (data.ctypes.data, data.size, short.ctypes.data, short.size, BLOCK, table.ctypes.data, int(lengths.max()))
+    if decoder(*given, symbols.ctypes.data, symbols.size) != 0:
+        raise ValueError("a stream does not end where its symbols do")
 
 
 def _lanes(

@@ -101,6 +101,24 @@ def kernels() -> tuple[str, str | None]:
     return str(found), None
 
 
+@functools.cache
+def huffman_decoder() -> Callable[..., int] | None:
+    """Returns the compiled decoder of Huffman codes, ``mg_huffman_decode`` of ``kernels.h``; None without compiled kernels.
+
+    A library that was built before the decoder was added counts as none.
+    """
+    if kernels()[0] == "torch":
+        return None
+    library = ctypes.CDLL(str(min(Path(__file__).parent.glob("_kernels*.so"))))
+    if not hasattr(library, "mg_huffman_decode"):
+        return None
+    pointer, number = ctypes.c_void_p, ctypes.c_int64
+    decoder = library.mg_huffman_decode
+    decoder.argtypes = [pointer, number, pointer, number, number, pointer, ctypes.c_int32, pointer, number]
+    decoder.restype = ctypes.c_int
+    return decoder
+
+
 def _without_kernels(asked: str, reason: str) -> tuple[str, str]:
     if asked:
         raise MicrogliaError(f"MICROGLIA_ISA asks for {asked!r}, but there are no compiled kernels: {reason}.")

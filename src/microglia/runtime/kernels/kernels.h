@@ -156,6 +156,12 @@ typedef struct {
 int mg_row_conv2d(const mg_conv2d* conv, const mg_rows* rows, const float* x, float* y, const float* residual, const float* bias,
                   mg_parallel parallel);
 
+// Decodes blocks of `block` Huffman-coded symbols, the last of which may be shorter. Block b is a stream of sizes[b] bytes, high bits
+// first; the streams follow each other in `data` and fill it. single[next `longest` bits] = symbol + 256 times the bits of its code.
+// MG_BAD_LIST where a stream does not end where its symbols do, with bits of 0 up to a whole byte.
+int mg_huffman_decode(const uint8_t* data, int64_t bytes, const uint16_t* sizes, int64_t blocks, int64_t block,
+                      const uint16_t* single, int32_t longest, uint8_t* symbols, int64_t count);
+
 int mg_level(void);             // the best level of this machine, or MICROGLIA_ISA (generic, avx2, avx512, avx512bf16) where it can run
 const char* mg_level_name(int level);
 const char* mg_error_text(int code);

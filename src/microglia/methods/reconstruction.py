@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from microglia.core.patterns import NM, Block, Pattern
-from microglia.core.selection import keep_best, keep_best_rows
+from microglia.core.selection import keep_best
 
 TRIANGLE = 256
 """Side from which on a triangular matrix is inverted by halves."""
@@ -129,8 +129,8 @@ def reconstruct(
     """
     work = _Columns(weight, factor, pattern, keep=keep, update_block=update_block, mask=mask)
     work.prune(segments(weight.shape[1], width or weight.shape[1], pattern, mask_block))
-    solved = work.weight.transpose(1, 2).reshape(weight.shape)
-    return Reconstruction(solved.to(weight.dtype), work.mask, float(work.error.square().sum() / 2), factor.dampening)
+    solved, kept = (found.transpose(1, 2).reshape(weight.shape).contiguous() for found in (work.weight, work.mask))
+    return Reconstruction(solved.to(weight.dtype), kept, float(work.error.square().sum() / 2), factor.dampening)
 
 
 def segments(columns: int, width: int, pattern: Pattern, mask_block: int) -> list[tuple[int, int]]:
@@ -152,7 +152,7 @@ def segments(columns: int, width: int, pattern: Pattern, mask_block: int) -> lis
 
 
 class _Columns:
-    """The state while a layer is pruned; weights are (groups, columns, rows), so that a column lies in one piece."""
+    """The state while a layer is pruned; tensors are (groups, columns, rows), so that a column lies in one piece."""
 
     def __init__(
         self, weight: Tensor, factor: Factor, pattern: Pattern, *, keep: int, update_block: int, mask: Tensor | None
@@ -163,7 +163,9 @@ class _Columns:
         self.upper, self.diagonal = factor.upper, factor.upper.diagonal(dim1=-2, dim2=-1)
         self.dead, self.pattern, self.keep, self.leaf = factor.dead, pattern, keep, update_block
         self.given, self.kept = mask is not None, 0
-        self.mask = torch.ones(weight.shape, dtype=torch.bool, device=weight.device) if mask is None else mask.bool()
+        self.mask = torch.ones_like(self.weight, dtype=torch.bool)
+        if mask is not None:
+            self.mask.copy_(mask.reshape(groups, -1, columns).transpose(1, 2))
 
     def prune(self, parts: Sequence[tuple[int, int]]) -> None:
         """Prunes consecutive segments, whose columns hold all updates of those before them."""
@@ -185,9 +187,8 @@ class _Columns:
             self._pass_on(start, middle, stop)
             self._update(middle, stop)
             return
-        groups = len(self.weight)
-        kept = self.mask[:, start:stop].reshape(groups, -1, stop - start).transpose(1, 2)
-        removed = torch.where(self.dead[:, start:stop, None], False, ~kept)
+        kept = self.mask[:, start:stop]
+        removed = ~kept & ~self.dead[:, start:stop, None]
         for at, j in enumerate(range(start, stop)):
             error = self.weight[:, j] * removed[:, at] / self.diagonal[:, j, None]
             self.error[:, j] = error
@@ -202,13 +203,30 @@ class _Columns:
 
     def _choose(self, start: int, stop: int) -> None:
         """Chooses the mask of one segment by what each weight would cost at this moment."""
-        cost = (self.weight[:, start:stop] / self.diagonal[:, start:stop, None]).square()
-        cost = cost.masked_fill_(self.dead[:, start:stop, None], 0.0).transpose(1, 2).reshape(len(self.mask), stop - start)
-        units, sizes = self.pattern.reduce(cost), self.pattern.sizes(cost.shape)
+        cost = (self.weight[:, start:stop] / self.diagonal[:, start:stop, None]).square_()
+        cost.masked_fill_(self.dead[:, start:stop, None], 0.0)
         if isinstance(self.pattern, NM):
-            chosen = keep_best_rows(units, sizes.sum(1).clamp(max=self.pattern.n), sizes)
-        else:
-            wanted = (2 * self.keep * stop + self.mask.shape[1]) // (2 * self.mask.shape[1]) - self.kept
-            chosen = keep_best({"": units}, min(max(wanted, 0), cost.numel()), {"": sizes})[""]
-        self.mask[:, start:stop] = self.pattern.expand(chosen, cost.shape)
-        self.kept += int(self.mask[:, start:stop].count_nonzero())
+            self.mask[:, start:stop] = largest_of_run(cost, self.pattern.n)
+            return
+        columns, rows = self.weight.shape[1], len(self.weight) * self.weight.shape[2]
+        flat = cost.transpose(1, 2).reshape(rows, stop - start)
+        wanted = (2 * self.keep * stop + columns) // (2 * columns) - self.kept
+        units, sizes = self.pattern.reduce(flat), self.pattern.sizes(flat.shape)
+        chosen = keep_best({"": units}, min(max(wanted, 0), flat.numel()), {"": sizes})[""]
+        mask = self.pattern.expand(chosen, flat.shape)
+        self.mask[:, start:stop] = mask.reshape(len(self.weight), -1, stop - start).transpose(1, 2)
+        self.kept += int(mask.count_nonzero())
+
+
+def largest_of_run(values: Tensor, n: int) -> Tensor:
+    """Returns which values are among the n largest of their run, boolean; among equal ones the first are taken.
+
+    Args:
+        values: (groups, run, rows): runs are compared along dimension 1.
+        n: Values to keep in each run.
+    """
+    first, second = values[:, :, None], values[:, None]
+    run = values.shape[1]
+    earlier = torch.ones(run, run, dtype=torch.bool, device=values.device).tril(-1)[None, :, :, None]
+    better = (second > first) | ((second == first) & earlier)
+    return better.sum(2) < n

@@ -12,7 +12,7 @@ from pydantic import TypeAdapter
 from torch import Tensor, nn
 
 import microglia as mg
-from microglia.core.errors import SelectorError
+from microglia.core.errors import MicrogliaError, SelectorError
 from microglia.core.patterns import parse_pattern
 from microglia.data import ImageData
 from microglia.dynamic import gate_plan, gates_of
@@ -128,10 +128,24 @@ def largest_unit(model: nn.Module, pattern: str) -> int:
     return max(int(parse_pattern(pattern).sizes(layer.shape).max()) for layer in mg.core.layers.prunable_layers(model).values())
 
 
+def no_sequence(config: Any, model: nn.Module) -> str | None:
+    """Returns why a method that goes from block to block refuses a network: no sequence, or N:M that does not divide."""
+    if "blocks" not in config.takes.needs:
+        return None
+    if not isinstance(model, nn.Sequential):
+        return "Residual has no blocks to find"
+    widths = [layer.sides[1] for layer in mg.core.layers.prunable_layers(model).values()]
+    return "needs a multiple of 4 inputs" if config.pattern == "nm:2:4" and any(width % 4 for width in widths) else None
+
+
 @pytest.mark.parametrize("kind", list(NETWORKS))
 @pytest.mark.parametrize(("name", "pattern"), MASKING)
 def test_method(name: str, pattern: str, kind: str, digits: ImageData, tmp_path: Path) -> None:
     task, config = make_task(kind, digits), config_of(name, pattern)
+    if refused := no_sequence(config, task.build()):
+        with pytest.raises(MicrogliaError, match=refused):
+            methods[name].check(task, config)
+        return
     run = Run(tmp_path / "run", {"method": name, "config": asdict(config)})
     model = methods[name].procedure(task, run, config)
     masks = mg.masks_of(model)

@@ -64,6 +64,7 @@ class Reading:
                     f"The layer {name} reads {leader}'s inputs in one call and others in the next: exclude it."
                 )
             return
-        self.shared.setdefault(name, Shared(Moments(self.layers[name], whole=self.whole)))
+        if name not in self.shared:
+            self.shared[name] = Shared(Moments(self.layers[name], whole=self.whole))
         self.shared[name].moments.add(module, inputs, self.counted)
         self.seen.append((name, inputs, inputs._version))

@@ -67,7 +67,7 @@ def by_hand(model, rule, density):
     for block in model.blocks:
         seen = {name: [] for name in ("up", "gate", "down")}
         hooks = [
-            getattr(block, n).register_forward_hook(lambda m, args, out, n=n: seen[n].append(args[0].flatten(0, 1)))
+            getattr(block, n).register_forward_hook(lambda m, args, out, n=n, to=seen: to[n].append(args[0].flatten(0, 1)))
             for n in seen
         ]
         for h in hidden:

@@ -109,7 +109,8 @@ def test_the_update_block_changes_nothing_but_rounding(pattern):
 @pytest.mark.parametrize("rule", ["sparsegpt", "wanda"])
 def test_masks_are_those_of_the_published_algorithm(pattern, rule):
     spec = importlib.util.spec_from_file_location("benchmark_layerwise", ROOT / "benchmarks" / "layerwise.py")
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     plain = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(plain)
     generator = torch.Generator().manual_seed(3)

@@ -36,7 +36,7 @@ from microglia.methods.layer_inputs import Reading, Shared
 from microglia.methods.layerwise_checks import block_layers, check_pattern, warn, weights_to_keep
 from microglia.methods.layerwise_rules import Rule, Wish, rules
 from microglia.methods.procedure import dense_model, evidence, observe, train
-from microglia.methods.what import SAMPLING, ScopeSetting, Takes
+from microglia.methods.what import SAMPLING, Takes
 from microglia.scores.second_moments import Moments
 from microglia.storage.run import Progress, Run
 from microglia.tasks.task import Task
@@ -70,7 +70,6 @@ class LayerwiseConfig(MethodConfig):
             "channel": "it removes no whole rows, which no other weight of the row could compensate",
         },
     )
-    scope: ScopeSetting = "layer"
     train: FitConfig = NO_TRAINING
     score_batches: int = 16
     score_batch_size: int = 8

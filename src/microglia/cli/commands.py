@@ -70,6 +70,8 @@ def prune(
     words: Annotated[list[str] | None, typer.Argument(metavar="[MODEL] [KEY=VALUE]...", help=MODELS)] = None,
     data: Data = None,
     checkpoint: Checkpoint = None,
+    task: Annotated[str | None, typer.Option(help="Kind of task: classification (the default), language.")] = None,
+    text: Annotated[str | None, typer.Option(help="File or folder of text, for --task language.")] = None,
     method: Annotated[str | None, kept(help="See `microglia methods`.")] = None,
     pattern: Annotated[str | None, kept(help=", ".join(PATTERN_FORMS))] = None,
     scope: Annotated[str | None, kept(help="global, layer, row, erk, sensitivity:FILE; of channels: uniform, global.")] = None,
@@ -99,7 +101,8 @@ def prune(
     words = list(words or [])
     given = {
         "model": words.pop(0) if words and "=" not in words[0] else None,
-        "data": data, "checkpoint": checkpoint, "method": method, "seed": seed, "device": device,
+        "data": data, "checkpoint": checkpoint, "task.kind": task, "task.text": text,
+        "method": method, "seed": seed, "device": device,
         "train.epochs": epochs, "train.lr": lr, "prune.pattern": pattern, "prune.scope": scope, "prune.density": density,
         "prune.params": params, "prune.flops": flops, "prune.ms": ms, "prune.round_to": round_to, "prune.permute": permute,
         "prune.layers": layers, "prune.exclude": exclude, "prune.protect": protect, "measure.accelerate": accelerate,

@@ -126,6 +126,7 @@ def _execute(recipe: Recipe, run: Run, task: Task) -> Result:
     if run.directory is not None and run.main:
         save(model, run.directory / "model")
         prove_equal(model, run.directory / "model", task.build())
+        task.deliver(model, run.directory)
     changes = changes_of(model)
     changed: dict[str, Any] = {"masks": {"kept": 0, "total": 0}, "densities": {}, "removed": None}
     for done in changes.values():

@@ -17,6 +17,8 @@ from microglia.methods.ftwt_observed import Predicted, Routing
 from microglia.methods.gradual import Gradual, GradualConfig
 from microglia.methods.group_lasso import GroupLasso, GroupLassoConfig
 from microglia.methods.hrank import Hrank, HrankConfig
+from microglia.methods.layerwise import Layerwise, LayerwiseConfig
+from microglia.methods.layerwise_observed import LayerwiseReport
 from microglia.methods.lottery import Level, LotteryConfig, Tickets
 from microglia.methods.oneshot import OneShot, OneShotConfig
 from microglia.methods.packed_observed import Packed, PackedLayer
@@ -62,6 +64,9 @@ __all__ = [
     "Hrank",
     "HrankConfig",
     "Initialization",
+    "Layerwise",
+    "LayerwiseConfig",
+    "LayerwiseReport",
     "Level",
     "LotteryConfig",
     "Method",

@@ -10,6 +10,7 @@ from microglia.scores.guard import untouched
 from microglia.scores.magnitude import magnitude
 from microglia.scores.nisp import nisp
 from microglia.scores.random import random
+from microglia.scores.second_order import fisher, obd, obs, wanda
 from microglia.scores.snip import snip
 from microglia.scores.synflow import PositiveFlow, effective_masks, example_of, shares, synflow
 
@@ -22,6 +23,7 @@ __all__ = [
     "distances",
     "effective_masks",
     "example_of",
+    "fisher",
     "fpgm",
     "gate_gradients",
     "gradient_magnitude",
@@ -36,6 +38,8 @@ __all__ = [
     "magnitude",
     "map_ranks",
     "nisp",
+    "obd",
+    "obs",
     "random",
     "scale",
     "score",
@@ -47,4 +51,5 @@ __all__ = [
     "taylor_weights",
     "untouched",
     "values_filters",
+    "wanda",
 ]

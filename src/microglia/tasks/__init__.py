@@ -2,8 +2,20 @@
 
 from microglia.tasks.classification import ImageSource, image_task
 from microglia.tasks.classification import build_noted as build
+from microglia.tasks.language import language_task
 from microglia.tasks.loaders import loaders, samples
 from microglia.tasks.metrics import Gathered, Metric, mean_metric
 from microglia.tasks.task import Task
 
-__all__ = ["Gathered", "ImageSource", "Metric", "Task", "build", "image_task", "loaders", "mean_metric", "samples"]
+__all__ = [
+    "Gathered",
+    "ImageSource",
+    "Metric",
+    "Task",
+    "build",
+    "image_task",
+    "language_task",
+    "loaders",
+    "mean_metric",
+    "samples",
+]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
@@ -64,6 +65,10 @@ def _as_they_are(outputs: Any) -> Any:
     return outputs
 
 
+def _nowhere(model: nn.Module, directory: Path) -> None:
+    """Writes nothing: a run keeps its model in the house's own form."""
+
+
 def softened_divergence(outputs: Tensor, wanted: Tensor, temperature: float) -> Tensor:
     """Returns KL(teacher / T || student / T) over dimension 1, averaged over all other dimensions, in nats.
 
@@ -122,6 +127,7 @@ class Task:
         agree: (outputs of one model, of another) -> (number of examples on which they agree, all examples), or None if
             agreement is undefined.
         kind: Name of the task in reports; nothing depends on it.
+        deliver: (pruned model, run directory) -> None; writes the result there also in the form that other libraries read.
 
     Raises:
         MicrogliaError: ``data`` are batches themselves, not a source of batches.
@@ -143,6 +149,7 @@ class Task:
     groups: Callable[[nn.Module], list[dict[str, Any]]] | None = None
     agree: Callable[[Any, Any], tuple[int, int] | None] = same_class
     kind: str = "classification"
+    deliver: Callable[[nn.Module, Path], None] = _nowhere
 
     def __post_init__(self) -> None:
         if not hasattr(self.data, "batches") and (hasattr(self.data, "__iter__") or hasattr(self.data, "__getitem__")):

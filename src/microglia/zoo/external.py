@@ -49,10 +49,10 @@ def build(name: str, classes: int, shape: Shape, options: dict[str, Any]) -> nn.
 def timm_model(name: str, classes: int, shape: Shape, *, pretrained: bool = False, **options: Any) -> nn.Module:
     """Builds a model of timm; a model with a fixed input size, such as a ViT, is built for the size of ``shape``."""
     _torchvision(f"timm:{name}")
-    timm = _library("timm", f"timm:{name}")
+    timm = library("timm", f"timm:{name}")
     if not timm.is_model(name) and not name.startswith(("hf-hub:", "hf_hub:", "local-dir:")):
         raise unknown("timm", name, timm.list_models(), "timm.list_models()")
-    with _refusals(f"timm:{name}"):
+    with refusals(f"timm:{name}"):
         settings = timm.get_pretrained_cfg(name, allow_unregistered=True) if timm.is_model(name) else None
         if settings is not None and settings.fixed_input_size:
             options.setdefault("img_size", shape[1:])
@@ -78,7 +78,7 @@ def torchvision_model(name: str, classes: int, shape: Shape, *, pretrained: bool
     if name.lower() in ("googlenet", "inception_v3") and not pretrained:
         options.setdefault("aux_logits", False)
         options.setdefault("init_weights", True)
-    with _refusals(f"torchvision:{name}"):
+    with refusals(f"torchvision:{name}"):
         weights = "DEFAULT" if pretrained else None
         model: Any = models.get_model(name, weights=weights, num_classes=classes, **options)
     if name.lower() == "inception_v3" and not auxiliary:
@@ -112,9 +112,9 @@ def hf_model(name: str, classes: int, shape: Shape, *, pretrained: bool = False,
     """
     if importlib.util.find_spec("torchvision") is not None:
         import_torchvision()  # transformers imports it internally and would fail on the missing operators
-    transformers = _library("transformers", f"hf:{name}")
+    transformers = library("transformers", f"hf:{name}")
     classifier = transformers.AutoModelForImageClassification
-    with _refusals(f"hf:{name}"):
+    with refusals(f"hf:{name}"):
         remote = {"trust_remote_code": options.pop("trust_remote_code", False)}  # without it, the library asks at a terminal
         config = transformers.AutoConfig.from_pretrained(name, num_labels=classes, **remote, **options)
         if pretrained:
@@ -172,7 +172,8 @@ def _torchvision(wanted: str) -> Any:
         raise _not_installed("torchvision", wanted, error) from error
 
 
-def _library(module: str, wanted: str) -> Any:
+def library(module: str, wanted: str) -> Any:
+    """Returns an optional library; a missing one ends in the command that installs it."""
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
@@ -186,7 +187,7 @@ def _not_installed(module: str, wanted: str, error: ModuleNotFoundError) -> Exce
 
 
 @contextmanager
-def _refusals(name: str) -> Iterator[None]:
+def refusals(name: str) -> Iterator[None]:
     """Context that turns a library's errors about arguments, missing files or the network into one sentence."""
     try:
         yield

@@ -10,6 +10,7 @@ from microglia.methods.config import Method, MethodConfig, SearchConfig, UnitCon
 from microglia.methods.ddnp import Ddnp, DdnpConfig
 from microglia.methods.deep_compression import DeepCompressionConfig
 from microglia.methods.eagleeye import EagleEye, EagleEyeConfig
+from microglia.methods.evolution import Evolution
 from microglia.methods.fpgm import Fpgm, FpgmConfig
 from microglia.methods.ftwt import Ftwt, FtwtConfig
 from microglia.methods.ftwt_method import ftwt as _  # noqa: F401 -- registers it
@@ -18,6 +19,7 @@ from microglia.methods.gradual import Gradual, GradualConfig
 from microglia.methods.group_lasso import GroupLasso, GroupLassoConfig
 from microglia.methods.hrank import Hrank, HrankConfig
 from microglia.methods.lottery import Level, LotteryConfig, Tickets
+from microglia.methods.metapruning import MetaPruning, MetaPruningConfig, PruningNet
 from microglia.methods.oneshot import OneShot, OneShotConfig
 from microglia.methods.packed_observed import Packed, PackedLayer
 from microglia.methods.pas import Pas, PasConfig
@@ -51,6 +53,7 @@ __all__ = [
     "EagleEye",
     "EagleEyeConfig",
     "Evaluator",
+    "Evolution",
     "Fpgm",
     "FpgmConfig",
     "Ftwt",
@@ -64,6 +67,8 @@ __all__ = [
     "Initialization",
     "Level",
     "LotteryConfig",
+    "MetaPruning",
+    "MetaPruningConfig",
     "Method",
     "MethodConfig",
     "OneShot",
@@ -80,6 +85,7 @@ __all__ = [
     "PruneConfig",
     "Pruner",
     "PrunerProtocol",
+    "PruningNet",
     "Routing",
     "Search",
     "SearchConfig",

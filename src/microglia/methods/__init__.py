@@ -1,6 +1,7 @@
 """Methods: whole procedures by name, and the pruners that they use. A new method is one file that imports `method`."""
 
 from microglia.methods.acdc import Acdc, AcdcConfig
+from microglia.methods.amc import Amc, AmcConfig
 from microglia.methods.at_init import AtInit, AtInitConfig
 from microglia.methods.at_init_observed import Initialization
 from microglia.methods.awg import Awg, AwgConfig
@@ -40,6 +41,8 @@ from microglia.methods.width_search import Evaluator, SearchedConfig, SearchedPr
 __all__ = [
     "Acdc",
     "AcdcConfig",
+    "Amc",
+    "AmcConfig",
     "AtInit",
     "AtInitConfig",
     "Awg",

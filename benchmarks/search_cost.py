@@ -49,18 +49,22 @@ class Candidates:
         self.held = torch.randn(images, 3, 32, 32, generator=generator).split(BATCH)
 
     def kept(self, widths: Widths) -> Tensor:
+        """Returns the channels that a vector keeps."""
         return self.space.channels(self.ranking, widths)
 
     @torch.no_grad()
     def value(self, small: nn.Module) -> float:
+        """Returns the value of a small model."""
         recalibrate(small, self.seen, count=len(self.seen))
         small.eval()
         return float(torch.cat([small(batch).argmax(1) for batch in self.held]).double().mean())
 
     def shared(self, widths: Widths) -> float:
+        """Returns the value of a slice of the shared weights."""
         return self.value(self.units.sliced(self.model, self.kept(widths)))
 
     def rebuild(self, widths: Widths) -> float:
+        """Returns the value of a model that is built, traced and cut."""
         model = mg.zoo.build(self.name)
         model.load_state_dict(self.model.state_dict())
         return self.value(CoupledChannels(model, EXAMPLE).sliced(model, self.kept(widths)))

@@ -29,10 +29,13 @@ METHODS = {
 }
 GATED = ("resnet8", "--data", "digits", "--method", "ftwt", "--seed", "3", "dense.epochs=1", "train.epochs=3", "prune.r=0.8")
 GATED += ("prune.images=64", "dense.max_batches=4", "train.max_batches=4", "measure.latency=false", "threads=1")
+EAGLEEYE = (*TINY, "--method", "eagleeye", "prune.recalibrate=2", "prune.candidates=6", "prune.tolerance=0.05")
+EAGLEEYE += ("prune.rates=[0.0, 0.95]", "prune.processes=2")
+OTHERS = {"ftwt": GATED, "eagleeye": EAGLEEYE}
 
 
 def words_of(method):
-    return GATED if method == "ftwt" else (*TINY, *METHODS[method])
+    return OTHERS[method] if method in OTHERS else (*TINY, *METHODS[method])
 
 
 @pytest.fixture(scope="session")
@@ -54,7 +57,8 @@ def assert_same_run(run, other):
     assert weights(run) == weights(other)
     assert (run / "model" / "plan.json").read_bytes() == (other / "model" / "plan.json").read_bytes()
     results = [json.loads((directory / "result.json").read_text()) for directory in (run, other)]
-    for name in ("dense", "before", "pruned", "masks", "removed", "search", "permutation", "estimate", "routes", "widths"):
+    names = ("dense", "before", "pruned", "masks", "removed", "search", "permutation", "estimate", "routes", "widths")
+    for name in (*names, "candidates"):
         assert results[0].get(name) == results[1].get(name)
     assert curves(run) == curves(other)
     assert not list(run.rglob("*.part")), "debris of a killed write"
@@ -87,6 +91,8 @@ def curves(run):
         ("smart-channels", "stages/shrink.safetensors"),
         ("sfp", "stages/sparse.partial.safetensors"),  # between two choices
         ("sfp", "stages/prune.safetensors"),
+        ("eagleeye", "stages/search.partial.safetensors"),  # some candidates have values
+        ("eagleeye", "stages/search.safetensors"),
         ("ftwt", "stages/estimate.safetensors"),
         ("ftwt", "stages/train.partial.safetensors"),  # one epoch with heads that learn, one in which they come to rest
         ("ftwt", "stages/train.safetensors"),  # finished, its partial state perhaps still there

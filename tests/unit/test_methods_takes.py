@@ -43,7 +43,7 @@ def test_a_field_that_is_not_taken_ends_in_one_sentence(name: str, field: str) -
     assert "\n" not in text
 
 
-@pytest.mark.parametrize("name", ["smart", "pdp", "pas", "awg", "acdc", "ddnp", "ftwt", "slimming", "sfp"])
+@pytest.mark.parametrize("name", ["smart", "pdp", "pas", "awg", "acdc", "ddnp", "ftwt", "slimming", "sfp", "eagleeye"])
 @pytest.mark.parametrize("field", ["score", "reduction"])
 def test_methods_with_values_of_their_own_take_no_score(name: str, field: str) -> None:
     with pytest.raises(ScoreError, match=f"The method '{name}' does not take {field}"):

@@ -1,6 +1,7 @@
 """Methods: whole procedures by name, and the pruners that they use. A new method is one file that imports `method`."""
 
 from microglia.methods.acdc import Acdc, AcdcConfig
+from microglia.methods.amc import Amc, AmcConfig
 from microglia.methods.at_init import AtInit, AtInitConfig
 from microglia.methods.at_init_observed import Initialization
 from microglia.methods.awg import Awg, AwgConfig
@@ -10,6 +11,7 @@ from microglia.methods.config import Method, MethodConfig, SearchConfig, UnitCon
 from microglia.methods.ddnp import Ddnp, DdnpConfig
 from microglia.methods.deep_compression import DeepCompressionConfig
 from microglia.methods.eagleeye import EagleEye, EagleEyeConfig
+from microglia.methods.evolution import Evolution
 from microglia.methods.fpgm import Fpgm, FpgmConfig
 from microglia.methods.ftwt import Ftwt, FtwtConfig
 from microglia.methods.ftwt_method import ftwt as _  # noqa: F401 -- registers it
@@ -20,6 +22,7 @@ from microglia.methods.hrank import Hrank, HrankConfig
 from microglia.methods.layerwise import Layerwise, LayerwiseConfig
 from microglia.methods.layerwise_observed import LayerwiseReport
 from microglia.methods.lottery import Level, LotteryConfig, Tickets
+from microglia.methods.metapruning import MetaPruning, MetaPruningConfig, PruningNet
 from microglia.methods.oneshot import OneShot, OneShotConfig
 from microglia.methods.packed_observed import Packed, PackedLayer
 from microglia.methods.pas import Pas, PasConfig
@@ -40,6 +43,8 @@ from microglia.methods.width_search import Evaluator, SearchedConfig, SearchedPr
 __all__ = [
     "Acdc",
     "AcdcConfig",
+    "Amc",
+    "AmcConfig",
     "AtInit",
     "AtInitConfig",
     "Awg",
@@ -53,6 +58,7 @@ __all__ = [
     "EagleEye",
     "EagleEyeConfig",
     "Evaluator",
+    "Evolution",
     "Fpgm",
     "FpgmConfig",
     "Ftwt",
@@ -69,6 +75,8 @@ __all__ = [
     "LayerwiseReport",
     "Level",
     "LotteryConfig",
+    "MetaPruning",
+    "MetaPruningConfig",
     "Method",
     "MethodConfig",
     "OneShot",
@@ -85,6 +93,7 @@ __all__ = [
     "PruneConfig",
     "Pruner",
     "PrunerProtocol",
+    "PruningNet",
     "Routing",
     "Search",
     "SearchConfig",

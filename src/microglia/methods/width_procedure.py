@@ -30,18 +30,21 @@ def searched_widths(task: Task, run: Run, config: SearchedConfig, pruner: type[S
     """Returns the dense model cut to the widths that a search finds, and recovered."""
     model = dense_model(task, run, config.dense)
     teacher = deepcopy(model) if config.train.distill else None
-    search_and_mask(task, run, config, pruner, model)
+
+    def make() -> SearchedPruner:
+        return pruner(model, config, total_steps=1, example_inputs=to_device(task.example, run.device))
+
+    search_and_mask(task, run, config, model, make)
     return cut_and_recovered(task, run, config, model, teacher)
 
 
-def search_and_mask(task: Task, run: Run, config: SearchedConfig, pruner: type[SearchedPruner], model: nn.Module) -> None:
+def search_and_mask(task: Task, run: Run, config: SearchedConfig, model: nn.Module, make: Callable[[], SearchedPruner]) -> None:
     """Masks the channels of a model that a search gives up, as a stage; every evaluated vector is kept in its file."""
     if config.processes > 1 and run.device.type != "cpu":
         raise BudgetError(f"processes is 1 on a {run.device.type}: several processes would be forked, which only a CPU allows.")
 
     def work(progress: Progress) -> dict[str, Any]:
-        example = to_device(task.example, run.device)
-        made = pruner(model, config, total_steps=1, example_inputs=example)
+        made = make()
         made.search(measuring(task, run, config), progress, begin=run.close, seed=run.seed)
         made.finish()
         return made.report()

@@ -251,6 +251,8 @@ class SearchedPruner(ChannelPruner):
 
         with Evaluator(value, progress=progress, processes=processes, begin=begin) as evaluate:
             self.explore(evaluate, torch.Generator().manual_seed(seed))
+        if not evaluate.values:
+            raise BudgetError(f"{type(self).__name__} found no width vector near the budget ({self.asked}): widen tolerance.")
         self.widths, self.values = evaluate.best, evaluate.values
 
     def final(self) -> Tensor:

@@ -38,7 +38,7 @@ def test_one_checkpoint_that_measures_otherwise_is_another_dense_model(tmp_path)
 def test_bytes_are_said_to_be_of_the_weights_alone(tmp_path):
     save(tmp_path / "a", result())
     found, tasks = told(tmp_path)
-    assert "*bytes*: of the weights alone" in markdown(found, tasks, [])
+    assert "*bytes*: size of the weights alone" in markdown(found, tasks, [])
     labels = [str(cell) for cell in result_table(found_result()).columns[0].cells]
     assert {"bytes of the weights alone, raw", "bytes of the weights alone, zipped"} <= set(labels)
 
@@ -58,7 +58,7 @@ def test_the_page_is_wide_and_keeps_its_first_column(tmp_path):
 def test_a_precision_of_nothing_accelerated_is_refused(precision, capsys):
     with pytest.raises(SystemExit):
         app(["measure", "lenet-5", "--data", "digits", "--no-latency", "--precision", precision])
-    assert f"--precision {precision} is of the accelerated model" in capsys.readouterr().err
+    assert f"--precision {precision} applies to the accelerated model" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("checkpoint", ["net.th", None])

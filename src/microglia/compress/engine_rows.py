@@ -1,4 +1,4 @@
-"""What the linear layers of a packed file cost on EIE."""
+"""Costs of the linear layers of a packed file on EIE."""
 
 from __future__ import annotations
 

@@ -16,8 +16,8 @@ from sklearn.cluster import KMeans
 
 from microglia.compress.codebook import kmeans, nearest
 
-TOTAL, SAMPLE, CLUSTERS, REPEATS = 25_000_000, 250_000, 256, 3
-ROUNDS = 300
+TOTAL, SAMPLE, CLUSTERS, REPEATS = 25_000_000, 50_000, 256, 3
+ROUNDS = 100
 
 
 def seconds_ours(values: np.ndarray) -> tuple[float, float, int]:

@@ -778,7 +778,9 @@ def dynamic_report(dynamic, tmp_path_factory):
 
 class TestDynamic:
     def rows(self, text):
-        return table_of("|" + text.partition("Gates choose the computation for each input")[2].partition("|")[2].partition("## Made")[0])
+        return table_of(
+            "|" + text.partition("Gates choose the computation for each input")[2].partition("|")[2].partition("## Made")[0]
+        )
 
     def test_a_row_by_hand(self, dynamic_report):
         rows = self.rows(dynamic_report.tables.read_text())

@@ -32,7 +32,7 @@ COMPARED = 1024
 
 @dataclass(frozen=True)
 class Exporting:
-    """What to export, and how.
+    """Request for an export.
 
     Attributes:
         target: A run, or a directory that `save` wrote.
@@ -100,7 +100,7 @@ def int8_of(task: Task, count: int = COUNT, max_drop: float = MAX_DROP, *, seed:
         task: Its first metric is the score; where lower is better, the score is its negative.
         count: Examples that calibrate.
         max_drop: Largest accepted loss of the score.
-        seed: Of the order of both splits.
+        seed: Seed of the order of both splits.
     """
     name = task.headline
     metric = task.metrics[name]

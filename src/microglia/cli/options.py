@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 Shown = tuple[Any, list[Any]]
-"""What a command returns: a JSON-ready value, and what a person sees instead."""
+"""Result of a command: a JSON-ready value, and its text for a person."""
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs instead of tables.")]
 Data = Annotated[str | None, typer.Option(help="digits, cifar10, mnist, hf:NAME or a folder.")]

@@ -40,7 +40,7 @@ def needs(extra: str, *modules: str, what: str = "This") -> nullcontext[None]:
     Args:
         extra: Name of the extra that installs them, such as ``export``.
         modules: Top-level modules, such as ``onnx``.
-        what: What needs them: the subject of the sentence.
+        what: Subject of the sentence, such as a verb of the library.
 
     Returns:
         A context that does nothing: a file may put its imports of the modules into it, ``with needs(...):``.

@@ -24,7 +24,7 @@ def calibration_items(model: openvino.Model, calibration: Iterable[Any]) -> Iter
     """Returns calibration inputs one by one, or in the model's own batches where these are fixed.
 
     Args:
-        model: What they are for.
+        model: The model that they calibrate.
         calibration: Batches of inputs, or of (inputs, targets); one tensor is one batch.
 
     Raises:

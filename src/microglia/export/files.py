@@ -17,7 +17,7 @@ from microglia.storage.files import NO_ROOM, explained
 def replacing(path: Path, size: int) -> Iterator[Path]:
     """Yields a path to write to, in an empty folder beside ``path``; all that is there at the end takes its place.
 
-    An error leaves what was there before, and nothing else. What belongs beside the file (weights in a file of their own)
+    An error leaves what was there before, and nothing else. Content beside the file (weights in a file of their own)
     moves first, after the file before it was removed: at any moment the file is there with its own weights, or it is not there.
 
     Args:

@@ -82,7 +82,7 @@ class Int8:
         count: Examples that calibrate.
         evaluation: Pairs of inputs and targets to compare int8 with float32 on, iterated several times: a list or a loader,
             no generator. None compares nothing.
-        score: Of outputs and targets; `accuracy` by default.
+        score: Score of outputs and targets; `accuracy` by default.
         max_drop: Largest accepted loss of the score. Where it is larger, layers go back to float32.
         forward: (model, inputs) -> outputs, for ``evaluation``.
         correct: Whether biases are corrected for the rounding of weights; False where only the time matters.
@@ -104,7 +104,7 @@ class Int8:
 
 @dataclass(frozen=True)
 class Int8Report:
-    """What rounding to 8 bits changed.
+    """The effect of rounding to 8 bits.
 
     Attributes:
         calibrated: Examples that calibrated.
@@ -142,7 +142,7 @@ def quantize(model: openvino.Model, wish: Int8, structure: Structure | None = No
     Args:
         model: In float32; stays as it is.
         wish: How to calibrate and compare.
-        structure: Of the outputs that the score gets; None for one tensor, or a tuple of several.
+        structure: Structure of the outputs that the score gets; None for one tensor, or a tuple of several.
 
     Raises:
         ExportError: NNCF is not installed; the calibration set is empty or does not fit the model; or the limit cannot

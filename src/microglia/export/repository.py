@@ -127,7 +127,7 @@ def triton_config(name: str, model: Any, max_batch_size: int, max_wait_ms: float
     """Returns Triton's configuration of an ONNX model as protobuf text.
 
     Args:
-        name: Of the model.
+        name: Name of the model.
         model: ``onnx.ModelProto``.
         max_batch_size: Where the first dimensions are free; see `triton`.
         max_wait_ms: See `triton`.

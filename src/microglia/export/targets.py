@@ -21,7 +21,7 @@ class Target:
         suffix: End of the file's name; empty for a directory.
         write: (source, path, options) -> nothing; writes the file and what belongs beside it into an empty folder.
         open: Path -> the file in its engine.
-        sentence: What it is, for people.
+        sentence: Description for people.
         options: Names of the options that ``write`` takes.
     """
 

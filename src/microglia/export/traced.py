@@ -1,4 +1,4 @@
-"""What every target is written from: a folded copy of the model, and the program that torch.export makes of it."""
+"""The source of every target: a folded copy of the model, and the program that torch.export makes of it."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from microglia.runtime.accelerated import Accelerated
 
 @dataclass(frozen=True)
 class Source:
-    """What is exported: a copy of a model, and what it is called with.
+    """The exported copy of a model, with its example inputs.
 
     Attributes:
         model: The copy, masks written into its weights, in evaluation mode on the CPU.
         example: Example inputs, on the CPU.
         dynamic: Dimensions of the inputs that shall be free.
-        metadata: What the file tells of the model.
+        metadata: Facts about the model that the file holds.
     """
 
     model: nn.Module
@@ -57,8 +57,8 @@ def source_of(
         model: Any module, masked, shrunk or accelerated; it is left as it is.
         example_inputs: A tensor, a tuple of arguments, or a mapping of keyword arguments.
         dynamic: Dimensions of the inputs that shall be free: the batch by default, (0, 2, 3) also for height and width of
-            images, (0, 1) for the length of token ids. What the model's code fixes stays as in the example.
-        metadata: What the file tells of the model.
+            images, (0, 1) for the length of token ids. A size that the model's code fixes stays as in the example.
+        metadata: Facts about the model that the file holds.
 
     Raises:
         ExportError: A pruner still searches in the model.

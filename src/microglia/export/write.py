@@ -35,15 +35,15 @@ class Export:
     Attributes:
         path: The file, or the directory.
         target: Name of its target.
-        engine: What ran it to verify it.
+        engine: The engine that ran the file to verify it.
         files: Every file that belongs to it.
         bytes: Their size together.
         difference: Largest difference to the model's outputs, relative to the largest output.
         examples: How many examples were compared.
-        notes: What is not as the model has it.
+        notes: Differences from the model, in sentences.
         batch: Size of the batch that the file alone takes; None where it takes any.
         structure: Makes the model's own outputs of the file's list of tensors; None where the engine does so itself.
-        int8: What rounding to 8 bits changed; None in the model's own precision.
+        int8: The effect of rounding to 8 bits; None in the model's own precision.
     """
 
     path: Path
@@ -95,15 +95,15 @@ def export(
         example: A tensor, a tuple of arguments, or a mapping of keyword arguments.
         to: ``onnx``, ``openvino``, ``program`` or ``hf``; None for the target of the path's suffix.
         dynamic: Dimensions of the inputs that shall be free: the batch by default, (0, 2, 3) also for height and width of
-            images, (0, 1) for the length of token ids. What the model's code fixes stays as in the example; the notes say so.
+            images, (0, 1) for the length of token ids. A size that the model's code fixes stays; the notes say so.
         data: Further inputs to compare on, such as batches of the test split.
         tolerance: Largest difference, relative to the largest output; None for 1e-4, or 2e-2 in half precision.
         int8: Training inputs on which weights and activations are rounded to 8 bits, batch by batch, or an `Int8`, which also
             says what that may cost. The file in float32 is verified first. OpenVINO only.
-        options: Of the target. ONNX: ``opset``, and ``external_data`` (weights beside the file, as always over 2 GB).
+        options: Options of the target. ONNX: ``opset``, and ``external_data`` (weights beside the file, as always over 2 GB).
 
     Returns:
-        What was written, and how far it is from the model.
+        The written file, and its distance from the model.
 
     Raises:
         ExportError: The target cannot hold the model, its suffix is another, or its outputs differ. Nothing is written.

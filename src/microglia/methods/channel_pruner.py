@@ -1,4 +1,4 @@
-"""What methods share that train a network for its channels to be removed: a common config and pruner.
+"""Common config and pruner of the methods that train a network before its channels are removed.
 
 The form: dense model, a training under the method (a penalty, filters set to zero), a cut to the budget, recovery; see
 `microglia.methods.channel_procedure`. A method says what it adds to the loss (`penalty`), what it does after a step (`step`)
@@ -45,7 +45,7 @@ CHANNELS = Takes(
         "reduction": "it ranks channels by values of its own",
     },
 )
-"""What these methods take."""
+"""Fields and patterns of these methods."""
 SAMPLED = replace(CHANNELS, fields=(*CHANNELS.fields, *SAMPLING))
 """The same, of methods that look at training batches."""
 
@@ -79,7 +79,7 @@ class ChannelConfig(MethodConfig):
 
     @property
     def budget(self) -> Budget | None:
-        """What is kept; None where no term is given."""
+        """The budget; None where no term is given."""
         terms = {t: v for t in ("density", "params", "flops") if (v := getattr(self, t)) is not None}
         return Budget(**terms) if terms else None
 
@@ -100,7 +100,7 @@ class ChannelPruner:
         config: See `ChannelConfig`; its trainings are not used here.
         total_steps: Optimizer steps of the training under the method.
         example_inputs: One batch of inputs.
-        evidence: What the method may look at.
+        evidence: The data for the score.
         start: Whether to begin; False only checks that the config fits.
         **settings: The fields of the config by keyword instead.
 
@@ -191,7 +191,7 @@ class ChannelPruner:
 
         Args:
             gone: Channels, boolean (count,).
-            optimizer: Of the model's parameters.
+            optimizer: Optimizer of the model's parameters.
             whole: Whether biases and the affine parameters of norms go too, so that the channels are zero.
         """
         padded = torch.cat([gone.cpu(), torch.zeros(1, dtype=torch.bool)])

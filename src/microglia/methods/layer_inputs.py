@@ -1,4 +1,4 @@
-"""What the layers of one block read: second moments of their inputs, once for all layers that read the same tensor."""
+"""Inputs of the layers of one block: second moments of their inputs, once for all layers that read the same tensor."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What layer-wise pruning prunes and how much, with one sentence for what does not fit, and its warnings."""
+"""Layers and densities of layer-wise pruning, its warnings, and one sentence for each misfit."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ class PolarizationConfig(ScaleConfig):
 
     Attributes:
         strength: lambda; for CIFAR 5e-5 with ResNet-56 and 3e-5 with VGG-16.
-        t: How much a scale of its own counts beside its distance to the mean: the larger, the more scales go to 0. Of n scales
+        t: Weight of a scale itself beside its distance to the mean: the larger, the more scales go to 0. With n scales
             about n (1/2 - t/4) stay at ``largest`` where the regularizer alone decides.
         largest: a, the upper bound of scales.
     """

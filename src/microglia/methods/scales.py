@@ -29,7 +29,7 @@ class ScaleConfig(ChannelConfig):
 
     Attributes:
         strength: lambda, of the penalty.
-        initial_scale: What every scale starts at (0.5 in trainings from scratch); as trained where left out.
+        initial_scale: Initial value of every scale (0.5 in trainings from scratch); None for the trained values.
     """
 
     takes: ClassVar[Takes] = replace(CHANNELS, needs=("norm",))

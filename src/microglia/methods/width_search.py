@@ -38,7 +38,7 @@ WIDTHS: Takes = replace(
     scopes=(),
     why={**CHANNELS.why, "scope": "the search finds the width of each group"},
 )
-"""What searches over widths take."""
+"""Fields and patterns of searches over widths."""
 PATIENCE = 0.2
 """Seconds between two looks of a worker at whether its parent still lives."""
 
@@ -113,7 +113,7 @@ class Evaluator(AbstractContextManager["Evaluator"]):
 
 
 _measuring: list[Callable[[Widths], float]] = []
-"""What this process measures with, if it is a worker."""
+"""The evaluator of this process, if it is a worker."""
 
 
 def _worker_begins(measure: Callable[[Widths], float], begin: Callable[[], object] | None, parent: int) -> None:

@@ -1,4 +1,4 @@
-"""What a caller may get wrong in the evidence of a score, and the sentence that says it."""
+"""Checks of a score's evidence, with one sentence for each mistake of a caller."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What pydantic found wrong with values from a file or a command line, in words for the reader."""
+"""Problems that pydantic finds in values from a file or a command line, in words for the reader."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def problems(error: ValidationError, whole: str, *, under: str = "") -> str:
     Args:
         error: As pydantic raised it.
         whole: Name of the value itself, for a problem of no field.
-        under: What the names of its fields begin with, such as ``task.``.
+        under: Prefix of the names of its fields, such as ``task.``.
     """
     found = error.errors()
     lines = []

@@ -74,10 +74,14 @@ class Descending:
 def view_descent(asked: Descending) -> Json:
     """Trains what is not trained yet, draws errors over width or samples and returns them, JSON-ready.
 
-    The result holds ``data``, ``config``, ``over`` (``width`` or ``samples``), ``rows`` (see
-    `microglia.studies.descent.double_descent.descend`), ``epsilon``, ``threshold`` (the least width that fits its training
-    labels to that error), ``capacity`` (the most samples that were), ``peak`` (the row of the largest test error between two
-    smaller ones, None where there is none), ``chance`` (error of guessing) and ``pictures``.
+    The result holds:
+
+    - ``data``, ``config``, ``over`` (``width`` or ``samples``) and ``pictures``;
+    - ``rows``, see `microglia.studies.descent.double_descent.descend`;
+    - ``epsilon``, and ``threshold``, the smallest width that fits its training labels to that error;
+    - ``capacity``, the largest number of samples that were fitted so;
+    - ``peak``, the row of the largest test error between two smaller ones, or None;
+    - ``chance``, the error of guessing.
 
     Raises:
         MicrogliaError: A setting is not as it should be, or a training diverged.

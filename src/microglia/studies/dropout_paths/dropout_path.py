@@ -98,7 +98,7 @@ def dropped(
 ) -> dict[str, Tensor]:
     """Returns the network with dropped units from one hidden layer on (theta_i): they are silent, the kept ones louder.
 
-    What leaves a kept unit is multiplied where it is consumed, after batch norm and activation; what leaves a dropped one is
+    The output of a kept unit is multiplied where it is consumed, after batch norm and activation; that of a dropped one is
     zero, and so is what comes into it.
 
     Args:

@@ -158,8 +158,11 @@ def examine_path(
 ) -> dict[str, Any]:
     """Returns the built path between two networks, measured, against what their dropout stability promises, JSON-ready.
 
-    The result holds ``ends`` (losses), ``dropped`` and ``epsilon`` of both, ``bound`` (the largest loss of the ends and all
-    their dropped forms), ``maximum`` (of the path), ``barrier`` (the maximum less the larger end), ``segments``, ``rows``.
+    The result holds:
+
+    - ``ends``, ``dropped`` and ``epsilon`` of both networks, and ``segments``, ``rows`` of the path;
+    - ``bound``, the largest loss of the ends and of all their dropped forms;
+    - ``maximum`` of the path, and ``barrier``, the maximum less the larger end.
 
     Args:
         gauge: How to measure.

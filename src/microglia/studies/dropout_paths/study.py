@@ -72,10 +72,12 @@ class Building:
 def view_dropout_path(asked: Building) -> Json:
     """Builds the path between two networks through networks with dropped units, measures it and draws it.
 
-    The result holds ``task``, ``split``, ``targets``, ``hidden`` (units of each hidden layer), ``rescale`` (of both, None for
-    all units over kept ones), ``notes``, ``path`` (see `microglia.studies.dropout_paths.dropout_stability.examine_path`),
-    ``line`` (``ts``, ``loss``, ``maximum`` and ``barrier`` of the straight line) and ``pictures``. Batch norm keeps the
-    statistics of the networks, which move with their units.
+    Batch norm keeps the statistics of the networks, which move with their units. The result holds:
+
+    - ``task``, ``split``, ``targets``, ``notes`` and ``pictures``;
+    - ``hidden``, the units of each hidden layer, and ``rescale`` of both networks (None for all units over kept ones);
+    - ``path``, see `microglia.studies.dropout_paths.dropout_stability.examine_path`;
+    - ``line``: ``ts``, ``loss``, ``maximum`` and ``barrier`` of the straight line.
 
     Source: Kuditipudi et al. 2019, theorem 1; survey 2.2.
 

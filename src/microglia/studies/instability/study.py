@@ -39,7 +39,7 @@ class Sensing:
     """Which network to train in two copies, and where they part.
 
     Attributes:
-        recipe: Whose model, data and training are meant; its pruning only where masks are found.
+        recipe: Recipe of the model, the data and the training; its pruning counts only where masks are found.
         at: Epochs of that training at which the copies part, 0 and its last included (the last has no masks to be found for).
         directory: Directory of one run for each seed; the same command goes on there.
         masks: A finished run whose masks are put on at the parting, beside the dense network; None for dense alone.
@@ -67,10 +67,15 @@ class Sensing:
 def sense(asked: Sensing) -> Json:
     """Returns the instability of every network, epoch, seed and pair; each training is a stage that is never done twice.
 
-    The result holds ``task``, ``recipe``, ``rows`` (``network``, ``density``, ``masks``, ``seed``, ``pair`` and what
-    `microglia.studies.instability.analysis.instability` returns), ``summary`` (by network and epoch, mean and standard
-    deviation of the instability of each split) and ``stable_from`` (by network, the least epoch from which on the mean is
-    below 2 %). A network is ``dense``, ``masked`` (masks of a run), ``imp`` or ``random`` (found masks and their control);
+    The result holds:
+
+    - ``task`` and ``recipe``;
+    - ``rows``: ``network``, ``density``, ``masks``, ``seed``, ``pair``, and the values of
+      `microglia.studies.instability.analysis.instability`;
+    - ``summary``: mean and standard deviation of the instability of each split, by network and epoch;
+    - ``stable_from``: by network, the first epoch from which on the mean is below 2 %.
+
+    A network is ``dense``, ``masked`` (masks of a run), ``imp`` or ``random`` (found masks and their control);
     ``masks`` is a digest of its masks, None of the dense one.
 
     Source: Frankle et al. 2020, figures 2-5.

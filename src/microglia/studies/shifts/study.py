@@ -106,10 +106,10 @@ def compare_shifts(asked: Shifting) -> Json:
     """Evaluates models on clean and on shifted test images.
 
     Returns:
-        ``data``, ``inputs``, and ``runs``: of each ``run`` (as given), ``name``, ``dynamic`` and ``results``, one for the clean
-        images (severity 0) and one for each shift and severity, with ``shift``, ``severity``, ``accuracy``, ``macs`` (``mean``
-        and ``std`` over inputs, fractions of the dense network's; heads of gates included) and, of a gated model,
-        ``agreement`` of its masks with the targets; ``pictures``.
+        ``data``, ``inputs``, ``pictures`` and ``runs``. Each run has ``run`` (as given), ``name``, ``dynamic`` and
+        ``results``: one for the clean images (severity 0), and one for each shift and severity. A result has ``shift``,
+        ``severity``, ``accuracy`` and ``macs``: ``mean`` and ``std`` over inputs, as fractions of the dense network's, heads
+        of gates included. A gated model also has ``agreement``: of its masks with the targets.
 
     Raises:
         MicrogliaError: A target is none, they have different test images, or a number is out of range.

@@ -95,7 +95,7 @@ def view_surface(asked: Surveying) -> Json:
     """Measures the loss around a network on a plane and a line, draws both and returns them, JSON-ready.
 
     Every row of the plane is kept as it is done: the same call goes on after it was interrupted. Batch norm keeps the
-    statistics of the network. What was pruned gets no direction.
+    statistics of the network. Pruned weights get no direction.
 
     The result holds ``task``, ``split``, ``metrics``, ``axis`` (coordinates of the plane, in both directions), ``plane`` (for
     each metric a list of rows; y is the row), ``line`` (``x`` and the metrics of each place), ``center``, ``cosine`` (of the

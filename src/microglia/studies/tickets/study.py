@@ -50,9 +50,12 @@ class Search:
 def find_tickets(asked: Search) -> Json:
     """Runs every arm of every seed, each level a durable stage, and returns what they tell.
 
-    The result holds ``task``, ``headline``, ``recipe``, ``rows`` (``seed``, ``arm``, ``draw``, and what
-    `microglia.methods.lottery.Tickets.told` says of a level), ``summary`` (mean and standard deviation over seeds and draws by
-    arm and level) and ``statements`` (what the paper says, and whether it holds here).
+    The result holds:
+
+    - ``task``, ``headline`` and ``recipe``;
+    - ``rows``: ``seed``, ``arm``, ``draw``, and the values of a level, see `microglia.methods.lottery.Tickets.told`;
+    - ``summary``: mean and standard deviation over seeds and draws, by arm and level;
+    - ``statements``: each statement of the paper, and whether it holds here.
 
     Raises:
         MicrogliaError: The recipe is not one of tickets, or what `microglia.lab.execute.execute` raises.

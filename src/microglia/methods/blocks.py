@@ -75,10 +75,10 @@ def candidates(model: nn.Module) -> dict[str, list[nn.Module]]:
 
 @dataclass
 class Passage:
-    """What one calibration batch brings to the blocks.
+    """Hidden state and further arguments of the blocks for one calibration batch.
 
     Attributes:
-        hidden: What enters the next block.
+        hidden: The input of the next block.
         others: The further arguments of each block, (positional, by keyword); one entry where they are equal for all.
         counted: Which positions are no padding, boolean (batch, positions), or None.
         keyword: Name of the argument that ``hidden`` is given by; None if it is the first positional one.

@@ -1,4 +1,4 @@
-"""What the layers of one block read: second moments of their inputs, once for all layers that read the same tensor."""
+"""Second moments of the inputs that the layers of one block read, once for all layers that read the same tensor."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What layer-wise pruning prunes and how much, with one sentence for what does not fit, and its warnings."""
+"""Layers and counts of layer-wise pruning, with one sentence for a misfit, and its warnings."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ from microglia.scores.second_order import wanda_values
 
 @dataclass(frozen=True)
 class Wish:
-    """What is asked of one layer.
+    """The request for one layer.
 
     Attributes:
         pattern: The unit.

@@ -119,7 +119,7 @@ def reconstruct(
 
     Args:
         weight: (out, columns).
-        factor: Of the same columns; rows of the weight belong to its groups in order.
+        factor: The factor for the same columns; rows of the weight belong to its groups in order.
         pattern: Unstructured, blocks or N:M.
         keep: Weights to keep; ignored by N:M and by a given mask.
         width: Input channels, the innermost part of the columns, which a pattern does not cross; None for all columns.

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from microglia.core.batch import call, map_tensors
 from microglia.core.errors import MicrogliaError, SelectorError
 from microglia.core.layers import prunable_attributes
+from microglia.core.running import first_line
+from microglia.scores.reading import MISFITS, kind_of
 
 ROOT = "."
 """Name of the model itself, where its own children are the blocks."""
@@ -173,6 +175,11 @@ def _watched(
         forward(model, batch)
     except _Stop:
         pass
+    except MISFITS as error:
+        raise MicrogliaError(
+            f"The {type(model).__name__} does not take a calibration batch, {kind_of(batch)}: {first_line(error).rstrip('.')}. "
+            "Give batches of inputs alone, on the model's device."
+        ) from error
     finally:
         for handle in handles:
             handle.remove()

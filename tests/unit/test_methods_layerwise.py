@@ -388,6 +388,20 @@ def test_wrong_input_ends_in_one_sentence(model, settings, error, text):
     assert "\n" not in str(raised.value)
 
 
+def test_a_batch_that_does_not_fit_ends_in_one_sentence():
+    with pytest.raises(MicrogliaError, match=r"The Net does not take a calibration batch, a tuple: .*inputs alone"):
+        Layerwise(net(), [(batches()[0], torch.zeros(6))], density=0.5).prune()
+
+
+@pytest.mark.parametrize("rule", ["magnitude", "wanda", "sparsegpt"])
+def test_weights_of_half_precision_are_pruned_in_full_precision(rule):
+    model = net().bfloat16()
+    pruner = Layerwise(model, batches(), rule=rule, density=0.5)
+    pruner.prune()
+    assert model.blocks[0].up.weight.dtype == torch.bfloat16
+    assert pruner.masks.kept * 2 == pruner.masks.total
+
+
 def test_no_batches_end_in_one_sentence():
     with pytest.raises(MicrogliaError, match="give at least one"):
         Layerwise(net(), [], density=0.5).prune()

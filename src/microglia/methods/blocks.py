@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from microglia.core.batch import call, map_tensors
 from microglia.core.errors import MicrogliaError, SelectorError
 from microglia.core.layers import prunable_attributes
+from microglia.core.running import first_line
+from microglia.scores.reading import MISFITS, kind_of
 
 ROOT = "."
 """Name of the model itself, where its own children are the blocks."""
@@ -75,10 +77,10 @@ def candidates(model: nn.Module) -> dict[str, list[nn.Module]]:
 
 @dataclass
 class Passage:
-    """Input of the blocks from one calibration batch.
+    """Hidden state and further arguments of the blocks for one calibration batch.
 
     Attributes:
-        hidden: Input of the next block.
+        hidden: The input of the next block.
         others: The further arguments of each block, (positional, by keyword); one entry where they are equal for all.
         counted: Which positions are no padding, boolean (batch, positions), or None.
         keyword: Name of the argument that ``hidden`` is given by; None if it is the first positional one.
@@ -173,6 +175,11 @@ def _watched(
         forward(model, batch)
     except _Stop:
         pass
+    except MISFITS as error:
+        raise MicrogliaError(
+            f"The {type(model).__name__} does not take a calibration batch, {kind_of(batch)}: {first_line(error).rstrip('.')}. "
+            "Give batches of inputs alone, on the model's device."
+        ) from error
     finally:
         for handle in handles:
             handle.remove()

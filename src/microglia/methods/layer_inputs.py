@@ -1,4 +1,4 @@
-"""Inputs of the layers of one block: second moments of their inputs, once for all layers that read the same tensor."""
+"""Second moments of the inputs that the layers of one block read, once for all layers that read the same tensor."""
 
 from __future__ import annotations
 

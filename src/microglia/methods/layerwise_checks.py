@@ -1,4 +1,4 @@
-"""Layers and densities of layer-wise pruning, its warnings, and one sentence for each misfit."""
+"""Layers and counts of layer-wise pruning, with one sentence for a misfit, and its warnings."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ from microglia.scores.second_order import wanda_values
 
 @dataclass(frozen=True)
 class Wish:
-    """Request for one layer.
+    """The request for one layer.
 
     Attributes:
         pattern: The unit.

@@ -50,7 +50,7 @@ def obs(model: nn.Module, layers: Mapping[str, Layer], evidence: Evidence) -> di
         inverse = torch.linalg.inv(hessian).diagonal(dim1=-2, dim2=-1)
         matrix = matrix_of(weight)
         rows = (2 * inverse).repeat_interleave(len(matrix) // len(inverse), 0)
-        return weight_of((matrix.to(rows.dtype).square() / rows).to(weight.dtype), tuple(weight.shape))
+        return weight_of(matrix.to(rows.dtype).square() / rows, tuple(weight.shape))
 
     found = input_moments(model, layers, evidence, whole=True)
     return _by_layer(layers, found, saliency, lambda weight: weight.square() / 2)
@@ -102,14 +102,14 @@ def obd(model: nn.Module, layers: Mapping[str, Layer], evidence: Evidence) -> di
 
 
 def wanda_values(weight: Tensor, moments: Tensor) -> Tensor:
-    """Returns abs(W) times the root mean square of its inputs.
+    """Returns abs(W) times the root mean square of its inputs, in the precision of the moments.
 
     Args:
         weight: (out, in, *kernel).
         moments: E[x^2], (groups, columns) as `microglia.scores.second_moments` orders them.
     """
     roots = moments.sqrt().repeat_interleave(len(weight) // len(moments), 0)
-    return (weight.abs() * weight_of(roots, tuple(weight.shape))).to(weight.dtype)
+    return weight.abs() * weight_of(roots, tuple(weight.shape))
 
 
 @torch.no_grad()
@@ -162,7 +162,7 @@ def _by_layer(
     found = {}
     for name, weight in weights.items():
         own = moments[name]
-        found[name] = unread(weight) if own is None else values(weight, own)
+        found[name] = (unread(weight) if own is None else values(weight, own)).to(weight.dtype)
     return oriented(layers, found)
 
 

@@ -38,7 +38,7 @@ WIDTHS: Takes = replace(
     scopes=(),
     why={**CHANNELS.why, "scope": "the search finds the width of each group"},
 )
-"""What searches over widths take."""
+"""Fields of searches over widths."""
 PATIENCE = 0.2
 """Seconds between two looks of a worker at whether its parent still lives."""
 
@@ -108,7 +108,7 @@ class Evaluator(AbstractContextManager["Evaluator"]):
 
 
 _measuring: list[Callable[[Widths], float]] = []
-"""What this process measures with, if it is a worker."""
+"""The measure of this process, if it is a worker."""
 
 
 def _worker_begins(measure: Callable[[Widths], float], begin: Callable[[], object] | None, parent: int) -> None:
@@ -230,7 +230,7 @@ class SearchedPruner(ChannelPruner):
         begin: Callable[[], object] | None = None,
         seed: int = 0,
     ) -> None:
-        """Searches for the widths; `finish` then masks the channels that go. Of equal values the widest counts.
+        """Searches for the widths; `finish` then masks the channels that go. Among equal values the widest counts.
 
         Args:
             measure: Small model -> value, higher is better. It should estimate batch-norm statistics anew first, see

@@ -119,8 +119,8 @@ def reconstruct(
 
     Args:
         weight: (out, columns).
-            factor: The factor for the same columns; rows of the weight belong to its groups in order.
-            pattern: Unstructured, blocks or N:M.
+        factor: The factor for the same columns; rows of the weight belong to its groups in order.
+        pattern: Unstructured, blocks or N:M.
         keep: Weights to keep; ignored by N:M and by a given mask.
         width: Input channels, the innermost part of the columns, which a pattern does not cross; None for all columns.
         mask_block: Columns whose mask is chosen at once; N:M chooses within each run. The result depends on it.

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from microglia.core.errors import BudgetError
 from microglia.methods.channel_pruner import CHANNELS, ChannelConfig, ChannelPruner
-from microglia.methods.what import Takes
+from microglia.methods.what import ScopeSetting, Takes
 from microglia.methods.width_space import Widths, WidthSpace
 from microglia.scores import scores
 from microglia.storage.run import Progress
@@ -89,11 +89,6 @@ class Evaluator(AbstractContextManager["Evaluator"]):
                     self._progress.save(self.state())
         return [self.values[vector] for vector in vectors]
 
-    @property
-    def best(self) -> Widths:
-        """The vector of the highest value, the first of several."""
-        return max(self.values, key=lambda vector: self.values[vector])
-
     def state(self) -> dict[str, Tensor]:
         """Returns all values known so far."""
         everything = {**self._known, **self.values}
@@ -146,6 +141,7 @@ class SearchedConfig(ChannelConfig):
     """
 
     takes: ClassVar[Takes] = WIDTHS
+    scope: ScopeSetting = "global"  # type: ignore[assignment]  # not taken, so that every word is refused alike
     images: int = 512
     processes: int = 1
     tolerance: float = 0.005
@@ -234,7 +230,7 @@ class SearchedPruner(ChannelPruner):
         begin: Callable[[], object] | None = None,
         seed: int = 0,
     ) -> None:
-        """Searches for the widths; `finish` then masks the channels that go.
+        """Searches for the widths; `finish` then masks the channels that go. Among equal values the widest counts.
 
         Args:
             measure: Small model -> value, higher is better. It should estimate batch-norm statistics anew first, see
@@ -253,7 +249,8 @@ class SearchedPruner(ChannelPruner):
             self.explore(evaluate, torch.Generator().manual_seed(seed))
         if not evaluate.values:
             raise BudgetError(f"{type(self).__name__} found no width vector near the budget ({self.asked}): widen tolerance.")
-        self.widths, self.values = evaluate.best, evaluate.values
+        self.values = evaluate.values
+        self.widths = max(self.values, key=lambda widths: (self.values[widths], self.space.excess(widths)))
 
     def final(self) -> Tensor:
         """Returns the channels that stay.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, get_args
@@ -283,8 +283,15 @@ def _split(name: str) -> Split:
 
 
 def _defaults(config: type[MethodConfig]) -> dict[str, Any]:
+    """Returns the default settings of a method; of a training among them, what differs from the usual training."""
     example = config()
-    return {f.name: getattr(example, f.name) for f in fields(config) if is_setting(config, f.name)}
+    found = {f.name: getattr(example, f.name) for f in fields(config) if is_setting(config, f.name)}
+    return {name: _unusual(value) if is_dataclass(value) else value for name, value in found.items()}
+
+
+def _unusual(value: Any) -> dict[str, Any]:
+    usual = type(value)()
+    return {f.name: getattr(value, f.name) for f in fields(value) if getattr(value, f.name) != getattr(usual, f.name)}
 
 
 def _own_directory(recipe: Recipe) -> Path:

@@ -44,7 +44,7 @@ def made_by(outcome: str) -> list[tuple[str, str]]:
 MASKING, REMOVING, GATING = (made_by(outcome) for outcome in ("masked", "shrunk", "gated"))
 SHORT = {
     "score_batch_size": 32, "search_epochs": 2, "images": 64, "every": 2, "candidates": 4, "population": 4, "iterations": 2,
-    "episodes": 8, "warmup": 6,
+    "episodes": 4, "warmup": 2, "tolerance": 0.08,
     "compress": (0.2, 0.8), "decompress": (0.5,),  # six steps have no room for the fifteen phases of its own schedule
 }  # fmt: skip
 """Settings that make a method's search short, for the methods that take them."""

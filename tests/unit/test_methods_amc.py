@@ -46,6 +46,17 @@ def test_the_budget_is_met_in_every_episode(flops: float) -> None:
     assert max(fractions) > 0.9 * flops  # the wall is where the budget is
 
 
+def test_episodes_end_near_the_budget_where_asked() -> None:
+    pruner = made(flops=0.5, episodes=30, warmup=20, tolerance=0.1)
+    pruner.search(sensitive, seed=1)
+    fractions = [pruner.units.fraction("flops", widths) for widths in pruner.values]
+    assert max(fractions) <= 0.5 + 1e-9
+    assert min(fractions) > 0.35  # a channel of the last group is what is missing
+    loose = made(flops=0.5, episodes=30, warmup=20)
+    loose.search(sensitive, seed=1)
+    assert min(loose.units.fraction("flops", widths) for widths in loose.values) < 0.3
+
+
 def test_the_agent_learns_what_uniform_widths_do_not_know() -> None:
     pruner = made(episodes=220, warmup=40)
     pruner.search(sensitive, seed=0)

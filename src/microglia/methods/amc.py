@@ -12,7 +12,7 @@ as the searches of this package share one evaluator.
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
 from typing import cast
 
@@ -39,14 +39,15 @@ class AmcConfig(SearchedConfig):
     """AMC.
 
     Attributes:
-        round_to: Widths are multiples of this where a group is wide enough, 8 in the published code.
-        tolerance: Not used: every episode ends at or below the budget.
+        round_to: Widths are multiples of this where a group is wide enough; the published code takes 8.
+        tolerance: How far below the budget an episode may end, as far as single groups allow; almost all by default, as in the
+            published code. None ends above it.
         episodes: Width vectors that are proposed; equal ones are evaluated once.
         warmup: The first of these, which are random.
         least: Least kept fraction of a group.
     """
 
-    round_to: int = 8
+    tolerance: float = 0.999
     episodes: int = 800
     warmup: int = 100
     least: float = 0.2
@@ -72,7 +73,7 @@ class Amc(SearchedPruner):
     def make_space(self) -> WidthSpace:
         """Returns the width vectors at or below the budget."""
         own = self.own
-        return WidthSpace(self.units, self.asked, kept=(own.least, 1.0), below=1.0, above=0.0, round_to=own.round_to)
+        return WidthSpace(self.units, self.asked, kept=(own.least, 1.0), below=own.tolerance, above=0.0, round_to=own.round_to)
 
     @torch.no_grad()
     def ranking(self) -> Tensor:
@@ -114,24 +115,25 @@ class Amc(SearchedPruner):
             rest = self.units.fraction("flops", [*chosen, *wide[number:]])
             removed = 1 - rest
             states.append(torch.cat([features[number], torch.tensor([removed, rest, last])]))
-            low, high = self.own.least, 1.0
-            action = agent.random(low, high) if deviation is None else agent.act(states[-1], deviation, low, high)
-            asked = self.space.at(
-                [*(w / s for w, s in zip(chosen, lengths, strict=False)), *[action] * (len(lengths) - number)]
-            )
-            width = min(asked[number], self._wall(chosen, narrow))
+            bounds = self.own.least, 1.0
+            action = agent.random(*bounds) if deviation is None else agent.act(states[-1], deviation, *bounds)
+            asked = self.space.at([action] * len(lengths))[number]
+            options, excess = self._options(chosen, narrow)
+            most = options[max(0, bisect_right(excess, 1e-12) - 1)]
+            options, excess = self._options(chosen, wide)
+            least = options[min(len(options) - 1, bisect_left(excess, -self.space.below - 1e-12))]
+            width = min(max(asked, least), most)
             last = width / size
             chosen.append(width)
             actions.append(last)
         return tuple(chosen), states, actions
 
-    def _wall(self, chosen: list[int], narrow: Widths) -> int:
-        """Returns the largest width of the next group that meets the budget with all later groups at their narrowest."""
+    def _options(self, chosen: list[int], later: Widths) -> tuple[list[int], list[float]]:
+        """Returns the widths of the next group, ascending, and how far each is above the budget with given later widths."""
         number = len(chosen)
         size = self.units.lengths[number]
-        widths = sorted({self.space.at([share / size] * len(narrow))[number] for share in range(1, size + 1)})
-        at = bisect_right(widths, 1e-12, key=lambda width: self.space.excess([*chosen, width, *narrow[number + 1 :]]))
-        return widths[max(0, at - 1)]
+        widths = sorted({self.space.at([share / size] * len(later))[number] for share in range(1, size + 1)})
+        return widths, [self.space.excess([*chosen, width, *later[number + 1 :]]) for width in widths]
 
     def _features(self) -> Tensor:
         """Returns what a state tells of the layer that makes each group, (groups, 7), from 0 to 1 over the groups.

@@ -89,11 +89,6 @@ class Evaluator(AbstractContextManager["Evaluator"]):
                     self._progress.save(self.state())
         return [self.values[vector] for vector in vectors]
 
-    @property
-    def best(self) -> Widths:
-        """The vector of the highest value, the first of several."""
-        return max(self.values, key=lambda vector: self.values[vector])
-
     def state(self) -> dict[str, Tensor]:
         """Returns all values known so far."""
         everything = {**self._known, **self.values}
@@ -234,7 +229,7 @@ class SearchedPruner(ChannelPruner):
         begin: Callable[[], object] | None = None,
         seed: int = 0,
     ) -> None:
-        """Searches for the widths; `finish` then masks the channels that go.
+        """Searches for the widths; `finish` then masks the channels that go. Of equal values the widest counts.
 
         Args:
             measure: Small model -> value, higher is better. It should estimate batch-norm statistics anew first, see
@@ -253,7 +248,8 @@ class SearchedPruner(ChannelPruner):
             self.explore(evaluate, torch.Generator().manual_seed(seed))
         if not evaluate.values:
             raise BudgetError(f"{type(self).__name__} found no width vector near the budget ({self.asked}): widen tolerance.")
-        self.widths, self.values = evaluate.best, evaluate.values
+        self.values = evaluate.values
+        self.widths = max(self.values, key=lambda widths: (self.values[widths], self.space.excess(widths)))
 
     def final(self) -> Tensor:
         """Returns the channels that stay.

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from microglia.core.errors import BudgetError
 from microglia.methods.channel_pruner import CHANNELS, ChannelConfig, ChannelPruner
-from microglia.methods.what import Takes
+from microglia.methods.what import ScopeSetting, Takes
 from microglia.methods.width_space import Widths, WidthSpace
 from microglia.scores import scores
 from microglia.storage.run import Progress
@@ -141,6 +141,7 @@ class SearchedConfig(ChannelConfig):
     """
 
     takes: ClassVar[Takes] = WIDTHS
+    scope: ScopeSetting = "global"  # type: ignore[assignment]  # not taken, so that every word is refused alike
     images: int = 512
     processes: int = 1
     tolerance: float = 0.005

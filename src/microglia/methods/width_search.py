@@ -230,7 +230,7 @@ class SearchedPruner(ChannelPruner):
         begin: Callable[[], object] | None = None,
         seed: int = 0,
     ) -> None:
-        """Searches for the widths; `finish` then masks the channels that go. Of equal values the widest counts.
+        """Searches for the widths; `finish` then masks the channels that go. Among equal values the widest counts.
 
         Args:
             measure: Small model -> value, higher is better. It should estimate batch-norm statistics anew first, see

@@ -110,7 +110,7 @@ def own_of(pruner: PrunerProtocol) -> list[nn.Parameter]:
 def test_every_exported_pruner_is_in_the_loop() -> None:
     exported = {name for name in mg.methods.__all__ if hasattr(getattr(mg.methods, name), "param_groups")}
     bases = {"ChannelPruner", "Pruner", "PrunerProtocol", "SearchedPruner", "UnitPruner"}
-    # A search wants one more call, `search(measure)`, before the loop; weight sharing leaves no masks. Each has tests of its own.
+    # A search needs the call `search(measure)` before the loop; weight sharing leaves no masks. Each has its own tests.
     elsewhere = {"Amc", "EagleEye", "MetaPruning", "WeightSharing"}
     assert exported - bases - elsewhere == {kind.__name__ for kind in SETTINGS}
 

@@ -23,7 +23,7 @@ CORE = ("torch", "numpy", "safetensors", "pydantic", "pyyaml", "typer", "rich")
 
 @command
 def doctor(json_: Json = False) -> Shown:
-    """Tell what is installed and what is missing: kernels, torch, devices, extras, each with the command that gets it."""
+    """List what is installed and what is missing: kernels, torch, devices, extras, each with the command that installs it."""
     found = examined()
     table = Table(title="Microglia: what is here", title_justify="left", caption_justify="left")
     for heading in ("what", "found"):

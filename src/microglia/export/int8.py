@@ -168,7 +168,14 @@ def quantize(model: openvino.Model, wish: Int8, structure: Structure | None = No
             return small, report
         report = _compared(report, model, small, wish, structure)
         if report.drop > wish.max_drop:
-            small = _restored(nncf, model, dataset, wish, structure=structure, settings=settings)
+            small = _restored(
+                nncf,
+                model,
+                dataset,
+                wish,
+                structure=structure,
+                settings={**settings, "advanced_quantization_parameters": advanced},
+            )
             report = replace(_compared(report, model, small, wish, structure), restored=True, kept_float=float_layers(small))
     if report.drop > wish.max_drop and report.scores is not None:
         raise ExportError(

@@ -156,7 +156,10 @@ def quantize(model: openvino.Model, wish: Int8, structure: Structure | None = No
     dataset = nncf.Dataset(items)
     with _quiet(nncf):
         try:
-            advanced = nncf.AdvancedQuantizationParameters(disable_bias_correction=not wish.correct)
+            advanced = nncf.AdvancedQuantizationParameters(
+                overflow_fix=nncf.OverflowFix.ENABLE,  # without VNNI sums of 8-bit products overflow 16 bits
+                disable_bias_correction=not wish.correct,
+            )
             small = nncf.quantize(model.clone(), dataset, advanced_parameters=advanced, **settings)
         except Exception as error:
             raise ExportError(f"NNCF cannot quantize this model: {first_line(error)}") from error
@@ -165,7 +168,14 @@ def quantize(model: openvino.Model, wish: Int8, structure: Structure | None = No
             return small, report
         report = _compared(report, model, small, wish, structure)
         if report.drop > wish.max_drop:
-            small = _restored(nncf, model, dataset, wish, structure=structure, settings=settings)
+            small = _restored(
+                nncf,
+                model,
+                dataset,
+                wish,
+                structure=structure,
+                settings={**settings, "advanced_quantization_parameters": advanced},
+            )
             report = replace(_compared(report, model, small, wish, structure), restored=True, kept_float=float_layers(small))
     if report.drop > wish.max_drop and report.scores is not None:
         raise ExportError(

@@ -1,6 +1,7 @@
 """Model repositories in the documented layouts of OpenVINO Model Server and Triton Inference Server."""
 
 import json
+import sys
 
 import numpy as np
 import onnx
@@ -198,7 +199,7 @@ def test_a_strange_list_of_models_is_refused_before_anything_is_written(files, t
 
 
 def test_a_disk_that_fills_leaves_nothing_half_written(files, tmp_path, monkeypatch):
-    import microglia.export.repository as repository
+    repository = sys.modules["microglia.export.repository"]  # `microglia.export` is the verb
 
     def full(source, target):
         target.write_bytes(b"half")

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from commands import LIMIT
+from two_ranks import alone_and_on_two_ranks
 
 SCRIPT = """
 import json, os, sys
@@ -45,19 +46,8 @@ print(json.dumps([found, orders]))
 """
 
 
-def run(**environment: str) -> "subprocess.Popen[str]":
-    source = Path(__file__).parents[2] / "src"
-    env = {**os.environ, "PYTHONPATH": str(source), "OMP_NUM_THREADS": "1", **environment}
-    return subprocess.Popen([sys.executable, "-c", SCRIPT], env=env, stdout=subprocess.PIPE, text=True)
-
-
 def test_two_ranks_measure_what_one_does() -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    names = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    ranks = [run(RANK=str(rank), LOCAL_RANK=str(rank), **names) for rank in range(2)]
-    found = [json.loads(process.communicate(timeout=LIMIT)[0]) for process in [run(), *ranks]]
+    found = alone_and_on_two_ranks(SCRIPT, LIMIT)
     assert found[0] == found[1] == found[2]
     metrics, orders = found[0]
     assert orders == [list(range(11))]

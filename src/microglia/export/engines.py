@@ -26,7 +26,7 @@ from microglia.export.openvino import open_openvino
 from microglia.runtime.dense.kinds import ExecutionKind, register_execution
 
 _files: WeakKeyDictionary[nn.Module, tuple[tempfile.TemporaryDirectory[str], Path]] = WeakKeyDictionary()
-"""Model -> its ONNX file, deleted with it. The engines of one model share the file, for to write it takes longest."""
+"""Model -> its ONNX file, deleted with it. The engines of one model share the file, because the conversion takes longest."""
 
 
 def onnxruntime(model: nn.Module, example: Example) -> Exported:
@@ -35,10 +35,7 @@ def onnxruntime(model: nn.Module, example: Example) -> Exported:
     Raises:
         MicrogliaError: The example is not on the CPU, or the model cannot be converted.
     """
-    structure = outputs_of(model, example)
-    opened = open_onnx(_file(model, example))
-    opened.structure = structure
-    return opened
+    return _opened(model, example, open_onnx)
 
 
 def openvino(model: nn.Module, example: Example) -> Exported:
@@ -47,10 +44,7 @@ def openvino(model: nn.Module, example: Example) -> Exported:
     Raises:
         MicrogliaError: The example is not on the CPU, or the model cannot be converted.
     """
-    structure = outputs_of(model, example)
-    opened = open_openvino(_file(model, example))
-    opened.structure = structure
-    return opened
+    return _opened(model, example, open_openvino)
 
 
 def openvino_int8(model: nn.Module, example: Example) -> Exported:
@@ -61,9 +55,16 @@ def openvino_int8(model: nn.Module, example: Example) -> Exported:
     """
     import openvino
 
+    def rounded(file: Path) -> Exported:
+        return open_openvino(quantize(openvino.Core().read_model(file), Int8([example], correct=False))[0])
+
+    return _opened(model, example, rounded)
+
+
+def _opened(model: nn.Module, example: Example, opener: Callable[[Path], Exported]) -> Exported:
+    """Returns the model's file in an engine, with outputs in the model's own structure."""
     structure = outputs_of(model, example)
-    converted = openvino.Core().read_model(_file(model, example))
-    opened = open_openvino(quantize(converted, Int8([example], correct=False))[0])
+    opened = opener(_file(model, example))
     opened.structure = structure
     return opened
 

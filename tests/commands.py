@@ -6,6 +6,8 @@ import os
 import resource
 import signal
 import sys
+import types
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +23,7 @@ CONTEXT.set_forkserver_preload(
         "scipy.io",
         "torch.distributed.tensor",
         "torch._dynamo",
+        "torch._inductor.compile_fx",
     ]
 )
 LIMIT = 120
@@ -75,6 +78,13 @@ class Command:
         return path.read_text() if path.exists() else ""
 
 
+def python(code: str, folder: Path) -> Outcome:
+    """Runs a script as ``python script.py`` does, in a new process whose deprecated calls are errors; the folder is there."""
+    process = CONTEXT.Process(target=_script, args=(code, folder, folder.parent))
+    process.start()
+    return Command(process, folder.parent).end()
+
+
 def start(
     *words: object,
     folder: Path,
@@ -119,11 +129,26 @@ def weights(run: Path) -> bytes:
     return (run / "model" / "model.safetensors").read_bytes()
 
 
-def _child(words, folder, beside, environment, file_size, prepare):
+def _enter(folder, beside):
+    """Works in a folder from now on, and writes beside it."""
     name = multiprocessing.current_process().name
     for number, stream in ((1, "out"), (2, "err")):
         os.dup2(os.open(beside / f"{name}.{stream}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     os.chdir(folder)
+
+
+def _script(code, folder, beside):
+    _enter(folder, beside)
+    import torch
+
+    torch.set_num_threads(1)
+    warnings.filterwarnings("error", category=DeprecationWarning, module="__main__")
+    sys.modules["__main__"] = module = types.ModuleType("__main__")
+    exec(compile(code, "script.py", "exec"), vars(module))  # noqa: S102
+
+
+def _child(words, folder, beside, environment, file_size, prepare):
+    _enter(folder, beside)
     os.environ.update({"COLUMNS": "300", "TERM": "dumb"} | environment)
     if file_size is not None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

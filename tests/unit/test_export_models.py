@@ -37,22 +37,25 @@ def unet():
 
 
 def resnet():
-    return mg.tasks.build("resnet20", classes=10, shape=(3, 32, 32)), torch.randn(1, 3, 32, 32), (0,)
+    return mg.tasks.build("resnet8", classes=10, shape=(3, 32, 32)), torch.randn(1, 3, 32, 32), (0,)
 
 
 def mobilenet():
     torchvision = pytest.importorskip("torchvision")
-    model = torchvision.models.mobilenet_v3_small(width_mult=0.5, num_classes=10)
+    blocks, last = torchvision.models.mobilenetv3._mobilenet_v3_conf("mobilenet_v3_small", width_mult=0.5)
+    kinds = [blocks[0], blocks[1], blocks[4]]  # with and without squeeze, expansion, a shortcut, hard-swish
+    kinds[1].input_channels, kinds[2].input_channels = kinds[0].out_channels, kinds[1].out_channels
+    model = torchvision.models.MobileNetV3(kinds, last, num_classes=10)
     return model, torch.randn(1, 3, 64, 64), (0,)
 
 
 def vit():
     timm = pytest.importorskip("timm")
-    settings = {"img_size": 32, "patch_size": 8, "depth": 2, "num_classes": 10}
+    settings = {"img_size": 32, "patch_size": 8, "depth": 1, "num_classes": 10}
     return timm.create_model("vit_tiny_patch16_224", **settings), torch.randn(1, 3, 32, 32), (0,)
 
 
-SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
 
 
 def bert():

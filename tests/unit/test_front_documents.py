@@ -1,12 +1,11 @@
 """The examples of README.md and CONTRIBUTING.md run, each kind by a process of its own, for they register names."""
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from commands import python
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -16,11 +15,9 @@ def blocks(document: str, language: str = "python") -> list[str]:
 
 
 def runs(code: str, folder: Path) -> str:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-W", "error::DeprecationWarning:__main__", "-c", code]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    done = python(code, folder)
+    assert done.status == 0, done.err
+    return done.out
 
 
 def test_readme_loop(tmp_path):

@@ -23,8 +23,8 @@ EXECUTIONS = ("eager", "packed", "compiled")
 BASE = {
     "model": "conv-2",
     "data": "digits",
-    "dense": {"epochs": 20, "lr": 0.05, "batch_size": 64},
-    "train": {"epochs": 10, "lr": 0.02, "batch_size": 64},
+    "dense": {"epochs": 12, "lr": 0.05, "batch_size": 64},
+    "train": {"epochs": 8, "lr": 0.02, "batch_size": 64},
     "device": "cpu",
 }
 ROADS: dict[str, dict[str, Any]] = {

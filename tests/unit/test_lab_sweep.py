@@ -7,7 +7,6 @@ import os
 import re
 import signal
 import stat
-import subprocess
 import sys
 import threading
 import time
@@ -17,6 +16,7 @@ import pytest
 import yaml
 from rich.console import Console
 
+from commands import microglia, start
 from microglia.core.errors import MicrogliaError, RunError
 from microglia.lab.recipe import RecipeError, as_dict, resolve
 from microglia.lab.sweep import Sweep, cells, read_sweep, run_cell, run_sweep
@@ -420,19 +420,16 @@ SMALL = {
 def test_a_killed_sweep_goes_on_and_a_failing_cell_stops_nothing(tmp_path):
     """The real thing: `microglia sweep` killed with SIGKILL after its first cell, then started again."""
     file, out = write(tmp_path / "sweep.yaml", SMALL), tmp_path / "runs"
-    command = [sys.executable, "-m", "microglia", "sweep", str(file), "--out", str(out), "--jobs", "2", "--json"]
-    with (tmp_path / "first.log").open("w") as log:
-        first = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
-        deadline = time.monotonic() + 240
-        while not list(out.glob("*/result.json")) and time.monotonic() < deadline and first.poll() is None:
-            time.sleep(0.05)
-        first.send_signal(signal.SIGKILL)  # the sweep alone: what it started lives on
-        first.wait()
+    words = ("sweep", file, "--out", out, "--jobs", "2", "--json")
+    first = start(*words, folder=tmp_path / "work")
+    while not list(out.glob("*/result.json")) and first.process.is_alive():
+        time.sleep(0.05)
+    told = first.kill()  # the sweep alone: what it started lives on
     finished = {path: path.stat().st_mtime_ns for path in out.glob("*/result.json")}
-    assert finished, (tmp_path / "first.log").read_text()
+    assert finished, told.err
 
-    second = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
-    outcome = json.loads(second.stdout.strip().splitlines()[-1])
+    second = microglia(*words, folder=tmp_path / "work")
+    outcome = json.loads(second.out.strip().splitlines()[-1])
     status = {cell["name"]: cell["status"] for cell in outcome["cells"]}
     assert set(status) == {"layers_seed-0", "layers_seed-1", "layers-nothing_seed-0", "layers-nothing_seed-1"}
     assert {name for name, state in status.items() if state == "failed"} == {"layers-nothing_seed-0", "layers-nothing_seed-1"}

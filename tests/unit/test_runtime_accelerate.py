@@ -171,10 +171,18 @@ def test_times_are_kept_for_a_machine_and_measured_anew_for_another_layer(tmp_pa
     "content", [b"", b"{", b"[1]", b'{"a": 1}', b'{"a": {"b": "c"}}', b'{"a": {"dense": NaN}}', b"\xff\x00"]
 )
 def test_a_damaged_cache_counts_as_empty(tmp_path, content):
-    model, x = net(mg.Block(16, 1)), torch.randn(1, 3, 8, 8)
     Choices(tmp_path).save()
     (file,) = tmp_path.iterdir()
     file.write_bytes(content)
+    Choices(tmp_path).save()
+    assert file.read_text() == "{}"
+
+
+def test_a_model_is_timed_anew_beside_a_damaged_cache(tmp_path):
+    model, x = net(mg.Block(16, 1)), torch.randn(1, 3, 8, 8)
+    Choices(tmp_path).save()
+    (file,) = tmp_path.iterdir()
+    file.write_bytes(b"{")
     accelerate(model, x, against=FAST, cache=tmp_path)
     assert len(json.loads(file.read_text())) == 6
 

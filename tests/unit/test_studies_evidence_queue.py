@@ -154,7 +154,8 @@ class TestFiles:
             ({"only": {"prune.density": [0.3]}}, {}, r"prune\.density 0\.3"),
             ({"sort": 1}, {}, "no such field"),
             ({}, {"rows": {"a": {"sets": {}}}}, r"rows\.a\.sets: there is no such field"),
-            ({}, {"pilots": {"set": {}, "steps": [{"train.lr": []}]}}, "one key with a list of values"),
+            ({}, {"pilots": {"set": {}, "steps": [{"train.lr": []}]}}, "keys with equally long lists"),
+            ({}, {"pilots": {"set": {}, "steps": [{"train.lr": [0.1], "seed": [1, 2]}]}}, "keys with equally long lists"),
         ],
     )
     def test_a_mistake_is_named(self, tmp_path, part, changes, text):

@@ -13,13 +13,19 @@ from microglia.lab.recipe import RecipeError, read_yaml
 from microglia.storage.validation import problems
 
 Step = dict[str, list[Any]]
-"""One key of the recipe and the values that pilots try."""
+"""Keys of the recipe and the values that pilots try; several keys change together, so that their lists are equally long."""
+
+
+def tries(step: Step) -> list[dict[str, Any]]:
+    """Returns the settings that a step tries."""
+    return [dict(zip(step, values, strict=True)) for values in zip(*step.values(), strict=True)]
 
 
 def _check_steps(steps: list[Step]) -> None:
     for step in steps:
-        if len(step) != 1 or not all(step.values()):
-            raise ValueError(f"a step of pilots is one key with a list of values, such as train.lr: [0.1, 0.01]; got {step}")
+        lengths = {len(values) for values in step.values()}
+        if len(lengths) != 1 or 0 in lengths:
+            raise ValueError(f"a step of pilots has keys with equally long lists, such as train.lr: [0.1, 0.01]; got {step}")
 
 
 @dataclass(frozen=True)
@@ -29,7 +35,7 @@ class Pilots:
     Attributes:
         set: Dotted recipe key -> value of every pilot, over the study's and the row's own.
         at: Dotted key of the grid -> its value in pilots of rows with this key.
-        steps: Steps of every row. Each changes one key of the best pilot so far.
+        steps: Steps of every row. Each changes the best pilot so far.
         seed: Seed of the pilots.
     """
 
@@ -185,8 +191,9 @@ def _read(adapter: TypeAdapter[Any], source: Mapping[str, Any], path: Path, what
 
 def _check_part(part: Part, study: EvidenceStudy, path: Path) -> None:
     """Raises for a row, a seed or a value of the grid that the study does not have."""
-    known = {"rows": list(study.rows), "seeds": study.seeds, **study.grid}
+    known: dict[str, list[Any]] = {"rows": list(study.rows), "seeds": study.seeds, **study.grid}
     asked: dict[str, list[Any]] = {"rows": part.rows or [], "seeds": part.seeds or [], **part.only}
     for key, values in asked.items():
         if wrong := [value for value in values if value not in known.get(key, [])]:
-            raise RecipeError(f"{path} asks for {key} {wrong[0]!r} of {part.study}, which has {known.get(key, 'no such key')}.")
+            has = known.get(key, "no such key")
+            raise RecipeError(f"{path} asks for {key} {wrong[0]!r} of {part.study}, which has {has}.")

@@ -21,7 +21,7 @@ STARTS, PILOTS, OWN = "starts", ".pilots", "evidence"
 
 @dataclass(frozen=True)
 class Entry:
-    """What the queue knows of a finished run, beside its result.
+    """The record of the queue about a finished run, beside its result.
 
     Attributes:
         identity: Identity of its recipe; for a start its name.

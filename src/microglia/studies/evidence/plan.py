@@ -11,14 +11,14 @@ from typing import Any, Literal
 
 from microglia.core.errors import MicrogliaError
 from microglia.lab.recipe import AFTER_DENSE, Recipe, RecipeError, as_dict, as_whole_dict, put, start_of
-from microglia.studies.evidence.files import EvidenceStudy, Queue, Row
+from microglia.studies.evidence.files import EvidenceStudy, Queue, Row, tries
 from microglia.studies.evidence.identity import identity_of, recipe_of
 from microglia.studies.evidence.ledger import Ledger
 from microglia.zoo.trust import require_known_recipe
 
 Kind = Literal["start", "pilot", "cell"]
 DENSE = {"method": "oneshot", "prune": {"density": 1.0}, "train": {"epochs": 0}, "measure": {"latency": False}}
-"""What is left of a recipe that trains a dense network only."""
+"""Fields of a recipe that only trains a dense network."""
 
 
 @dataclass(frozen=True)
@@ -111,29 +111,25 @@ class Planner:
             return {}, True
         best: dict[str, Any] = {}
         tried: list[tuple[float, dict[str, Any]]] = []
+        wanted = 0
         for step in [*pilots.steps, *row.steps]:
-            ((key, values),) = step.items()
-            for value in values:
-                settings = {**best, key: value}
+            wanted += len(tries(step))
+            for changes in tries(step):
+                settings = {**best, **changes}
                 job = self._pilot(study, name, settings)
                 measured = self.ledger.pilot(job.identity)
                 if measured is not None:
                     tried.append((measured, settings))
-            if len(tried) < self._wanted(study, row, step):
-                return best or {key: values[0]}, False
+            if len(tried) < wanted:
+                return best or tries(step)[0], False
             sign = 1 if study.better == "higher" else -1
             best = max(tried, key=lambda one: sign * one[0])[1]  # the first of equal ones
         return best, True
 
-    def _wanted(self, study: EvidenceStudy, row: Row, last: Mapping[str, Any]) -> int:
-        assert study.pilots is not None
-        steps = [*study.pilots.steps, *row.steps]
-        return sum(len(next(iter(step.values()))) for step in steps[: next(i for i, s in enumerate(steps) if s is last) + 1])
-
     def _pilot(self, study: EvidenceStudy, name: str, settings: dict[str, Any]) -> Job:
         assert study.pilots is not None
         pilots = study.pilots
-        grid = study.grid if study.rows[name].grid is None else study.rows[name].grid
+        grid = grid_of(study, study.rows[name])
         at = {key: value for key, value in pilots.at.items() if key in grid}
         judged = {"seed": pilots.seed, "measure.split": "validation", "measure.latency": False}
         recipe = self._recipe(study, name, {**settings, **pilots.set, **at, **judged})
@@ -174,8 +170,13 @@ def start_recipe(recipe: Recipe) -> Recipe:
     return recipe_of({**kept, **DENSE})
 
 
+def grid_of(study: EvidenceStudy, row: Row) -> dict[str, list[Any]]:
+    """Returns the grid of a row: its own, or that of the study."""
+    return study.grid if row.grid is None else row.grid
+
+
 def combinations(study: EvidenceStudy, row: Row) -> Iterator[dict[str, Any]]:
     """Yields the values of the grid of a row."""
-    grid = study.grid if row.grid is None else row.grid
+    grid = grid_of(study, row)
     for values in itertools.product(*grid.values()):
         yield dict(zip(grid, values, strict=True))

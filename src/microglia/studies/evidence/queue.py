@@ -255,4 +255,4 @@ def _logged(directory: Path, *, dense: bool) -> float:
     rows = (
         [json.loads(line) for line in (directory / METRICS).read_text().splitlines()] if (directory / METRICS).exists() else []
     )
-    return sum(row.get("seconds", 0.0) for row in rows if (row["stage"] == DENSE_STAGES[0]) is dense)
+    return sum(float(row.get("seconds", 0.0)) for row in rows if (row["stage"] == DENSE_STAGES[0]) is dense)

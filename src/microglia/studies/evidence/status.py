@@ -1,4 +1,4 @@
-"""What a queue has done and left, with the hours that it needs, estimated from measured ones."""
+"""The state of a queue: done and left, with the hours that are left, estimated from measured ones."""
 
 from __future__ import annotations
 

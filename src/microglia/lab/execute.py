@@ -63,9 +63,9 @@ def execute(recipe: Recipe, directory: Path | None = None, *, starts: Path | Non
     ``masks`` (requested budget, kept weights among the masked ones); ``densities`` (kept fraction of each masked layer);
     ``search`` (the search of a method that learns its masks); ``removed`` (losses of a shrunk model by layer; None for a masked
     one); ``saved`` (bytes of the written file ``model.safetensors``, masks included; None without a directory); ``dense``,
-    ``before`` and ``pruned`` (each with ``metrics`` on the test split, ``parameters``, ``macs``, ``bytes``; ``before`` is the
-    pruned model before recovery, if the method has such a moment); further observations of the method, such as ``estimate`` and
-    ``routes`` of a model that chooses its computation by input; ``latency``; ``seconds``.
+    ``before`` and ``pruned`` (each with ``metrics`` on ``measure.split``, ``parameters``, ``macs``, ``bytes``; ``before`` is
+    the pruned model before recovery, if the method has such a moment); further observations of the method, such as
+    ``estimate`` and ``routes`` of a model that chooses its computation by input; ``latency``; ``seconds``.
 
     Raises:
         MicrogliaError: An error that the user can correct; the text says how.
@@ -77,7 +77,7 @@ def execute(recipe: Recipe, directory: Path | None = None, *, starts: Path | Non
     # Errors of a new recipe appear before its directory is made; a known directory answers before data are read.
     prepared = None if directory is not None and (directory / "recipe.yaml").exists() else prepare(recipe)
     run = Run(directory, as_dict(recipe), seed=recipe.seed, device=engine.device.type, identity=completed)
-    run.trajectory = recipe.measure.trajectory
+    run.trajectory, run.split = recipe.measure.trajectory, recipe.measure.split
     run.shared = None if starts is None else starts / start_of(as_dict(recipe))
     try:
         return _finished(run) or _execute(recipe, run, prepared or make_task(recipe))

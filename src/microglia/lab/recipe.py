@@ -44,6 +44,8 @@ class MeasureConfig:
         accelerate: Whether to choose the fastest exact execution of the pruned model by timing (CPU), and to prove on the
             test images that no prediction changed.
         trajectory: Whether to keep the weights after every epoch of the last training, for ``microglia surface --trajectory``.
+        split: Images that the metrics of the result are about: ``test``, or ``validation`` for runs among which one is chosen,
+            so that the choice does not see the test images.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -54,6 +56,7 @@ class MeasureConfig:
     executions: tuple[str, ...] = ("eager", "packed", "compiled")
     accelerate: bool = False
     trajectory: bool = False
+    split: Literal["test", "validation"] = "test"
 
     def __post_init__(self) -> None:
         try:
@@ -192,8 +195,9 @@ def as_dict(recipe: Recipe) -> dict[str, Any]:
     Later fields are included only if they differ from their defaults, so that runs of earlier versions resume.
     """
     found = as_whole_dict(recipe)
-    trainings = {name: identity(found[name]) for name in ("dense", "train")}
-    return {key: trainings.get(key, value) for key, value in found.items() if value or key not in LATER}
+    changed = {name: identity(found[name]) for name in ("dense", "train")}
+    changed["measure"] = {key: value for key, value in found["measure"].items() if (key, value) != ("split", "test")}
+    return {key: changed.get(key, value) for key, value in found.items() if value or key not in LATER}
 
 
 def start_of(recipe: Mapping[str, Any]) -> str:

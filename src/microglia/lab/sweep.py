@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import math
 import os
 import shlex
-import signal
-import subprocess
 import sys
-import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -24,13 +20,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from microglia.core.errors import MicrogliaError, RunError
+from microglia.core.processes import Children, cores, signals_raise
 from microglia.lab.recipe import as_dict, begun, read_yaml, resolve
 from microglia.lab.sweep_grid import Cell, Sweep, cells, read_sweep
 from microglia.storage.files import write_atomic
 from microglia.storage.run import flatten
 from microglia.zoo.trust import needs_trust
 
-__all__ = ["Cell", "CellOutcome", "Sweep", "SweepOutcome", "cells", "read_sweep", "run_cell", "run_sweep"]
+__all__ = ["Cell", "CellOutcome", "Children", "Sweep", "SweepOutcome", "cells", "read_sweep", "run_cell", "run_sweep"]
 
 STARTS = ".starts"
 """Directory, in that of a sweep, of the dense networks that cells share."""
@@ -95,44 +92,6 @@ class SweepOutcome:
     def to_dict(self) -> dict[str, Any]:
         """Returns everything, JSON-ready."""
         return {"directory": str(self.directory), "cells": [asdict(cell) for cell in self.cells]}
-
-
-class Children:
-    """The running processes of a sweep, which can be ended together."""
-
-    def __init__(self) -> None:
-        self.stopped = threading.Event()
-        self._lock = threading.Lock()
-        self._running: set[subprocess.Popen[bytes]] = set()
-
-    def run(self, command: Sequence[str], log: TextIO, lock: TextIO, environment: Mapping[str, str]) -> int:
-        """Runs a command to its end and returns its status; the child holds ``lock`` while it lives."""
-        with self._lock:
-            if self.stopped.is_set():
-                return -signal.SIGKILL
-            child = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=environment,
-                pass_fds=[lock.fileno()],
-                start_new_session=True,  # Ctrl-C reaches only the sweep, which ends every child with its own children
-            )
-            self._running.add(child)
-        status = child.wait()
-        with self._lock:
-            self._running.discard(child)
-        return status
-
-    def stop(self) -> None:
-        """Ends every child immediately: a run is durable at any moment, so a gentle stop has no advantage."""
-        self.stopped.set()
-        with self._lock:
-            for child in self._running:
-                if child.poll() is None:
-                    with contextlib.suppress(ProcessLookupError):
-                        os.killpg(child.pid, signal.SIGKILL)
 
 
 def run_cell(
@@ -222,10 +181,10 @@ def run_sweep(sweep: Sweep, out: str | Path, jobs: int = 1) -> SweepOutcome:
     out, chosen, children = Path(out), sweep.cells, Children()
     _refuse_other_recipes(chosen, out)
     write_atomic(out / "sweep.yaml", yaml.safe_dump(asdict(sweep), sort_keys=False))
-    threads = max(1, _cores() // jobs)
+    threads = max(1, cores() // jobs)
     outcomes = {c.name: CellOutcome(c.name, "skipped") for c in chosen if (out / c.name / "result.json").is_file()}
     left = [cell for cell in chosen if cell.name not in outcomes]
-    with _signals_raise(), _progress() as progress, ThreadPoolExecutor(jobs) as pool:
+    with signals_raise(), _progress() as progress, ThreadPoolExecutor(jobs) as pool:
         try:
             bar = progress.add_task(sweep.name, total=len(chosen), completed=len(outcomes))
             progress.advance(bar, 0)  # the time starts here
@@ -242,10 +201,6 @@ def run_sweep(sweep: Sweep, out: str | Path, jobs: int = 1) -> SweepOutcome:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     return SweepOutcome(out, tuple(outcomes[cell.name] for cell in chosen))
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _refuse_other_recipes(chosen: Sequence[Cell], out: Path) -> None:
@@ -267,23 +222,3 @@ def _progress() -> Progress:
     console = Console(stderr=True)
     columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()]
     return Progress(*columns, console=console, disable=not console.is_terminal, transient=True, speed_estimate_period=math.inf)
-
-
-@contextlib.contextmanager
-def _signals_raise() -> Iterator[None]:
-    """Makes unhandled SIGTERM and SIGHUP end the program like Ctrl-C, through its ``finally`` clauses."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def end(number: int, frame: object) -> None:
-        raise SystemExit(128 + number)
-
-    ours = [s for s in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(s) is signal.SIG_DFL]
-    for number in ours:
-        signal.signal(number, end)
-    try:
-        yield
-    finally:
-        for number in ours:
-            signal.signal(number, signal.SIG_DFL)

@@ -148,13 +148,14 @@ def _densities(model: nn.Module, config: MethodConfig) -> dict[str, float]:
 
 
 def observe(task: Task, run: Run, name: str, model: nn.Module) -> None:
-    """Measures the current model, once: metrics on the test split, parameters, MACs, bytes."""
+    """Measures the current model, once: metrics on the run's split, parameters, MACs, bytes."""
 
     def stage(progress: Progress) -> dict[str, Any]:
-        metrics = evaluate(model, task, "test")
+        metrics = evaluate(model, task, run.split)
         return {"metrics": metrics, **measure(model, to_device(task.example, run.device), latency=False).to_dict()}
 
-    run.observations[name] = run.stage(f"{name}-observed", stage)
+    observed = f"{name}-observed" if run.split == "test" else f"{name}-observed-{run.split}"  # runs share the first name
+    run.observations[name] = run.stage(observed, stage)
 
 
 def evidence(task: Task, run: Run, config: MethodConfig, *, per_class: int | None = None, halves: bool = False) -> Evidence:

@@ -34,6 +34,8 @@ class Record(Outcome):
         missing = [key for key in ("model", "data", "method", "prune", "seed") if key not in self.recipe]
         if missing or not isinstance(self.recipe["prune"], dict):
             raise ValueError(f"the recipe lacks {', '.join(missing) or 'the settings of prune'}")
+        if self.recipe.get("measure", {}).get("split", "test") != "test":
+            raise ValueError("its metrics are of validation images, and tables show those of test images")
         for observed in filter(None, (self.dense, self.before, self.pruned)):
             value = observed.metrics.get(self.headline)
             if value is None or not math.isfinite(value):

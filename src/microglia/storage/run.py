@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Literal, TextIO
 
 import torch
 import yaml
@@ -59,6 +59,7 @@ class Run:
     Attributes:
         observations: Measurements of the model during the run, by name (``dense``, ``before`` ...).
         trajectory: Whether trainings keep their parameters after every epoch.
+        split: Split that the metrics of `observations` are about: ``test`` or ``validation``.
         shared: Directory in which runs with the same start keep `DENSE_STAGES` for each other, or None.
 
     Raises:
@@ -79,6 +80,7 @@ class Run:
         self.recipe = json.loads(json.dumps(dict(recipe or {})))  # in the form of its file
         self.observations: dict[str, dict[str, Any]] = {}
         self.trajectory = False
+        self.split: Literal["test", "validation"] = "test"
         self.shared: Path | None = None
         self.main = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
         self._lock: TextIO | None = None

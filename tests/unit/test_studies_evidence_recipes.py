@@ -1,0 +1,97 @@
+"""The shipped queue: every recipe fits its model, and every row of a table has the same chances."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from microglia.lab.execute import make_task
+from microglia.lab.recipe import method_config
+from microglia.methods import methods
+from microglia.studies.evidence.files import read_queue, tries
+from microglia.studies.evidence.ledger import Ledger
+from microglia.studies.evidence.plan import Planner
+
+QUEUE = Path(__file__).parents[2] / "recipes" / "evidence" / "queue.yaml"
+LAST_CHANGE = 0.6
+
+
+@pytest.fixture(scope="module")
+def queue():
+    return read_queue(QUEUE)
+
+
+@pytest.fixture(scope="module")
+def jobs(queue, tmp_path_factory):
+    return Planner(queue, Ledger.read(tmp_path_factory.mktemp("nothing"))).jobs()
+
+
+def test_every_file_in_the_folder_is_a_part_of_the_queue(queue):
+    files = {path.relative_to(QUEUE.parent).with_suffix("").as_posix() for path in QUEUE.parent.glob("*/*.yaml")}
+    assert files == set(queue.studies)
+
+
+def test_every_recipe_fits_its_model(jobs):
+    """Layers, pattern and budget meet the model; the digits stand for the images, which only the accuracy depends on."""
+    checked = set()
+    for job in jobs:
+        recipe = job.recipe
+        config = method_config(recipe)
+        key = recipe.model, recipe.method, repr({k: v for k, v in recipe.prune.items() if not k.endswith("density")})
+        if key not in checked:
+            checked.add(key)
+            methods[recipe.method].check(task_of(recipe), config)
+    assert len(checked) > 20
+
+
+def task_of(recipe):
+    return make_task(replace(recipe, data="digits", image_size=32))
+
+
+def test_all_rows_have_equal_chances(queue):
+    for study in queue.studies.values():
+        if study.pilots is None:
+            continue
+        counts = {name: distinct(study, row) for name, row in study.rows.items() if row.pilots}
+        assert len(set(counts.values())) == 1, (study.name, counts)
+
+
+def distinct(study, row):
+    """Number of different pilots: a value that a row has anyway was tried in the first step."""
+    total = sum(len(tries(step)) for step in study.pilots.steps)
+    for step in row.steps:
+        total += sum(any(row.set.get(key, default(row, key)) != value for key, value in one.items()) for one in tries(step))
+    return total
+
+
+def default(row, key):
+    chosen = methods[row.set["method"]]
+    name = key.removeprefix("prune.")
+    return chosen.defaults.get(name, getattr(chosen.config(), name, None))
+
+
+def test_cells_of_a_study_share_data_order_length_and_controls(queue, jobs):
+    for name, study in queue.studies.items():
+        cells = [job for job in jobs if job.study == name and job.kind == "cell"]
+        fair = [job for job in cells if study.rows[job.row].pilots or study.pilots is None]
+        assert len({(j.recipe.train.epochs, j.recipe.train.batch_size, j.recipe.train.weight_decay) for j in fair}) == 1
+        assert {(j.recipe.threads, j.recipe.device, j.recipe.train.schedule, j.recipe.train.distill) for j in cells} == {
+            (1, "cpu", "cosine", 0)
+        }
+        assert study.seeds == [0, 1, 2]
+        assert any(row.control for row in study.rows.values())
+
+
+def test_masks_of_the_searches_are_fixed_at_six_tenths(jobs):
+    ends = {}
+    for job in jobs:
+        if job.study.startswith("smart/") and job.kind == "cell":
+            config = method_config(job.recipe)
+            ends[job.row] = getattr(config, "span", (0, getattr(config, "end", LAST_CHANGE)))[1]
+    assert ends
+    assert {row: end for row, end in ends.items() if end != pytest.approx(LAST_CHANGE)} == {}
+
+
+def test_seeds_share_a_dense_network_over_studies(jobs):
+    starts = [job for job in jobs if job.kind == "start" and job.recipe.model == "resnet20" and job.recipe.dense.epochs == 25]
+    assert sorted(job.seed for job in starts) == [0, 1, 2]

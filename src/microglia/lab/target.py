@@ -50,7 +50,7 @@ def open_target(target: str, data: str | None = None, checkpoint: str | None = N
     if ":" not in target and (path.parent != Path() or target in ("", ".", "..")):
         raise RunError(f"There is no run directory or saved model {target}; give one, or a model's name such as resnet20.")
     if ":" not in target and not is_known(target):
-        raise unknown_name("run directory, saved model or network", target, model_names())
+        raise unknown_name("run directory, saved model or network", target, model_names(None))
     task = image_task(target, data or "digits", checkpoint=checkpoint)
     model = task.build()
     check_fit(model, task)

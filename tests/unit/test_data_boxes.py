@@ -186,7 +186,9 @@ def test_an_annotation_names_no_file_outside(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text", ["[" * 100_000, "{}", '{"images": 1, "annotations": 2, "categories": 3}', "nothing"], ids=["deep", "empty", "ints", "text"]
+    "text",
+    ["[" * 100_000, "{}", '{"images": 1, "annotations": 2, "categories": 3}', "nothing"],
+    ids=["deep", "empty", "ints", "text"],
 )
 def test_damaged_json_ends_in_a_sentence(text, tmp_path):
     root = coco(tmp_path)
@@ -270,8 +272,8 @@ def test_boxes_follow_the_marked_pixels(seed):
     found = moved(scene, (64, 64), vary)
     assert len(found.boxes) == 1
     assert (found.boxes[0] - rectangle(found.image)).abs().max() <= 1.5
-    empty = marked((64, 64), (0, 0, 64, 64)).take(torch.zeros(0, 4), torch.zeros(0, dtype=torch.bool), torch.zeros(3, 64, 64).byte())
-    empty = Scene(empty.image, torch.zeros(0, 4), torch.zeros(0).long(), torch.zeros(0).bool())
+    nothing = (torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.bool))
+    empty = Scene(torch.zeros(3, 64, 64, dtype=torch.uint8), *nothing)
     four = mosaic([scene, empty, empty, empty], (64, 64))
     assert four.image.shape == (3, 128, 128)
     assert torch.equal(four.boxes[0], rectangle(four.image))

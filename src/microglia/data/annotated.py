@@ -76,11 +76,15 @@ class _Checks:
         left, top, right, bottom = one.corners
         inside = (max(left, 0.0), max(top, 0.0), min(right, float(size[1])), min(bottom, float(size[0])))
         if one.name not in self.classes:
-            return self._without("unknown_class", f"a box of the class {one.name!r}, which is none of {list(self.classes)}", name)
+            return self._without(
+                "unknown_class", f"a box of the class {one.name!r}, which is none of {list(self.classes)}", name
+            )
         if right <= left or bottom <= top:
             return self._without("no_area", f"a box of {one.name!r} without area, {one.corners}", name)
         if inside[2] <= inside[0] or inside[3] <= inside[1]:
-            return self._without("outside", f"a box of {one.name!r} outside its {size[1]}x{size[0]} pixels, {one.corners}", name)
+            return self._without(
+                "outside", f"a box of {one.name!r} outside its {size[1]}x{size[0]} pixels, {one.corners}", name
+            )
         return inside
 
     def no_image(self, one: Annotated) -> None:

@@ -50,7 +50,9 @@ class BoxAugmentation:
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
             if not 0 <= value <= 1 or (name == "scale" and value == 1):
-                raise DataError(f"The augmentation's {name} is {value}; expected a number in [0, 1{')' if name == 'scale' else ']'}.")
+                raise DataError(
+                    f"The augmentation's {name} is {value}; expected a number in [0, 1{')' if name == 'scale' else ']'}."
+                )
 
 
 _USUAL = {"scale": 0.5, "translate": 0.1, "hue": 0.015, "saturation": 0.7, "value": 0.4, "flip": 0.5}

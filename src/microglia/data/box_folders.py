@@ -58,9 +58,9 @@ def load_boxes(
     splits = _carved(found.splits, validation)
     read = {split: box_set(images, found.classes, fit=fit, strict=strict) for split, images in splits.items()}
     left = sum((left for _, left in read.values()), LeftOut())
-    if not len(read["train"][0]) or not len(read["test"][0]):
-        raise DataError(f"The data set {name} has {len(read['train'][0])} training images and {len(read['test'][0])} test images; "
-                        "expected some of both.")  # fmt: skip
+    train, test = len(read["train"][0]), len(read["test"][0])
+    if not train or not test:
+        raise DataError(f"The data set {name} has {train} training images and {test} test images; expected some of both.")
     if left.sentence:
         warnings.warn(f"{name}: {left.sentence}", stacklevel=2)
     return BoxData(str(name), found.classes, **{split: boxes for split, (boxes, _) in read.items()}, left_out=left)

@@ -36,7 +36,11 @@ class LeftOut:
     @property
     def sentence(self) -> str:
         """One sentence for a reader; empty if nothing was left out."""
-        said = {"have no area": self.no_area, "lie outside their image": self.outside, "are of no known class": self.unknown_class}
+        said = {
+            "have no area": self.no_area,
+            "lie outside their image": self.outside,
+            "are of no known class": self.unknown_class,
+        }
         parts = [f"{count:,} of {self.boxes:,} boxes {what}" for what, count in said.items() if count]
         parts += [f"{self.no_image:,} images have no file"] if self.no_image else []
         return f"{', '.join(parts)}; they are left out." if parts else ""

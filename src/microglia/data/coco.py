@@ -28,7 +28,10 @@ def coco_files(root: Path) -> dict[str, tuple[Path, list[Path]]]:
     found = {}
     for split, plain in names.items():
         name = next(name for name in files if name.rstrip("0123456789") == plain)
-        found[split] = (files[name], [root / name, root / "images" / name, root / plain, root / "images" / plain, root / "images"])
+        found[split] = (
+            files[name],
+            [root / name, root / "images" / name, root / plain, root / "images" / plain, root / "images"],
+        )
     if found:
         return found
     beside = {path.parent.name: path for path in sorted(root.glob(f"*/{ROBOFLOW}"))}

@@ -1,4 +1,4 @@
-"""XML of annotations, read without document types: no entity is expanded, nothing else is fetched, depth and size are bounded."""
+"""XML of annotations, read without document types: no entity is expanded, no file fetched, depth and size are bounded."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def read_xml(path: Path) -> Element:
     """Returns the root element of an XML file.
 
     Raises:
-        DataError: The file is missing, too large, not XML, nested too deep, or declares a document type (such as an entity bomb).
+        DataError: The file is missing, too large, not XML, nested too deep, or declares a document type.
     """
     try:
         if path.stat().st_size > LARGEST:

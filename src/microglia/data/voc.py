@@ -12,7 +12,9 @@ from microglia.data.plain_xml import read_xml
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".JPG", ".JPEG", ".PNG")
 LISTS = {"train": "train", "validation": "val", "test": "test"}
 """Split -> name of its list in ``ImageSets/Main``."""
-NO_ANNOTATION = "The image {name} has no annotation {path}; write one (without objects for an empty image), or remove the image."
+NO_ANNOTATION = (
+    "The image {name} has no annotation {path}; write one (without objects for an empty image), or remove the image."
+)
 
 
 def voc_root(root: Path) -> Path | None:

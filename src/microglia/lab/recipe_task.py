@@ -13,7 +13,7 @@ from torch import nn
 from microglia.core.errors import MicrogliaError
 from microglia.core.registry import unknown_name
 from microglia.storage.validation import problems
-from microglia.tasks.kinds import DEFAULT, ClassificationOptions, kinds
+from microglia.tasks.kinds import DEFAULT, ClassificationOptions, kind_of_model, kinds
 from microglia.tasks.task import Task
 from microglia.zoo import load_checkpoint
 from microglia.zoo.own_code import called, function_of, takes
@@ -47,12 +47,12 @@ def settle_task(source: Mapping[str, Any]) -> dict[str, Any]:
         raise TaskFieldError(
             "task_options are the keywords of a task package.module:function; give a kind its options in task."
         )
-    if task is None:
+    if task is None and kind_of_model(rest.get("model")) == DEFAULT:
         return rest
     if isinstance(task, str) and OWN.fullmatch(task):
         _refuse_beside(rest, task, task)
         return {"model": task, **rest, "data": task, "task": task, **({"task_options": dict(options)} if options else {})}
-    if isinstance(task, str):
+    if isinstance(task, str) or task is None:
         task = {"kind": task}
     if not isinstance(task, Mapping):
         raise TaskFieldError(f"The task is a mapping such as {{kind: {DEFAULT}}}, or package.module:function; got {task!r}.")
@@ -60,9 +60,11 @@ def settle_task(source: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _of_kind(task: dict[str, Any], rest: dict[str, Any]) -> dict[str, Any]:
-    kind = task.pop("kind", DEFAULT)
+    kind = task.pop("kind", None) or kind_of_model(rest.get("model"))
     if kind not in kinds:
         raise unknown_name("kind of task", kind, kinds)
+    if kind != DEFAULT and "data" in rest and takes(kinds[kind].options, "data"):
+        task.setdefault("data", rest["data"])
     options = asdict(_options(kind, task))
     if kind != DEFAULT:
         data = str(options.get("data", kind))

@@ -24,7 +24,7 @@ Flags = npt.NDArray[np.bool_]
 
 
 def average_precision(pairs: Sequence[tuple[Tensor, Tensor]], classes: Sequence[str]) -> dict[str, float]:
-    """Returns ``map`` (mean over IoU 0.50 to 0.95), ``map50`` (IoU 0.50), and ``map:NAME`` of each class with true boxes.
+    """Returns ``map`` (mean over IoU 0.50 to 0.95), ``map50`` (IoU 0.50), and ``map/NAME`` of each class with true boxes.
 
     Args:
         pairs: (detections, truth) of every image, in their order. Detections are [n, 6]: corners, score, class. Truth is
@@ -35,7 +35,7 @@ def average_precision(pairs: Sequence[tuple[Tensor, Tensor]], classes: Sequence[
     if not each:
         return {"map": 0.0, "map50": 0.0}
     values = np.stack(list(each.values()))
-    own = {f"map:{name}": float(value.mean()) for name, value in each.items()}
+    own = {f"map/{name}": float(value.mean()) for name, value in each.items()}
     return {"map": float(values.mean()), "map50": float(values[:, 0].mean()), **own}
 
 
@@ -100,5 +100,7 @@ def _read(hits: Flags, ignored: Flags, wanted: int) -> Array:
         precision = right / (right + wrong + np.spacing(1))
         precision = np.maximum.accumulate(precision[::-1])[::-1]
         at = np.searchsorted(right / wanted, RECALLS, side="left")
-        found[place] = np.where(at < len(precision), precision[np.minimum(at, len(precision) - 1)], 0.0).mean() if len(precision) else 0
+        found[place] = (
+            np.where(at < len(precision), precision[np.minimum(at, len(precision) - 1)], 0.0).mean() if len(precision) else 0
+        )
     return found

@@ -79,22 +79,20 @@ def nms(boxes: Tensor, scores: Tensor, limit: float, labels: Tensor | None = Non
         labels: [n] class of each box; None for one class.
         most: Maximum number of kept boxes, None for all.
     """
+
+    def removes(rows: Tensor, columns: Tensor) -> Tensor:
+        close = iou(boxes[rows], boxes[columns]) > limit
+        return close if labels is None else close & (labels[rows][:, None] == labels[columns][None])
+
     order = scores.argsort(descending=True, stable=True)
     kept = order[:0]
     for chunk in order.split(BLOCK):
-        before = _removed_by(boxes[kept], boxes[chunk], labels, kept, chunk, limit).any(0)
-        left = chunk[~before]
-        within = _removed_by(boxes[left], boxes[left], labels, left, left, limit).triu(1)
+        left = chunk[~removes(kept, chunk).any(0)]
+        within = removes(left, left).triu(1)
         kept = torch.cat((kept, left[_settled(within)]))
         if most is not None and len(kept) >= most:
             return kept[:most]
     return kept
-
-
-def _removed_by(first: Tensor, second: Tensor, labels: Tensor | None, rows: Tensor, columns: Tensor, limit: float) -> Tensor:
-    """Returns, [n, m], whether each first box would remove each second box."""
-    close = iou(first, second) > limit
-    return close if labels is None else close & (labels[rows][:, None] == labels[columns][None])
 
 
 def _settled(removes: Tensor) -> Tensor:

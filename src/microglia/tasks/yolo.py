@@ -1,7 +1,7 @@
 """YOLOv5's raw maps: decoding to boxes, assignment of true boxes to cells, loss, and distillation.
 
-A map is [B, anchors, ny, nx, 5 + classes] of logits: x, y, width, height, objectness, classes. All is written from the published
-definitions (v6.0 to v7.0).
+A map is [B, anchors, ny, nx, 5 + classes] of logits: x, y, width, height, objectness, classes. All is written from the
+published definitions (v6.0 to v7.0).
 """
 
 from __future__ import annotations
@@ -202,9 +202,9 @@ def _ranks() -> int:
 
 
 def distance(student: Maps, teacher: Maps, temperature: float) -> Tensor:
-    """Returns how far a student's maps are from a teacher's: objectness everywhere, boxes and classes where the teacher is sure.
+    """Returns how far a student's maps are from a teacher's: objectness everywhere, boxes and classes where that is sure.
 
-    Objectness: cross-entropy to the teacher's probability, less the least possible. Boxes: squared difference of the sigmoids.
+    Objectness: cross-entropy to the teacher's probability, less the least possible. Boxes: squared difference of sigmoids.
     Classes: as objectness. The last two are means over the cells whose objectness, by the teacher, is above `SURE`.
 
     Args:
@@ -213,8 +213,7 @@ def distance(student: Maps, teacher: Maps, temperature: float) -> Tensor:
         temperature: Divides logits of objectness and classes, above 0.
     """
     total = student[0].new_zeros(())
-    for mine, theirs in zip(student, teacher, strict=True):
-        theirs = theirs.detach()
+    for mine, theirs in zip(student, [raw.detach() for raw in teacher], strict=True):
         total = total + _surprise(mine[..., 4] / temperature, theirs[..., 4] / temperature).mean()
         sure = theirs[..., 4].sigmoid() > SURE
         if sure.any():

@@ -26,14 +26,9 @@ def model_names(kind: str | None = CLASSIFICATION) -> list[str]:
     `build` also takes every other ``wrn-D-K``, and the forms with a colon.
 
     Args:
-        kind: Kind of task that the models are made for; None for all of them.
+        kind: Kind of task that the models are made for; None for all models.
     """
-    return sorted(name for name in MODELS if kind in (None, kind_of(name)))
-
-
-def kind_of(name: str) -> str:
-    """Returns the kind of task that a model is made for; classification for all names from outside the zoo."""
-    return KINDS.get(name, CLASSIFICATION)
+    return sorted(name for name in MODELS if kind in (None, KINDS.get(name, CLASSIFICATION)))
 
 
 def is_known(name: str) -> bool:

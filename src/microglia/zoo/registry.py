@@ -21,9 +21,8 @@ MODELS: Registry[Builder] = Registry("model")
 FAMILIES: dict[str, tuple[str, Builder]] = {}
 """Prefix of a name with numbers in it -> (how to spell such a name, its builder)."""
 
-
 KINDS: dict[str, str] = {}
-"""Name of a model that is no classifier -> the kind of task that it is made for, such as ``detection``."""
+"""Name of a model -> the kind of task it is made for; other models are classifiers."""
 
 
 class ModelError(MicrogliaError):
@@ -37,7 +36,7 @@ def register(*names: str, open_form: str | None = None, kind: str | None = None)
         names: Names to list.
         open_form: For a family with numbers in its names, the form of a name, such as ``"wrn-D-K"``. Every name with the same
             beginning (up to the first hyphen) then goes to this builder, listed or not.
-        kind: For models that are no classifiers, the kind of task that they are made for.
+        kind: Kind of task that the models are made for, as in ``task: {kind: ...}``; None for classification.
     """
 
     def add(builder: Builder) -> Builder:

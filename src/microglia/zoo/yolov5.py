@@ -6,7 +6,7 @@ Written from the published table of the architecture (v6.0 to v7.0). The names o
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +43,7 @@ class Unit(nn.Module):
     """Convolution without bias, batch norm, activation."""
 
     def __init__(
-        self, inputs: int, outputs: int, activation: str, kernel: int = 1, stride: int = 1, padding: int | None = None
+        self, inputs: int, outputs: int, activation: str, kernel: int = 1, stride: int = 1, *, padding: int | None = None
     ) -> None:
         super().__init__()
         around = autopad(kernel) if padding is None else padding
@@ -135,6 +135,7 @@ class YOLOv5(nn.Module):
         classes: int,
         channels: int,
         activation: str,
+        *,
         anchors: Sequence[Sequence[Sequence[float]]] = ANCHORS,
     ) -> None:
         super().__init__()
@@ -179,7 +180,7 @@ class YOLOv5(nn.Module):
         return y.view(batch, len(ANCHORS[0]), self.classes + 5, height, width).permute(0, 1, 3, 4, 2)
 
 
-def layers(wide, often, channels: int, act: str) -> nn.ModuleList:  # type: ignore[no-untyped-def]
+def layers(wide: Callable[[int], int], often: Callable[[int], int], channels: int, act: str) -> nn.ModuleList:
     """Returns the layers 0 to 23.
 
     Args:
@@ -198,7 +199,7 @@ def layers(wide, often, channels: int, act: str) -> nn.ModuleList:  # type: igno
 
     return nn.ModuleList(
         (
-            Unit(channels, w1, act, 6, 2, 2),
+            Unit(channels, w1, act, 6, 2, padding=2),
             Unit(w1, w2, act, 3, 2),
             c3(w2, w2, 3, True),
             Unit(w2, w3, act, 3, 2),

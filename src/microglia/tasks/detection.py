@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from pydantic import ConfigDict
-from torch import Tensor, nn
+from torch import nn
 
 from microglia.core.errors import MicrogliaError
 from microglia.core.modes import evaluating
@@ -20,18 +20,19 @@ from microglia.data.boxes import BoxData
 from microglia.data.samples import SampleBatches
 from microglia.tasks.box_pictures import show_boxes
 from microglia.tasks.classification import build_noted
-from microglia.tasks.detections import USE, precision_metric, same_boxes, suppressed
+from microglia.tasks.detections import USE, precision_metric, same_boxes
+from microglia.tasks.detectors import Anchors, Family, torchvision_family, yolo_family
 from microglia.tasks.kinds import kind, kind_of_model
 from microglia.tasks.task import Batches, Split, Task
-from microglia.tasks.yolo import DetectionLoss, Gains, Grid, decoded, distance
+from microglia.tasks.yolo import Gains
 from microglia.zoo import check_name
+from microglia.zoo.detectors import RawDetector, detector_of, is_detector
 from microglia.zoo.registry import ModelError
 from microglia.zoo.yolo_checkpoint import load_yolov5, read_any
 from microglia.zoo.yolov5 import ANCHORS, STRIDES
 
 KIND = "detection"
 Size = tuple[int, int]
-Anchors = tuple[tuple[tuple[float, float], ...], ...]
 Augment = Literal["none", "flip", "affine", "mosaic"]
 
 
@@ -118,37 +119,6 @@ class BoxSource:
         return {"classes": list(self.boxes.classes), "left_out": asdict(self.boxes.left_out), **own}
 
 
-@dataclass(frozen=True)
-class Family:
-    """How the outputs of one family of detectors are read.
-
-    Attributes:
-        loss: (outputs, targets) -> mean loss of an image.
-        training_loss: The loss to train with.
-        read: Outputs -> (boxes [B, candidates, 4] in pixels of the canvas, scores [B, candidates, classes]).
-        distance: As of `Task.distance`.
-        check: Raises `ModelError` unless outputs of one example have the form for a number of classes.
-    """
-
-    loss: Callable[[Any, Any], Tensor]
-    training_loss: Callable[[Any, Any], Tensor]
-    read: Callable[[Any], tuple[Tensor, Tensor]]
-    distance: Callable[[Any, Any, float], Tensor]
-    check: Callable[[Any, int, str], None]
-
-
-def yolo_family(gains: Gains, anchors: Anchors = ANCHORS) -> Family:
-    """Returns the family of YOLOv5, with three raw maps."""
-    grid = Grid(STRIDES, anchors)
-    return Family(
-        DetectionLoss(grid, gains),
-        DetectionLoss(grid, gains, summed=True),
-        lambda maps: decoded(maps, grid),
-        distance,
-        _check_maps,
-    )
-
-
 def detection_task(
     model: str,
     data: str | BoxData | None = None,
@@ -161,7 +131,8 @@ def detection_task(
     """Returns the task of finding the boxes of a data set with a network.
 
     Args:
-        model: ``yolov5n`` to ``yolov5x``, or ``package.module:function`` of a network with the same three maps.
+        model: ``yolov5n`` to ``yolov5x``, ``torchvision:retinanet_resnet50_fpn`` and other RetinaNet or FCOS of torchvision,
+            or ``package.module:function`` of a network with YOLOv5's three maps.
         data: Name, folder or loaded data set; by default that of the options.
         options: See `DetectionOptions`.
         checkpoint: File with trained weights, also a ``.pt`` of YOLOv5 itself, whose code does not run.
@@ -181,42 +152,80 @@ def detection_task(
     loaded = data if isinstance(data, BoxData) else _loaded(data or given.data, given)
     classes = len(loaded.classes)
     anchors = ANCHORS if checkpoint is None else anchors_in(checkpoint)
-    family = yolo_family(given.gains, anchors)
+    family = _family(model, given, anchors, classes)
 
-    def fresh(seed: int) -> nn.Module:
-        extra = {} if given.activation is None else {"activation": given.activation}
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            network = build_noted(model, classes=classes, shape=(3, *canvas), **extra)
-        return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
-
-    def build() -> nn.Module:
-        network = fresh(seed)
-        if ":" in model:
-            _check_network(network, family, canvas, classes, loaded.name)
-        if checkpoint is not None:
-            load_yolov5(network, checkpoint, head=given.head)
-        return network
-
+    builder = Builder(model, given, family, loaded, checkpoint, seed)
     source = BoxSource(loaded, canvas, AUGMENTATIONS[given.augment], anchors)
     return Task(
         f"{model} on {loaded.name}",
-        build,
+        builder.build,
         source,
         family.loss,
         {"map": precision_metric(loaded.classes, canvas)},
         next(iter(source.batches("test", 1).epoch(0)))[0],
         family.training_loss,
         checkpoint is not None,
-        fresh,
-        predict=lambda outputs: suppressed(*family.read(outputs)),
+        builder.fresh,
+        predict=family.found,
         count=lambda targets: len(targets["index"]),
         distance=family.distance,
         groups=None if given.bias_warmup is None else lambda network: bias_group(network, given.bias_warmup or 0.0),
-        agree=lambda first, second: same_boxes(*(suppressed(*family.read(one), USE) for one in (first, second))),
+        agree=lambda first, second: same_boxes(family.found(first, USE), family.found(second, USE)),
         kind=KIND,
-        show=lambda network: show_boxes(network, source, lambda outputs: suppressed(*family.read(outputs), USE)),
+        show=lambda network: show_boxes(network, source, lambda outputs: family.found(outputs, USE)),
     )
+
+
+def _family(model: str, options: DetectionOptions, anchors: Anchors, classes: int) -> Family:
+    """Returns how the outputs of a model are read."""
+    if is_detector(model):
+        return torchvision_family(detector_of(model, classes, (3, *options.canvas)), options.canvas)
+    return yolo_family(options.gains, anchors)
+
+
+@dataclass(frozen=True, eq=False)
+class Builder:
+    """Builds the network of a task.
+
+    Attributes:
+        model: Its name.
+        options: The task's options.
+        family: How its outputs are read.
+        data: The data set.
+        checkpoint: File with trained weights, or None.
+        seed: Seed of the initial weights.
+    """
+
+    model: str
+    options: DetectionOptions
+    family: Family
+    data: BoxData
+    checkpoint: str | Path | None
+    seed: int
+
+    def fresh(self, seed: int) -> nn.Module:
+        """Returns a network with the initial weights of a seed."""
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            network = _network(self.model, len(self.data.classes), self.options)
+        return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
+
+    def build(self) -> nn.Module:
+        """Returns the network of the task, with the checkpoint's weights if there is one."""
+        network = self.fresh(self.seed)
+        if ":" in self.model:
+            _check_network(network, self.family, self.options.canvas, len(self.data.classes), self.data.name)
+        if self.checkpoint is not None:
+            load_yolov5(network, self.checkpoint, head=self.options.head)
+        return network
+
+
+def _network(model: str, classes: int, options: DetectionOptions) -> nn.Module:
+    """Returns a network with fresh weights."""
+    if is_detector(model):
+        return RawDetector(detector_of(model, classes, (3, *options.canvas)))
+    extra = {} if options.activation is None else {"activation": options.activation}
+    return build_noted(model, classes=classes, shape=(3, *options.canvas), **extra)
 
 
 def saved_options(source: Mapping[str, Any]) -> dict[str, Any]:
@@ -249,7 +258,7 @@ def _check_detector(model: str) -> None:
     check_name(model)
     if ":" not in model and kind_of_model(model) != KIND:
         raise ModelError(f"The model {model} is made for {kind_of_model(model)}; detection takes yolov5n, yolov5s ... yolov5x.")
-    if model.partition(":")[0] in ("timm", "hf", "torchvision"):
+    if model.partition(":")[0] in ("timm", "hf", "torchvision") and not is_detector(model):
         raise ModelError(f"The model {model} gives no maps of boxes; detection takes yolov5n ... or package.module:function.")
 
 
@@ -257,19 +266,6 @@ def _check_detector(model: str) -> None:
 def _check_network(network: nn.Module, family: Family, canvas: Size, classes: int, data: str) -> None:
     with evaluating(network):
         family.check(network(torch.zeros(1, 3, *canvas)), classes, data)
-
-
-def _check_maps(outputs: Any, classes: int, data: str) -> None:
-    form = isinstance(outputs, Sequence) and len(outputs) == len(STRIDES)
-    if not form or not all(isinstance(one, Tensor) and one.ndim == 5 and one.shape[1] == len(ANCHORS[0]) for one in outputs):
-        raise ModelError(
-            "The model does not return three maps (batch, 3 anchors, rows, columns, 5 + classes), which detection needs."
-        )
-    if any(one.shape[-1] != 5 + classes for one in outputs):
-        raise ModelError(
-            f"The model's maps are for {outputs[0].shape[-1] - 5} classes, and {data} has {classes}; build it for as many, or "
-            "name the classes in the task's options."
-        )
 
 
 def anchors_in(checkpoint: str | Path) -> Anchors:

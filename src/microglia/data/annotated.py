@@ -1,4 +1,4 @@
-"""What readers of annotations find, and the checks that turn it into images with boxes in memory."""
+"""Findings of readers of annotations, and the checks that turn them into images with boxes in memory."""
 
 from __future__ import annotations
 

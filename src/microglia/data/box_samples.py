@@ -19,9 +19,9 @@ Sample = tuple[Tensor, dict[str, Tensor]]
 class BoxSamples:
     """A map-style dataset of (image, target) from a split in memory.
 
-    An image is uint8 [3, height, width]. A target has ``boxes`` (float32 [n, 4], centre x, centre y, width and height as shares
-    of the canvas), ``labels``, ``crowd``, ``pixels`` (float32 [n, 4], corners in the original image, for the evaluation),
-    ``size`` (height and width of that image) and ``index``. With augmentation the canvas itself is the original image.
+    An image is uint8 [3, height, width]. A target has ``boxes``, float32 [n, 4]: centre x, centre y, width and height as shares
+    of the canvas; ``labels`` and ``crowd``, [n]; and for the evaluation ``pixels``, float32 [n, 4]: corners in the original
+    image, with its ``size`` (height, width) and ``index``. With augmentation the canvas itself is the original image.
 
     Args:
         boxes: The split.

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter, ValidationError
-from torch import nn
 
 from microglia.core.errors import MicrogliaError
 from microglia.core.registry import unknown_name
 from microglia.storage.validation import problems
 from microglia.tasks.kinds import DEFAULT, ClassificationOptions, kind_of_model, kinds
+from microglia.tasks.own import own_task
 from microglia.tasks.task import Task
-from microglia.zoo import load_checkpoint
-from microglia.zoo.own_code import called, function_of, takes
-from microglia.zoo.registry import ModelError
+from microglia.zoo.own_code import takes
 
 if TYPE_CHECKING:
     from microglia.lab.recipe import Recipe
@@ -101,36 +99,10 @@ def build_task(recipe: Recipe) -> Task:
         MicrogliaError: Model, data, checkpoint or task are not valid.
     """
     if isinstance(recipe.task, str):
-        return own_task(recipe.task, recipe)
+        name = recipe.task
+        model = None if recipe.model == name else recipe.model
+        return own_task(name, model, recipe.task_options, checkpoint=recipe.checkpoint, seed=recipe.seed)
     given = {"kind": DEFAULT, **{key: getattr(recipe, key) for key in asdict(ClassificationOptions())}}
     task = dict(recipe.task or given)
-    kind = task.pop("kind", DEFAULT)
+    kind = task.pop("kind")
     return kinds[kind].make(recipe.model, _options(kind, task), checkpoint=recipe.checkpoint, seed=recipe.seed)
-
-
-def own_task(name: str, recipe: Recipe) -> Task:
-    """Returns the task that a user's own function makes from ``task_options``; this imports its module.
-
-    The function gets ``seed`` and, if the recipe names one, ``model``, if its signature takes them.
-
-    Raises:
-        ModelError: The function takes other keywords, does not take the model, or returns no Task.
-    """
-    function = function_of(name, "task")
-    offered: dict[str, Any] = {"seed": recipe.seed}
-    if recipe.model != name:
-        if not takes(function, "model"):
-            raise ModelError(f"The task {name} brings its model; leave out the model {recipe.model!r}, or let it take model=.")
-        offered["model"] = recipe.model
-    task = called(name, function, offered, recipe.task_options)
-    if not isinstance(task, Task):
-        raise ModelError(f"{name} returned {type(task).__name__}; a function named as task returns a microglia.Task.")
-    if recipe.checkpoint is None:
-        return task
-
-    def loaded() -> nn.Module:
-        model = task.build()
-        load_checkpoint(model, str(recipe.checkpoint))
-        return model
-
-    return replace(task, build=loaded, pretrained=True)

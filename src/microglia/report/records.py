@@ -77,7 +77,8 @@ def export(records: Sequence[Record], path: str | Path) -> Path:
     Raises:
         FileError: The file cannot be written.
     """
-    lines = [json.dumps(written(replace(record, shown={})), sort_keys=True) for record in sorted(records, key=order)]
+    kept = ({k: v for k, v in written(record).items() if k != "shown"} for record in sorted(records, key=order))
+    lines = [json.dumps(content, sort_keys=True) for content in kept]
     write_atomic(Path(path), "[\n" + ",\n".join(lines) + "\n]\n")
     return Path(path)
 

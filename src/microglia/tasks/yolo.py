@@ -50,9 +50,9 @@ class Gains:
     """Weights of the three parts of the loss.
 
     Attributes:
-        box: Of 1 - complete IoU.
-        obj: Of objectness.
-        cls: Of classes.
+        box: Weight of 1 - complete IoU.
+        obj: Weight of objectness.
+        cls: Weight of classes.
     """
 
     box: float = 0.05
@@ -106,8 +106,8 @@ class Assigned:
 def assign(targets: Mapping[str, Tensor], anchors: Tensor, size: tuple[int, int]) -> Assigned:
     """Returns which cells of a map are responsible for the true boxes.
 
-    A box goes to every anchor whose sides differ from its own by a factor below `RATIO`, in its own cell and in the nearest
-    cell to the left or right and above or below, unless that one is outside the map.
+    A box goes to every anchor whose sides differ from its own by a factor below `RATIO`. Its own cell takes it, the nearest one
+    to the left or right, and the nearest one above or below. Cells outside the map are left out.
 
     Args:
         targets: ``boxes`` [n, 4] (centre, sides, as shares of the image), ``labels`` and ``image`` [n]; ``crowd`` [n], if it is

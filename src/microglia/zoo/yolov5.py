@@ -231,7 +231,7 @@ def layers(wide: Callable[[int], int], often: Callable[[int], int], channels: in
 def yolov5(name: str, classes: int, shape: Shape, *, activation: str = "silu", width: float | None = None) -> nn.Module:
     """Builds a YOLOv5; ``yolov5n`` has 1,872,157 parameters with 80 classes.
 
-    The model maps (N, C, H, W) to three maps of raw logits, (N, 3, H / 8, W / 8, 5 + classes) and so on at 16 and 32.
+    The model maps (N, C, H, W) to three maps of raw logits: (N, 3, H / 8, W / 8, 5 + classes), and the same at 16 and 32.
 
     Args:
         name: ``yolov5n``, ``yolov5s``, ``yolov5m``, ``yolov5l`` or ``yolov5x``.

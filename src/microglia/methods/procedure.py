@@ -148,7 +148,10 @@ def _densities(model: nn.Module, config: MethodConfig) -> dict[str, float]:
 
 
 def observe(task: Task, run: Run, name: str, model: nn.Module) -> None:
-    """Measures the current model, once: metrics on the run's split, parameters, MACs, bytes."""
+    """Measures the current model, once: metrics on the run's split, parameters, MACs, bytes.
+
+    Predictions on a few test examples, if the task shows any, go to a file of the run.
+    """
 
     def stage(progress: Progress) -> dict[str, Any]:
         metrics = evaluate(model, task, run.split)
@@ -156,6 +159,8 @@ def observe(task: Task, run: Run, name: str, model: nn.Module) -> None:
 
     observed = f"{name}-observed" if run.split == "test" else f"{name}-observed-{run.split}"  # runs share the first name
     run.observations[name] = run.stage(observed, stage)
+    if task.show is not None and run.directory is not None:
+        run.show(name, task.show(model))
 
 
 def evidence(task: Task, run: Run, config: MethodConfig, *, per_class: int | None = None, halves: bool = False) -> Evidence:

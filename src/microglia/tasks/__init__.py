@@ -2,6 +2,7 @@
 
 from microglia.tasks.classification import ImageSource, image_task
 from microglia.tasks.classification import build_noted as build
+from microglia.tasks.detection import detection_task
 from microglia.tasks.language import language_task
 from microglia.tasks.loaders import loaders, samples
 from microglia.tasks.metrics import Gathered, Metric, mean_metric
@@ -13,6 +14,7 @@ __all__ = [
     "Metric",
     "Task",
     "build",
+    "detection_task",
     "image_task",
     "language_task",
     "loaders",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -11,6 +11,7 @@ from pydantic import ConfigDict
 from microglia.core.registry import Registry
 from microglia.tasks.classification import image_task
 from microglia.tasks.task import Task
+from microglia.zoo.registry import KINDS
 
 DEFAULT = "classification"
 """The default kind of a recipe; its options are also fields of the recipe itself."""
@@ -24,6 +25,15 @@ class MakesTask(Protocol):
         ...
 
 
+Saved = Callable[[Mapping[str, Any]], dict[str, Any]]
+"""Source of a saved model (``name``, ``classes``, ``shape``, ``options``) -> options of its kind that follow from it."""
+
+
+def nothing_more(source: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns no options."""
+    return {}
+
+
 @dataclass(frozen=True)
 class Kind:
     """A kind of task.
@@ -31,25 +41,33 @@ class Kind:
     Attributes:
         options: Frozen dataclass of its options, each with a default.
         make: Makes the task.
+        saved: Returns the options that follow from a saved model without a run, such as the size of its inputs.
     """
 
     options: type
     make: MakesTask
+    saved: Saved = nothing_more
 
 
 kinds: Registry[Kind] = Registry("kind of task")
 
 
-def kind(name: str, options: type) -> Callable[[MakesTask], MakesTask]:
+def kind_of_model(name: object) -> str:
+    """Returns the kind of task that a network of the zoo is made for; the default for every other model."""
+    return KINDS.get(name, DEFAULT) if isinstance(name, str) else DEFAULT
+
+
+def kind(name: str, options: type, *, saved: Saved = nothing_more) -> Callable[[MakesTask], MakesTask]:
     """Returns a decorator that registers how tasks of a kind are made.
 
     Args:
         name: Name of the kind, as in ``task: {kind: name}``.
         options: Frozen dataclass of the mapping's other fields.
+        saved: See `Kind`.
     """
 
     def register(make: MakesTask) -> MakesTask:
-        kinds.add(name)(Kind(options, make))
+        kinds.add(name)(Kind(options, make, saved))
         return make
 
     return register

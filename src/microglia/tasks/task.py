@@ -128,6 +128,7 @@ class Task:
             agreement is undefined.
         kind: Name of the task in reports; nothing depends on it.
         deliver: (pruned model, run directory) -> None; writes the result there also in the form that other libraries read.
+        show: Model -> its predictions on a few test examples as JSON, with the truth, for the pictures of reports; or None.
 
     Raises:
         MicrogliaError: ``data`` are batches themselves, not a source of batches.
@@ -150,6 +151,7 @@ class Task:
     agree: Callable[[Any, Any], tuple[int, int] | None] = same_class
     kind: str = "classification"
     deliver: Callable[[nn.Module, Path], None] = _nowhere
+    show: Callable[[nn.Module], Any] | None = None
 
     def __post_init__(self) -> None:
         if not hasattr(self.data, "batches") and (hasattr(self.data, "__iter__") or hasattr(self.data, "__getitem__")):

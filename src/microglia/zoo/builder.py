@@ -10,18 +10,25 @@ from typing import Any
 from torch import nn
 
 from microglia.core.registry import unknown_name
-from microglia.zoo import conv, densenet, external, lenet, mobilenet, resnet, vgg, wide_resnet  # noqa: F401  (register)
-from microglia.zoo.registry import FAMILIES, MODELS, Builder, ModelError, Shape, require_whole
+from microglia.zoo import conv, densenet, external, lenet, mobilenet, resnet, vgg, wide_resnet, yolov5  # noqa: F401  (register)
+from microglia.zoo.registry import FAMILIES, KINDS, MODELS, Builder, ModelError, Shape, require_whole
 
 _FORMS = ("timm:NAME", "torchvision:NAME", "hf:NAME", "package.module:function")
 
 
-def model_names() -> list[str]:
+CLASSIFICATION = "classification"
+"""Kind of task of a model that names no other."""
+
+
+def model_names(kind: str | None = CLASSIFICATION) -> list[str]:
     """Returns the names of the zoo's own models, in alphabetical order.
 
     `build` also takes every other ``wrn-D-K``, and the forms with a colon.
+
+    Args:
+        kind: Kind of task that the models are made for; None for all models.
     """
-    return sorted(MODELS)
+    return sorted(name for name in MODELS if kind in (None, KINDS.get(name, CLASSIFICATION)))
 
 
 def is_known(name: str) -> bool:
@@ -30,7 +37,7 @@ def is_known(name: str) -> bool:
 
 
 def build(name: str, *, classes: int = 10, shape: Sequence[int] = (3, 32, 32), **options: Any) -> nn.Module:
-    """Builds a classifier by name, with fresh weights drawn from the global random generator of torch.
+    """Builds a network by name, with fresh weights drawn from the global random generator of torch.
 
     Example:
         >>> model = build("resnet20", classes=10, shape=(3, 32, 32))
@@ -48,8 +55,8 @@ def build(name: str, *, classes: int = 10, shape: Sequence[int] = (3, 32, 32), *
             ``torchvision:`` and ``hf:``.
 
     Returns:
-        A module in train mode that maps (N, channels, height, width) to (N, classes) logits. The result of your own factory is
-        returned unchanged.
+        A module in train mode that maps (N, channels, height, width) to (N, classes) logits; models for other tasks say what
+        they return. The result of your own factory is returned unchanged.
 
     Raises:
         UnknownNameError: The name is unknown; the text gives the nearest names.

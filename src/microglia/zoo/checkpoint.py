@@ -37,7 +37,24 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike[str], *, prefix: s
         CheckpointError: The file is missing, damaged, no checkpoint, or holds objects that would run code; or names or
             shapes do not fit. The text lists up to five of each kind and guesses the kind of the file.
     """
-    state = _state_dictionary(_read(Path(path)), path)
+    load_state(model, read_state(path), path, prefix=prefix)
+
+
+def read_state(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """Returns the tensors of a checkpoint by name, without running code of the file.
+
+    Raises:
+        CheckpointError: The file is missing, damaged, no checkpoint, or holds objects that would run code.
+    """
+    return _state_dictionary(_read(Path(path)), path)
+
+
+def load_state(model: nn.Module, state: dict[str, Tensor], path: object, *, prefix: str | None = None) -> None:
+    """Loads tensors by name into ``model`` as `load_checkpoint` does; ``path`` is for messages.
+
+    Raises:
+        CheckpointError: Names or shapes do not fit, or a weight is not finite.
+    """
     if prefix is not None:
         dotted = prefix.rstrip(".") + "."
         under = {name.removeprefix(dotted): tensor for name, tensor in state.items() if name.startswith(dotted)}

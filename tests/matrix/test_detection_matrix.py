@@ -1,0 +1,89 @@
+"""Every method runs on a detector: a narrow YOLOv5n, one step on a few drawn rectangles."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from pydantic import TypeAdapter
+
+from microglia.core.errors import MicrogliaError
+from microglia.core.patterns import parse_pattern
+from microglia.methods import methods
+from microglia.methods.what import taken
+from microglia.storage.run import Run
+from microglia.tasks import Task
+from microglia.tasks.detection import detection_task
+from microglia.zoo import build
+
+SHORT = {
+    "score_batch_size": 2, "search_epochs": 1, "images": 2, "every": 1, "candidates": 2, "population": 2, "iterations": 1,
+    "episodes": 1, "warmup": 1, "tolerance": 0.5, "compress": (0.2, 0.8), "decompress": (0.5,),
+}  # fmt: skip
+OBJECT = "<object><name>{}</name><bndbox><xmin>{}</xmin><ymin>{}</ymin><xmax>{}</xmax><ymax>{}</ymax></bndbox></object>"
+REFUSED: dict[str, str] = {}
+"""Method -> the reason why it refuses a detector."""
+
+
+def narrow(classes: int, shape: tuple[int, int, int]) -> torch.nn.Module:
+    """Returns the network of `NAME`."""
+    return build("yolov5n", classes=classes, shape=shape, activation="relu", width=0.03)
+
+
+def drawn(root: Path, count: int) -> Path:
+    """Writes a VOC folder of images with one rectangle each."""
+    (root / "Annotations").mkdir(parents=True)
+    (root / "JPEGImages").mkdir()
+    (root / "ImageSets" / "Main").mkdir(parents=True)
+    names = [f"i{k}" for k in range(count)]
+    for k, name in enumerate(names):
+        box = (2 + k, 3, 22 + k, 25)
+        image = Image.new("RGB", (32, 32), (20, 20, 20))
+        image.paste((250, 250, 250) if k % 2 else (250, 0, 0), box)
+        image.save(root / "JPEGImages" / f"{name}.png")
+        (root / "Annotations" / f"{name}.xml").write_text(f"<a>{OBJECT.format('ab'[k % 2], *box)}</a>")
+    for split in ("train", "val", "test"):
+        (root / "ImageSets" / "Main" / f"{split}.txt").write_text("\n".join(names))
+    return root
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory: pytest.TempPathFactory) -> Task:
+    root = drawn(tmp_path_factory.mktemp("voc") / "drawn", 4)
+    return detection_task(f"{__name__}:narrow", str(root), size=32, augment="none")
+
+
+def config_of(name: str, pattern: str) -> Any:
+    method = methods[name]
+    short = {"epochs": 1, "batch_size": 4, "lr": 0.001}
+    known = taken(method.config)
+    budget = {"density": 0.6} if "density" in known else {"flops": 0.7}
+    budget = {} if parse_pattern(pattern).fixed_density is not None else budget
+    fields = {"pattern": pattern, "exclude": ("heads.*",), "dense": {**short, "epochs": 0}, "train": short, **budget}
+    fields = {key: value for key, value in fields.items() if key in known or key in ("dense", "train")}
+    fields |= {key: SHORT[key] for key in SHORT if key in known}
+    return TypeAdapter(method.config).validate_python({**method.defaults, **fields})
+
+
+def first_pattern(name: str) -> str:
+    """Returns the first pattern that a method takes, blocks before others."""
+    patterns = ["block:4x2", "unstructured", "nm:2:4", "channel"]
+    return next(p for p in patterns if methods[name].outcome(p) in ("masked", "shrunk", "gated"))
+
+
+@pytest.mark.parametrize("name", list(methods))
+def test_method_runs_on_a_detector(name: str, task: Task, tmp_path: Path) -> None:
+    method = methods[name]
+    pattern = first_pattern(name)
+    config = config_of(name, pattern)
+    if name in REFUSED:
+        with pytest.raises(MicrogliaError, match=REFUSED[name]):
+            method.check(task, config)
+        return
+    method.check(task, config)
+    model = method.procedure(task, Run(tmp_path / "run", {"method": name}), config)
+    with torch.no_grad():
+        maps = model.eval()(task.example)
+    assert [tuple(m.shape) for m in maps] == [(1, 3, 32 // s, 32 // s, 7) for s in (8, 16, 32)]
+    assert all(torch.isfinite(m).all() for m in maps)

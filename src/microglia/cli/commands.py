@@ -70,7 +70,9 @@ def prune(
     words: Annotated[list[str] | None, typer.Argument(metavar="[MODEL] [KEY=VALUE]...", help=MODELS)] = None,
     data: Data = None,
     checkpoint: Checkpoint = None,
-    task: Annotated[str | None, typer.Option(help="Kind of task: classification (the default), language.")] = None,
+    task: Annotated[
+        str | None, typer.Option(help="Kind of task, such as segmentation, images or language; default the model's.")
+    ] = None,
     text: Annotated[str | None, typer.Option(help="File or folder of text, for --task language.")] = None,
     method: Annotated[str | None, kept(help="See `microglia methods`.")] = None,
     pattern: Annotated[str | None, kept(help=", ".join(PATTERN_FORMS))] = None,

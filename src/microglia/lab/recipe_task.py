@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter, ValidationError
-from torch import nn
 
 from microglia.core.errors import MicrogliaError
 from microglia.core.registry import unknown_name
 from microglia.storage.validation import problems
-from microglia.tasks.kinds import DEFAULT, ClassificationOptions, kinds
+from microglia.tasks.kinds import DEFAULT, ClassificationOptions, kind_of_model, kinds
+from microglia.tasks.own import own_task
 from microglia.tasks.task import Task
-from microglia.zoo import load_checkpoint
-from microglia.zoo.own_code import called, function_of, takes
-from microglia.zoo.registry import ModelError
+from microglia.zoo.own_code import takes
 
 if TYPE_CHECKING:
     from microglia.lab.recipe import Recipe
@@ -47,12 +45,12 @@ def settle_task(source: Mapping[str, Any]) -> dict[str, Any]:
         raise TaskFieldError(
             "task_options are the keywords of a task package.module:function; give a kind its options in task."
         )
-    if task is None:
+    if task is None and kind_of_model(rest.get("model")) == DEFAULT:
         return rest
     if isinstance(task, str) and OWN.fullmatch(task):
         _refuse_beside(rest, task, task)
         return {"model": task, **rest, "data": task, "task": task, **({"task_options": dict(options)} if options else {})}
-    if isinstance(task, str):
+    if isinstance(task, str) or task is None:
         task = {"kind": task}
     if not isinstance(task, Mapping):
         raise TaskFieldError(f"The task is a mapping such as {{kind: {DEFAULT}}}, or package.module:function; got {task!r}.")
@@ -60,9 +58,11 @@ def settle_task(source: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _of_kind(task: dict[str, Any], rest: dict[str, Any]) -> dict[str, Any]:
-    kind = task.pop("kind", DEFAULT)
+    kind = task.pop("kind", None) or kind_of_model(rest.get("model"))
     if kind not in kinds:
         raise unknown_name("kind of task", kind, kinds)
+    if kind != DEFAULT and "data" in rest and takes(kinds[kind].options, "data"):
+        task.setdefault("data", rest["data"])
     options = asdict(_options(kind, task))
     if kind != DEFAULT:
         data = str(options.get("data", kind))
@@ -99,36 +99,10 @@ def build_task(recipe: Recipe) -> Task:
         MicrogliaError: Model, data, checkpoint or task are not valid.
     """
     if isinstance(recipe.task, str):
-        return own_task(recipe.task, recipe)
+        name = recipe.task
+        model = None if recipe.model == name else recipe.model
+        return own_task(name, model, recipe.task_options, checkpoint=recipe.checkpoint, seed=recipe.seed)
     given = {"kind": DEFAULT, **{key: getattr(recipe, key) for key in asdict(ClassificationOptions())}}
     task = dict(recipe.task or given)
-    kind = task.pop("kind", DEFAULT)
+    kind = task.pop("kind")
     return kinds[kind].make(recipe.model, _options(kind, task), checkpoint=recipe.checkpoint, seed=recipe.seed)
-
-
-def own_task(name: str, recipe: Recipe) -> Task:
-    """Returns the task that a user's own function makes from ``task_options``; this imports its module.
-
-    The function gets ``seed`` and, if the recipe names one, ``model``, if its signature takes them.
-
-    Raises:
-        ModelError: The function takes other keywords, does not take the model, or returns no Task.
-    """
-    function = function_of(name, "task")
-    offered: dict[str, Any] = {"seed": recipe.seed}
-    if recipe.model != name:
-        if not takes(function, "model"):
-            raise ModelError(f"The task {name} brings its model; leave out the model {recipe.model!r}, or let it take model=.")
-        offered["model"] = recipe.model
-    task = called(name, function, offered, recipe.task_options)
-    if not isinstance(task, Task):
-        raise ModelError(f"{name} returned {type(task).__name__}; a function named as task returns a microglia.Task.")
-    if recipe.checkpoint is None:
-        return task
-
-    def loaded() -> nn.Module:
-        model = task.build()
-        load_checkpoint(model, str(recipe.checkpoint))
-        return model
-
-    return replace(task, build=loaded, pretrained=True)

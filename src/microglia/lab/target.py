@@ -9,11 +9,11 @@ from torch import nn
 from microglia.core.errors import RunError
 from microglia.core.registry import unknown_name
 from microglia.lab.execute import make_task
-from microglia.lab.recipe import read_yaml, resolve
+from microglia.lab.recipe import put, read_yaml, resolve
 from microglia.storage.archive import PLAN, load
 from microglia.storage.code_folder import admit
 from microglia.storage.run import read_json
-from microglia.tasks.classification import check_fit, image_task
+from microglia.tasks.classification import check_fit
 from microglia.tasks.task import Task
 from microglia.zoo import is_known, model_names
 
@@ -44,20 +44,26 @@ def open_target(target: str, data: str | None = None, checkpoint: str | None = N
         if not source:
             raise RunError(f"{path} does not say which network it is; load it in Python: microglia.load(path, model).")
         network = load(path)  # first, because it refuses names that need trust
-        return network, image_task(source["name"], data or "digits")
+        return network, _task_named(source["name"], data)
     if path.is_dir():
         raise RunError(f"{path} is neither a run directory (recipe.yaml) nor a saved model ({PLAN}).")
     if ":" not in target and (path.parent != Path() or target in ("", ".", "..")):
         raise RunError(f"There is no run directory or saved model {target}; give one, or a model's name such as resnet20.")
     if ":" not in target and not is_known(target):
         raise unknown_name("run directory, saved model or network", target, model_names())
-    task = image_task(target, data or "digits", checkpoint=checkpoint)
+    task = _task_named(target, data, checkpoint)
     model = task.build()
     check_fit(model, task)
     return model, task
 
 
+def _task_named(model: str, data: str | None, checkpoint: str | None = None) -> Task:
+    return make_task(resolve({"model": model, "checkpoint": checkpoint, **({"data": data} if data else {})}))
+
+
 def _task_of(run: Path, data: str | None) -> Task:
     source = read_yaml(run / "recipe.yaml")
+    if data and isinstance(source.get("task"), dict) and "data" in source["task"]:
+        source = put(source, "task.data", data)
     admit({**source, "data": data or source.get("data")}, run / "recipe.yaml")
     return make_task(resolve({**source, **({"data": data} if data else {})}))

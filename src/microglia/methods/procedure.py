@@ -148,13 +148,18 @@ def _densities(model: nn.Module, config: MethodConfig) -> dict[str, float]:
 
 
 def observe(task: Task, run: Run, name: str, model: nn.Module) -> None:
-    """Measures the current model, once: metrics on the test split, parameters, MACs, bytes."""
+    """Measures the current model, once: metrics on the test split, parameters, MACs, bytes.
+
+    Predictions on a few test examples, if the task shows any, go to a file of the run.
+    """
 
     def stage(progress: Progress) -> dict[str, Any]:
         metrics = evaluate(model, task, "test")
         return {"metrics": metrics, **measure(model, to_device(task.example, run.device), latency=False).to_dict()}
 
     run.observations[name] = run.stage(f"{name}-observed", stage)
+    if task.show is not None and run.directory is not None:
+        run.show(name, task.show(model))
 
 
 def evidence(task: Task, run: Run, config: MethodConfig, *, per_class: int | None = None, halves: bool = False) -> Evidence:

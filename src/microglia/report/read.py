@@ -7,11 +7,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
+from typing import Any
 
 from microglia.core.errors import FileError
 from microglia.report.families import checked
 from microglia.report.records import Curves, Record, order, parse, without_paths
-from microglia.storage.run import read_json
+from microglia.storage.run import SHOWN, read_json
 
 RESULT, RECIPE, CELL, METRICS = "result.json", "recipe.yaml", "cell.yaml", "metrics.jsonl"
 
@@ -88,7 +89,18 @@ def _read_run(file: Path, shown: str, records: list[Record], left_out: list[str]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         left_out.append(f"{shown.removesuffix(RESULT)}{METRICS}: damaged, so there are no curves of this run")
         curves = {}
-    records.append(replace(record, curves=curves))
+    records.append(replace(record, curves=curves, shown=_shown_examples(file.parent, shown, left_out)))
+
+
+def _shown_examples(run: Path, shown: str, left_out: list[str]) -> dict[str, Any]:
+    """Returns the predictions on a few test examples that a run wrote, by model."""
+    found = {}
+    for path in sorted((run / SHOWN).glob("*.json")):
+        try:
+            found[path.stem] = read_json(path)
+        except FileError:
+            left_out.append(f"{shown.removesuffix(RESULT)}{SHOWN}/{path.name}: damaged, so it is not shown")
+    return found
 
 
 def _read_export(file: Path, shown: str, records: list[Record], left_out: list[str]) -> None:

@@ -25,10 +25,13 @@ class Record(Outcome):
     Attributes:
         curves: Logged values of its trainings, by epoch; ``validation`` is NaN for an epoch without an evaluation.
         source: Path from which it was read.
+        shown: Predictions of each model on a few test examples, only where a run directory is read. Exported files lack
+            them, because images of a data set may not be copied.
     """
 
     curves: Curves = field(default_factory=dict)
     source: str = ""
+    shown: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         missing = [key for key in ("model", "data", "method", "prune", "seed") if key not in self.recipe]
@@ -74,7 +77,8 @@ def export(records: Sequence[Record], path: str | Path) -> Path:
     Raises:
         FileError: The file cannot be written.
     """
-    lines = [json.dumps(written(record), sort_keys=True) for record in sorted(records, key=order)]
+    kept = ({k: v for k, v in written(record).items() if k != "shown"} for record in sorted(records, key=order))
+    lines = [json.dumps(content, sort_keys=True) for content in kept]
     write_atomic(Path(path), "[\n" + ",\n".join(lines) + "\n]\n")
     return Path(path)
 

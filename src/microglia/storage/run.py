@@ -23,6 +23,8 @@ PLACE = "place"
 """Kind of the files that hold the parameters at one moment of a training."""
 TRAJECTORY = "trajectory"
 """Directory in a run for the parameter files of its last training."""
+SHOWN = "shown"
+"""Directory in a run for predictions on a few test examples, a file for each model."""
 DENSE_STAGES = ("dense", "dense-observed")
 """Stages that only the start of a recipe decides, so that runs with the same start can share them."""
 
@@ -185,6 +187,11 @@ class Run:
         """Keeps the parameters after an epoch if the run keeps a trajectory."""
         if self.trajectory and self.directory is not None and self.main:
             write_tensors(self.directory / TRAJECTORY / f"{epoch:06d}.safetensors", parameters, kind=PLACE)
+
+    def show(self, name: str, shown: Any) -> None:
+        """Writes a model's predictions on a few test examples to ``shown/NAME.json``, for the pictures of reports."""
+        if self.directory is not None and self.main:
+            write_atomic(self.directory / SHOWN / f"{name}.json", json.dumps(shown) + "\n")
 
     @property
     def result(self) -> dict[str, Any] | None:

@@ -11,6 +11,7 @@ from pydantic import ConfigDict
 from microglia.core.registry import Registry
 from microglia.tasks.classification import image_task
 from microglia.tasks.task import Task
+from microglia.zoo.registry import KINDS
 
 DEFAULT = "classification"
 """The default kind of a recipe; its options are also fields of the recipe itself."""
@@ -38,6 +39,11 @@ class Kind:
 
 
 kinds: Registry[Kind] = Registry("kind of task")
+
+
+def kind_of_model(name: object) -> str:
+    """Returns the kind of task that a network of the zoo is made for; the default for every other model."""
+    return KINDS.get(name, DEFAULT) if isinstance(name, str) else DEFAULT
 
 
 def kind(name: str, options: type) -> Callable[[MakesTask], MakesTask]:

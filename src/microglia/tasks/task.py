@@ -57,6 +57,15 @@ class Telling(Protocol):
         ...
 
 
+@runtime_checkable
+class DistanceOnTargets(Protocol):
+    """A divergence for distillation that also reads the targets, such as to leave out pixels without a class."""
+
+    def on_targets(self, outputs: Any, wanted: Any, targets: Any, temperature: float) -> Tensor:
+        """Returns the mean divergence of the student's outputs from the teacher's."""
+        ...
+
+
 SEEN = "A checkpoint may have been trained on these images."
 """Note beside numbers of the training or validation split if trained weights were loaded."""
 
@@ -120,7 +129,8 @@ class Task:
             model may return additional outputs, such as those of auxiliary heads.
         predict: Outputs -> predictions, only for metrics: arg-max, suppression of duplicate boxes, a shift of logits.
         count: Targets -> number of examples in the batch.
-        distance: (student's outputs, teacher's outputs, temperature) -> mean divergence, for distillation.
+        distance: (student's outputs, teacher's outputs, temperature) -> mean divergence, for distillation. One that is also a
+            `DistanceOnTargets` reads the targets too.
         groups: Model -> optimizer groups, each with ``params`` and perhaps ``lr_scale``, ``weight_decay`` and ``warmup_from``
             (learning rate at the start of the warm-up); None for one group of all parameters. The remaining parameters form one
             more group.
@@ -128,6 +138,7 @@ class Task:
             agreement is undefined.
         kind: Name of the task in reports; nothing depends on it.
         deliver: (pruned model, run directory) -> None; writes the result there also in the form that other libraries read.
+        show: Model -> its predictions on a few test examples as JSON, with the truth, for the pictures of reports; or None.
 
     Raises:
         MicrogliaError: ``data`` are batches themselves, not a source of batches.
@@ -150,6 +161,7 @@ class Task:
     agree: Callable[[Any, Any], tuple[int, int] | None] = same_class
     kind: str = "classification"
     deliver: Callable[[nn.Module, Path], None] = _nowhere
+    show: Callable[[nn.Module], Any] | None = None
 
     def __post_init__(self) -> None:
         if not hasattr(self.data, "batches") and (hasattr(self.data, "__iter__") or hasattr(self.data, "__getitem__")):

@@ -21,23 +21,29 @@ MODELS: Registry[Builder] = Registry("model")
 FAMILIES: dict[str, tuple[str, Builder]] = {}
 """Prefix of a name with numbers in it -> (how to spell such a name, its builder)."""
 
+KINDS: dict[str, str] = {}
+"""Name of a model -> the kind of task it is made for; other models are classifiers."""
+
 
 class ModelError(MicrogliaError):
     """A model that cannot be built: an option, an input shape or a library does not fit."""
 
 
-def register(*names: str, open_form: str | None = None) -> Callable[[Builder], Builder]:
+def register(*names: str, open_form: str | None = None, kind: str | None = None) -> Callable[[Builder], Builder]:
     """Returns a decorator that registers a builder under each of ``names``.
 
     Args:
         names: Names to list.
         open_form: For a family with numbers in its names, the form of a name, such as ``"wrn-D-K"``. Every name with the same
             beginning (up to the first hyphen) then goes to this builder, listed or not.
+        kind: Kind of task that the models are made for, as in ``task: {kind: ...}``; None for classification.
     """
 
     def add(builder: Builder) -> Builder:
         for name in names:
             MODELS.add(name)(builder)
+            if kind is not None:
+                KINDS[name] = kind
         if open_form is not None:
             FAMILIES[open_form.partition("-")[0] + "-"] = (open_form, builder)
         return builder

@@ -134,8 +134,11 @@ def test_the_recipes_of_smart_are_valid_and_say_what_the_paper_says(path: Path) 
         "yolov5m_coco_awg": (16, 100, "sgd", 1e-4, 5e-4),
         "yolov5m_coco_acdc": (32, 100, "sgd", 1e-4, 5e-4),
         "bisenetv2_cityscapes": (16, 135, "sgd", 5e-4, 0, 10, 1e-4),
+        **{f"bisenetv2_cityscapes_{name}": (16, 135, "sgd", 5e-4, 0) for name in ("awg", "acdc", "pas", "pdp")},
         "vit_imagenet": (64, 150, "adamw", 1e-5, 0.3, 1e-4, 1e-5),
+        **{f"vit_imagenet_{name}": (64, 150, "adamw", 1e-5, 0.3) for name in ("awg", "acdc", "pdp")},
         "swin_imagenet": (128, 200, "adamw", 5e-6, 0.05, 10, 1e-5),
+        **{f"swin_imagenet_{name}": (128, 200, "adamw", 5e-6, 0.05) for name in ("awg", "acdc", "pdp")},
     }
     train, prune = recipe.train, recipe.prune
     said = (train.batch_size, train.epochs, train.optimizer, train.lr, train.weight_decay)
@@ -143,6 +146,56 @@ def test_the_recipes_of_smart_are_valid_and_say_what_the_paper_says(path: Path) 
     assert path.stem.startswith("cifar10") or said == published[path.stem]
     if path.stem.startswith("cifar10"):
         methods["smart"].check(_small_task(recipe), method_config(recipe))
+
+
+def test_the_searches_of_smarts_table_have_the_published_lengths() -> None:
+    """Table 5: epochs of search, cycles of AC/DC, steps of AWG, all as parts of the training."""
+    folder = Path(__file__).parents[2] / "recipes" / "smart"
+    found = {path.stem: resolve(read_yaml(path)) for path in folder.glob("*_*.yaml") if not path.stem.startswith("cifar10")}
+    searched = {name: r.prune["search"] * r.train.epochs for name, r in found.items() if r.method in ("smart", "pdp")}
+    published = {
+        **{f"bisenetv2_cityscapes{end}": epochs for end, epochs in (("", 9.42), ("_pdp", 62.2))},
+        **{f"vit_imagenet{end}": epochs for end, epochs in (("", 5), ("_pdp", 20))},
+        **{f"swin_imagenet{end}": 20 for end in ("", "_pdp")},
+    }
+    assert {name: searched[name] for name in published} == pytest.approx(published, rel=0.01)
+    cycles = {"resnet50_imagenet_acdc": (8, 5), "bisenetv2_cityscapes_acdc": (8, 6.73)}
+    cycles |= {"vit_imagenet_acdc": (2, 1), "swin_imagenet_acdc": (5, 2)}
+    for name, (count, epochs) in cycles.items():
+        prune, whole = found[name].prune, found[name].train.epochs
+        dense = [whole * (up - down) for down, up in zip(prune["compress"], prune["decompress"], strict=False)]
+        packed = [whole * (down - up) for up, down in zip(prune["decompress"], prune["compress"][1:], strict=True)]
+        assert len(dense) == count
+        assert [*dense, *packed] == pytest.approx([epochs] * 2 * count, rel=0.01)
+    assert found["swin_imagenet_awg"].prune["updates"] == 5
+    assert found["swin_imagenet_awg"].prune["search"] * 200 == pytest.approx(25)
+
+
+def test_the_networks_of_smarts_table_have_their_tasks_and_schedules() -> None:
+    folder = Path(__file__).parents[2] / "recipes" / "smart"
+    for path in [*folder.glob("vit_*.yaml"), *folder.glob("swin_*.yaml")]:
+        recipe = resolve(read_yaml(path))
+        assert recipe.prune["pattern"] == "nm:2:4"
+        assert methods[recipe.method].outcome("nm:2:4") == "masked"
+        assert (recipe.task or {})["kind"] == "images"
+    for path in folder.glob("bisenetv2_*.yaml"):
+        recipe, steps = resolve(read_yaml(path)), -(-2975 // 16)
+        assert (recipe.task or {})["kind"] == "segmentation"
+        assert (recipe.task or {})["model_options"] == {"pool": "average-resize"}
+        rates = [learning_rate(recipe.train, step, steps) for step in (0, 500, 1001, 135 * steps - 1)]
+        # WarmupPolyLR: 0.1^(1 - t), then (1 - t)^0.9.
+        assert rates[:3] == pytest.approx([5e-5, 5e-4 * 0.1**0.5, 5e-4], rel=0.01)
+        assert rates[3] < 1e-7
+
+
+@pytest.mark.parametrize(
+    "path", sorted((Path(__file__).parents[2] / "recipes" / "smart" / "scaled").glob("*.yaml")), ids=lambda p: p.stem
+)
+def test_the_scalings_of_smarts_tables_are_valid_sweeps(path: Path) -> None:
+    from microglia.lab.sweep_grid import read_sweep
+
+    cells = read_sweep(path).cells
+    assert len({cell.name for cell in cells}) == len(cells) >= 15
 
 
 @pytest.mark.parametrize("path", sorted((Path(__file__).parents[2] / "recipes" / "ftwt").glob("*.yaml")), ids=lambda p: p.stem)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from microglia.core.auxiliary import auxiliary_paths, is_auxiliary
 from microglia.core.errors import SelectorError
 from microglia.core.kinds import Kind, kind_of
 
@@ -120,8 +121,11 @@ def raw_parameter(module: nn.Module, attribute: str) -> nn.Parameter:
 
 
 def _walk(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
-    """Yields (name, module, attribute) of every prunable weight, tied ones as often as they are held."""
+    """Yields (name, module, attribute) of every prunable weight, tied ones as often as they are held; no auxiliary parts."""
+    auxiliary = auxiliary_paths(model)
     for path, module in model.named_modules():
+        if is_auxiliary(path, auxiliary):
+            continue
         for attribute in prunable_attributes(module):
             yield f"{path}.{attribute}" if path else attribute, module, attribute
 
@@ -161,7 +165,7 @@ def _matches_one(name: str, module: nn.Module, selector: str) -> bool:
 
 
 def prunable_layers(model: nn.Module, layers: Sequence[str] = ("*",), exclude: Sequence[str] = ()) -> dict[str, Layer]:
-    """Returns the prunable weights of a model by name, in the order of its modules.
+    """Returns the prunable weights of a model by name, in the order of its modules; those of auxiliary parts are left out.
 
     Args:
         model: Any module, masked or not; the names are the same either way.

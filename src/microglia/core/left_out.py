@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from torch import nn
 from torch.nn.utils import parametrize
 
+from microglia.core.auxiliary import auxiliary_paths, is_auxiliary
 from microglia.core.errors import SelectorError
 from microglia.core.layers import Layer, check_selectors, matches, prunable_layers
 
@@ -51,14 +52,16 @@ def chosen_layers(model: nn.Module, layers: Sequence[str] = ("*",), exclude: Seq
 
 
 def unmaskable(model: nn.Module) -> list[tuple[str, nn.Module, int]]:
-    """Returns (name, module, weights) of every weight matrix that no mask reaches, except embeddings and norms.
+    """Returns (name, module, weights) of every weight matrix that no mask reaches, except embeddings, norms, auxiliary parts.
 
     Examples: transposed convolutions, bilinear layers, layers under ``weight_norm`` or ``torch.nn.utils.prune``.
     """
     reached = {id(layer.raw) for layer in prunable_layers(model).values()}
-    found = []
+    found, auxiliary = [], auxiliary_paths(model)
     for path, module in model.named_modules():
         if isinstance(module, (*TIED, parametrize.ParametrizationList)) or ".parametrizations." in f".{path}.":
+            continue
+        if is_auxiliary(path, auxiliary):
             continue
         found += [(f"{path}.{n}".removeprefix("."), module, size) for n, size in _matrices(module, reached)]
     return found

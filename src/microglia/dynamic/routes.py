@@ -55,8 +55,15 @@ def record(
         for inputs, targets in islice(batches, limit):
             if count_examples(inputs):
                 call(model, to_device(inputs, device))
-                labels.append(torch.as_tensor(targets).cpu())
+                labels.append(_classes(targets, count_examples(inputs), sum(map(len, labels))))
     return Routes(_joined(masks), _joined(wanted), torch.cat(labels))
+
+
+def _classes(targets: Any, count: int, seen: int) -> Tensor:
+    """Returns the classes of inputs; where targets are not one label for each, every input is a class of its own."""
+    if isinstance(targets, Tensor) and targets.ndim == 1 and not targets.is_floating_point():
+        return targets.cpu()
+    return torch.arange(seen, seen + count)
 
 
 def _joined(parts: dict[str, list[Tensor]]) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from microglia.core.auxiliary import counted_parameters
 from microglia.core.budget import Budget
 from microglia.core.layers import prunable_layers
 from microglia.graph.channels.groups import (
@@ -142,7 +143,7 @@ class _Pruning:
             _ranked(subject, by_part, self.elements, self.request.reduction, makers=self.makers),
         )
         chosen = [g for g in groups if g.atom in ranks]
-        costs = Costs(subject.parts, chosen, sum(p.numel() for p in subject.model.parameters()))
+        costs = Costs(subject.parts, chosen, counted_parameters(subject.model))
         widths = self._widths(costs, chosen, ranks)
         kept = never_empty(subject, keep_units(ranks, widths.counts), ranks)
         small = remove(subject, kept, keep_class=self.request.keep_class, verified=self.request.verified)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from microglia.core.auxiliary import counted_parameters
 from microglia.graph.channels.groups import ChannelGroup, channel_groups, entry_rows
 from microglia.graph.channels.widths import Costs
 from microglia.graph.constants import evened, fold_constants, with_biases
@@ -124,7 +125,7 @@ def _plan(subject: Subject, settled: Subject, found: _Found, small: nn.Module) -
     """Returns the plan of the smaller model, relative to the masked one: added biases are new."""
     plan = plan_of(small)
     given = tuple(name for name in found.biases if subject.model.get_submodule(name).bias is None)
-    costs = Costs(subject.parts, found.groups, sum(p.numel() for p in subject.model.parameters()))
+    costs = Costs(subject.parts, found.groups, counted_parameters(subject.model))
     total = totals(costs, found.kept, settled.unread(small))
     before, remaining = total["parameters"]
     total["parameters"] = before, remaining + sum(small.get_parameter(f"{name}.bias").numel() for name in given)

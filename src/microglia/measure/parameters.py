@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from microglia.core.auxiliary import auxiliary_paths, counted_parameters, is_auxiliary
 from microglia.core.errors import SelectorError
 from microglia.core.layers import prunable_layers
 from microglia.core.modes import reading
@@ -19,7 +20,7 @@ from microglia.core.running import parametrizations
 
 @dataclass(frozen=True)
 class Parameters:
-    """The number of parameters of a model; tensors shared by several modules count once, masks never.
+    """The number of parameters of a model; tensors shared by several modules count once, masks and auxiliary parts never.
 
     Attributes:
         all: Every parameter, biases and normalization included.
@@ -102,8 +103,12 @@ class Weight:
 
 
 def weights(model: nn.Module) -> Iterator[Weight]:
-    """Yields every parameter once: prunable weights first, under the names of `prunable_layers`, then the others."""
+    """Yields every parameter once: prunable weights first, under the names of `prunable_layers`, then the others.
+
+    Parameters of auxiliary parts are left out.
+    """
     seen: set[int] = set()
+    auxiliary = auxiliary_paths(model)
     try:
         prunable = prunable_layers(model)
     except SelectorError:  # a model without linear and convolution layers
@@ -112,7 +117,7 @@ def weights(model: nn.Module) -> Iterator[Weight]:
         seen.add(id(layer.raw))
         yield _weight(layer.name, layer.holders)
     for path, module in model.named_modules():
-        if isinstance(module, parametrize.ParametrizationList):
+        if isinstance(module, parametrize.ParametrizationList) or is_auxiliary(path, auxiliary):
             continue
         own = [name for name, value in module._parameters.items() if value is not None]
         for attribute in [*own, *parametrizations(module)]:
@@ -164,7 +169,7 @@ def count_parameters(model: nn.Module, layers: Sequence[str] = ("*",), exclude: 
         table = {weight.name: weight.entries() for weight in _chosen(model, layers, exclude)}
         nonzero = sum(weight.nonzero() for weight in weights(model))
     return Parameters(
-        all=sum(parameter.numel() for parameter in model.parameters()),
+        all=counted_parameters(model),
         prunable=sum(total for total, _ in table.values()),
         kept=sum(kept for _, kept in table.values()),
         nonzero_all=nonzero,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from microglia.core.allocation import Allocation, Scope, read_scope
+from microglia.core.auxiliary import counted_parameters
 from microglia.core.budget import Budget
 from microglia.core.errors import BudgetError, PatternError
 from microglia.core.layers import Layer, check_selectors, matches, oriented
@@ -209,7 +210,7 @@ class Pruner:
         """Returns the final number of kept weights."""
         if self.budget is None:
             return 0
-        total = sum(p.numel() for p in self.model.parameters())
+        total = counted_parameters(self.model)
         return self.budget.kept_weights(self.weights, total)
 
 

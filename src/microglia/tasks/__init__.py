@@ -3,9 +3,11 @@
 from microglia.tasks.classification import ImageSource, image_task
 from microglia.tasks.classification import build_noted as build
 from microglia.tasks.detection import detection_task
+from microglia.tasks.images import images as image_files_task
 from microglia.tasks.language import language_task
 from microglia.tasks.loaders import loaders, samples
 from microglia.tasks.metrics import Gathered, Metric, mean_metric
+from microglia.tasks.segmentation import segmentation_task
 from microglia.tasks.task import Task
 
 __all__ = [
@@ -15,9 +17,11 @@ __all__ = [
     "Task",
     "build",
     "detection_task",
+    "image_files_task",
     "image_task",
     "language_task",
     "loaders",
     "mean_metric",
     "samples",
+    "segmentation_task",
 ]

@@ -57,6 +57,15 @@ class Telling(Protocol):
         ...
 
 
+@runtime_checkable
+class DistanceOnTargets(Protocol):
+    """A divergence for distillation that also reads the targets, such as to leave out pixels without a class."""
+
+    def on_targets(self, outputs: Any, wanted: Any, targets: Any, temperature: float) -> Tensor:
+        """Returns the mean divergence of the student's outputs from the teacher's."""
+        ...
+
+
 SEEN = "A checkpoint may have been trained on these images."
 """Note beside numbers of the training or validation split if trained weights were loaded."""
 
@@ -120,7 +129,8 @@ class Task:
             model may return additional outputs, such as those of auxiliary heads.
         predict: Outputs -> predictions, only for metrics: arg-max, suppression of duplicate boxes, a shift of logits.
         count: Targets -> number of examples in the batch.
-        distance: (student's outputs, teacher's outputs, temperature) -> mean divergence, for distillation.
+        distance: (student's outputs, teacher's outputs, temperature) -> mean divergence, for distillation. One that is also a
+            `DistanceOnTargets` reads the targets too.
         groups: Model -> optimizer groups, each with ``params`` and perhaps ``lr_scale``, ``weight_decay`` and ``warmup_from``
             (learning rate at the start of the warm-up); None for one group of all parameters. The remaining parameters form one
             more group.

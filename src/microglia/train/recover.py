@@ -13,7 +13,7 @@ from microglia.core.batch import Example, call, to_device
 from microglia.core.devices import device_of
 from microglia.core.errors import TrainingError
 from microglia.core.modes import evaluating
-from microglia.tasks.task import Task, softened_divergence
+from microglia.tasks.task import DistanceOnTargets, Task, softened_divergence
 from microglia.train.engine import rank_and_world
 
 Norm = nn.modules.batchnorm._BatchNorm
@@ -150,11 +150,14 @@ def distillation(
         distance: (student's outputs, teacher's outputs, T) -> mean divergence.
     """
     teacher.eval()
+    on_targets = distance.on_targets if isinstance(distance, DistanceOnTargets) else None
 
     def mixed(outputs: Any, targets: Any, inputs: Any) -> Tensor:
         with torch.no_grad():
             wanted = forward(teacher, inputs)
-        divergence = distance(outputs, wanted, temperature)
+        divergence = (
+            distance(outputs, wanted, temperature) if on_targets is None else on_targets(outputs, wanted, targets, temperature)
+        )
         return (1 - weight) * loss(outputs, targets) + weight * temperature**2 * divergence
 
     return mixed

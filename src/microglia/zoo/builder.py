@@ -10,7 +10,8 @@ from typing import Any
 from torch import nn
 
 from microglia.core.registry import unknown_name
-from microglia.zoo import conv, densenet, external, lenet, mobilenet, resnet, vgg, wide_resnet, yolov5  # noqa: F401  (register)
+from microglia.zoo import bisenet, conv, densenet, external, lenet, mobilenet, resnet, segmenters  # noqa: F401  (register)
+from microglia.zoo import vgg, wide_resnet, yolov5  # noqa: F401  (register)
 from microglia.zoo.registry import FAMILIES, KINDS, MODELS, Builder, ModelError, Shape, require_whole
 
 _FORMS = ("timm:NAME", "torchvision:NAME", "hf:NAME", "package.module:function")
@@ -52,7 +53,7 @@ def build(name: str, *, classes: int = 10, shape: Sequence[int] = (3, 32, 32), *
         classes: Number of logits, at least 1.
         shape: Shape of one input, (channels, height, width).
         options: The model's own options, such as ``width=32`` for the ResNets, or ``pretrained=True`` for ``timm:``,
-            ``torchvision:`` and ``hf:``.
+            ``torchvision:`` and ``hf:``, or ``maps=True`` for a segmenter of the last two, see `microglia.zoo.segmenters`.
 
     Returns:
         A module in train mode that maps (N, channels, height, width) to (N, classes) logits; models for other tasks say what
@@ -65,7 +66,8 @@ def build(name: str, *, classes: int = 10, shape: Sequence[int] = (3, 32, 32), *
     checked = _checked_shape(shape)
     require_whole("Every model", classes=classes)
     if ":" in name:
-        return external.build(name, classes, checked, options)
+        source = segmenters if options.pop("maps", False) else external
+        return source.build(name, classes, checked, options)
     builder = _builder(name)
     _check_options(name, builder, options)
     try:

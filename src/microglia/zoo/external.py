@@ -9,19 +9,26 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from microglia.core.vision import OPERATORS, declare_operators, import_torchvision
 from microglia.zoo.own_code import called, function_of, unknown
 from microglia.zoo.registry import ModelError, Shape
 
-OPERATORS = (
-    "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-    "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-)
-"""Schemas of the operators that torchvision looks up during its import."""
-
-_declared: list[torch.library.Library] = []  # a schema lives as long as its library object
+__all__ = [
+    "OPERATORS",
+    "Logits",
+    "build",
+    "declare_operators",
+    "factory_model",
+    "hf_model",
+    "hf_network",
+    "import_torchvision",
+    "library",
+    "refusals",
+    "timm_model",
+    "torchvision_model",
+]
 
 
 def build(name: str, classes: int, shape: Shape, options: dict[str, Any]) -> nn.Module:
@@ -105,26 +112,38 @@ class Logits(nn.Module):
 
 
 def hf_model(name: str, classes: int, shape: Shape, *, pretrained: bool = False, **options: Any) -> nn.Module:
-    """Builds an image classifier of transformers from the hub or a local directory, wrapped in `Logits`.
+    """Builds an image classifier of transformers from the hub or a local directory, wrapped in `Logits`; see `hf_network`."""
+    found = hf_network(name, classes, shape, "AutoModelForImageClassification", pretrained=pretrained, **options)
+    return Logits(found).train()
+
+
+def hf_network(name: str, classes: int, shape: Shape, auto: str, *, pretrained: bool = False, **options: Any) -> nn.Module:
+    """Builds a network of transformers from the hub or a local directory.
 
     With fresh weights the configuration's channels and image size are set to those of ``shape``; pretrained weights
     keep their own. ``options`` overwrite entries of the configuration.
+
+    Args:
+        name: Name on the hub, or a directory.
+        classes: Number of logits.
+        shape: Input shape, (channels, height, width).
+        auto: Class of transformers that chooses the network by its configuration.
+        pretrained: Whether to load trained weights.
+        options: Entries of the configuration.
     """
     if importlib.util.find_spec("torchvision") is not None:
         import_torchvision()  # transformers imports it internally and would fail on the missing operators
-    transformers = library("transformers", f"hf:{name}")
-    classifier = transformers.AutoModelForImageClassification
+    chooser = getattr(library("transformers", f"hf:{name}"), auto)
     with refusals(f"hf:{name}"):
         remote = {"trust_remote_code": options.pop("trust_remote_code", False)}  # without it, the library asks at a terminal
+        transformers = library("transformers", f"hf:{name}")
         config = transformers.AutoConfig.from_pretrained(name, num_labels=classes, **remote, **options)
         if pretrained:
-            model = classifier.from_pretrained(name, config=config, ignore_mismatched_sizes=True, **remote)
-        else:
-            for entry, value in (("num_channels", shape[0]), ("image_size", shape[1])):
-                if hasattr(config, entry) and entry not in options:
-                    setattr(config, entry, value)
-            model = classifier.from_config(config, **remote)
-    return Logits(model).train()
+            return chooser.from_pretrained(name, config=config, ignore_mismatched_sizes=True, **remote)  # type: ignore[no-any-return]
+        for entry, value in (("num_channels", shape[0]), ("image_size", shape[1])):
+            if hasattr(config, entry) and entry not in options:
+                setattr(config, entry, value)
+        return chooser.from_config(config, **remote)  # type: ignore[no-any-return]
 
 
 def factory_model(name: str, classes: int, shape: Shape, **options: Any) -> nn.Module:
@@ -134,35 +153,6 @@ def factory_model(name: str, classes: int, shape: Shape, **options: Any) -> nn.M
     if not isinstance(model, nn.Module):
         raise ModelError(f"{name} returned {type(model).__name__}; a model factory returns a torch.nn.Module.")
     return model
-
-
-def import_torchvision() -> Any:
-    """Imports torchvision, even if its compiled operators do not load.
-
-    The wheel built for CUDA finds no CUDA libraries with a CPU-only torch. Its operators are then not registered, and the
-    import ends in "operator torchvision::nms does not exist". Image classifiers need none of them, so in this one case the
-    schemas are declared without an implementation and the import is tried again. A call of such an operator afterwards still
-    raises torchvision's own error.
-
-    Returns:
-        The module.
-    """
-    try:
-        return importlib.import_module("torchvision")
-    except RuntimeError as error:
-        if "operator torchvision::" not in str(error):
-            raise
-        declare_operators()
-        return importlib.import_module("torchvision")
-
-
-def declare_operators() -> None:
-    """Declares the unregistered schemas of `OPERATORS`; only for a torchvision whose library cannot load."""
-    library = torch.library.Library("torchvision", "FRAGMENT")  # type: ignore[no-untyped-call]
-    for schema in OPERATORS:
-        if not hasattr(torch.ops.torchvision, schema.partition("(")[0]):
-            library.define(schema)  # type: ignore[no-untyped-call]
-    _declared.append(library)
 
 
 def _torchvision(wanted: str) -> Any:

@@ -19,7 +19,7 @@ HUB = re.compile(r"[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?")
 LIBRARIES = {"timm": PLAIN, "torchvision": PLAIN, "hf": HUB}
 """Library -> the form of its plain model names. Folders, files and addresses have other forms."""
 
-OPTIONS = {"pretrained": bool, "drop_rate": float, "drop_path_rate": float, "img_size": int, "patch_size": int}
+OPTIONS = {"pretrained": bool, "drop_rate": float, "drop_path_rate": float, "img_size": int, "patch_size": int, "maps": bool}
 """Options that a file may pass to one of these libraries, and their types; none is a path, a callable or remote code."""
 
 
@@ -79,7 +79,8 @@ def require_known_recipe(
             raise FileError(_refusal(where, "task", _short(task), task, folder))
         folder = model_folder
     if model != task or not isinstance(task, str):  # a user's own task brings its own model, of the same name
-        require_known(model, {}, where, folder=folder)
+        given = task.get("model_options") if isinstance(task, Mapping) else None
+        require_known(model, given or {}, where, folder=folder)
     _require_plain_data(recipe.get("data"), where)
     if isinstance(task, Mapping):
         _require_plain_data(task.get("data"), where)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from microglia.core.auxiliary import counted_parameters
 from microglia.core.budget import Budget
 from microglia.core.layers import Layer, prunable_layers
 from microglia.core.patterns import Reduction
@@ -94,7 +95,7 @@ class CoupledChannels:
         self.groups = [group for _, group in found]
         self.lengths = [group.size for group in self.groups]
         self.count = sum(self.lengths)
-        self._parts, self._parameters = subject.parts, sum(p.numel() for p in model.parameters())
+        self._parts, self._parameters = subject.parts, counted_parameters(model)
         self._costs = Costs(self._parts, self.groups, self._parameters)
         starts = dict(zip((g.atom for g in self.groups), _starts(self.lengths), strict=True))
         parameters = dict(model.named_parameters(remove_duplicate=False))

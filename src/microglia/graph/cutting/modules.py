@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from microglia.core.auxiliary import drop_auxiliary
 from microglia.core.modes import modes_kept
 from microglia.graph.cutting.cut import Cut, by_group, constants, positions, select
 from microglia.graph.dims.analysis import Analysis
@@ -109,11 +110,18 @@ def issuer(node: Any) -> str:
 
 
 def cut_module(model: nn.Module, kept: Indices, changed: Attributes) -> nn.Module:
-    """Returns a cut copy of the model."""
+    """Returns a cut copy of the model, without its auxiliary parts if it loses anything: they fit only the whole model."""
     model = deepcopy(model)
+    before = _entries(model)
     apply_indices(model, kept, changed)
+    if _entries(model) < before:
+        drop_auxiliary(model)
     forget(model)
     return model
+
+
+def _entries(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
 
 
 def forget(model: nn.Module) -> None:

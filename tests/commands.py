@@ -144,7 +144,7 @@ def _script(code, folder, beside):
     torch.set_num_threads(1)
     warnings.filterwarnings("error", category=DeprecationWarning, module="__main__")
     sys.modules["__main__"] = module = types.ModuleType("__main__")
-    exec(compile(code, "script.py", "exec"), vars(module))  # noqa: S102
+    exec(compile(code, "script.py", "exec"), vars(module))
 
 
 def _child(words, folder, beside, environment, file_size, prepare):

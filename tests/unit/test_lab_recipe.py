@@ -136,9 +136,9 @@ def test_the_recipes_of_smart_are_valid_and_say_what_the_paper_says(path: Path) 
         "bisenetv2_cityscapes": (16, 135, "sgd", 5e-4, 0, 10, 1e-4),
         **{f"bisenetv2_cityscapes_{name}": (16, 135, "sgd", 5e-4, 0) for name in ("awg", "acdc", "pas", "pdp")},
         "vit_imagenet": (64, 150, "adamw", 1e-5, 0.3, 1e-4, 1e-5),
-        **{f"vit_imagenet_{name}": (64, 150, "adamw", 1e-5, 0.3) for name in ("awg", "acdc", "pdp")},
+        **{f"vit_imagenet_{name}": (64, 150, "adamw", 1e-5, 0.3) for name in ("awg", "acdc", "pas", "pdp")},
         "swin_imagenet": (128, 200, "adamw", 5e-6, 0.05, 10, 1e-5),
-        **{f"swin_imagenet_{name}": (128, 200, "adamw", 5e-6, 0.05) for name in ("awg", "acdc", "pdp")},
+        **{f"swin_imagenet_{name}": (128, 200, "adamw", 5e-6, 0.05) for name in ("awg", "acdc", "pas", "pdp")},
     }
     train, prune = recipe.train, recipe.prune
     said = (train.batch_size, train.epochs, train.optimizer, train.lr, train.weight_decay)
@@ -173,6 +173,8 @@ def test_the_searches_of_smarts_table_have_the_published_lengths() -> None:
 
 def test_the_networks_of_smarts_table_have_their_tasks_and_schedules() -> None:
     folder = Path(__file__).parents[2] / "recipes" / "smart"
+    found = [path.stem for path in folder.glob("*.yaml") if not path.stem.startswith(("cifar10", "yolov5"))]
+    assert len(found) == 4 * 5  # four networks, five methods
     for path in [*folder.glob("vit_*.yaml"), *folder.glob("swin_*.yaml")]:
         recipe = resolve(read_yaml(path))
         assert recipe.prune["pattern"] == "nm:2:4"

@@ -155,6 +155,7 @@ def test_batches_without_augmentation_are_small_enough_for_memory(small, data, m
     assert len(source.batches("train", 256)) == 4
     assert len(source.batches("train", 4, shuffle=True)) == 4
     assert len(source.batches("train", 256, world=2)) == 2
+    assert len(source.batches("train", 8, shuffle=True, augment=True)) == 1  # a training keeps its batch size
     without = SceneData("b", CLASSES, data.train, SceneSet(()), data.test)
     assert len(task_of(small, without).data.batches("validation", 4, shuffle=True)) == 0
 

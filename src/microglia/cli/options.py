@@ -12,7 +12,7 @@ Shown = tuple[Any, list[Any]]
 """Result of a command: a JSON-ready value, and its text for a person."""
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs instead of tables.")]
-Data = Annotated[str | None, typer.Option(help="digits, cifar10, mnist, hf:NAME or a folder.")]
+Data = Annotated[str | None, typer.Option(help="digits, cifar10, mnist, camvid, hf:NAME or a folder.")]
 Checkpoint = Annotated[str | None, typer.Option(help="File with trained weights.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, or auto: a GPU if there is one.")]
 DeviceName = Annotated[

@@ -5,7 +5,8 @@ The algorithm (spec: PaS 5.2):
     backward  db/ds := 1
     loss      L + strength (cost(b) / budget - 1)^2
 with s clamped to [0, 1] after each step. The penalty meets the budget only approximately, so the end of the search keeps the
-exact top of s.
+exact top of s. With N:M every row of M has the budget N: the penalty is the mean of (sum(b) / N - 1)^2 over the rows. SMART's
+paper reports PaS with 2:4 and gives no formula; this form is the library's own.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from microglia.core.errors import BudgetError
-from microglia.core.patterns import Block, Channel, Unstructured
+from microglia.core.patterns import NM, Block, Channel, Unstructured
 from microglia.graph.channels.coupled import CoupledChannels
 from microglia.methods.config import UNITS, SearchConfig, UnitConfig, method
 from microglia.methods.procedure import searched
@@ -42,14 +43,7 @@ class PasConfig(SearchConfig, UnitConfig):
         mask_optimizer: Optimizer of the gates.
     """
 
-    takes: ClassVar[Takes] = replace(
-        UNITS,
-        patterns={Channel: "shrunk", Unstructured: "masked", Block: "masked"},
-        why={
-            **UNITS.why,
-            "nm:N:M": "PaS has one gate per unit and one budget for all; N:M is a budget of every row. Take smart",
-        },
-    )
+    takes: ClassVar[Takes] = replace(UNITS, patterns={Channel: "shrunk", Unstructured: "masked", Block: "masked", NM: "masked"})
     strength: float = 1.0
     mask_lr: float = 1e-2
     mask_optimizer: Literal["adam", "adamw", "sgd"] = "adam"
@@ -87,9 +81,14 @@ class Pas(UnitPruner):
         return self._scores.detach().double() + TIE * rank
 
     def penalty(self) -> Tensor | float:
-        """Returns strength (cost(b) / budget - 1)^2 during the search."""
+        """Returns strength (cost(b) / budget - 1)^2 during the search; with N:M its mean over the rows."""
         if not self.searching:
             return super().penalty()
+        if isinstance(self.pattern, NM):
+            real = (self.units.costs > 0).to(self._scores.dtype)
+            kept = (self.factors() * real).view(-1, self.pattern.m).sum(1)
+            wanted = real.view(-1, self.pattern.m).sum(1).clamp(1, self.pattern.n)
+            return self.pas.strength * (kept / wanted - 1).square().mean()
         return self.pas.strength * (self._cost(self.factors()) - 1).square()
 
     def step(self, optimizer: torch.optim.Optimizer | None = None) -> None:

@@ -3,7 +3,7 @@
 from microglia.tasks.classification import ImageSource, image_task
 from microglia.tasks.classification import build_noted as build
 from microglia.tasks.detection import detection_task
-from microglia.tasks.images import images as image_files_task
+from microglia.tasks.images import images_task
 from microglia.tasks.language import language_task
 from microglia.tasks.loaders import loaders, samples
 from microglia.tasks.metrics import Gathered, Metric, mean_metric
@@ -17,8 +17,8 @@ __all__ = [
     "Task",
     "build",
     "detection_task",
-    "image_files_task",
     "image_task",
+    "images_task",
     "language_task",
     "loaders",
     "mean_metric",

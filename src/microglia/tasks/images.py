@@ -94,12 +94,27 @@ class FileSource:
 
 @kind("images", ImagesOptions)
 def images(model: str, options: ImagesOptions, *, checkpoint: str | None, seed: int) -> Task:
+    """Returns the task of classifying images that are read from their files on access."""
+    return images_task(model, options, checkpoint=checkpoint, seed=seed)
+
+
+def images_task(
+    model: str, options: ImagesOptions | None = None, *, checkpoint: str | None = None, seed: int = 0, **settings: Any
+) -> Task:
     """Returns the task of classifying images that are read from their files on access.
+
+    Args:
+        model: A name that `microglia.tasks.build` knows.
+        options: See `ImagesOptions`.
+        checkpoint: File with trained weights.
+        seed: Seed of the initial weights.
+        **settings: The options by keyword instead.
 
     Raises:
         DataError: The folder is missing or has another layout, or an option is out of range.
         UnknownNameError: The name of the model or of the statistics is unknown.
     """
+    options = options or ImagesOptions(**settings)
     check_name(model)
     options.variation  # noqa: B018 - raises before anything is read
     Normalization.named(options.normalize)

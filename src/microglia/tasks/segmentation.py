@@ -95,9 +95,9 @@ class SceneSource:
         rank: int = 0,
         world: int = 1,
     ) -> Batches:
-        """Returns batches of a split; those without augmentation hold at most `PIXELS` pixels on each rank."""
+        """Returns batches of a split; those that are not meant for training hold at most `PIXELS` pixels on each rank."""
         chosen: SceneSet = getattr(self.scenes, split)
-        if augment and self.augmentation is not None:
+        if augment:
             chosen = replace(chosen, vary=self.augmentation)
         elif len(chosen):
             height, width = map(padded_side, chosen[0][1].shape)

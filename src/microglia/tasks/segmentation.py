@@ -139,12 +139,7 @@ def segmentation_task(
     check_name(model)
     scenes = data if isinstance(data, SceneData) else load_scenes(data or given.data, ignore=given.ignore, bad=given.bad)
     normalization = Normalization.named(given.normalize)
-    sides = tuple(padded_side(side) for side in scenes.test[0][1].shape)
-    augmentation = None
-    if given.augment == "random":
-        crop = given.crop or (sides[0], sides[1])
-        augmentation = SceneAugmentation(crop, given.scales, flip=given.flip, colour=given.colour)
-    source = SceneSource(scenes, normalization, augmentation)
+    source = SceneSource(scenes, normalization, _variation(scenes, given))
     example = next(iter(source.batches("test", 1).epoch(0)))[0]
     fresh = _builder(model, len(scenes.classes), example, given)
     loss = MapLoss(given.loss)
@@ -172,6 +167,14 @@ def segmentation_task(
         kind="segmentation",
         show=lambda network: show_maps(network, scenes.test, scenes.classes, normalization, SHOWN),
     )
+
+
+def _variation(scenes: SceneData, given: SegmentationOptions) -> SceneAugmentation | None:
+    """Returns the random variation of the training images, if there is any; crops have the size of a test image by default."""
+    if given.augment == "none":
+        return None
+    height, width = (padded_side(side) for side in scenes.test[0][1].shape)
+    return SceneAugmentation(given.crop or (height, width), given.scales, flip=given.flip, colour=given.colour)
 
 
 @kind("segmentation", SegmentationOptions)

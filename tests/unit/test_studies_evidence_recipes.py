@@ -74,12 +74,18 @@ def test_cells_of_a_study_share_data_order_length_and_controls(queue, jobs):
     for name, study in queue.studies.items():
         cells = [job for job in jobs if job.study == name and job.kind == "cell"]
         fair = [job for job in cells if study.rows[job.row].pilots or study.pilots is None]
-        assert len({(j.recipe.train.epochs, j.recipe.train.batch_size, j.recipe.train.weight_decay) for j in fair}) == 1
+        assert len({(epochs(j), j.recipe.train.batch_size, j.recipe.train.weight_decay) for j in fair}) == 1
         assert {(j.recipe.threads, j.recipe.device, j.recipe.train.schedule, j.recipe.train.distill) for j in cells} == {
             (1, "cpu", "cosine", 0)
         }
         assert study.seeds == [0, 1, 2]
         assert any(row.control for row in study.rows.values())
+
+
+def epochs(job):
+    """Epochs of a cell, with those of DDNP's search, which passes over a share of the images."""
+    search = job.recipe.prune.get("search_epochs", 0) * job.recipe.prune.get("search_share", 0)
+    return job.epochs + round(search)
 
 
 def test_masks_of_the_searches_are_fixed_at_six_tenths(jobs):

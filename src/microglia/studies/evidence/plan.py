@@ -57,8 +57,9 @@ class Job:
 
     @property
     def epochs(self) -> int:
-        """Epochs of the run without its start."""
-        return self.recipe.dense.epochs if self.kind == "start" else self.recipe.train.epochs
+        """Epochs of the run without its start, with those of a training before a cut."""
+        before = self.recipe.prune.get("sparse_epochs") or 0
+        return self.recipe.dense.epochs if self.kind == "start" else self.recipe.train.epochs + int(before)
 
     @property
     def name(self) -> str:
@@ -132,7 +133,7 @@ class Planner:
         grid = grid_of(study, study.rows[name])
         at = {key: value for key, value in pilots.at.items() if key in grid}
         judged = {"seed": pilots.seed, "measure.split": "validation", "measure.latency": False}
-        recipe = self._recipe(study, name, {**settings, **pilots.set, **at, **judged})
+        recipe = self._recipe(study, name, {**settings, **pilots.set, **study.rows[name].short, **at, **judged})
         done = self.ledger.pilot(identity_of(recipe)) is not None
         return self._add(Job("pilot", study.name, name, settings, pilots.seed, recipe, done))
 

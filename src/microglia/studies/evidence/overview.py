@@ -75,6 +75,8 @@ def _outcomes(statement: Statement, cells: Cells) -> Iterator[tuple[str, tuple[s
     """Yields what was run, and the outcome in words with its verdict, for each point of the grid."""
     study = cells.queue.studies[statement.study]
     for values in _grid(study):
+        if not all(cells.has(row, values) for row in statement.rows):
+            continue
         found = outcome_of(statement, cells, values, scale_of(cells))
         shown = [*(f"{key.removeprefix('prune.')} {value}" for key, value in values.items()), *_epochs(cells)]
         yield ", ".join(shown), (found.words, found.verdict)

@@ -62,6 +62,11 @@ class Statement:
         if len(claims) != (1 if self.study else 0):
             raise ValueError("a statement with a study has one of first, above and equal; one without a study has none")
 
+    @property
+    def rows(self) -> tuple[str, ...]:
+        """Rows that it names."""
+        return (*filter(None, [self.first]), *(self.above or ()), *(self.equal or ()))
+
 
 @dataclass(frozen=True)
 class Difference:
@@ -145,6 +150,11 @@ class Cells:
     @property
     def _study(self) -> Any:
         return self.queue.studies[self.study]
+
+    def has(self, row: str, values: Mapping[str, Any]) -> bool:
+        """Tells whether the grid of a row has a point."""
+        own = grid_of(self._study, self._study.rows[row])
+        return all(value in own[key] for key, value in values.items() if key in own)
 
     def difference(self, first: str, second: str, values: Mapping[str, Any]) -> Difference:
         """Returns the paired differences of two rows: cells of equal seeds, and of one dense network where both have one."""
@@ -241,7 +251,6 @@ def read_statements(path: Path, queue: Queue) -> list[Statement]:
         study = queue.studies.get(statement.study)
         if study is None:
             raise RecipeError(f"{path} names the study {statement.study!r}; the queue has {', '.join(queue.studies)}.")
-        named = [*filter(None, [statement.first]), *(statement.above or ()), *(statement.equal or ())]
-        if missing := [row for row in named if row not in study.rows]:
+        if missing := [row for row in statement.rows if row not in study.rows]:
             raise RecipeError(f"{path} names the row {missing[0]!r} of {study.name}, which has {', '.join(study.rows)}.")
     return found

@@ -236,6 +236,22 @@ class TestRunning:
         monkeypatch.setattr(module, "run_cell", here)
         assert [name.partition("-d")[0] for name in run_queue(queue, tmp_path / "out", jobs=1).done] == ["cell-random"]
 
+    @pytest.mark.usefixtures("in_process")
+    def test_a_pilot_that_diverges_is_never_chosen_and_blocks_nothing(self, tmp_path, monkeypatch):
+        def diverges(cell, directory, **rest):
+            if cell.recipe.train.lr == 0.001:
+                return CellOutcome(cell.name, "failed", 1.0, "error: The loss became nan in epoch 1, step 3")
+            return here(cell, directory, **rest)
+
+        monkeypatch.setattr(module, "run_cell", diverges)
+        rows = {"magnitude": STUDY["rows"]["magnitude"]}
+        queue = write(tmp_path, seeds=[0], grid={"prune.density": [0.2]}, rows=rows)
+        outcome = run_queue(queue, tmp_path / "out", jobs=1)
+        assert (outcome.failed, outcome.left) == ({}, 0)
+        assert [pilot["value"] is None for pilot in results(tmp_path)["one_tiny.pilots.json"]] == [True, False]
+        assert results(tmp_path)["one_tiny.json"][0]["recipe"]["train"]["lr"] == 0.1
+        assert Planner(queue, Ledger.read(queue.ledger)).jobs()[-1].done
+
     def test_cells_wait_for_their_start_and_others_go_on(self, tmp_path, monkeypatch):
         queue = write(tmp_path, pilots=None)
         run = QueueRun(queue, tmp_path / "out", 2)

@@ -176,7 +176,7 @@ def _starts(ledger: Ledger) -> list[str]:
     if not ledger.starts:
         return ["None was trained yet."]
     rows = [
-        [entry.row, str(entry.seed), str(entry.epochs), f"{entry.value:.4f}", str(entry.start), entry.commit[:12]]
+        [entry.row, str(entry.seed), str(entry.epochs), f"{entry.value or 0:.4f}", str(entry.start), entry.commit[:12]]
         for entry in sorted(ledger.starts.values(), key=lambda entry: (entry.row, entry.epochs, entry.seed))
     ]
     return table(["model", "seed", "epochs", "test metric", "digest", "commit"], rows, ("seed", "epochs", "test metric"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -124,7 +125,7 @@ class Planner:
             if len(tried) < wanted:
                 return best or tries(step)[0], False
             sign = 1 if study.better == "higher" else -1
-            best = max(tried, key=lambda one: sign * one[0])[1]  # the first of equal ones
+            best = max(tried, key=lambda one: -math.inf if math.isnan(one[0]) else sign * one[0])[1]  # the first of equal ones
         return best, True
 
     def _pilot(self, study: EvidenceStudy, name: str, settings: dict[str, Any]) -> Job:

@@ -105,6 +105,22 @@ class TestOrder:
         assert found[:3] == [("start", "lenet-300-100", 1), ("cell", "random", 1, 0.2), ("start", "lenet-300-100", 0)]
         assert len(found) == len(set(found)) == 12
 
+    def test_a_cell_of_two_studies_is_in_both_and_runs_once(self, tmp_path):
+        parts = [{"study": name, "worth": 1} for name in ("one/tiny", "one/other")]
+        (tmp_path / "one").mkdir()
+        (tmp_path / "one" / "other.yaml").write_text(yaml.safe_dump({**STUDY, "pilots": None}))
+        queue = write(tmp_path, {**ALL, "parts": parts}, pilots=None)
+        run = QueueRun(queue, tmp_path / "out", 2)
+        cells = [job for job in run._plan() if job.kind == "cell"]
+        assert {study: sum(job.study == study for job in cells) for study in queue.studies} == {"one/tiny": 8, "one/other": 8}
+        assert len({job.identity for job in cells}) == 8
+        for job in run._plan():
+            if job.kind == "start":
+                run.ledger.starts[job.identity] = entry_of(job, 0.9)
+                run._dense(job.identity).parent.mkdir(parents=True)
+                run._dense(job.identity).touch()
+        assert len(run._ready([], 100)) == 8
+
     def test_the_best_pilot_on_validation_images_chooses(self, tmp_path):
         queue, ledger = write(tmp_path), Ledger.read(tmp_path)
         pilots = [job for job in Planner(queue, ledger).jobs() if job.kind == "pilot"]

@@ -150,7 +150,7 @@ class Planner:
         return recipe
 
     def _add(self, job: Job) -> Job:
-        key = (job.kind, job.identity) if job.settled else (job.kind, job.study, job.row, job.name)
+        key = (job.kind, job.study, job.identity) if job.settled else (job.kind, job.study, job.row, job.name)
         if key not in self._jobs:
             if not job.done and job.start is not None:
                 self._add_start(job)

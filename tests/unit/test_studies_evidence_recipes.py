@@ -35,16 +35,20 @@ def test_every_file_in_the_folder_is_a_part_of_the_queue(queue):
 
 
 def test_every_recipe_fits_its_model(jobs):
-    """Layers, pattern and budget meet the model; the digits stand for the images, which only the accuracy depends on."""
+    """Layers, pattern and budget meet the model; the digits stand for the images, which only the accuracy depends on.
+
+    Each check of a method runs once for a model and a pattern; the config itself is checked for every recipe.
+    """
     checked = set()
     for job in jobs:
         recipe = job.recipe
         config = method_config(recipe)
-        key = recipe.model, recipe.method, *(repr(recipe.prune.get(name)) for name in ("pattern", "scope", "exclude"))
+        check = methods[recipe.method].check
+        key = recipe.model, check.__module__, check.__qualname__, recipe.prune["pattern"], repr(recipe.prune.get("exclude"))
         if key not in checked:
             checked.add(key)
-            methods[recipe.method].check(task_of(recipe), config)
-    assert len(checked) > 30
+            check(task_of(recipe), config)
+    assert len(checked) > 9
 
 
 def task_of(recipe):

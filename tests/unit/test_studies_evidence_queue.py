@@ -139,9 +139,10 @@ class TestOrder:
         row = {"set": {"method": "global-magnitude"}, "steps": [{"train.momentum": [0.5, 0.9]}]}
         queue, ledger = write(tmp_path, rows={"magnitude": row}, better=better), Ledger.read(tmp_path)
         values = {(0.001, 0.9): 0.1, (0.1, 0.9): 0.8, (0.1, 0.5): 0.3, (0.001, 0.5): 0.05}
+        assert status_of(queue, ledger).studies[1].pilots == 3  # those that wait for the first ones are counted
         for _ in range(2):
             for job in Planner(queue, ledger).jobs():
-                if job.kind == "pilot" and not job.done:
+                if job.kind == "pilot" and not job.done and job.settled:
                     ledger.add_pilot(entry_of(job, values[job.recipe.train.lr, job.recipe.train.momentum]))
         cell = next(job for job in Planner(queue, ledger).jobs() if job.kind == "cell")
         assert cell.settled

@@ -105,6 +105,22 @@ class TestOrder:
         assert found[:3] == [("start", "lenet-300-100", 1), ("cell", "random", 1, 0.2), ("start", "lenet-300-100", 0)]
         assert len(found) == len(set(found)) == 12
 
+    def test_a_cell_of_two_studies_is_in_both_and_runs_once(self, tmp_path):
+        parts = [{"study": name, "worth": 1} for name in ("one/tiny", "one/other")]
+        (tmp_path / "one").mkdir()
+        (tmp_path / "one" / "other.yaml").write_text(yaml.safe_dump({**STUDY, "pilots": None}))
+        queue = write(tmp_path, {**ALL, "parts": parts}, pilots=None)
+        run = QueueRun(queue, tmp_path / "out", 2)
+        cells = [job for job in run._plan() if job.kind == "cell"]
+        assert {study: sum(job.study == study for job in cells) for study in queue.studies} == {"one/tiny": 8, "one/other": 8}
+        assert len({job.identity for job in cells}) == 8
+        for job in run._plan():
+            if job.kind == "start":
+                run.ledger.starts[job.identity] = entry_of(job, 0.9)
+                run._dense(job.identity).parent.mkdir(parents=True)
+                run._dense(job.identity).touch()
+        assert len(run._ready([], 100)) == 8
+
     def test_the_best_pilot_on_validation_images_chooses(self, tmp_path):
         queue, ledger = write(tmp_path), Ledger.read(tmp_path)
         pilots = [job for job in Planner(queue, ledger).jobs() if job.kind == "pilot"]
@@ -123,9 +139,10 @@ class TestOrder:
         row = {"set": {"method": "global-magnitude"}, "steps": [{"train.momentum": [0.5, 0.9]}]}
         queue, ledger = write(tmp_path, rows={"magnitude": row}, better=better), Ledger.read(tmp_path)
         values = {(0.001, 0.9): 0.1, (0.1, 0.9): 0.8, (0.1, 0.5): 0.3, (0.001, 0.5): 0.05}
+        assert status_of(queue, ledger).studies[1].pilots == 3  # those that wait for the first ones are counted
         for _ in range(2):
             for job in Planner(queue, ledger).jobs():
-                if job.kind == "pilot" and not job.done:
+                if job.kind == "pilot" and not job.done and job.settled:
                     ledger.add_pilot(entry_of(job, values[job.recipe.train.lr, job.recipe.train.momentum]))
         cell = next(job for job in Planner(queue, ledger).jobs() if job.kind == "cell")
         assert cell.settled
@@ -235,6 +252,22 @@ class TestRunning:
         assert "no room" in outcome.sentence
         monkeypatch.setattr(module, "run_cell", here)
         assert [name.partition("-d")[0] for name in run_queue(queue, tmp_path / "out", jobs=1).done] == ["cell-random"]
+
+    @pytest.mark.usefixtures("in_process")
+    def test_a_pilot_that_diverges_is_never_chosen_and_blocks_nothing(self, tmp_path, monkeypatch):
+        def diverges(cell, directory, **rest):
+            if cell.recipe.train.lr == 0.001:
+                return CellOutcome(cell.name, "failed", 1.0, "error: The loss became nan in epoch 1, step 3")
+            return here(cell, directory, **rest)
+
+        monkeypatch.setattr(module, "run_cell", diverges)
+        rows = {"magnitude": STUDY["rows"]["magnitude"]}
+        queue = write(tmp_path, seeds=[0], grid={"prune.density": [0.2]}, rows=rows)
+        outcome = run_queue(queue, tmp_path / "out", jobs=1)
+        assert (outcome.failed, outcome.left) == ({}, 0)
+        assert [pilot["value"] is None for pilot in results(tmp_path)["one_tiny.pilots.json"]] == [True, False]
+        assert results(tmp_path)["one_tiny.json"][0]["recipe"]["train"]["lr"] == 0.1
+        assert Planner(queue, Ledger.read(queue.ledger)).jobs()[-1].done
 
     def test_cells_wait_for_their_start_and_others_go_on(self, tmp_path, monkeypatch):
         queue = write(tmp_path, pilots=None)

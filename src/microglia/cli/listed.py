@@ -52,6 +52,11 @@ COMMANDS = {
         "packing", LOOK, "Show what a packed file costs on EIE: cycles, balance, frames/s and energy of its linear layers."
     ),
     "report": Listed("commands", LOOK, "Collect runs into Markdown tables, figures and one interactive HTML page."),
+    "evidence": Listed(
+        "evidence",
+        LOOK,
+        "Write the overview of a queue: each statement with what was run, its outcome and error; tables; what is left.",
+    ),
     "methods": Listed("commands", LOOK, "List the methods and scores, with their defaults."),
     "recipe": Listed("commands", LOOK, "Print a recipe with every default filled in, or the JSON schema of recipes."),
     "doctor": Listed(

@@ -57,6 +57,7 @@ class Row:
     Attributes:
         set: Dotted recipe key -> value, over the study's base.
         steps: Steps of pilots after the study's.
+        short: Dotted recipe key -> value of its pilots, over those of all.
         grid: The grid of this row in place of the study's; ``{}`` for a row without one.
         pilots: Whether the row has pilots.
         control: Whether the row is a control, which can be no winner.
@@ -66,6 +67,7 @@ class Row:
 
     set: dict[str, Any]
     steps: list[Step] = field(default_factory=list)
+    short: dict[str, Any] = field(default_factory=dict)
     grid: dict[str, list[Any]] | None = None
     pilots: bool = True
     control: bool = False

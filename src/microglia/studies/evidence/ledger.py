@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -33,7 +34,7 @@ class Entry:
         seconds: Duration on one core without the dense start, over all attempts.
         epochs: Epochs of the run without its start.
         start: Digest of the dense network that it began from; for a start of its own.
-        value: Headline metric: on validation images for a pilot, else on test images.
+        value: Headline metric: on validation images for a pilot, else on test images; None for a pilot that diverged.
         recipe: The recipe of a pilot or a start; a cell has it in its record.
     """
 
@@ -48,7 +49,7 @@ class Entry:
     seconds: float
     epochs: int
     start: str | None
-    value: float
+    value: float | None
     recipe: dict[str, Any] = field(default_factory=dict)
 
 
@@ -106,9 +107,9 @@ class Ledger:
         return identity in self.cells
 
     def pilot(self, identity: str) -> float | None:
-        """Returns the headline metric of a pilot on validation images; None for one that is not finished."""
+        """Returns the headline metric of a pilot on validation images: NaN if it diverged, None if it is not finished."""
         entry = self.pilots.get(identity)
-        return None if entry is None else entry.value
+        return None if entry is None else math.nan if entry.value is None else entry.value
 
     def start(self, name: str) -> Entry | None:
         """Returns the entry of a start; None for one that was never trained."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -57,8 +58,9 @@ class Job:
 
     @property
     def epochs(self) -> int:
-        """Epochs of the run without its start."""
-        return self.recipe.dense.epochs if self.kind == "start" else self.recipe.train.epochs
+        """Epochs of the run without its start, with those of a training before a cut."""
+        before = self.recipe.prune.get("sparse_epochs") or 0
+        return self.recipe.dense.epochs if self.kind == "start" else self.recipe.train.epochs + int(before)
 
     @property
     def name(self) -> str:
@@ -112,7 +114,8 @@ class Planner:
         best: dict[str, Any] = {}
         tried: list[tuple[float, dict[str, Any]]] = []
         wanted = 0
-        for step in [*pilots.steps, *row.steps]:
+        steps = [*pilots.steps, *row.steps]
+        for number, step in enumerate(steps, 1):
             wanted += len(tries(step))
             for changes in tries(step):
                 settings = {**best, **changes}
@@ -121,20 +124,23 @@ class Planner:
                 if measured is not None:
                     tried.append((measured, settings))
             if len(tried) < wanted:
-                return best or tries(step)[0], False
+                held = best or tries(step)[0]
+                for changes in [changes for later in steps[number:] for changes in tries(later)]:
+                    self._pilot(study, name, {**held, **changes}, settled=False)  # counted, and run once the best is known
+                return held, False
             sign = 1 if study.better == "higher" else -1
-            best = max(tried, key=lambda one: sign * one[0])[1]  # the first of equal ones
+            best = max(tried, key=lambda one: -math.inf if math.isnan(one[0]) else sign * one[0])[1]  # the first of equal ones
         return best, True
 
-    def _pilot(self, study: EvidenceStudy, name: str, settings: dict[str, Any]) -> Job:
+    def _pilot(self, study: EvidenceStudy, name: str, settings: dict[str, Any], *, settled: bool = True) -> Job:
         assert study.pilots is not None
         pilots = study.pilots
         grid = grid_of(study, study.rows[name])
         at = {key: value for key, value in pilots.at.items() if key in grid}
         judged = {"seed": pilots.seed, "measure.split": "validation", "measure.latency": False}
-        recipe = self._recipe(study, name, {**settings, **pilots.set, **at, **judged})
+        recipe = self._recipe(study, name, {**settings, **pilots.set, **study.rows[name].short, **at, **judged})
         done = self.ledger.pilot(identity_of(recipe)) is not None
-        return self._add(Job("pilot", study.name, name, settings, pilots.seed, recipe, done))
+        return self._add(Job("pilot", study.name, name, settings, pilots.seed, recipe, done, settled))
 
     def _recipe(self, study: EvidenceStudy, name: str, over: Mapping[str, Any]) -> Recipe:
         tree: dict[str, Any] = study.base
@@ -148,7 +154,10 @@ class Planner:
         return recipe
 
     def _add(self, job: Job) -> Job:
-        key = (job.kind, job.identity) if job.settled else (job.kind, job.study, job.row, job.name)
+        key = (job.kind, job.study, job.identity) if job.settled else (job.kind, job.study, job.row, job.name)
+        known = self._jobs.get((job.kind, job.study, job.identity))
+        if known is not None and job.kind == "pilot":
+            return known  # a later step tries again what an earlier one tried
         if key not in self._jobs:
             if not job.done and job.start is not None:
                 self._add_start(job)

@@ -32,6 +32,8 @@ from microglia.studies.evidence.plan import Job, Planner
 
 STARTS = "starts"
 """Directory, in that of the queue, of the dense networks that runs begin from."""
+DIVERGED = "The loss became"
+"""Begin of the sentence with which a training ends whose loss is not finite: an outcome of a pilot, and no failure."""
 UNKNOWN = "unknown"
 """Commit of code that is in no repository."""
 
@@ -170,7 +172,8 @@ class QueueRun:
 
     def _finish(self, job: Job, outcome: CellOutcome) -> None:
         """Keeps the result of a run, or notes its failure."""
-        if outcome.status == "failed":
+        diverged = job.kind == "pilot" and DIVERGED in outcome.problem
+        if outcome.status == "failed" and not diverged:
             self.failed[job.name] = outcome.problem
             return
         try:
@@ -183,11 +186,12 @@ class QueueRun:
 
     def _keep(self, job: Job, outcome: CellOutcome) -> None:
         directory = self._directory(job)
-        result = read_json(directory / RESULT)
-        start = job.identity if job.kind == "start" else job.start
-        value = result["dense" if job.kind == "start" else "pruned"]["metrics"][result["headline"]]
-        if value is None:
-            raise FileError(f"The {result['headline']} of {job.name} is no number: its training diverged.")
+        start, value = job.identity if job.kind == "start" else job.start, None
+        if outcome.status != "failed":
+            result = read_json(directory / RESULT)
+            value = result["dense" if job.kind == "start" else "pruned"]["metrics"][result["headline"]]
+        if value is None and job.kind != "pilot":
+            raise FileError(f"The headline metric of {job.name} is no number: its training diverged.")
         entry = Entry(
             **{name: getattr(job, name) for name in ("identity", "study", "row", "values", "seed", "epochs")},
             commit=self.commit,
@@ -200,8 +204,10 @@ class QueueRun:
         elif job.kind == "pilot":
             self.ledger.add_pilot(replace(entry, recipe=as_dict(job.recipe)))
         else:
-            (record,) = read_results([directory]).records
-            self.ledger.add_cell(entry, written(record))
+            found = read_results([directory])
+            if not found.records:
+                raise FileError(f"The result of {job.name} cannot be read: {'; '.join(found.left_out)}.")
+            self.ledger.add_cell(entry, written(found.records[0]))
 
     def _digest(self, start: str) -> str:
         return digest(read_state(self._dense(start))["model"])

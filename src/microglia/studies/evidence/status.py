@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from statistics import fmean
 from typing import Any
 
-from rich.table import Table
+from rich.table import Column, Table
 
 from microglia.studies.evidence.files import Queue
 from microglia.studies.evidence.ledger import Entry, Ledger
@@ -154,7 +154,17 @@ def _rate(entry: Entry) -> float:
 
 def status_table(status: QueueStatus) -> Table:
     """Returns the state as a table for people."""
-    table = Table("study", "worth", "cells done", "left", "pilots done", "left", "hours spent", "hours left", title="Evidence")
+    table = Table(
+        Column("study", no_wrap=True),
+        "worth",
+        "cells done",
+        "left",
+        "pilots done",
+        "left",
+        "hours spent",
+        "hours left",
+        title="Evidence",
+    )
     for study in status.studies:
         table.add_row(
             study.study,

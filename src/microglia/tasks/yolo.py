@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from pydantic import ConfigDict
 from torch import Tensor
 from torch.nn import functional
 
@@ -54,6 +55,8 @@ class Gains:
         obj: Weight of objectness.
         cls: Weight of classes.
     """
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
 
     box: float = 0.05
     obj: float = 1.0

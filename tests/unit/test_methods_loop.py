@@ -18,9 +18,11 @@ from microglia.methods import (
     Acdc,
     AtInit,
     Awg,
+    Dcp,
     Ddnp,
     Fpgm,
     Ftwt,
+    Gal,
     Gradual,
     GroupLasso,
     Hrank,
@@ -29,10 +31,12 @@ from microglia.methods import (
     Pdp,
     Polarization,
     PrunerProtocol,
+    Scop,
     Sfp,
     Slimming,
     Smart,
     SparseTraining,
+    Sss,
     Thinet,
 )
 from microglia.scores import Evidence
@@ -59,6 +63,10 @@ SETTINGS: dict[type, dict[str, Any]] = {
     Fpgm: {"flops": 0.4, "updates": 3},
     Hrank: {"density": 0.5, "frozen": 0.2},
     Thinet: {"density": 0.5},
+    Dcp: {"density": 0.5, "classifiers": 1},
+    Scop: {"density": 0.5},
+    Gal: {"density": 0.5},
+    Sss: {"density": 0.5},
 }
 """Every pruner there is, with the settings of its own."""
 EVERY = pytest.mark.parametrize("kind", list(SETTINGS), ids=lambda kind: kind.__name__)
@@ -125,7 +133,7 @@ def test_every_pruner_goes_through_one_and_the_same_loop(kind: type) -> None:
     learned = [p.detach().clone() for p in own]
     train(model, pruner, optimizers)
     moved = any(not torch.equal(p, q) for p, q in zip(weights, pruner.weights_to_train(), strict=True))
-    assert moved is (kind is not Ddnp)  # whose model rests while widths are learned
+    assert moved is (kind not in (Ddnp, Scop))  # whose model rests while widths are learned
     assert not own or any(not torch.equal(p, q) for p, q in zip(learned, own, strict=True))
     pruner.finish()
     pruner.finish()  # twice does no harm
@@ -189,7 +197,7 @@ def test_weights_and_own_parameters_share_nothing(kind: type) -> None:
     own, weights = {id(p) for p in own_of(pruner)}, {id(p) for p in pruner.weights_to_train()}
     assert not own & weights
     assert weights == {id(p) for p in model.parameters()} - own
-    assert kind in (Smart, Pas, Ftwt, Ddnp) or not own
+    assert kind in (Smart, Pas, Ftwt, Ddnp, Dcp, Scop, Gal, Sss) or not own
     assert len(weights) == len(before)
     inside = [id(p) for optimizer in pruner.optimizers() for group in optimizer.param_groups for p in group["params"]]
     assert sorted(inside) == sorted(own)  # each once

@@ -8,6 +8,7 @@ from microglia.methods.awg import Awg, AwgConfig
 from microglia.methods.channel_pruner import ChannelConfig, ChannelPruner
 from microglia.methods.channels import ChannelsConfig
 from microglia.methods.config import Method, MethodConfig, SearchConfig, UnitConfig, method, methods, preset
+from microglia.methods.dcp import Dcp, DcpConfig
 from microglia.methods.ddnp import Ddnp, DdnpConfig
 from microglia.methods.deep_compression import DeepCompressionConfig
 from microglia.methods.eagleeye import EagleEye, EagleEyeConfig
@@ -16,6 +17,7 @@ from microglia.methods.fpgm import Fpgm, FpgmConfig
 from microglia.methods.ftwt import Ftwt, FtwtConfig
 from microglia.methods.ftwt_method import ftwt as _  # noqa: F401 -- registers it
 from microglia.methods.ftwt_observed import Predicted, Routing
+from microglia.methods.gal import Gal, GalConfig
 from microglia.methods.gradual import Gradual, GradualConfig
 from microglia.methods.group_lasso import GroupLasso, GroupLassoConfig
 from microglia.methods.hrank import Hrank, HrankConfig
@@ -29,11 +31,13 @@ from microglia.methods.pas import Pas, PasConfig
 from microglia.methods.pdp import Pdp, PdpConfig
 from microglia.methods.polarization import Polarization, PolarizationConfig
 from microglia.methods.pruner import Pruner, PrunerProtocol
+from microglia.methods.scop import Scop, ScopConfig
 from microglia.methods.search_observed import Search
 from microglia.methods.sfp import Sfp, SfpConfig
 from microglia.methods.slimming import Slimming, SlimmingConfig
 from microglia.methods.smart import Smart, SmartConfig
 from microglia.methods.sparse_training import SparseTraining, SparseTrainingConfig
+from microglia.methods.sss import Sss, SssConfig
 from microglia.methods.thinet import Thinet, ThinetConfig
 from microglia.methods.unit_pruner import UnitPruner
 from microglia.methods.weight_sharing import SharingConfig, WeightSharing, WeightSharingConfig
@@ -52,6 +56,8 @@ __all__ = [
     "ChannelConfig",
     "ChannelPruner",
     "ChannelsConfig",
+    "Dcp",
+    "DcpConfig",
     "Ddnp",
     "DdnpConfig",
     "DeepCompressionConfig",
@@ -63,6 +69,8 @@ __all__ = [
     "FpgmConfig",
     "Ftwt",
     "FtwtConfig",
+    "Gal",
+    "GalConfig",
     "Gradual",
     "GradualConfig",
     "GroupLasso",
@@ -95,6 +103,8 @@ __all__ = [
     "PrunerProtocol",
     "PruningNet",
     "Routing",
+    "Scop",
+    "ScopConfig",
     "Search",
     "SearchConfig",
     "SearchedConfig",
@@ -109,6 +119,8 @@ __all__ = [
     "SparseTraining",
     "SparseTrainingConfig",
     "Takes",
+    "Sss",
+    "SssConfig",
     "Thinet",
     "ThinetConfig",
     "Tickets",

@@ -254,9 +254,10 @@ def test_a_killed_training_goes_on_and_ends_in_the_same_bits(
             raise Killed
 
     run = Run(tmp_path / "killed", {})
-    with monkeypatch.context() as patched, pytest.raises(Killed):
+    with monkeypatch.context() as patched:
         patched.setattr(Progress, "save", killing)
-        methods[name].procedure(task, run, config)
+        with pytest.raises(Killed):
+            methods[name].procedure(task, run, config)
     run.close()
     assert list((tmp_path / "killed" / "stages").glob("sparse.partial*"))
     again = methods[name].procedure(task, Run(tmp_path / "killed", {}), config)

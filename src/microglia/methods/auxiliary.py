@@ -49,9 +49,9 @@ class AuxiliaryClassifier(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Returns logits."""
-        features = features.flatten(2) if features.ndim > 2 else features  # noqa: PLR2004 -- (batch, channels, *positions)
+        features = features.flatten(2) if features.ndim > 2 else features
         found = torch.relu(self.norm(features))
-        out: Tensor = self.linear(found.mean(2) if found.ndim > 2 else found)  # noqa: PLR2004
+        out: Tensor = self.linear(found.mean(2) if found.ndim > 2 else found)
         return out
 
 

@@ -75,7 +75,7 @@ class DcpConfig(ChannelConfig):
 
 
 class Dcp(ChannelPruner):
-    """Chooses channels that serve a reconstruction and classifiers, to be stepped inside anybody's loop; see `ChannelPruner`."""
+    """Chooses channels by a reconstruction and classifiers, to be stepped inside anybody's loop; see `ChannelPruner`."""
 
     Config = DcpConfig
 
@@ -93,12 +93,12 @@ class Dcp(ChannelPruner):
         groups = len(self.units.lengths)
         stages = min(self.own.classifiers + 1, groups)
         self.stages = [range(groups * p // stages, groups * (p + 1) // stages) for p in range(stages)]
-        readers = [next(iter(self._readers(self.span(group[-1])))) for group in self.stages[:-1]]
+        readers = [next(iter(self.readers(self.spans()[group[-1]]))) for group in self.stages[:-1]]
         self.sites = [name.rpartition(".")[0] for name in readers]
         with evaluating(self.model), undisturbed(), Captured(self.model, self.sites) as captured:
             output = run_on(self.model, Example.of(self.example))
             self.shapes = [captured.seen.get(site) for site in self.sites]
-        if not isinstance(output, Tensor) or output.ndim != 2 or None in self.shapes:  # noqa: PLR2004
+        if not isinstance(output, Tensor) or output.ndim != 2 or None in self.shapes:
             raise ScoreError(
                 f"Dcp adds classifiers to a classifier, which returns (batch, classes); {type(self.model).__name__} does not."
             )
@@ -112,7 +112,9 @@ class Dcp(ChannelPruner):
         """
         self.batches: Sequence[tuple[Any, Any]] = list(self.evidence.batches)
         if not self.batches or self.evidence.loss is None:
-            raise ScoreError("Dcp chooses channels by a loss: give evidence with batches, [(inputs, targets), ...], and a loss.")
+            raise ScoreError(
+                "Dcp chooses channels by a loss: give evidence with batches, [(inputs, targets), ...], and a loss."
+            )
         self.dense = deepcopy(self.model).eval().requires_grad_(False)
         with torch.random.fork_rng(devices=()):
             torch.manual_seed(int(torch.randint(2**31, (1,), generator=self.evidence.generator)))
@@ -146,17 +148,9 @@ class Dcp(ChannelPruner):
             self._end_stage()
         return self.target
 
-    def span(self, group: int) -> slice:
-        """Returns the channels of a group."""
-        first = sum(self.units.lengths[:group])
-        return slice(first, first + self.units.lengths[group])
-
-    def _readers(self, own: slice) -> dict[str, Place]:
-        return {p.name: p for p in self.units.read if bool(((p.units >= own.start) & (p.units < own.stop)).any())}
-
     def _end_stage(self) -> None:
         for group in self.stages[self.stage]:
-            own = self.span(group)
+            own = self.spans()[group]
             count = None if self.counts is None else int(self.counts[own].sum())
             if count is None or count < self.units.lengths[group]:
                 with evaluating(self.model), torch.enable_grad():
@@ -168,7 +162,7 @@ class Dcp(ChannelPruner):
 
     def _greedy(self, own: slice, count: int | None) -> Tensor:
         """Returns the channels of a group that are added one by one, boolean; their columns are trained meanwhile."""
-        places = self._readers(own)
+        places = self.readers(own)
         raws, before = [self.raw[n] for n in places], [self.raw[n].detach().clone() for n in places]
         wanted = [self._dense_outputs(inputs, list(places)) for inputs, _ in self.batches]
         chosen, losses, turn = torch.zeros(self.units.count + 1, dtype=torch.bool), list[float](), 0
@@ -208,9 +202,7 @@ class Dcp(ChannelPruner):
     def _gradients(self, turn: int, places: Mapping[str, Place], wanted: Any) -> tuple[float, list[Tensor]]:
         """Returns L on one batch and its gradients, of all ranks together."""
         own, captured = self._loss(turn, self.stage, list(places))
-        errors = [
-            functional.mse_loss(captured[name], dense) / 2 for name, dense in wanted[turn % len(self.batches)].items()
-        ]
+        errors = [functional.mse_loss(captured[name], dense) / 2 for name, dense in wanted[turn % len(self.batches)].items()]
         total = cast(Tensor, self.own.auxiliary * own + sum(errors))
         raws = [self.raw[name] for name in places]
         found = torch.autograd.grad(total, raws, allow_unused=True, materialize_grads=True)

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, cast
 
 import torch
@@ -59,8 +60,7 @@ class GalConfig(FactorConfig):
         """Raises `BudgetError` for a rate that is not above 0 and a negative weight."""
         if not self.discriminator_lr > 0 or self.adversarial < 0:
             raise BudgetError(
-                "discriminator_lr is above 0 and adversarial at least 0; got "
-                f"{self.discriminator_lr} and {self.adversarial}."
+                f"discriminator_lr is above 0 and adversarial at least 0; got {self.discriminator_lr} and {self.adversarial}."
             )
 
 
@@ -149,8 +149,7 @@ class Gal(FactorPruner):
 def discriminator(features: int) -> nn.Sequential:
     """Returns a network (batch, features) -> (batch, 1): the logit that outputs are the dense network's."""
     sizes = (features, *HIDDEN)
-    pairs = zip(sizes, sizes[1:], strict=False)
-    hidden = [layer for a, b in pairs for layer in (nn.Linear(a, b), nn.LeakyReLU(0.2))]
+    hidden = [layer for a, b in pairwise(sizes) for layer in (nn.Linear(a, b), nn.LeakyReLU(0.2))]
     return nn.Sequential(*hidden, nn.Linear(HIDDEN[-1], 1))
 
 

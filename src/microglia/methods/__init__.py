@@ -30,6 +30,7 @@ from microglia.methods.layerwise import Layerwise, LayerwiseConfig
 from microglia.methods.layerwise_observed import LayerwiseReport
 from microglia.methods.lottery import Level, LotteryConfig, Tickets
 from microglia.methods.metapruning import MetaPruning, MetaPruningConfig, PruningNet
+from microglia.methods.not_built import NOT_BUILT as _NOT_BUILT  # noqa: F401 -- answers their names
 from microglia.methods.oneshot import OneShot, OneShotConfig
 from microglia.methods.packed_observed import Packed, PackedLayer
 from microglia.methods.pas import Pas, PasConfig

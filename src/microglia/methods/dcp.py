@@ -203,7 +203,7 @@ class Dcp(ChannelPruner):
         """Returns L on one batch and its gradients, of all ranks together."""
         own, captured = self._loss(turn, self.stage, list(places))
         errors = [functional.mse_loss(captured[name], dense) / 2 for name, dense in wanted[turn % len(self.batches)].items()]
-        total = cast(Tensor, self.own.auxiliary * own + sum(errors))
+        total = self.own.auxiliary * own + sum(errors)
         raws = [self.raw[name] for name in places]
         found = torch.autograd.grad(total, raws, allow_unused=True, materialize_grads=True)
         value, *gradients = averaged_over_ranks([total.detach(), *found])

@@ -109,7 +109,8 @@ class Gal(FactorPruner):
         still = {name: p.detach() for name, p in self.discriminator.named_parameters()}
         fooled = _as(1.0, functional_call(self.discriminator, still, (masked,)))
         told = _as(1.0, self.discriminator(dense)) + _as(0.0, self.discriminator(masked.detach()))
-        return (masked - dense).square().sum(1).mean() / 2 + self.own.adversarial * (fooled + told)
+        total: Tensor = (masked - dense).square().sum(1).mean() / 2 + self.own.adversarial * (fooled + told)
+        return total
 
     def finish(self) -> MaskSet:
         """Merges the mask into the weights, and masks the channels that do not stay; returns the masks."""

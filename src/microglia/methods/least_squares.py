@@ -120,4 +120,5 @@ def solved(weight: Tensor, moments: Tensor, stay: Tensor) -> Tensor:
         len(gram), dtype=gram.dtype, device=gram.device
     )
     gone = moments[stay][:, ~stay] @ weight[:, ~stay].T  # what the others added, seen through the kept columns
-    return weight[:, stay] + torch.linalg.solve(gram, gone).T
+    found: Tensor = weight[:, stay] + torch.linalg.solve(gram, gone).T
+    return found

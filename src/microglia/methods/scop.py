@@ -101,13 +101,14 @@ class Scop(ChannelPruner):
         called = {name: layer for name, layer in self.layers.items() if layer.kind.inputs is not None}
         sizes = {name: layer.sides[0] for name, layer in called.items()}
         self.model.register_parameter(SCORES, nn.Parameter(torch.full((sum(sizes.values()),), 0.5, device=self._device)))
-        self.beta: nn.Parameter | None = cast(nn.Parameter, self.model.get_parameter(SCORES))
+        self.beta: nn.Parameter | None = self.model.get_parameter(SCORES)
         self._sizes, self._real = sizes, 0
         self._stack.enter_context(statistics_kept(self.model))
         self._stack.callback(self.model.register_forward_pre_hook(self._doubled).remove)
         self._stack.callback(self.model.register_forward_hook(self._halved).remove)
         for name, layer in called.items():
-            self._stack.callback(layer.module.register_forward_hook(partial(self._mixed, name, layer.kind.inputs)).remove)
+            mixed = partial(self._mixed, name, cast(int, layer.kind.inputs))
+            self._stack.callback(layer.module.register_forward_hook(mixed).remove)
 
     @property
     def _device(self) -> torch.device:
@@ -185,7 +186,8 @@ class Scop(ChannelPruner):
         mean = self._images.mean(0, keepdim=True)
         weights = torch.randn(count, len(self._images), generator=generator).to(self._images)  # a Gaussian of their covariance
         flat = weights @ (self._images - mean).flatten(1) / len(self._images) ** 0.5
-        return mean + flat.view(count, *self._images.shape[1:])
+        found: Tensor = mean + flat.view(count, *self._images.shape[1:])
+        return found
 
     def _doubled(self, module: nn.Module, args: Any) -> Any:
         self._real = len(args[0]) if torch.is_grad_enabled() and module.training else 0

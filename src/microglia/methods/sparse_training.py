@@ -157,7 +157,7 @@ class SparseTraining(Pruner):
         **settings: The fields of the config by keyword instead.
     """
 
-    Config = SparseTrainingConfig
+    Config: type[PruneConfig] = SparseTrainingConfig
 
     def __init__(
         self,

@@ -86,6 +86,16 @@ def depthwise() -> nn.Module:
 
 
 NETWORKS = {"mlp": mlp, "conv": conv, "residual": Residual, "depthwise": depthwise}
+FEW = {
+    **dict.fromkeys(["gdp", "l1", "deephoyer", "ccp", "pfp"], ("residual", "depthwise")),
+    **dict.fromkeys(["dsr", "deep-r"], ("conv",)),
+}
+"""Short methods that share their code with another one here: the networks that are enough for them."""
+
+
+def on_networks(cases: list[tuple[str, str]]) -> list[tuple[str, str, str]]:
+    """Returns (method, pattern, network) of the cases."""
+    return [(name, pattern, kind) for kind in NETWORKS for name, pattern in cases if kind in FEW.get(name, NETWORKS)]
 
 
 @pytest.fixture(scope="module")
@@ -139,8 +149,7 @@ def no_sequence(config: Any, model: nn.Module) -> str | None:
     return "needs a multiple of 4 inputs" if config.pattern == "nm:2:4" and any(width % 4 for width in widths) else None
 
 
-@pytest.mark.parametrize("kind", list(NETWORKS))
-@pytest.mark.parametrize(("name", "pattern"), MASKING)
+@pytest.mark.parametrize(("name", "pattern", "kind"), on_networks(MASKING))
 def test_method(name: str, pattern: str, kind: str, digits: ImageData, tmp_path: Path) -> None:
     task, config = make_task(kind, digits), config_of(name, pattern)
     if refused := no_sequence(config, task.build()):
@@ -191,8 +200,7 @@ def test_method(name: str, pattern: str, kind: str, digits: ImageData, tmp_path:
     assert all(torch.equal(value, resumed.state_dict()[key]) for key, value in model.state_dict().items())
 
 
-@pytest.mark.parametrize("kind", list(NETWORKS))
-@pytest.mark.parametrize(("name", "pattern"), REMOVING)
+@pytest.mark.parametrize(("name", "pattern", "kind"), on_networks(REMOVING))
 def test_method_that_removes(name: str, pattern: str, kind: str, digits: ImageData, tmp_path: Path) -> None:
     task, config = make_task(kind, digits), config_of(name, pattern)
     if "norm" in config.takes.needs and not any(isinstance(m, NORMS) for m in task.build().modules()):

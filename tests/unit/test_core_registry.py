@@ -37,3 +37,11 @@ def test_an_unknown_name_is_answered_with_the_near_and_the_known(colours: Regist
         colours["rad"]
     assert str(unknown_name("colour", 17, ["red"])) == "There is no colour named 17. Known: red."
     assert isinstance(unknown_name("colour", "x", []), MicrogliaError)
+
+
+def test_a_name_that_is_known_and_not_built_is_answered_by_the_reason(colours: Registry[int]) -> None:
+    colours.refuse("mauve", "take red.")
+    with pytest.raises(UnknownNameError, match=r"^The colour 'mauve' is known and not built: take red\.$"):
+        colours["mauve"]
+    assert "mauve" not in colours
+    assert list(colours) == ["red", "green"]

@@ -56,6 +56,7 @@ class Registry(Generic[T]):
     def __init__(self, kind: str) -> None:
         self.kind = kind
         self._items: dict[str, T] = {}
+        self._refused: dict[str, str] = {}
 
     def add(self, name: str) -> Callable[[T], T]:
         """Returns a decorator that registers its argument under ``name`` (an error when the name is taken)."""
@@ -68,10 +69,16 @@ class Registry(Generic[T]):
 
         return register
 
+    def refuse(self, name: str, why: str) -> None:
+        """Lets a name that the field knows, and that is not built here, be answered by the reason, one sentence."""
+        self._refused[name] = why
+
     def __getitem__(self, name: str) -> T:
         try:
             return self._items[name]
         except KeyError:
+            if name in self._refused:
+                raise UnknownNameError(f"The {self.kind} {name!r} is known and not built: {self._refused[name]}") from None
             raise unknown_name(self.kind, name, self._items) from None
 
     def __contains__(self, name: object) -> bool:

@@ -5,17 +5,24 @@ from microglia.methods.amc import Amc, AmcConfig
 from microglia.methods.at_init import AtInit, AtInitConfig
 from microglia.methods.at_init_observed import Initialization
 from microglia.methods.awg import Awg, AwgConfig
+from microglia.methods.ccp import Ccp, CcpConfig
 from microglia.methods.channel_pruner import ChannelConfig, ChannelPruner
 from microglia.methods.channels import ChannelsConfig
 from microglia.methods.config import Method, MethodConfig, SearchConfig, UnitConfig, method, methods, preset
+from microglia.methods.dcp import Dcp, DcpConfig
 from microglia.methods.ddnp import Ddnp, DdnpConfig
 from microglia.methods.deep_compression import DeepCompressionConfig
+from microglia.methods.deep_r import DeepR, DeepRConfig
+from microglia.methods.deephoyer import DeepHoyer, DeepHoyerConfig
+from microglia.methods.dsr import Dsr, DsrConfig
 from microglia.methods.eagleeye import EagleEye, EagleEyeConfig
 from microglia.methods.evolution import Evolution
+from microglia.methods.filter_norms import FilterNorms, FilterNormsConfig
 from microglia.methods.fpgm import Fpgm, FpgmConfig
 from microglia.methods.ftwt import Ftwt, FtwtConfig
 from microglia.methods.ftwt_method import ftwt as _  # noqa: F401 -- registers it
 from microglia.methods.ftwt_observed import Predicted, Routing
+from microglia.methods.gal import Gal, GalConfig
 from microglia.methods.gradual import Gradual, GradualConfig
 from microglia.methods.group_lasso import GroupLasso, GroupLassoConfig
 from microglia.methods.hrank import Hrank, HrankConfig
@@ -23,17 +30,22 @@ from microglia.methods.layerwise import Layerwise, LayerwiseConfig
 from microglia.methods.layerwise_observed import LayerwiseReport
 from microglia.methods.lottery import Level, LotteryConfig, Tickets
 from microglia.methods.metapruning import MetaPruning, MetaPruningConfig, PruningNet
+from microglia.methods.not_built import NOT_BUILT as _NOT_BUILT  # noqa: F401 -- answers their names
 from microglia.methods.oneshot import OneShot, OneShotConfig
 from microglia.methods.packed_observed import Packed, PackedLayer
 from microglia.methods.pas import Pas, PasConfig
 from microglia.methods.pdp import Pdp, PdpConfig
+from microglia.methods.pfp import Pfp, PfpConfig
 from microglia.methods.polarization import Polarization, PolarizationConfig
 from microglia.methods.pruner import Pruner, PrunerProtocol
+from microglia.methods.scop import Scop, ScopConfig
 from microglia.methods.search_observed import Search
 from microglia.methods.sfp import Sfp, SfpConfig
 from microglia.methods.slimming import Slimming, SlimmingConfig
 from microglia.methods.smart import Smart, SmartConfig
 from microglia.methods.sparse_training import SparseTraining, SparseTrainingConfig
+from microglia.methods.sss import Sss, SssConfig
+from microglia.methods.taylor import Taylor, TaylorConfig
 from microglia.methods.thinet import Thinet, ThinetConfig
 from microglia.methods.unit_pruner import UnitPruner
 from microglia.methods.weight_sharing import SharingConfig, WeightSharing, WeightSharingConfig
@@ -49,20 +61,34 @@ __all__ = [
     "AtInitConfig",
     "Awg",
     "AwgConfig",
+    "Ccp",
+    "CcpConfig",
     "ChannelConfig",
     "ChannelPruner",
     "ChannelsConfig",
+    "Dcp",
+    "DcpConfig",
     "Ddnp",
     "DdnpConfig",
     "DeepCompressionConfig",
+    "DeepHoyer",
+    "DeepHoyerConfig",
+    "DeepR",
+    "DeepRConfig",
+    "Dsr",
+    "DsrConfig",
     "EagleEye",
     "EagleEyeConfig",
     "Evaluator",
     "Evolution",
+    "FilterNorms",
+    "FilterNormsConfig",
     "Fpgm",
     "FpgmConfig",
     "Ftwt",
     "FtwtConfig",
+    "Gal",
+    "GalConfig",
     "Gradual",
     "GradualConfig",
     "GroupLasso",
@@ -87,6 +113,8 @@ __all__ = [
     "PasConfig",
     "Pdp",
     "PdpConfig",
+    "Pfp",
+    "PfpConfig",
     "Polarization",
     "PolarizationConfig",
     "Predicted",
@@ -95,6 +123,8 @@ __all__ = [
     "PrunerProtocol",
     "PruningNet",
     "Routing",
+    "Scop",
+    "ScopConfig",
     "Search",
     "SearchConfig",
     "SearchedConfig",
@@ -108,7 +138,11 @@ __all__ = [
     "SmartConfig",
     "SparseTraining",
     "SparseTrainingConfig",
+    "Sss",
+    "SssConfig",
     "Takes",
+    "Taylor",
+    "TaylorConfig",
     "Thinet",
     "ThinetConfig",
     "Tickets",

@@ -5,26 +5,31 @@ The algorithm (spec: FTWT and SMART 9.2), every episode:
     the action is the kept fraction; at most so much that the rest, at its narrowest, still meets the budget
     the reward after the last group is the value of the small model on held-out training examples
     after the random episodes the agent learns (`microglia.methods.ddpg`), with noise of 0.5 x 0.95^episode
-then cut to the best widths; fine-tune. Channels of the largest L1 mass in the weights that read them stay. The published code
-rebuilds the weights of 1x1 layers by least squares for each candidate; here batch-norm statistics are estimated anew instead,
-as the searches of this package share one evaluator.
+then cut to the best widths; fine-tune. Channels of the largest L1 mass in the weights that read them stay. Batch-norm
+statistics of each candidate are estimated anew, as the searches of this package share one evaluator; the published code
+rebuilds the weights of 1x1 layers by least squares instead, which ``reconstruct`` adds.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from dataclasses import dataclass
-from typing import cast
+from dataclasses import dataclass, replace
+from typing import ClassVar, cast, get_args
 
 import torch
 from torch import Tensor, nn
 
 from microglia.core.errors import BudgetError
+from microglia.core.layers import prunable_layers
+from microglia.core.masks import MaskSet
+from microglia.core.registry import unknown_name
 from microglia.methods.channel_procedure import fits
 from microglia.methods.config import method
 from microglia.methods.ddpg import Ddpg
+from microglia.methods.least_squares import LeastSquares, Reconstructed
+from microglia.methods.what import SAMPLING, Takes
 from microglia.methods.width_procedure import searched_widths
-from microglia.methods.width_search import Evaluator, SearchedConfig, SearchedPruner
+from microglia.methods.width_search import WIDTHS, Evaluator, SearchedConfig, SearchedPruner
 from microglia.methods.width_space import Widths, WidthSpace
 from microglia.storage.run import Run
 from microglia.tasks.task import Task
@@ -45,12 +50,16 @@ class AmcConfig(SearchedConfig):
         episodes: Width vectors that are proposed; equal ones are evaluated once.
         warmup: The first of these, which are random.
         least: Least kept fraction of a group.
+        reconstruct: Whether the weights that read the kept channels are solved by least squares on training batches, for each
+            candidate and for the result: ``none``, ``1x1`` (linear and 1x1 layers, as in the published code) or ``all``.
     """
 
+    takes: ClassVar[Takes] = replace(WIDTHS, fields=(*WIDTHS.fields, *SAMPLING))
     tolerance: float = 0.999
     episodes: int = 800
     warmup: int = 100
     least: float = 0.2
+    reconstruct: Reconstructed = "none"
 
     def check_values(self) -> None:
         """Raises `BudgetError` for counts and fractions out of range."""
@@ -58,6 +67,8 @@ class AmcConfig(SearchedConfig):
             raise BudgetError(f"warmup is at least 1 and at most episodes; got {self.warmup} of {self.episodes}.")
         if not 0 <= self.least < 1:
             raise BudgetError(f"least is the least kept fraction of a group, in [0, 1); got {self.least}.")
+        if self.reconstruct not in get_args(Reconstructed):
+            raise unknown_name("reconstruction", self.reconstruct, get_args(Reconstructed))
 
 
 class Amc(SearchedPruner):
@@ -69,6 +80,33 @@ class Amc(SearchedPruner):
     def own(self) -> AmcConfig:
         """The config."""
         return cast(AmcConfig, self.config)
+
+    def begin(self) -> None:
+        """Looks at what layers read, if their weights are to be solved."""
+        self.solver: LeastSquares | None = None
+        self.stay: Tensor | None = None
+        if self.own.reconstruct != "none":
+            layers = prunable_layers(self.model)
+            self.solver = LeastSquares(self.model, self.units, layers, self.evidence, self.own.reconstruct)
+
+    def candidate(self, widths: Widths) -> nn.Module:
+        """Returns the small model of a vector."""
+        if self.solver is None:
+            return super().candidate(widths)
+        with self.solver.applied(self.space.channels(self.values_of_channels, widths)):
+            return super().candidate(widths)
+
+    def final(self) -> Tensor:
+        """Returns the channels that stay."""
+        return super().final() if self.stay is None else self.stay
+
+    @torch.no_grad()
+    def finish(self) -> MaskSet:
+        """Masks the channels that do not stay; the others' readers get the weights of the best candidate."""
+        if self.solver is not None and self.stay is None:
+            self.stay = self.final()  # first: new weights would rank the channels anew
+            self.solver.write(self.solver.weights(self.stay))
+        return super().finish()
 
     def make_space(self) -> WidthSpace:
         """Returns the width vectors at or below the budget."""

@@ -29,7 +29,7 @@ def fits(pruner: type[ChannelPruner]) -> Callable[[Task, ChannelConfig], None]:
     return check
 
 
-def thinned(task: Task, run: Run, config: ChannelConfig, pruner: type[ChannelPruner]) -> nn.Module:
+def thinned(task: Task, run: Run, config: ChannelConfig, pruner: Callable[..., ChannelPruner]) -> nn.Module:
     """Returns the dense model trained with a pruner, without the channels that it gives up, and recovered."""
     model = dense_model(task, run, config.dense)
     teacher = deepcopy(model) if config.train.distill else None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -21,7 +22,7 @@ from microglia.core.errors import BudgetError
 from microglia.core.layers import Layer, prunable_layers, raw_parameter
 from microglia.core.masks import MaskSet, enforce, mask, masks_of
 from microglia.core.patterns import Channel
-from microglia.graph.channels.coupled import CoupledChannels
+from microglia.graph.channels.coupled import CoupledChannels, Place
 from microglia.methods.arguments import check_model, check_steps, plain_settings
 from microglia.methods.config import MethodConfig
 from microglia.methods.what import SAMPLING, Takes
@@ -168,6 +169,15 @@ class ChannelPruner:
         made = {place.name for place in self.units.made}
         return {name: layer for name, layer in prunable_layers(self.model).items() if name in made}
 
+    def spans(self) -> list[slice]:
+        """Returns the channels of each group, in the order of the network."""
+        stops = list(accumulate(self.units.lengths))
+        return [slice(stop - length, stop) for stop, length in zip(stops, self.units.lengths, strict=True)]
+
+    def readers(self, own: slice) -> dict[str, Place]:
+        """Returns where the channels of a group are read, by parameter."""
+        return {p.name: p for p in self.units.read if bool(((p.units >= own.start) & (p.units < own.stop)).any())}
+
     def choose(self, ranking: Tensor) -> Tensor:
         """Returns the channels that meet the budget, boolean (count,)."""
         budget = self.config.budget
@@ -248,6 +258,31 @@ class ChannelPruner:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on from a state."""
         self.steps = int(state["steps"])
+
+
+class AtOnce(ChannelPruner):
+    """A pruner that removes channels when it is made; what it removed stays zero in any training that follows."""
+
+    target: Tensor
+    """The channels that stay, boolean (count,), which `begin` chooses."""
+
+    def final(self) -> Tensor:
+        """Returns the channels that stay."""
+        return self.target
+
+    def step(self, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Goes on by one optimizer step; what was removed stays zero."""
+        super().step(optimizer)
+        self.clear(~self.target, optimizer, whole=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the steps taken and the choice."""
+        return super().state_dict() | {"target": self.target}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from a state."""
+        super().load_state_dict(state)
+        self.target = state["target"]
 
 
 def states_of(optimizer: torch.optim.Optimizer | None, raw: nn.Parameter) -> list[Tensor]:

@@ -11,7 +11,7 @@ and gradient descent on the kept weights at all other steps.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, cast, get_args
 
@@ -39,8 +39,8 @@ Decay = Literal["cosine", "constant"]
 
 
 @dataclass(frozen=True)
-class SparseTrainingConfig(MethodConfig):
-    """Sparse training from scratch; the defaults are RigL's with Erdős-Rényi-kernel densities (Evci et al. 2020).
+class ScratchConfig(MethodConfig):
+    """Methods that train single weights under moving masks from scratch.
 
     Attributes:
         scope: Fixed distribution of the budget over layers: ``erk``, ``layer`` (uniform), or densities by layer name;
@@ -49,11 +49,6 @@ class SparseTrainingConfig(MethodConfig):
         train: The training of the sparse network, from its initial weights on.
         first_dense: Whether the first layer stays dense under ``layer``, as in the paper. It counts as kept, so the other
             layers are slightly sparser. The paper does not count it; ``exclude`` gives that rule.
-        drop: Fraction of a layer's weights exchanged at the first updates, in [0, 1); 0 never exchanges any.
-        every: Optimizer steps between updates.
-        until: Fraction of the training after which the masks are fixed.
-        decay: Decay of the dropped fraction until then: ``cosine`` to 0 (RigL), or ``constant`` (SET).
-        grow: Rule of growth: the largest ``gradient`` (RigL), or ``random`` (SET).
     """
 
     takes: ClassVar[Takes] = Takes(
@@ -70,28 +65,66 @@ class SparseTrainingConfig(MethodConfig):
     score: str = "random"
     train: FitConfig = field(default_factory=FitConfig)
     first_dense: bool = True
+
+    def check_values(self) -> None:
+        """Raises `BudgetError` for a scope that is invalid here."""
+        if self.scope == "row":
+            raise BudgetError("Sparse training keeps the count of each layer, not of each row: take scope erk or layer.")
+
+
+@dataclass(frozen=True)
+class UpdatesConfig(ScratchConfig):
+    """Methods that move masks at even distances.
+
+    Attributes:
+        drop: Fraction of weights exchanged at the first updates, in [0, 1); 0 never exchanges any.
+        every: Optimizer steps between updates.
+        until: Fraction of the training after which the masks are fixed.
+    """
+
     drop: float = 0.3
     every: int = 100
     until: float = 0.75
-    decay: Decay = "cosine"
-    grow: Growth = "gradient"
 
     def check_values(self) -> None:
-        """Raises for a scope, fractions or choices that are invalid here."""
-        if self.scope == "row":
-            raise BudgetError("Sparse training keeps the count of each layer, not of each row: take scope erk or layer.")
+        """Raises `BudgetError` for fractions out of range."""
         if not 0 <= self.drop < 1 or not 0 < self.until <= 1:
             raise BudgetError(f"drop is a fraction in [0, 1) and until one in (0, 1]; got {self.drop} and {self.until}.")
         if self.every < 1:
             raise BudgetError(f"every is a number of optimizer steps, at least 1; got {self.every}.")
-        if self.decay not in get_args(Decay):
-            raise unknown_name("decay", self.decay, get_args(Decay))
-        if self.grow not in get_args(Growth):
-            raise unknown_name("growth", self.grow, get_args(Growth))
 
     def due(self, step: int, total_steps: int) -> bool:
         """Tells whether a step, counted from 1, exchanges weights: every ``every`` steps, before ``until``."""
         return self.drop > 0 and step % self.every == 0 and step < self.until * total_steps
+
+    def check_updates(self, total_steps: int) -> None:
+        """Raises `BudgetError` if masks should move but never would in a training of this length."""
+        if self.drop > 0 and not self.due(self.every, total_steps):
+            raise BudgetError(
+                f"No update of the masks falls into this training: every {self.every} steps, before step "
+                f"{self.until * total_steps:g} of {total_steps:,}. Give a smaller every or a longer training, or take the "
+                "method 'static' (drop=0), whose masks never move."
+            )
+
+
+@dataclass(frozen=True)
+class SparseTrainingConfig(UpdatesConfig):
+    """Sparse training from scratch; the defaults are RigL's with Erdős-Rényi-kernel densities (Evci et al. 2020).
+
+    Attributes:
+        decay: Decay of the dropped fraction of a layer until then: ``cosine`` to 0 (RigL), or ``constant`` (SET).
+        grow: Rule of growth: the largest ``gradient`` (RigL), or ``random`` (SET).
+    """
+
+    decay: Decay = "cosine"
+    grow: Growth = "gradient"
+
+    def check_values(self) -> None:
+        """Raises `UnknownNameError` for unknown choices."""
+        if self.decay not in get_args(Decay):
+            raise unknown_name("decay", self.decay, get_args(Decay))
+        if self.grow not in get_args(Growth):
+            raise unknown_name("growth", self.grow, get_args(Growth))
 
     def dropped(self, step: int, total_steps: int) -> float:
         """Returns the fraction of a layer's weights to drop at a step t, in [0, drop]; 0 from the end T on.
@@ -102,15 +135,6 @@ class SparseTrainingConfig(MethodConfig):
         if step >= end:
             return 0.0
         return self.drop if self.decay == "constant" else self.drop / 2 * (1 + math.cos(math.pi * step / end))
-
-    def check_updates(self, total_steps: int) -> None:
-        """Raises `BudgetError` if masks should move but never would in a training of this length."""
-        if self.drop > 0 and not self.due(self.every, total_steps):
-            raise BudgetError(
-                f"No update of the masks falls into this training: every {self.every} steps, before step "
-                f"{self.until * total_steps:g} of {total_steps:,}. Give a smaller every or a longer training, or take the "
-                "method 'static' (drop=0), whose masks never move."
-            )
 
 
 class SparseTraining(Pruner):
@@ -133,7 +157,7 @@ class SparseTraining(Pruner):
         **settings: The fields of the config by keyword instead.
     """
 
-    Config = SparseTrainingConfig
+    Config: type[PruneConfig] = SparseTrainingConfig
 
     def __init__(
         self,
@@ -224,32 +248,41 @@ class SparseTraining(Pruner):
         self._prepare()
 
 
-def fits(task: Task, config: SparseTrainingConfig) -> None:
-    """Raises unless the task begins untrained and layers, budget and length of the training fit its model."""
-    refuse_trained(task, config)
-    scores[config.score]
-    first = replace(config, score="random")  # another score may need batches, which a check does not read
-    SparseTraining(task.build(), first, total_steps=_steps(task, config.train))
+def fits(kind: Callable[..., Pruner]) -> Callable[[Task, ScratchConfig], None]:
+    """Returns a check that the task begins untrained and layers, budget and length of the training fit its model."""
+
+    def check(task: Task, config: ScratchConfig) -> None:
+        refuse_trained(task, config)
+        scores[config.score]
+        first = replace(config, score="random")  # another score may need batches, which a check does not read
+        kind(task.build(), first, total_steps=_steps(task, config.train))
+
+    return check
 
 
 def _steps(task: Task, config: FitConfig) -> int:
     return config.epochs * epoch_length(config, len(task.data.batches("train", config.batch_size)))
 
 
-@method("rigl", SparseTrainingConfig, check=fits, training=FitConfig())
-def rigl(task: Task, run: Run, config: SparseTrainingConfig) -> nn.Module:
-    """RigL: sparse from scratch; the smallest weights give way where the gradient is largest."""
+def from_scratch(task: Task, run: Run, config: ScratchConfig, kind: Callable[..., Pruner]) -> nn.Module:
+    """Returns a model that was trained sparse from its initial weights on; a dense one is trained for comparison."""
     refuse_trained(task, config)  # the masks are made only after the dense network is trained
     dense = dense_model(task, run, config.dense)  # only for comparison and distillation
     model = task.build().to(run.device)
     steps = _steps(task, config.train)
 
-    def pruner() -> SparseTraining:
-        return SparseTraining(model, config, total_steps=steps, evidence=evidence(task, run, config))
+    def pruner() -> Pruner:
+        return kind(model, config, total_steps=steps, evidence=evidence(task, run, config))
 
     teacher = dense if config.train.distill else None
     run.observations["exchanged"] = train(task, run, "train", model, config.train, pruner=pruner, teacher=teacher)
     return model
+
+
+@method("rigl", SparseTrainingConfig, check=fits(SparseTraining), training=FitConfig())
+def rigl(task: Task, run: Run, config: SparseTrainingConfig) -> nn.Module:
+    """RigL: sparse from scratch; the smallest weights give way where the gradient is largest."""
+    return from_scratch(task, run, config, SparseTraining)
 
 
 preset(

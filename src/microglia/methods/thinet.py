@@ -22,7 +22,7 @@ from microglia.core.modes import evaluating
 from microglia.graph.channels.coupled import Place
 from microglia.graph.channels.widths import highest
 from microglia.methods.channel_procedure import fits, thinned
-from microglia.methods.channel_pruner import SAMPLED, ChannelConfig, ChannelPruner
+from microglia.methods.channel_pruner import SAMPLED, AtOnce, ChannelConfig
 from microglia.methods.config import method
 from microglia.methods.what import Takes
 from microglia.scores import scores
@@ -33,19 +33,15 @@ from microglia.train.optim import FitConfig
 
 
 @dataclass(frozen=True)
-class ThinetConfig(ChannelConfig):
-    """ThiNet; it trains only to recover.
+class ReadersConfig(ChannelConfig):
+    """Methods that sample what layers read, and train only to recover.
 
     Attributes:
-        scope: Always ``uniform``: the same fraction of every group.
         positions: Outputs that are sampled for each image and reading layer.
-        rescale: Whether to scale what stays by least squares.
     """
 
-    takes: ClassVar[Takes] = replace(SAMPLED, scopes=("uniform",))
-    scope: Literal["uniform", "global"] = "uniform"  # type: ignore[assignment]
+    takes: ClassVar[Takes] = SAMPLED
     positions: int = 10
-    rescale: bool = True
 
     def check_values(self) -> None:
         """Raises `BudgetError` for less than one position."""
@@ -58,66 +54,26 @@ class ThinetConfig(ChannelConfig):
         return replace(self.train, epochs=0)
 
 
-class Thinet(ChannelPruner):
-    """Removes the channels that the next layers miss least, at once, when it is made; see `ChannelPruner`."""
+@dataclass(frozen=True)
+class ThinetConfig(ReadersConfig):
+    """ThiNet; it trains only to recover.
 
-    Config = ThinetConfig
+    Attributes:
+        scope: Always ``uniform``: the same fraction of every group.
+        rescale: Whether to scale what stays by least squares.
+    """
 
-    @torch.no_grad()
-    def begin(self) -> None:
-        """Chooses channels group by group, each on what the choices before left of the network.
+    takes: ClassVar[Takes] = replace(SAMPLED, scopes=("uniform",))
+    scope: Literal["uniform", "global"] = "uniform"  # type: ignore[assignment]
+    rescale: bool = True
 
-        Raises:
-            ScoreError: There are no batches.
-        """
-        if not list(self.evidence.batches):
-            raise ScoreError("ThiNet samples what layers read: give evidence with batches, [(inputs, targets), ...].")
-        wanted = self.choose(torch.zeros(self.units.count))
-        self.target = torch.ones(self.units.count, dtype=torch.bool)
-        first = 0
-        for length in self.units.lengths:
-            own = slice(first, first + length)
-            first += length
-            if (count := int(wanted[own].sum())) < length:
-                self._thin(own, count)
 
-    def final(self) -> Tensor:
-        """Returns the channels that stay."""
-        return self.target
+class Readers(AtOnce):
+    """Removes channels at once, when it is made, by samples of the layers that read them."""
 
-    def step(self, optimizer: torch.optim.Optimizer | None = None) -> None:
-        """Goes on by one optimizer step; what was removed stays zero."""
-        super().step(optimizer)
-        self.clear(~self.target, optimizer, whole=True)
+    Config: type[ReadersConfig] = ReadersConfig
 
-    def state_dict(self) -> dict[str, Any]:
-        """Returns the steps taken and the choice."""
-        return super().state_dict() | {"target": self.target}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on from a state."""
-        super().load_state_dict(state)
-        self.target = state["target"]
-
-    def _thin(self, own: slice, count: int) -> None:
-        """Removes the channels of a group but for a count, and rescales the columns that read the others."""
-        places = {p.name: p for p in self.units.read if bool(((p.units >= own.start) & (p.units < own.stop)).any())}
-        samples = self._samples(places, own)
-        if samples:
-            kept = greedy(torch.cat(list(samples.values())), count)
-        else:  # read by layers of other kinds alone, such as grouped convolutions
-            kept = highest(self.of_filters(scores["l2"](self.model, self.layers, self.evidence))[own].cpu(), count)
-        self.target[own] = kept
-        for name, found in samples.items() if cast(ThinetConfig, self.config).rescale else ():
-            factors = torch.ones(self.units.count + 1, dtype=torch.float64)
-            factors[own] = torch.zeros(len(kept), dtype=torch.float64).masked_scatter(kept, least_squares(found, kept))
-            raw, place = self.raw[name], places[name]
-            raw.mul_(factors[place.units].to(raw).view([-1 if d == place.dim else 1 for d in range(raw.ndim)]))
-        gone = torch.zeros(self.units.count, dtype=torch.bool)
-        gone[own] = ~kept
-        self.clear(gone, whole=True)
-
-    def _samples(self, places: Mapping[str, Place], own: slice) -> dict[str, Tensor]:
+    def samples(self, places: Mapping[str, Place], own: slice) -> dict[str, Tensor]:
         """Returns by reading layer the parts of a group's channels in sampled outputs, float64 (samples, channels)."""
         found: dict[str, list[Tensor]] = {}
         handles = []
@@ -145,10 +101,49 @@ class Thinet(ChannelPruner):
         conv = isinstance(module, nn.Conv2d)
         outputs = output.shape[1] if conv else output.shape[-1]
         spots = output[0].numel() // outputs
-        draws = len(output) * cast(ThinetConfig, self.config).positions
+        draws = len(output) * cast(ReadersConfig, self.config).positions
         uniform = torch.rand(2, draws, generator=self.evidence.generator)
         images = torch.arange(len(output)).repeat_interleave(draws // len(output))
         return images, (uniform[0] * outputs).long(), (uniform[1] * spots).long()
+
+
+class Thinet(Readers):
+    """Removes the channels that the next layers miss least, at once, when it is made; see `ChannelPruner`."""
+
+    Config = ThinetConfig
+
+    @torch.no_grad()
+    def begin(self) -> None:
+        """Chooses channels group by group, each on what the choices before left of the network.
+
+        Raises:
+            ScoreError: There are no batches.
+        """
+        if not list(self.evidence.batches):
+            raise ScoreError("ThiNet samples what layers read: give evidence with batches, [(inputs, targets), ...].")
+        wanted = self.choose(torch.zeros(self.units.count))
+        self.target = torch.ones(self.units.count, dtype=torch.bool)
+        for own in self.spans():
+            if (count := int(wanted[own].sum())) < own.stop - own.start:
+                self._thin(own, count)
+
+    def _thin(self, own: slice, count: int) -> None:
+        """Removes the channels of a group but for a count, and rescales the columns that read the others."""
+        places = self.readers(own)
+        samples = self.samples(places, own)
+        if samples:
+            kept = greedy(torch.cat(list(samples.values())), count)
+        else:  # read by layers of other kinds alone, such as grouped convolutions
+            kept = highest(self.of_filters(scores["l2"](self.model, self.layers, self.evidence))[own].cpu(), count)
+        self.target[own] = kept
+        for name, found in samples.items() if cast(ThinetConfig, self.config).rescale else ():
+            factors = torch.ones(self.units.count + 1, dtype=torch.float64)
+            factors[own] = torch.zeros(len(kept), dtype=torch.float64).masked_scatter(kept, least_squares(found, kept))
+            raw, place = self.raw[name], places[name]
+            raw.mul_(factors[place.units].to(raw).view([-1 if d == place.dim else 1 for d in range(raw.ndim)]))
+        gone = torch.zeros(self.units.count, dtype=torch.bool)
+        gone[own] = ~kept
+        self.clear(gone, whole=True)
 
 
 def _plain(module: nn.Conv2d) -> bool:

@@ -14,7 +14,8 @@ from torch import nn
 from microglia.core.batch import to_device
 from microglia.core.errors import BudgetError
 from microglia.methods.channel_procedure import cut_and_recovered
-from microglia.methods.procedure import change, dense_model
+from microglia.methods.procedure import change, dense_model, evidence
+from microglia.methods.what import SAMPLING
 from microglia.methods.width_search import SearchedConfig, SearchedPruner
 from microglia.storage.run import Progress, Run
 from microglia.tasks.loaders import loaders
@@ -31,8 +32,11 @@ def searched_widths(task: Task, run: Run, config: SearchedConfig, pruner: type[S
     model = dense_model(task, run, config.dense)
     teacher = deepcopy(model) if config.train.distill else None
 
+    sampled = set(SAMPLING) <= set(config.takes.fields)
+
     def make() -> SearchedPruner:
-        return pruner(model, config, total_steps=1, example_inputs=to_device(task.example, run.device))
+        seen = evidence(task, run, config) if sampled else None
+        return pruner(model, config, total_steps=1, example_inputs=to_device(task.example, run.device), evidence=seen)
 
     search_and_mask(task, run, config, model, make)
     return cut_and_recovered(task, run, config, model, teacher)

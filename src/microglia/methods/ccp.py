@@ -1,0 +1,106 @@
+"""CCP (Peng et al. 2019), collaborative channel pruning: which channels go together, from pairs of their gates' gradients.
+
+The algorithm (spec: corrections A), a_b the gradient of the loss of batch b in a gate z = 1 on each channel of a group:
+    removing a set T changes the loss by about   - sum_T mean_b a_b + 1/2 sum_(i, j in T) mean_b a_bi a_bj
+        the Hessian of the gates approximated by the mean of outer products of gradients
+    the channels go one by one, each the one that raises this least, the same fraction of every group
+then fine-tune. The paper relaxes the choice to a quadratic program; the greedy choice here is exact for small groups in tests.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from microglia.core.errors import ScoreError
+from microglia.methods.channel_procedure import fits, thinned
+from microglia.methods.channel_pruner import SAMPLED, AtOnce, ChannelConfig
+from microglia.methods.config import method
+from microglia.methods.what import Takes
+from microglia.scores.base import per_filter
+from microglia.scores.features import gate_gradients
+from microglia.scores.guard import in_training, untouched
+from microglia.storage.run import Run
+from microglia.tasks.task import Task
+from microglia.train.optim import FitConfig
+
+
+@dataclass(frozen=True)
+class CcpConfig(ChannelConfig):
+    """CCP; it trains only to recover.
+
+    Attributes:
+        scope: Always ``uniform``: the same fraction of every group.
+        score_batches: Batches whose gradients form the pairs; many small ones tell more than few large ones.
+        score_batch_size: Examples in each.
+    """
+
+    takes: ClassVar[Takes] = replace(SAMPLED, scopes=("uniform",))
+    scope: Literal["uniform", "global"] = "uniform"  # type: ignore[assignment]
+    score_batches: int = 32
+    score_batch_size: int = 16
+
+    @property
+    def sparse(self) -> FitConfig:
+        """The training before the cut: none."""
+        return replace(self.train, epochs=0)
+
+
+class Ccp(AtOnce):
+    """Removes the channels whose joint removal should cost least, at once, when it is made; see `ChannelPruner`."""
+
+    Config = CcpConfig
+
+    def begin(self) -> None:
+        """Chooses the channels.
+
+        Raises:
+            ScoreError: There are no batches.
+        """
+        gradients = self.gradients()
+        counts = [int(part.sum()) for part in torch.split(self.choose(torch.zeros(self.units.count)), list(self.units.lengths))]
+        parts = torch.split(gradients, list(self.units.lengths), dim=1)
+        self.target = torch.cat([collaborative(part, count) for part, count in zip(parts, counts, strict=True)])
+        self.clear(~self.target, whole=True)
+
+    def gradients(self) -> Tensor:
+        """Returns the gradients of the gates, float64 (batches, count)."""
+        layers, rows = self.layers, []
+        with untouched(self.model):
+            for batch in self.evidence.batches:
+                found = gate_gradients(in_training(self.model), layers, replace(self.evidence, batches=[batch]))
+                rows.append(self.of_filters({n: per_filter(layer, found[n]) for n, layer in layers.items()}).cpu())
+        if not rows:
+            raise ScoreError("Ccp needs batches: give evidence with batches, [(inputs, targets), ...], and a loss.")
+        return torch.stack(rows)
+
+
+def change_of_loss(gradients: Tensor, gone: Tensor) -> float:
+    """Returns the approximate change of the loss where channels go, from gradients (batches, channels)."""
+    found = gradients[:, gone].sum(1)
+    return float(-found.mean() + found.square().mean() / 2)
+
+
+def collaborative(gradients: Tensor, count: int) -> Tensor:
+    """Returns the channels that stay, boolean (channels,), where the others go one by one.
+
+    Args:
+        gradients: Of the gates, (batches, channels).
+        count: Channels that stay.
+    """
+    pairs = gradients.T @ gradients / len(gradients)
+    cost, kept = pairs.diagonal() / 2 - gradients.mean(0), torch.ones(gradients.shape[1], dtype=torch.bool)
+    for _ in range(len(kept) - count):
+        worst = int(torch.where(kept, cost, torch.inf).argmin())
+        kept[worst] = False
+        cost = cost + pairs[worst]
+    return kept
+
+
+@method("ccp", CcpConfig, check=fits(Ccp))
+def ccp(task: Task, run: Run, config: CcpConfig) -> nn.Module:
+    """CCP: channels go whose joint removal should raise the loss least, from pairs of gate gradients; fine-tune."""
+    return thinned(task, run, config, Ccp)

@@ -1,0 +1,74 @@
+"""PFP (Liebenwein et al. 2020), provable filter pruning: channels that no output ever rests on go.
+
+The algorithm (spec: corrections A), x_c the part of channel c in a sampled output of a layer that reads it:
+    sensitivity s_c = max over samples of x_c+ / sum_k x_k+ and x_c- / sum_k x_k-, x+ and x- the parts by sign
+    the channels of the smallest sensitivity go: removing a set T changes no sampled output by more than
+        sum_T s_c times the sum of |x_k|
+then fine-tune. The paper also samples filters at random with weights; this is its deterministic variant.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from microglia.core.errors import ScoreError
+from microglia.methods.channel_procedure import fits, thinned
+from microglia.methods.config import method
+from microglia.methods.thinet import Readers, ReadersConfig
+from microglia.scores import scores
+from microglia.storage.run import Run
+from microglia.tasks.task import Task
+
+
+@dataclass(frozen=True)
+class PfpConfig(ReadersConfig):
+    """PFP; it trains only to recover.
+
+    Attributes:
+        scope: ``global``: sensitivities compare across groups, as in the paper; ``uniform``: the same fraction of every group.
+        positions: Outputs that are sampled for each image and reading layer.
+    """
+
+    positions: int = 40
+
+
+class Pfp(Readers):
+    """Removes the channels of the smallest sensitivity, at once, when it is made; see `ChannelPruner`."""
+
+    Config = PfpConfig
+
+    @torch.no_grad()
+    def begin(self) -> None:
+        """Samples the dense network and chooses the channels.
+
+        Raises:
+            ScoreError: There are no batches.
+        """
+        if not list(self.evidence.batches):
+            raise ScoreError("Pfp samples what layers read: give evidence with batches, [(inputs, targets), ...].")
+        self.values = torch.cat([self._sensitivity(own) for own in self.spans()])
+        self.target = self.choose(self.values)
+        self.clear(~self.target, whole=True)
+
+    def _sensitivity(self, own: slice) -> Tensor:
+        """Returns the sensitivity of the channels of a group; a norm's share where no layer can be sampled."""
+        samples = self.samples(self.readers(own), own)
+        if samples:
+            return sensitivity(torch.cat(list(samples.values())))
+        norms = self.of_filters(scores["l2"](self.model, self.layers, self.evidence))[own].cpu()
+        return norms / norms.sum().clamp_min(torch.finfo(norms.dtype).tiny)
+
+
+def sensitivity(samples: Tensor) -> Tensor:
+    """Returns the largest share of each channel in any sampled output, in [0, 1], of (samples, channels)."""
+    shares = [part / part.sum(1, keepdim=True).clamp_min(1e-30) for part in (samples.clamp_min(0), (-samples).clamp_min(0))]
+    return torch.stack(shares).amax((0, 1))
+
+
+@method("pfp", PfpConfig, check=fits(Pfp))
+def pfp(task: Task, run: Run, config: PfpConfig) -> nn.Module:
+    """PFP: the channels go whose share in every sampled output of the next layers is small; fine-tune."""
+    return thinned(task, run, config, Pfp)

@@ -65,3 +65,17 @@ def test_a_finished_run_is_measured_in_bfloat16_when_asked(result, folder):
     outcome = microglia(*words, "fp8", folder=folder / "work", environment=own)
     assert outcome.status != 0
     assert "float32 or bf16, not in 'fp8'" in outcome.err.replace("\n", " ")
+
+
+def test_an_accelerated_model_is_saved_with_its_kernels_and_measured(result, folder):
+    own = {"MICROGLIA_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
+    given = {"folder": folder / "work", "environment": own}
+    outcome = microglia("accelerate", folder / "run", "--batch", "2", "--executions", "eager,packed", "--json", **given)
+    assert outcome.status == 0, outcome.err
+    record = json.loads(outcome.out)
+    assert record["model"] == str(folder / "run" / "accelerated")
+    assert record["agreement"]["equal"] == 359
+    measured = microglia("measure", record["model"], "--batch", "2", "--executions", "eager", "--json", **given)
+    assert measured.status == 0, measured.err
+    assert set(json.loads(measured.out)["latency"]["timings"]["model"]) == {"eager", "accelerated"}
+    assert "timed anew" not in measured.err

@@ -49,7 +49,7 @@ from microglia.report.write import export as export_records
 from microglia.report.write import report as write_report
 from microglia.runtime.dense.kinds import execution_names
 from microglia.scores import scores
-from microglia.storage.archive import saved_bytes
+from microglia.storage.archive import original, saved_bytes
 from microglia.storage.changes import changes_of
 from microglia.studies.evidence.files import is_queue, read_queue
 from microglia.studies.evidence.ledger import Ledger
@@ -204,7 +204,7 @@ def measure(
     if accelerate:
         measured["accelerated"] = accelerated(model, task, batch, against=kinds or "torch", precision=precision)[1]
         shown = acceleration_tables(measured["accelerated"])
-    for done in changes_of(model).values():
+    for done in changes_of(original(model)).values():
         measured.update(done.kind.measured(done.value))
     return measured, [measurement_table(task.name, measured), *shown]
 

@@ -28,6 +28,11 @@ COMMANDS = {
     "shrink": Listed(
         "commands", PRUNE, "Remove masked channels physically: a smaller model, proved equal, saved beside the masked one."
     ),
+    "accelerate": Listed(
+        "accelerating",
+        PRUNE,
+        "Choose a model's fastest execution by timing, and save it with its kernels: it is loaded without timing.",
+    ),
     "export": Listed(
         "export", PRUNE, "Write a run's model as a file of another engine, compared with the model before it counts as written."
     ),

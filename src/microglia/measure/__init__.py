@@ -8,12 +8,14 @@ from typing import Any
 
 from torch import nn
 
+from microglia.core.batch import Example
 from microglia.core.timing import Timing, time_interleaved
 from microglia.measure.latency import LatencyReport, measure_latency
 from microglia.measure.macs import Macs, count_macs
 from microglia.measure.parameters import Parameters, count_parameters
 from microglia.measure.size import Bytes, bytes_on_disk
-from microglia.runtime.dense.execution import executions
+from microglia.runtime.accelerated import Accelerated
+from microglia.runtime.dense.execution import bind, executions
 
 __all__ = [
     "Bytes",
@@ -70,7 +72,8 @@ def measure(
     """Measures a model, masked or folded, and leaves it bit for bit unchanged.
 
     Args:
-        model: Any module with at least one linear or convolution layer.
+        model: Any module with at least one linear or convolution layer. An accelerated one is counted as the model that was
+            accelerated, and timed as ``accelerated`` beside its dense executions if it takes these inputs.
         example_inputs: A tensor, a tuple of arguments, or a mapping of keyword arguments. MACs are counted for one
             sample, time for the batch as given.
         latency: False leaves the time out, which takes longest; see `measure_latency` to compare models.
@@ -82,9 +85,15 @@ def measure(
         SelectorError: A selector matches no layer, or no layer remains.
         MicrogliaError: The model does not run on these inputs or cannot be measured.
     """
+    ready = {}
+    if isinstance(model, Accelerated):
+        example = Example.of(example_inputs)
+        if model.takes(*example.args, **example.kwargs):
+            ready = {"model": {"accelerated": bind(model, example)}}
+        model = model.dense
     return Measurement(
         parameters=count_parameters(model, layers, exclude),
         macs=count_macs(model, example_inputs),
         bytes=bytes_on_disk(model),
-        latency=measure_latency({"model": model}, example_inputs, executions=executions) if latency else None,
+        latency=measure_latency({"model": model}, example_inputs, executions=executions, ready=ready) if latency else None,
     )

@@ -24,6 +24,7 @@ from microglia.runtime.dense.execution import bind, difference, runners
 from microglia.runtime.dense.fusion import Site, fuse
 from microglia.runtime.dense.kinds import TORCH, Runner, execution_names, is_exact
 from microglia.runtime.devices import CPU, Device, device_of
+from microglia.runtime.record import PRECISIONS, record_of
 from microglia.runtime.report import AccelerationReport, LayerChoice, is_dense, left_dense
 from microglia.runtime.sparse_layers.chain import chained
 from microglia.runtime.timing_cache import Choices, Times, default_cache
@@ -34,7 +35,6 @@ CONTIGUOUS = ("rows 4x1", "unstructured")
 """Ways to run a layer with contiguous input and output; all others keep channels last."""
 Measured = tuple[Site, dict[str, tuple[Candidate, float]]]
 """A layer, and the milliseconds of each way to run it, by name."""
-PRECISIONS = ("float32", "bf16")
 Progress = Callable[[int, int], None]
 """Called after each layer with the number of timed layers and of all layers."""
 
@@ -68,7 +68,7 @@ def accelerate(
 
     Args:
         model: Any model that torch.export can trace, on the CPU in float32 or on one CUDA GPU in float32, float16 or
-            bfloat16; it stays unchanged.
+            bfloat16; it stays unchanged. An accelerated one is accelerated anew.
         example_inputs: Inputs of the shape to serve: a tensor, a tuple of arguments, or a mapping of keyword arguments.
         against: The dense executions that it must not be slower than; the fastest of them is returned if it is. ``torch``
             for PyTorch's own; ``all`` adds the engines that are installed (ONNX Runtime, OpenVINO), which takes seconds
@@ -84,21 +84,20 @@ def accelerate(
         MicrogliaError: The model is neither on the CPU nor on one CUDA GPU, cannot be traced, or does not run on these inputs;
             it has no convolution or linear layer of these types; or the precision is unknown; or autocast is on.
     """
-    example = Example.of(example_inputs).copied()
+    example, model = Example.of(example_inputs).copied(), model.dense if isinstance(model, Accelerated) else model
     device, half = _checked([*example.tensors, *model.parameters()], precision), precision == "bf16"
     against = execution_names(against)
     own = notes if notes is not None else []
     dense = folded_twin(model)
     with undisturbed():
-        sites = _sites(dense, example, half)
+        sites = sites_of(dense, example, half)
         own += left_dense(model, {site.name for site in sites})
         measured = _measure(sites, device, _cached(cache, device), rounds, progress=progress, notes=own)
         ready = _executions(dense, example, against, measured, notes=own, half=half)
         fast = {name: Accelerated(runner, dense, example) for name, runner in ready.items()}
         first, second = _timed_twice({name: ready[name] if is_dense(name) else fast[name] for name in ready}, example, rounds)
     report = _report(measured, device, first, second, notes=own, precision=precision)
-    fast[report.chosen]._report = report
-    return fast[report.chosen]
+    return fast[report.chosen]._chosen_by(report, record_of(report, device.machine(), against, example))
 
 
 def _checked(tensors: Sequence[Tensor], precision: str) -> Device:
@@ -159,7 +158,7 @@ def _report(
     return AccelerationReport(layers, times, best, best_dense, *where, tuple(notes), precision)
 
 
-def _sites(dense: nn.Module, example: Example, half: bool) -> list[Site]:
+def sites_of(dense: nn.Module, example: Example, half: bool) -> list[Site]:
     """Returns the layers that can be accelerated, once the model has run."""
     run(dense, example.copied())
     sites: list[Site] = []
@@ -236,7 +235,7 @@ def _plans(dense: nn.Module, example: Example, measured: list[Measured], notes: 
             title = "dense, layer by layer"  # noqa: PLW2901
         title = f"{title}, bf16" if half else title  # noqa: PLW2901
         try:
-            plan = _plan(dense, example, ways, half)
+            plan = plan_of(dense, example, ways, half)
             problem = difference(expected, run(plan, example.copied()), TOLERANCE if half else None)
         except Exception as error:
             problem = first_line(error)
@@ -247,7 +246,7 @@ def _plans(dense: nn.Module, example: Example, measured: list[Measured], notes: 
     return plans
 
 
-def _plan(dense: nn.Module, example: Example, ways: Sequence[Candidate], half: bool) -> nn.Module:
+def plan_of(dense: nn.Module, example: Example, ways: Sequence[Candidate], half: bool) -> nn.Module:
     """Returns the whole model with one way for each layer; consecutive float32 block layers run as one operator."""
     left = iter(ways)
 

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_flatten
 from microglia.core.batch import Example
 from microglia.core.errors import MicrogliaError
 from microglia.runtime.dense.kinds import Runner
+from microglia.runtime.record import Record
 from microglia.runtime.report import AccelerationReport
 
 
@@ -22,7 +23,8 @@ class Accelerated(nn.Module):
 
     Inputs of other shapes, or with other arguments beside the tensors, run in the plain dense model, with equal outputs. Inputs
     on the CPU with NaN or infinity also run there: oneDNN's fused ReLU turns NaN into 0, and sparse kernels skip inputs of
-    pruned weights. The model stays in evaluation mode, and its weights are constant. `microglia.save` writes `dense`.
+    pruned weights. The model stays in evaluation mode, and its weights are constant. `microglia.save` writes `dense` and the
+    record of the chosen kernels.
 
     Attributes:
         fast: The chosen execution, called like the model.
@@ -34,6 +36,7 @@ class Accelerated(nn.Module):
         self.fast, self.dense = fast, dense
         self._signature = _signature(example.args, example.kwargs)
         self._report: AccelerationReport | None = None
+        self._record: Record | str | None = None
         self._device = next((t.device.type for t in [*example.tensors, *dense.parameters()]), "cpu")
         self._like = torch.zeros(1) if (first := next(dense.parameters(), None)) is None else first.new_zeros(1)
         self.training = False
@@ -42,6 +45,19 @@ class Accelerated(nn.Module):
         """Returns the choice, all times and the reason for each layer, and the times of the whole model."""
         assert self._report is not None
         return self._report
+
+    def _chosen_by(self, report: AccelerationReport, record: Record | str | None) -> Self:
+        """Returns the model, with the report and the record of its choice."""
+        self._report, self._record = report, record
+        return self
+
+    def record(self) -> Record | str | None:
+        """Returns what makes the model again without timing; or the reason why no file can hold it; None where none is kept."""
+        return self._record
+
+    def takes(self, *args: Any, **kwargs: Any) -> bool:
+        """Tells whether these inputs have the shapes and types of the example, so that the fast execution takes them."""
+        return _signature(args, kwargs) == self._signature
 
     def train(self, mode: bool = True) -> Accelerated:
         """Stays in evaluation mode: to train, use the masked model, and accelerate it again."""
@@ -63,7 +79,7 @@ class Accelerated(nn.Module):
         """
         raise MicrogliaError(
             "An accelerated model cannot be pickled: write it with microglia.save, read it with microglia.load, then "
-            "accelerate it again."
+            "accelerate it again where its kernels were not kept."
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
@@ -89,7 +105,7 @@ class Accelerated(nn.Module):
             MicrogliaError: Autocast is on for the model's kind of device.
         """
         refuse_autocast(self._device)
-        fits = _signature(args, kwargs) == self._signature and (self._device != "cpu" or _finite(args, kwargs))
+        fits = self.takes(*args, **kwargs) and (self._device != "cpu" or _finite(args, kwargs))
         return (self.fast if fits else self.dense)(*args, **kwargs)
 
 

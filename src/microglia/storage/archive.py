@@ -19,6 +19,8 @@ from microglia.core.house import ALWAYS
 from microglia.core.masks import parametrized, unfinished
 from microglia.core.restore import restore
 from microglia.runtime.accelerated import Accelerated
+from microglia.runtime.reload import Kernels
+from microglia.storage.acceleration import remove_kernels, with_kernels, write_kernels
 from microglia.storage.changes import SOURCE, changes, changes_of, decode, replay, written_changes
 from microglia.storage.files import VERSION, check_header, read_tensors, write_atomic, write_tensors
 from microglia.storage.run import read_json
@@ -39,8 +41,9 @@ def save(model: nn.Module, directory: str | Path, *, fold: bool = False) -> Path
 
     Args:
         model: Any module, with any changes of `changes_of`. A model of `microglia.tasks.build` can be loaded from its directory
-            alone. An accelerated model is written in its original form, with masks as zeros of the weights: accelerate it again
-            after loading.
+            alone. An accelerated model is written in its original form, with masks as zeros of the weights, and on the CPU with
+            ``acceleration.json``: the kernel of each layer, the machine, and the shapes of the example (the values of
+            whole numbers, such as token ids, too).
         directory: Created if it does not exist; an earlier model there is replaced, weights and plan each atomically.
         fold: Whether to write the masks as zeros of the weights (see `microglia.fold`). Otherwise masks are stored beside them,
             an eighth of a byte for each weight. The model itself keeps its masks; the loaded model has none.
@@ -53,14 +56,19 @@ def save(model: nn.Module, directory: str | Path, *, fold: bool = False) -> Path
     """
     directory = Path(directory)
     _require_finished(model)
-    model, content, long = described(core_masks.fold(copy.deepcopy(_original(model))) if fold else model)
+    given = model
+    model, content, long = described(core_masks.fold(copy.deepcopy(original(model))) if fold else model)
+    remove_kernels(directory)
     # The weights' header holds a digest of the binding changes, so that no other change is replayed for these weights.
     content["digest"] = write_tensors(directory / WEIGHTS, model.state_dict(), kind="weights", document=_mark(content))
     write_atomic(directory / PLAN, json.dumps(content, indent=None if long else 2) + "\n")
+    write_kernels(directory, given, content["digest"])
     return directory
 
 
-def load(directory: str | Path, model: nn.Module | None = None, *, trust: bool = False) -> nn.Module:
+def load(
+    directory: str | Path, model: nn.Module | None = None, *, trust: bool = False, kernels: Kernels = "timed"
+) -> nn.Module:
     """Returns the saved model, bit for bit; code that its files name is imported or run only on request.
 
     Args:
@@ -70,6 +78,9 @@ def load(directory: str | Path, model: nn.Module | None = None, *, trust: bool =
         trust: Whether the files may name any model to build, such as ``package.module:function``, which is then imported
             and called. Otherwise only the library's own are built, and those of timm, torchvision and transformers by
             plain name.
+        kernels: How an accelerated model comes back. ``timed``: by its stored kernels, without timing; on another machine it is
+            timed anew, and a warning says so. ``stored``: the same, but on another machine the plain model is returned.
+            ``none``: always the plain model, to train or to prune further.
 
     Raises:
         FileError: A file is missing, damaged, truncated, foreign, or newer than this library; or the model does not fit, or the
@@ -77,7 +88,7 @@ def load(directory: str | Path, model: nn.Module | None = None, *, trust: bool =
     """
     directory = Path(directory)
     plan, state = _read(directory)
-    return rebuilt(directory, plan, state, model, trust=trust)
+    return with_kernels(directory, rebuilt(directory, plan, state, model, trust=trust), plan["digest"], kernels)
 
 
 def described(model: nn.Module) -> tuple[nn.Module, dict[str, Any], bool]:
@@ -93,7 +104,7 @@ def described(model: nn.Module) -> tuple[nn.Module, dict[str, Any], bool]:
         FileError: A pruner still searches in the model.
     """
     _require_finished(model)
-    model = _original(model)
+    model = original(model)
     found = changes_of(model)
     written = {key: done.kind.encode(done.value) for key, done in found.items()}
     content = {
@@ -143,7 +154,8 @@ def _require_finished(model: nn.Module) -> None:
         )
 
 
-def _original(model: nn.Module) -> nn.Module:
+def original(model: nn.Module) -> nn.Module:
+    """Returns the model behind an accelerated one, or the model itself."""
     return model.dense if isinstance(model, Accelerated) else model
 
 

@@ -10,7 +10,20 @@ from typing import Any
 from torch import nn
 
 from microglia.core.registry import unknown_name
-from microglia.zoo import conv, densenet, external, lenet, mobilenet, resnet, vgg, wide_resnet  # noqa: F401  (register)
+from microglia.zoo import (  # noqa: F401  (register)
+    conv,
+    densenet,
+    external,
+    googlenet,
+    lenet,
+    mobilenet,
+    preactivation,
+    recurrent,
+    resnet,
+    snip,
+    vgg,
+    wide_resnet,
+)
 from microglia.zoo.registry import FAMILIES, MODELS, Builder, ModelError, Shape, require_whole
 
 _FORMS = ("timm:NAME", "torchvision:NAME", "hf:NAME", "package.module:function")

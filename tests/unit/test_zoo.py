@@ -12,11 +12,12 @@ from microglia.zoo import ModelError, build, model_names
 from microglia.zoo.registry import MODELS
 
 NEEDS = {"vgg16-bn": 16, "vgg19-bn": 16, "densenet40": 4, "lenet-5": 4, "conv-2": 2, "conv-4": 4, "conv-6": 8}
+NEEDS |= {"googlenet": 4, **dict.fromkeys(("vgg-c", "vgg-d", "vgg-like"), 32)}
 DIGITS = [name for name in model_names() if NEEDS.get(name, 1) <= 8]
 
 
 def natural_shape(name):
-    return (1, 28, 28) if name.startswith("lenet") else (3, 32, 32)
+    return (1, 28, 28) if name.startswith(("lenet", "lstm", "gru")) else (3, 32, 32)
 
 
 def run_both_ways(model, shape, classes):
@@ -31,6 +32,8 @@ def run_both_ways(model, shape, classes):
 
 def test_the_names():
     assert {"lenet-300-100", "lenet-5", "conv-2", "conv-4", "conv-6", "vgg16-bn", "vgg19-bn"} <= set(model_names())
+    assert {"resnet164", "googlenet", "alexnet-s", "alexnet-b", "vgg-c", "vgg-d", "vgg-like"} <= set(model_names())
+    assert {"lstm-s", "lstm-b", "gru-s", "gru-b"} <= set(model_names())
     assert {"densenet40", "mobilenet-v1", "mobilenet-v2", "wrn-28-10"} <= set(model_names())
     for depth in (20, 32, 44, 56, 110):
         assert {f"resnet{depth}", f"resnet{depth}-projection"} <= set(model_names())
@@ -77,6 +80,8 @@ def test_the_smallest_input(name, smallest):
         ("mobilenet-v2", {"width": 0.35, "dropout": 0.2}),
         ("mobilenet-v2", {"imagenet_strides": True}),
         ("densenet40", {"growth": 2, "stem": 3}),
+        ("resnet164", {"blocks": 1, "width": 4}),
+        ("googlenet", {"width": 0.25}),
     ],
 )
 def test_options(name, options):

@@ -10,7 +10,23 @@ from typing import Any
 from torch import nn
 
 from microglia.core.registry import unknown_name
-from microglia.zoo import bisenet, conv, densenet, external, lenet, mobilenet, resnet, segmenters, vgg, wide_resnet, yolov5  # noqa: F401  (register)  # noqa: F401  (register)
+from microglia.zoo import (  # noqa: F401  (register)
+    bisenet,
+    conv,
+    densenet,
+    external,
+    googlenet,
+    lenet,
+    mobilenet,
+    preactivation,
+    recurrent,
+    resnet,
+    segmenters,
+    snip,
+    vgg,
+    wide_resnet,
+    yolov5,
+)
 from microglia.zoo.registry import FAMILIES, KINDS, MODELS, Builder, ModelError, Shape, require_whole
 
 _FORMS = ("timm:NAME", "torchvision:NAME", "hf:NAME", "package.module:function")

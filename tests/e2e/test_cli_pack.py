@@ -70,6 +70,17 @@ def test_pack_a_run_as_it_is_and_rounded(work, compressed, tmp_path):
     assert sizes["rounded"] < sizes["best"]  # its codes are used more evenly, and take more bits
 
 
+def test_pack_and_prune_for_a_number_of_bytes(work, compressed, tmp_path):
+    told = json.loads(good(microglia("pack", compressed[0], "--bytes", "7000", "--out", tmp_path / "p", "--json", folder=work)))
+    assert 5700 < told["bytes"] == (tmp_path / "p").stat().st_size <= 7000
+    words = ("prune", *TINY, "--method", "deep-compression", "--density", "0.1", "prune.share.epochs=1")
+    told = json.loads(
+        good(microglia(*words, "--within", "100", "prune.rounds=1", "--out", tmp_path / "r", "--json", folder=work))
+    )
+    assert told["asked"]["within"] == 100
+    assert [one["bytes"] for one in told["packed"]["rounds"]] == [told["packed"]["bytes"]]
+
+
 def test_eie_shows_cycles_and_energy(work, compressed, tmp_path):
     file = compressed[0] / "model.mgpack"
     assert "4 elements at 800 MHz" in " ".join(good(microglia("eie", file, "--elements", "4", folder=work)).split())
@@ -88,6 +99,8 @@ def test_eie_shows_cycles_and_energy(work, compressed, tmp_path):
         (("pack", "{run}", "--bits", "9"), "1 to 8 bits"),
         (("pack", "{run}", "--bits", "fc9=3"), "meets no layer"),
         (("pack", "{run}", "--bits", "3", "--initial", "forgy"), "forgy"),
+        (("pack", "{run}", "--bits", "3", "--bytes", "4000"), "leave bits out"),
+        (("pack", "{run}", "--bytes", "100"), "too small"),
         (("pack", "nowhere"), "nowhere"),
         (("unpack", "{run}/result.json"), "is not a packed model"),
         (("inspect", "{run}/missing"), "Cannot read"),

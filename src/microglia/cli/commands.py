@@ -84,6 +84,8 @@ def prune(
     params: Annotated[float | None, kept(help="Fraction of all parameters to keep, in (0, 1].")] = None,
     flops: Annotated[float | None, kept(help="Fraction of the operations to keep: removes channels.")] = None,
     ms: Annotated[float | None, kept(help="Milliseconds per example, measured here: removes channels.")] = None,
+    bytes_: Annotated[int | None, kept("--bytes", help="Bytes of the packed file: deep-compression.")] = None,
+    within: Annotated[float | None, kept(help="Points of accuracy that the smallest file may lose: deep-compression.")] = None,
     round_to: Annotated[int | None, kept(help="Make widths multiples of this, if channels are removed.")] = None,
     permute: Annotated[bool | None, kept(help="Reorder the channels first, so that blocks keep more.")] = None,
     layers: Annotated[list[str] | None, kept(help="Layers to prune (name globs, type:Conv2d, role:classifier, !not).")] = None,
@@ -109,7 +111,8 @@ def prune(
         "data": data, "checkpoint": checkpoint, "task.kind": task, "task.text": text,
         "method": method, "seed": seed, "device": device,
         "train.epochs": epochs, "train.lr": lr, "prune.pattern": pattern, "prune.scope": scope, "prune.density": density,
-        "prune.params": params, "prune.flops": flops, "prune.ms": ms, "prune.round_to": round_to, "prune.permute": permute,
+        "prune.params": params, "prune.flops": flops, "prune.ms": ms,
+        "prune.bytes": bytes_, "prune.within": within, "prune.round_to": round_to, "prune.permute": permute,
         "prune.layers": layers, "prune.exclude": exclude, "prune.protect": protect, "measure.accelerate": accelerate,
     }  # fmt: skip
     source: dict[str, Any] = read_yaml(recipe) if recipe is not None else {}

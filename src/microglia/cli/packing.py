@@ -12,6 +12,7 @@ from microglia import compress
 from microglia.cli.app import Json, Shown, command
 from microglia.compress.codebook import Initial
 from microglia.compress.engine_rows import Machine, engine_rows
+from microglia.core.budget import Budget
 from microglia.core.errors import FileError, MicrogliaError
 from microglia.lab.target import open_target
 from microglia.report.packed import engine_table, packed_table
@@ -26,15 +27,19 @@ Packed = Annotated[Path, typer.Argument(help="A packed file.")]
 def pack(
     target: Annotated[Path, typer.Argument(help="A run directory or a saved model's.")],
     bits: Annotated[str | None, typer.Option(help="Round to 2^bits - 1 shared values: 5, or type:Conv?d=8,*=5.")] = None,
+    bytes_: Annotated[
+        int | None, typer.Option("--bytes", help="Choose the bits of each layer for a file of at most that size.")
+    ] = None,
     initial: Annotated[str, typer.Option(help="Initial centroids: linear, density or random.")] = "linear",
     exact: Annotated[bool, typer.Option("--exact", help="Find the best shared values by dynamic programming.")] = False,
     out: Annotated[Path | None, typer.Option(help=f"File to write; default RUN/model{SUFFIX}.")] = None,
     json_: Json = False,
 ) -> Shown:
-    """Write a model as one small file: shared values and positions, entropy-coded; nothing is rounded without --bits."""
+    """Write a model as one small file: shared values and positions, coded; nothing is rounded without --bits or --bytes."""
     path = out if out is not None else target / f"model{SUFFIX}"
+    budget = None if bytes_ is None else Budget(bytes=bytes_)
     start: Initial = initial  # type: ignore[assignment] # kmeans refuses other words
-    contents = compress.pack(_model(target), path, bits=_bits(bits), initial=start, exact=exact)
+    contents = compress.pack(_model(target), path, bits=_bits(bits), budget=budget, initial=start, exact=exact)
     return {"file": str(path), **contents.to_dict()}, [packed_table(contents, str(target)), f"File: {path}"]
 
 

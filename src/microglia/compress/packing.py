@@ -3,114 +3,85 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils import parametrize
 
+from microglia.compress.bit_budget import Rounding, choices, fitting_bits, second_order
 from microglia.compress.codebook import Initial
 from microglia.compress.container import Container, read_container, write_container
+from microglia.compress.contents import ORIGINAL, Contents, contents_of
 from microglia.compress.sharing import shared_values
-from microglia.compress.tensors import DTYPES
-from microglia.core.errors import FileError
-from microglia.core.layers import prunable_layers
-from microglia.core.masks import Masked
+from microglia.core.budget import Budget
+from microglia.core.errors import BudgetError, FileError
+from microglia.core.layers import Layer, prunable_layers
+from microglia.core.masks import Masked, masks_of
 from microglia.core.parametrizations import steps_of
+from microglia.scores import Evidence
 from microglia.storage.archive import described, rebuilt
 from microglia.storage.files import write_atomic
 
-ORIGINAL, MASK = ".original", ".0.mask"
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One tensor of a packed file.
-
-    Attributes:
-        name: Name of the tensor in a model without masks.
-        form: Form, see `microglia.compress.tensors`.
-        dtype: Kind of its numbers.
-        shape: Its shape.
-        kept: Entries that are stored.
-        symbols: Codes that are stored, fillers included; 0 if it is not shared.
-        values: Entries of its codebook, the zero included; 0 if it is not shared.
-        gap_bits: Bits of a gap before the entropy coding; 0 where every entry has a code.
-        code_bytes: Bytes of the codes or the plain values.
-        index_bytes: Bytes of the gaps or the bitmap.
-        table_bytes: Bytes of the codebook.
-    """
-
-    name: str
-    form: str
-    dtype: str
-    shape: tuple[int, ...]
-    kept: int
-    symbols: int = 0
-    values: int = 0
-    gap_bits: int = 0
-    code_bytes: int = 0
-    index_bytes: int = 0
-    table_bytes: int = 0
-
-    @property
-    def size(self) -> int:
-        """Number of entries of the tensor."""
-        return math.prod(self.shape)
-
-    @property
-    def bytes(self) -> int:
-        """Bytes in the file, without the row of the table."""
-        return self.code_bytes + self.index_bytes + self.table_bytes
-
-
-@dataclass(frozen=True)
-class Contents:
-    """The contents of a packed file.
-
-    Attributes:
-        bytes: Bytes of the file.
-        dense: Bytes of the same tensors without any coding; masks are not counted.
-        entries: Its tensors.
-    """
-
-    bytes: int
-    dense: int
-    entries: tuple[Entry, ...]
-
-    @property
-    def ratio(self) -> float:
-        """How many times smaller the file is than the tensors without coding."""
-        return self.dense / self.bytes
-
-    @property
-    def rest(self) -> int:
-        """Bytes of the header and the table."""
-        return self.bytes - sum(entry.bytes for entry in self.entries)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Returns the contents, JSON-ready."""
-        rows = [{**asdict(entry), "shape": list(entry.shape), "bytes": entry.bytes} for entry in self.entries]
-        return {"bytes": self.bytes, "dense": self.dense, "ratio": self.ratio, "rest": self.rest, "entries": rows}
+MASK = ".0.mask"
 
 
 def encode(
     model: nn.Module,
     *,
     bits: int | Mapping[str, int] | None = None,
+    budget: Budget | None = None,
+    evidence: Evidence | None = None,
     initial: Initial = "linear",
     exact: bool = False,
     seed: int = 0,
 ) -> bytes:
     """Returns the bytes of a packed file; arguments and errors as in `pack`."""
+    if budget is not None:
+        if bits is not None:
+            raise BudgetError(f"A budget of bytes chooses the bits: leave bits out; got bits={bits!r} and budget={budget}.")
+        bits = bits_for(model, budget, evidence=evidence, rounding=Rounding(initial, exact, seed))
     model, plan, _ = described(model)
     if bits is not None:
-        model = _shared(model, bits, initial, exact, seed)
+        model = rounded(model, bits, initial=initial, exact=exact, seed=seed)
     return write_container(plan, model.state_dict(), _masks(model))
+
+
+def bits_for(
+    model: nn.Module,
+    budget: Budget,
+    *,
+    evidence: Evidence | None = None,
+    rounding: Rounding | None = None,
+    layers: Mapping[str, Layer] | None = None,
+    trained: bool = False,
+) -> dict[str, int]:
+    """Returns the bits of each layer for a file of a number of bytes; see `microglia.compress.bit_budget`.
+
+    Args:
+        model: Any model that `microglia.save` takes; it stays unchanged.
+        budget: ``Budget(bytes=...)`` alone.
+        evidence: Batches and loss for the second-order error; without them the error is the squared change of the weights.
+        rounding: How weights are rounded.
+        layers: Layers to round; None for all. The others are stored as they are.
+        trained: Whether the shared values are trained later, for which a few bytes stay free.
+
+    Raises:
+        BudgetError: The budget has no bytes, or other terms, or no file of this model is as small.
+    """
+    if budget.bytes is None or str(budget) != str(Budget(bytes=budget.bytes)):
+        raise BudgetError(f"A packed file takes a budget of bytes alone, such as Budget(bytes=20_000); got {budget}.")
+    how = rounding or Rounding()
+    layers = dict(prunable_layers(model)) if layers is None else layers
+    saliency = None if evidence is None else second_order(model, layers, evidence)
+    curves = choices(layers, masks_of(model), saliency=saliency, rounding=how)
+
+    def size_of(bits: Mapping[str, int]) -> int:
+        return len(encode(model, bits=bits, initial=how.initial, exact=how.exact, seed=how.seed))
+
+    return fitting_bits(curves, budget.bytes, size_of, trained=trained)
 
 
 def pack(
@@ -118,6 +89,8 @@ def pack(
     path: str | Path,
     *,
     bits: int | Mapping[str, int] | None = None,
+    budget: Budget | None = None,
+    evidence: Evidence | None = None,
     initial: Initial = "linear",
     exact: bool = False,
     seed: int = 0,
@@ -134,6 +107,8 @@ def pack(
         bits: Round the weights to 2^bits - 1 shared values for each layer and zero, 1 to 8 bits; one number for all layers,
             or numbers by selector, such as ``{"type:Conv?d": 8, "*": 5}``, of which the first that matches counts. The given
             model stays unchanged.
+        budget: ``Budget(bytes=...)`` instead of bits: the bits of each layer are chosen for a file of at most that size.
+        evidence: Batches and loss for this choice, `microglia.Evidence`; without it, it sees the weights alone.
         initial: Initial centroids: ``linear``, ``density`` or ``random``.
         exact: Whether to find the best shared values by dynamic programming.
         seed: Seed of ``random``.
@@ -143,6 +118,7 @@ def pack(
 
     Raises:
         FileError: The file cannot be written, or a pruner still searches in the model.
+        BudgetError: No file of this model is as small, or the budget has other terms than bytes.
         MicrogliaError: The bits are out of range, or a selector matches no layer.
 
     Example:
@@ -151,7 +127,8 @@ def pack(
         ...     pack(nn.Linear(256, 256), f"{folder}/model.mgpack", bits=4).ratio > 7
         True
     """
-    data = encode(model, bits=bits, initial=initial, exact=exact, seed=seed)
+    how: dict[str, Any] = {"budget": budget, "evidence": evidence, "initial": initial, "exact": exact, "seed": seed}
+    data = encode(model, bits=bits, **how)
     write_atomic(Path(path), data)
     return contents_of(read_container(data, Path(path), limit=2**63))
 
@@ -203,43 +180,6 @@ def open_packed(path: str | Path, *, limit: int | None = None) -> Container:
     return read_container(data, path, limit=limit)
 
 
-def contents_of(container: Container) -> Contents:
-    """Returns the contents of an open packed file, from its table."""
-    entries, dense = [], 0
-    for name, row in container.rows.items():
-        if row["form"] == "same":
-            of = container.rows[row["of"]]
-            entries.append(Entry(_plain(name), "same", of["dtype"], tuple(of["shape"]), kept=0))
-            continue
-        size = math.prod(row["shape"])
-        kept = row.get("kept", size)
-        if row["form"] != "bits":
-            dense += size * DTYPES[row["dtype"]].itemsize
-        entries.append(Entry(_plain(name), row["form"], row["dtype"], tuple(row["shape"]), kept, **_sizes(row)))
-    return Contents(container.size, dense, tuple(entries))
-
-
-def _sizes(row: Mapping[str, Any]) -> dict[str, int]:
-    """Returns the numbers of a row by part."""
-    if row["form"] == "sparse":
-        return {"index_bytes": row["index"], "code_bytes": row["size"] - row["index"]}
-    if row["form"] != "shared":
-        return {"code_bytes": row["size"]}
-    table = row["values"] * DTYPES[row["dtype"]].itemsize
-    return {
-        "symbols": row["entries"],
-        "values": row["values"] + 1,
-        "gap_bits": row["gap"],
-        "table_bytes": table,
-        "code_bytes": row["codes"],
-        "index_bytes": row["size"] - table - row["codes"],
-    }
-
-
-def _plain(name: str) -> str:
-    return name.replace("parametrizations.", "", 1).removesuffix(ORIGINAL) if name.endswith(ORIGINAL) else name
-
-
 def _masks(model: nn.Module) -> dict[str, str]:
     """Returns tensor -> mask, by their names in a model's state, for masks that are applied to the tensor itself."""
     found = {}
@@ -254,14 +194,12 @@ def _masks(model: nn.Module) -> dict[str, str]:
 
 
 @torch.no_grad()
-def _shared(model: nn.Module, bits: int | Mapping[str, int], initial: Initial, exact: bool, seed: int) -> nn.Module:
-    """Returns a copy of a model with shared weights."""
+def rounded(
+    model: nn.Module, bits: int | Mapping[str, int], *, initial: Initial = "linear", exact: bool = False, seed: int = 0
+) -> nn.Module:
+    """Returns a copy of a model with shared weights; arguments as in `pack`."""
     model = copy.deepcopy(model)
     layers = prunable_layers(model)
     for name, (codes, table) in shared_values(layers, bits, initial=initial, exact=exact, seed=seed).items():
-        layers[name].raw.copy_(_read(table, codes))
+        layers[name].raw.copy_(table[codes.long()])
     return model
-
-
-def _read(table: Tensor, codes: Tensor) -> Tensor:
-    return table[codes.long()]

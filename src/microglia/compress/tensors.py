@@ -57,25 +57,46 @@ def encode_tensor(tensor: Tensor, mask: Tensor | None = None) -> Part:
         return {"form": "bits"}, np.packbits(tensor.reshape(-1).numpy()).tobytes()
     if tensor.dtype not in FLOATS or (mask is None and tensor.ndim < 2):
         return {"form": "raw"}, _raw(tensor)
-    unsigned, signed = FLOATS[tensor.dtype]
-    bits: Bits = tensor.contiguous().reshape(-1).view(signed).numpy().view(unsigned)
-    kept = (bits != 0) if mask is None else mask.contiguous().reshape(-1).numpy()
-    values = bits[kept]
-    bitmap = np.packbits(kept)
-    sizes: dict[Form, int] = {"sparse": entropy.stored_size(np.bincount(bitmap, minlength=256)) + values.nbytes}
-    if mask is None:
-        sizes["raw"] = bits.nbytes
-    book = _book(values)
-    gap = 0
-    if book is not None:
-        gap, sizes["shared"] = _cheapest(values, book, np.flatnonzero(kept), bits.size)
+    bits, kept = _kept(tensor, mask)
+    sizes, book, gap = _forms(bits, kept, mask is None)
     form = min(sizes, key=lambda name: (sizes[name], FORMS.index(name)))
     if form == "raw":
         return {"form": "raw"}, _raw(tensor)
     if form == "sparse":
-        coded = entropy.encode(bitmap, 256)
+        coded, values = entropy.encode(np.packbits(kept), 256), bits[kept]
         return {"form": "sparse", "index": len(coded), "kept": values.size}, coded + values.tobytes()
-    return _shared(values, cast(Bits, book), kept, gap)
+    return _shared(bits[kept], cast(Bits, book), kept, gap)
+
+
+def stored_bytes(tensor: Tensor, mask: Tensor | None = None) -> int:
+    """Returns the bytes of a floating-point matrix in its smallest form, to within the padding; it codes nothing.
+
+    Args:
+        tensor: As in `encode_tensor`.
+        mask: As in `encode_tensor`.
+    """
+    bits, kept = _kept(tensor, mask)
+    return min(_forms(bits, kept, mask is None)[0].values())
+
+
+def _kept(tensor: Tensor, mask: Tensor | None) -> tuple[Bits, npt.NDArray[np.bool_]]:
+    """Returns the bits of all entries, as unsigned integers, and which of them are stored."""
+    unsigned, signed = FLOATS[tensor.dtype]
+    bits: Bits = tensor.contiguous().reshape(-1).view(signed).numpy().view(unsigned)
+    return bits, (bits != 0) if mask is None else mask.contiguous().reshape(-1).numpy()
+
+
+def _forms(bits: Bits, kept: npt.NDArray[np.bool_], raw: bool) -> tuple[dict[Form, int], Bits | None, int]:
+    """Returns the bytes of each form that a tensor can have, its codebook if it has one, and the bits of its gaps."""
+    values = bits[kept]
+    index = entropy.stored_size(np.bincount(np.packbits(kept), minlength=256))
+    sizes: dict[Form, int] = {"sparse": index + values.nbytes}
+    if raw:
+        sizes["raw"] = bits.nbytes
+    book, gap = _book(values), 0
+    if book is not None:
+        gap, sizes["shared"] = _cheapest(values, book, np.flatnonzero(kept), bits.size)
+    return sizes, book, gap
 
 
 def _raw(tensor: Tensor) -> bytes:

@@ -11,7 +11,7 @@ from microglia.core.errors import BudgetError
 
 @dataclass(frozen=True)
 class Budget:
-    """The kept fractions, in (0, 1]. If several are given, all must hold, so the tightest one binds.
+    """What may remain: kept fractions in (0, 1], a time or a size. If several are given, all must hold.
 
     Attributes:
         density: Kept fraction of the prunable weights.
@@ -20,6 +20,7 @@ class Budget:
         flops: Kept fraction of the multiply-accumulates; only for the removal of channels.
         ms: Measured milliseconds that one batch of the example inputs may take on this machine; only for the removal of
             channels.
+        bytes: Bytes of the packed file; only for `microglia.pack` and the method ``deep-compression``.
 
     Where channels are removed, ``density`` is the kept fraction of the prunable channels.
     """
@@ -28,12 +29,18 @@ class Budget:
     params: float | None = None
     flops: float | None = None
     ms: float | None = None
+    bytes: int | None = None
 
     def __post_init__(self) -> None:
         given = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
         if not given:
-            raise BudgetError("A budget needs at least one of density, params, flops (fractions kept, such as 0.2) or ms.")
+            raise BudgetError(
+                "A budget needs at least one of density, params, flops (fractions kept, such as 0.2), ms or bytes."
+            )
         for name, value in given.items():
+            if name == "bytes":
+                object.__setattr__(self, name, _whole(value))
+                continue
             if isinstance(value, bool) or not isinstance(value, numbers.Real):
                 raise BudgetError(f"{name} is a number, the fraction kept in (0, 1]; got {value!r}.")
             value = float(value)  # noqa: PLW2901 -- of NumPy, perhaps: plans and recipes write plain numbers
@@ -57,6 +64,8 @@ class Budget:
         """
         if self.flops is not None or self.ms is not None:
             raise BudgetError("flops and ms are budgets of removed channels: masks alone save neither. See prune_channels.")
+        if self.bytes is not None:
+            raise BudgetError("bytes is a budget of packed files: take microglia.pack or the method deep-compression.")
         counts = []
         if self.density is not None:
             counts.append(_round(self.density * prunable))
@@ -71,6 +80,13 @@ class Budget:
 
     def __str__(self) -> str:
         return ", ".join(f"{f.name} {getattr(self, f.name):g}" for f in fields(self) if getattr(self, f.name) is not None)
+
+
+def _whole(value: object) -> int:
+    """Returns a number of bytes."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
+        raise BudgetError(f"bytes is a whole number, the bytes of the packed file; got {value!r}.")
+    return int(value)
 
 
 def _round(value: float) -> int:

@@ -28,6 +28,27 @@ class PackedLayer:
     bytes: int
 
 
+@dataclass(frozen=True)
+class Round:
+    """One round of the search for the smallest file.
+
+    Attributes:
+        density: Kept fraction of the prunable weights.
+        bytes: Bytes of the packed file; None where no rounding was within the loss.
+        value: Headline metric on validation images, after the training of the shared values if there was one.
+        lost: Points lost against the dense model; negative if it is better.
+        within: Whether this is within the loss that is asked for.
+        bits: Bits of each layer.
+    """
+
+    density: float
+    bytes: int | None
+    value: float
+    lost: float
+    within: bool
+    bits: dict[str, int] = field(default_factory=dict)
+
+
 @observations.add("packed")
 @dataclass(frozen=True)
 class Packed(Observation):
@@ -38,12 +59,17 @@ class Packed(Observation):
         dense: Bytes of the same tensors without coding.
         file: Name of the file in the run's directory; None without a directory.
         layers: Shared layers by name.
+        steps: Bytes of the model after each step: ``dense``, ``pruned``, ``shared`` and ``coded``; see
+            `microglia.compress.Contents.steps`.
+        rounds: Rounds of the search for the smallest file, if there was one.
     """
 
     bytes: int
     dense: int
     file: str | None = None
     layers: dict[str, PackedLayer] = field(default_factory=dict)
+    steps: dict[str, int] = field(default_factory=dict)
+    rounds: tuple[Round, ...] = ()
 
     def kept(self, others: Mapping[str, Any]) -> str:
         """Returns the size of the packed file in words."""

@@ -61,6 +61,10 @@ class ChannelRequest:
                 "The budget is a Budget, such as Budget(params=0.5) or Budget(density=0.5); "
                 f"got {type(budget).__name__} {budget!r:.60}."
             )
+        if budget.bytes is not None:
+            raise BudgetError(
+                "bytes is a budget of packed files: take microglia.pack, or density, params, flops or ms for removed channels."
+            )
         known = (("scope", self.scope, get_args(WidthScope)), ("reduction", self.reduction, get_args(GroupReduction)))
         for kind, name, names in known:
             if name not in names:

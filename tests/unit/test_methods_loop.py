@@ -24,6 +24,8 @@ from microglia.methods import (
     Gradual,
     GroupLasso,
     Hrank,
+    Obd,
+    Obs,
     OneShot,
     Pas,
     Pdp,
@@ -34,6 +36,7 @@ from microglia.methods import (
     Smart,
     SparseTraining,
     Thinet,
+    WoodFisher,
 )
 from microglia.scores import Evidence
 from microglia.train.optim import FitConfig, make_optimizers
@@ -59,6 +62,9 @@ SETTINGS: dict[type, dict[str, Any]] = {
     Fpgm: {"flops": 0.4, "updates": 3},
     Hrank: {"density": 0.5, "frozen": 0.2},
     Thinet: {"density": 0.5},
+    Obd: {"density": 0.5},
+    Obs: {"density": 0.5, "together": 64},
+    WoodFisher: {"density": 0.5, "updates": 3},
 }
 """Every pruner there is, with the settings of its own."""
 EVERY = pytest.mark.parametrize("kind", list(SETTINGS), ids=lambda kind: kind.__name__)

@@ -23,12 +23,15 @@ from microglia.methods.layerwise import Layerwise, LayerwiseConfig
 from microglia.methods.layerwise_observed import LayerwiseReport
 from microglia.methods.lottery import Level, LotteryConfig, Tickets
 from microglia.methods.metapruning import MetaPruning, MetaPruningConfig, PruningNet
+from microglia.methods.obd import Obd, ObdConfig
+from microglia.methods.obs import Obs, ObsConfig
 from microglia.methods.oneshot import OneShot, OneShotConfig
 from microglia.methods.packed_observed import Packed, PackedLayer
 from microglia.methods.pas import Pas, PasConfig
 from microglia.methods.pdp import Pdp, PdpConfig
 from microglia.methods.polarization import Polarization, PolarizationConfig
 from microglia.methods.pruner import Pruner, PrunerProtocol
+from microglia.methods.rounds import Round, Rounds
 from microglia.methods.search_observed import Search
 from microglia.methods.sfp import Sfp, SfpConfig
 from microglia.methods.slimming import Slimming, SlimmingConfig
@@ -39,6 +42,7 @@ from microglia.methods.unit_pruner import UnitPruner
 from microglia.methods.weight_sharing import SharingConfig, WeightSharing, WeightSharingConfig
 from microglia.methods.what import PruneConfig, Takes
 from microglia.methods.width_search import Evaluator, SearchedConfig, SearchedPruner, WidthSpace
+from microglia.methods.woodfisher import WoodFisher, WoodFisherConfig
 
 __all__ = [
     "Acdc",
@@ -79,6 +83,10 @@ __all__ = [
     "MetaPruningConfig",
     "Method",
     "MethodConfig",
+    "Obd",
+    "ObdConfig",
+    "Obs",
+    "ObsConfig",
     "OneShot",
     "OneShotConfig",
     "Packed",
@@ -94,6 +102,8 @@ __all__ = [
     "Pruner",
     "PrunerProtocol",
     "PruningNet",
+    "Round",
+    "Rounds",
     "Routing",
     "Search",
     "SearchConfig",
@@ -117,6 +127,8 @@ __all__ = [
     "WeightSharing",
     "WeightSharingConfig",
     "WidthSpace",
+    "WoodFisher",
+    "WoodFisherConfig",
     "method",
     "methods",
     "preset",

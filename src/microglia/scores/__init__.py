@@ -8,6 +8,7 @@ from microglia.scores.geometry import distances, fpgm, l1, l2, lamp, scale
 from microglia.scores.gradient import gradient_magnitude, loss_gradient
 from microglia.scores.grasp import grasp, grasp_magnitude, hessian_gradient
 from microglia.scores.guard import untouched
+from microglia.scores.kfac import mlprune
 from microglia.scores.magnitude import magnitude
 from microglia.scores.nisp import nisp
 from microglia.scores.random import random
@@ -43,6 +44,7 @@ __all__ = [
     "loss_gradient",
     "magnitude",
     "map_ranks",
+    "mlprune",
     "nisp",
     "obd",
     "obs",

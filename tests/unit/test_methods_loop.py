@@ -31,6 +31,8 @@ from microglia.methods import (
     Gradual,
     GroupLasso,
     Hrank,
+    Obd,
+    Obs,
     OneShot,
     Pas,
     Pdp,
@@ -45,6 +47,7 @@ from microglia.methods import (
     Sss,
     Taylor,
     Thinet,
+    WoodFisher,
 )
 from microglia.scores import Evidence
 from microglia.train.optim import FitConfig, make_optimizers
@@ -81,6 +84,9 @@ SETTINGS: dict[type, dict[str, Any]] = {
     Pfp: {"density": 0.5},
     Dsr: {"density": 0.5, "every": 3, "threshold": 0.02},
     DeepR: {"density": 0.5, "temperature": 1e-4},
+    Obd: {"density": 0.5},
+    Obs: {"density": 0.5, "together": 64},
+    WoodFisher: {"density": 0.5, "updates": 3},
 }
 """Every pruner there is, with the settings of its own."""
 EVERY = pytest.mark.parametrize("kind", list(SETTINGS), ids=lambda kind: kind.__name__)

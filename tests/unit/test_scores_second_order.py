@@ -66,7 +66,7 @@ def test_obd_is_the_diagonal_of_the_hessian_where_the_network_is_linear():
     assert bool((found >= 0).all())
 
 
-@pytest.mark.parametrize("name", ["wanda", "obs", "fisher", "obd"])
+@pytest.mark.parametrize("name", ["wanda", "obs", "fisher", "obd", "hutchinson", "mlprune"])
 def test_without_batches_one_sentence_says_so(name):
     model, _, _ = linear()
     with pytest.raises(ScoreError, match="batches="):
@@ -77,3 +77,37 @@ def test_obd_needs_logits():
     model = nn.Conv1d(2, 3, 1)
     with pytest.raises(ScoreError, match="take fisher"):
         value("obd", model, [(torch.randn(4, 2, 3), torch.zeros(4, 3, 3))], functional.mse_loss)
+
+
+# --------------------------------------------------------------------------------------------------------------- K-FAC
+def test_mlprune_is_obs_with_the_exact_fisher_of_one_linear_layer():
+    """With a loss that is linear in the outputs the gradients are the same for all examples, and A (x) G is exact."""
+    model, x, _ = linear()
+    c = torch.arange(1.0, 6.0, dtype=torch.float64)
+    found = value("mlprune", model, [(x[:15], x[:15]), (x[15:], x[15:])], lambda outputs, targets: (outputs @ c).mean())
+    rows = torch.einsum("o,bi->boi", c, x).flatten(1)
+    fisher = rows.T @ rows / len(rows)
+    a, g = x.T @ x / len(x), torch.outer(c, c)
+    torch.testing.assert_close(torch.kron(g, a), fisher)
+    damped = [m + 0.01 * m.diagonal().mean() * torch.eye(len(m), dtype=torch.float64) for m in (g, a)]
+    inverse = torch.linalg.inv(torch.kron(*damped)).diagonal().view(5, 6)
+    torch.testing.assert_close(found, (model.weight.square() / (2 * inverse)).detach())
+
+
+def test_mlprune_takes_convolutions_with_groups_and_scales_with_the_loss():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(4, 6, 3, groups=2), nn.ReLU(), nn.Flatten(), nn.Linear(24, 3)).double()
+    images, labels = torch.randn(8, 4, 4, 4, dtype=torch.float64), torch.randint(3, (8,))
+    layers = prunable_layers(model)
+    one, three = (
+        scores["mlprune"](model, layers, Evidence([(images, labels)], lambda o, t, k=k: k * functional.cross_entropy(o, t)))
+        for k in (1, 3)
+    )
+    assert one["0.weight"].shape == (6, 2, 3, 3)
+    for name, values in one.items():
+        assert bool((values >= 0).all())
+        torch.testing.assert_close(three[name], 9 * values)  # of the squared gradients
+    whole = scores["mlprune"](
+        model, layers, Evidence([(images[:3], labels[:3]), (images[3:], labels[3:])], functional.cross_entropy)
+    )
+    torch.testing.assert_close(whole["0.weight"], one["0.weight"])

@@ -31,6 +31,8 @@ from microglia.methods.layerwise_observed import LayerwiseReport
 from microglia.methods.lottery import Level, LotteryConfig, Tickets
 from microglia.methods.metapruning import MetaPruning, MetaPruningConfig, PruningNet
 from microglia.methods.not_built import NOT_BUILT as _NOT_BUILT  # noqa: F401 -- answers their names
+from microglia.methods.obd import Obd, ObdConfig
+from microglia.methods.obs import Obs, ObsConfig
 from microglia.methods.oneshot import OneShot, OneShotConfig
 from microglia.methods.packed_observed import Packed, PackedLayer
 from microglia.methods.pas import Pas, PasConfig
@@ -38,6 +40,7 @@ from microglia.methods.pdp import Pdp, PdpConfig
 from microglia.methods.pfp import Pfp, PfpConfig
 from microglia.methods.polarization import Polarization, PolarizationConfig
 from microglia.methods.pruner import Pruner, PrunerProtocol
+from microglia.methods.rounds import Round, Rounds
 from microglia.methods.scop import Scop, ScopConfig
 from microglia.methods.search_observed import Search
 from microglia.methods.sfp import Sfp, SfpConfig
@@ -51,6 +54,7 @@ from microglia.methods.unit_pruner import UnitPruner
 from microglia.methods.weight_sharing import SharingConfig, WeightSharing, WeightSharingConfig
 from microglia.methods.what import PruneConfig, Takes
 from microglia.methods.width_search import Evaluator, SearchedConfig, SearchedPruner, WidthSpace
+from microglia.methods.woodfisher import WoodFisher, WoodFisherConfig
 
 __all__ = [
     "Acdc",
@@ -105,6 +109,10 @@ __all__ = [
     "MetaPruningConfig",
     "Method",
     "MethodConfig",
+    "Obd",
+    "ObdConfig",
+    "Obs",
+    "ObsConfig",
     "OneShot",
     "OneShotConfig",
     "Packed",
@@ -122,6 +130,8 @@ __all__ = [
     "Pruner",
     "PrunerProtocol",
     "PruningNet",
+    "Round",
+    "Rounds",
     "Routing",
     "Scop",
     "ScopConfig",
@@ -151,6 +161,8 @@ __all__ = [
     "WeightSharing",
     "WeightSharingConfig",
     "WidthSpace",
+    "WoodFisher",
+    "WoodFisherConfig",
     "method",
     "methods",
     "preset",

@@ -1,4 +1,7 @@
-"""Scores from a quadratic model of the loss: Wanda, OBS, the empirical Fisher, OBD. They rank; none changes a weight."""
+"""Scores from a quadratic model of the loss: Wanda, OBS, the empirical Fisher, OBD. They rank; none changes a weight.
+
+OBD's diagonal has three estimators, the values of `estimators`: Gauss-Newton, Hutchinson's, the empirical Fisher.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +14,13 @@ from torch import Tensor, nn
 from microglia.core.batch import take_examples
 from microglia.core.errors import ScoreError
 from microglia.core.layers import GraphLayer, Layer, oriented
-from microglia.scores.base import Evidence, score
+from microglia.core.registry import Registry
+from microglia.scores.base import Evidence, Score, score, scores
 from microglia.scores.reading import loss_of, outputs_of
 from microglia.scores.second_moments import Moments, matrix_of, weight_of
 
+DRAWS = 100
+"""Random vectors of Hutchinson's estimator."""
 DAMPENING = 0.01
 """Fraction of the mean of a Hessian's diagonal that is added to it, as in SparseGPT."""
 
@@ -101,6 +107,36 @@ def obd(model: nn.Module, layers: Mapping[str, Layer], evidence: Evidence) -> di
     return _halved(layers, found, count)
 
 
+@score("hutchinson")
+def hutchinson(model: nn.Module, layers: Mapping[str, Layer], evidence: Evidence) -> dict[str, Tensor]:
+    """Returns w^2 h / 2, h = E[v * (H v)] the diagonal of the loss's Hessian, v random signs; h may be negative.
+
+    Each batch takes its share of the `DRAWS` random vectors, so that the mean is over both. The network must be differentiable
+    twice.
+
+    Raises:
+        ScoreError: There are no batches, or no loss.
+    """
+    if evidence.loss is None:
+        raise ScoreError("This score differentiates the loss: give batches=[(inputs, targets), ...] and loss=function.")
+    model.eval()
+    found, count, batches = _sums(layers), 0, list(evidence.batches)
+    draws = -(-DRAWS // max(1, len(batches)))
+    for inputs, targets in batches:
+        loss = loss_of(evidence.loss, outputs_of(model, inputs, evidence.forward), targets)
+        examples = evidence.count(targets)
+        _add_curvature(found, layers, examples * loss, draws, evidence.generator)
+        count += examples
+    return _halved(layers, found, count)
+
+
+estimators: Registry[Score] = Registry("estimator")
+"""Estimators of OBD's saliency w^2 h / 2, by name."""
+estimators.add("gauss-newton")(scores["obd"])
+estimators.add("hutchinson")(scores["hutchinson"])
+estimators.add("fisher")(scores["fisher"])
+
+
 def wanda_values(weight: Tensor, moments: Tensor) -> Tensor:
     """Returns abs(W) times the root mean square of its inputs, in the precision of the moments.
 
@@ -108,8 +144,9 @@ def wanda_values(weight: Tensor, moments: Tensor) -> Tensor:
         weight: (out, in, *kernel).
         moments: E[x^2], (groups, columns) as `microglia.scores.second_moments` orders them.
     """
-    roots = moments.sqrt().repeat_interleave(len(weight) // len(moments), 0)
-    return weight.abs() * weight_of(roots, tuple(weight.shape))
+    matrix, groups = matrix_of(weight.abs()), len(moments)
+    values = matrix.view(groups, -1, matrix.shape[1]) * moments.sqrt()[:, None]
+    return weight_of(values.view_as(matrix), tuple(weight.shape))
 
 
 @torch.no_grad()
@@ -182,6 +219,26 @@ def _add_squares(found: dict[str, Tensor], layers: Mapping[str, Layer], outputs:
         for name, gradient in zip(layers, gradients, strict=True):
             if gradient is not None:
                 found[name] += gradient.double().square()
+
+
+def _add_curvature(
+    found: dict[str, Tensor],
+    layers: Mapping[str, Layer],
+    loss: Tensor,
+    draws: int,
+    generator: torch.Generator,
+) -> None:
+    """Adds the mean of ``v * (H v)`` over random signs v, the same on every rank."""
+    weights = [layer.raw for layer in layers.values()]
+    first = torch.autograd.grad(loss, weights, create_graph=True, allow_unused=True)
+    used = [(name, w, g) for name, w, g in zip(layers, weights, first, strict=True) if g is not None and g.requires_grad]
+    for _ in range(draws if used else 0):
+        signs = [(2 * torch.randint(2, w.shape, generator=generator) - 1).to(w) for _, w, _ in used]
+        first_ones, own = [g for _, _, g in used], [w for _, w, _ in used]
+        second = torch.autograd.grad(first_ones, own, signs, retain_graph=True, allow_unused=True)
+        for (name, _, _), sign, product in zip(used, signs, second, strict=True):
+            if product is not None:
+                found[name] += (sign * product).double() / draws
 
 
 def _halved(layers: Mapping[str, Layer], found: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:

@@ -39,7 +39,7 @@ COMMANDS = {
     "pack": Listed(
         "packing",
         PRUNE,
-        "Write a model as one small file: shared values and positions, entropy-coded; nothing is rounded without --bits.",
+        "Write a model as one small file: shared values and positions, coded; nothing is rounded without --bits or --bytes.",
     ),
     "unpack": Listed(
         "packing", PRUNE, "Read a packed file and save its model, bit for bit, as a directory that every command takes."

@@ -236,7 +236,7 @@ class Killed(BaseException):
     """Stands for a kill."""
 
 
-@pytest.mark.parametrize("name", ["sss", "gal", "dcp", "scop", "taylor", "dsr", "deep-r"])
+@pytest.mark.parametrize("name", ["gal", "dcp", "scop", "taylor", "deep-r"])
 def test_a_killed_training_goes_on_and_ends_in_the_same_bits(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -245,9 +245,9 @@ def test_a_killed_training_goes_on_and_ends_in_the_same_bits(
     data = replace(data, **{part: getattr(data, part).subset(few) for part in ("train", "validation", "test")})
     task = mg.Task("digits", network, ImageSource(data), CrossEntropy(), CLASSIFICATION, data.train.images[:1] / 255)
     short = FitConfig(epochs=1, batch_size=16, lr=0.05, max_batches=2)
-    known, stage = taken(methods[name].config), "train" if name in ("dsr", "deep-r") else "sparse"
-    own = {"sparse_epochs": 3, "recalibrate": 1, "every": 2, "score_batch_size": 16}
-    longer = short if stage == "sparse" else replace(short, epochs=3)
+    known, stage = taken(methods[name].config), "train" if name == "deep-r" else "sparse"
+    own = {"sparse_epochs": 2, "recalibrate": 0, "every": 2, "score_batch_size": 16}
+    longer = short if stage == "sparse" else replace(short, epochs=2)
     config = methods[name].config(
         density=0.5, dense=replace(short, epochs=0), train=longer, **{key: own[key] for key in own if key in known}
     )
@@ -256,7 +256,7 @@ def test_a_killed_training_goes_on_and_ends_in_the_same_bits(
 
     def killing(self: Progress, state: Any) -> None:
         save(self, state)
-        if len(state.get("rows", ())) == 2:
+        if len(state.get("rows", ())) == 1:
             raise Killed
 
     run = Run(tmp_path / "killed", {})

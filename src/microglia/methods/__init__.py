@@ -39,6 +39,7 @@ from microglia.methods.unit_pruner import UnitPruner
 from microglia.methods.weight_sharing import SharingConfig, WeightSharing, WeightSharingConfig
 from microglia.methods.what import PruneConfig, Takes
 from microglia.methods.width_search import Evaluator, SearchedConfig, SearchedPruner, WidthSpace
+from microglia.methods.widths_observed import WidthSearch, WidthVectors
 
 __all__ = [
     "Acdc",
@@ -116,7 +117,9 @@ __all__ = [
     "UnitPruner",
     "WeightSharing",
     "WeightSharingConfig",
+    "WidthSearch",
     "WidthSpace",
+    "WidthVectors",
     "method",
     "methods",
     "preset",

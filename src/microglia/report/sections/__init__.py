@@ -1,3 +1,3 @@
 """Sections of a report: the tables and figures of each family, in the order of the report."""
 
-from microglia.report.sections import overview, search, dynamic, at_init  # isort: skip  # noqa: F401  (the order of the report)
+from microglia.report.sections import overview, search, dynamic, at_init, widths, scales, ranks  # isort: skip  # noqa: F401  (the order of the report)

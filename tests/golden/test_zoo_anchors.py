@@ -75,6 +75,22 @@ def test_anchor(name, options, parameters, weights, macs):
         assert multiply_accumulates(model, options.get("shape", (3, 32, 32))) == macs
 
 
+PUBLISHED = [  # name, options, millions of parameters, millions of MACs: as the tables print them
+    ("mobilenet-v1", {**THOUSAND, "width": 0.75}, 2.6, 325),
+    ("mobilenet-v1", {**THOUSAND, "width": 0.5}, 1.3, 149),
+    ("mobilenet-v1", {**THOUSAND, "width": 0.25}, 0.5, 41),
+    ("densenet40", {"stem": 24}, 1.04, 282),
+]
+
+
+@pytest.mark.parametrize(("name", "options", "parameters", "macs"), PUBLISHED)
+def test_rounded_counts_of_tables(name, options, parameters, macs):
+    with torch.device("meta"):
+        model = build(name, **options)
+    assert sum(parameter.numel() for parameter in model.parameters()) == pytest.approx(parameters * 1e6, rel=0.06)
+    assert multiply_accumulates(model, options.get("shape", (3, 32, 32))) == pytest.approx(macs * 1e6, abs=1e6)
+
+
 @pytest.mark.data
 @pytest.mark.parametrize(
     ("name", "file", "correct"), [("resnet20", "resnet20-12fca82f.th", 0.9173), ("resnet56", "resnet56-4bfd9763.th", 0.9339)]

@@ -9,9 +9,11 @@ CHANGES: dict[str, str] = {
     "shrunk": "microglia.graph.cutting.change",
     "gates": "microglia.dynamic.change",
     "permuted": "microglia.graph.order.permute",
+    "selected": "microglia.graph.selection",
 }
 """Field of ``plan.json`` -> module that registers this change, in the order in which changes are replayed.
 
+Changes that give modules another form come before all others (see `microglia.storage.changes.Change.forms`).
 A file names a field, never a module. A field outside this table is known only after its module was imported.
 """
 

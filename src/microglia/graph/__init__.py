@@ -5,6 +5,7 @@ from microglia.graph.cutting.plan import Plan, plan_of, replay
 from microglia.graph.cutting.verify import ShrinkError
 from microglia.graph.order.permute import Permutation, permutation_of, permute_channels
 from microglia.graph.prune import prune_channels
+from microglia.graph.selection import select_channels
 from microglia.graph.shrink import shrink
 
 __all__ = [
@@ -16,5 +17,6 @@ __all__ = [
     "plan_of",
     "prune_channels",
     "replay",
+    "select_channels",
     "shrink",
 ]

@@ -54,6 +54,7 @@ from microglia.methods.unit_pruner import UnitPruner
 from microglia.methods.weight_sharing import SharingConfig, WeightSharing, WeightSharingConfig
 from microglia.methods.what import PruneConfig, Takes
 from microglia.methods.width_search import Evaluator, SearchedConfig, SearchedPruner, WidthSpace
+from microglia.methods.widths_observed import WidthSearch, WidthVectors
 from microglia.methods.woodfisher import WoodFisher, WoodFisherConfig
 
 __all__ = [
@@ -160,7 +161,9 @@ __all__ = [
     "UnitPruner",
     "WeightSharing",
     "WeightSharingConfig",
+    "WidthSearch",
     "WidthSpace",
+    "WidthVectors",
     "WoodFisher",
     "WoodFisherConfig",
     "method",

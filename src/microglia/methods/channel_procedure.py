@@ -33,6 +33,7 @@ def thinned(task: Task, run: Run, config: ChannelConfig, pruner: Callable[..., C
     """Returns the dense model trained with a pruner, without the channels that it gives up, and recovered."""
     model = dense_model(task, run, config.dense)
     teacher = deepcopy(model) if config.train.distill else None
+    pruner.arrange(model, to_device(task.example, run.device), config)  # a stage read from its file has this form too
     steps = config.sparse.epochs * epoch_length(config.sparse, len(task.data.batches("train", config.sparse.batch_size)))
     sampled = set(SAMPLING) <= set(config.takes.fields)
 

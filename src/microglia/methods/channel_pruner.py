@@ -131,6 +131,7 @@ class ChannelPruner:
         if example_inputs is None:
             raise BudgetError(f"{user} traces the model to find coupled channels: give example_inputs, one batch of inputs.")
         self.example = example_inputs
+        self.arrange(model, example_inputs, self.config)
         self.units = CoupledChannels(model, example_inputs, self.config.exclude)
         self.raw = {name: _raw(model, name) for name in {p.name: None for p in (*self.units.read, *self.units.made)}}
         self.kept: Tensor | None = None
@@ -140,6 +141,10 @@ class ChannelPruner:
             self.begin()
 
     # ------------------------------------------------------------------------------------------------ what a method says
+    @staticmethod
+    def arrange(model: nn.Module, example_inputs: Any, config: ChannelConfig) -> None:
+        """Gives modules the form that the method needs, before the trace; nothing on a model that has it."""
+
     def prepare(self) -> None:
         """Looks at the model once, before anything is trained; raises where the method has nothing to work on."""
 

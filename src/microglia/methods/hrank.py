@@ -23,7 +23,9 @@ from microglia.methods.channel_procedure import fits, thinned
 from microglia.methods.channel_pruner import SAMPLED, ChannelConfig, ChannelPruner, states_of
 from microglia.methods.config import method
 from microglia.methods.what import Takes
-from microglia.scores import scores
+from microglia.methods.widths_observed import ranks_of
+from microglia.scores.features import mean_ranks, ranks_by_batch
+from microglia.scores.guard import untouched
 from microglia.storage.run import Run
 from microglia.tasks.task import Task
 
@@ -71,7 +73,10 @@ class Hrank(ChannelPruner):
 
     def begin(self) -> None:
         """Ranks the maps of the dense network, and sets the first channels to zero."""
-        values = self.of_filters(scores["hrank"](self.model, self.layers, self.evidence)).cpu()
+        with untouched(self.model):
+            found = ranks_by_batch(self.model, self.layers, self.evidence)
+        values = self.of_filters(mean_ranks(self.layers, found)).cpu()
+        self.ranks = ranks_of(found)
         self.values = self._ordered(values)
         self.target = self.choose(self.values)
         self.rests = self._best(values)
@@ -110,14 +115,20 @@ class Hrank(ChannelPruner):
         self._restore(optimizer)
         self._clear_due(optimizer)
 
+    def report(self) -> dict[str, Any]:
+        """Returns the widths, and how far the ranks of the dense network's maps agree between batches."""
+        return super().report() | {"ranks": self.ranks}
+
     def state_dict(self) -> dict[str, Any]:
         """Returns the steps taken, ranks and frozen filters."""
-        return super().state_dict() | {"values": self.values, "target": self.target, "rests": self.rests, "held": self.held}
+        own = {"values": self.values, "target": self.target, "rests": self.rests, "held": self.held, "ranks": self.ranks}
+        return super().state_dict() | own
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on from a state."""
         super().load_state_dict(state)
         self.values, self.target, self.rests = state["values"], state["target"], state["rests"]
+        self.ranks = state.get("ranks", {})
         self.held = [None if value is None else value.clone() for value in state["held"]]
 
     def _ordered(self, values: Tensor) -> Tensor:

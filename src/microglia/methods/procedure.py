@@ -23,7 +23,7 @@ from microglia.methods.pruner import Pruner, PrunerProtocol
 from microglia.methods.unit_pruner import UnitPruner
 from microglia.methods.what import PruneConfig
 from microglia.scores import Evidence
-from microglia.storage.changes import decode, replay
+from microglia.storage.changes import changes_of, decode, replay
 from microglia.storage.run import Progress, Run
 from microglia.tasks.task import Task
 from microglia.train.engine import rank_and_world
@@ -57,14 +57,20 @@ def cut(task: Task, run: Run, name: str, model: nn.Module, work: Callable[[nn.Mo
 
     def stage(progress: Progress) -> dict[str, Any]:
         small = work(model)
-        made = [{"plan": plan_of(small).to_dict(), "model": small.state_dict()}]
+        made = [{"plan": plan_of(small).to_dict(), "model": small.state_dict(), **_forms(small)}]
         if torch.distributed.is_initialized():
             torch.distributed.broadcast_object_list(made)
         return made[0]
 
     done = run.stage(name, stage)
-    again = decode({"shrunk": done["plan"]}, done["model"])
+    again = decode({**done.get("forms", {}), "shrunk": done["plan"]}, done["model"])
     return restore(replay(task.build().to(run.device), again), done["model"])
+
+
+def _forms(model: nn.Module) -> dict[str, Any]:
+    """Returns the changes to replay before the plan of a cut, as JSON by field, under one key; empty without any."""
+    found = {key: done.kind.encode(done.value) for key, done in changes_of(model).items() if done.kind.forms}
+    return {"forms": found} if found else {}
 
 
 def train(

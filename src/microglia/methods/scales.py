@@ -16,11 +16,13 @@ from microglia.core.modes import evaluating
 from microglia.core.running import run, undisturbed
 from microglia.graph import ShrinkError
 from microglia.graph.channels.coupled import Place
+from microglia.graph.selection import select_channels, selected_norms
 from microglia.methods.channel_pruner import CHANNELS, ChannelConfig, ChannelPruner
 from microglia.methods.what import Takes
+from microglia.methods.widths_observed import scales_of
 from microglia.scores.behind import NORMS
 
-INSTEAD = "take group-lasso, or the method channels with a score of weights"
+INSTEAD = "take group-lasso, polarization with gates, or the method channels with a score of weights"
 
 
 @dataclass(frozen=True)
@@ -30,11 +32,14 @@ class ScaleConfig(ChannelConfig):
     Attributes:
         strength: lambda, of the penalty.
         initial_scale: Initial value of every scale (0.5 in trainings from scratch); None for the trained values.
+        selection: Whether norms that read a residual or concatenated stream choose channels of it, each for itself, while the
+            stream stays whole (see `microglia.graph.selection`): the form for pre-activation networks.
     """
 
     takes: ClassVar[Takes] = replace(CHANNELS, needs=("norm",))
     strength: float = 1e-4
     initial_scale: float | None = None
+    selection: bool = False
 
     def check_values(self) -> None:
         """Raises `BudgetError` for a negative strength and a scale that is not above 0."""
@@ -48,6 +53,21 @@ class ScalePruner(ChannelPruner):
     """Ranks channels by the scales of their norms; those of a group without a norm stay."""
 
     Config = ScaleConfig
+
+    @staticmethod
+    def arrange(model: nn.Module, example_inputs: Any, config: ChannelConfig) -> None:
+        """Gives norms of streams their selections, if the config asks for them.
+
+        Raises:
+            ShrinkError: No norm reads a stream.
+        """
+        if not cast(ScaleConfig, config).selection or selected_norms(model):
+            return
+        if not select_channels(model, example_inputs):
+            raise ShrinkError(
+                f"selection is for pre-activation networks, and no batch norm of {type(model).__name__} reads a residual or "
+                "concatenated stream: leave selection out."
+            )
 
     def prepare(self) -> None:
         """Finds the scales and sets them to where they start.
@@ -63,6 +83,7 @@ class ScalePruner(ChannelPruner):
             )
         self._refuse_shared()
         self.scales = [self.raw[place.name] for place in self.places]
+        self.observed: dict[str, Any] | None = None
         if (initial := cast(ScaleConfig, self.config).initial_scale) is not None:
             for scale in self.scales:
                 nn.init.constant_(scale, initial)
@@ -89,6 +110,16 @@ class ScalePruner(ChannelPruner):
     def ranking(self) -> Tensor:
         """Returns |gamma|, the mean over the norms of a channel."""
         return self.gathered([scale.detach().double().abs() for scale in self.scales])
+
+    def final(self) -> Tensor:
+        """Returns the channels that stay; notes the scales before those that go are set to zero."""
+        kept = super().final()
+        self.observed = scales_of(self.scales, self.ranking(), kept)
+        return kept
+
+    def report(self) -> dict[str, Any]:
+        """Returns the widths and the histogram of scales."""
+        return super().report() | {"scales": self.observed}
 
     def _places(self) -> Iterator[Place]:
         """Yields where channels have a scale."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -28,15 +29,29 @@ def hrank(model: nn.Module, layers: Mapping[str, Layer], evidence: Evidence) -> 
     Raises:
         ScoreError: There is no batch, or the model is a traced graph.
     """
-    sums: dict[str, Tensor] = {}
+    return mean_ranks(layers, ranks_by_batch(model, layers, evidence))
+
+
+@torch.no_grad()
+def ranks_by_batch(model: nn.Module, layers: Mapping[str, Layer], evidence: Evidence) -> dict[str, list[Tensor]]:
+    """Returns for each layer one tensor for each batch, float64 (3, out): sums of ranks and of norms of maps, images.
+
+    Raises:
+        ScoreError: There is no batch, or the model is a traced graph.
+    """
+    sums: dict[str, list[Tensor]] = {}
 
     def note(name: str, found: Tensor) -> None:
-        new = torch.stack(
-            [map_ranks(found).sum(0), map_norms(found).sum(0), found.new_full((found.shape[1],), len(found)).double()]
-        )
-        sums[name] = sums[name] + new if name in sums else new
+        new = [map_ranks(found).sum(0), map_norms(found).sum(0), found.new_full((found.shape[1],), len(found)).double()]
+        sums.setdefault(name, []).append(torch.stack(new))
 
     follow(model.eval(), layers, evidence, note)
+    return sums
+
+
+def mean_ranks(layers: Mapping[str, Layer], found: Mapping[str, Sequence[Tensor]]) -> dict[str, Tensor]:
+    """Returns the score `hrank` of every layer from the sums of `ranks_by_batch`."""
+    sums = {name: functools.reduce(torch.add, batches) for name, batches in found.items()}
     return {name: per_filter(layer, _ordered(layer, sums.get(name))) for name, layer in layers.items()}
 
 

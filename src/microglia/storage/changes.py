@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,6 +46,7 @@ class Change:
             weights. True if the names, shapes or meaning of the weights depend on the change.
         alone: Whether this digest omits the key of the JSON if nothing else binds, as in files of version 1.
         cuts: Whether the change alters shapes of tensors.
+        forms: Whether the change gives modules another form; it is replayed before all others, and before a cut of channels.
         zeroes: Whether `microglia.shrink` can remove what the change set to zero.
         chooses: Name of the parts that choose the computation for every input.
         result: Returns fields of a run's result, from the value, the model, and a function that makes the dense model.
@@ -61,6 +62,7 @@ class Change:
     binds: bool = True
     alone: bool = False
     cuts: bool = False
+    forms: bool = False
     zeroes: bool = False
     chooses: str = ""
     result: Callable[[Any, nn.Module, Callable[[], nn.Module]], Mapping[str, Any]] = field(default=_nothing)
@@ -113,7 +115,8 @@ def changes_of(model: nn.Module) -> dict[str, Done]:
         {}
     """
     found = {key: Done(kind, kind.of(model)) for key, kind in changes.items()}
-    return {key: found[key] for key in _ordered(found) if found[key].value is not None}
+    order = _ordered({key: done.kind for key, done in found.items()})
+    return {key: found[key] for key in order if found[key].value is not None}
 
 
 def changes_digest(model: nn.Module) -> str:
@@ -130,8 +133,8 @@ def written_changes(plan: Mapping[str, Any]) -> dict[str, tuple[Change, Any]]:
     Raises:
         FileError: A field names an unregistered change.
     """
-    keys = _ordered(key for key, value in plan.items() if key not in RESERVED and value is not None)
-    return {key: (_known(key), plan[key]) for key in keys}
+    kinds = {key: _known(key) for key, value in plan.items() if key not in RESERVED and value is not None}
+    return {key: (kinds[key], plan[key]) for key in _ordered(kinds)}
 
 
 def decode(plan: Mapping[str, Any], state: Mapping[str, Tensor]) -> dict[str, Done]:
@@ -176,10 +179,10 @@ def replay(model: nn.Module, done: Mapping[str, Done]) -> nn.Module:
     return model
 
 
-def _ordered(keys: Iterable[str]) -> list[str]:
-    """Returns the changes in order: first the library's own, in the order of its table."""
-    given, table = list(keys), list(CHANGES)
-    return sorted(given, key=lambda key: table.index(key) if key in CHANGES else len(table))
+def _ordered(kinds: Mapping[str, Change]) -> list[str]:
+    """Returns changes in the order of replay: other forms of modules, the library's own in the order of its table, others."""
+    table = list(CHANGES)
+    return sorted(kinds, key=lambda key: (not kinds[key].forms, table.index(key) if key in CHANGES else len(table)))
 
 
 def _known(key: str) -> Change:

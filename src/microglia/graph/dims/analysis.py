@@ -61,6 +61,7 @@ class Analysis:
         consumers: Weights that contract channels.
         grouped: Id of the weight of a grouped convolution -> (its dimension of channels per group, the groups).
         macs: Node -> Dims whose product is its multiply-accumulates.
+        chosen: Buffers whose entries say which channels an operator takes (see `microglia.graph.selection`).
     """
 
     def __init__(self, trace: Trace, algebra: Algebra | None = None) -> None:
@@ -74,16 +75,18 @@ class Analysis:
         self.consumers: list[Consumer] = []
         self.grouped: dict[int, tuple[int, Dim]] = {}
         self.macs: dict[fx.Node, Dims] = {}
+        self.chosen = _selections(trace)
         self.parameter_dims = self._of_tensors()
         for node in trace.graph.nodes:
             self._visit(node)
 
     def _of_tensors(self) -> dict[str, Dims]:
-        """Returns one atom per dimension; integer tensors hold positions, not channels, so their atoms are frozen."""
+        """Returns one atom per dimension; integer tensors hold positions, so their atoms are frozen, but not of selections."""
         by_id: dict[int, Dims] = {}
         found = {}
+        chosen = {self.trace.name_of[node.name] for node in self.chosen}
         for name, tensor in self.trace.tensors.items():
-            why = None if tensor.is_floating_point() else f"{name} holds integers"
+            why = None if tensor.is_floating_point() or name in chosen else f"{name} holds integers"
             if id(tensor) not in by_id:
                 by_id[id(tensor)] = [self.algebra.fresh(n, why) for n in tensor.shape]
             found[name] = by_id[id(tensor)]
@@ -266,6 +269,18 @@ class Analysis:
         """Returns the losses with Dims in a parameter; masks and index tables lose nothing."""
         mine = {a for name in self.used_parameters() for d in self.parameter_dims[name] for a in self.algebra.leaves(d)}
         return [text for text, dims in self.losses if any(a in mine for d in dims for a in self.algebra.leaves(d))]
+
+
+def _selections(trace: Trace) -> set[fx.Node]:
+    """Returns the placeholders of the model's own buffers that are only ever the index of ``index_select``."""
+    found = set()
+    for node in trace.graph.nodes:
+        name = trace.name_of.get(node.name) if node.op == "placeholder" else None
+        if name is None or name in trace.constants or not node.users:
+            continue
+        if all(operator_name(user) == "index_select" and user.args[2:3] == (node,) for user in node.users):
+            found.add(node)
+    return found
 
 
 def _common_end(left: Segment, right: Segment) -> Segment:

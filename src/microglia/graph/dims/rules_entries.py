@@ -85,12 +85,15 @@ def index(s: Analysis, n: fx.Node, a: Arguments) -> Any:
 
 @rule("index_select", "roll", "flip", "cumsum", "cumprod", "logcumsumexp")
 def ordered(s: Analysis, n: fx.Node, a: Arguments) -> Any:
-    """The order along the dimension matters."""
+    """The order along the dimension matters. A selection by a buffer can lose entries, with those of the buffer."""
     x, name = _first(s, n), operator_name(n)
     dims = a.get("dims", a.get("dim"))
     dims = [dims] if isinstance(dims, int) else list(dims or range(len(x)))
     s.algebra.freeze(*(x[i] for i in dims), why=f"{n.name}: {name}")
-    if name == "index_select":
+    if name == "index_select" and a.index in s.chosen:
+        x[dims[0]] = s.of(a.index)[0]
+        s.made.append(x[dims[0]])
+    elif name == "index_select":
         x[dims[0]] = s.algebra.fresh(shape_of(n)[dims[0]], f"{n.name}: {name}")
     return x
 

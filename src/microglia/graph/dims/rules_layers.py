@@ -91,6 +91,8 @@ def batch_norm(s: Analysis, n: fx.Node, a: Arguments) -> Any:
     for name in ("weight", "bias", "running_mean", "running_var"):
         if a[name] is not None:
             s.unify(x[1], s.of(a[name])[0], n)
+    if operator_name(a.input) == "index_select" and a.input.args[2] in s.chosen and a.weight is not None:
+        s.producers.add((s.trace.name_of[a.weight.name], 0))  # nothing else tells which channels a selection still gives
     if operator_name(n) == "instance_norm":
         s.algebra.renormalize(*(x[2:] if a.use_input_stats else []))
     elif a.training:

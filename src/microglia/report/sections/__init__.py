@@ -1,3 +1,14 @@
 """Sections of a report: the tables and figures of each family, in the order of the report."""
 
-from microglia.report.sections import overview, search, dynamic, at_init, detection, segmentation  # isort: skip  # noqa: F401  (the order of the report)
+# The order of the imports is the order of the report.
+from microglia.report.sections import (  # isort: skip  # noqa: F401
+    overview,
+    search,
+    dynamic,
+    at_init,
+    detection,
+    segmentation,
+    widths,
+    scales,
+    ranks,
+)

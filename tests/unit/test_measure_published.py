@@ -1,0 +1,164 @@
+"""The bench of structured pruning: the papers' count of operations, the table of all methods, HRank's own claims."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import microglia as mg
+from microglia.core.errors import MicrogliaError
+from microglia.core.layers import prunable_layers
+from microglia.graph import plan_of
+from microglia.lab.execute import make_task
+from microglia.lab.recipe import method_config, read_yaml, resolve
+from microglia.measure import Macs, count_macs
+from microglia.measure.published import producer_macs
+from microglia.methods import ChannelConfig, methods
+from microglia.zoo import build
+
+ROOT = Path(__file__).parent.parent.parent
+RATES = [0.1, *[0.6] * 35, 0.0, 0.0, *[0.6] * 6, *[0.4] * 3, 0.1, 0.4, 0.1, 0.4, 0.1, 0.4, 0.1, 0.4]
+"""Fractions that go of each convolution of ResNet-56, from the README of HRank's public code."""
+
+
+def script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", ROOT / "benchmarks" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+# ------------------------------------------------------------------------------------------------------ the papers' count
+def test_the_published_operations_of_hrank_come_out() -> None:
+    """62.72 million of 125.49 for ResNet-56 at the published rates; columns of readers are not left out."""
+    model = build("resnet56")
+    dense = count_macs(model, torch.zeros(1, 3, 32, 32))
+    convolutions = [name for name, layer in prunable_layers(model).items() if isinstance(layer.module, nn.Conv2d)]
+    sizes = {name: model.get_parameter(name).shape[0] for name in convolutions}
+    filters = {
+        name: (sizes[name], sizes[name] - int(rate * sizes[name])) for name, rate in zip(convolutions, RATES, strict=True)
+    }
+    assert producer_macs(dense, {}) == 125_485_696
+    assert producer_macs(dense, filters) == pytest.approx(62.72e6, abs=0.01e6)
+
+
+def test_it_is_above_the_exact_count_where_readers_lose_columns() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 4, 3, padding=1))
+    x = torch.zeros(1, 3, 6, 6)
+    small = mg.prune_channels(model, x, mg.Budget(density=0.5), round_to=1)
+    filters = {name: (old[0], new[0]) for name, (old, new) in plan_of(small).shapes.items()}
+    first, second = 36 * 9 * 3 * 8, 36 * 9 * 8 * 4
+    assert producer_macs(count_macs(model, x), filters) == first // 2 + second
+    assert count_macs(small, x).total == first // 2 + second // 2
+
+
+def test_what_cannot_be_counted_is_told() -> None:
+    with pytest.raises(MicrogliaError, match="holds only sums: count the dense model again"):
+        producer_macs(Macs(5, 5.0), {})
+    with pytest.raises(MicrogliaError, match=r"with 0 <= after <= before; a has \(4, 5\)"):
+        producer_macs(Macs(5, 5.0, layers={"a": 5}), {"a": (4, 5)})
+
+
+# ---------------------------------------------------------------------------------------------------------------- the table
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> tuple[ModuleType, Any]:
+    table = script("structured_table")
+    runs = tmp_path_factory.mktemp("structured")
+    return table, table.Bench("resnet8", "digits", None, 0.5, 1, 0.05, 1, False, runs)
+
+
+def test_every_row_names_a_method_and_fits_its_config(bench: tuple[ModuleType, Any]) -> None:
+    table, _ = bench
+    names = table.names_of_rows()
+    assert {"l1", "slimming", "polarization", "group-lasso", "sfp", "fpgm", "hrank", "thinet", "eagleeye", "amc"} <= set(names)
+    assert len(set(names)) == len(names)
+    assert all(table.settings_of(name)[0] in methods for name in names if name != table.SCRATCH)
+
+
+def test_rows_are_kept_and_not_run_again(bench: tuple[ModuleType, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    table, own = bench
+    found = [own.row(name, 0) for name in ("l1", "scratch")]
+    first, scratch = found
+    assert [row.epochs for row in found] == [1, 1]
+    assert (first.macs, first.parameters) == (scratch.macs, scratch.parameters)
+    assert first.macs < first.published
+    assert first.before is not None
+    assert scratch.before is None
+    assert all(0 <= row.after <= 1 and not row.refused for row in found)
+    monkeypatch.setattr(table, "execute", None)
+    assert [own.row(name, 0) for name in ("l1", "scratch")] == found
+    text = table.document(own, found)
+    assert "the numbers mean nothing" in text
+    rows = [line for line in text.splitlines() if line.startswith(("| l1 ", "| scratch "))]
+    assert len(rows) == 2
+    assert f"{first.macs / 1e6:.2f} M | {first.published / 1e6:.2f} M" in text
+
+
+def test_a_method_that_refuses_the_net_has_its_sentence(bench: tuple[ModuleType, Any], tmp_path: Path) -> None:
+    table, _ = bench
+    row = table.Bench("conv-2", "digits", None, 0.5, 1, 0.05, 1, False, tmp_path).row("slimming", 0)
+    assert "ranks channels by the scales of norms" in row.refused
+    assert f"- `slimming`: {row.refused}" in table.document(
+        table.Bench("conv-2", "digits", None, 0.5, 1, 0.05, 1, False, tmp_path), [row]
+    )
+
+
+def test_published_rows_stand_beside_resnet56(bench: tuple[ModuleType, Any]) -> None:
+    table, _ = bench
+    text = table.document(table.Bench("resnet56", "cifar10", None, 0.5, 3, 0.01, None, True, Path()), [])
+    assert "| HRank | 93.17 | 62.72 M |" in text
+    assert "wait for a GPU" in text
+
+
+# -------------------------------------------------------------------------------------------------------- hrank's own claims
+def test_claims_of_hrank_are_measured() -> None:
+    claims = script("hrank_claims")
+    task = make_task(resolve({"model": "resnet8", "data": "digits", "prune": {"density": 0.5}}))
+    torch.manual_seed(0)
+    model = task.build()
+    one, other = claims.drawn(task, 32)
+    assert not {tuple(x.flatten().tolist()) for batch, _ in one for x in batch} & {
+        tuple(x.flatten().tolist()) for batch, _ in other for x in batch
+    }
+    same = claims.agreement(model, one, one)
+    assert same
+    assert all(value == pytest.approx(1.0) for value in same.values())
+    assert all(-1 <= value <= 1 for value in claims.agreement(model, one, other).values())
+    judged = claims.replace(task, data=claims.Judged(task, 1))
+    found = claims.Trial(judged, model, one, 0.5, mg.FitConfig(epochs=0)).order(draws=1)
+    assert [row.variant for row in found] == ["hrank", "edge", "random", "reverse"]
+    assert all(row.after is None for row in found)
+
+
+def test_verdicts_in_words() -> None:
+    claims = script("hrank_claims")
+    values = {"hrank": 0.9, "edge": 0.7, "random": 0.6, "reverse": 0.3}
+    rows = [claims.Accuracy(name, value, value if name != "reverse" else 0.65) for name, value in values.items()]
+    told = list(claims.verdicts({"a": 0.99, "b": 0.94}, rows))
+    assert told[0].startswith("stable: does not hold; least 0.940 (b), mean 0.965 over 2 layers")
+    assert told[1].startswith("order before recovery: holds; hrank 90.00")
+    assert told[2].startswith("order after recovery: does not hold")
+
+
+# ---------------------------------------------------------------------------------------------------- recipes of full length
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes" / "structured").glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_recipes_of_full_length_are_valid(path: Path) -> None:
+    recipe = resolve(read_yaml(path))
+    config = method_config(recipe)
+    assert isinstance(config, ChannelConfig)
+    assert config.budget is not None
+    assert recipe.model in path.stem
+    assert recipe.method in path.stem
+    assert config.sparse.epochs + config.train.epochs >= 200
+    assert config.train.distill == 0
+    assert recipe.checkpoint is not None or recipe.dense.epochs == 0  # from scratch, or from trained weights

@@ -108,12 +108,11 @@ def prune(
     words = list(words or [])
     given = {
         "model": words.pop(0) if words and "=" not in words[0] else None,
-        "data": data, "checkpoint": checkpoint, "task.kind": task, "task.text": text,
-        "method": method, "seed": seed, "device": device,
-        "train.epochs": epochs, "train.lr": lr, "prune.pattern": pattern, "prune.scope": scope, "prune.density": density,
-        "prune.params": params, "prune.flops": flops, "prune.ms": ms,
-        "prune.bytes": bytes_, "prune.within": within, "prune.round_to": round_to, "prune.permute": permute,
-        "prune.layers": layers, "prune.exclude": exclude, "prune.protect": protect, "measure.accelerate": accelerate,
+        "data": data, "checkpoint": checkpoint, "task.kind": task, "task.text": text, "method": method, "seed": seed,
+        "device": device, "train.epochs": epochs, "train.lr": lr, "prune.pattern": pattern, "prune.scope": scope,
+        "prune.density": density, "prune.params": params, "prune.flops": flops, "prune.ms": ms, "prune.bytes": bytes_,
+        "prune.within": within, "prune.round_to": round_to, "prune.permute": permute, "prune.layers": layers,
+        "prune.exclude": exclude, "prune.protect": protect, "measure.accelerate": accelerate,
     }  # fmt: skip
     source: dict[str, Any] = read_yaml(recipe) if recipe is not None else {}
     for key, value in given.items():

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from microglia.compress.container import Container
 from microglia.compress.eie import lay_out, simulate
@@ -56,7 +57,7 @@ def distributions(container: Container, name: str, machine: Machine | None = Non
     return Distributions(tuple(table.tolist()), tuple(counts.tolist()), tuple(gaps.tolist()), tuple(balance))
 
 
-def balances(kept: np.ndarray, machine: Machine) -> list[float]:
+def balances(kept: npt.NDArray[np.bool_], machine: Machine) -> list[float]:
     """Returns the load-balance efficiency of a matrix for each of `DEPTHS`, with the same random inputs.
 
     Args:

@@ -28,6 +28,7 @@ from microglia.compress.histograms import distributions
 from microglia.compress.sharing import bits_by_layer
 from microglia.core.errors import BudgetError
 from microglia.core.left_out import chosen_layers
+from microglia.core.patterns import parse_pattern
 from microglia.methods.config import fits, method
 from microglia.methods.file_budget import FileBudget, chosen_bits, density_for, fewest_bits, has_density, points_lost
 from microglia.methods.gradual import Gradual, GradualConfig
@@ -59,10 +60,15 @@ class DeepCompressionConfig(SharingConfig, FileBudget, GradualConfig):
     share: FitConfig = field(default=SHARE)
 
     def check_values(self) -> None:
-        """Raises `BudgetError` where the bits are given and follow from the size of the file too."""
+        """Raises `BudgetError` where the bits or the densities are given and are searched too."""
         if self.bits is not None and (self.bytes is not None or self.within is not None):
             goal = "bytes" if self.bytes is not None else "within"
             raise BudgetError(f"{goal} chooses the bits of each layer: leave bits out; got bits={self.bits!r}.")
+        if self.within is not None and (self.params is not None or parse_pattern(self.pattern).fixed_density is not None):
+            raise BudgetError(
+                "within keeps ever fewer weights from a density on: give density, or nothing, and a pattern without a "
+                f"density of its own; got params={self.params} and the pattern {self.pattern}."
+            )
 
     def asked_besides(self) -> dict[str, float]:
         """Returns the size of the file, or the loss of accuracy, that is asked for."""
@@ -146,7 +152,9 @@ def _smallest(
     def good(trial: nn.Module) -> bool:
         return points_lost(task, dense, evaluate(trial, task, "validation")[task.headline]) <= asked
 
-    density, best, rounds = config.density if config.density is not None else FIRST, None, list[Round]()
+    density = config.density if config.density is not None else FIRST
+    best: nn.Module | None = None
+    rounds: list[Round] = []
     while len(rounds) < config.rounds:
         number = len(rounds) + 1
         own = replace(config, density=density, params=None)

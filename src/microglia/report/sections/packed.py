@@ -99,7 +99,7 @@ def accuracy_chart(group: Group, rows: Sequence[tuple[Row, Sequence[Packed]]]) -
             dense.append(group.scale * record.value(record.dense))
             _place(points, group, record, one)
     lines = [
-        Line(name, *map(list, zip(*sorted(found), strict=True)), look=look(number))
+        Line(name, [x for x, _ in sorted(found)], [y for _, y in sorted(found)], look=look(number))
         for number, (name, found) in enumerate(points.items())
         if found
     ]

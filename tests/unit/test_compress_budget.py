@@ -147,6 +147,8 @@ def test_a_file_of_a_number_of_bytes(tmp_path: Path, known: bool) -> None:
         (lambda m: mg.methods.DeepCompressionConfig(bytes=900, within=0.5), "not both"),
         (lambda m: mg.methods.DeepCompressionConfig(bytes=900, bits=3), "leave bits out"),
         (lambda m: mg.methods.DeepCompressionConfig(within=0.5, bits=3), "leave bits out"),
+        (lambda m: mg.methods.DeepCompressionConfig(within=0.5, params=0.1), "got params=0.1"),
+        (lambda m: mg.methods.DeepCompressionConfig(within=0.5, pattern="nm:2:4"), "density of its own"),
         (lambda m: mg.methods.DeepCompressionConfig(within=float("nan")), "number of points"),
         (lambda m: mg.methods.DeepCompressionConfig(within=0.5, factor=1.0), "factor in"),
         (lambda m: mg.methods.DeepCompressionConfig(bytes=900, bit_error="guess"), "second-order"),

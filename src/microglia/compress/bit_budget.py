@@ -4,8 +4,8 @@ The algorithm: each layer is rounded with 1 to 8 bits, which gives pairs (bytes,
 bytes is minimal where all layers have the same slope -d error / d bytes (Lagrange; Shoham and Gersho 1988). The corners of each
 layer's lower convex envelope are taken in the order of their slopes while they fit. Bytes that are left then buy single steps.
 
-The error of a rounded weight is its squared change, or the second-order change of the loss, h (q - w)^2 / 2, with h of a score
-such as `fisher` (Hassibi and Stork 1992 for the model of the loss).
+The error of a rounded weight is its squared change, or the second-order change of the loss: h (q - w)^2 / 2. The score `fisher`
+gives h. The model of the loss is that of Hassibi and Stork 1992.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from microglia.core.errors import BudgetError
 
 @dataclass(frozen=True)
 class Budget:
-    """What may remain: kept fractions in (0, 1], a time or a size. If several are given, all must hold.
+    """The limit of what remains: kept fractions in (0, 1], a time or a size. If several are given, all must hold.
 
     Attributes:
         density: Kept fraction of the prunable weights.

@@ -15,21 +15,27 @@ from __future__ import annotations
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from microglia.compress import Contents, measured, pack
+from microglia.compress import Container, Contents, encode, measured
 from microglia.compress.bit_budget import Rounding
+from microglia.compress.container import read_container
+from microglia.compress.contents import contents_of
+from microglia.compress.histograms import distributions
 from microglia.compress.sharing import bits_by_layer
 from microglia.core.errors import BudgetError
 from microglia.core.left_out import chosen_layers
+from microglia.core.patterns import parse_pattern
 from microglia.methods.config import fits, method
 from microglia.methods.file_budget import FileBudget, chosen_bits, density_for, fewest_bits, has_density, points_lost
 from microglia.methods.gradual import Gradual, GradualConfig
 from microglia.methods.packed_observed import PackedLayer, Round
 from microglia.methods.procedure import dense_in_order, evidence, observe, train
 from microglia.methods.weight_sharing import SharingConfig, WeightSharing
+from microglia.storage.files import write_atomic
 from microglia.storage.run import Progress, Run
 from microglia.tasks.task import Task
 from microglia.train.evaluate import evaluate
@@ -54,10 +60,15 @@ class DeepCompressionConfig(SharingConfig, FileBudget, GradualConfig):
     share: FitConfig = field(default=SHARE)
 
     def check_values(self) -> None:
-        """Raises `BudgetError` where the bits are given and follow from the size of the file too."""
+        """Raises `BudgetError` where the bits or the densities are given and are searched too."""
         if self.bits is not None and (self.bytes is not None or self.within is not None):
             goal = "bytes" if self.bytes is not None else "within"
             raise BudgetError(f"{goal} chooses the bits of each layer: leave bits out; got bits={self.bits!r}.")
+        if self.within is not None and (self.params is not None or parse_pattern(self.pattern).fixed_density is not None):
+            raise BudgetError(
+                "within keeps ever fewer weights from a density on: give density, or nothing, and a pattern without a "
+                f"density of its own; got params={self.params} and the pattern {self.pattern}."
+            )
 
     def asked_besides(self) -> dict[str, float]:
         """Returns the size of the file, or the loss of accuracy, that is asked for."""
@@ -141,7 +152,9 @@ def _smallest(
     def good(trial: nn.Module) -> bool:
         return points_lost(task, dense, evaluate(trial, task, "validation")[task.headline]) <= asked
 
-    density, best, rounds = config.density if config.density is not None else FIRST, None, list[Round]()
+    density = config.density if config.density is not None else FIRST
+    best: nn.Module | None = None
+    rounds: list[Round] = []
     while len(rounds) < config.rounds:
         number = len(rounds) + 1
         own = replace(config, density=density, params=None)
@@ -183,18 +196,23 @@ def _fewest(task: Task, run: Run, config: DeepCompressionConfig, model: nn.Modul
 
 def packed(run: Run, model: nn.Module, rounds: list[Round], progress: Progress | None = None) -> dict[str, Any]:
     """Writes the packed file of a run; returns the observation ``packed``, JSON-ready."""
-    contents = pack(model, run.directory / FILE) if run.directory is not None and run.main else measured(model)
+    data = encode(model)
+    if run.directory is not None and run.main:
+        write_atomic(run.directory / FILE, data)
+    container = read_container(data, Path(FILE), limit=2**63)
+    contents = contents_of(container)
     return {
         "bytes": contents.bytes,
         "dense": contents.dense,
         "file": FILE if run.directory is not None else None,
-        "layers": {name: asdict(layer) for name, layer in _layers(contents).items()},
+        "layers": {name: asdict(layer) for name, layer in _layers(contents, container).items()},
         "steps": contents.steps(),
         **({"rounds": [asdict(one) for one in rounds]} if rounds else {}),
     }
 
 
-def _layers(contents: Contents) -> Mapping[str, PackedLayer]:
+def _layers(contents: Contents, container: Container) -> Mapping[str, PackedLayer]:
+    """Returns the shared layers by name, with their distributions."""
     return {
         entry.name: PackedLayer(
             density=entry.kept / entry.size,
@@ -202,7 +220,8 @@ def _layers(contents: Contents) -> Mapping[str, PackedLayer]:
             code_bits=8 * entry.code_bytes / max(1, entry.kept),
             index_bits=8 * entry.index_bytes / max(1, entry.kept),
             bytes=entry.bytes,
+            distributions=distributions(container, name),
         )
-        for entry in contents.entries
+        for entry, name in zip(contents.entries, container.rows, strict=True)
         if entry.form == "shared" and entry.size
     }

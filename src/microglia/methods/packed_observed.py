@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from microglia.compress.histograms import Distributions
 from microglia.storage.observations import Observation, observations
 
 
@@ -19,6 +20,7 @@ class PackedLayer:
         code_bits: Bits of the codes for each kept weight.
         index_bits: Bits of the positions for each kept weight.
         bytes: Bytes of the layer.
+        distributions: Its shared values, gaps and balance on EIE; None in results of earlier versions.
     """
 
     density: float
@@ -26,6 +28,7 @@ class PackedLayer:
     code_bits: float
     index_bits: float
     bytes: int
+    distributions: Distributions | None = None
 
 
 @dataclass(frozen=True)

@@ -11,4 +11,5 @@ from microglia.report.sections import (  # isort: skip  # noqa: F401
     widths,
     scales,
     ranks,
+    packed,
 )

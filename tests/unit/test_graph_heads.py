@@ -29,7 +29,7 @@ def decoder(kind="Llama", **options):
     return model.eval()
 
 
-@pytest.mark.parametrize(("kind", "exclude"), [("Llama", ["*mlp*"]), ("Llama", []), ("Qwen3", ["*mlp*"])])
+@pytest.mark.parametrize(("kind", "exclude"), [("Llama", []), ("Qwen3", ["*mlp*"])])
 def test_groups_of_heads_leave_and_transformers_reads_the_rest(tmp_path, kind, exclude):
     exclude = ["*embed_tokens*", "lm_head", *exclude]
     small = mg.prune_channels(decoder(kind), IDS, mg.Budget(density=0.5), round_to=1, exclude=exclude)
@@ -40,7 +40,7 @@ def test_groups_of_heads_leave_and_transformers_reads_the_rest(tmp_path, kind, e
         assert config.num_key_value_heads * 8 == attention.k_proj.out_features
         assert config.num_attention_heads == 2 * config.num_key_value_heads
         assert config.head_dim == 8
-    for length in (1, 5, 9, 40):
+    for length in (1, 40):
         ids = torch.randint(3, 64, (2, length), generator=torch.Generator().manual_seed(length))
         made = [small.generate(ids, max_new_tokens=6, do_sample=False, use_cache=cached) for cached in (True, False)]
         assert torch.equal(*made)
@@ -57,7 +57,7 @@ def test_groups_of_heads_leave_and_transformers_reads_the_rest(tmp_path, kind, e
 
 def test_depth_and_heads_together(tmp_path):
     small = mg.methods.drop_blocks(decoder(num_hidden_layers=3), [IDS], keep=2)
-    small = mg.prune_channels(small, IDS, mg.Budget(density=0.6), round_to=1, exclude=["*embed_tokens*", "lm_head", "*mlp*"])
+    small = mg.prune_channels(small, IDS, mg.Budget(density=0.5), round_to=1, exclude=["*embed_tokens*", "lm_head", "*mlp*"])
     small.save_pretrained(tmp_path / "hf")
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
     assert torch.equal(again(**IDS).logits, small(**IDS).logits)

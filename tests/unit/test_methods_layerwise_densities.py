@@ -1,9 +1,4 @@
-"""Densities of the layers of blocks, exact OBS of single layers, and a layer-wise run that is killed."""
-
-import os
-import signal
-import subprocess
-import sys
+"""Densities of the layers of blocks, and exact OBS of single layers."""
 
 import pytest
 import torch
@@ -164,38 +159,3 @@ def test_exact_obs_is_nearer_than_sparsegpt_on_the_same_counts(pattern):
     assert abs(float(((delta @ hessian) * delta).sum()) / 2 - exact.loss) < 1e-9
     if isinstance(pattern, NM):
         assert bool((pattern.reduce(exact.mask.float()).sum(1) == 2).all())
-
-
-# ----------------------------------------------------------------------------------------------------------------------- kill
-CHILD = """
-import os, signal, sys, torch
-sys.path.insert(0, {tests!r})
-from test_methods_layerwise_densities import Net, batches
-from microglia.methods import Layerwise
-from microglia.storage.run import Run
-after, folder = int(sys.argv[1]), sys.argv[2]
-finish = Layerwise._stage
-def stage(self, run, index, block):
-    rows = finish(self, run, index, block)
-    if index == after:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return rows
-Layerwise._stage = stage
-Layerwise(Net(), batches(), rule="sparsegpt", density=0.4).prune(Run(folder, {{}}))
-"""
-
-
-def test_killed_after_any_block_it_resumes_to_the_same_bits(tmp_path):
-    """A child process dies by kill -9 after the first block, one that resumes it after the second; then it ends here."""
-    whole = Net()
-    expected = Layerwise(whole, batches(), rule="sparsegpt", density=0.4).prune()
-    code = CHILD.format(tests=os.path.dirname(__file__))
-    for after in (0, 1):
-        command = [sys.executable, "-c", code, str(after), str(tmp_path / "run")]
-        assert subprocess.run(command, check=False, capture_output=True).returncode == -signal.SIGKILL
-        blocks = {path.name for path in (tmp_path / "run" / "stages").glob("block-*.safetensors")}
-        assert blocks == {f"block-{i:03d}.safetensors" for i in range(after + 1)}
-    model = Net()
-    report = Layerwise(model, batches(), rule="sparsegpt", density=0.4).prune(Run(tmp_path / "run", {}))
-    assert report == expected
-    assert all(torch.equal(value, whole.state_dict()[name]) for name, value in model.state_dict().items())

@@ -177,7 +177,7 @@ def keep_best_rows(scores: Tensor, keep: Tensor, sizes: Tensor) -> Tensor:
         sizes: Weights each unit holds, (rows, columns); units of size 0 are never kept.
     """
     if _common_size({"": scores}, {"": sizes}) == 1 and not bool(scores.isnan().any()):
-        return _keep_equal_rows(scores, keep)
+        return _keep_equal_rows(scores, keep, sizes)
     held = sizes.to(scores.device)
     order = torch.where(held > 0, scores, -torch.inf).argsort(dim=1, descending=True, stable=True)
     cumulative = held.gather(1, order).cumsum(1)
@@ -190,7 +190,7 @@ def keep_best_rows(scores: Tensor, keep: Tensor, sizes: Tensor) -> Tensor:
     return mask
 
 
-def _keep_equal_rows(scores: Tensor, keep: Tensor) -> Tensor:
+def _keep_equal_rows(scores: Tensor, keep: Tensor, sizes: Tensor) -> Tensor:
     """Keeps ``keep`` units of one weight each in each row, ties by position: by one selection a row, without sorting it."""
     mask = torch.zeros_like(scores, dtype=torch.bool)
     columns = scores.shape[1]
@@ -210,7 +210,7 @@ def _keep_equal_rows(scores: Tensor, keep: Tensor) -> Tensor:
         else:
             found = torch.full_like(own, count == columns, dtype=torch.bool)
         mask = found if every else mask.index_copy_(0, rows, found)
-    _refuse_impossible(scores, mask, torch.ones((), dtype=torch.int64))
+    _refuse_impossible(scores, mask, sizes)
     return mask
 
 

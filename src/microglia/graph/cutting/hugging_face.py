@@ -32,8 +32,13 @@ HIDDEN = (
 )
 """Fields that are only the width between two layers: no forward computes with them, so equal shapes suffice."""
 
+WIDTH = "head_dim"
+"""Field of the width of one head."""
 HEADS = ("num_attention_heads", "num_key_value_heads")
 """Fields of the numbers of query heads and of key-value heads."""
+
+FIELDS = (*HIDDEN, *HEADS, WIDTH)
+"""Every field that may follow a cut."""
 
 Shapes = Mapping[str, tuple[list[int], list[int]]]
 """Tensor name -> (shape before, shape after)."""
@@ -68,7 +73,7 @@ def _head_fields(module: Any, became: Mapping[int, set[int]]) -> dict[str, int]:
     The number of heads is certain only where modules say the width of one: it must be the configuration's still.
     """
     heads, shared = (getattr(module.config, name, None) for name in HEADS)
-    width = getattr(module.config, "head_dim", None)
+    width = getattr(module.config, WIDTH, None)
     if not (isinstance(heads, int) and isinstance(shared, int) and isinstance(width, int)):
         return {}
     queries, keys = (became.get(number * width, set()) for number in (heads, shared))
@@ -79,7 +84,7 @@ def _head_fields(module: Any, became: Mapping[int, set[int]]) -> dict[str, int]:
     each = found[HEADS[0]] // found[HEADS[1]]
     if not parts or any((part.head_dim, part.num_key_value_groups) != (width, each) for part in parts):
         return {}
-    return {**found, "head_dim": width}
+    return {**found, WIDTH: width}
 
 
 def set_fields(small: nn.Module, fields: Fields) -> None:

@@ -1,7 +1,7 @@
 """OBD, OBS, magnitude and Fisher on LeNet-300-100 (MNIST): what the loss does without retraining.
 
 The network is trained here (``--epochs``). Its weights are then removed by magnitude, by OBD's three estimators and by
-WoodFisher, at densities from 0.9 to 0.1, all on the same 1,024 training images. OBS inverts the Hessian of all its weights
+WoodFisher, at densities from 0.9 to 0.1, all on the same 512 training images. OBS inverts the Hessian of all its weights
 together, 20,000 at most: it is compared on the last layer alone, which has 1,000. Then 500 weights are deleted one at a time:
 the Spearman correlation of the predicted and the measured change of the loss on these images.
 
@@ -12,15 +12,17 @@ The last line is ``ratio: <Spearman correlation of OBD by Gauss-Newton, over del
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from microglia.core.layers import prunable_layers
-from microglia.methods import Obd, Obs, OneShot, WoodFisher
+from microglia.core.masks import mask
+from microglia.methods import Obd, Obs, OneShot, Pruner, WoodFisher
 from microglia.methods.procedure import train
 from microglia.scores import Evidence, estimators
 from microglia.storage.run import Run
@@ -38,19 +40,18 @@ def loss_of(model: nn.Module, evidence: Evidence) -> float:
     return float(nn.functional.cross_entropy(model(images).double(), labels))
 
 
-def pruners(evidence: Evidence) -> dict[str, Callable[[nn.Module, float], object]]:
-    """Returns by name what prunes a model to a density, at once."""
-    found: dict[str, Callable[[nn.Module, float], object]] = {"magnitude": lambda m, d: OneShot(m, density=d)}
-    for name in estimators:
-        found[f"obd, {name}"] = lambda m, d, name=name: Obd(m, density=d, estimator=name, evidence=evidence)  # type: ignore[misc]
-    found["woodfisher"] = lambda m, d: WoodFisher(m, density=d, total_steps=1, evidence=evidence, examples=4).finish()
-    return found
+def masked(dense: nn.Module, values: Mapping[str, Tensor], density: float) -> nn.Module:
+    """Returns a copy of a model with the weights of the largest values."""
+    model = deepcopy(dense)
+    pruner = Pruner(model, density=density)
+    mask(model, pruner.select(values, pruner.target, {}))
+    return model
 
 
-def spearman(model: nn.Module, evidence: Evidence, deletions: int, estimator: str) -> tuple[float, float, int]:
+def spearman(model: nn.Module, evidence: Evidence, values: Mapping[str, Tensor], deletions: int) -> tuple[float, float, int]:
     """Returns the correlation for weights with a prediction other than 0, for all, and how many of them have one."""
     layers = prunable_layers(model)
-    predicted = torch.cat([v.flatten() for v in estimators[estimator](model, layers, evidence).values()])
+    predicted = torch.cat([value.flatten() for value in values.values()])
     places = torch.randperm(len(predicted), generator=torch.Generator().manual_seed(0))[:deletions].tolist()
     base, measured, first = loss_of(model, evidence), {}, 0
     for layer in layers.values():
@@ -76,7 +77,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/obd_lenet"))
     parser.add_argument("--epochs", type=int, default=8)
-    parser.add_argument("--images", type=int, default=1024)
+    parser.add_argument("--images", type=int, default=512)
     parser.add_argument("--deletions", type=int, default=500)
     given = parser.parse_args()
     task = image_task("lenet-300-100", data="mnist", seed=0)
@@ -88,23 +89,36 @@ def main() -> None:
     print(f"loss on {given.images} training images, dense {loss_of(dense, evidence):.4f}, no retraining")
     print("| pruned by | " + " | ".join(f"{d:g}" for d in DENSITIES) + " |")
     print("| --- |" + " --- |" * len(DENSITIES))
-    last = list(prunable_layers(dense))[-1]
-    rows = pruners(evidence)
-    rows["magnitude, last layer"] = lambda m, d: OneShot(m, density=d, layers=[last])
-    rows["obd, last layer"] = lambda m, d: Obd(m, density=d, layers=[last], evidence=evidence)
-    rows["obs, last layer"] = lambda m, d: Obs(m, density=d, layers=[last], together=4, alpha=1e-5, evidence=evidence)
-    for name, prune in rows.items():
-        losses = []
-        for density in DENSITIES:
+    layers = prunable_layers(dense)
+    found = {"magnitude": {name: layer.weight.detach().abs() for name, layer in layers.items()}}
+    found |= {f"obd, {name}": estimate(dense, layers, evidence) for name, estimate in estimators.items()}
+    rows: dict[str, Callable[[float], nn.Module]] = {
+        name: lambda d, values=values: masked(dense, values, d)  # type: ignore[misc]
+        for name, values in found.items()
+    }
+
+    def made(prune: Callable[[nn.Module, float], object]) -> Callable[[float], nn.Module]:
+        def model_of(density: float) -> nn.Module:
             model = deepcopy(dense)
             prune(model, density)
-            losses.append(loss_of(model, evidence))
+            return model
+
+        return model_of
+
+    last = list(layers)[-1]
+    steps: dict[str, Any] = {"total_steps": 1, "examples": 4, "evidence": evidence}
+    rows["woodfisher"] = made(lambda m, d: WoodFisher(m, density=d, **steps).finish())
+    rows["magnitude, last layer"] = made(lambda m, d: OneShot(m, density=d, layers=[last]))
+    rows["obd, last layer"] = made(lambda m, d: Obd(m, density=d, layers=[last], evidence=evidence))
+    rows["obs, last layer"] = made(lambda m, d: Obs(m, density=d, layers=[last], together=4, alpha=1e-5, evidence=evidence))
+    for name, model_at in rows.items():
+        losses = [loss_of(model_at(density), evidence) for density in DENSITIES]
         print(f"| {name} | " + " | ".join(f"{value:.4f}" for value in losses) + " |", flush=True)
     worst = 1.0
-    for name in estimators:
-        some, every, count = spearman(dense, evidence, given.deletions, name)
+    for name in list(found)[1:]:
+        some, every, count = spearman(dense, evidence, found[name], given.deletions)
         print(f"{name}: Spearman {some:.3f} over {count} deletions with a prediction, {every:.3f} over all {given.deletions}")
-        worst = min(worst, some if name == "gauss-newton" else 1.0)
+        worst = some if name == "obd, gauss-newton" else worst
     print(f"ratio: {worst:.3f}")
 
 

@@ -282,3 +282,22 @@ def test_channels_are_kept_by_their_mean_and_the_reduction_asked_for() -> None:
         for how in ("mean", "max", "l2")
     }  # type: ignore[arg-type]
     assert chosen == {"mean": [False, True, False], "max": [False, False, True], "l2": [False, False, True]}
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_rows_of_equal_units_keep_what_a_stable_sort_keeps(ties):
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randint(3, (40, 9), generator=generator).float() if ties else torch.randn(40, 9, generator=generator)
+    scores[0, :4], scores[1, :2] = -torch.inf, torch.inf
+    counts = torch.randint(10, (40,), generator=generator)
+    counts[0], counts[1] = 5, 3
+    wanted = torch.zeros(40, 9, dtype=torch.bool)
+    for row, (values, count) in enumerate(zip(scores, counts.tolist(), strict=True)):
+        wanted[row, values.argsort(descending=True, stable=True)[:count]] = True
+    assert torch.equal(keep_best_rows(scores, counts, torch.ones((), dtype=torch.int64).expand(40, 9)), wanted)
+    counts[0] = 6
+    with pytest.raises(BudgetError, match="only"):
+        keep_best_rows(scores, counts, torch.ones(40, 9, dtype=torch.int64))
+    counts[0], counts[1] = 5, 1
+    with pytest.raises(BudgetError, match="protected"):
+        keep_best_rows(scores, counts, torch.ones(40, 9, dtype=torch.int64))

@@ -178,7 +178,7 @@ def test_fields_of_files_stay_as_they_were(tmp_path):
     plan = json.loads((tmp_path / "plan.json").read_text())
     assert list(plan) == ["format", "version", "source", "class", "masks", "shrunk", "gates", "digest"]
     assert {key: plan[key] for key in ALWAYS} == ALWAYS
-    assert list(ALWAYS) == list(CHANGES)[: len(ALWAYS)]
+    assert list(ALWAYS) == [key for key in CHANGES if key in ALWAYS]
 
 
 def test_a_permuted_model_tells_so_after_it_was_loaded(tmp_path):

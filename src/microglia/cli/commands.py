@@ -76,7 +76,7 @@ def prune(
     data: Data = None,
     checkpoint: Checkpoint = None,
     task: Annotated[str | None, typer.Option(help="Kind of task; by default the model's own. See docs/tasks.md.")] = None,
-    text: Annotated[str | None, typer.Option(help="File or folder of text, for --task language.")] = None,
+    text: Annotated[str | None, typer.Option(help="File or folder of text, or hf:NAME, for language and embedding.")] = None,
     method: Annotated[str | None, kept(help="See `microglia methods`.")] = None,
     pattern: Annotated[str | None, kept(help=", ".join(PATTERN_FORMS))] = None,
     scope: Annotated[str | None, kept(help="global, layer, row, erk, sensitivity:FILE; of channels: uniform, global.")] = None,

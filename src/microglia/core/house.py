@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 CHANGES: dict[str, str] = {
+    "depth": "microglia.graph.depth",
     "masks": "microglia.storage.masked",
     "shrunk": "microglia.graph.cutting.change",
     "gates": "microglia.dynamic.change",

@@ -176,6 +176,8 @@ def keep_best_rows(scores: Tensor, keep: Tensor, sizes: Tensor) -> Tensor:
         keep: Weights to keep in each row, (rows,).
         sizes: Weights each unit holds, (rows, columns); units of size 0 are never kept.
     """
+    if _common_size({"": scores}, {"": sizes}) == 1 and not bool(scores.isnan().any()):
+        return _keep_equal_rows(scores, keep, sizes)
     held = sizes.to(scores.device)
     order = torch.where(held > 0, scores, -torch.inf).argsort(dim=1, descending=True, stable=True)
     cumulative = held.gather(1, order).cumsum(1)
@@ -184,6 +186,30 @@ def keep_best_rows(scores: Tensor, keep: Tensor, sizes: Tensor) -> Tensor:
     stays = torch.arange(scores.shape[1], device=scores.device) < count[:, None]
     stays &= held.gather(1, order) > 0
     mask = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, order, stays)
+    _refuse_impossible(scores, mask, sizes)
+    return mask
+
+
+def _keep_equal_rows(scores: Tensor, keep: Tensor, sizes: Tensor) -> Tensor:
+    """Keeps ``keep`` units of one weight each in each row, ties by position: by one selection a row, without sorting it."""
+    mask = torch.zeros_like(scores, dtype=torch.bool)
+    columns = scores.shape[1]
+    counts = keep.to(scores.device).clamp(0, columns)
+    for count in counts.unique().tolist():
+        rows = (counts == count).nonzero()[:, 0]
+        every = len(rows) == len(scores)
+        own = scores if every else scores[rows]
+        if 0 < count < columns:
+            least = own.kthvalue(columns - count + 1, dim=1, keepdim=True).values
+            found = own > least
+            equal = own == least
+            missing = count - found.sum(1, keepdim=True)
+            if bool((equal.sum(1, keepdim=True) > missing).any()):
+                equal &= equal.cumsum(1) <= missing
+            found |= equal
+        else:
+            found = torch.full_like(own, count == columns, dtype=torch.bool)
+        mask = found if every else mask.index_copy_(0, rows, found)
     _refuse_impossible(scores, mask, sizes)
     return mask
 
@@ -242,6 +268,8 @@ def _refuse_nan(scores: Mapping[str, Tensor]) -> None:
 
 
 def _refuse_impossible(scores: Tensor, mask: Tensor, sizes: Tensor) -> None:
+    if not scores.numel() or bool(torch.stack(scores.aminmax()).isfinite().all()):
+        return
     if (mask & (scores == -torch.inf)).any():
         alive = int(sizes.to(scores.device)[scores > -torch.inf].sum())
         raise BudgetError(f"Cannot keep that many weights: only {alive:,} are still alive, the others were pruned before.")

@@ -9,9 +9,12 @@ import torch
 from torch import Tensor
 
 from microglia.core.errors import DataError
+from microglia.data.hub import hub_text
 
 SUFFIXES = (".txt", ".text", ".md", ".rst")
 """Endings of the files that are read in a folder."""
+HUB = "hf:"
+"""Begins the name of a data set of the Hugging Face hub."""
 BETWEEN = "\n\n"
 """Text between two files."""
 IGNORED = -100
@@ -19,11 +22,16 @@ IGNORED = -100
 
 
 def read_text(path: str | Path) -> str:
-    """Returns the text of a file, or of all text files below a folder in the order of their paths.
+    """Returns the text of a file, of all text files below a folder in the order of their paths, or of a data set.
+
+    Args:
+        path: File, folder, or ``hf:NAME`` of a data set of the Hugging Face hub; see `microglia.data.hub.hub_text`.
 
     Raises:
         DataError: There is no such file, the folder has no text files, or one of them is not UTF-8.
     """
+    if str(path).startswith(HUB):
+        return hub_text(str(path).removeprefix(HUB))
     path = Path(path).expanduser()
     if not path.exists():
         raise DataError(f"There is no text {path}; give a file, or a folder with files that end in {', '.join(SUFFIXES)}.")

@@ -14,6 +14,7 @@ from microglia.methods.ddnp import Ddnp, DdnpConfig
 from microglia.methods.deep_compression import DeepCompressionConfig
 from microglia.methods.deep_r import DeepR, DeepRConfig
 from microglia.methods.deephoyer import DeepHoyer, DeepHoyerConfig
+from microglia.methods.depth import block_influence, drop_blocks
 from microglia.methods.dsr import Dsr, DsrConfig
 from microglia.methods.eagleeye import EagleEye, EagleEyeConfig
 from microglia.methods.evolution import Evolution
@@ -166,6 +167,8 @@ __all__ = [
     "WidthVectors",
     "WoodFisher",
     "WoodFisherConfig",
+    "block_influence",
+    "drop_blocks",
     "method",
     "methods",
     "preset",

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from microglia.core.batch import call
 from microglia.core.errors import BudgetError, MicrogliaError, PatternError
@@ -32,12 +32,15 @@ from microglia.core.restore import restore
 from microglia.methods.arguments import check_model, plain_settings
 from microglia.methods.blocks import Passage, check_finite, find_blocks, passages
 from microglia.methods.config import MethodConfig, method, preset
+from microglia.methods.exact_obs import exact_least_squares as _exact  # noqa: F401 -- registers its rule
 from microglia.methods.layer_inputs import Reading, Shared
 from microglia.methods.layerwise_checks import block_layers, check_pattern, warn, weights_to_keep
+from microglia.methods.layerwise_densities import UNIFORM, densities
 from microglia.methods.layerwise_rules import Rule, Wish, rules
 from microglia.methods.procedure import dense_model, evidence, observe, train
 from microglia.methods.what import SAMPLING, Takes
 from microglia.scores.second_moments import Moments
+from microglia.scores.second_order import wanda_values
 from microglia.storage.run import Progress, Run
 from microglia.tasks.task import Task
 from microglia.train.optim import FitConfig
@@ -48,10 +51,12 @@ NO_TRAINING = FitConfig(epochs=0)
 
 @dataclass(frozen=True)
 class LayerwiseConfig(MethodConfig):
-    """Layer-wise pruning, one block of a sequence at a time; every layer keeps the same density.
+    """Layer-wise pruning, one block of a sequence at a time.
 
     Attributes:
-        rule: ``magnitude``, ``wanda``, ``sparsegpt``, or ``wanda-update`` (Wanda's mask, SparseGPT's update).
+        rule: ``magnitude``, ``wanda``, ``sparsegpt``, ``wanda-update`` (Wanda's mask, SparseGPT's update), or
+            ``optimal-brain-compression`` (exact OBS, for small layers).
+        densities: ``uniform``, ``owl`` (blocks with more outliers keep more), or ``budget`` (one budget for all layers).
         blocks: Path of the list of blocks, such as ``model.layers``; None for the longest list of modules of one class.
         mask_block: Columns whose mask SparseGPT chooses at once; N:M chooses within each run of M.
         update_block: Columns that SparseGPT updates one by one; for a given mask it changes the speed alone.
@@ -63,7 +68,7 @@ class LayerwiseConfig(MethodConfig):
         patterns={Unstructured: "masked", Block: "masked", NM: "masked"},
         needs=("blocks",),
         why={
-            "scope": "every layer keeps the same density",
+            "scope": "its densities share the budget out",
             "score": "its rule ranks the weights",
             "reduction": "its rule ranks the weights",
             "protect": "it takes exclude, which leaves layers dense and uncounted",
@@ -74,6 +79,7 @@ class LayerwiseConfig(MethodConfig):
     score_batches: int = 16
     score_batch_size: int = 8
     rule: str = "sparsegpt"
+    densities: str = UNIFORM
     blocks: str | None = None
     mask_block: int = 128
     update_block: int = 8
@@ -82,6 +88,9 @@ class LayerwiseConfig(MethodConfig):
     def check_values(self) -> None:
         """Raises unless the rule exists and its numbers are in range."""
         rules[self.rule]
+        densities[self.densities]
+        if self.densities != UNIFORM and (fixed := parse_pattern(self.pattern).fixed_density) is not None:
+            raise BudgetError(f"{self.pattern} keeps {fixed:g} of every layer by itself; leave densities out.")
         if self.mask_block < 1 or self.update_block < 1:
             raise PatternError(
                 "mask_block and update_block are numbers of columns, at least 1; got "
@@ -154,12 +163,25 @@ class Layerwise:
         run = run or Run()
         rows: list[dict[str, Any]] = []
         with evaluating(self.model), torch.no_grad(), _full_precision():
+            if self.config.densities != UNIFORM:
+                self.keep = run.stage("densities", lambda progress: self._shared_out())
             for index, (block, layers) in enumerate(zip(self.blocks, self.layers, strict=True)):
                 if layers:
                     rows += self._stage(run, index, block)
         self._passed, self._at = None, 0
         warn(rows)
         return {"rule": self.config.rule, "blocks": self.path, "layers": rows}
+
+    def _shared_out(self) -> dict[str, int]:
+        """Returns how many weights each layer keeps, from one pass through the dense blocks."""
+        values: list[dict[str, Tensor]] = []
+        for index, layers in enumerate(self.layers):
+            shared = self._moments(index, layers, self._inputs(index), whole=False)
+            moments = {name: group.moments.mean() for group in shared for name in group.layers}
+            weights = oriented(layers, {name: layer.weight.detach() for name, layer in layers.items()})
+            values.append({n: wanda_values(w, moments[n]) if n in moments else w.abs() for n, w in weights.items()})
+        self._passed, self._at = None, 0
+        return densities[self.config.densities](values, sum(self.keep.values()))
 
     def _stage(self, run: Run, index: int, block: nn.Module) -> list[dict[str, Any]]:
         """Prunes a block as a stage of the run, or restores the finished one."""
@@ -188,7 +210,7 @@ class Layerwise:
     def _prune_block(self, index: int) -> list[dict[str, Any]]:
         layers, rows = self.layers[index], []
         passed = self._inputs(index)
-        shared = [] if self.rule.needs == "none" else self._moments(index, layers, passed)
+        shared = [] if self.rule.needs == "none" else self._moments(index, layers, passed, whole=self.rule.needs == "whole")
         read = {name for group in shared for name in group.layers}
         unread = [name for name in layers if name not in read]
         while shared:
@@ -200,9 +222,9 @@ class Layerwise:
         rows += [self._prune_layer(name, layers[name], plain, None, None) for name in unread]
         return sorted(rows, key=lambda row: list(layers).index(row["layer"]))
 
-    def _moments(self, index: int, layers: Mapping[str, Layer], passed: Sequence[Passage]) -> list[Shared]:
+    def _moments(self, index: int, layers: Mapping[str, Layer], passed: Sequence[Passage], *, whole: bool) -> list[Shared]:
         """Runs every batch through a block and returns the moments of what its layers read, once for each tensor."""
-        reading = Reading(layers, whole=self.rule.needs == "whole")
+        reading = Reading(layers, whole=whole)
         handles = reading.attach()
         try:
             for passage in passed:

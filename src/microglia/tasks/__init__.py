@@ -3,6 +3,7 @@
 from microglia.tasks.classification import ImageSource, image_task
 from microglia.tasks.classification import build_noted as build
 from microglia.tasks.detection import detection_task
+from microglia.tasks.embedding import embedding_task
 from microglia.tasks.images import images_task
 from microglia.tasks.language import language_task
 from microglia.tasks.loaders import loaders, samples
@@ -17,6 +18,7 @@ __all__ = [
     "Task",
     "build",
     "detection_task",
+    "embedding_task",
     "image_task",
     "images_task",
     "language_task",

@@ -45,7 +45,7 @@ class LanguageOptions:
     """The options of causal language modelling.
 
     Attributes:
-        text: File of text, or folder of such files (.txt, .md, .rst).
+        text: File of text, folder of such files (.txt, .md, .rst), or ``hf:NAME`` of a data set of the hub.
         test_text: The same for the test split; None for the last tenth of ``text``.
         tokenizer: ``auto`` for the model's own, ``bytes``, or a name or directory of transformers.
         length: Tokens of a window.

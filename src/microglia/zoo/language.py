@@ -80,6 +80,21 @@ def causal_model(name: str, *, seed: int | None = None) -> nn.Module:
     return plain
 
 
+def encoder_model(name: str) -> nn.Module:
+    """Returns an encoder of the hub or of a local directory with its trained weights, in evaluation mode.
+
+    Args:
+        name: Name or directory, without ``hf:``.
+
+    Raises:
+        ModelError: transformers is not installed, or does not read the model.
+    """
+    transformers = _transformers(name)
+    with refusals(f"hf:{name}"):
+        model: nn.Module = transformers.AutoModel.from_pretrained(name, trust_remote_code=False).eval()
+    return model
+
+
 def tokenizer_of(name: str) -> Tokenizer:
     """Returns a tokenizer: ``bytes``, or that of a name or directory of transformers.
 

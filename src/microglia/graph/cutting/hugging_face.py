@@ -32,6 +32,14 @@ HIDDEN = (
 )
 """Fields that are only the width between two layers: no forward computes with them, so equal shapes suffice."""
 
+WIDTH = "head_dim"
+"""Field of the width of one head."""
+HEADS = ("num_attention_heads", "num_key_value_heads")
+"""Fields of the numbers of query heads and of key-value heads."""
+
+FIELDS = (*HIDDEN, *HEADS, WIDTH)
+"""Every field that may follow a cut."""
+
 Shapes = Mapping[str, tuple[list[int], list[int]]]
 """Tensor name -> (shape before, shape after)."""
 
@@ -52,10 +60,31 @@ def fitting_fields(small: nn.Module, shapes: Shapes) -> dict[str, dict[str, Any]
             new_sizes = became.get(getattr(module.config, name, None) or 0, set())
             if len(new_sizes) == 1:
                 fields[name] = next(iter(new_sizes))
+        fields |= _head_fields(module, became)
         refused_before = "save_pretrained" in vars(module)
         if (not own and not refused_before) or (fields and _builds(module, fields)):
             found[path] = fields
     return found
+
+
+def _head_fields(module: Any, became: Mapping[int, set[int]]) -> dict[str, int]:
+    """Returns the fields of a decoder that lost whole groups of heads, each a key-value head with all its query heads.
+
+    The number of heads is certain only where modules say the width of one: it must be the configuration's still.
+    """
+    heads, shared = (getattr(module.config, name, None) for name in HEADS)
+    width = getattr(module.config, WIDTH, None)
+    if not (isinstance(heads, int) and isinstance(shared, int) and isinstance(width, int)):
+        return {}
+    queries, keys = (became.get(number * width, set()) for number in (heads, shared))
+    if len(queries) != 1 or len(keys) != 1 or next(iter(queries)) % width or next(iter(keys)) % width:
+        return {}
+    found = dict(zip(HEADS, (next(iter(queries)) // width, next(iter(keys)) // width), strict=True))
+    parts = [part for part in module.modules() if isinstance(getattr(part, "num_key_value_groups", None), int)]
+    each = found[HEADS[0]] // found[HEADS[1]]
+    if not parts or any((part.head_dim, part.num_key_value_groups) != (width, each) for part in parts):
+        return {}
+    return {**found, WIDTH: width}
 
 
 def set_fields(small: nn.Module, fields: Fields) -> None:

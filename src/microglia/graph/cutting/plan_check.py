@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from microglia.core.errors import FileError
-from microglia.graph.cutting.hugging_face import HIDDEN
+from microglia.graph.cutting.hugging_face import FIELDS
 from microglia.graph.cutting.modules import NOTED
 
 LARGEST = 2**26
@@ -36,7 +36,7 @@ def check_form(source: Mapping[str, Any]) -> None:
         "found": _whole,
         "pruned": _whole,
         "notes": lambda v: _list(v, _text),
-        "config": lambda v: _mapping(v, lambda fields: _mapping(fields, _whole, HIDDEN.__contains__)),
+        "config": lambda v: _mapping(v, lambda fields: _mapping(fields, _whole, FIELDS.__contains__)),
     }
     for name, fits in forms.items():
         if name in source and not fits(source[name]):

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from microglia.tasks.average_precision import THRESHOLDS, average_precision, class_precision
@@ -17,7 +17,7 @@ from microglia.zoo.yolov5 import ANCHORS, STRIDES
 
 GRID = Grid(STRIDES, ANCHORS)
 seeds = st.integers(0, 2**20)
-quick = settings(deadline=None, max_examples=40)
+quick = settings(deadline=None, max_examples=20)
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +51,9 @@ def greedy(boxes, scores, limit, labels):
     return kept
 
 
-@quick
-@given(seeds, st.integers(0, 700), st.sampled_from([0.0, 0.3, 0.5, 1.0]), st.booleans())
+@settings(deadline=None, max_examples=12)
+@example(0, 400, 0.3, True)
+@given(seeds, st.integers(0, 120), st.sampled_from([0.0, 0.3, 0.5, 1.0]), st.booleans())
 def test_suppression_is_that_of_the_greedy_loop(seed, n, limit, whole):
     generator = np.random.default_rng(seed)
     boxes, labels = boxes_of(generator, n, whole=whole), torch.tensor(generator.integers(0, 3, n))
@@ -144,7 +145,7 @@ def plain_precision(pairs, label, threshold):
     return sum(max([p for r, p in points if r >= level], default=0.0) for level in np.linspace(0, 1, 101)) / 101
 
 
-@settings(deadline=None, max_examples=15)
+@settings(deadline=None, max_examples=6)
 @given(seeds, st.booleans())
 def test_average_precision_is_its_definition(seed, crowds):
     pairs = scene(np.random.default_rng(seed), crowds=crowds)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
 import torch
+from torch import Tensor
 
 from microglia.core.errors import DataError
 from microglia.data.boxes import BoxSet, LeftOut
@@ -91,10 +92,12 @@ class _Checks:
         """Counts an image without a file."""
         self._without("no_image", f"no file {one.path}", one.name)
 
-    def _without(self, reason: str, what: str, name: str) -> None:
+    def _without(self, reason: str, what: str, name: str) -> Corners | None:
+        """Counts what is left out, and returns None."""
         if self.strict:
             raise DataError(f"The image {name} has {what}; mend it, or read the data with strict=False to leave it out.")
         self.left = replace(self.left, **{reason: getattr(self.left, reason) + 1})
+        return None
 
 
 def box_set(
@@ -115,7 +118,11 @@ def box_set(
         DataError: An image file cannot be read, a corner is no finite number, or ``strict`` refuses something.
     """
     checks = _Checks({name: label for label, name in enumerate(classes)}, strict)
-    kept, sizes, corners, labels, crowd = [], [], [], [], []
+    kept: list[Annotated] = []
+    sizes: list[Size] = []
+    corners: list[Tensor] = []
+    labels: list[Tensor] = []
+    crowd: list[Tensor] = []
     for one in images:
         if not one.path.is_file():
             checks.no_image(one)

@@ -80,7 +80,8 @@ class BoxSamples:
 
     def _target(self, scene: Scene, pixels: Tensor, size: Tensor, index: int) -> dict[str, Tensor]:
         sides = scene.boxes.new_tensor([self.canvas[1], self.canvas[0]] * 2)
-        first, last = (scene.boxes / sides).split(2, dim=1)
+        shares = scene.boxes / sides
+        first, last = shares[:, :2], shares[:, 2:]
         return {
             "boxes": torch.cat([(first + last) / 2, last - first], 1),
             "labels": scene.labels,

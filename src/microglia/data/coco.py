@@ -25,7 +25,7 @@ def coco_files(root: Path) -> dict[str, tuple[Path, list[Path]]]:
     files = {path.stem.removeprefix("instances_"): path for path in sorted((root / "annotations").glob("*.json"))}
     files = {name: path for name, path in files.items() if not name.startswith(("person_keypoints", "captions", "panoptic"))}
     names = split_names({name.rstrip("0123456789") for name in files}, f"The folder {root / 'annotations'}")
-    found = {}
+    found: dict[str, tuple[Path, list[Path]]] = {}
     for split, plain in names.items():
         name = next(name for name in files if name.rstrip("0123456789") == plain)
         found[split] = (

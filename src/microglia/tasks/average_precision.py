@@ -41,7 +41,10 @@ def average_precision(pairs: Sequence[tuple[Tensor, Tensor]], classes: Sequence[
 
 def class_precision(pairs: Sequence[tuple[Tensor, Tensor]], label: int) -> Array | None:
     """Returns the average precision of one class at each of `THRESHOLDS`; None for a class without true boxes."""
-    scores, hits, ignored, wanted = [], [], [], 0
+    scores: list[Array] = []
+    hits: list[Flags] = []
+    ignored: list[Flags] = []
+    wanted = 0
     for detections, truth in pairs:
         own, real = detections[detections[:, 5] == label].double().cpu(), truth[truth[:, 4] == label].double().cpu()
         best = np.argsort(-own[:, 4].numpy(), kind="stable")[:MOST].copy()

@@ -86,7 +86,8 @@ def nms(boxes: Tensor, scores: Tensor, limit: float, labels: Tensor | None = Non
 
     order = scores.argsort(descending=True, stable=True)
     kept = order[:0]
-    for chunk in order.split(BLOCK):
+    for start in range(0, len(order), BLOCK):
+        chunk = order[start : start + BLOCK]
         left = chunk[~removes(kept, chunk).any(0)]
         within = removes(left, left).triu(1)
         kept = torch.cat((kept, left[_settled(within)]))

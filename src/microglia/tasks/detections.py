@@ -75,7 +75,7 @@ def records(detections: Sequence[Tensor], targets: Mapping[str, Tensor], canvas:
         targets: As of `microglia.data.box_samples.collate_boxes`.
         canvas: (height, width) of the network's inputs.
     """
-    found = []
+    found: list[Record] = []
     for place, own in enumerate(detections):
         height, width = targets["size"][place].tolist()
         boxes = Placement.of((height, width), canvas).undo(own[:, :4])

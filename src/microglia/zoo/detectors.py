@@ -29,6 +29,9 @@ class RawDetector(nn.Module):
         detector: A RetinaNet or FCOS.
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, detector: Any) -> None:
         super().__init__()
         self.backbone, self.head = detector.backbone, detector.head

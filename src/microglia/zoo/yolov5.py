@@ -128,6 +128,8 @@ class YOLOv5(nn.Module):
         anchors: (width, height) in pixels, for each of the three maps.
     """
 
+    anchors: Tensor
+
     def __init__(
         self,
         depth: float,

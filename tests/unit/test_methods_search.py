@@ -467,6 +467,25 @@ def test_pas_gates_are_binary_with_a_straight_gradient_and_a_penalty_toward_the_
     assert optimizers
 
 
+def test_pas_with_n_m_has_a_budget_for_every_row() -> None:
+    torch.manual_seed(0)
+    pruner = Pas(nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 2)), pattern="nm:2:4", total_steps=4, search=1.0)
+    scores = pruner.soft.scores
+    rows = scores.detach().view(-1, 4)
+    with torch.no_grad():
+        rows[:] = torch.tensor([1.0, 0.0, 1.0, 0.0])
+    assert pruner.penalty() == 0
+    with torch.no_grad():
+        rows[0] = 1.0  # four of two in one row, and no other row can make it up
+        rows[1] = 0.0
+    penalty = pruner.penalty()
+    assert penalty.item() == pytest.approx(2 / len(rows))
+    gradient = torch.autograd.grad(penalty, scores)[0].view(-1, 4)
+    assert bool((gradient[0] > 0).all())
+    assert bool((gradient[1] < 0).all())
+    assert not gradient[2:].any()
+
+
 def test_pas_counts_the_product_of_widths() -> None:
     model = Residual()
     pruner = pruner_of(Pas, model, pattern="channel", density=0.5, cost="macs")

@@ -45,7 +45,7 @@ def record(
     """Returns the routes of up to ``limit`` batches through a gated model, which stays unchanged."""
     masks: dict[str, list[Tensor]] = {layer: [] for layer in gates_of(model)}
     wanted: dict[str, list[Tensor]] = {layer: [] for layer in masks}
-    labels = []
+    labels: list[Tensor] = []
 
     def hear(passage: Passage) -> None:
         masks[passage.gate.site.layer].append(passage.mask.cpu())
@@ -55,7 +55,7 @@ def record(
         for inputs, targets in islice(batches, limit):
             if count_examples(inputs):
                 call(model, to_device(inputs, device))
-                labels.append(_classes(targets, count_examples(inputs), sum(map(len, labels))))
+                labels.append(_classes(targets, count_examples(inputs), sum(len(each) for each in labels)))
     return Routes(_joined(masks), _joined(wanted), torch.cat(labels))
 
 

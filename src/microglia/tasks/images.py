@@ -20,7 +20,7 @@ from microglia.tasks.kinds import kind
 from microglia.tasks.task import CLASSIFICATION, Batches, CrossEntropy, Split, Task
 from microglia.zoo import check_name, load_checkpoint
 
-NOTHING = Encoded(torch.zeros(0, dtype=torch.int64), lambda: Path, str)
+NOTHING = Encoded(torch.zeros(0, dtype=torch.int64), lambda: lambda index: Path(), str)
 """A split without images."""
 
 

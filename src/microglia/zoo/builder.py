@@ -81,8 +81,9 @@ def build(name: str, *, classes: int = 10, shape: Sequence[int] = (3, 32, 32), *
     checked = _checked_shape(shape)
     require_whole("Every model", classes=classes)
     if ":" in name:
-        source = segmenters if options.pop("maps", False) else external
-        return source.build(name, classes, checked, options)
+        if options.pop("maps", False):
+            return segmenters.build(name, classes, checked, options)
+        return external.build(name, classes, checked, options)
     builder = _builder(name)
     _check_options(name, builder, options)
     try:

@@ -2,7 +2,8 @@
 
 Six models, dense and pruned to a fraction of their operations, are exported to every target that can hold them, each file
 compared with its model, and all timed interleaved in one process (medians, one example). Weights are random: time, bytes and
-agreement do not depend on them. Writes the table between the markers of a document, by default docs/deploy.md.
+agreement do not depend on them. Writes the table between the markers of a document, by default docs/deploy.md, after each
+model. Started again on the same machine, it measures the models that are not in the table yet; ``--again`` measures all.
 Run: ``OMP_NUM_THREADS=1 python benchmarks/export_table.py``
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -23,6 +25,7 @@ from microglia.core.batch import Example
 from microglia.core.timing import processor_name
 from microglia.export import Export, targets
 from microglia.measure import measure_latency
+from microglia.storage.files import write_atomic
 from models import timm, torchvision
 
 BEGIN, END = "<!-- export table: begin -->", "<!-- export table: end -->"
@@ -147,18 +150,34 @@ def main() -> None:
     """Measures, prints and writes the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), metavar="NAME")
+    parser.add_argument("--again", action="store_true", help="measure models again that are in the table")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent.parent / "docs" / "deploy.md")
     arguments = parser.parse_args()
     threads = torch.get_num_threads()
     where = f"{processor_name()}, {threads} thread(s), batch 1, float32, PyTorch {torch.__version__}; random weights."
     before, _, rest = arguments.out.read_text().partition(BEGIN)
-    after, table = rest.partition(END)[2], HEAD
+    written, _, after = rest.partition(END)
+    found = measured(written) if where in written else {}
     for name in arguments.models:
-        with tempfile.TemporaryDirectory() as folder:
-            found = rows(name, Path(folder))
-        print(*found, sep="\n", flush=True)
-        table += "".join(f"{row}\n" for row in found)
-        arguments.out.write_text(f"{before}{BEGIN}\n{table}\n{where}\n{END}{after}")
+        if name not in found or arguments.again:
+            start = time.perf_counter()
+            with tempfile.TemporaryDirectory() as folder:
+                found[name] = rows(name, Path(folder))
+            print(*found[name], f"{time.perf_counter() - start:.0f} s\n", sep="\n", flush=True)
+        table = "".join(f"{row}\n" for known in MODELS for row in found.get(known, []))
+        write_atomic(arguments.out, f"{before}{BEGIN}\n{HEAD}{table}\n{where}\n{END}{after}")
+
+
+def measured(written: str) -> dict[str, list[str]]:
+    """Returns the rows of each model of a table; the first row of a model begins with its name."""
+    found: dict[str, list[str]] = {}
+    for row in written.splitlines():
+        name = row.strip("|").partition("|")[0].strip()
+        if name in MODELS:
+            found[name] = [row]
+        elif found and not name and row.startswith("|"):
+            found[next(reversed(found))].append(row)
+    return found
 
 
 if __name__ == "__main__":

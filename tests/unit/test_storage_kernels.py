@@ -196,6 +196,7 @@ HOSTILE = {
     "a way without a time": lambda r: r["report"]["layers"][0].update(chosen="import os"),
     "a way that does not exist": lambda r: r["report"]["layers"][0].update(chosen="block 7x9", times=NO_WAY),
     "an execution that does not exist": lambda r: r["report"].update(chosen="os.system", times={"os.system": 1, "eager": 2}),
+    "a group of executions": lambda r: r["report"].update(chosen="all", times={"all": 1, "eager": 2}),
     "an execution that rounds": lambda r: r["report"].update(chosen="openvino-int8", times={"openvino-int8": 1, "eager": 2}),
     "executions that do not exist": lambda r: r.update(against=["os"]),
     "a time that is none": lambda r: r["report"]["times"].update(eager=-1),

@@ -27,6 +27,7 @@ def export(
     int8: Annotated[bool, typer.Option("--int8", help="Round to 8 bits, calibrated on training data (openvino).")] = False,
     calibrate: Annotated[int, typer.Option(min=1, help="Training examples that calibrate --int8.")] = COUNT,
     max_drop: Annotated[float, typer.Option(help="Loss of validation score that --int8 may cost.")] = MAX_DROP,
+    recover: Annotated[int, typer.Option(min=0, help="Steps of training with rounded layers where --int8 costs more.")] = 0,
     json_: Json = False,
 ) -> Shown:
     """Write a run's model as a file of another engine, compared with the model before it counts as written."""
@@ -34,7 +35,7 @@ def export(
     if not all(word.isdecimal() for word in words):
         raise MicrogliaError(f"--dynamic takes dimensions such as 0,2,3; got {dynamic!r}.")
     free = tuple(map(int, words))
-    result = export_saved(Exporting(target, out, to, data, free, opset, accuracy, int8, calibrate, max_drop))
+    result = export_saved(Exporting(target, out, to, data, free, opset, accuracy, int8, calibrate, max_drop, recover))
     files = "\n".join(f"File: {file}" for file in result["export"]["files"])
     return result, [export_table(result), files]
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -13,19 +15,25 @@ from torch import nn
 
 from microglia.core.batch import Example
 from microglia.core.errors import RunError
+from microglia.core.restore import restore
 from microglia.export import Export, Int8, export
 from microglia.export.int8 import COUNT, MAX_DROP, quantizers
 from microglia.export.targets import target_for, targets
 from microglia.lab.target import open_target
 from microglia.measure import measure_latency
 from microglia.storage.archive import PLAN, saved_bytes
+from microglia.storage.files import State, digest
+from microglia.storage.run import Progress, Run
 from microglia.tasks.task import Task
 from microglia.train.evaluate import evaluate
+from microglia.train.rounded import fit_rounded, rounded_config
 
 Json = dict[str, Any]
 
 CALIBRATED = 32
 """Training examples that are read at a time to calibrate int8."""
+RECOVERED = "int8-recovery"
+"""Directory in the target that keeps the state of recoveries."""
 COMPARED = 1024
 """Validation examples on which int8 is held against float32: the limit is met to a tenth of a point."""
 
@@ -45,6 +53,7 @@ class Exporting:
         int8: Whether to round to 8 bits, calibrated on training data.
         calibrate: Training examples that calibrate.
         max_drop: Largest accepted loss of the task's first metric, on validation data.
+        recover: Steps of training with rounded layers where int8 costs more than that; 0 for none. A killed one is continued.
     """
 
     target: Path
@@ -57,6 +66,7 @@ class Exporting:
     int8: bool = False
     calibrate: int = COUNT
     max_drop: float = MAX_DROP
+    recover: int = 0
 
     @property
     def path(self) -> Path:
@@ -78,6 +88,8 @@ def export_saved(asked: Exporting) -> Json:
     Raises:
         MicrogliaError: There is no saved model, or it cannot be exported; the text says why, and nothing is written.
     """
+    if asked.recover and not asked.int8:
+        raise RunError(f"--recover {asked.recover} trains for int8: give it together with --int8.")
     if not (asked.target / "recipe.yaml").is_file() and not (asked.target / PLAN).is_file():
         raise RunError(f"{asked.target} is neither a run directory (recipe.yaml) nor a saved model ({PLAN}).")
     to, _ = target_for(asked.path, asked.to or (None if asked.out is not None else asked.usual))
@@ -86,11 +98,37 @@ def export_saved(asked: Exporting) -> Json:
     inputs = [inputs for inputs, _ in islice(batches, 2)]
     settings: Json = {"dynamic": asked.dynamic, "data": inputs, "opset": asked.opset}
     int8 = int8_of(task, asked.calibrate, asked.max_drop) if asked.int8 else None
+    if int8 is not None and asked.recover:
+        int8 = replace(int8, recover=partial(recovered, task=task, steps=asked.recover, place=asked.target / RECOVERED))
     written = export(model, asked.path, task.example, to=to, int8=int8, **settings)
     result: Json = {"task": task.name, "export": written.to_dict(), "saved": saved_bytes(asked.target)}
     if asked.accuracy:
         result |= _compared(model, task, written)
     return result
+
+
+def recovered(model: nn.Module, task: Task, *, steps: int, place: Path) -> nn.Module:
+    """Returns a model trained with rounded layers, its own copy in float32 as the teacher.
+
+    Args:
+        model: Trained; changed in place.
+        task: Data, loss and metrics.
+        steps: Steps of the training.
+        place: Directory that keeps its state, for these weights and this number of steps; a killed training is continued.
+    """
+    config = rounded_config(task, steps)
+    run = Run(place / f"{digest(model.state_dict())}-{steps}", {"int8": asdict(config)})
+    try:
+        teacher = copy.deepcopy(model)
+
+        def train(progress: Progress) -> State:
+            fit_rounded(model, task, config, teacher=teacher, progress=progress)
+            return {"model": model.state_dict()}
+
+        restore(model, run.stage("rounded", train)["model"])
+    finally:
+        run.close()
+    return model.eval()
 
 
 def int8_of(task: Task, count: int = COUNT, max_drop: float = MAX_DROP, *, seed: int = 0) -> Int8:
@@ -166,6 +204,9 @@ def _rounded(report: Json | None) -> list[str]:
     if report["scores"] is not None:
         before, after = report["scores"]
         said.append(f"Validation score {before:.4f} in float32 and {after:.4f} in int8 (limit: {report['max_drop']:g} less).")
+    if report["recovered_from"]:
+        first, rounded = report["recovered_from"]
+        said.append(f"Trained with rounded layers for that; before {first:.4f} in float32 and {rounded:.4f} in int8.")
     if report["restored"]:
         said.append(f"{len(report['kept_float'])} layers are back in float32 to hold that limit.")
     return said

@@ -6,7 +6,8 @@ after ONNX Runtime (92.95 % with its reduced range). NNCF corrects biases, knows
 float32 by accuracy. torchao's PT2E was not measured: its int8 runs by torch.compile, which leaves no file to serve.
 
 Where accuracy falls by more than a stated limit, NNCF's accuracy control puts layers back to float32, those that cost most
-accuracy first, until the limit holds. Nothing is trained: a model that needs more is recovered before it is exported.
+accuracy first, until the limit holds. Nothing is trained here: a wish may hold a function that trains the model for int8
+before that (see `microglia.export.int8_recovery`).
 """
 
 from __future__ import annotations
@@ -86,6 +87,8 @@ class Int8:
         max_drop: Largest accepted loss of the score. Where it is larger, layers go back to float32.
         forward: (model, inputs) -> outputs, for ``evaluation``.
         correct: Whether biases are corrected for the rounding of weights; False where only the time matters.
+        recover: Called with the model where the loss is larger than ``max_drop``, before layers go back to float32. It returns
+            a model that loses less, such as a copy trained with rounded layers (`microglia.train.rounded.fit_rounded`).
     """
 
     calibration: Iterable[Any]
@@ -95,6 +98,7 @@ class Int8:
     max_drop: float = MAX_DROP
     forward: Callable[[nn.Module, Any], Any] = call
     correct: bool = True
+    recover: Callable[[nn.Module], nn.Module] | None = None
 
     @classmethod
     def of(cls, wish: Int8 | Iterable[Any]) -> Int8:
@@ -113,6 +117,7 @@ class Int8Report:
         max_drop: Largest accepted loss of the score.
         restored: Whether layers went back to float32 to hold that limit.
         kept_float: Convolutions and matrix products that compute in float32.
+        recovered_from: Score in float32 and in int8 of the model before it was recovered for int8; None if it was not.
     """
 
     calibrated: int
@@ -121,11 +126,14 @@ class Int8Report:
     max_drop: float = MAX_DROP
     restored: bool = False
     kept_float: tuple[str, ...] = ()
+    recovered_from: tuple[float, float] | None = None
 
     @property
     def drop(self) -> float:
-        """Loss of the score; 0 without evaluation data."""
-        return 0.0 if self.scores is None else self.scores[0] - self.scores[1]
+        """Loss of the score against the model that was given, before any recovery; 0 without evaluation data."""
+        if self.scores is None:
+            return 0.0
+        return (self.recovered_from or self.scores)[0] - self.scores[1]
 
     def to_dict(self) -> dict[str, Any]:
         """Returns everything, JSON-ready."""

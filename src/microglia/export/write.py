@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from microglia.core.running import first_line
 from microglia.export.exported import Exported
 from microglia.export.files import replacing
 from microglia.export.int8 import ROUNDED, Int8, Int8Report, quantizers
+from microglia.export.int8_recovery import recovered
 from microglia.export.program import ExportedModule
 from microglia.export.targets import Target, check_options, target_for, targets
 from microglia.export.traced import Source, source_of
@@ -99,7 +102,7 @@ def export(
         data: Further inputs to compare on, such as batches of the test split.
         tolerance: Largest difference, relative to the largest output; None for 1e-4, or 2e-2 in half precision.
         int8: Training inputs on which weights and activations are rounded to 8 bits, batch by batch, or an `Int8`, which also
-            says what that may cost. The file in float32 is verified first. OpenVINO only.
+            says what that may cost and how the model recovers. The file in float32 is verified first. OpenVINO only.
         options: Options of the target. ONNX: ``opset``, and ``external_data`` (weights beside the file, as always over 2 GB).
 
     Returns:
@@ -110,10 +113,10 @@ def export(
         FileError: The disk is full, or the path cannot be written. Nothing half-written is left.
         TraceError: torch.export cannot trace the model.
     """
-    path = Path(path)
-    name, target = target_for(path, to)
+    name, target = target_for(path := Path(path), to)
     given = check_options(name, target, options)
     quantizer = None if int8 is None else quantizers[name]
+    model, rounding = recovered(model, int8, partial(_rounded, (example, dynamic, name, target, given)))
     source = source_of(model, example, dynamic=dynamic, metadata=metadata_of(model, example))
     size = sum(t.numel() * t.element_size() for t in (*source.model.parameters(), *source.model.buffers()))
     with replacing(path, size) as place:
@@ -122,8 +125,8 @@ def export(
         data = data if quantizer is None else list(data)
         difference, examples = _verify(source, opened, data, tolerance)
         rounded = None
-        if quantizer is not None and int8 is not None:
-            rounded = quantizer(place, Int8.of(int8), source.traced.structured)
+        if quantizer is not None and rounding is not None:
+            rounded = rounding.told(quantizer(place, rounding.wish, source.traced.structured))
             opened = target.open(place)
             difference, examples = _verify(source, opened, data, ROUNDED)
         written = tuple(path.parent / file for file in _files_of(place.parent))
@@ -131,6 +134,16 @@ def export(
     structure = source.traced.structured if not isinstance(opened, ExportedModule) else None
     batch = None if _is_batch_free(source) else source.example.batch
     return Export(path, name, opened.engine, written, size, difference, examples, _notes(source), batch, structure, rounded)
+
+
+def _rounded(settings: tuple[Any, Sequence[int], str, Target, dict[str, Any]], model: nn.Module, wish: Int8) -> Int8Report:
+    """Returns what int8 does to a model, in a file that does not stay."""
+    example, dynamic, name, target, options = settings
+    source = source_of(model, example, dynamic=dynamic)
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder) / f"model{target.suffix}"
+        _write(source, name, target, place, options)
+        return quantizers[name](place, wish, source.traced.structured)
 
 
 def _files_of(folder: Path) -> list[Path]:

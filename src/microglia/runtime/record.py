@@ -106,8 +106,8 @@ def read_record(text: str) -> Record:
     execution_names(record.against)
     if not record.by_layer:
         name = report.chosen.removeprefix(LOWERED)
-        if not is_exact(*execution_names(name)):
-            raise MicrogliaError(f"The chosen execution {name!r} rounds weights, which accelerate never returns.")
+        if execution_names(name) != (name,) or not is_exact(name):
+            raise MicrogliaError(f"The chosen execution {name!r} is not one that computes with the weights as they are.")
     return record
 
 

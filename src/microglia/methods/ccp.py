@@ -88,7 +88,7 @@ def collaborative(gradients: Tensor, count: int) -> Tensor:
     """Returns the channels that stay, boolean (channels,), where the others go one by one.
 
     Args:
-        gradients: Of the gates, (batches, channels).
+        gradients: Gradients of the gates, (batches, channels).
         count: Channels that stay.
     """
     pairs = gradients.T @ gradients / len(gradients)

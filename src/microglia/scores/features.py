@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
@@ -51,7 +50,7 @@ def ranks_by_batch(model: nn.Module, layers: Mapping[str, Layer], evidence: Evid
 
 def mean_ranks(layers: Mapping[str, Layer], found: Mapping[str, Sequence[Tensor]]) -> dict[str, Tensor]:
     """Returns the score `hrank` of every layer from the sums of `ranks_by_batch`."""
-    sums = {name: functools.reduce(torch.add, batches) for name, batches in found.items()}
+    sums = {name: sum(batches[1:], batches[0]) for name, batches in found.items()}
     return {name: per_filter(layer, _ordered(layer, sums.get(name))) for name, layer in layers.items()}
 
 

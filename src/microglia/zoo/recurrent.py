@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from microglia.zoo.registry import Shape, register
 
-_KINDS: dict[str, type[nn.RNNBase]] = {"lstm": nn.LSTM, "gru": nn.GRU}
+_KINDS: dict[str, Any] = {"lstm": nn.LSTM, "gru": nn.GRU}
 _UNITS = {"s": 128, "b": 256}
 
 
@@ -17,7 +19,7 @@ def _one_bias(layer: nn.RNNBase) -> nn.RNNBase:
     The second bias stays in the state under its own name, because torch's kernels read both.
     """
     zeros = torch.zeros_like(layer.get_parameter("bias_hh_l0"))
-    del layer.bias_hh_l0
+    del layer._parameters["bias_hh_l0"]
     layer.register_buffer("bias_hh_l0", zeros)
     layer._init_flat_weights()
     return layer

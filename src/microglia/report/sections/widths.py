@@ -46,8 +46,8 @@ def tables(group: Group) -> list[Table]:
     rows = [(row, _width_entries(row, found[0])) for row in group.rows if (found := widths_of(row))]
     vectors = Table((*WORDS[:3], "groups", *WORDS[3:]), rows, WORDS, EXPLAINED).without_empty("settings")
     titles = ("method", "kept (asked)", "settings", "evaluated", "rejected", "rounds", "best", "median")
-    found = [(row, _search_entries(row, searches)) for row in group.rows if (searches := searches_of(row))]
-    return [vectors, Table(titles, found, WORDS[:3], SEARCHED).without_empty("settings")]
+    searched = [(row, _search_entries(row, searches)) for row in group.rows if (searches := searches_of(row))]
+    return [vectors, Table(titles, searched, WORDS[:3], SEARCHED).without_empty("settings")]
 
 
 def pictures(group: Group) -> Iterator[Picture]:

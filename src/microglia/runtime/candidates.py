@@ -13,6 +13,7 @@ from torch.nn import functional
 from microglia.runtime.dense.fusion import Activation, Site
 from microglia.runtime.dense.packing import Packed, apply_activation
 from microglia.runtime.operators import ACTIVATIONS, level
+from microglia.runtime.sparse_layers.codes import CodeLinear, code_bits
 from microglia.runtime.sparse_layers.layers import BlockConv2d, BlockLinear, RowConv2d
 from microglia.runtime.sparse_layers.layout import STRIPE, TAPS, one_group, to_blocks, to_rows
 
@@ -28,7 +29,8 @@ class Candidate:
 
     Attributes:
         name: ``dense, eager`` (PyTorch's own operators), ``dense`` (packed oneDNN), ``compact`` (without zero rows and columns,
-            then dense), ``block 16x1`` up to ``block 16x8``, ``rows 4x1`` or ``unstructured``.
+            then dense), ``codes 4 bits`` or ``codes 8 bits`` (from a table of its few values), ``block 16x1`` up to
+            ``block 16x8``, ``rows 4x1`` or ``unstructured``.
         make: Makes the layer's module.
     """
 
@@ -43,6 +45,8 @@ def candidates(site: Site) -> Iterator[Candidate]:
         yield Candidate("dense", lambda: Packed(site))
         if kept(site) is not None:
             yield Candidate("compact", lambda: Compact(site))
+    if (bits := code_bits(site)) is not None:
+        yield Candidate(f"codes {bits} bits", lambda: CodeLinear(site, bits))
     if level() == "torch" or math.prod(site.weight.shape[2:]) > TAPS or site.weight.shape[0] < STRIPE * site.groups > STRIPE:
         return  # blocks of 16 outputs would span several groups and hold mostly zeros
     bare, after = without_activation(site)

@@ -107,16 +107,25 @@ def huffman_decoder() -> Callable[..., int] | None:
 
     A library that was built before the decoder was added counts as none.
     """
+    pointer, number = ctypes.c_void_p, ctypes.c_int64
+    return compiled("mg_huffman_decode", (pointer, number, pointer, number, number, pointer, ctypes.c_int32, pointer, number))
+
+
+def compiled(name: str, arguments: tuple[Any, ...]) -> Callable[..., int] | None:
+    """Returns a function of ``kernels.h`` that works on plain memory; None without compiled kernels, or with older ones.
+
+    Args:
+        name: Its name.
+        arguments: Types of its arguments, of `ctypes`.
+    """
     if kernels()[0] == "torch":
         return None
     library = ctypes.CDLL(str(min(Path(__file__).parent.glob("_kernels*.so"))))
-    if not hasattr(library, "mg_huffman_decode"):
+    if not hasattr(library, name):
         return None
-    pointer, number = ctypes.c_void_p, ctypes.c_int64
-    decoder = library.mg_huffman_decode
-    decoder.argtypes = [pointer, number, pointer, number, number, pointer, ctypes.c_int32, pointer, number]
-    decoder.restype = ctypes.c_int
-    return decoder
+    function: Any = getattr(library, name)
+    function.argtypes, function.restype = list(arguments), ctypes.c_int
+    return function  # type: ignore[no-any-return]
 
 
 def _without_kernels(asked: str, reason: str) -> tuple[str, str]:

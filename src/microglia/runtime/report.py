@@ -16,8 +16,8 @@ SHOWN = 6
 
 
 def is_dense(name: str) -> bool:
-    """Tells whether an execution of a layer or model is dense, that is, multiplies by every weight."""
-    return not name.startswith(("sparse", "block", "rows", "unstructured", "compact", "2:4"))
+    """Tells whether an execution of a layer or model is dense, that is, reads and multiplies by every weight."""
+    return not name.startswith(("sparse", "block", "rows", "unstructured", "compact", "codes", "2:4"))
 
 
 def left_dense(model: nn.Module, reached: Collection[str]) -> list[str]:

@@ -162,6 +162,11 @@ int mg_row_conv2d(const mg_conv2d* conv, const mg_rows* rows, const float* x, fl
 int mg_huffman_decode(const uint8_t* data, int64_t bytes, const uint16_t* sizes, int64_t blocks, int64_t block,
                       const uint16_t* single, int32_t longest, uint8_t* symbols, int64_t count);
 
+// A linear layer from codes of 4 or 8 bits: y[batch, outputs] = table[codes] x + bias (null for none). `inputs` is a multiple of 16;
+// a row of codes has inputs * bits / 8 bytes, laid out as in codes.cpp. The table has 2^bits values. `level` is at most mg_level().
+int mg_code_linear(const uint8_t* codes, const float* table, const float* x, const float* bias, float* y, int64_t outputs,
+                   int64_t inputs, int64_t batch, int32_t bits, int32_t level);
+
 int mg_level(void);             // the best level of this machine, or MICROGLIA_ISA (generic, avx2, avx512, avx512bf16) where it can run
 const char* mg_level_name(int level);
 const char* mg_error_text(int code);

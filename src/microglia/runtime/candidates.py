@@ -29,8 +29,8 @@ class Candidate:
 
     Attributes:
         name: ``dense, eager`` (PyTorch's own operators), ``dense`` (packed oneDNN), ``compact`` (without zero rows and columns,
-            then dense), ``codes 4 bits`` or ``codes 8 bits`` (from a table of its few values), ``block 16x1`` up to
-            ``block 16x8``, ``rows 4x1`` or ``unstructured``.
+            then dense), ``block 16x1`` up to ``block 16x8``, ``rows 4x1`` or ``unstructured``. Linear layers of few values also
+            have ``codes 4 bits`` or ``codes 8 bits``.
         make: Makes the layer's module.
     """
 

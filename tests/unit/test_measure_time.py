@@ -128,8 +128,8 @@ def test_speedup_is_against_the_best_execution_of_both():
 
 
 def test_measure_with_latency(monkeypatch):
-    def report(models, inputs, executions):
-        assert executions == "all"
+    def report(models, inputs, executions, ready):
+        assert (executions, ready) == ("all", {})
         return LatencyReport({name: {"eager": timing(1.0)} for name in models}, "a CPU", 1, 1, "2")
 
     monkeypatch.setattr(sys.modules["microglia.measure"], "measure_latency", report)

@@ -195,7 +195,7 @@ def _keep_equal_rows(scores: Tensor, keep: Tensor, sizes: Tensor) -> Tensor:
     mask = torch.zeros_like(scores, dtype=torch.bool)
     columns = scores.shape[1]
     counts = keep.to(scores.device).clamp(0, columns)
-    for count in counts.unique().tolist():
+    for count in torch.unique(counts).tolist():
         rows = (counts == count).nonzero()[:, 0]
         every = len(rows) == len(scores)
         own = scores if every else scores[rows]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
+from typing import Any
 
 from torch import nn
 
@@ -29,8 +30,16 @@ def fits(pruner: type[ChannelPruner]) -> Callable[[Task, ChannelConfig], None]:
     return check
 
 
-def thinned(task: Task, run: Run, config: ChannelConfig, pruner: Callable[..., ChannelPruner]) -> nn.Module:
-    """Returns the dense model trained with a pruner, without the channels that it gives up, and recovered."""
+def thinned(task: Task, run: Run, config: ChannelConfig, pruner: type[ChannelPruner], **own: Any) -> nn.Module:
+    """Returns the dense model trained with a pruner, without the channels that it gives up, and recovered.
+
+    Args:
+        task: Data and loss.
+        run: Where the stages are kept.
+        config: The method's settings.
+        pruner: Its class.
+        **own: Further arguments of the class.
+    """
     model = dense_model(task, run, config.dense)
     teacher = deepcopy(model) if config.train.distill else None
     pruner.arrange(model, to_device(task.example, run.device), config)  # a stage read from its file has this form too
@@ -44,6 +53,7 @@ def thinned(task: Task, run: Run, config: ChannelConfig, pruner: Callable[..., C
             total_steps=max(1, steps),
             example_inputs=to_device(task.example, run.device),
             evidence=evidence(task, run, config) if sampled else None,
+            **own,
         )
 
     run.observations["widths"] = train(task, run, "sparse", model, config.sparse, pruner=make, teacher=teacher)

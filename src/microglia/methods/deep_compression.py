@@ -12,9 +12,10 @@ fewer weights, and the smallest file within it is the result (`microglia.methods
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -159,7 +160,7 @@ def _smallest(
         number = len(rounds) + 1
         own = replace(config, density=density, params=None)
         _prune(task, run, f"train-{number}", own, model, teacher=teacher)
-        bits = run.stage(f"bits-{number}", lambda progress, own=own: {"bits": _fewest(task, run, own, model, good)})["bits"]
+        bits = run.stage(f"bits-{number}", partial(_fewest, task, run, own, (model, good)))["bits"]
         value = _headline(task, run, f"pruned-{number}", model)
         if bits:
             shared = deepcopy(model)
@@ -187,11 +188,18 @@ def _headline(task: Task, run: Run, name: str, model: nn.Module) -> float:
     return float(found[task.headline])
 
 
-def _fewest(task: Task, run: Run, config: DeepCompressionConfig, model: nn.Module, good: Any) -> dict[str, int] | None:
+def _fewest(
+    task: Task,
+    run: Run,
+    config: DeepCompressionConfig,
+    judged: tuple[nn.Module, Callable[[nn.Module], bool]],
+    progress: Progress,
+) -> dict[str, Any]:
+    model, good = judged
     if not good(model):
-        return None
-    layers = chosen_layers(model, config.layers, config.exclude)
-    return fewest_bits(model, layers, evidence(task, run, config), good, error=config.bit_error, rounding=config.rounding)
+        return {"bits": None}
+    layers, seen = chosen_layers(model, config.layers, config.exclude), evidence(task, run, config)
+    return {"bits": fewest_bits(model, layers, seen, good, error=config.bit_error, rounding=config.rounding)}
 
 
 def packed(run: Run, model: nn.Module, rounds: list[Round], progress: Progress | None = None) -> dict[str, Any]:

@@ -33,8 +33,9 @@ def removal_costs(rows: Tensor, inverse: Tensor, most: int, run: tuple[int, int]
     weight, own = rows.clone(), inverse.expand(len(rows), *inverse.shape).clone()
     every = torch.arange(len(rows), device=rows.device)
     gone = torch.zeros_like(weight, dtype=torch.bool)
-    order, costs = [], []
-    for _ in range(most):
+    order = torch.zeros((len(rows), most), dtype=torch.long, device=rows.device)
+    costs = torch.zeros((len(rows), most), dtype=rows.dtype, device=rows.device)
+    for turn in range(most):
         cost = weight.square() / (2 * own.diagonal(dim1=1, dim2=2)).clamp_min(torch.finfo(weight.dtype).tiny)
         closed = gone
         if run is not None:
@@ -47,9 +48,8 @@ def removal_costs(rows: Tensor, inverse: Tensor, most: int, run: tuple[int, int]
         own = torch.baddbmm(own, column[:, :, None], (column / pivot)[:, None], alpha=-1)
         gone[every, q] = True
         weight[every, q] = 0
-        order.append(q)
-        costs.append(value)
-    return torch.stack(order, 1), torch.stack(costs, 1)
+        order[:, turn], costs[:, turn] = q, value
+    return order, costs
 
 
 def exact_least_squares(rows: Tensor, kept: Tensor, hessian: Tensor) -> tuple[Tensor, Tensor]:
@@ -81,8 +81,8 @@ def _prune(weight: Tensor, hessian: Tensor, wish: Wish) -> PrunedLayer:
     each = count // len(hessian)
     pieces = [
         (matrix, piece)
-        for matrix, own in zip(hessian, rows.split(each), strict=True)
-        for piece in own.split(max(1, PIECE // columns**2))
+        for matrix, own in zip(hessian, torch.split(rows, each), strict=True)
+        for piece in torch.split(own, max(1, PIECE // columns**2))
     ]
     removed, inverses = [], {id(matrix): torch.linalg.inv(matrix) for matrix, _ in pieces}
     for matrix, piece in pieces:
@@ -96,7 +96,7 @@ def _prune(weight: Tensor, hessian: Tensor, wish: Wish) -> PrunedLayer:
     kept = torch.ones_like(rows, dtype=torch.bool).scatter_(1, order, ~taken)
     solved = [
         exact_least_squares(piece, own, matrix)
-        for (matrix, piece), own in zip(pieces, kept.split([len(piece) for _, piece in pieces]), strict=True)
+        for (matrix, piece), own in zip(pieces, torch.split(kept, [len(piece) for _, piece in pieces]), strict=True)
     ]
     shape = tuple(weight.shape)
     new = weight_of(torch.cat([w for w, _ in solved]), shape).to(weight.dtype)

@@ -72,7 +72,7 @@ def budget(blocks: Sequence[Mapping[str, Tensor]], keep: int) -> dict[str, int]:
     costs = {n: v.double().square() / v.double().square().sum().clamp_min(1e-300) for block in blocks for n, v in block.items()}
     chosen = keep_best(costs, keep)
     least = {name: max(1, round(LEAST * keep / sum(sizes.values()) * size)) for name, size in sizes.items()}
-    return _shared(sizes, {name: float(max(1, mask.sum())) for name, mask in chosen.items()}, keep, least)
+    return _shared(sizes, {name: float(max(1, int(mask.sum()))) for name, mask in chosen.items()}, keep, least)
 
 
 def _outliers(block: Mapping[str, Tensor]) -> float:

@@ -259,7 +259,9 @@ class _Removal:
         sizes = [torch.Size(shape).numel() for shape in self.shapes.values()]
         weights: dict[str, Tensor] = {}
         masks: dict[str, Tensor] = {}
-        for name, weight, stays in zip(self.shapes, self.weight.split(sizes), self.stays.split(sizes), strict=True):
+        for name, weight, stays in zip(
+            self.shapes, torch.split(self.weight, sizes), torch.split(self.stays, sizes), strict=True
+        ):
             weights[name], masks[name] = weight.view(self.shapes[name]), stays.view(self.shapes[name])
         weights, masks = oriented(self.layers, weights), oriented(self.layers, masks)
         for name, layer in self.layers.items():

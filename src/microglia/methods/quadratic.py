@@ -74,6 +74,7 @@ def factor(matrix: Tensor) -> Tensor:
         raise ScoreError(
             "The curvature of the loss has numbers that are not finite: look for a diverged training, or raise alpha."
         )
+    lower: Tensor
     lower, failed = torch.linalg.cholesky_ex(matrix)
     added, mean = FIRST, matrix.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None]
     while bool(failed.any()):
@@ -106,7 +107,8 @@ class Quadratic:
             return torch.cholesky_inverse(factor(self._matrix(rows)))
         lower = factor(self._small(rows))
         half = torch.linalg.solve_triangular(lower, rows, upper=False)
-        return (identity - half.transpose(1, 2) @ half) / self.alpha
+        inverse: Tensor = (identity - half.transpose(1, 2) @ half) / self.alpha
+        return inverse
 
     def solved(self, kept: Tensor, right: Tensor) -> Tensor:
         """Returns (F_KK)^-1 X_K^T right, zero outside of K, (blocks, weights).
@@ -165,7 +167,8 @@ def group_losses(weight: Tensor, inverse: Tensor) -> Tensor:
     """
     if weight.shape[-1] == 1:
         return weight[..., 0].square() / (2 * inverse[..., 0, 0])
-    return (weight * torch.linalg.solve(inverse, weight)).sum(-1) / 2
+    costs: Tensor = (weight * torch.linalg.solve(inverse, weight)).sum(-1) / 2
+    return costs
 
 
 def run_values(weight: Tensor, inverse: Tensor, kept: int) -> Tensor:

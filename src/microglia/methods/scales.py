@@ -82,7 +82,7 @@ class ScalePruner(ChannelPruner):
                 f"that can go has a norm with a scale: {INSTEAD}."
             )
         self._refuse_shared()
-        self.scales = [self.raw[place.name] for place in self.places]
+        self.scales: list[Tensor] = [self.raw[place.name] for place in self.places]
         self.observed: dict[str, Any] | None = None
         if (initial := cast(ScaleConfig, self.config).initial_scale) is not None:
             for scale in self.scales:

@@ -231,4 +231,4 @@ def check(task: Task, config: ScopConfig) -> None:
 def scop(task: Task, run: Run, config: ScopConfig) -> nn.Module:
     """SCOP: channels of a frozen network are weighed against knockoffs; those that serve no better go, fine-tune."""
     images = images_of(task, config)
-    return thinned(task, run, config, partial(Scop, knockoffs=None if images is None else images.to(run.device)))
+    return thinned(task, run, config, Scop, knockoffs=None if images is None else images.to(run.device))

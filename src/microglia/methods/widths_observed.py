@@ -183,6 +183,7 @@ def spearman(one: Tensor, other: Tensor) -> float:
 
 def _places(values: Tensor) -> Tensor:
     """Returns the place of each value in ascending order, float64; equal values share the mean of theirs."""
-    _, group, sizes = values.unique(return_inverse=True, return_counts=True)
+    _, group, sizes = torch.unique(values, return_inverse=True, return_counts=True)
     last = sizes.cumsum(0).double()
-    return (last - (sizes.double() - 1) / 2)[group]
+    places: Tensor = (last - (sizes.double() - 1) / 2)[group]
+    return places

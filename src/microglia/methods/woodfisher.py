@@ -146,7 +146,7 @@ class WoodFisher(Gradual):
         blocks = blocks_of(groups_of(self.pattern, tuple(weight.shape)), config.block).to(weight.device)
         size, flat = blocks.shape[1] * blocks.shape[2], rows.values[name].flatten(1)
         each = max(1, PIECE // (size * max(size, len(flat))))
-        for positions in blocks.split(each):
+        for positions in torch.split(blocks, each):
             own = taken_at(weight.flatten(), positions).flatten(1).double()
             columns = taken_at(flat, positions.flatten(1)).movedim(0, 1).double()
             yield positions, own, Quadratic(columns, rows.count, config.alpha)

@@ -106,7 +106,7 @@ def _roots(outputs: Any, evidence: Evidence, targets: Any) -> Sequence[Tensor]:
     if not isinstance(outputs, Tensor):
         raise ScoreError(f"Gauss-Newton needs one tensor of outputs; got {type(outputs).__name__}: take fisher.")
     plain = outputs.detach()
-    hessian = torch.autograd.functional.hessian(lambda o: loss_of(evidence.loss, o, targets), plain)
+    hessian = torch.autograd.functional.hessian(lambda o: loss_of(evidence.loss, o, targets), plain)  # type: ignore[no-untyped-call]
     values, vectors = torch.linalg.eigh(hessian.reshape(plain.numel(), plain.numel()).double())  # type: ignore[attr-defined]
     large = values > SMALL * values.max().clamp_min(torch.finfo(values.dtype).tiny)
     if not bool(large.any()):

@@ -44,7 +44,7 @@ class _Factors:
         def forward(module: nn.Module, args: Any, output: Any) -> None:
             if isinstance(output, Tensor) and output.requires_grad:
                 self.inputs.add(module, args[0])
-                output.register_hook(backward)
+                output.register_hook(backward)  # type: ignore[no-untyped-call]
 
         return module.register_forward_hook(forward)
 

@@ -33,8 +33,8 @@ class Bottleneck(nn.Module):
         """Maps (N, inputs, H, W) to (N, 4 width, H / stride, W / stride), sizes rounded up."""
         y = self.conv1(F.relu(self.bn1(x)))
         y = self.conv2(F.relu(self.bn2(y)))
-        residual: Tensor = self.conv3(F.relu(self.bn3(y)))
-        return residual + self.shortcut(x)
+        summed: Tensor = self.conv3(F.relu(self.bn3(y))) + self.shortcut(x)
+        return summed
 
 
 class PreActivationResNet(nn.Module):

@@ -42,9 +42,9 @@ def code_bits(site: Site) -> int | None:
     flat = site.weight.detach().reshape(-1)
     if flat.device.type != "cpu" or _kernel() is None:
         return None
-    if flat[:FEW].unique().numel() > 256:  # type: ignore[no-untyped-call]
+    if torch.unique(flat[:FEW]).numel() > 256:
         return None
-    values = flat.unique().numel()  # type: ignore[no-untyped-call]
+    values = torch.unique(flat).numel()
     if values * TIMES > flat.numel():
         return None
     return 4 if values <= 16 else 8 if values <= 256 else None
@@ -64,7 +64,7 @@ def to_codes(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     Raises:
         MicrogliaError: The weight has more values.
     """
-    values, places = weight.detach().unique(return_inverse=True)  # type: ignore[no-untyped-call]
+    values, places = torch.unique(weight.detach(), return_inverse=True)
     if values.numel() > 1 << bits:
         raise MicrogliaError(f"Codes of {bits} bits tell {1 << bits} values apart; the weight has {values.numel()}.")
     table = functional.pad(values, (0, (1 << bits) - values.numel()))

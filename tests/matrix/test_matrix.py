@@ -44,11 +44,13 @@ def made_by(outcome: str) -> list[tuple[str, str]]:
 MASKING, REMOVING, GATING = (made_by(outcome) for outcome in ("masked", "shrunk", "gated"))
 SHORT = {
     "score_batch_size": 32, "search_epochs": 2, "images": 64, "every": 2, "candidates": 4, "population": 4, "iterations": 2,
-    "episodes": 4, "warmup": 2, "tolerance": 0.08, "fraction": 0.4, "least": 0.5, "together": 64, "updates": 2,
+    "episodes": 4, "warmup": 2, "tolerance": 0.08, "fraction": 0.4, "together": 64, "updates": 2,
     "estimator": "fisher", "curvature": "fisher",
     "compress": (0.2, 0.8), "decompress": (0.5,),  # six steps have no room for the fifteen phases of its own schedule
 }  # fmt: skip
 """Settings that make a method's search short, for the methods that take them."""
+OWN = {"obs": {"least": 0.5}}
+"""Further settings of one method."""
 
 
 def test_every_method_is_here() -> None:
@@ -132,7 +134,11 @@ def config_of(name: str, pattern: str) -> Any:
     known = taken(method.config)
     budget = {"density": DENSITY} if "density" in known else {"flops": 0.8 if method.outcome(pattern) == "gated" else 0.5}
     budget = {} if parse_pattern(pattern).fixed_density is not None else budget
-    fields = {"pattern": pattern, "dense": short, "train": short} | {key: SHORT[key] for key in SHORT if key in known}
+    fields = (
+        {"pattern": pattern, "dense": short, "train": short}
+        | {key: SHORT[key] for key in SHORT if key in known}
+        | OWN.get(name, {})
+    )
     return TypeAdapter(method.config).validate_python({**method.defaults, **fields, **budget})
 
 

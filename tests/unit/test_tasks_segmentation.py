@@ -197,11 +197,15 @@ def test_two_models_agree_by_pixels():
 
 SHORT = {
     "score_batch_size": 2, "search_epochs": 1, "images": 8, "every": 2, "candidates": 2, "population": 2, "iterations": 1,
-    "episodes": 2, "warmup": 1, "tolerance": 0.3,
+    "episodes": 2, "warmup": 1, "tolerance": 0.3, "estimator": "fisher", "curvature": "fisher",
 }  # fmt: skip
 STEP = {"epochs": 2, "batch_size": 4, "lr": 0.01}  # four steps: as many as the phases of AC/DC need
 FIRST = {"epochs": 1, "max_batches": 1, "batch_size": 4, "lr": 0.01}
-REFUSED = {"layerwise": "Small has no blocks to find"}
+REFUSED = {
+    "layerwise": "Small has no blocks to find",
+    "dcp": "Dcp adds classifiers to a classifier",
+    "gal": "Gal compares outputs that are one tensor",
+}
 """Methods that refuse this task or this network, and their sentence."""
 
 

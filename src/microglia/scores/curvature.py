@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from microglia.core.batch import take_examples
+from microglia.core.batch import take_examples, tensors_of
 from microglia.core.errors import ScoreError
 from microglia.core.layers import Layer
 from microglia.core.registry import Registry
@@ -78,13 +78,9 @@ def curvature_rows(kind: str, model: nn.Module, layers: Mapping[str, Layer], evi
 @curvatures.add("fisher")
 def fisher_rows(model: nn.Module, layers: Mapping[str, Layer], evidence: Evidence, examples: int) -> Iterator[list[Tensor]]:
     """Yields the gradient of each group's mean loss: the empirical Fisher information."""
-    for inputs, targets in evidence.batches:
-        total = evidence.count(targets)
-        for first in range(0, total, examples):
-            some = torch.arange(first, min(first + examples, total))
-            outputs = outputs_of(model, take_examples(inputs, some), evidence.forward)
-            loss = loss_of(evidence.loss, outputs, take_examples(targets, some))
-            yield _gradients(loss, layers, None, more=False)
+    for inputs, targets in _pieces(evidence, examples):
+        loss = loss_of(evidence.loss, outputs_of(model, inputs, evidence.forward), targets)
+        yield _gradients(loss, layers, None, more=False)
 
 
 @curvatures.add("gauss-newton")
@@ -92,13 +88,32 @@ def gauss_newton_rows(
     model: nn.Module, layers: Mapping[str, Layer], evidence: Evidence, examples: int
 ) -> Iterator[list[Tensor]]:
     """Yields J^T R for each example, R R^T the Hessian of its loss in the outputs, J their derivative by the weights."""
+    for inputs, targets in _pieces(evidence, 1):
+        outputs = outputs_of(model, inputs, evidence.forward)
+        roots = _roots(outputs, evidence, targets)
+        rows = [_gradients(outputs, layers, root, more=i + 1 < len(roots)) for i, root in enumerate(roots)]
+        yield [torch.cat(parts) for parts in zip(*rows, strict=True)]
+
+
+def _pieces(evidence: Evidence, examples: int) -> Iterator[tuple[Any, Any]]:
+    """Yields the batches in pieces of at most ``examples``.
+
+    Raises:
+        ScoreError: A batch is to be cut, and its targets are not one row for each example, such as lists of boxes.
+    """
     for inputs, targets in evidence.batches:
-        for index in range(evidence.count(targets)):
-            one = torch.tensor([index])
-            outputs = outputs_of(model, take_examples(inputs, one), evidence.forward)
-            roots = _roots(outputs, evidence, take_examples(targets, one))
-            rows = [_gradients(outputs, layers, root, more=i + 1 < len(roots)) for i, root in enumerate(roots)]
-            yield [torch.cat(parts) for parts in zip(*rows, strict=True)]
+        total = evidence.count(targets)
+        if total <= examples:
+            yield inputs, targets
+            continue
+        if any(tensor.ndim and len(tensor) != total for tensor in tensors_of(targets)):
+            raise ScoreError(
+                f"Curvature takes {examples} of {total} examples at a time, and the targets of this task have no row for each: "
+                f"give batches of {examples}, such as score_batch_size={examples}."
+            )
+        for first in range(0, total, examples):
+            some = torch.arange(first, min(first + examples, total))
+            yield take_examples(inputs, some), take_examples(targets, some)
 
 
 def _roots(outputs: Any, evidence: Evidence, targets: Any) -> Sequence[Tensor]:

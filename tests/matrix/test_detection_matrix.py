@@ -21,7 +21,7 @@ from microglia.zoo import build
 SHORT = {
     "score_batch_size": 1, "search_epochs": 1, "images": 2, "every": 1, "candidates": 2, "population": 2, "iterations": 1,
     "episodes": 1, "warmup": 1, "tolerance": 0.5, "compress": (0.2, 0.8), "decompress": (0.5,), "rounds": 2,
-    "estimator": "fisher", "curvature": "fisher",
+    "estimator": "fisher", "curvature": "fisher", "together": 64,
     "per_class": None,  # boxes have no one class per example: evidence by class is refused
 }  # fmt: skip
 OBJECT = "<object><name>{}</name><bndbox><xmin>{}</xmin><ymin>{}</ymin><xmax>{}</xmax><ymax>{}</ymax></bndbox></object>"
@@ -85,7 +85,7 @@ def drawn(root: Path, count: int) -> Path:
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Task]:
     root = drawn(tmp_path_factory.mktemp("voc") / "drawn", 4)
-    return {net: detection_task(f"{__name__}:{net}", str(root), size=32, augment="none") for net in ("small", "narrow")}
+    return {net: detection_task(f"{__name__}:{net}", str(root), size=64, augment="none") for net in ("small", "narrow")}
 
 
 def config_of(name: str, pattern: str) -> Any:
@@ -122,5 +122,5 @@ def test_method_runs_on_a_detector(net: str, name: str, tasks: dict[str, Task], 
     model = method.procedure(task, Run(tmp_path / "run", {"method": name}), config)
     with torch.no_grad():
         maps = model.eval()(task.example)
-    assert [tuple(m.shape) for m in maps] == [(1, 3, 32 // s, 32 // s, 7) for s in (8, 16, 32)]
+    assert [tuple(m.shape) for m in maps] == [(1, 3, 64 // s, 64 // s, 7) for s in (8, 16, 32)]
     assert all(torch.isfinite(m).all() for m in maps)

@@ -469,3 +469,20 @@ def _killing(calls, function=train):
         return function(*args, **settings)
 
     return called
+
+
+def test_gauss_newton_refuses_an_output_for_each_pixel():
+    model = nn.Sequential(nn.Conv2d(1, 2, 3, padding=1))
+    x, y = torch.randn(1, 1, 64, 64), torch.zeros(1, 64, 64, dtype=torch.int64)
+    evidence = Evidence([(x, y)], nn.CrossEntropyLoss())
+    with pytest.raises(ScoreError, match="8,192: take fisher"):
+        mg.methods.Obs(model, density=0.5, curvature="gauss-newton", evidence=evidence)
+
+
+def test_lists_of_boxes_are_not_cut_into_examples():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
+    x, boxes = torch.randn(2, 4), {"boxes": torch.randn(5, 2)}
+    loss = lambda outputs, targets: (outputs.mean() - targets["boxes"].mean()).square()  # noqa: E731
+    evidence = Evidence([(x, boxes)], loss, count=lambda targets: 2)
+    with pytest.raises(ScoreError, match="such as score_batch_size=1"):
+        mg.methods.Obs(model, density=0.5, curvature="fisher", evidence=evidence)

@@ -19,7 +19,7 @@ from microglia.tasks.task import Task
 from microglia.train.recover import recalibrate_on
 
 PRUNERS: dict[str, type[UnitPruner]] = {"smart": Smart, "pdp": Pdp, "pas": Pas, "awg": Awg, "acdc": Acdc}
-STEPS = 10
+STEPS = 20
 
 
 class Frozen(Exception):

@@ -84,10 +84,14 @@ class Gal(FactorPruner):
         super().prepare()
         with evaluating(self.model), undisturbed():
             output = run_on(self.model, Example.of(self.example))
+        self._features = self._one(output)[0].numel()
+        self._seen: tuple[Example, Tensor] | None = None
+
+    def _one(self, output: Any) -> Tensor:
+        """Returns the outputs, if they are one tensor; networks with auxiliary heads return more in training."""
         if not isinstance(output, Tensor):
             raise BudgetError(f"Gal compares outputs that are one tensor; {type(self.model).__name__} returns another kind.")
-        self._features = output[0].numel()
-        self._seen: tuple[Example, Tensor] | None = None
+        return output
 
     def begin(self) -> None:
         """Keeps the dense network, makes the discriminator and attaches the soft mask."""
@@ -139,11 +143,11 @@ class Gal(FactorPruner):
         super().load_state_dict(state)
         self.discriminator.load_state_dict(state["discriminator"])
 
-    def _note(self, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
+    def _note(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         """Keeps the outputs of a training step; the loop gets them without a gradient."""
         if not (torch.is_grad_enabled() and module.training):
             return output
-        self._seen = Example(args, kwargs), output
+        self._seen = Example(args, kwargs), self._one(output)
         return output.detach()
 
 

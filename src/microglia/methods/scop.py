@@ -21,6 +21,7 @@ from typing import Any, ClassVar, Literal, cast
 import torch
 from torch import Tensor, nn
 
+from microglia.core.batch import map_tensors
 from microglia.core.devices import device_of
 from microglia.core.errors import BudgetError, ScoreError
 from microglia.core.masks import SCORES, MaskSet
@@ -193,8 +194,8 @@ class Scop(ChannelPruner):
         self._real = len(args[0]) if torch.is_grad_enabled() and module.training else 0
         return (torch.cat([args[0], self.fakes(self._real).to(args[0])]), *args[1:]) if self._real else args
 
-    def _halved(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        return output[: self._real] if self._real else output
+    def _halved(self, module: nn.Module, args: Any, output: Any) -> Any:
+        return map_tensors(lambda tensor: tensor[: self._real], output) if self._real else output
 
     def _mixed(self, name: str, dim: int, module: nn.Module, args: Any, output: Tensor) -> Tensor:
         if not self._real:

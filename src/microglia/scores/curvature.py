@@ -20,6 +20,8 @@ from microglia.scores.base import Evidence
 from microglia.scores.guard import untouched
 from microglia.scores.reading import loss_of, outputs_of
 
+LARGEST = 4096
+"""Outputs of one example for which Gauss-Newton is measured, at most."""
 SMALL = 1e-7
 """Eigenvalues of a loss's Hessian in its outputs below this share of the largest one count as zero."""
 
@@ -121,6 +123,11 @@ def _roots(outputs: Any, evidence: Evidence, targets: Any) -> Sequence[Tensor]:
     if not isinstance(outputs, Tensor):
         raise ScoreError(f"Gauss-Newton needs one tensor of outputs; got {type(outputs).__name__}: take fisher.")
     plain = outputs.detach()
+    if plain.numel() > LARGEST:
+        raise ScoreError(
+            f"Gauss-Newton takes a backward pass for each output of an example, at most {LARGEST:,}, and here are "
+            f"{plain.numel():,}: take fisher."
+        )
     hessian = torch.autograd.functional.hessian(lambda o: loss_of(evidence.loss, o, targets), plain)  # type: ignore[no-untyped-call]
     values, vectors = torch.linalg.eigh(hessian.reshape(plain.numel(), plain.numel()).double())  # type: ignore[attr-defined]
     large = values > SMALL * values.max().clamp_min(torch.finfo(values.dtype).tiny)

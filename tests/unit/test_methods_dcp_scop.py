@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from copy import deepcopy
-from typing import Any
 
 import pytest
 import torch
@@ -17,42 +16,7 @@ from microglia.methods.scop import images_of
 from microglia.scores import Evidence
 from microglia.tasks.classification import ImageSource
 from microglia.tasks.task import CLASSIFICATION, CrossEntropy
-
-STEPS = 6
-
-
-def network() -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 12, 3, padding=1), nn.BatchNorm2d(12),
-        nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 10),
-    )  # fmt: skip
-
-
-def images(seed: int = 1) -> tuple[Tensor, Tensor]:
-    made = torch.Generator().manual_seed(seed)
-    return torch.randn(16, 1, 6, 6, generator=made), torch.randint(10, (16,), generator=made)
-
-
-def made(kind: Any, model: nn.Module, **settings: Any) -> Any:
-    budget = {} if {"density", "flops", "params", "epsilon"} & set(settings) else {"density": 0.5}
-    evidence = Evidence([images(), images(2)], functional.cross_entropy, torch.Generator().manual_seed(0))
-    known = {"total_steps": STEPS, "example_inputs": images()[0][:1], "evidence": evidence}
-    return kind(model, **known | budget | settings)
-
-
-def descend(model: nn.Module, pruner: Any, steps: int = STEPS, **settings: Any) -> None:
-    optimizers = [torch.optim.SGD(pruner.weights_to_train(), lr=0.05, momentum=0.9, **settings), *pruner.optimizers()]
-    x, y = images()
-    model.train()
-    for _ in range(steps):
-        loss = functional.cross_entropy(model(x), y) + pruner.penalty()
-        for optimizer in optimizers:
-            optimizer.zero_grad()
-        loss.backward()
-        for optimizer in optimizers:
-            optimizer.step()
-        pruner.step(optimizers[0])
+from thinning import descend, images, made, network
 
 
 # ------------------------------------------------------------------------------------------------------------------ dcp

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from copy import deepcopy
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 import microglia as mg
+import thinning
 from microglia.core.errors import BudgetError, UnknownNameError
 from microglia.methods import Gal, Sss, methods
 from microglia.methods.proximal import ProximalGradient
@@ -21,39 +22,13 @@ from microglia.storage.run import Progress, Run
 from microglia.tasks.classification import ImageSource
 from microglia.tasks.task import CLASSIFICATION, CrossEntropy
 from microglia.train.optim import FitConfig
+from thinning import STEPS, images, network
 
-STEPS = 6
-
-
-def network() -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 12, 3, padding=1), nn.BatchNorm2d(12),
-        nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 10),
-    )  # fmt: skip
-
-
-def images() -> tuple[Tensor, Tensor]:
-    made = torch.Generator().manual_seed(1)
-    return torch.randn(16, 1, 6, 6, generator=made), torch.randint(10, (16,), generator=made)
+descend = partial(thinning.descend, momentum=0.0)
 
 
 def made(kind: Any, model: nn.Module, **settings: Any) -> Any:
     return kind(model, total_steps=STEPS, example_inputs=images()[0][:1], **settings)
-
-
-def descend(model: nn.Module, pruner: Any, steps: int = STEPS, targets: Tensor | None = None, lr: float = 0.05) -> None:
-    optimizers = [torch.optim.SGD(pruner.weights_to_train(), lr=lr), *pruner.optimizers()]
-    x, y = images()
-    model.train()
-    for _ in range(steps):
-        loss = functional.cross_entropy(model(x), y if targets is None else targets) + pruner.penalty()
-        for optimizer in optimizers:
-            optimizer.zero_grad()
-        loss.backward()
-        for optimizer in optimizers:
-            optimizer.step()
-        pruner.step(optimizers[0])
 
 
 # ------------------------------------------------------------------------------------------------------ proximal steps

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,48 +13,18 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import microglia as mg
+import thinning
 from microglia.core.errors import BudgetError, ScoreError, UnknownNameError
 from microglia.methods import Amc, Ccp, DeepHoyer, FilterNorms, Pfp, Taylor, methods
-from microglia.methods.ccp import change_of_loss, collaborative
+from microglia.methods.ccp import collaborative
 from microglia.methods.deephoyer import hoyer_square
 from microglia.methods.least_squares import solved
 from microglia.methods.not_built import NOT_BUILT
 from microglia.methods.pfp import sensitivity
-from microglia.scores import Evidence
+from thinning import descend, images, network
 
 STEPS = 12
-
-
-def network() -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 12, 3, padding=1), nn.BatchNorm2d(12),
-        nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 10),
-    )  # fmt: skip
-
-
-def images(seed: int = 1) -> tuple[Tensor, Tensor]:
-    made = torch.Generator().manual_seed(seed)
-    return torch.randn(16, 1, 6, 6, generator=made), torch.randint(10, (16,), generator=made)
-
-
-def made(kind: Any, model: nn.Module, **settings: Any) -> Any:
-    budget = {} if {"density", "flops", "params"} & set(settings) else {"density": 0.5}
-    evidence = Evidence([images(), images(2)], functional.cross_entropy, torch.Generator().manual_seed(0))
-    known = {"total_steps": STEPS, "example_inputs": images()[0][:1], "evidence": evidence}
-    return kind(model, **known | budget | settings)
-
-
-def descend(model: nn.Module, pruner: Any, steps: int) -> None:
-    optimizer = torch.optim.SGD(pruner.weights_to_train(), lr=0.05, momentum=0.9)
-    x, y = images()
-    model.train()
-    for _ in range(steps):
-        loss = functional.cross_entropy(model(x), y) + pruner.penalty()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        pruner.step(optimizer)
+made = partial(thinning.made, steps=STEPS)
 
 
 # ---------------------------------------------------------------------------------------------------------- taylor, gdp
@@ -149,6 +120,12 @@ def test_greedy_norms_leave_out_what_reads_removed_channels(norm: str) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------------ ccp
+def change_of_loss(gradients: Tensor, gone: Tensor) -> float:
+    """Returns the approximate change of the loss where channels go, from gradients (batches, channels)."""
+    found = gradients[:, gone].sum(1)
+    return float(-found.mean() + found.square().mean() / 2)
+
+
 def test_the_greedy_choice_is_the_best_of_all_and_knows_pairs() -> None:
     gradients = torch.randn(40, 6, generator=torch.Generator().manual_seed(0)).double()
     gradients[:, 4] = -gradients[:, 1]  # together they cost nothing

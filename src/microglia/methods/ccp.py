@@ -78,12 +78,6 @@ class Ccp(AtOnce):
         return torch.stack(rows)
 
 
-def change_of_loss(gradients: Tensor, gone: Tensor) -> float:
-    """Returns the approximate change of the loss where channels go, from gradients (batches, channels)."""
-    found = gradients[:, gone].sum(1)
-    return float(-found.mean() + found.square().mean() / 2)
-
-
 def collaborative(gradients: Tensor, count: int) -> Tensor:
     """Returns the channels that stay, boolean (channels,), where the others go one by one.
 

@@ -183,7 +183,7 @@ preset(
 preset(
     "wood-taylor",
     "woodfisher",
-    "WoodTaylor: WoodFisher with the gradient of the loss in its model; compare it with woodfisher, which did better on digits.",
+    "WoodTaylor: WoodFisher with the gradient of the loss; compare it with woodfisher, which did better on digits.",
     # alpha of 1e-5, 1e-3 and 0.1 were tried there, all worse; the largest came nearest, since it keeps the Newton step short.
     taylor=True,
     alpha=1.0,

@@ -15,6 +15,8 @@ from importlib.util import find_spec
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from microglia.core.progress import Bar, show_with
+
 if TYPE_CHECKING:
     from microglia import methods, studies, tasks
     from microglia.compress import pack, unpack
@@ -112,6 +114,14 @@ _MOVED = {
     "soft_topk": "core.soft_topk",
 }
 """The module of every name that version 0.1 had at the top: it still works there, and a warning names its place."""
+
+
+def _bar(title: str, total: int, done: int) -> Bar:
+    """Returns the bar that fits the terminal, notebook or log; its room is imported at the first one."""
+    return import_module("microglia.train.progress").fitting(title, total, done)  # type: ignore[no-any-return]
+
+
+show_with(_bar)
 
 
 def __getattr__(name: str) -> Any:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from microglia.lab.execute import execute
     from microglia.lab.recipe import Recipe
     from microglia.measure import measure
+    from microglia.report.hub import push
     from microglia.runtime import accelerate
     from microglia.scores import score
     from microglia.storage.archive import load, save
@@ -64,6 +65,7 @@ __all__ = [
     "pack",
     "permute_channels",
     "prune_channels",
+    "push",
     "save",
     "score",
     "select",
@@ -90,6 +92,7 @@ _PLACES = {
     "export": "export",
     "fit": "train.fit",
     "measure": "measure",
+    "push": "report.hub",
     "score": "scores",
     "select": "core.selection",
 }

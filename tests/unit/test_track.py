@@ -145,7 +145,9 @@ def test_trackers_are_no_part_of_a_run_s_identity(tmp_path: Path) -> None:
     try:
         run(tmp_path / "a", stop="train")
         told = Told()
-        with pytest.warns(UserWarning, match=r"The tracker counting failed and is left out: the disk of the store is full\.") as w:
+        with pytest.warns(
+            UserWarning, match=r"The tracker counting failed and is left out: the disk of the store is full\."
+        ) as w:
             result = run(tmp_path / "a", "counting", callbacks=(told,))
         assert len([one for one in w if "counting" in str(one.message)]) == 1
         assert result["pruned"]["metrics"]

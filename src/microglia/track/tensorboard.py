@@ -29,5 +29,3 @@ class TensorBoard(Tracker):
 
     def end(self) -> None:  # noqa: D102
         self._writer.close()  # type: ignore[no-untyped-call]
-
-

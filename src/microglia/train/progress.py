@@ -108,4 +108,3 @@ def fitting(title: str, total: int = 0, done: int = 0) -> Bar:
     if _in_notebook():
         return NotebookBar(title, total, done)
     return (TerminalBar if Console(stderr=True).is_terminal else Bar)(title, total, done)
-

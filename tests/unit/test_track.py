@@ -12,7 +12,6 @@ import microglia as mg
 from microglia.core.callbacks import Callback, Callbacks, Lines
 from microglia.core.errors import MissingLibraryError, UnknownNameError
 from microglia.lab.recipe import RecipeError, resolve
-from microglia.storage.run import Run
 from microglia.track import Place, Tracker, opened, trackers
 from microglia.track.tracker import TrackingError
 

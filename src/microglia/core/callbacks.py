@@ -8,7 +8,7 @@ from numbers import Real
 from typing import Any, Literal
 
 StageState = Literal["began", "resumed", "finished", "found"]
-"""``began`` anew; ``resumed`` after some epochs; ``finished`` now; ``found``: finished before, by this run or one it shares with."""
+"""``began`` anew; ``resumed`` after some epochs; ``finished`` now; ``found``: finished before, by it or a run with the same start."""
 
 log_of_stages = logging.getLogger("microglia.stages")
 log_of_epochs = logging.getLogger("microglia.epochs")

@@ -55,7 +55,7 @@ _display: list[Display] = [Bar]
 
 
 def progress_bar(title: str, total: int = 0, done: int = 0) -> Bar:
-    """Returns the progress of some work, to be used as ``with progress_bar("search", 40) as bar: ... bar.advance()``."""
+    """Shows the progress of some work: ``with progress_bar("search", 40) as bar: ... bar.advance()``."""
     return _display[-1](title, total, done)
 
 

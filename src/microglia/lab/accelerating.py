@@ -7,11 +7,11 @@ from typing import Any
 
 from torch import nn
 
+from microglia.core.progress import progress_bar
 from microglia.runtime import Accelerated, accelerate
 from microglia.runtime.accelerate import DENSE
 from microglia.tasks.task import Task
 from microglia.train.agreement import agreement
-from microglia.core.progress import progress_bar
 
 Json = dict[str, Any]
 

@@ -20,9 +20,9 @@ from microglia.core.masks import parametrized, unfinished
 from microglia.core.restore import restore
 from microglia.runtime.accelerated import Accelerated
 from microglia.runtime.reload import Kernels
+from microglia.storage import hub
 from microglia.storage.acceleration import remove_kernels, with_kernels, write_kernels
 from microglia.storage.changes import SOURCE, changes, changes_of, decode, replay, written_changes
-from microglia.storage import hub
 from microglia.storage.files import VERSION, check_header, read_tensors, write_atomic, write_tensors
 from microglia.storage.run import read_json
 from microglia.zoo import build

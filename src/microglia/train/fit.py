@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from microglia.core.callbacks import Callback, Callbacks
 from microglia.core.errors import TrainingError
+from microglia.core.progress import Bar, progress_bar
 from microglia.storage.run import Progress
 from microglia.tasks.task import Batches, Task
 from microglia.train.average import MovingAverage
@@ -22,7 +23,6 @@ from microglia.train.engine import OneProcess, accelerator, rank_and_world
 from microglia.train.evaluate import evaluate
 from microglia.train.groups import parameter_groups, plain_name
 from microglia.train.optim import FitConfig, epoch_batches, epoch_length, lay_out, make_optimizers, set_rates
-from microglia.core.progress import Bar, progress_bar
 from microglia.train.step import Step, clipped, objective, require_finite
 
 if TYPE_CHECKING:

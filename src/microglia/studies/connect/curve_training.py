@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from microglia.core.devices import device_of
 from microglia.core.errors import MicrogliaError
+from microglia.core.progress import Bar, progress_bar
 from microglia.storage.run import Progress
 from microglia.studies.space.curves import Curve
 from microglia.studies.space.points import Point, check_alike, visiting
@@ -21,7 +22,6 @@ from microglia.tasks.task import Task
 from microglia.train.engine import accelerator
 from microglia.train.fit import Row
 from microglia.train.optim import FitConfig, epoch_batches, lay_out, make_optimizers, refuse_additions
-from microglia.core.progress import Bar, progress_bar
 from microglia.train.step import Step, clipped, objective
 
 

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from microglia.core.errors import MicrogliaError
 from microglia.core.patterns import Reduction, parse_pattern
+from microglia.core.progress import progress_bar
 from microglia.lab.target import open_target
 from microglia.methods.config import MethodConfig
 from microglia.methods.procedure import evidence
@@ -28,7 +29,6 @@ from microglia.studies.space.gauge import Gauge
 from microglia.studies.study import Study, Work, conduct, register
 from microglia.tasks.task import Split, Task
 from microglia.train.engine import accelerator
-from microglia.core.progress import progress_bar
 
 Json = dict[str, Any]
 

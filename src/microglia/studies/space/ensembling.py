@@ -15,12 +15,12 @@ from microglia.core.batch import to_device
 from microglia.core.devices import device_of
 from microglia.core.errors import MicrogliaError
 from microglia.core.modes import evaluating
+from microglia.core.progress import progress_bar
 from microglia.storage.run import Progress
 from microglia.tasks.task import Split, Task
 from microglia.train.engine import accelerator
 from microglia.train.fit import Row
 from microglia.train.optim import FitConfig, epoch_batches, lay_out, make_optimizers, refuse_additions
-from microglia.core.progress import progress_bar
 from microglia.train.step import Step, clipped, objective
 
 EXPECTED = "give the state_dict of the optimizer that trained this model."

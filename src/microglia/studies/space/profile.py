@@ -9,13 +9,13 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from microglia.core.progress import progress_bar
 from microglia.storage.run import Progress
 from microglia.studies.space.curves import Chain, Curve, check_parameter, walked
 from microglia.studies.space.ensembling import Averaged, probabilities
 from microglia.studies.space.gauge import Gauge
 from microglia.studies.space.points import Point, move, visiting
 from microglia.tasks.task import Split
-from microglia.core.progress import progress_bar
 
 Path = Callable[[float], Point]
 """A path: the place at t in [0, 1]. `Curve.point` is one, `polyline` makes one."""

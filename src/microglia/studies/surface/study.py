@@ -13,6 +13,7 @@ from torch import nn
 
 from microglia.core.errors import MicrogliaError
 from microglia.core.masks import fold, masks_of
+from microglia.core.progress import progress_bar
 from microglia.lab.target import open_target
 from microglia.storage.files import digest
 from microglia.storage.run import TRAJECTORY, Run
@@ -27,7 +28,6 @@ from microglia.studies.surface.figures import figures
 from microglia.studies.surface.grid import Normalization, grid, measure_row, random_direction
 from microglia.tasks.task import Split, Task
 from microglia.train.engine import accelerator
-from microglia.core.progress import progress_bar
 
 MARGIN = 1.1  # how much farther than the farthest place of a trajectory the plane reaches
 Json = dict[str, Any]

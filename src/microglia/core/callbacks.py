@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping
-from numbers import Real
 from typing import Any, Literal
 
 StageState = Literal["began", "resumed", "finished", "found"]
@@ -104,4 +103,4 @@ class Lines(Callback):
 
 def numbers(values: Mapping[str, Any]) -> dict[str, float]:
     """Returns the entries that are numbers, not truth values."""
-    return {name: float(v) for name, v in values.items() if isinstance(v, Real) and not isinstance(v, bool)}
+    return {name: float(v) for name, v in values.items() if isinstance(v, int | float) and type(v) is not bool}

@@ -98,6 +98,5 @@ def _check(repository: str, names: list[str]) -> None:
         what = f"; its code and pickles, such as {unread[0]}, are never read" if unread else ""
         raise FileError(f"The repository {repository} holds no model of this library: {' and '.join(missing)} missing{what}.")
     if unread:
-        warnings.warn(
-            f"{repository} also holds code or pickles ({unread[0]}); they are neither fetched nor read.", stacklevel=4
-        )
+        text = f"{repository} also holds code or pickles ({unread[0]}); they are neither fetched nor read."
+        warnings.warn(text, stacklevel=4)

@@ -133,8 +133,7 @@ def opened(names: Sequence[str], place: Place) -> list[Tracker]:
     """
     made: list[Tracker] = []
     try:
-        for name in dict.fromkeys(names):
-            made.append(trackers[name](place))
+        made.extend(trackers[name](place) for name in dict.fromkeys(names))
     except Exception:
         for tracker in made:
             tracker.close()

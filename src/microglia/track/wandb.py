@@ -13,7 +13,7 @@ PROJECT = "microglia"
 
 @trackers.add("wandb")
 class WeightsAndBiases(Tracker):
-    """Writes the recipe and metrics as one run of the project `PROJECT`, or of ``WANDB_PROJECT``; ``WANDB_MODE`` decides too."""
+    """Writes the recipe and metrics as one run of the project `PROJECT`, or of ``WANDB_PROJECT``."""
 
     name: ClassVar[str] = "wandb"
     modules: ClassVar[tuple[str, ...]] = ("wandb",)

@@ -170,7 +170,8 @@ def test_a_resumed_stage_says_after_which_epoch(tmp_path: Path, caplog: pytest.L
     caplog.set_level(logging.INFO, "microglia")
     with pytest.raises(Stopped):
         mg.execute(resolve(RECIPE), tmp_path / "a", callbacks=[StopSecond()])
-    assert [r.getMessage() for r in caplog.records if r.name == "microglia.epochs"][0].startswith("dense: epoch 1, loss ")
+    first = next(r.getMessage() for r in caplog.records if r.name == "microglia.epochs")
+    assert first.startswith("dense: epoch 1, loss ")
     mg.execute(resolve(RECIPE), tmp_path / "a")
     mg.execute(resolve(RECIPE), tmp_path / "a")
     lines = [r.getMessage() for r in caplog.records if r.name == "microglia.stages" and r.levelno >= logging.INFO]
@@ -200,7 +201,7 @@ def test_the_base_does_nothing_and_several_are_one() -> None:
 
 
 def test_wrong_input_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UnknownNameError, match="There is no tracker named 'tensorbord'. Did you mean 'tensorboard'"):
+    with pytest.raises(UnknownNameError, match=r"There is no tracker named 'tensorbord'. Did you mean 'tensorboard'"):
         run(tmp_path / "a", "tensorbord")
     assert not (tmp_path / "a").exists()
     with pytest.raises(RecipeError, match="a directory"):
@@ -214,7 +215,7 @@ def test_an_unreachable_server_is_refused_before_training(tmp_path: Path, monkey
     pytest.importorskip("mlflow")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    with pytest.raises(TrackingError, match="The tracker mlflow cannot be opened.*nothing was trained yet"):
+    with pytest.raises(TrackingError, match=r"The tracker mlflow cannot be opened.*nothing was trained yet"):
         run(tmp_path / "a", "mlflow")
     assert not list((tmp_path / "a" / "stages").iterdir())
     assert run(tmp_path / "a")["pruned"], "the same directory goes on without it"

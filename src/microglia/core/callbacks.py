@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 StageState = Literal["began", "resumed", "finished", "found"]
-"""``began`` anew; ``resumed`` after some epochs; ``finished`` now; ``found``: finished before, by it or a run with the same start."""
+"""``began`` anew; ``resumed`` after some epochs; ``finished`` now; ``found``: finished before, also by another run."""
 
 log_of_stages = logging.getLogger("microglia.stages")
 log_of_epochs = logging.getLogger("microglia.epochs")

@@ -55,7 +55,14 @@ _display: list[Display] = [Bar]
 
 
 def progress_bar(title: str, total: int = 0, done: int = 0) -> Bar:
-    """Shows the progress of some work: ``with progress_bar("search", 40) as bar: ... bar.advance()``."""
+    """Shows the progress of some work.
+
+    Example:
+        >>> with progress_bar("search", 2) as bar:
+        ...     bar.advance()
+        >>> bar.done
+        1
+    """
     return _display[-1](title, total, done)
 
 

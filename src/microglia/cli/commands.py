@@ -99,6 +99,7 @@ def prune(
     recipe: Annotated[Path | None, ran(help="YAML recipe; options and KEY=VALUE override it.")] = None,
     out: Annotated[Path | None, ran(help="Run directory; the same command resumes there.")] = None,
     starts: Annotated[Path | None, ran(help="Directory in which runs share their dense networks.")] = None,
+    track: Annotated[list[str] | None, ran(help="Trackers that follow the run: tensorboard, mlflow, wandb.")] = None,
     json_: Json = False,
 ) -> Shown:
     """Prune a model on data: load or train it, prune, recover, measure, save.
@@ -112,7 +113,7 @@ def prune(
         "device": device, "train.epochs": epochs, "train.lr": lr, "prune.pattern": pattern, "prune.scope": scope,
         "prune.density": density, "prune.params": params, "prune.flops": flops, "prune.ms": ms, "prune.bytes": bytes_,
         "prune.within": within, "prune.round_to": round_to, "prune.permute": permute, "prune.layers": layers,
-        "prune.exclude": exclude, "prune.protect": protect, "measure.accelerate": accelerate,
+        "prune.exclude": exclude, "prune.protect": protect, "measure.accelerate": accelerate, "track": track,
     }  # fmt: skip
     source: dict[str, Any] = read_yaml(recipe) if recipe is not None else {}
     for key, value in given.items():

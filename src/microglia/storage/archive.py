@@ -20,6 +20,7 @@ from microglia.core.masks import parametrized, unfinished
 from microglia.core.restore import restore
 from microglia.runtime.accelerated import Accelerated
 from microglia.runtime.reload import Kernels
+from microglia.storage import hub
 from microglia.storage.acceleration import remove_kernels, with_kernels, write_kernels
 from microglia.storage.changes import SOURCE, changes, changes_of, decode, replay, written_changes
 from microglia.storage.files import VERSION, check_header, read_tensors, write_atomic, write_tensors
@@ -72,7 +73,7 @@ def load(
     """Returns the saved model, bit for bit; code that its files name is imported or run only on request.
 
     Args:
-        directory: The directory that `save` wrote.
+        directory: The directory that `save` wrote; or ``hub:OWNER/NAME``, which is fetched from the Hugging Face hub.
         model: A freshly built model of the same architecture to load into; dense even if the saved one was shrunk. It is needed
             if the saved model was not made by `microglia.tasks.build`.
         trust: Whether the files may name any model to build, such as ``package.module:function``, which is then imported
@@ -86,7 +87,7 @@ def load(
         FileError: A file is missing, damaged, truncated, foreign, or newer than this library; or the model does not fit, or the
             file may not name it.
     """
-    directory = Path(directory)
+    directory = hub.fetched(str(directory)) if str(directory).startswith(hub.PREFIX) else Path(directory)
     plan, state = _read(directory)
     return with_kernels(directory, rebuilt(directory, plan, state, model, trust=trust), plan["digest"], kernels)
 

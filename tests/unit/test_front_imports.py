@@ -94,6 +94,7 @@ class TestWhatIsImported:
         """Registries are full then: methods and scores register themselves when they are imported."""
         loaded = loaded_by(
             "from microglia import *\n"
+            "import microglia.cli.commands\n"
             "from microglia.methods import methods as known\n"
             "from microglia.scores import scores\n"
             "assert 'smart' in list(known) and 'ftwt' in list(known) and 'synflow' in list(scores)"

@@ -111,12 +111,15 @@ def top(
     """Prune any PyTorch model, see it get measurably faster and smaller, and load the result anywhere."""
 
 
-def command(function: Callable[..., Shown], *, example: str | None = None) -> Callable[..., Any]:
+def command(
+    function: Callable[..., Shown], *, example: str | None = None, kind: type[TyperCommand] | None = None
+) -> Callable[..., Any]:
     """Registers a command that prints its result; a user's error ends in one sentence and status 1.
 
     Args:
         function: The command; its docstring is the help text and its arguments are the options.
         example: A command line for the end of the help text.
+        kind: Class of the command; None for the usual one.
     """
 
     @wraps(function)
@@ -151,7 +154,7 @@ def command(function: Callable[..., Shown], *, example: str | None = None) -> Ca
     printed.__signature__ = own.replace(parameters=[*own.parameters.values(), option])  # type: ignore[attr-defined]
     printed.__annotations__ = {**{name: p.annotation for name, p in own.parameters.items()}, "trust": Trust}
     panel = COMMANDS[function.__name__].panel if function.__name__ in COMMANDS else STUDIES
-    return app.command(rich_help_panel=panel, epilog=example and f"Example: [bold]{example}[/bold]")(printed)
+    return app.command(cls=kind, rich_help_panel=panel, epilog=example and f"Example: [bold]{example}[/bold]")(printed)
 
 
 def show_log() -> None:

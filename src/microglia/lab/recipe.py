@@ -142,7 +142,7 @@ def resolve(source: Mapping[str, Any]) -> Recipe:
     """
     source = settle_task(source)
     defaults = {**as_dict(Recipe()), **_meant(source)}
-    name = source.get("method", defaults["method"])
+    name = named_method(source)
     if isinstance(name, str):  # other values are refused below
         defaults["train"] = asdict(methods[name].training)
     recipe: Recipe = _validate(_recipe, merge(defaults, source), "recipe")
@@ -167,6 +167,11 @@ def completed(recipe: Mapping[str, Any]) -> dict[str, Any]:
         return dict(recipe)
     usual = TypeAdapter(dict[str, Any]).dump_python(left_out(methods[name].config), mode="json")
     return {**recipe, "prune": {**usual, **prune}}
+
+
+def named_method(source: Mapping[str, Any]) -> Any:
+    """Returns the name of a recipe's method: as given, or as its budget implies."""
+    return source.get("method", _meant(source).get("method", Recipe.method))
 
 
 def _meant(source: Mapping[str, Any]) -> dict[str, str]:

@@ -6,7 +6,7 @@ import copy
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -120,16 +120,25 @@ def described(model: nn.Module) -> tuple[nn.Module, dict[str, Any], bool]:
 
 
 def rebuilt(
-    place: Path, plan: Mapping[str, Any], state: Mapping[str, Tensor], model: nn.Module | None = None, *, trust: bool = False
+    place: Path,
+    plan: Mapping[str, Any],
+    state: Mapping[str, Tensor],
+    model: nn.Module | None = None,
+    *,
+    trust: bool = False,
+    outline: Mapping[str, Tensor] | None = None,
+    fill: Callable[[nn.Module, Mapping[str, Tensor]], nn.Module] = restore,
 ) -> nn.Module:
     """Returns the model of a plan and a state, which any kind of file may hold.
 
     Args:
         place: Name of the file or directory, for errors.
         plan: Content of `described`, checked to be of this kind and version.
-        state: The stored tensors.
+        state: The stored tensors; they may be read on request.
         model: See `load`.
         trust: See `load`.
+        outline: Tensors with the stored shapes, whose values do not count; None for the state itself.
+        fill: Loads the state into the model and returns it.
 
     Raises:
         FileError: See `load`.
@@ -137,13 +146,13 @@ def rebuilt(
     done = decode(plan, state)
     if model is None:
         with trusting(trust):
-            model = _build(place, plan, state)
+            model = _build(place, plan, state if outline is None else outline)
     cut = next((key for key, before in changes_of(model).items() if before.kind.cuts), None)
     if cut is not None:
         raise FileError(f"Pass a freshly built, dense {type(model).__name__} to load {place} into, not a {cut} one.")
     model = replay(model, done)
     try:
-        return restore(model, state)
+        return fill(model, state)
     except (RuntimeError, MicrogliaError) as error:
         raise FileError(f"The weights in {place} do not fit {type(model).__name__}: {error}") from error
 

@@ -6,7 +6,8 @@
                 and after --epochs epochs of it. `random` is the mean over --draws draws
 
 Run: ``OMP_NUM_THREADS=1 python benchmarks/hrank_claims.py --checkpoint resnet56-4bfd9763.th``. One table for each claim; the
-last lines say which claim holds. ``--out`` keeps the numbers as JSON.
+last lines say which claim holds. ``--out results/structured/hrank_claims.json`` keeps the numbers and the sentences, and
+`structured_table.py --write` takes the sentences into its document.
 """
 
 from __future__ import annotations
@@ -208,7 +209,13 @@ def main() -> None:
     accuracies = Trial(judged, model, one, asked.density, training).order(asked.draws)
     shown(Console(), agreements, accuracies)
     if asked.out is not None:
-        told = {"agreement": agreements, "order": [vars(one) for one in accuracies], "asked": vars(asked) | {"out": None}}
+        told = {
+            "verdicts": list(verdicts(agreements, accuracies)),
+            "agreement": agreements,
+            "order": [vars(one) for one in accuracies],
+            "asked": vars(asked) | {"out": None, "checkpoint": asked.checkpoint and Path(asked.checkpoint).name},
+        }
+        asked.out.parent.mkdir(parents=True, exist_ok=True)
         asked.out.write_text(json.dumps(told, indent=1) + "\n")
 
 

@@ -2,10 +2,13 @@
 
 All start from one trained network and keep --flops of its multiply-accumulates; all recover for --epochs epochs with the same
 settings, in the same order of the data. A method that trains before its cut has as many epochs for that; the column `epochs` is
-the sum. `scratch` trains the shape of the first row from fresh weights for its epochs: the control of all.
+the sum. A method that removes channels while it trains has only one training. `scratch` trains the shape of the first row from
+fresh weights for its epochs: the control of all.
 
-Every run is a directory under --runs and goes on where it stopped; a finished one is not repeated. The document is written anew
-after each row. A method that refuses the network has its sentence in the row.
+Every run is a directory under --runs and goes on where it stopped. A finished row is kept in --results, one file for each
+network and setting, and is not run again, also on a machine without the runs. The document holds the tables of all these
+files, and HRank's claims as `hrank_claims.py` measured them; it is written anew after each row, and by --write alone. Two
+processes may share the files if their --methods or --seeds differ. A method that refuses the network has its sentence.
 
 Run, for hours in the background: ``OMP_NUM_THREADS=1 python benchmarks/structured_table.py --checkpoint resnet56-4bfd9763.th``
 ``--limit 2`` takes two batches of each epoch, to see that it works: the numbers mean nothing then, and the document says so.
@@ -16,10 +19,9 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import product
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
@@ -27,75 +29,45 @@ from rich.console import Console
 
 import microglia as mg
 from microglia.core.errors import MicrogliaError
+from microglia.core.timing import processor_name
 from microglia.graph import plan_of, replay
 from microglia.lab.execute import execute, make_task
 from microglia.lab.recipe import Recipe, method_config, resolve
 from microglia.measure import count_macs
 from microglia.measure.published import producer_macs
-from microglia.methods import ChannelConfig, methods
+from microglia.methods import ChannelConfig, UnitConfig, methods
 from microglia.methods.procedure import train
-from microglia.report.cells import Entry, markdown_table, of_spread, of_words
-from microglia.report.spread import Spread
 from microglia.storage.archive import load
 from microglia.storage.files import write_atomic
 from microglia.storage.run import Run
 from microglia.train.evaluate import evaluate
+from structured_rows import Row, claims_in, document, locked, read, tables_in
 
 SCORES = ("l2", "scale", "taylor-weights", "nisp", "lamp", "random")
 """Scores of the method `channels`: one row for each. `l1` and `taylor` are methods of their own."""
+GLOBAL = "l2-global"
+"""The score `l2`, all groups in one order."""
 VARIANTS = ("edge", "random", "reverse")
 """Variants of HRank beside its own."""
 SCRATCH = "scratch"
-TITLES = (
-    "method", "n", "before recovery, %", "after, %", "MACs, exact", "MACs, papers' count", "parameters", "ms", "epochs",
-    "seconds",
-)  # fmt: skip
-PUBLISHED = (
-    ("L1", "93.06", "90.90 M"), ("HRank", "93.52", "88.72 M"), ("HRank", "93.17", "62.72 M"), ("HRank", "90.72", "32.52 M"),
-    ("GAL", "92.98", "78.3 M"), ("GAL", "90.36", "49.99 M"), ("He et al.", "90.80", "62.0 M"), ("NISP", "93.01", "81.0 M"),
-    ("polarization", "93.83", "-47 %"), ("FPGM", "93.49", "-53 %"), ("SFP", "93.35", "-51 %"), ("slimming", "93.27", "-48 %"),
-    ("DCP", "about 93.5", "-50 %"), ("group norm", "93.77", "-53 %"),
-)  # fmt: skip
-"""Method, accuracy and multiply-accumulates of ResNet-56 on CIFAR-10, as the papers print them."""
-REACH = (
-    "The dense network has 125.49 M multiply-accumulates by both counts. The published rows take 100 to 400 epochs, HRank 30 "
-    "for each of 55 layers. A few epochs compare methods at one short budget, and can come near the rows of L1, NISP and HRank "
-    "at about 90 M. They do not reach the rows at half of the operations: these wait for a GPU and --epochs of their length."
-)
-
-
-@dataclass(frozen=True)
-class Row:
-    """One method on one seed.
-
-    Attributes:
-        name: Name of the row.
-        before: Accuracy after the cut, without recovery; None if the method has no such moment.
-        after: Accuracy in the end.
-        macs: Multiply-accumulates, exact.
-        published: The same by the papers' count.
-        parameters: All parameters.
-        ms: Median milliseconds of the fastest execution of one image; None if it was not timed.
-        epochs: Epochs of all trainings after the dense network.
-        seconds: Duration of the run.
-        refused: Sentence of a method that does not take the network; the numbers are 0 then.
-    """
-
-    name: str
-    before: float | None = None
-    after: float = 0.0
-    macs: int = 0
-    published: int = 0
-    parameters: int = 0
-    ms: float | None = None
-    epochs: int = 0
-    seconds: float = 0.0
-    refused: str = ""
 
 
 @dataclass(frozen=True)
 class Bench:
-    """What all rows have in common."""
+    """What all rows have in common.
+
+    Attributes:
+        model: Name of the network.
+        data: Name of the data.
+        checkpoint: File of the trained weights; None trains the network first.
+        flops: Kept fraction of the multiply-accumulates.
+        epochs: Epochs of each training.
+        lr: Learning rate of the recovery.
+        limit: Batches in an epoch, for a trial.
+        timed: Whether models are timed.
+        runs: Directory of the runs.
+        results: Directory of the rows; that of the runs where left out.
+    """
 
     model: str
     data: str
@@ -106,6 +78,50 @@ class Bench:
     limit: int | None
     timed: bool
     runs: Path
+    results: Path | None = None
+
+    @property
+    def setting(self) -> dict[str, Any]:
+        """What the rows of one file share, JSON-ready."""
+        return {
+            "model": self.model,
+            "data": self.data,
+            "checkpoint": None if self.checkpoint is None else Path(self.checkpoint).name,
+            "flops": self.flops,
+            "epochs": self.epochs,
+            "lr": self.lr,
+            "limit": self.limit,
+        }
+
+    @property
+    def file(self) -> Path:
+        """The file of the finished rows."""
+        trial = "" if self.limit is None else "-trial"
+        return (self.results or self.runs) / f"{self.model}-{100 * self.flops:g}{trial}.json"
+
+    def kept(self) -> list[Row]:
+        """Returns the finished rows.
+
+        Raises:
+            SystemExit: The file holds rows of other settings.
+        """
+        if not self.file.exists():
+            return []
+        setting, rows = read(self.file)
+        if setting != self.setting:
+            other = [f"{key} {setting.get(key)!r}" for key, value in self.setting.items() if setting.get(key) != value]
+            raise SystemExit(f"{self.file} holds rows of other settings ({', '.join(other)}): give another --results.")
+        return rows
+
+    def keep(self, row: Row) -> None:
+        """Adds a finished row to the file; another process may do the same."""
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        self.runs.mkdir(parents=True, exist_ok=True)
+        with locked(self.runs / ".rows.lock"):
+            machine = {"processor": processor_name(), "torch": torch.__version__, "microglia": mg.__version__}
+            rows = [asdict(one) for one in [*self.kept(), row]]
+            found = {"setting": self.setting, "machine": machine, "rows": rows}
+            write_atomic(self.file, json.dumps(found, indent=1) + "\n")
 
     def source(self, seed: int) -> dict[str, Any]:
         """Returns the fields of a recipe that all rows share."""
@@ -122,20 +138,19 @@ class Bench:
 
     def recipe(self, name: str, seed: int) -> Recipe:
         """Returns the recipe of a row."""
-        method, prune = settings_of(name)
+        method, prune = settings_of(name, self.epochs)
         return resolve({**self.source(seed), "method": method, "prune": {"flops": self.flops, **prune}})
 
     def row(self, name: str, seed: int) -> Row:
-        """Returns a row, from its file or by running it."""
-        kept = self.runs / f"{name}-{seed}" / "row.json"
-        if kept.exists():
-            return Row(**json.loads(kept.read_text()))
+        """Returns a row, from the file or by running it."""
+        for row in self.kept():
+            if (row.name, row.seed) == (name, seed):
+                return row
         try:
             row = self.scratch(seed) if name == SCRATCH else self.made(name, seed)
         except MicrogliaError as error:
-            row = Row(name, refused=str(error))
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(kept, json.dumps(asdict(row), indent=1) + "\n")
+            row = Row(name, seed, refused=str(error))
+        self.keep(row)
         return row
 
     def made(self, name: str, seed: int) -> Row:
@@ -143,16 +158,16 @@ class Bench:
         recipe = self.recipe(name, seed)
         result = execute(recipe, self.place(name, seed), starts=self.runs / "starts")
         config = method_config(recipe)
-        before_cut = getattr(config, "sparse", None)
         return Row(
             name,
+            seed,
             before=None if result.before is None else result.before.metrics[result.headline],
             after=result.pruned.metrics[result.headline] or 0.0,
             macs=result.pruned.macs.total,
             published=self.published(name, seed),
             parameters=result.pruned.parameters.all,
             ms=result.latency.best("pruned")[1].median if result.latency is not None else None,
-            epochs=config.train.epochs + (before_cut.epochs if before_cut is not None else 0),
+            epochs=epochs_of(config),
             seconds=result.seconds,
         )
 
@@ -171,7 +186,7 @@ class Bench:
         """Trains the shape of the first row from fresh weights, as long as that row was trained."""
         first = self.row(SCORES[0], seed)
         if first.refused:
-            return Row(SCRATCH, refused=f"There is no shape to train: {first.refused}")
+            return Row(SCRATCH, seed, refused=f"There is no shape to train: {first.refused}")
         begun = time.perf_counter()
         task = make_task(self.recipe(SCORES[0], seed))
         plan = plan_of(load(self.place(SCORES[0], seed) / "model", task.build()))
@@ -187,71 +202,37 @@ class Bench:
         return replace(first, name=SCRATCH, before=None, after=accuracy, seconds=seconds)
 
 
-def settings_of(name: str) -> tuple[str, dict[str, Any]]:
-    """Returns the method of a row and the settings that it adds."""
+def settings_of(name: str, epochs: int) -> tuple[str, dict[str, Any]]:
+    """Returns the method of a row and the settings that it adds, with as many epochs for a search as for the recovery."""
     if name in SCORES:
         return "channels", {"score": name, "scope": "uniform", "round_to": 1}
+    if name == GLOBAL:
+        return "channels", {"score": "l2", "scope": "global", "round_to": 1}
+    if issubclass(methods[name].config if name in methods else object, UnitConfig):
+        return name, {"pattern": "channel"}
     if name.startswith("hrank-"):
         return "hrank", {"variant": name.removeprefix("hrank-")}
+    if name == "ddnp":
+        return name, {"search_epochs": round(epochs / methods[name].config.search_share)}
     return name, {}
 
 
+def epochs_of(config: Any) -> int:
+    """Returns the epochs of all trainings after the dense network; a search may pass over a share of the images."""
+    before_cut = getattr(config, "sparse", None)
+    search = getattr(config, "search_epochs", 0) * getattr(config, "search_share", 1.0)
+    return int(config.train.epochs + (before_cut.epochs if before_cut is not None else 0) + round(search))
+
+
 def names_of_rows() -> list[str]:
-    """Returns every row: the scores, each registered method that removes channels by a config of its own, and the control."""
-    own = [
-        name for name, method in methods.items() if issubclass(method.config, ChannelConfig) and method.original in ("", name)
-    ]
-    return [*SCORES, *sorted(own), "ddnp", *(f"hrank-{variant}" for variant in VARIANTS), SCRATCH]
+    """Returns every row.
 
-
-def document(bench: Bench, found: Sequence[Row]) -> str:
-    """Returns the document of all rows so far."""
-    by_name: dict[str, list[Row]] = {}
-    for row in found:
-        by_name.setdefault(row.name, []).append(row)
-    kept = [rows for rows in by_name.values() if not rows[0].refused]
-    kept.sort(key=lambda rows: -sum(row.after for row in rows) / len(rows))
-    lines = [
-        f"# Removing channels: {bench.model} on {bench.data}",
-        "",
-        f"All rows start from the same weights and keep {100 * bench.flops:g} % of the multiply-accumulates. All recover for "
-        f"{bench.epochs} epochs at a learning rate of {bench.lr:g}, in the same order of the data. The exact count is that of "
-        "the smaller model; the papers' count leaves out that layers read fewer channels. Written by "
-        "`benchmarks/structured_table.py`.",
-        "",
-    ]
-    if bench.limit is not None:
-        lines += [
-            f"**A trial of {bench.limit} batches in each epoch: it shows that the bench works, and the numbers mean nothing.**",
-            "",
-        ]
-    lines += [*markdown_table(TITLES, map(_entries, kept), TITLES[:1]), ""]
-    refused = [rows[0] for rows in by_name.values() if rows[0].refused]
-    lines += [f"- `{row.name}`: {row.refused}" for row in refused] + ([""] if refused else [])
-    if bench.model == "resnet56":
-        published = [list(map(of_words, row)) for row in PUBLISHED]
-        titles = ("method", "accuracy, %", "MACs, papers' count")
-        lines += ["## As published", "", REACH, "", *markdown_table(titles, published, titles[:1]), ""]
-    return "\n".join(lines)
-
-
-def _entries(rows: Sequence[Row]) -> list[Entry]:
-    before = [row.before for row in rows if row.before is not None]
-    times = [row.ms for row in rows if row.ms is not None]
-    mean = {
-        name: sum(getattr(row, name) for row in rows) / len(rows) for name in ("macs", "published", "parameters", "seconds")
-    }
-    return [
-        of_words(rows[0].name),
-        Entry(str(len(rows)), len(rows)),
-        of_spread(Spread.of(before) if before else None, 100),
-        of_spread(Spread.of(row.after for row in rows), 100),
-        *(Entry(f"{mean[name] / 1e6:.2f} M", mean[name]) for name in ("macs", "published")),
-        Entry(f"{mean['parameters'] / 1e6:.3f} M", mean["parameters"]),
-        Entry(f"{median(times):.2f}" if times else "", median(times) if times else 0.0),
-        Entry(str(rows[0].epochs), rows[0].epochs),
-        Entry(f"{mean['seconds']:,.0f}", mean["seconds"]),
-    ]
+    These are the scores, each registered method that removes channels by a config of its own, each that chooses channels while
+    it trains, and the control.
+    """
+    kinds = (ChannelConfig, UnitConfig)
+    own = [name for name, method in methods.items() if issubclass(method.config, kinds) and method.original in ("", name)]
+    return [*SCORES, GLOBAL, *sorted(own), "ddnp", *(f"hrank-{variant}" for variant in VARIANTS), SCRATCH]
 
 
 def main() -> None:
@@ -266,7 +247,9 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=names_of_rows(), default=names_of_rows(), metavar="NAME")
     parser.add_argument("--limit", type=int, help="batches in an epoch, for a trial")
     parser.add_argument("--untimed", action="store_true", help="leave the milliseconds out")
+    parser.add_argument("--write", action="store_true", help="only write the document from the finished rows")
     parser.add_argument("--runs", type=Path, default=Path("runs/structured"))
+    parser.add_argument("--results", type=Path, default=Path("results/structured"))
     parser.add_argument("--document", type=Path, default=Path("docs/structured/results.md"))
     asked = parser.parse_args()
     bench = Bench(
@@ -278,16 +261,16 @@ def main() -> None:
         asked.lr,
         asked.limit,
         not asked.untimed,
-        asked.runs,
+        asked.runs / f"{asked.model}-{100 * asked.flops:g}",
+        asked.results,
     )
     asked.document.parent.mkdir(parents=True, exist_ok=True)
-    found: list[Row] = []
-    for seed in asked.seeds:
-        for name in asked.methods:
-            found.append(bench.row(name, seed))
-            write_atomic(asked.document, document(bench, found))
-            told = found[-1].refused or f"{100 * found[-1].after:.2f} %"
-            Console().print(f"{name}, seed {seed}: {told}", highlight=False, soft_wrap=True)
+    for seed, name in [] if asked.write else product(asked.seeds, asked.methods):
+        row = bench.row(name, seed)
+        write_atomic(asked.document, document(tables_in(asked.results), claims_in(asked.results)))
+        told = row.refused or f"{100 * row.after:.2f} %"
+        Console().print(f"{name}, seed {seed}: {told}", highlight=False, soft_wrap=True)
+    write_atomic(asked.document, document(tables_in(asked.results), claims_in(asked.results)))
 
 
 if __name__ == "__main__":

@@ -45,7 +45,8 @@ def test_scalings_to_two_cores_are_valid(path):
         assert recipe.data == recipe.task["data"] == "bccd"
         assert recipe.task["size"] == 320
         assert recipe.method in methods
-        method_config(recipe)
+        config = method_config(recipe)
+        assert (config.flops is not None) == (config.pattern == "channel")  # channels are compared at equal operations
 
 
 def test_the_model_says_the_kind():

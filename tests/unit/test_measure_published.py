@@ -20,7 +20,7 @@ from microglia.lab.execute import make_task
 from microglia.lab.recipe import method_config, read_yaml, resolve
 from microglia.measure import Macs, count_macs
 from microglia.measure.published import producer_macs
-from microglia.methods import ChannelConfig, methods
+from microglia.methods import ChannelConfig
 from microglia.zoo import build
 
 ROOT = Path(__file__).parent.parent.parent
@@ -34,7 +34,11 @@ def script(name: str) -> ModuleType:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
+    sys.path.insert(0, str(ROOT / "benchmarks"))  # scripts share modules
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.pop(0)
     return module
 
 
@@ -81,8 +85,13 @@ def test_every_row_names_a_method_and_fits_its_config(bench: tuple[ModuleType, A
     table, _ = bench
     names = table.names_of_rows()
     assert {"l1", "slimming", "polarization", "group-lasso", "sfp", "fpgm", "hrank", "thinet", "eagleeye", "amc"} <= set(names)
+    assert {"smart", "pdp", "pas", "awg", "acdc", "l2-global", "ddnp"} <= set(names)
     assert len(set(names)) == len(names)
-    assert all(table.settings_of(name)[0] in methods for name in names if name != table.SCRATCH)
+    for name in names:
+        if name != table.SCRATCH:
+            method, settings = table.settings_of(name, 3)
+            config = method_config(resolve({"method": method, "prune": {"flops": 0.5, **settings}, "train": {"epochs": 3}}))
+            assert (config.pattern, config.flops, table.epochs_of(config) % 3) == ("channel", 0.5, 0)
 
 
 def test_rows_are_kept_and_not_run_again(bench: tuple[ModuleType, Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,7 +106,7 @@ def test_rows_are_kept_and_not_run_again(bench: tuple[ModuleType, Any], monkeypa
     assert all(0 <= row.after <= 1 and not row.refused for row in found)
     monkeypatch.setattr(table, "execute", None)
     assert [own.row(name, 0) for name in ("l1", "scratch")] == found
-    text = table.document(own, found)
+    text = table.document([(own.setting, found)])
     assert "the numbers mean nothing" in text
     rows = [line for line in text.splitlines() if line.startswith(("| l1 ", "| scratch "))]
     assert len(rows) == 2
@@ -108,16 +117,31 @@ def test_a_method_that_refuses_the_net_has_its_sentence(bench: tuple[ModuleType,
     table, _ = bench
     row = table.Bench("conv-2", "digits", None, 0.5, 1, 0.05, 1, False, tmp_path).row("slimming", 0)
     assert "ranks channels by the scales of norms" in row.refused
-    assert f"- `slimming`: {row.refused}" in table.document(
-        table.Bench("conv-2", "digits", None, 0.5, 1, 0.05, 1, False, tmp_path), [row]
-    )
+    own = table.Bench("conv-2", "digits", None, 0.5, 1, 0.05, 1, False, tmp_path)
+    assert f"- `slimming`: {row.refused}" in table.document([(own.setting, own.kept())])
 
 
 def test_published_rows_stand_beside_resnet56(bench: tuple[ModuleType, Any]) -> None:
     table, _ = bench
-    text = table.document(table.Bench("resnet56", "cifar10", None, 0.5, 3, 0.01, None, True, Path()), [])
+    text = table.document([(table.Bench("resnet56", "cifar10", None, 0.5, 3, 0.01, None, True, Path()).setting, [])])
     assert "| HRank | 93.17 | 62.72 M |" in text
     assert "wait for a GPU" in text
+
+
+def test_a_killed_table_goes_on_from_its_results_alone(bench: tuple[ModuleType, Any], tmp_path: Path) -> None:
+    """The rows of two processes are in one file, which another machine reads without the runs; other settings are refused."""
+    table, _ = bench
+    settings = ("resnet8", "digits", "weights/start.th", 0.5, 1, 0.05, None, False)
+    one, other = (table.Bench(*settings, tmp_path / name, tmp_path / "results") for name in ("one", "other"))
+    rows = [table.Row("l1", 0, 0.5, 0.6, 10, 12, 9, 1.5, 1, 3.0), table.Row("fpgm", 1, refused="It cannot.")]
+    one.keep(rows[0])
+    other.keep(rows[1])
+    assert one.kept() == rows
+    assert [other.row("l1", 0), one.row("fpgm", 1)] == rows  # not run again
+    assert table.tables_in(tmp_path / "results") == [(one.setting, rows)]
+    assert one.setting["checkpoint"] == "start.th"
+    with pytest.raises(SystemExit, match=r"other settings \(epochs 1\): give another --results"):
+        table.replace(one, epochs=3).kept()
 
 
 # -------------------------------------------------------------------------------------------------------- hrank's own claims
@@ -148,6 +172,8 @@ def test_verdicts_in_words() -> None:
     assert told[0].startswith("stable: does not hold; least 0.940 (b), mean 0.965 over 2 layers")
     assert told[1].startswith("order before recovery: holds; hrank 90.00")
     assert told[2].startswith("order after recovery: does not hold")
+    kept = {"verdicts": told, "asked": {"model": "resnet56", "data": "cifar10"}}
+    assert "## HRank's claims on resnet56 and cifar10\n\n- stable: does not" in script("structured_table").document([], [kept])
 
 
 # ---------------------------------------------------------------------------------------------------- recipes of full length

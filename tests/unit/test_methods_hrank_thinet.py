@@ -93,6 +93,7 @@ def test_frozen_filters_are_unchanged_to_the_bit_under_decay_and_momentum(frozen
         own = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.1)
     before, rests = model[0].weight.detach().clone(), pruner.rests[:8]
     assert int(rests.sum()) == int(frozen * 8)
+    assert sum(pruner.report()["frozen"].values()) == int(pruner.rests.sum())
     assert (pruner.values[:8][rests].min() >= pruner.values[:8][~rests]).all()  # the highest ranks
     descend(model, pruner, STEPS, own)
     assert torch.equal(model[0].weight[rests], before[rests])

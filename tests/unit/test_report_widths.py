@@ -116,6 +116,23 @@ def test_the_variants_stand_side_by_side(charts: dict[str, Chart]) -> None:
     assert all(error > 0 for error in after.errors)
 
 
+def test_frozen_filters_are_drawn_by_group_and_by_fraction(tmp_path: Path) -> None:
+    for seed, frozen in ((0, 0.0), (0, 0.5), (1, 0.5), (0, 0.25)):
+        parts = {} if frozen == 0 else {"frozen": {"a": 16 * frozen / 2, "b": 0, "c": 5}}
+        run = structured(
+            "hrank", 0.9 - frozen / 10 + seed / 50, {"variant": "hrank", "frozen": frozen}, seed, widths=WIDTHS | parts
+        )
+        save(tmp_path / f"{frozen}-{seed}", run)
+    pictures = {picture.name: picture.chart for picture in pictures_of(groups(collect([tmp_path]))[0])}
+    first = pictures["frozen"].panels[0]
+    assert [(bars.name, list(bars.heights)) for bars in first.bars[:2]] == [("removed", [16, 16, 32]), ("trained", [8, 8, 10])]
+    assert {tuple(panel.bars[2].heights) for panel in pictures["frozen"].panels} == {(4.0, 0, 5), (2.0, 0, 5)}
+    (line,) = pictures["freezing"].panels[0].lines
+    assert list(line.x) == [0.0, 25.0, 50.0]
+    assert list(line.y) == pytest.approx([90.0, 87.5, 86.0])
+    assert line.y_error[2] > 0
+
+
 def test_ranks_by_batch(charts: dict[str, Chart]) -> None:
     (panel,) = charts["ranks"].panels
     assert panel.field is not None

@@ -17,7 +17,8 @@ class Budget:
         density: Kept fraction of the prunable weights.
         params: Kept fraction of all parameters of the model (biases, norms and excluded layers included): 1 / the
             compression ratio of ShrinkBench (Blalock et al. 2020).
-        flops: Kept fraction of the multiply-accumulates; only for the removal of channels.
+        flops: Kept fraction of the multiply-accumulates; for the removal of channels, and for methods that choose units while
+            they train.
         ms: Measured milliseconds that one batch of the example inputs may take on this machine; only for the removal of
             channels.
         bytes: Bytes of the packed file; only for `microglia.pack` and the method ``deep-compression``.

@@ -53,7 +53,7 @@ def select(
     units = {name: _unit_scores(s, pattern, reduction, (alive or {}).get(name), name in protect) for name, s in scores.items()}
     sizes = {name: pattern.sizes(s.shape) for name, s in scores.items()}
     if pattern.fixed_density is not None or scope != "global":
-        _refuse_nan(units)
+        refuse_nan(units)
     if pattern.fixed_density is not None or scope == "global":
         kept = keep_units(units, sizes, keep, density=pattern.fixed_density, allow_empty=allow_empty)
     else:
@@ -99,7 +99,7 @@ def keep_units(
     """
     if density is None:
         return _keep_globally(units, sizes, keep, allow_empty)
-    _refuse_nan(units)
+    refuse_nan(units)
     return _keep_rows_of_pattern(units, sizes, keep, density)
 
 
@@ -218,11 +218,11 @@ def _keep_equal(scores: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
     """Keeps exactly ``count`` units of equal size."""
     flat = [s.detach().reshape(-1) for s in scores.values()]
     if count == 0:
-        _refuse_nan(scores)
+        refuse_nan(scores)
         return {name: torch.zeros(s.shape, dtype=torch.bool, device=s.device) for name, s in scores.items()}
     masks, value = largest(flat, count)
     if math.isnan(value):
-        _refuse_nan(scores)
+        refuse_nan(scores)
     if value == -torch.inf:
         alive = sum(int((s > value).sum()) for s in flat)
         raise BudgetError(f"Cannot keep {count:,} units: only {alive:,} are still alive, the others were pruned before.")
@@ -233,7 +233,7 @@ def _keep_equal(scores: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
 
 def _keep_by_order(scores: Mapping[str, Tensor], keep: int, sizes: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Keeps the nearest prefix when units differ in size."""
-    _refuse_nan(scores)
+    refuse_nan(scores)
     total = sum(int(s.sum()) for s in sizes.values())
     if not 0 <= keep <= total:
         raise BudgetError(f"Cannot keep {keep:,} of {total:,} weights.")
@@ -258,7 +258,8 @@ def _bounds(sizes: Tensor) -> tuple[int, int]:
     return int(sizes.min()), int(sizes.max())
 
 
-def _refuse_nan(scores: Mapping[str, Tensor]) -> None:
+def refuse_nan(scores: Mapping[str, Tensor]) -> None:
+    """Raises `ScoreError` for scores that are no numbers, by name of the layer."""
     for name, s in scores.items():
         if s.numel() and s.aminmax().min.isnan():
             raise ScoreError(

@@ -42,7 +42,7 @@ from microglia.track import Place, opened, trackers
 from microglia.train.engine import accelerator
 
 BUDGET = ("density", "params", "flops", "ms")
-"""Terms of a budget; masks support only the first two."""
+"""Terms of a budget; most methods that mask support only the first two."""
 ROUTED = 32
 """Number of test images to time an execution whose time depends on the input."""
 
@@ -183,7 +183,9 @@ def prove_equal(model: nn.Module, directory: Path, fresh: nn.Module) -> None:
 
 
 def _asked(config: MethodConfig, *, masked: bool) -> dict[str, Any]:
-    return {term: getattr(config, term) for term in (BUDGET[:2] if masked else BUDGET)} | config.asked_besides()
+    terms = {term: getattr(config, term) for term in BUDGET}
+    usual = BUDGET[:2] if masked else BUDGET
+    return {term: value for term, value in terms.items() if term in usual or value is not None} | config.asked_besides()
 
 
 def _times(recipe: Recipe, task: Task, model: nn.Module, main: bool) -> dict[str, Any]:

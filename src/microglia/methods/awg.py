@@ -87,13 +87,7 @@ class Awg(UnitPruner):
 
     def choose(self, scores: Tensor) -> Tensor:
         """Returns the units that stay at this update: sparsity grows by equal increments."""
-        final, whole = self.keep, int(self.units.costs.sum())
-        if self.pattern.fixed_density is not None:
-            final = round(self.pattern.fixed_density * whole)
-        self.keep = whole - round((whole - final) * self._done)
-        chosen = super().choose(scores)
-        self.keep = final
-        return chosen
+        return self.limit.choose(scores, self._done)
 
     def step(self, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Advances by one optimizer step; prunes when an update is due; the last update is final."""

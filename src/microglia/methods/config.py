@@ -74,7 +74,7 @@ class Permuting:
 
 
 UNITS = Takes(
-    fields=("density", "params", "layers", "exclude", "allow_empty"),
+    fields=("density", "params", "flops", "layers", "exclude", "allow_empty"),
     patterns={Channel: "shrunk", object: "masked"},
     why={
         "scope": "it finds the share of each layer itself, so that its scope is global",
@@ -88,11 +88,11 @@ UNITS = Takes(
 
 @dataclass(frozen=True)
 class UnitConfig(Permuting, MethodConfig):
-    """Methods that choose among all units of a model while it trains.
+    """Methods that choose among all units of a model while it trains; ``flops`` needs no ``cost``.
 
     Attributes:
-        cost: Cost that the budget counts: ``units``, their ``weights``, or their ``macs``. ``auto`` is weights; for the pattern
-            channel it is the number of channels, coupled across layers.
+        cost: Cost that ``density`` counts: ``units``, their ``weights``, or their ``macs``. ``auto`` is weights; for the
+            pattern channel it is the number of channels, coupled across layers. Their ``macs`` are those of the whole model.
         max_sparsity: Maximum fraction of a layer's units that may be removed.
         recalibrate: Training batches over which batch-norm statistics are estimated again when the masks are final; 0 for none.
     """
@@ -104,9 +104,17 @@ class UnitConfig(Permuting, MethodConfig):
     recalibrate: int = RECALIBRATION
 
     def check_values(self) -> None:
-        """Raises `BudgetError` unless max_sparsity is a fraction."""
+        """Raises `BudgetError` unless max_sparsity is a fraction, and where ``flops`` has no clear meaning."""
         if not 0 < self.max_sparsity <= 1:
             raise BudgetError(f"max_sparsity is the largest fraction of a layer that goes, in (0, 1]; got {self.max_sparsity}.")
+        if self.flops is None:
+            return
+        if self.density is not None or self.params is not None:
+            raise BudgetError("flops is a budget of its own: give one of density, params and flops.")
+        if self.cost not in ("auto", "macs"):
+            raise BudgetError(f"flops counts multiply-accumulates, and cost={self.cost!r} something else: leave cost out.")
+        if self.permute:
+            raise BudgetError("permute orders channels for densities of layers: give density or params, and not flops.")
 
     @property
     def span(self) -> tuple[float, float]:

@@ -116,8 +116,9 @@ class Hrank(ChannelPruner):
         self._clear_due(optimizer)
 
     def report(self) -> dict[str, Any]:
-        """Returns the widths, and how far the ranks of the dense network's maps agree between batches."""
-        return super().report() | {"ranks": self.ranks}
+        """Returns the widths, frozen channels, and how far the ranks of the dense network's maps agree between batches."""
+        frozen = {name: int(part.sum()) for name, part in zip(self.units.names, self._split(self.rests), strict=True)}
+        return super().report() | {"ranks": self.ranks, "frozen": frozen}
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the steps taken, ranks and frozen filters."""

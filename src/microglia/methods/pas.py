@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from microglia.core.errors import BudgetError
 from microglia.core.patterns import NM, Block, Channel, Unstructured
-from microglia.graph.channels.coupled import CoupledChannels
 from microglia.methods.config import UNITS, SearchConfig, UnitConfig, method
 from microglia.methods.procedure import searched
 from microglia.methods.pruner import own_optimizer
@@ -89,7 +88,7 @@ class Pas(UnitPruner):
             kept = (self.factors() * real).view(-1, self.pattern.m).sum(1)
             wanted = real.view(-1, self.pattern.m).sum(1).clamp(1, self.pattern.n)
             return self.pas.strength * (kept / wanted - 1).square().mean()
-        return self.pas.strength * (self._cost(self.factors()) - 1).square()
+        return self.pas.strength * (self.limit.ratio(self.factors()) - 1).square()
 
     def step(self, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Clamps the gates; otherwise a closed gate would drift away and never return."""
@@ -112,13 +111,6 @@ class Pas(UnitPruner):
     def _scores(self) -> Tensor:
         assert self.soft is not None
         return cast(Tensor, self.soft.scores)
-
-    def _cost(self, gates: Tensor) -> Tensor:
-        """Returns the remaining cost divided by the budget; for channels counted in MACs, the product of widths."""
-        units: object = self.units
-        if isinstance(units, CoupledChannels) and self.pas.cost == "macs":
-            return units.macs(gates) / self._density()
-        return (gates * self.units.costs).sum() / self.keep
 
 
 @method("pas", PasConfig, check=fits)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from copy import deepcopy
-from dataclasses import fields
+from dataclasses import fields, replace
 from itertools import islice
 from typing import Any, cast
 
@@ -17,6 +17,8 @@ from microglia.core.layers import effective_state
 from microglia.core.patterns import parse_pattern
 from microglia.core.restore import restore
 from microglia.graph import permutation_of, permute_channels, plan_of, shrink
+from microglia.graph.channels.widths import TOLERANCE
+from microglia.graph.cutting.plan import attach
 from microglia.measure import measure
 from microglia.methods.config import MethodConfig, Permuting, UnitConfig
 from microglia.methods.pruner import Pruner, PrunerProtocol
@@ -244,5 +246,17 @@ def searched(task: Task, run: Run, config: UnitConfig, pruner: type[UnitPruner])
 
     run.observations["search"] = train(task, run, "train", model, config.train, pruner=make, teacher=teacher)
     if config.pattern == "channel":
-        model = cut(task, run, "shrink", model, lambda masked: shrink(masked, to_device(task.example, run.device)))
+        model = cut(task, run, "shrink", model, lambda masked: _shrunk(masked, task, run, config))
     return model
+
+
+def _shrunk(masked: nn.Module, task: Task, run: Run, config: UnitConfig) -> nn.Module:
+    """Returns a masked model without its masked channels; for a budget of operations the plan says what came out."""
+    small = shrink(masked, to_device(task.example, run.device))
+    if config.flops is None:
+        return small
+    plan = plan_of(small)
+    got = plan.macs[1] / plan.macs[0]
+    far = abs(got / config.flops - 1) > TOLERANCE
+    notes = [f"The nearest channels have flops {got:.4g} (asked {config.flops:.4g}): one channel is more."] if far else []
+    return attach(small, replace(plan, asked={"flops": config.flops}, got={"flops": got}, notes=(*plan.notes, *notes)))

@@ -207,8 +207,8 @@ class Pruner:
         """Resumes from a state."""
 
     def _target(self) -> int:
-        """Returns the final number of kept weights."""
-        if self.budget is None:
+        """Returns the final number of kept weights; 0 without a budget of weights."""
+        if self.budget is None or self.budget.flops is not None:
             return 0
         total = counted_parameters(self.model)
         return self.budget.kept_weights(self.weights, total)
@@ -251,14 +251,14 @@ def _config(kind: type[PruneConfig], config: object, settings: Mapping[str, Any]
 def _budget(config: PruneConfig, pattern: Pattern) -> Budget | None:
     fixed = pattern.fixed_density
     if fixed is not None:
-        if config.params is not None or config.density not in (None, fixed):
-            raise BudgetError(f"{pattern} keeps {fixed:g} of the weights by itself; leave density and params out.")
+        if config.params is not None or config.flops is not None or config.density not in (None, fixed):
+            raise BudgetError(f"{pattern} keeps {fixed:g} of the weights by itself; leave density, params and flops out.")
         return Budget(density=fixed)
     if isinstance(config.scope, Mapping):
         if config.density is not None or config.params is not None:
             raise BudgetError("Where scope gives densities by layer, they are the budget; leave density and params out.")
         return None
-    return Budget(density=config.density, params=config.params)
+    return Budget(density=config.density, params=config.params, flops=config.flops)
 
 
 def _refuse_misfit(pattern: Pattern, layers: Mapping[str, Layer]) -> None:

@@ -60,8 +60,10 @@ class Search:
         freeze: The change when the masks became exact; None before.
         history: The masks over the training.
         densities: Kept fraction by layer, or by group of coupled channels.
+        flops: Kept fraction of the multiply-accumulates, where the budget of channels is of these.
     """
 
     freeze: Freeze | None = None
     history: list[Snapshot] = field(default_factory=list)
     densities: dict[str, float] = field(default_factory=dict)
+    flops: float | None = None

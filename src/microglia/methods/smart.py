@@ -115,9 +115,7 @@ class Smart(UnitPruner):
             real = self.pattern.m - padding.view(-1, self.pattern.m).sum(1)
             found = soft_topk(rows, real.clamp(max=self.pattern.n), self.temperature, start=self.threshold)
         else:
-            equal = int(self.units.costs.min()) == int(self.units.costs.max())
-            keep = self.keep / int(self.units.costs[0]) if equal else self.keep
-            sizes = None if equal else self.units.costs.to(scores.dtype)
+            keep, sizes = self.limit.soft(self.ranking().detach())
             found = soft_topk(scores, keep, self.temperature, sizes=sizes, start=self.threshold)
         self.threshold = found.threshold
         return found.mask.flatten()

@@ -9,16 +9,17 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from microglia.core.errors import BudgetError, PatternError
+from microglia.core.errors import PatternError
 from microglia.core.layers import Layer, prunable_layers
 from microglia.core.masks import MaskSet, enforce, mask, masks_of
 from microglia.core.patterns import Channel
 from microglia.graph.order.permute import check_permutable
 from microglia.methods.arguments import check_steps, check_unwrapped
 from microglia.methods.config import SearchConfig, UnitConfig
+from microglia.methods.limits import Limit, limit_of
 from microglia.methods.pruner import Pruner
 from microglia.methods.soft import SoftMasks
-from microglia.methods.units import Units, choose, keep_count, make_units, split
+from microglia.methods.units import Units, make_units, split
 from microglia.scores import Evidence
 from microglia.tasks.task import Task
 
@@ -39,10 +40,19 @@ def fits(task: Task, config: UnitConfig) -> None:
     """Raises unless layers, pattern, budget and, for channels, the trace fit the task's model."""
     model = task.build()
     pruner = Pruner(model, config)
-    if isinstance(pruner.pattern, Channel):
-        make_units(model, pruner.pattern, pruner.layers, cost=config.cost, example_inputs=task.example, exclude=config.exclude)
+    if isinstance(pruner.pattern, Channel) or config.flops is not None:
+        _units_and_limit(pruner, config, task.example)
     if config.permute:
         check_permutable(pruner.pattern, model, task.example)
+
+
+def _units_and_limit(pruner: Pruner, config: UnitConfig, example_inputs: Any) -> tuple[Units, Limit]:
+    """Returns all units of a pruner's model, and the limit on those that stay."""
+    cost = config.cost if config.flops is None else "macs"
+    units = make_units(
+        pruner.model, pruner.pattern, pruner.layers, cost=cost, example_inputs=example_inputs, exclude=config.exclude
+    )
+    return units, limit_of(units, pruner, config)
 
 
 class UnitPruner(Pruner):
@@ -81,14 +91,8 @@ class UnitPruner(Pruner):
             raise PatternError(f"{type(self).__name__} starts from a model without masks; microglia.fold makes them weights.")
         own = self.own
         self.total_steps, self.at_freeze = total_steps, at_freeze
-        self.units: Units = make_units(
-            model, self.pattern, self.layers, cost=own.cost, example_inputs=example_inputs, exclude=own.exclude
-        )
+        self.units, self.limit = _units_and_limit(self, own, example_inputs)
         self.units.costs = self.units.costs.to(next(iter(self.layers.values())).raw.device)
-        if self.pattern.fixed_density is None:
-            self.keep = keep_count(self.units, self._density())
-        else:
-            self.keep = 0
         first, last = own.span
         self.begin = round(first * self.total_steps)
         self.end = max(self.begin + 1, round(last * self.total_steps))
@@ -106,6 +110,11 @@ class UnitPruner(Pruner):
     def own(self) -> UnitConfig:
         """The config."""
         return cast(UnitConfig, self.config)
+
+    @property
+    def keep(self) -> int:
+        """The cost that stays in the end; 0 if the pattern chooses within its own rows."""
+        return self.limit.keep
 
     @property
     def searching(self) -> bool:
@@ -186,8 +195,7 @@ class UnitPruner(Pruner):
 
     def choose(self, scores: Tensor) -> Tensor:
         """Returns the units that an exact selection by these scores keeps, boolean (count,)."""
-        least = 1 - self.own.max_sparsity
-        return choose(self.units, scores, self.keep, allow_empty=self.own.allow_empty, least=least, pattern=self.pattern)
+        return self.limit.choose(scores)
 
     def harden(self, kept: Tensor, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Makes ``kept`` the exact masks of the model."""
@@ -242,20 +250,10 @@ class UnitPruner(Pruner):
         if self.kept is not None:
             parts, costs = split(self.units, self.kept), split(self.units, self.units.costs)
             layers = {name: float(costs[name][part].sum() / costs[name].sum()) for name, part in parts.items()}
-        return {"freeze": self.freeze_report, "history": self.history, "densities": layers}
+        told = self.limit.told(self.kept) if self.kept is not None else {}
+        return {"freeze": self.freeze_report, "history": self.history, "densities": layers, **told}
 
     # --------------------------------------------------------------------------------------------------------- within
-    def _density(self) -> float:
-        """Returns the kept fraction of the cost."""
-        config = self.own
-        if config.params is not None:
-            if isinstance(self.pattern, Channel) or config.cost not in ("auto", "weights"):
-                raise BudgetError("params is a budget of weights; give density, the kept fraction of what cost counts.")
-            return self.target / self.weights
-        if config.density is None:
-            raise BudgetError("A budget needs density, the kept fraction in (0, 1].")
-        return config.density
-
     def _warn_unlearned(self) -> None:
         """Warns if the search took steps but no optimizer moved a score: the masks are the initial ones."""
         assert self.soft is not None

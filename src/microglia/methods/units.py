@@ -19,7 +19,7 @@ from microglia.core.left_out import tied_layers
 from microglia.core.patterns import Block, Channel, Pattern, Reduction
 from microglia.core.selection import keep_units
 from microglia.graph.channels.coupled import CoupledChannels
-from microglia.measure.macs import count_macs
+from microglia.measure.macs import Macs, count_macs
 from microglia.methods.block_scale import scale_blocks
 
 Cost = Literal["auto", "units", "weights", "macs"]
@@ -89,7 +89,7 @@ def choose(
     if pattern is not None and pattern.fixed_density is not None:
         by_layer, costs = _rows(by_layer, pattern), _rows(costs, pattern)
     elif least > 0:
-        by_layer = {name: _raised(values, math.ceil(least * len(values) - 1e-9)) for name, values in by_layer.items()}
+        by_layer = {name: raised(values, math.ceil(least * len(values) - 1e-9)) for name, values in by_layer.items()}
     density = pattern.fixed_density if pattern is not None else None
     kept = keep_units(by_layer, costs, keep, density=density, allow_empty=allow_empty)
     return torch.cat([kept[name].flatten() for name in units.names])
@@ -99,7 +99,7 @@ def _rows(vectors: Mapping[str, Tensor], pattern: Pattern) -> dict[str, Tensor]:
     return {name: vector.view(-1, pattern.footprint[1]) for name, vector in vectors.items()}
 
 
-def _raised(values: Tensor, count: int) -> Tensor:
+def raised(values: Tensor, count: int) -> Tensor:
     """Returns scores with the best ``count`` above all others."""
     raised = values.clone()
     best = values.argsort(descending=True, stable=True)[:count]
@@ -117,6 +117,9 @@ class LayerUnits:
         cost: Cost that the budget counts; ``auto`` is the weights, so that density is the kept fraction of the prunable
             weights.
         example_inputs: One batch of inputs, needed for the cost ``macs``.
+
+    Attributes:
+        outside: Multiply-accumulates that belong to no unit, of one sample; 0 for other costs.
     """
 
     names: Sequence[str]
@@ -135,7 +138,12 @@ class LayerUnits:
         self.lengths = [len(s) for s in sizes.values()]
         self.count = sum(self.lengths)
         self._starts = dict(zip(self.names, [sum(self.lengths[:i]) for i in range(len(self.lengths))], strict=True))
-        positions = _positions(model, layers, example_inputs) if cost == "macs" else dict.fromkeys(self.names, 1)
+        positions = dict.fromkeys(self.names, 1)
+        self.outside = 0
+        if cost == "macs":
+            counted = _counted(model, example_inputs)
+            positions = {n: max(1, counted.layers.get(n, 0) // math.prod(layer.shape)) for n, layer in layers.items()}
+            self.outside = max(0, counted.total - sum(int(sizes[name].sum()) * positions[name] for name in self.names))
         self.costs = torch.cat([sizes[name] * positions[name] for name in self.names])
         if cost == "units":
             self.costs = self.costs.clamp(max=1)
@@ -196,9 +204,8 @@ def make_units(
     return CoupledChannels(model, example_inputs, left, layers=everything, cost=cost)
 
 
-def _positions(model: nn.Module, layers: Mapping[str, Layer], example_inputs: Any) -> dict[str, int]:
-    """Returns the number of uses of each weight of a layer for one batch of the example inputs."""
+def _counted(model: nn.Module, example_inputs: Any) -> Macs:
+    """Returns the multiply-accumulates of a model for one sample of the example inputs."""
     if example_inputs is None:
         raise PatternError("A cost in multiply-accumulates is counted on example_inputs, such as one batch; give them.")
-    counted = count_macs(model, example_inputs)
-    return {name: max(1, counted.layers.get(name, 0) // math.prod(layer.shape)) for name, layer in layers.items()}
+    return count_macs(model, example_inputs)

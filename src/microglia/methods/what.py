@@ -90,7 +90,7 @@ class PruneConfig:
     Attributes:
         density: Kept fraction of the prunable weights, in (0, 1].
         params: Kept fraction of all parameters, in (0, 1]; with ``density`` the tighter one binds.
-        flops: Kept fraction of the multiply-accumulates; only for the removal of channels (the method ``channels``).
+        flops: Kept fraction of the multiply-accumulates; for methods that remove channels or choose units while they train.
         ms: Measured milliseconds that one example may take on this machine; only for the removal of channels.
         pattern: ``unstructured``, ``block:OUTxIN``, ``nm:N:M`` or ``channel``.
         scope: ``global``, ``layer``, ``row``, ``erk``, ``sensitivity:FILE`` (of ``microglia sensitivity``), or densities by

@@ -73,6 +73,7 @@ class WidthVectors:
         density: Kept fraction of the channels that could go.
         scales: Scales of norms, if the method ranks by them.
         ranks: Ranks of maps, if the method ranks by them.
+        frozen: Channels of each group whose filters were frozen while the model trained on; empty if none could be.
         probes: Short trainings in the search for the strength.
     """
 
@@ -81,6 +82,7 @@ class WidthVectors:
     density: float | None = None
     scales: Scales | None = None
     ranks: Ranks | None = None
+    frozen: dict[str, float] = field(default_factory=dict)
     probes: list[Probe] = field(default_factory=list)
 
     @property

@@ -54,7 +54,8 @@ class CoupledChannels:
         example_inputs: A tensor, a tuple of arguments, or a mapping of keyword arguments.
         exclude: Selectors of layers that keep both their inputs and outputs; see `prune_channels`.
         layers: The prunable layers that get masks; by default all of the model.
-        cost: Cost of a channel in a budget: ``weights``, ``macs``, or equal for all.
+        cost: Cost of a channel in a budget: its ``weights``, or equal for all. Multiply-accumulates are shared by channels, so
+            that `macs_at` counts them for all widths together.
 
     Attributes:
         names: Unique names of the groups: the first weight that makes each.
@@ -116,8 +117,7 @@ class CoupledChannels:
         self._masked = {name: tuple(layer.shape) for name, layer in masked.items()}
         self.scaled_names = tuple(dict.fromkeys([*self._read, *self._masked]))
         self.companions = tuple(name for name in self._made if name not in self._masked)
-        each = {"weights": self.weights, "macs": self.macs_each}.get(cost)
-        self.costs = each() if each is not None else torch.ones(self.count, dtype=torch.int64)
+        self.costs = self.weights() if cost == "weights" else torch.ones(self.count, dtype=torch.int64)
 
     def weights(self) -> Tensor:
         """Returns the number of weights that make each channel, int64 (count,)."""
@@ -128,11 +128,18 @@ class CoupledChannels:
                 sizes.index_add_(0, place.units, torch.full_like(place.units, shape.numel() // shape[place.dim]))
         return sizes[:-1]
 
-    def macs_each(self) -> Tensor:
-        """Returns the multiply-accumulates that the removal of the first channel of each group saves, int64 (count,)."""
-        whole = self._costs.macs({})
-        each = [whole - self._costs.macs({g.atom: g.size - 1}) for g in self.groups]
-        return torch.tensor(each).repeat_interleave(torch.tensor(list(self.lengths)))
+    def macs_at(self, widths: Tensor) -> Tensor:
+        """Returns the exact multiply-accumulates of the example batch at widths of the groups.
+
+        Args:
+            widths: Width vectors, int64 (..., groups).
+
+        Returns:
+            Their counts, int64 (...).
+        """
+        counts = {group.atom: widths[..., number] for number, group in enumerate(self.groups)}
+        counted = self._costs.macs(counts)  # type: ignore[arg-type]
+        return torch.as_tensor(counted).expand(widths.shape[:-1])
 
     def macs(self, kept: Tensor) -> Tensor:
         """Returns the remaining fraction of multiply-accumulates for fractions ``kept`` in [0, 1] of channels; differentiable.

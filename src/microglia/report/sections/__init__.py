@@ -11,5 +11,6 @@ from microglia.report.sections import (  # isort: skip  # noqa: F401
     widths,
     scales,
     ranks,
+    freezing,
     packed,
 )

@@ -26,6 +26,10 @@ def pytest_collection_finish():
     gc.set_threshold(10_000, 20, 20)
 
 
+def pytest_unconfigure():
+    gc.unfreeze()  # libraries complain at the end about what they find alive
+
+
 def prepare_torchvision():
     """Makes a plain ``import torchvision`` or ``import timm`` work, without paying for that import here.
 

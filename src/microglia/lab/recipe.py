@@ -208,6 +208,11 @@ def as_dict(recipe: Recipe) -> dict[str, Any]:
     return {key: changed.get(key, value) for key, value in found.items() if value or key not in LATER}
 
 
+def identity_of(recipe: Recipe) -> str:
+    """Returns the identity of a recipe: equal for all recipes that end in the same bits and are measured equally."""
+    return hashlib.sha256(json.dumps(completed(as_dict(recipe)), sort_keys=True).encode()).hexdigest()[:16]
+
+
 def start_of(recipe: Mapping[str, Any]) -> str:
     """Returns the name of a recipe's start: recipes with the same one have the same dense network, bit for bit.
 

@@ -231,7 +231,7 @@ def names_of_rows() -> list[str]:
     it trains, and the control.
     """
     kinds = (ChannelConfig, UnitConfig)
-    own = [name for name, method in methods.items() if issubclass(method.config, kinds) and method.original in ("", name)]
+    own = [name for name, method in methods.items() if issubclass(method.config, kinds)]
     return [*SCORES, GLOBAL, *sorted(own), "ddnp", *(f"hrank-{variant}" for variant in VARIANTS), SCRATCH]
 
 

@@ -30,13 +30,12 @@ WHOLE = 64
 
 
 class Limit(Protocol):
-    """The common interface of both kinds.
+    """The common interface of both kinds."""
 
-    Attributes:
-        keep: Cost to keep; 0 if the pattern chooses within its own rows.
-    """
-
-    keep: int
+    @property
+    def keep(self) -> int:
+        """The cost to keep; 0 if the pattern chooses within its own rows."""
+        ...
 
     def choose(self, scores: Tensor, done: float = 1.0) -> Tensor:
         """Returns the units that stay, boolean (count,).

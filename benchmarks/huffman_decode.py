@@ -3,7 +3,8 @@
 The weights are codes of 4, 5 and 8 bits whose frequencies are those of trained weights (a Laplace distribution cut into equal
 steps). Both decoders are those of `microglia.unpack`: the compiled one decodes four blocks side by side, and NumPy, without
 compiled kernels, thousands. The table also names the figures of numba in the specification
-(performance.md, B6), which were measured elsewhere, and the range coder of `constriction` where it is installed.
+(performance.md, B6), which were measured elsewhere. Where `constriction` is installed, it has the speed and the size of its
+range coder too, with 16 bits for the frequency of each symbol.
 """
 
 from __future__ import annotations
@@ -39,22 +40,25 @@ def rate(run: Callable[[], np.ndarray], expected: np.ndarray) -> float:
     return expected.size / statistics.median(times) / 1e9
 
 
-def range_coder(given: np.ndarray) -> float | None:
-    """Returns the rate of constriction's range coder, or None if it is not installed."""
+def range_coder(given: np.ndarray) -> tuple[float, float] | None:
+    """Returns the rate of constriction's range coder and its bits for each weight, or None if it is not installed."""
     if importlib.util.find_spec("constriction") is None:
         return None
     import constriction
 
     counts = np.bincount(given, minlength=int(given.max()) + 1).astype(np.float64)
-    model = constriction.stream.model.Categorical(counts / counts.sum(), perfect=False)
+    shares = np.maximum(np.round(counts / counts.sum() * 65535), 1)  # what a file would hold
+    model = constriction.stream.model.Categorical(shares / shares.sum(), perfect=False)
     encoder = constriction.stream.queue.RangeEncoder()
     encoder.encode(given.astype(np.int32), model)
     words = encoder.get_compressed()
-    return rate(lambda: constriction.stream.queue.RangeDecoder(words).decode(model, given.size), given.astype(np.int32))
+    stored = 32 * words.size + 16 * counts.size
+    speed = rate(lambda: constriction.stream.queue.RangeDecoder(words).decode(model, given.size), given.astype(np.int32))
+    return speed, stored / given.size
 
 
 def main() -> None:
-    print("bits  decoder   Gweights/s  bits/weight  numba, 4 streams  constriction")
+    print("bits  decoder   Gweights/s  bits/weight  numba, 4 streams  constriction  its bits/weight")
     best = {}
     known = {"compiled": entropy.huffman_decoder(), "NumPy": None}
     for bits in (4, 5, 8):
@@ -64,10 +68,8 @@ def main() -> None:
         for name, decoder in known.items():
             entropy.huffman_decoder = lambda decoder=decoder: decoder
             best[name, bits] = rate(lambda: entropy.decode(stored, given.size, 1 << bits), given)  # noqa: B023
-            shown = "-" if other is None else f"{other:.3f}"
-            print(
-                f"{bits:4}  {name:9}{best[name, bits]:11.3f}{8 * len(stored) / given.size:13.3f}{NUMBA[bits]:18.3f}{shown:>14}"
-            )
+            shown = f"{'-':>14}{'-':>17}" if other is None else f"{other[0]:14.3f}{other[1]:17.3f}"
+            print(f"{bits:4}  {name:9}{best[name, bits]:11.3f}{8 * len(stored) / given.size:13.3f}{NUMBA[bits]:18.3f}{shown}")
     print(f"ratio: {best['compiled', 5]:.3f}")
 
 

@@ -1,5 +1,6 @@
 """Commands as a user starts them: real processes with their own output, which share the slow start-up of one server."""
 
+import gc
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -131,6 +132,7 @@ def weights(run: Path) -> bytes:
 
 def _enter(folder, beside):
     """Works in a folder from now on, and writes beside it."""
+    gc.freeze()  # what the server has imported is shared as long as no collection touches it
     name = multiprocessing.current_process().name
     for number, stream in ((1, "out"), (2, "err")):
         os.dup2(os.open(beside / f"{name}.{stream}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)

@@ -1,5 +1,6 @@
 """What every test needs: threads that do not fight, a torchvision that imports, and the way to the real data."""
 
+import gc
 import importlib.util
 import os
 from pathlib import Path
@@ -16,6 +17,17 @@ def pytest_configure():
     if "PYTEST_XDIST_WORKER" in os.environ:
         torch.set_num_threads(1)
     prepare_torchvision()
+
+
+def pytest_collection_finish():
+    """Leaves what is imported out of the collections of garbage, which would look at all of it again and again."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(10_000, 20, 20)
+
+
+def pytest_unconfigure():
+    gc.unfreeze()  # libraries complain at the end about what they find alive
 
 
 def prepare_torchvision():

@@ -15,6 +15,8 @@ from importlib.util import find_spec
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from microglia.core.progress import Bar, show_with
+
 if TYPE_CHECKING:
     from microglia import methods, studies, tasks
     from microglia.compress import pack, unpack
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from microglia.lab.execute import execute
     from microglia.lab.recipe import Recipe
     from microglia.measure import measure
+    from microglia.report.hub import push
     from microglia.runtime import accelerate
     from microglia.scores import score
     from microglia.storage.archive import load, save
@@ -62,6 +65,7 @@ __all__ = [
     "pack",
     "permute_channels",
     "prune_channels",
+    "push",
     "save",
     "score",
     "select",
@@ -88,6 +92,7 @@ _PLACES = {
     "export": "export",
     "fit": "train.fit",
     "measure": "measure",
+    "push": "report.hub",
     "score": "scores",
     "select": "core.selection",
 }
@@ -112,6 +117,14 @@ _MOVED = {
     "soft_topk": "core.soft_topk",
 }
 """The module of every name that version 0.1 had at the top: it still works there, and a warning names its place."""
+
+
+def _bar(title: str, total: int, done: int) -> Bar:
+    """Returns the bar that fits the terminal, notebook or log; its room is imported at the first one."""
+    return import_module("microglia.train.progress").fitting(title, total, done)  # type: ignore[no-any-return]
+
+
+show_with(_bar)
 
 
 def __getattr__(name: str) -> Any:

@@ -366,5 +366,5 @@ def test_channels_are_permuted_before_masks_are_attached(work):
 def test_permuting_is_refused_where_it_means_nothing(work):
     refused(microglia("prune", *TINY, "--permute", folder=work), "such as block:16x1", "unstructured does not ask")
     words = ("prune", *TINY, "--method", "channels", "--permute")
-    refused(microglia(*words, folder=work), "permute: there is no such field")
+    refused(microglia(*words, folder=work), "--permute is an option of the methods", "the method here is channels")
     assert not (work / "runs").exists()

@@ -180,7 +180,7 @@ WRONG = {
     "unknown excluded layer": (("--flops", "0.5", "--exclude", "fc9"), "The selector 'fc9' meets no layer"),
     "all excluded": (("--flops", "0.5", "--exclude", "*"), "no channels that can be removed"),
     "rounding to 0": (("--flops", "0.5", "--round-to", "0"), "round_to, batch and rounds are at least 1"),
-    "rounding masks": (("--density", "0.5", "--round-to", "8"), "round_to: there is no such field"),
+    "rounding masks": (("--density", "0.5", "--round-to", "8"), "--round-to is an option of the methods", "here is magnitude"),
 }
 
 

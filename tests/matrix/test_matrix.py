@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Collection
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -49,7 +51,11 @@ SHORT = {
     "compress": (0.2, 0.8), "decompress": (0.5,),  # six steps have no room for the fifteen phases of its own schedule
 }  # fmt: skip
 """Settings that make a method's search short, for the methods that take them."""
-OWN = {"obs": {"least": 0.5}}
+OWN = {
+    "obs": {"least": 0.5},
+    **{name: {"rate": 0.4} for name in ("tickets", "imp", "lr-rewinding")},  # two levels instead of five
+    **{name: {"rounds": 3} for name in ("snip-iterative", "synflow")},  # instead of a hundred
+}
 """Further settings of one method."""
 
 
@@ -96,9 +102,20 @@ FEW = {
 """Short methods that share their code with another one here: the networks that are enough for them."""
 
 
+def networks(name: str, pattern: str) -> Collection[str]:
+    """Returns the networks on which a method is tried with a pattern.
+
+    Blocks of another shape take the way of ``block:4x2``, and the presets of ``oneshot`` that of ``oneshot`` after their scores
+    and with their scope: one network each.
+    """
+    if pattern == "block:8x1" or (methods[name].original == "oneshot" != name and pattern in ("nm:2:4", "channel")):
+        return ("conv",)
+    return FEW.get(name, NETWORKS)
+
+
 def on_networks(cases: list[tuple[str, str]]) -> list[tuple[str, str, str]]:
     """Returns (method, pattern, network) of the cases."""
-    return [(name, pattern, kind) for kind in NETWORKS for name, pattern in cases if kind in FEW.get(name, NETWORKS)]
+    return [(name, pattern, kind) for kind in NETWORKS for name, pattern in cases if kind in networks(name, pattern)]
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +131,18 @@ def digits() -> ImageData:
         normalization=data.normalization,
         augmentation=data.augmentation,
     )
+
+
+@pytest.fixture(scope="module")
+def starts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where all runs of a kind of network share their dense network, as those of a sweep do: the first one trains it."""
+    return tmp_path_factory.mktemp("starts")
+
+
+def begun(folder: Path, name: str, config: Any, kind: str, starts: Path) -> Run:
+    run = Run(folder / "run", {"method": name, "config": asdict(config)})
+    run.shared = starts / kind / hashlib.sha256(repr(config.dense).encode()).hexdigest()
+    return run
 
 
 def make_task(kind: str, data: ImageData) -> mg.Task:
@@ -157,13 +186,13 @@ def no_sequence(config: Any, model: nn.Module) -> str | None:
 
 
 @pytest.mark.parametrize(("name", "pattern", "kind"), on_networks(MASKING))
-def test_method(name: str, pattern: str, kind: str, digits: ImageData, tmp_path: Path) -> None:
+def test_method(name: str, pattern: str, kind: str, digits: ImageData, starts: Path, tmp_path: Path) -> None:
     task, config = make_task(kind, digits), config_of(name, pattern)
     if refused := no_sequence(config, task.build()):
         with pytest.raises(MicrogliaError, match=refused):
             methods[name].check(task, config)
         return
-    run = Run(tmp_path / "run", {"method": name, "config": asdict(config)})
+    run = begun(tmp_path, name, config, kind, starts)
     model = methods[name].procedure(task, run, config)
     masks = mg.masks_of(model)
     layers = mg.core.layers.prunable_layers(model, exclude=config.exclude)  # ShrinkBench's leave the classifier alone
@@ -208,13 +237,13 @@ def test_method(name: str, pattern: str, kind: str, digits: ImageData, tmp_path:
 
 
 @pytest.mark.parametrize(("name", "pattern", "kind"), on_networks(REMOVING))
-def test_method_that_removes(name: str, pattern: str, kind: str, digits: ImageData, tmp_path: Path) -> None:
+def test_method_that_removes(name: str, pattern: str, kind: str, digits: ImageData, starts: Path, tmp_path: Path) -> None:
     task, config = make_task(kind, digits), config_of(name, pattern)
     if "norm" in config.takes.needs and not any(isinstance(m, NORMS) for m in task.build().modules()):
         with pytest.raises(ShrinkError, match="no channel of Sequential that can go has a norm with a scale: take"):
             methods[name].check(task, config)
         return
-    run = Run(tmp_path / "run", {"method": name, "config": asdict(config)})
+    run = begun(tmp_path, name, config, kind, starts)
     model = methods[name].procedure(task, run, config)
     plan = mg.graph.plan_of(model)
     dense = task.build()
@@ -254,9 +283,9 @@ def test_method_that_removes(name: str, pattern: str, kind: str, digits: ImageDa
 
 @pytest.mark.parametrize("kind", [kind for kind in NETWORKS if kind != "mlp"])
 @pytest.mark.parametrize(("name", "pattern"), GATING)
-def test_method_that_gates(name: str, pattern: str, kind: str, digits: ImageData, tmp_path: Path) -> None:
+def test_method_that_gates(name: str, pattern: str, kind: str, digits: ImageData, starts: Path, tmp_path: Path) -> None:
     task, config = make_task(kind, digits), config_of(name, pattern)
-    run = Run(tmp_path / "run", {"method": name, "config": asdict(config)})
+    run = begun(tmp_path, name, config, kind, starts)
     model = methods[name].procedure(task, run, config)
 
     # The targets fit the budget before the training; all weights stay, beside them are the heads.

@@ -15,6 +15,7 @@ import pytest
 import torch
 from rich.text import Text
 
+import fresh
 import microglia as mg
 from microglia.cli.doctor import doctor, examined
 from microglia.core.errors import MissingLibraryError
@@ -43,9 +44,8 @@ sys.meta_path[:] = map(Without, sys.meta_path)
 
 
 def without(modules, code: str, folder: Path, **environment: str) -> subprocess.CompletedProcess:
-    settings = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200", **environment}
-    command = [sys.executable, "-c", BLOCK.format(modules=set(modules)) + code]
-    return subprocess.run(command, cwd=folder, env=settings, capture_output=True, text=True, check=False)
+    settings = {"OMP_NUM_THREADS": "1", "COLUMNS": "200", **environment}
+    return fresh.run(BLOCK.format(modules=set(modules)) + code, folder=folder, environment=settings)
 
 
 def microglia(*words: str) -> str:

@@ -13,7 +13,7 @@ from microglia.storage.files import read_state
 from microglia.storage.run import Run
 
 BASE = {
-    "model": "conv-2",
+    "model": "lenet-5",
     "data": "digits",
     "dense": {"epochs": 1, "batch_size": 256},
     "train": {"epochs": 1, "batch_size": 256},
@@ -45,6 +45,15 @@ def test_the_second_run_takes_the_dense_network_of_the_first_and_ends_in_the_sam
     mine, theirs = rows(tmp_path / "shared", "dense"), rows(tmp_path / "masks", "dense")
     assert len(mine) == 1
     assert mine == theirs
+
+
+def test_tickets_have_a_dense_network_of_their_own(tmp_path):
+    """It is trained as every level is, so that what was observed of another run's dense network is not about it."""
+    own = {**BASE, "model": "lenet-300-100", "train": {"epochs": 1, "lr": 0.5}, "prune": {"density": 0.5}}
+    execute(resolve({**own, "method": "magnitude"}), tmp_path / "masks", starts=tmp_path / "starts")
+    tickets = resolve({**own, "method": "tickets-oneshot"})
+    alone = execute(tickets, tmp_path / "alone")
+    assert execute(tickets, tmp_path / "shared", starts=tmp_path / "starts")["dense"] == alone["dense"]
 
 
 def spy(trained):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
 import numpy as np
@@ -97,3 +98,25 @@ def test_results_of_earlier_versions_have_no_distributions() -> None:
     assert found.layers["a"].distributions is None
     assert found.steps == {}
     assert found.rounds == ()
+
+
+def test_the_table_of_the_document_has_each_seed_beside_its_dense_network(runs: Path, tmp_path: Path) -> None:
+    place = Path(__file__).parents[2] / "benchmarks" / "deep_compression_table.py"
+    spec = importlib.util.spec_from_file_location("deep_compression_table", place)
+    assert spec is not None
+    assert spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "lenet").symlink_to(runs)
+    script.exported(tmp_path / "runs", tmp_path / "results")
+    lines = script.table(groups(collect([tmp_path / "results" / "lenet.json"])))
+    assert len(lines) == 2 + 2  # the run that packs nothing has no row
+    for record in collect([runs]):
+        found = record.observed(Packed)
+        if found is not None:
+            (line,) = [line for line in lines if f"{found.bytes:,}" in line]
+            assert f"{100 * record.value(record.dense):.2f}" in line
+            assert f"{100 * record.value(record.pruned):.2f}" in line
+            assert f"{found.dense / found.bytes:.1f}x" in line
+            assert ("1 of 1" in line) == (record.value(record.pruned) >= record.value(record.dense))

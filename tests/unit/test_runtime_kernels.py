@@ -4,10 +4,8 @@ import copy
 import ctypes
 import io
 import json
-import os
 import pickle
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +13,7 @@ import torch
 from safetensors.torch import load, save
 from torch import nn
 
+import fresh
 import microglia.runtime
 from microglia.core.errors import MicrogliaError
 from microglia.runtime import BlockConv2d, BlockLinear, RowConv2d, level
@@ -37,8 +36,7 @@ HERE = LEVELS[: LEVELS.index(level()) + 1]
 
 def process(code, **environment):
     """Runs Python code in a process of its own; returns it finished."""
-    settings = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    return subprocess.run([sys.executable, "-c", code], env=settings, capture_output=True, text=True, timeout=300, check=False)
+    return fresh.run(code, environment={"OMP_NUM_THREADS": "1", **environment})
 
 
 def site(weight, x, *, bias=None, activation="none", **settings):
@@ -60,11 +58,7 @@ def test_the_kernels_are_built_where_there_is_a_compiler():
 @pytest.mark.parametrize(("isa", "threads"), [*((isa, 1) for isa in HERE), (HERE[-1], 2)])
 def test_every_operator_equals_dense_at_every_level(isa, threads):
     count = 20 if isa == "torch" else 120 if threads == 1 else 40
-    done = subprocess.run(
-        [sys.executable, str(MATRIX), str(count), str(threads)],
-        env={**os.environ, "MICROGLIA_ISA": isa, "OMP_NUM_THREADS": str(threads)},
-        capture_output=True, text=True, timeout=500, check=False,
-    )  # fmt: skip
+    done = fresh.run(None, count, threads, script=MATRIX, environment={"MICROGLIA_ISA": isa, "OMP_NUM_THREADS": str(threads)})
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout)
     assert (found["level"], found["problems"]) == (isa, 18 * count)

@@ -4,7 +4,6 @@ import itertools
 import json
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import fresh
 from microglia.core.errors import MicrogliaError
 from microglia.runtime import BlockConv2d, BlockLinear
 from microglia.runtime import operators as library
@@ -27,13 +27,11 @@ from microglia.runtime.sparse_layers.layout import STRIPES, WIDTHS, Places, dens
 FOLDER = Path(__file__).parent
 
 
-def interpreted(*arguments):
+def interpreted(code, *words, **options):
     """Runs Python in a process of its own, in which the kernels run in Triton's interpreter; returns what it printed."""
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "MICROGLIA_ISA": "torch", "OMP_NUM_THREADS": "1"}
+    environment = {"TRITON_INTERPRET": "1", "MICROGLIA_ISA": "torch", "OMP_NUM_THREADS": "1"}
     environment["PYTHONPATH"] = os.pathsep.join([str(FOLDER), *sys.path])
-    done = subprocess.run(
-        [sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=500, check=False
-    )
+    done = fresh.run(code, *words, environment=environment, **options)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -51,7 +49,7 @@ def linear_site(weight, rows=64):
 
 # --------------------------------------------------------------------------------------------------------------- results
 def test_random_problems_equal_dense():
-    found = interpreted(str(FOLDER / "triton_matrix.py"), "24", "0")
+    found = interpreted(None, 24, 0, script=FOLDER / "triton_matrix.py")
     assert found["problems"] == 24
     assert not found["failures"], json.dumps(found["failures"], indent=1)[:3000]
 
@@ -115,7 +113,7 @@ whole.values[places] = 0
 found["damaged"] = float((damaged(x) - torch.conv2d(x, whole.dense(), padding=1)).abs().max())
 print(json.dumps(found))
 """
-    found = interpreted("-c", code)
+    found = interpreted(code)
     assert found["all zero"] == 0
     assert found["bfloat16"][:2] == ["torch.bfloat16", "torch.float32"]
     assert found["bfloat16"][2] < 2**-7  # the interpreter cuts off instead of rounding
@@ -171,7 +169,7 @@ print(json.dumps({
     "error": float((fast(x) - model(x)).abs().max()),
 }))
 """
-    found = interpreted("-c", code)
+    found = interpreted(code)
     assert found["chosen"] == ["block 64x1"] * 3, found
     assert (found["best"], found["level"]) == ("sparse", "triton")
     assert found["kinds"] == ["BlockConv2d", "BlockConv2d", "BlockLinear"]
@@ -320,7 +318,7 @@ from microglia.runtime import devices
 from microglia.runtime import operators as library
 print(devices.cuda_level(), library._on_cuda("block_linear", lambda x: x + 1)(1))
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False)
+    done = fresh.run(code)
     assert done.stdout.strip() == "none: triton is not installed 2", done.stderr[-2000:]
 
 

@@ -4,14 +4,13 @@ import fnmatch
 import importlib
 import json
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+import fresh
 import microglia as mg
 from microglia.core.errors import MicrogliaError
 from microglia.core.timing import Timing
@@ -66,8 +65,7 @@ def kinds(t):
 def test_every_kernel_passes_nan_and_infinity_as_pytorch_does(isa):
     code = "import json, test_runtime_values as t; print(json.dumps(t.problems()))"
     path = os.pathsep.join([os.path.dirname(__file__), os.environ.get("PYTHONPATH", "")])
-    settings = {**os.environ, "MICROGLIA_ISA": isa, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    done = subprocess.run([sys.executable, "-c", code], env=settings, capture_output=True, text=True, timeout=300, check=False)
+    done = fresh.run(code, environment={"MICROGLIA_ISA": isa, "OMP_NUM_THREADS": "1", "PYTHONPATH": path})
     assert done.returncode == 0, done.stderr[-2000:]
     assert json.loads(done.stdout) == []
 

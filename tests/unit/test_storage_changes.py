@@ -2,7 +2,6 @@
 
 import json
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import torch
 from torch import nn
 from typer.testing import CliRunner
 
+import fresh
 import microglia as mg
 from microglia.cli.app import app
 from microglia.core.errors import FileError
@@ -149,7 +149,7 @@ def test_the_modules_of_the_table_register_their_change(key):
     bare = (
         f"import sys, types; p = types.ModuleType('microglia'); p.__path__ = [{str(SOURCES)!r}]; sys.modules['microglia'] = p"
     )
-    done = subprocess.run([sys.executable, "-c", f"{bare}; {code}"], capture_output=True, text=True, check=False)
+    done = fresh.run(f"{bare}; {code}")
     assert done.returncode == 0, done.stderr
 
 

@@ -2,13 +2,12 @@
 
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
+import fresh
 import microglia as mg
 from microglia import studies
 from microglia.cli.app import app
@@ -174,7 +173,8 @@ def test_every_file_of_the_studies_is_imported_by_a_command():
     """No code is out of reach: what no command imports is neither run nor seen."""
     rooms = ", ".join(f"microglia.cli.{name}" for name in ("studies", "commands", "evidence"))
     code = f"import json, sys, {rooms}; print(json.dumps(list(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = fresh.run(code)
+    assert done.returncode == 0, done.stderr
     root = Path(studies.__file__).parent
     names = {".".join(("microglia.studies", *path.relative_to(root).with_suffix("").parts)) for path in root.rglob("*.py")}
     assert {name.removesuffix(".__init__") for name in names} - set(json.loads(done.stdout.splitlines()[-1])) == set()

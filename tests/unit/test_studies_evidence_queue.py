@@ -1,14 +1,13 @@
 """The queue of evidence: order, pilots, skipping, a kill in the middle, and the same bits from scratch."""
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
 
+import fresh
 from microglia.core.errors import FileError, RunError
 from microglia.core.processes import Children
 from microglia.lab.execute import execute
@@ -307,8 +306,7 @@ run_queue(read_queue(Path(sys.argv[2]) / "queue.yaml"), Path(sys.argv[2]) / "out
 @pytest.mark.usefixtures("in_process")
 def test_a_queue_killed_in_the_middle_goes_on_to_the_bits_of_one_that_was_not(finished, tmp_path):
     queue = write(tmp_path, seeds=[0], grid={"prune.density": [0.2]})
-    command = [sys.executable, "-c", KILLED, str(Path(__file__).parent), str(tmp_path)]
-    assert subprocess.run(command, check=False).returncode == -9
+    assert fresh.run(KILLED, Path(__file__).parent, tmp_path).returncode == -9
     assert {name: len(rows) for name, rows in results(tmp_path).items()} == {
         "starts.json": 1,
         "one_tiny.json": 1,

@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import math
-import subprocess
 import sys
 
 import pytest
@@ -12,6 +11,7 @@ from torch import nn
 from torch.nn import functional
 from typer.testing import CliRunner
 
+import fresh
 import microglia as mg
 from microglia.cli.app import app
 from microglia.core.errors import MicrogliaError
@@ -130,7 +130,8 @@ def test_a_run_ends_in_a_directory_that_transformers_reads(folder, text, tmp_pat
         "torch.save(model(input_ids=torch.arange(20)[None]).logits.detach(), sys.argv[2])\n"
     )
     read = tmp_path / "logits.pt"
-    subprocess.run([sys.executable, "-c", script, str(out), str(read)], check=True, timeout=120)
+    done = fresh.run(script, out, read)
+    assert done.returncode == 0, done.stderr
     loaded = mg.load(out / "model", task_of(folder, text).build()).eval()
     with torch.no_grad():
         assert torch.equal(torch.load(read), loaded(input_ids=ids).logits)

@@ -1,12 +1,10 @@
 """Every name of the zoo builds, runs, learns and refuses what does not fit."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from torch import nn
 
+import fresh
 from microglia.core.errors import MicrogliaError, UnknownNameError
 from microglia.zoo import ModelError, build, model_names
 from microglia.zoo.registry import MODELS
@@ -185,5 +183,5 @@ def test_a_name_is_registered_once():
 
 def test_the_zoo_alone_imports_no_model_library():
     code = "import sys, microglia.zoo; print([m for m in ('timm', 'torchvision', 'transformers') if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    done = fresh.run(code)
+    assert done.stdout.strip() == "[]", done.stderr

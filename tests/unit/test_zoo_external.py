@@ -2,13 +2,13 @@
 
 import importlib.util
 import json
-import subprocess
 import sys
 
 import pytest
 import torch
 from torch import nn
 
+import fresh
 from microglia.core.errors import UnknownNameError
 from microglia.zoo import ModelError, build, external
 
@@ -220,7 +220,7 @@ except (RuntimeError, NotImplementedError):
 @needs("timm")
 def test_a_torchvision_whose_operators_do_not_load():
     """The CUDA-built wheel beside a CPU-only torch."""
-    done = subprocess.run([sys.executable, "-c", LIBRARY_DOES_NOT_LOAD], capture_output=True, text=True, check=False)
+    done = fresh.run(LIBRARY_DOES_NOT_LOAD)
     assert done.stdout.split("\n")[:3] == ["(2, 3)", "(2, 3)", "refused"], done.stderr[-2000:]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import logging
 import os
 import sys
 from collections.abc import Callable
@@ -70,6 +71,8 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 
+BARS = ("microglia.epochs", "microglia.progress")
+"""Loggers whose lines a terminal does not need, because it shows bars."""
 IMPORTS = "MICROGLIA_IMPORT"
 IMPORT = "Import a module of your own that registers scores, methods, changes, sections or studies. No file can name one here."
 Trust = Annotated[bool, typer.Option("--trust", help="Build whatever model a file names, also by its own code.")]
@@ -108,12 +111,15 @@ def top(
     """Prune any PyTorch model, see it get measurably faster and smaller, and load the result anywhere."""
 
 
-def command(function: Callable[..., Shown], *, example: str | None = None) -> Callable[..., Any]:
+def command(
+    function: Callable[..., Shown], *, example: str | None = None, kind: type[TyperCommand] | None = None
+) -> Callable[..., Any]:
     """Registers a command that prints its result; a user's error ends in one sentence and status 1.
 
     Args:
         function: The command; its docstring is the help text and its arguments are the options.
         example: A command line for the end of the help text.
+        kind: Class of the command; None for the usual one.
     """
 
     @wraps(function)
@@ -121,6 +127,7 @@ def command(function: Callable[..., Shown], *, example: str | None = None) -> Ca
         from microglia.train.engine import rank_and_world  # imports torch, which `microglia --help` does not need
         from microglia.zoo.trust import trusting
 
+        show_log()
         as_json = kwargs["json_"]
         try:
             with trusting(kwargs.pop("trust", False)):
@@ -147,7 +154,26 @@ def command(function: Callable[..., Shown], *, example: str | None = None) -> Ca
     printed.__signature__ = own.replace(parameters=[*own.parameters.values(), option])  # type: ignore[attr-defined]
     printed.__annotations__ = {**{name: p.annotation for name, p in own.parameters.items()}, "trust": Trust}
     panel = COMMANDS[function.__name__].panel if function.__name__ in COMMANDS else STUDIES
-    return app.command(rich_help_panel=panel, epilog=example and f"Example: [bold]{example}[/bold]")(printed)
+    return app.command(cls=kind, rich_help_panel=panel, epilog=example and f"Example: [bold]{example}[/bold]")(printed)
+
+
+def show_log() -> None:
+    """Shows what is logged on standard error: on a terminal, which has bars, resumed and finished stages; else epochs too."""
+    logger = logging.getLogger("microglia")
+    if logger.level == logging.NOTSET:
+        logger.setLevel(logging.INFO)
+    if not any(isinstance(handler, _Shown) for handler in logger.handlers):
+        logger.addHandler(_Shown())
+
+
+class _Shown(logging.Handler):
+    """Writes each record as one plain line; the stream is looked up each time, because tests and notebooks replace it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.name in BARS and sys.stderr.isatty():
+            return
+        sys.stderr.write(f"{record.getMessage()}\n")
+        sys.stderr.flush()
 
 
 def _imported(name: str) -> Any:

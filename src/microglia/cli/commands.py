@@ -16,6 +16,7 @@ from rich.table import Table
 
 from microglia.cli.app import command
 from microglia.cli.options import Checkpoint, Data, Json, Shown, SplitName, Target, given_recipe
+from microglia.cli.own_options import OwnOptionsCommand, own_settings
 from microglia.core.errors import MicrogliaError
 from microglia.core.patterns import PATTERN_FORMS
 from microglia.lab.accelerating import accelerated
@@ -33,6 +34,7 @@ from microglia.lab.recipe import (
     resolve,
     schema,
 )
+from microglia.lab.recipe_task import spelled
 from microglia.lab.shrinking import Shrinking, shrink_saved
 from microglia.lab.sweep import run_sweep
 from microglia.lab.sweep_grid import read_sweep
@@ -72,11 +74,11 @@ kept, trained, ran = _under("What to keep"), _under("Training"), _under("Run")
 
 
 def prune(
+    ctx: typer.Context,
     words: Annotated[list[str] | None, typer.Argument(metavar="[MODEL] [KEY=VALUE]...", help=MODELS)] = None,
     data: Data = None,
     checkpoint: Checkpoint = None,
     task: Annotated[str | None, typer.Option(help="Kind of task; by default the model's own. See docs/tasks.md.")] = None,
-    text: Annotated[str | None, typer.Option(help="File or folder of text, or hf:NAME, for language and embedding.")] = None,
     method: Annotated[str | None, kept(help="See `microglia methods`.")] = None,
     pattern: Annotated[str | None, kept(help=", ".join(PATTERN_FORMS))] = None,
     scope: Annotated[str | None, kept(help="global, layer, row, erk, sensitivity:FILE; of channels: uniform, global.")] = None,
@@ -84,10 +86,6 @@ def prune(
     params: Annotated[float | None, kept(help="Fraction of all parameters to keep, in (0, 1].")] = None,
     flops: Annotated[float | None, kept(help="Fraction of the operations to keep: removes channels.")] = None,
     ms: Annotated[float | None, kept(help="Milliseconds per example, measured here: removes channels.")] = None,
-    bytes_: Annotated[int | None, kept("--bytes", help="Bytes of the packed file: deep-compression.")] = None,
-    within: Annotated[float | None, kept(help="Points of accuracy that the smallest file may lose: deep-compression.")] = None,
-    round_to: Annotated[int | None, kept(help="Make widths multiples of this, if channels are removed.")] = None,
-    permute: Annotated[bool | None, kept(help="Reorder the channels first, so that blocks keep more.")] = None,
     layers: Annotated[list[str] | None, kept(help="Layers to prune (name globs, type:Conv2d, role:classifier, !not).")] = None,
     exclude: Annotated[list[str] | None, kept(help="Layers neither pruned nor counted.")] = None,
     protect: Annotated[list[str] | None, kept(help="Layers kept dense but counted.")] = None,
@@ -99,22 +97,24 @@ def prune(
     recipe: Annotated[Path | None, ran(help="YAML recipe; options and KEY=VALUE override it.")] = None,
     out: Annotated[Path | None, ran(help="Run directory; the same command resumes there.")] = None,
     starts: Annotated[Path | None, ran(help="Directory in which runs share their dense networks.")] = None,
+    track: Annotated[list[str] | None, ran(help="Trackers that follow the run: tensorboard, mlflow, wandb.")] = None,
     json_: Json = False,
 ) -> Shown:
     """Prune a model on data: load or train it, prune, recover, measure, save.
 
-    Every other setting is a KEY=VALUE, such as `train.batch_size=64`; `microglia recipe` prints them all.
+    With `--method NAME` or `--task KIND`, this help lists the options of that method or task. Every other setting is a
+    KEY=VALUE, such as `train.batch_size=64`; `microglia recipe` prints them all.
     """
     words = list(words or [])
     given = {
         "model": words.pop(0) if words and "=" not in words[0] else None,
-        "data": data, "checkpoint": checkpoint, "task.kind": task, "task.text": text, "method": method, "seed": seed,
+        "data": data, "checkpoint": checkpoint, "task.kind": task, "method": method, "seed": seed,
         "device": device, "train.epochs": epochs, "train.lr": lr, "prune.pattern": pattern, "prune.scope": scope,
-        "prune.density": density, "prune.params": params, "prune.flops": flops, "prune.ms": ms, "prune.bytes": bytes_,
-        "prune.within": within, "prune.round_to": round_to, "prune.permute": permute, "prune.layers": layers,
-        "prune.exclude": exclude, "prune.protect": protect, "measure.accelerate": accelerate,
+        "prune.density": density, "prune.params": params, "prune.flops": flops, "prune.ms": ms, "prune.layers": layers,
+        "prune.exclude": exclude, "prune.protect": protect, "measure.accelerate": accelerate, "track": track,
+        **own_settings(ctx),
     }  # fmt: skip
-    source: dict[str, Any] = read_yaml(recipe) if recipe is not None else {}
+    source: dict[str, Any] = spelled(read_yaml(recipe)) if recipe is not None else {}
     for key, value in given.items():
         if value is not None and value != []:
             source = put(source, key, value)
@@ -133,7 +133,7 @@ def prune(
     return result, [result_table(result), *shown]
 
 
-command(prune, example=EXAMPLE)
+command(prune, example=EXAMPLE, kind=OwnOptionsCommand)
 
 
 @command

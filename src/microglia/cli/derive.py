@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, Field, fields, replace
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, get_origin
 
 import typer
 
+from microglia.cli.fields import Asked, asked_of, declare, joined, option, parameter
 from microglia.cli.options import Checkpoint, Data, Device, DeviceName, Json, Shown, given_recipe
 from microglia.core.errors import MicrogliaError
 from microglia.lab.recipe import Recipe, RecipeError, put, read_yaml, resolve
-from microglia.studies.options import Option, described, option_of
+from microglia.studies.options import Option
 from microglia.studies.study import Study, conduct
 
 SHARED = {"data": Data, "checkpoint": Checkpoint, "device": Device}
@@ -24,7 +24,6 @@ RECIPE = Annotated[Path | None, typer.Option(help="YAML recipe; options and KEY=
 WORDS = Annotated[
     list[str] | None, typer.Argument(metavar="[MODEL] [KEY=VALUE]...", help="A model, then settings of the recipe.")
 ]
-OUT = "Directory of all files; the same command resumes there."
 SHOWN = (".png", ".html")
 """Forms of a figure whose paths are printed."""
 
@@ -43,9 +42,8 @@ def derived(study: Study[Any, Any]) -> Callable[..., Any]:
 
     function.__name__ = study.name
     function.__doc__ = "\n\n".join(filter(None, (study.sentence, study.details)))
-    parameters = [p for one in _fields(study) for p in _parameters(one)]
-    last = inspect.Parameter("json_", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Json)
-    function.__signature__ = inspect.Signature([*parameters, last])  # type: ignore[attr-defined]
+    parameters = [p for one in asked_of(study.config) for p in _parameters(one)]
+    declare(function, [*parameters, parameter("json_", Json, False)])
     return function
 
 
@@ -60,111 +58,60 @@ def configured(study: Study[Any, Any], given: Mapping[str, Any]) -> Any:
         MicrogliaError: An option cannot be read or does not fit another.
     """
     settled = study.settle({name: value for name, value in given.items() if name != "json_"})
-    known = [one for one in _fields(study) if not one.option.hidden or one.name in settled]
+    known = [one for one in asked_of(study.config) if not one.option.hidden or one.name in settled]
     try:
         return study.config(**{one.name: _value(one, settled, study) for one in known})
     except ValueError as error:
         raise MicrogliaError(f"These options do not fit: {error}.") from error
 
 
-class _Asked:
-    """A field of a config, and its option.
-
-    Attributes:
-        name: Name of the field.
-        option: Declaration of the option.
-        asked: Name of the command's parameter.
-        help: Its help text.
-        type: Type of the field without None.
-        optional: Whether it may be None.
-        default: Default of the field; `MISSING` if it must be given.
-    """
-
-    def __init__(self, one: Field[Any], hint: Any, text: str) -> None:
-        self.name = one.name
-        hint, self.option = option_of(hint)
-        self.asked = (self.option.name or one.name).replace("-", "_")
-        self.help = text or (OUT if self.asked == "out" else "")
-        some = [part for part in get_args(hint) if part is not NoneType] if get_origin(hint) in (Union, UnionType) else [hint]
-        self.optional = len(some) < len(get_args(hint)) and get_origin(hint) in (Union, UnionType)
-        self.type = some[0]
-        self.default: Any = one.default_factory() if one.default_factory is not MISSING else one.default
-
-    @property
-    def sequence(self) -> Any:
-        """Type of the elements of a tuple or sequence of any length; None for another field."""
-        parts = get_args(self.type)
-        several = get_origin(self.type) in (tuple, Sequence) and (len(parts) == 1 or parts[-1] is ...)
-        return parts[0] if several else None
-
-
-def _fields(study: Study[Any, Any]) -> list[_Asked]:
-    hints, texts = get_type_hints(study.config, include_extras=True), described(study.config)
-    return [_Asked(one, hints[one.name], texts.get(one.name, "")) for one in fields(study.config)]
-
-
 # ------------------------------------------------------------------------------------------------------------- declaring
-def _parameters(one: _Asked) -> list[inspect.Parameter]:
+def _parameters(one: Asked) -> list[inspect.Parameter]:
     """Returns the parameters of a command that give a field."""
     if one.option.hidden:
         return []
     if one.option.recipe is not None:
         own = {"words": WORDS, "data": Data, "density": DENSITY, "recipe": RECIPE, "device": DeviceName}
-        return [_parameter(name, annotation, None) for name, annotation in own.items()]
+        return [parameter(name, annotation, None) for name, annotation in own.items()]
     if one.option.parts is not None:
         return _parts(one)
     if one.option.words:
         return _words(one)
     if one.asked in SHARED:
-        return [_parameter(one.asked, SHARED[one.asked], one.default)]
+        return [parameter(one.asked, SHARED[one.asked], one.default)]
     kind, default = one.type, one.default
     if one.option.repeated:
         kind, default = list[str], None
     elif one.sequence is not None:
-        kind, default = str, None if one.default in (None, ()) else _joined(one.default)
+        kind, default = str, None if one.default in (None, ()) else joined(one.default)
     elif get_origin(kind) is Literal:
         kind = str
     optional = one.optional or (one.sequence is not None and default is None)
-    return [
-        _parameter(one.asked, _option(kind, optional, one.help, one.option.least if one.sequence is None else None), default)
-    ]
+    return [parameter(one.asked, option(kind, optional, one.help, one.option.least if one.sequence is None else None), default)]
 
 
-def _parts(one: _Asked) -> list[inspect.Parameter]:
+def _parts(one: Asked) -> list[inspect.Parameter]:
     """Returns one option for each part of a field that is a dataclass."""
-    hints, texts = get_type_hints(one.type, include_extras=True), described(one.type)
-    found = {f.name: f for f in fields(one.type)}
+    found = {inner.name: inner for inner in asked_of(one.type)}
     parameters = []
     for name, part in (one.option.parts or {}).items():
-        inner = _Asked(found[part], hints[part], texts.get(part, ""))
+        inner = found[part]
         kind = str if get_origin(inner.type) is Literal else inner.type
-        parameters.append(_parameter(name, _option(kind, inner.optional, inner.help), getattr(one.default, part)))
+        parameters.append(parameter(name, option(kind, inner.optional, inner.help), getattr(one.default, part)))
     return parameters
 
 
-def _words(one: _Asked) -> list[inspect.Parameter]:
+def _words(one: Asked) -> list[inspect.Parameter]:
     """Returns the words of a command line that give a field: one, any number, or a fixed number."""
     kind = list[one.sequence] if one.sequence is not None else str  # type: ignore[name-defined]
     return [
-        _parameter(name, Annotated[kind, typer.Argument(metavar=name.upper(), help=one.help)], inspect.Parameter.empty)
+        parameter(name, Annotated[kind, typer.Argument(metavar=name.upper(), help=one.help)], inspect.Parameter.empty)
         for name in one.option.words
     ]
 
 
-def _option(kind: Any, optional: bool, text: str, least: int | None = None) -> Any:
-    return Annotated[kind | None if optional else kind, typer.Option(help=text, min=least)]
-
-
-def _parameter(name: str, annotation: Any, default: Any) -> inspect.Parameter:
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
-
-
-def _joined(values: Sequence[Any]) -> str:
-    return ",".join(map(str, values))
-
-
 # --------------------------------------------------------------------------------------------------------------- reading
-def _value(one: _Asked, given: Mapping[str, Any], study: Study[Any, Any]) -> Any:
+def _value(one: Asked, given: Mapping[str, Any], study: Study[Any, Any]) -> Any:
     """Returns the value of a field."""
     if one.option.recipe is not None:
         return _recipe(one.option, given, study)
@@ -181,7 +128,7 @@ def _value(one: _Asked, given: Mapping[str, Any], study: Study[Any, Any]) -> Any
     return tuple(typed) if one.option.repeated else _read(one, typed)
 
 
-def _read(one: _Asked, text: str) -> tuple[Any, ...]:
+def _read(one: Asked, text: str) -> tuple[Any, ...]:
     """Returns the values of a list such as ``1,3,5``.
 
     Raises:
@@ -196,7 +143,7 @@ def _read(one: _Asked, text: str) -> tuple[Any, ...]:
         return found
     kind = one.option.kind or ("whole numbers" if one.sequence is int else "numbers")
     low = "" if least is None else f" of at least {least}"
-    example = one.option.example or _joined((one.default or ())[:4])
+    example = one.option.example or joined((one.default or ())[:4])
     raise RecipeError(f"The {one.name} are {kind}{low} such as {example}; got {text!r}.")
 
 

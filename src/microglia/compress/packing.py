@@ -16,6 +16,7 @@ from microglia.compress.codebook import Initial
 from microglia.compress.container import Container, read_container, write_container
 from microglia.compress.contents import ORIGINAL, Contents, contents_of
 from microglia.compress.sharing import shared_values
+from microglia.compress.stored import Stored, fill
 from microglia.core.budget import Budget
 from microglia.core.errors import BudgetError, FileError
 from microglia.core.layers import Layer, prunable_layers
@@ -141,6 +142,9 @@ def measured(model: nn.Module) -> Contents:
 def unpack(path: str | Path, model: nn.Module | None = None, *, trust: bool = False, limit: int | None = None) -> nn.Module:
     """Returns the model of a packed file, bit for bit as it was packed.
 
+    The model is built first, and its tensors are then filled one by one: beside the model there is never more than the file and
+    one decoded tensor. A model with a loading of its own, such as hooks, gets all tensors at once.
+
     Args:
         path: File that `pack` wrote.
         model: A freshly built model to load into; see `microglia.load`.
@@ -152,7 +156,10 @@ def unpack(path: str | Path, model: nn.Module | None = None, *, trust: bool = Fa
             decoded; or the model does not fit, or the file may not name it.
     """
     container = open_packed(path, limit=limit)
-    return rebuilt(container.path, container.plan, container.state(), model, trust=trust)
+    container.check()
+    state = Stored(container)
+    how: dict[str, Any] = {"outline": state.outline(), "fill": fill}
+    return rebuilt(container.path, container.plan, state, model, trust=trust, **how)
 
 
 def inspect(path: str | Path, *, limit: int | None = None) -> Contents:

@@ -16,6 +16,7 @@ EXTRAS: dict[str, dict[str, str]] = {
     "language": {"transformers": "transformers", "datasets": "datasets"},
     "track": {"tensorboard": "tensorboard", "mlflow": "mlflow", "wandb": "wandb"},
     "cluster": {"ray": "ray", "submitit": "submitit"},
+    "hub": {"huggingface_hub": "huggingface_hub"},
     "serve": {"fastapi": "fastapi", "uvicorn": "uvicorn"},
 }
 """Extra -> the modules that it brings, and the package of each; pyproject.toml says which versions."""

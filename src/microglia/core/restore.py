@@ -24,6 +24,18 @@ def restore(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
 
     Returns the model, changed in place.
     """
+    match_masks(model, state)
+    complete = OrderedDict(state)
+    for path, module in model.named_modules():
+        if isinstance(module, GraphLayer) and f"{path}.{COUNTER}" not in state and hasattr(module, COUNTER):
+            complete[f"{path}.{COUNTER}"] = getattr(module, COUNTER)  # files written before graphs counted their batches
+    complete._metadata = model.state_dict()._metadata  # type: ignore[attr-defined] # versions by which modules read old states
+    model.load_state_dict(complete)
+    return model
+
+
+def match_masks(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Attaches or removes masks, so that a model's state has the names of ``state``; the other tensors stay as they are."""
     _bake_absent(model, state)
     places: dict[str, int] = {}
     if has_masks(model) or any(key.endswith(".mask") for key in state):
@@ -35,13 +47,6 @@ def restore(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
                     strip_mask(module, attribute)
         for name, at in places.items():
             attach_mask(layers[name], state[f"{_prefix(name)}{at}.mask"].bool(), at)
-    complete = OrderedDict(state)
-    for path, module in model.named_modules():
-        if isinstance(module, GraphLayer) and f"{path}.{COUNTER}" not in state and hasattr(module, COUNTER):
-            complete[f"{path}.{COUNTER}"] = getattr(module, COUNTER)  # files written before graphs counted their batches
-    complete._metadata = model.state_dict()._metadata  # type: ignore[attr-defined] # versions by which modules read old states
-    model.load_state_dict(complete)
-    return model
 
 
 def _bake_absent(model: nn.Module, state: Mapping[str, Tensor]) -> None:

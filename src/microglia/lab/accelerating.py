@@ -7,11 +7,11 @@ from typing import Any
 
 from torch import nn
 
+from microglia.core.progress import progress_bar
 from microglia.runtime import Accelerated, accelerate
 from microglia.runtime.accelerate import DENSE
 from microglia.tasks.task import Task
 from microglia.train.agreement import agreement
-from microglia.train.progress import Bar
 
 Json = dict[str, Any]
 
@@ -40,6 +40,6 @@ def accelerated(
         agree (``agreement``), for classification.
     """
     example = task.example_batch(batch)
-    with Bar("accelerate: layers", 0) as bar:
+    with progress_bar("accelerate: layers", 0) as bar:
         fast = accelerate(model, example, against=against, precision=precision, rounds=rounds, progress=bar.at)
     return fast, {**fast.report().to_dict(), "batch": batch, "agreement": agreement(model, fast, task, batch)}

@@ -18,12 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from microglia.core.batch import call, to_device
+from microglia.core.callbacks import Callback, log_of_stages
 from microglia.core.devices import device_of
 from microglia.core.errors import FileError
 from microglia.core.roles import means_role
 from microglia.core.timing import processor_name
 from microglia.lab.accelerating import accelerated
-from microglia.lab.recipe import Recipe, as_dict, begun, completed, method_config, start_of
+from microglia.lab.recipe import Recipe, RecipeError, as_dict, begun, completed, method_config, start_of
 from microglia.lab.recipe_task import build_task
 from microglia.lab.result import Result
 from microglia.measure import measure_latency
@@ -37,6 +38,7 @@ from microglia.storage.run import Run
 from microglia.tasks.classification import check_fit
 from microglia.tasks.roles import with_roles
 from microglia.tasks.task import Task, Telling
+from microglia.track import Place, opened, trackers
 from microglia.train.engine import accelerator
 
 BUDGET = ("density", "params", "flops", "ms")
@@ -52,7 +54,9 @@ def make_task(recipe: Recipe) -> Task:
     return with_roles(task) if means_role(named) else task
 
 
-def execute(recipe: Recipe, directory: Path | None = None, *, starts: Path | None = None) -> Result:
+def execute(
+    recipe: Recipe, directory: Path | None = None, *, starts: Path | None = None, callbacks: Sequence[Callback] = ()
+) -> Result:
     """Runs a recipe and returns its result, which a run directory keeps as ``result.json``.
 
     A finished run is not repeated: its result is returned. An interrupted run resumes. Runs with the same ``starts``, a
@@ -67,6 +71,9 @@ def execute(recipe: Recipe, directory: Path | None = None, *, starts: Path | Non
     the pruned model before recovery, if the method has such a moment); further observations of the method, such as
     ``estimate`` and ``routes`` of a model that chooses its computation by input; ``latency``; ``seconds``.
 
+    ``callbacks``, and the trackers that the recipe names in ``track``, are told of stages, epochs and the result. A finished
+    run tells nothing.
+
     Raises:
         MicrogliaError: An error that the user can correct; the text says how.
     """
@@ -80,9 +87,23 @@ def execute(recipe: Recipe, directory: Path | None = None, *, starts: Path | Non
     run.trajectory, run.split = recipe.measure.trajectory, recipe.measure.split
     run.shared = None if starts is None else starts / start_of(as_dict(recipe))
     try:
-        return _finished(run) or _execute(recipe, run, prepared or make_task(recipe))
+        finished = _finished(run)
+        if finished is not None:
+            log_of_stages.info("%s: already finished", directory)
+            return finished
+        run.callbacks.all += [*callbacks, *_trackers(recipe, run)]
+        return _execute(recipe, run, prepared or make_task(recipe))
     finally:
         run.close()
+
+
+def _trackers(recipe: Recipe, run: Run) -> Sequence[Callback]:
+    """Returns the open trackers of a recipe, on the first rank."""
+    if not recipe.track or not run.main:
+        return ()
+    if run.directory is None:
+        raise RecipeError("Trackers follow a run that has a directory: name one, such as --out runs/a, or leave out `track`.")
+    return opened(recipe.track, Place(run.directory, run.directory.name, as_dict(recipe)))
 
 
 def _finished(run: Run) -> Result | None:
@@ -111,6 +132,8 @@ def prepare(recipe: Recipe) -> Task:
     """
     task = make_task(recipe)
     check_fit(task.build(), task)
+    for name in recipe.track:
+        trackers[name]
     methods[recipe.method].check(task, method_config(recipe))
     return task
 

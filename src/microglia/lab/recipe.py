@@ -21,9 +21,9 @@ from microglia.storage.plain_yaml import DEEPEST, merge, parse_yaml, read_yaml_t
 from microglia.storage.validation import brief, problems
 from microglia.train.optim import RECOVERY, FitConfig, identity
 
-LATER = ("task", "task_options")
+LATER = ("task", "task_options", "track")
 """Fields that recipes of version 0.1.0 lack."""
-AFTER_DENSE = ("method", "prune", "train", "measure")
+AFTER_DENSE = ("method", "prune", "train", "measure", "track")
 """Fields that do not reach the training of the dense network."""
 
 
@@ -88,6 +88,7 @@ class Recipe:
         seed: Root of every random number.
         device: ``cpu``, ``cuda``, or ``auto``: the device on which the run began; for a new run a GPU if there is one.
         threads: CPU threads, or None for torch's choice.
+        track: Trackers that follow the run: ``tensorboard``, ``mlflow``, ``wandb``. They do not belong to its identity.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -108,6 +109,7 @@ class Recipe:
     seed: int = 0
     device: Literal["cpu", "cuda", "auto"] = "auto"
     threads: int | None = None
+    track: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.threads is not None and self.threads < 1:
@@ -140,7 +142,7 @@ def resolve(source: Mapping[str, Any]) -> Recipe:
     """
     source = settle_task(source)
     defaults = {**as_dict(Recipe()), **_meant(source)}
-    name = source.get("method", defaults["method"])
+    name = named_method(source)
     if isinstance(name, str):  # other values are refused below
         defaults["train"] = asdict(methods[name].training)
     recipe: Recipe = _validate(_recipe, merge(defaults, source), "recipe")
@@ -155,15 +157,21 @@ def is_setting(config: type[MethodConfig], name: str) -> bool:
 
 
 def completed(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a recipe, as plain values, with the fields that its method does not take, at their defaults.
+    """Returns a recipe, as plain values, with the fields that its method does not take, at their defaults; without ``track``.
 
     Version 0.1 wrote these fields. With them a run's identity does not depend on the version that wrote its recipe.
     """
+    recipe = {key: value for key, value in recipe.items() if key != "track"}
     prune, name = recipe.get("prune"), recipe.get("method")
     if not isinstance(prune, Mapping) or not isinstance(name, str) or name not in methods:
         return dict(recipe)
     usual = TypeAdapter(dict[str, Any]).dump_python(left_out(methods[name].config), mode="json")
     return {**recipe, "prune": {**usual, **prune}}
+
+
+def named_method(source: Mapping[str, Any]) -> Any:
+    """Returns the name of a recipe's method: as given, or as its budget implies."""
+    return source.get("method", _meant(source).get("method", Recipe.method))
 
 
 def _meant(source: Mapping[str, Any]) -> dict[str, str]:

@@ -57,6 +57,20 @@ def settle_task(source: Mapping[str, Any]) -> dict[str, Any]:
     return _of_kind(dict(task), rest)
 
 
+def spelled(source: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a recipe's mapping with a task that is a kind alone, ``task: language``, as the mapping that it stands for."""
+    task = source.get("task")
+    alone = isinstance(task, str) and not OWN.fullmatch(task)
+    return {**source, "task": {"kind": task}} if alone else dict(source)
+
+
+def named_kind(source: Mapping[str, Any]) -> str:
+    """Returns the kind of a recipe's task, as given or as its model implies; for a user's own task its name."""
+    task = source.get("task")
+    kind = task.get("kind") if isinstance(task, Mapping) else task
+    return kind if isinstance(kind, str) else kind_of_model(source.get("model"))
+
+
 def _of_kind(task: dict[str, Any], rest: dict[str, Any]) -> dict[str, Any]:
     kind = task.pop("kind", None) or kind_of_model(rest.get("model"))
     if kind not in kinds:

@@ -43,8 +43,6 @@ class LatencyReport:
 
         One that rounds the weights, such as ``openvino-int8``, counts only where no other was timed.
 
-        One that rounds the weights, such as ``openvino-int8``, counts only where no other was timed.
-
         Raises:
             UnknownNameError: No model with this name was measured.
         """

@@ -30,11 +30,11 @@ WHOLE = 64
 
 
 class Limit(Protocol):
-    """The common interface of both kinds."""
+    """The common interface of all kinds."""
 
     @property
     def keep(self) -> int:
-        """The cost to keep; 0 if the pattern chooses within its own rows."""
+        """Cost to keep; 0 if the pattern chooses within its own rows."""
         ...
 
     def choose(self, scores: Tensor, done: float = 1.0) -> Tensor:

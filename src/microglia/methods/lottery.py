@@ -274,6 +274,7 @@ def check(task: Task, config: LotteryConfig) -> None:
 @method("tickets", LotteryConfig, check=check, training=FitConfig())
 def tickets(task: Task, run: Run, config: LotteryConfig) -> nn.Module:
     """Train, remove the smallest weights, go back, train again, level by level down to the density (lottery tickets, IMP)."""
+    run.shared = None  # its dense network is trained by ``train``, not by ``dense`` as the one that runs share
     search = Tickets(task, run, config)
     level = dense = search.dense()
     _observe(search, dense, "dense")

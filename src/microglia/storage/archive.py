@@ -6,7 +6,7 @@ import copy
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from microglia.core.masks import parametrized, unfinished
 from microglia.core.restore import restore
 from microglia.runtime.accelerated import Accelerated
 from microglia.runtime.reload import Kernels
+from microglia.storage import hub
 from microglia.storage.acceleration import remove_kernels, with_kernels, write_kernels
 from microglia.storage.changes import SOURCE, changes, changes_of, decode, replay, written_changes
 from microglia.storage.files import VERSION, check_header, read_tensors, write_atomic, write_tensors
@@ -72,7 +73,7 @@ def load(
     """Returns the saved model, bit for bit; code that its files name is imported or run only on request.
 
     Args:
-        directory: The directory that `save` wrote.
+        directory: The directory that `save` wrote; or ``hub:OWNER/NAME``, which is fetched from the Hugging Face hub.
         model: A freshly built model of the same architecture to load into; dense even if the saved one was shrunk. It is needed
             if the saved model was not made by `microglia.tasks.build`.
         trust: Whether the files may name any model to build, such as ``package.module:function``, which is then imported
@@ -86,7 +87,7 @@ def load(
         FileError: A file is missing, damaged, truncated, foreign, or newer than this library; or the model does not fit, or the
             file may not name it.
     """
-    directory = Path(directory)
+    directory = hub.fetched(str(directory)) if str(directory).startswith(hub.PREFIX) else Path(directory)
     plan, state = _read(directory)
     return with_kernels(directory, rebuilt(directory, plan, state, model, trust=trust), plan["digest"], kernels)
 
@@ -119,16 +120,25 @@ def described(model: nn.Module) -> tuple[nn.Module, dict[str, Any], bool]:
 
 
 def rebuilt(
-    place: Path, plan: Mapping[str, Any], state: Mapping[str, Tensor], model: nn.Module | None = None, *, trust: bool = False
+    place: Path,
+    plan: Mapping[str, Any],
+    state: Mapping[str, Tensor],
+    model: nn.Module | None = None,
+    *,
+    trust: bool = False,
+    outline: Mapping[str, Tensor] | None = None,
+    fill: Callable[[nn.Module, Mapping[str, Tensor]], nn.Module] = restore,
 ) -> nn.Module:
     """Returns the model of a plan and a state, which any kind of file may hold.
 
     Args:
         place: Name of the file or directory, for errors.
         plan: Content of `described`, checked to be of this kind and version.
-        state: The stored tensors.
+        state: The stored tensors; they may be read on request.
         model: See `load`.
         trust: See `load`.
+        outline: Tensors with the stored shapes, whose values do not count; None for the state itself.
+        fill: Loads the state into the model and returns it.
 
     Raises:
         FileError: See `load`.
@@ -136,13 +146,13 @@ def rebuilt(
     done = decode(plan, state)
     if model is None:
         with trusting(trust):
-            model = _build(place, plan, state)
+            model = _build(place, plan, state if outline is None else outline)
     cut = next((key for key, before in changes_of(model).items() if before.kind.cuts), None)
     if cut is not None:
         raise FileError(f"Pass a freshly built, dense {type(model).__name__} to load {place} into, not a {cut} one.")
     model = replay(model, done)
     try:
-        return restore(model, state)
+        return fill(model, state)
     except (RuntimeError, MicrogliaError) as error:
         raise FileError(f"The weights in {place} do not fit {type(model).__name__}: {error}") from error
 

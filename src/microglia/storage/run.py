@@ -15,6 +15,7 @@ import torch
 import yaml
 from torch import Tensor
 
+from microglia.core.callbacks import Callbacks, Lines
 from microglia.core.errors import FileError, RunError
 from microglia.storage.files import State, parse, read_state, write_atomic, write_state, write_tensors
 from microglia.storage.plain_yaml import read_yaml_text
@@ -62,6 +63,7 @@ class Run:
         observations: Measurements of the model during the run, by name (``dense``, ``before`` ...).
         trajectory: Whether trainings keep their parameters after every epoch.
         split: Split that the metrics of `observations` are about: ``test`` or ``validation``.
+        callbacks: What follows the run on its first rank: `microglia.core.callbacks.Lines`, and what is added to it.
         shared: Directory in which runs with the same start keep `DENSE_STAGES` for each other, or None.
 
     Raises:
@@ -85,6 +87,7 @@ class Run:
         self.split: Literal["test", "validation"] = "test"
         self.shared: Path | None = None
         self.main = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+        self.callbacks = Callbacks([Lines()] if self.main else [])
         self._lock: TextIO | None = None
         if directory is not None and self.main:
             self._claim(directory)
@@ -130,20 +133,30 @@ class Run:
             work: Returns the final state; it gets a `Progress` to resume from and to save to.
         """
         if self.directory is None:
-            return work(Progress(None, lambda state: None))
+            return self._worked(name, work, Progress(None, lambda state: None))
         final = self.directory / "stages" / f"{name}.safetensors"
         partial = self.directory / "stages" / f"{name}.partial.safetensors"
         state = _read_if_whole(final)
-        if state is None:
+        if state is not None:
+            self.callbacks.on_stage(name, "found")
+        else:
             with self._sharing(name) as common:
                 state = None if common is None else self._take(name, common)
                 if state is None:
-                    state = work(Progress(_read_if_whole(partial), lambda s: self._write(partial, s)))
+                    state = self._worked(name, work, Progress(_read_if_whole(partial), lambda s: self._write(partial, s)))
                     if common is not None:
                         self._give(name, common, state)
             self._write(final, state)
         if self.main:  # also a file left by a process that was killed between the two
             partial.unlink(missing_ok=True)
+        return state
+
+    def _worked(self, name: str, work: Callable[[Progress], State], progress: Progress) -> State:
+        """Runs the work of a stage; the callbacks are told when it begins and ends."""
+        rows = (progress.state or {}).get("rows", ())
+        self.callbacks.on_stage(name, "resumed" if rows else "began", len(rows))
+        state = work(progress)
+        self.callbacks.on_stage(name, "finished")
         return state
 
     @contextmanager
@@ -160,8 +173,10 @@ class Run:
     def _take(self, name: str, common: Path) -> State | None:
         """Returns the state of a stage that another run finished, or None; takes the stage's rows of the metrics too."""
         state = _read_if_whole(common)
+        if state is not None:
+            self.callbacks.on_stage(name, "found")
         if state is not None and (rows := _read_rows(common.with_suffix(".jsonl"))):
-            self.log(name, [{k: v for k, v in json.loads(row).items() if k != "stage"} for row in rows])
+            self._write_rows(name, [{k: v for k, v in json.loads(row).items() if k != "stage"} for row in rows])
         return state
 
     def _give(self, name: str, common: Path, state: State) -> None:
@@ -178,7 +193,12 @@ class Run:
             torch.distributed.barrier()
 
     def log(self, stage: str, rows: list[dict[str, Any]]) -> None:
-        """Writes ``rows`` as the rows of a stage in ``metrics.jsonl``, after those of earlier stages."""
+        """Writes ``rows`` as the rows of a stage in ``metrics.jsonl``, after those of earlier stages; the last one is new."""
+        if rows:
+            self.callbacks.on_epoch(stage, rows[-1])
+        self._write_rows(stage, rows)
+
+    def _write_rows(self, stage: str, rows: list[dict[str, Any]]) -> None:
         if self.directory is None or not self.main:
             return
         path = self.directory / "metrics.jsonl"
@@ -208,12 +228,14 @@ class Run:
             return None
 
     def finish(self, result: Mapping[str, Any]) -> None:
-        """Writes ``result.json``: the run is finished and will not run again."""
+        """Writes ``result.json``: the run is finished and will not run again; the callbacks get the result."""
         if self.directory is not None and self.main:
             write_atomic(self.directory / "result.json", json.dumps(result, indent=2) + "\n")
+        self.callbacks.on_result(result)
 
     def close(self) -> None:
-        """Lets another process use the directory."""
+        """Closes the callbacks, and lets another process use the directory."""
+        self.callbacks.close()
         if self._lock is not None:
             self._lock.close()
 

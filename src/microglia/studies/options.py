@@ -51,12 +51,21 @@ def option_of(hint: Any) -> tuple[Any, Option]:
 
 
 def described(config: type) -> dict[str, str]:
-    """Returns the help text of every field: what the "Attributes" of the class's docstring say of it.
+    """Returns the help text of every field: what the "Attributes" of its class's docstring say of it.
 
-    Marks of code are left out, and "None for" becomes "default:", for nobody types None.
+    A config that is composed of parts has the texts of all parts. Marks of code are left out, and "None for" becomes
+    "default:", for nobody types None.
     """
     found: dict[str, str] = {}
-    block = inspect.cleandoc(config.__doc__ or "").partition("Attributes:\n")[2]
+    for part in reversed(config.__mro__):
+        found |= _attributes(inspect.cleandoc(vars(part).get("__doc__") or ""))
+    return {name: re.sub(r"\bNone for\b", "default:", text).replace("`", "") for name, text in found.items()}
+
+
+def _attributes(docstring: str) -> dict[str, str]:
+    """Returns the entries under "Attributes" of a docstring."""
+    found: dict[str, str] = {}
+    block = docstring.partition("Attributes:\n")[2]
     for line in block.splitlines():
         if line and not line.startswith(" "):
             break
@@ -65,4 +74,4 @@ def described(config: type) -> dict[str, str]:
             found[name] = entry[2]
         elif line.strip():
             found[name] += f" {line.strip()}"
-    return {name: re.sub(r"\bNone for\b", "default:", text).replace("`", "") for name, text in found.items()}
+    return found

@@ -75,7 +75,14 @@ def kind(name: str, options: type, *, saved: Saved = nothing_more) -> Callable[[
 
 @dataclass(frozen=True)
 class ClassificationOptions:
-    """The options of image classification; see `microglia.Recipe`."""
+    """The options of image classification, which are also fields of `microglia.Recipe`.
+
+    Attributes:
+        data: ``digits``, ``cifar10``, ``mnist``, ``hf:NAME`` or a folder.
+        normalize: Name of the statistics of the images, ``data`` for the data set's own, or ``auto``.
+        image_size: Side to resize images to; None for their own.
+        label_smoothing: Label smoothing of the training loss, in [0, 1).
+    """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import islice
@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from microglia.core.callbacks import Callback, Callbacks
 from microglia.core.errors import TrainingError
+from microglia.core.progress import Bar, progress_bar
 from microglia.storage.run import Progress
 from microglia.tasks.task import Batches, Task
 from microglia.train.average import MovingAverage
@@ -21,7 +23,6 @@ from microglia.train.engine import OneProcess, accelerator, rank_and_world
 from microglia.train.evaluate import evaluate
 from microglia.train.groups import parameter_groups, plain_name
 from microglia.train.optim import FitConfig, epoch_batches, epoch_length, lay_out, make_optimizers, set_rates
-from microglia.train.progress import Bar
 from microglia.train.step import Step, clipped, objective, require_finite
 
 if TYPE_CHECKING:
@@ -87,6 +88,7 @@ def fit(
     log: Callable[[list[Row]], None] | None = None,
     title: str = "training",
     stop: int | None = None,
+    callbacks: Sequence[Callback] = (),
 ) -> list[Row]:
     """Trains a model in place and returns one row per epoch (loss, learning rate, validation metrics, seconds).
 
@@ -108,6 +110,7 @@ def fit(
         log: Called with all rows after every epoch.
         title: Text of the progress bar.
         stop: Epoch after which to stop, with the learning rates of the whole training; None for its end.
+        callbacks: Told of the beginning, each epoch and the end, under the name ``title``; an error of one ends the training.
 
     Raises:
         TrainingError: An argument is not a model, task or config; or the loss is not finite. Then the model holds the weights
@@ -118,7 +121,9 @@ def fit(
     trained, steps = _prepared(model, task, config, engine, seed=seed, pruner=pruner, teacher=teacher)
     rows = trained.resume(progress)
     end = config.epochs if stop is None else min(stop, config.epochs)
-    with torch.random.fork_rng(), Bar(title, total=end * steps.length, done=len(rows) * steps.length) as bar:
+    told = Callbacks(callbacks)
+    told.on_stage(title, "resumed" if rows else "began", len(rows))
+    with torch.random.fork_rng(), progress_bar(title, total=end * steps.length, done=len(rows) * steps.length) as bar:
         for epoch in range(len(rows), end):
             began = time.perf_counter()
             torch.manual_seed(seed * 1_000_003 + epoch)  # for dropout and similar randomness
@@ -130,7 +135,9 @@ def fit(
                 log(rows)
             if progress is not None:
                 progress.save(trained.state(rows))
+            told.on_epoch(title, rows[-1])
     trained.finish(end == config.epochs)
+    told.on_stage(title, "finished")
     if rank_and_world()[1] > 1:
         engine.free_memory()
     return rows

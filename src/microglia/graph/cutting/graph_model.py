@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import cache
 from typing import Any
 
 from torch import nn
 
 from microglia.graph.cutting.cut import Cut
-from microglia.graph.cutting.live import following_precision, live_trace, states_precision, unread
+from microglia.graph.cutting.live import Traces, following_precision, live_trace, states_precision, unread
 from microglia.graph.cutting.modules import Indices, indices, kept_units
 from microglia.graph.cutting.parts import double_copy, to_double
 from microglia.graph.cutting.surgery import Follows, GraphModel, cut_graph, forward_names
@@ -33,20 +34,21 @@ def graph_model(
     """
     root, path = whole or (model, "")
     modes, stay = modes_of(model), exceptions(modes_of(root), path)
-    names, evaluation = forward_names(model), cut_again(model, example, kept, dynamic)
-    training, why = _in_training(model, example, kept, dynamic)
+    own, twin = Traces(model, as_inputs(example), dynamic), cache(lambda: _twin(model, example, dynamic))
+    names, evaluation = forward_names(model), _cut(own.evaluation, kept)
+    training, why = _in_training(own, kept)
     first, second = evaluation.analysis.trace, training.analysis.trace if training else None
-    follows, known = _follows(model, example, dynamic, first, following(model, first, second, modes))
+    follows, known = _follows(twin, first, following(model, first, second, modes))
     small = cut_graph(evaluation, names, follows)
     small.microglia_exceptions = stay
     name = path or type(model).__name__
     notes = [] if training else [lost(name, model, why)]
-    if training and second and (own := own_code(first, second)):
+    if training and second and (differing := own_code(first, second)):
         mode = following(model, second, first, modes, training=True)
-        follows, also = _follows(model, example, dynamic, second, mode, training=True)
+        follows, also = _follows(twin, second, mode, training=True)
         known = known and also
         small.learn_training(training, names, follows)
-        notes += note(name, own, model)
+        notes += note(name, differing, model)
     small.learn_layers(model)
     small.learn_modes(model)
     small.microglia_notes = (*notes, *([] if known else [_PRECISION.format(name=name)]), *_unread(name, model, small))
@@ -70,32 +72,31 @@ def _unread(name: str, model: nn.Module, small: nn.Module) -> list[str]:
     ]
 
 
+def _twin(model: nn.Module, example: Any, dynamic: Sequence[int]) -> tuple[nn.Module, Traces]:
+    """Returns the model's copy in float64, and its traces."""
+    twin = double_copy(model)
+    return twin, Traces(twin, as_inputs(to_double(example)), dynamic)
+
+
 def _follows(
-    model: nn.Module,
-    example: Any,
-    dynamic: Sequence[int],
-    traced: Trace,
-    modes: Mapping[Any, Mode],
-    *,
-    training: bool = False,
+    twin: Callable[[], tuple[nn.Module, Traces]], traced: Trace, modes: Mapping[Any, Mode], *, training: bool = False
 ) -> tuple[Follows, bool]:
     """Returns the modes and types that operators of a trace follow, and whether the types are known."""
     if not states_precision(traced):
         return Follows(modes), True
-    twin = double_copy(model)
-    with suppress(TraceError), averaging(twin):
-        inputs = as_inputs(to_double(example))
-        wide, _ = drew(lambda: live_trace(twin, inputs, dynamic=dynamic, training=training))
+    double, traces = twin()
+    with suppress(TraceError), averaging(double):
+        wide = traces.training[0] if training else drew(lambda: traces.evaluation)[0]
         types, fixed, known = following_precision(traced, wide)
         return Follows(modes, types, fixed), known
     return Follows(modes), False
 
 
-def _in_training(model: nn.Module, example: Any, kept: Indices, dynamic: Sequence[int]) -> tuple[Cut | None, str]:
+def _in_training(own: Traces, kept: Indices) -> tuple[Cut | None, str]:
     """Returns the cut of the trace in training mode, or the reason why there is none."""
     try:
-        with averaging(model):
-            cut, drawn = drew(lambda: cut_again(model, example, kept, dynamic, training=True))
+        traced, drawn = own.training
+        cut = _cut(traced, kept)
     except TraceError:
         return None, "cannot be traced"
     if drawn:
@@ -105,14 +106,11 @@ def _in_training(model: nn.Module, example: Any, kept: Indices, dynamic: Sequenc
     return cut, ""
 
 
-def cut_again(
-    model: nn.Module,
-    example: Any,
-    kept: Indices,
-    dynamic: Sequence[int] = (0,),
-    *,
-    training: bool = False,
-) -> Cut:
+def cut_again(model: nn.Module, example: Any, kept: Indices, dynamic: Sequence[int] = (0,)) -> Cut:
     """Returns the cut by kept indices of a new trace of the model, in its own precision."""
-    analysis = Analysis(live_trace(model, as_inputs(example), dynamic=dynamic, training=training))
+    return _cut(live_trace(model, as_inputs(example), dynamic=dynamic), kept)
+
+
+def _cut(traced: Trace, kept: Indices) -> Cut:
+    analysis = Analysis(traced)
     return Cut(analysis, kept_units(analysis, kept))

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -20,25 +21,45 @@ from microglia.graph.dims.refusals import TraceError, is_random
 from microglia.graph.dims.trace import CHECKS, Trace, trace
 
 
-def live_trace(model: nn.Module, example_inputs: Any, *, dynamic: Sequence[int] = (0,), training: bool = False) -> Trace:
-    """Returns the trace of a model; constants are computed from parameters if its code for training does so.
+class Traces:
+    """The traces of a model in both modes, each made at most once, because several steps read the one in training mode.
 
     Args:
         model: See `trace`.
         example_inputs: See `trace`.
         dynamic: See `trace`.
-        training: See `trace`.
+    """
+
+    def __init__(self, model: nn.Module, example_inputs: Any, dynamic: Sequence[int] = (0,)) -> None:
+        self._trace = partial(trace, model, example_inputs, dynamic=dynamic)
+        self._model = model
+
+    @cached_property
+    def evaluation(self) -> Trace:
+        """The trace in evaluation mode; constants are computed from parameters if the model's code for training does so.
+
+        Raises `TraceError` if torch.export cannot trace the model.
+        """
+        traced = self._trace()
+        if kept_constants(traced):
+            with suppress(TraceError):
+                return with_live_constants(traced, self.training[0])
+        return traced
+
+    @cached_property
+    def training(self) -> tuple[Trace, bool]:
+        """The trace in training mode, and whether the model drew random numbers of Python or NumPy; raises `TraceError`."""
+        with averaging(self._model):
+            return drew(lambda: self._trace(training=True))
+
+
+def live_trace(model: nn.Module, example_inputs: Any, *, dynamic: Sequence[int] = (0,)) -> Trace:
+    """Returns the trace of a model in evaluation mode; see `Traces`.
 
     Raises:
         TraceError: torch.export cannot trace the model.
     """
-    traced = trace(model, example_inputs, dynamic=dynamic, training=training)
-    if training or not kept_constants(traced):
-        return traced
-    with suppress(TraceError), averaging(model):
-        other, _ = drew(lambda: trace(model, example_inputs, dynamic=dynamic, training=True))
-        return with_live_constants(traced, other)
-    return traced
+    return Traces(model, example_inputs, dynamic).evaluation
 
 
 def kept_constants(traced: Trace) -> list[fx.Node]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from microglia.core.devices import device_of
 from microglia.core.errors import MicrogliaError
+from microglia.core.progress import Bar, progress_bar
 from microglia.storage.run import Progress
 from microglia.studies.space.curves import Curve
 from microglia.studies.space.points import Point, check_alike, visiting
@@ -21,7 +22,6 @@ from microglia.tasks.task import Task
 from microglia.train.engine import accelerator
 from microglia.train.fit import Row
 from microglia.train.optim import FitConfig, epoch_batches, lay_out, make_optimizers, refuse_additions
-from microglia.train.progress import Bar
 from microglia.train.step import Step, clipped, objective
 
 
@@ -80,7 +80,7 @@ def train_curve(
         training = _Training(model, task, curve, config, masks=masks or {}, seed=seed)
         rows = training.resume(progress)
         length = epoch_batches(config, len(training.batches))
-        with Bar(title, total=config.epochs * length, done=len(rows) * length) as bar:
+        with progress_bar(title, total=config.epochs * length, done=len(rows) * length) as bar:
             for epoch in range(len(rows), config.epochs):
                 torch.manual_seed(seed * 1_000_003 + epoch)  # dropout and the like
                 rows.append(training.epoch(epoch, bar))

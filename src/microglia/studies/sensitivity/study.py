@@ -12,6 +12,7 @@ from rich.table import Table
 
 from microglia.core.errors import MicrogliaError
 from microglia.core.patterns import Reduction, parse_pattern
+from microglia.core.progress import progress_bar
 from microglia.lab.target import open_target
 from microglia.methods.config import MethodConfig
 from microglia.methods.procedure import evidence
@@ -28,7 +29,6 @@ from microglia.studies.space.gauge import Gauge
 from microglia.studies.study import Study, Work, conduct, register
 from microglia.tasks.task import Split, Task
 from microglia.train.engine import accelerator
-from microglia.train.progress import Bar
 
 Json = dict[str, Any]
 
@@ -151,7 +151,7 @@ def _measured(asked: Probing, task: Task, run: Run, probe: Probe) -> Json:
     if not dense:
         raise MicrogliaError(f"{task.name} has no {asked.split} examples; give a split that it has, validation or train.")
     layers: list[Json] = []
-    with Bar("sensitivity", total=len(sizes)) as bar:
+    with progress_bar("sensitivity", total=len(sizes)) as bar:
         for number, name in enumerate(sizes):
             places = run.stage(f"layer-{number:03d}", lambda progress, name=name: probe.layer(name, progress))  # type: ignore[misc]
             layers.append({"layer": name, "size": sizes[name], "places": places})

@@ -15,12 +15,12 @@ from microglia.core.batch import to_device
 from microglia.core.devices import device_of
 from microglia.core.errors import MicrogliaError
 from microglia.core.modes import evaluating
+from microglia.core.progress import progress_bar
 from microglia.storage.run import Progress
 from microglia.tasks.task import Split, Task
 from microglia.train.engine import accelerator
 from microglia.train.fit import Row
 from microglia.train.optim import FitConfig, epoch_batches, lay_out, make_optimizers, refuse_additions
-from microglia.train.progress import Bar
 from microglia.train.step import Step, clipped, objective
 
 EXPECTED = "give the state_dict of the optimizer that trained this model."
@@ -181,7 +181,7 @@ def fast_ensemble(
     model.to(accelerator(device).device)
     training = _Cycling(model, task, config, cycles, seed=seed, optimizer=optimizer)
     rows, average, start = training.resume(progress)
-    with torch.random.fork_rng(), Bar("ensemble", total=cycles.epochs, done=start) as bar:
+    with torch.random.fork_rng(), progress_bar("ensemble", total=cycles.epochs, done=start) as bar:
         for epoch in range(start, cycles.epochs):
             began = time.perf_counter()
             torch.manual_seed(seed * 1_000_003 + epoch)  # dropout and the like

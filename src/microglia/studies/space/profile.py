@@ -9,13 +9,13 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from microglia.core.progress import progress_bar
 from microglia.storage.run import Progress
 from microglia.studies.space.curves import Chain, Curve, check_parameter, walked
 from microglia.studies.space.ensembling import Averaged, probabilities
 from microglia.studies.space.gauge import Gauge
 from microglia.studies.space.points import Point, move, visiting
 from microglia.tasks.task import Split
-from microglia.train.progress import Bar
 
 Path = Callable[[float], Point]
 """A path: the place at t in [0, 1]. `Curve.point` is one, `polyline` makes one."""
@@ -152,7 +152,7 @@ def visit_all(
         title: Title of the progress bar.
     """
     rows: list[dict[str, float]] = list(progress.state["rows"]) if progress is not None and progress.state is not None else []
-    with visiting(model), Bar(title, total=len(stops), done=len(rows)) as bar:
+    with visiting(model), progress_bar(title, total=len(stops), done=len(rows)) as bar:
         for stop in stops[len(rows) :]:
             move(model, place(stop))
             rows.append(with_errors(gauge(model)))
@@ -207,7 +207,7 @@ def ensemble(model: nn.Module, path: Path, gauge: Gauge, ts: Sequence[float], *,
     prepare = replace(gauge, splits=())
     rows: list[tuple[float, float, float]] = []
     so_far = first = Averaged()
-    with visiting(model), Bar("ensemble", total=len(ts)) as bar:
+    with visiting(model), progress_bar("ensemble", total=len(ts)) as bar:
         for t in ts:
             move(model, path(t))
             prepare(model)

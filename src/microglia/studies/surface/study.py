@@ -13,6 +13,7 @@ from torch import nn
 
 from microglia.core.errors import MicrogliaError
 from microglia.core.masks import fold, masks_of
+from microglia.core.progress import progress_bar
 from microglia.lab.target import open_target
 from microglia.storage.files import digest
 from microglia.storage.run import TRAJECTORY, Run
@@ -27,7 +28,6 @@ from microglia.studies.surface.figures import figures
 from microglia.studies.surface.grid import Normalization, grid, measure_row, random_direction
 from microglia.tasks.task import Split, Task
 from microglia.train.engine import accelerator
-from microglia.train.progress import Bar
 
 MARGIN = 1.1  # how much farther than the farthest place of a trajectory the plane reaches
 Json = dict[str, Any]
@@ -183,7 +183,7 @@ def _measure(asked: Surveying, model: nn.Module, task: Task, plane: _Plane, run:
     gauge = Gauge(task, (asked.split,), recalibrate=0, limit=asked.limit, seed=asked.seed)
     origin, axis = point_of(model), grid(asked.side, asked.reach)
     rows = []
-    with Bar("surface", total=asked.side + 1) as bar:
+    with progress_bar("surface", total=asked.side + 1) as bar:
         for number, y in enumerate(axis):
             places = [(x, y) for x in axis]
             work = lambda _, places=places: measure_row(model, origin, plane.directions, places, gauge)  # noqa: E731

@@ -39,7 +39,7 @@ from microglia.methods import ChannelConfig, UnitConfig, methods
 from microglia.methods.procedure import train
 from microglia.storage.archive import load
 from microglia.storage.files import write_atomic
-from microglia.storage.run import Run
+from microglia.storage.run import Run, RunError
 from microglia.train.evaluate import evaluate
 from structured_rows import Row, claims_in, document, locked, read, tables_in
 
@@ -148,6 +148,8 @@ class Bench:
                 return row
         try:
             row = self.scratch(seed) if name == SCRATCH else self.made(name, seed)
+        except RunError:  # another process works on this row, or its directory is of other settings
+            raise
         except MicrogliaError as error:
             row = Row(name, seed, refused=str(error))
         self.keep(row)
@@ -231,7 +233,7 @@ def names_of_rows() -> list[str]:
     it trains, and the control.
     """
     kinds = (ChannelConfig, UnitConfig)
-    own = [name for name, method in methods.items() if issubclass(method.config, kinds) and method.original in ("", name)]
+    own = [name for name, method in methods.items() if issubclass(method.config, kinds)]
     return [*SCORES, GLOBAL, *sorted(own), "ddnp", *(f"hrank-{variant}" for variant in VARIANTS), SCRATCH]
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import microglia as mg
-from microglia.core.errors import MicrogliaError
+from microglia.core.errors import MicrogliaError, RunError
 from microglia.core.layers import prunable_layers
 from microglia.graph import plan_of
 from microglia.lab.execute import make_task
@@ -119,6 +119,21 @@ def test_a_method_that_refuses_the_net_has_its_sentence(bench: tuple[ModuleType,
     assert "ranks channels by the scales of norms" in row.refused
     own = table.Bench("conv-2", "digits", None, 0.5, 1, 0.05, 1, False, tmp_path)
     assert f"- `slimming`: {row.refused}" in table.document([(own.setting, own.kept())])
+
+
+def test_a_row_that_another_process_makes_is_not_kept_as_refused(
+    bench: tuple[ModuleType, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table, _ = bench
+    own = table.Bench("resnet8", "digits", None, 0.5, 1, 0.05, 1, False, tmp_path)
+
+    def busy(*_: Any, **__: Any) -> None:
+        raise RunError("Another process works in this directory.")
+
+    monkeypatch.setattr(table, "execute", busy)
+    with pytest.raises(RunError, match="Another process"):
+        own.row("l1", 0)
+    assert own.kept() == []
 
 
 def test_published_rows_stand_beside_resnet56(bench: tuple[ModuleType, Any]) -> None:

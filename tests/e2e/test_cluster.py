@@ -71,7 +71,7 @@ def _tree(psutil: Any, number: int) -> list[Any]:
     return [top, *top.children(recursive=True)]
 
 
-def test_a_node_dies_and_its_cell_goes_on_elsewhere_to_the_same_bits(
+def test_the_cell_of_a_dead_node_goes_on_elsewhere_to_the_same_bits(
     cluster: Any, here: dict[str, bytes], tmp_path: Path
 ) -> None:
     sweep = Sweep(grid={"seed": [0, 1]}, base=SLOW, name="slow")

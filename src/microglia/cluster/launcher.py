@@ -83,5 +83,5 @@ def work(order: Mapping[str, Any]) -> dict[str, Any]:
 
 def outcome_of(told: Mapping[str, Any], *, again: bool = False) -> CellOutcome:
     """Returns the outcome that `work` tells; a cell that was taken up ``again`` and is finished was done now."""
-    status = "done" if again and told["status"] == "skipped" else told["status"]
+    status: Any = "done" if again and told["status"] == "skipped" else told["status"]
     return CellOutcome(told["name"], status, told.get("seconds", 0.0), told.get("problem", ""))

@@ -21,7 +21,7 @@ from microglia.methods.arguments import check_model, check_steps, plain_settings
 from microglia.methods.what import PruneConfig
 from microglia.scores import Evidence, scores
 from microglia.scores.checks import check_evidence
-from microglia.train.fit import Pruner as Stepped
+from microglia.train.protocols import Pruner as Stepped
 
 __all__ = ["PruneConfig", "Pruner", "PrunerProtocol", "own_optimizer", "set_rate"]
 

@@ -37,7 +37,7 @@ def push(
     Args:
         model: A model that `microglia.save` can write, or the directory of a run or of a saved model.
         repository: ``OWNER/NAME``; it is made if it does not exist.
-        result: What the card says, as in ``result.json``; by default the run's own.
+        result: Content of the card, as in ``result.json``; by default the run's own.
         private: Whether a new repository is private.
         message: Message of the commit.
 

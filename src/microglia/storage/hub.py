@@ -69,7 +69,9 @@ def asking(repository: str) -> Iterator[None]:
     try:
         yield
     except GatedRepoError as error:
-        raise FileError(f"The repository {repository} is gated: ask for access on its page, then `hf auth login`.") from error
+        raise FileError(
+            f"The repository {repository} needs consent: ask for access on its page, then `hf auth login`."
+        ) from error
     except RepositoryNotFoundError as error:
         text = f"The hub has no repository {repository} that you may see: check the name, or `hf auth login` if it is private."
         raise FileError(text) from error

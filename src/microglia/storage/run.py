@@ -63,7 +63,7 @@ class Run:
         observations: Measurements of the model during the run, by name (``dense``, ``before`` ...).
         trajectory: Whether trainings keep their parameters after every epoch.
         split: Split that the metrics of `observations` are about: ``test`` or ``validation``.
-        callbacks: What follows the run on its first rank: `microglia.core.callbacks.Lines`, and what is added to it.
+        callbacks: Callbacks of the first rank: `microglia.core.callbacks.Lines`, and what is added to it.
         shared: Directory in which runs with the same start keep `DENSE_STAGES` for each other, or None.
 
     Raises:

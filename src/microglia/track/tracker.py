@@ -27,7 +27,7 @@ class TrackingError(MicrogliaError):
 
 @dataclass(frozen=True)
 class Place:
-    """What a tracker knows of a run.
+    """The run, as a tracker sees it.
 
     Attributes:
         directory: The run directory.

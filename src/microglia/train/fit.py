@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from microglia.train.engine import OneProcess, accelerator, rank_and_world
 from microglia.train.evaluate import evaluate
 from microglia.train.groups import parameter_groups, plain_name
 from microglia.train.optim import FitConfig, epoch_batches, epoch_length, lay_out, make_optimizers, set_rates
+from microglia.train.protocols import Optimizing, Pruner, Replacing
 from microglia.train.step import Step, clipped, objective, require_finite
 
 if TYPE_CHECKING:
@@ -31,48 +32,6 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 FEW = 10
 """Below this number of optimizer steps per epoch, accumulation gives a warning."""
-
-
-class Pruner(Protocol):
-    """The interface of a pruner in the loop; see `microglia.methods.pruner.Pruner`."""
-
-    def penalty(self) -> Tensor | float:
-        """Returns the term that is added to the loss."""
-        ...
-
-    def step(self, optimizer: torch.optim.Optimizer | None = None) -> None:
-        """Acts after an optimizer step."""
-        ...
-
-    def param_groups(self) -> list[dict[str, Any]]:
-        """Returns optimizer groups of the pruner's own parameters; a group's own ``lr`` is held constant."""
-        ...
-
-    def state_dict(self) -> dict[str, Any]:
-        """Returns the state to resume from."""
-        ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Resumes from a state."""
-        ...
-
-
-@runtime_checkable
-class Replacing(Protocol):
-    """A pruner that replaces the optimizers at some steps, as RigL does; other pruners do not need this method."""
-
-    def replaces_step(self) -> bool:
-        """Tells, after the backward pass, whether the optimizers skip this step."""
-        ...
-
-
-@runtime_checkable
-class Optimizing(Protocol):
-    """A pruner with its own optimizers for the parameters in its groups."""
-
-    def optimizers(self) -> list[torch.optim.Optimizer]:
-        """Returns new optimizers of the pruner's own parameters; [] if the training's optimizers suffice."""
-        ...
 
 
 def fit(
@@ -113,8 +72,7 @@ def fit(
         callbacks: Told of the beginning, each epoch and the end, under the name ``title``; an error of one ends the training.
 
     Raises:
-        TrainingError: An argument is not a model, task or config; or the loss is not finite. Then the model holds the weights
-            before that step.
+        TrainingError: An argument is of the wrong kind; or the loss is not finite, and the model is as before that step.
     """
     _check_arguments(model, task, config)
     engine = accelerator(device)
@@ -128,18 +86,13 @@ def fit(
             began = time.perf_counter()
             torch.manual_seed(seed * 1_000_003 + epoch)  # for dropout and similar randomness
             steps.step.model.train()
-            mean = steps.epoch(epoch, bar)
-            rows.append(trained.row(task, config, epoch, mean) | {"seconds": round(time.perf_counter() - began, 3)})
+            rows.append(trained.row(task, config, epoch, steps.epoch(epoch, bar)))
+            rows[-1]["seconds"] = round(time.perf_counter() - began, 3)
             bar.say(_headline(task, rows[-1]))
-            if log is not None:  # before the state: a run killed in between repeats the epoch and its row
-                log(rows)
-            if progress is not None:
-                progress.save(trained.state(rows))
+            trained.keep(rows, log, progress)
             told.on_epoch(title, rows[-1])
-    trained.finish(end == config.epochs)
+    trained.finish(engine, whole=end == config.epochs)
     told.on_stage(title, "finished")
-    if rank_and_world()[1] > 1:
-        engine.free_memory()
     return rows
 
 
@@ -168,6 +121,13 @@ class _Trained:
             self.average.load_state_dict(state["average"])
         return list(state["rows"])
 
+    def keep(self, rows: list[Row], log: Callable[[list[Row]], None] | None, progress: Progress | None) -> None:
+        """Writes the rows, then the state: a run killed in between repeats the epoch and its row."""
+        if log is not None:
+            log(rows)
+        if progress is not None:
+            progress.save(self.state(rows))
+
     def state(self, rows: list[Row]) -> dict[str, Any]:
         """Returns the state to resume from."""
         state = {"model": self.model.state_dict(), "optimizers": [o.state_dict() for o in self.optimizers], "rows": rows}
@@ -179,10 +139,12 @@ class _Trained:
             state["average"] = self.average.state_dict()
         return state | ({"pruner": self.pruner.state_dict()} if self.pruner is not None else {})
 
-    def finish(self, whole: bool) -> None:
-        """Puts the averaged weights, if there are any, into the model at the end of the whole training."""
+    def finish(self, engine: Accelerator | OneProcess, *, whole: bool) -> None:
+        """Puts the averaged weights, if there are any, into the model at the end of the whole training; frees memory."""
         if self.average is not None and whole:
             self.average.put()
+        if rank_and_world()[1] > 1:
+            engine.free_memory()
 
     def row(self, task: Task, config: FitConfig, epoch: int, mean: float) -> Row:
         """Returns the row of a finished epoch; validation metrics use the averaged weights if there are any."""

@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
-EXTRAS := data,train,report,zoo,export,serve,track,hub,dev
+EXTRAS := data,train,report,zoo,export,serve,track,hub,cluster,dev
 export PYTHONWARNINGS ?= ignore::UserWarning:multiprocessing.resource_tracker
 
 .PHONY: demo test lint clean
@@ -19,7 +19,7 @@ lint: $(READY)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# What the tests need: no clusters. torch is pinned, and in one call nothing asks for another build of it.
+# What the tests need. torch is pinned, and in one call nothing asks for another build of it.
 $(READY): pyproject.toml setup.py constraints.txt $(wildcard src/microglia/runtime/kernels/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[$(EXTRAS)]'

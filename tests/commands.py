@@ -63,9 +63,9 @@ class Command:
         self.process.kill()
         return self.end()
 
-    def end(self) -> Outcome:
+    def end(self, limit: float = LIMIT) -> Outcome:
         """Waits for the end."""
-        if not self._ended(LIMIT):
+        if not self._ended(limit):
             self.process.kill()
             raise AssertionError(f"hangs: {self._text('out')} {self._text('err')}")
         self.process.join()

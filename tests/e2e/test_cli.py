@@ -2,10 +2,7 @@
 
 import json
 import re
-import subprocess
-import sys
 from dataclasses import fields
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +11,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 import microglia as mg
-from commands import LIMIT, TINY, microglia, refused, weights
+from commands import LIMIT, TINY, microglia, refused, start, weights
 from microglia.cli.app import app
 from microglia.lab.recipe import as_dict, resolve
 from microglia.train.optim import FitConfig
@@ -187,26 +184,23 @@ def test_recipe_schema(work):
 
 
 @pytest.mark.slow
-def test_demo(tmp_path):
-    """The installed console script: three roads, each timed, counted and tested; save and load are proved to be equal."""
-    script = Path(sys.executable).with_name("microglia")
-    command = [str(script)] if script.exists() else [sys.executable, "-m", "microglia"]
-    command += ["demo", "--out", "demo"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=3 * LIMIT, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "bit for bit" in done.stdout
-    result = json.loads((tmp_path / "demo" / "result.json").read_text())
+def test_demo(work):
+    """Three roads, each timed, counted and tested; save and load are proved to be equal."""
+    done = start("demo", "--out", "demo", folder=work).end(3 * LIMIT)
+    good(done)
+    assert "bit for bit" in done.out
+    result = json.loads((work / "demo" / "result.json").read_text())
     assert result["masks"]["kept"] == pytest.approx(0.1 * result["masks"]["total"], rel=1e-3)
     assert result["pruned"]["metrics"]["accuracy"] > 0.9
     assert set(result["latency"]["timings"]) == {"dense", "pruned"}
-    channels, blocks = (json.loads((tmp_path / "demo" / road / "result.json").read_text()) for road in ("channels", "blocks"))
+    channels, blocks = (json.loads((work / "demo" / road / "result.json").read_text()) for road in ("channels", "blocks"))
     assert channels["pruned"]["macs"]["total"] <= 0.26 * channels["dense"]["macs"]["total"]
     assert channels["pruned"]["bytes"]["raw"] < 0.5 * channels["dense"]["bytes"]["raw"]
     assert result["pruned"]["bytes"]["zipped"] < 0.2 * result["dense"]["bytes"]["zipped"]
     assert blocks["masks"]["kept"] == pytest.approx(0.2 * blocks["masks"]["total"], rel=0.02)
     assert all(road["dense"]["metrics"] == result["dense"]["metrics"] for road in (channels, blocks))
     assert all(road["pruned"]["metrics"]["accuracy"] > 0.9 for road in (channels, blocks))
-    rows = [line for line in done.stdout.splitlines() if line.startswith(("│ dense", "│ masks", "│ channels", "│ blocks"))]
+    rows = [line for line in done.out.splitlines() if line.startswith(("│ dense", "│ masks", "│ channels", "│ blocks"))]
     assert len(rows) == 4
     assert all(len(re.findall(r"[\d,.]*\d", row)) >= 3 for row in rows)  # accuracy, bytes and milliseconds
 

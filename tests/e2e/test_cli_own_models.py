@@ -2,6 +2,7 @@
 
 import functools
 import json
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -119,10 +120,23 @@ def put_first(folder):
     sys.path.insert(0, folder)
 
 
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+    """A run of a model of the user's own."""
+    folder = tmp_path_factory.mktemp("original") / "work"
+    folder.mkdir()
+    (folder / "mynet.py").write_text(MODELS)
+    assert microglia("prune", "mynet:Own", *TINY[1:], "--out", folder / "run", folder=folder).status == 0
+    return folder / "run"
+
+
 @pytest.fixture
-def elsewhere(work, tmp_path):
-    """A run of a model of the user's own, and another folder, which has another module of that name."""
-    assert microglia("prune", "mynet:Own", *TINY[1:], "--out", tmp_path / "run", folder=work).status == 0
+def elsewhere(original, work, tmp_path):
+    """A run of a model of the user's own, as if made in their folder; another folder has another module of that name."""
+    shutil.copytree(original, tmp_path / "run")
+    told = (original / "environment.json").read_text()
+    assert str(original.parent) in told
+    (tmp_path / "run" / "environment.json").write_text(told.replace(str(original.parent), str(work)))
     other = tmp_path / "elsewhere"
     other.mkdir()
     (other / "mynet.py").write_text(f"open({str(tmp_path / 'wrong')!r}, 'w')\n")
@@ -130,6 +144,8 @@ def elsewhere(work, tmp_path):
 
 
 def test_a_run_remembers_where_its_code_was(work, elsewhere, tmp_path):
+    shutil.rmtree(tmp_path / "run")
+    assert microglia("prune", "mynet:Own", *TINY[1:], "--out", tmp_path / "run", folder=work).status == 0
     told = json.loads((tmp_path / "run" / "environment.json").read_text())["code"]
     assert told == {"module": "mynet", "folder": str(work)}
     here = microglia("eval", tmp_path / "run", "--trust", "--json", folder=work)

@@ -50,6 +50,12 @@ MEMORY = 16 * 2**20
 LIMIT = 2**20
 
 
+def grouped() -> Tensor:
+    """A weight whose two groups of rows have codebooks of their own."""
+    values = torch.tensor([[0.0, 1, 2, 3], [0.0, 5, 6, 7]])
+    return values.gather(1, torch.randint(4, (2, 60))).reshape(4, 30)
+
+
 def packed() -> bytes:
     """A file with every form in it, a few hundred entries: short streams, which are decoded in a moment."""
     torch.manual_seed(0)
@@ -57,6 +63,7 @@ def packed() -> bytes:
     model[1].weight.data = torch.randint(-2, 3, (2, 30)).float()
     model[3].weight = model[2].weight
     mg.mask(model, {"0.weight": torch.rand(30, 25) > 0.5, "1.weight": torch.rand(2, 30) > 0.7})
+    model.register_buffer("two", grouped())
     model.register_buffer("flags", torch.rand(11) > 0.5)
     return encode(model)
 
@@ -133,7 +140,7 @@ def original() -> tuple[bytes, dict[str, Tensor]]:
 
 def test_the_original_has_every_form(original: tuple[bytes, dict[str, Tensor]]) -> None:
     table, payload = split(original[0])
-    assert {row["form"] for row in table["tensors"]} == {"raw", "bits", "sparse", "shared", "same"}
+    assert {row["form"] for row in table["tensors"]} == {"raw", "bits", "sparse", "shared", "same", "grouped"}
     again = read(joined(table, payload))
     assert again is not None
     assert all(torch.equal(again[name], tensor) for name, tensor in original[1].items())

@@ -29,7 +29,7 @@ METHODS = {
 }
 EVERY = ("magnitude", "smart-channels")
 """What is killed at nearly every file; the others share their stages, and die at each fifth file."""
-GATED = ("resnet8", "--data", "digits", "--method", "ftwt", "--seed", "3", "dense.epochs=1", "train.epochs=3", "prune.r=0.8")
+GATED = ("lenet-5", "--data", "digits", "--method", "ftwt", "--seed", "3", "dense.epochs=1", "train.epochs=3", "prune.r=0.8")
 GATED += ("prune.images=64", "dense.max_batches=4", "train.max_batches=4", "measure.latency=false", "threads=1")
 EAGLEEYE = (*TINY, "--method", "eagleeye", "prune.recalibrate=2", "prune.candidates=6", "prune.tolerance=0.05")
 EAGLEEYE += ("prune.rates=[0.0, 0.95]", "prune.processes=2")

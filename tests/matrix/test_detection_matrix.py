@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from pydantic import TypeAdapter
 from torch import nn
 
 from microglia.core.errors import MicrogliaError
@@ -14,6 +13,7 @@ from microglia.core.patterns import parse_pattern
 from microglia.methods import methods
 from microglia.methods.what import taken
 from microglia.storage.run import Run
+from microglia.storage.validation import adapter_of
 from microglia.tasks import Task
 from microglia.tasks.detection import detection_task
 from microglia.zoo import build
@@ -97,7 +97,7 @@ def config_of(name: str, pattern: str) -> Any:
     fields = {"pattern": pattern, "exclude": ("heads.*",), "dense": {**short, "epochs": 0}, "train": short, **budget}
     fields = {key: value for key, value in fields.items() if key in known or key in ("dense", "train")}
     fields |= {key: SHORT[key] for key in SHORT if key in known}
-    return TypeAdapter(method.config).validate_python({**method.defaults, **fields})
+    return adapter_of(method.config).validate_python({**method.defaults, **fields})
 
 
 def first_pattern(name: str) -> str:

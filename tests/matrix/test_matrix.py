@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from pydantic import TypeAdapter
 from torch import Tensor, nn
 
 import microglia as mg
@@ -23,6 +22,7 @@ from microglia.methods import methods
 from microglia.methods.what import taken
 from microglia.scores.behind import NORMS
 from microglia.storage.run import Run
+from microglia.storage.validation import adapter_of
 from microglia.tasks.classification import ImageSource
 from microglia.tasks.roles import with_roles
 from microglia.tasks.task import CLASSIFICATION, CrossEntropy
@@ -168,7 +168,7 @@ def config_of(name: str, pattern: str) -> Any:
         | {key: SHORT[key] for key in SHORT if key in known}
         | OWN.get(name, {})
     )
-    return TypeAdapter(method.config).validate_python({**method.defaults, **fields, **budget})
+    return adapter_of(method.config).validate_python({**method.defaults, **fields, **budget})
 
 
 def largest_unit(model: nn.Module, pattern: str) -> int:

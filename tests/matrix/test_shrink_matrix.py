@@ -15,6 +15,8 @@ OPTIONS = {"resnet164": {"blocks": 2}, "googlenet": {"width": 0.125}}
 """Fewer blocks, which are all alike, or fewer channels."""
 ALIKE = {"alexnet-b": "alexnet-s", "lstm-b": "lstm-s", "gru-b": "gru-s"}
 ALIKE |= {"vgg-d": "vgg16-bn", "vgg-like": "vgg16-bn"}
+ALIKE |= {f"resnet{depth}{end}": f"resnet20{end}" for depth in (32, 44, 56, 110) for end in ("", "-projection")}
+ALIKE |= dict.fromkeys(("wrn-16-10", "wrn-22-8", "wrn-28-10"), "wrn-16-8")
 """Net -> one of the same layers, of other sizes, which is tested."""
 
 

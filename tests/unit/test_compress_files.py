@@ -268,7 +268,7 @@ class TestRefusals:
             (data[:20], "ends within its header"),
             (data[:-1], "not the one that its header declares"),
             (data + b"\0", "not the one that its header declares"),
-            (data[:8] + b"\x02" + data[9:], "version 2, this library reads up to 1: upgrade"),
+            (data[:8] + b"\x03" + data[9:], "version 3, this library reads up to 2: upgrade"),
             (data[:40] + bytes([data[40] ^ 1]) + data[41:], "does not match its check"),
             (data[:-5] + bytes([data[-5] ^ 1]) + data[-4:], "'fc3.bias' does not match its check"),
         ):

@@ -143,11 +143,25 @@ def test_every_exported_pruner_is_in_the_loop() -> None:
     assert exported - bases - elsewhere == {kind.__name__ for kind in SETTINGS}
 
 
+def check_that_weights_and_own_parameters_share_nothing(
+    kind: type, model: nn.Module, pruner: PrunerProtocol, before: set[int]
+) -> None:
+    own, weights = {id(p) for p in own_of(pruner)}, {id(p) for p in pruner.weights_to_train()}
+    assert not own & weights
+    assert weights == {id(p) for p in model.parameters()} - own
+    assert kind in (Smart, Pas, Ftwt, Ddnp, Dcp, Scop, Gal, Sss, Taylor) or not own
+    assert len(weights) == len(before)
+    inside = [id(p) for optimizer in pruner.optimizers() for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(inside) == sorted(own)  # each once
+
+
 @EVERY
 def test_every_pruner_goes_through_one_and_the_same_loop(kind: type) -> None:
     model = network()
+    before = {id(p) for p in model.parameters()}
     pruner = made(kind, model)
     assert all(callable(getattr(pruner, member)) for member in MEMBERS)
+    check_that_weights_and_own_parameters_share_nothing(kind, model, pruner, before)
     optimizers = [torch.optim.SGD(pruner.weights_to_train(), lr=0.05, momentum=0.9), *pruner.optimizers()]
     weights, own = [p.detach().clone() for p in pruner.weights_to_train()], own_of(pruner)
     learned = [p.detach().clone() for p in own]
@@ -210,20 +224,6 @@ def test_an_interrupted_loop_ends_in_the_same_bits(kind: type) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------- plain groups
-@EVERY
-def test_weights_and_own_parameters_share_nothing(kind: type) -> None:
-    model = network()
-    before = {id(p) for p in model.parameters()}
-    pruner = made(kind, model)
-    own, weights = {id(p) for p in own_of(pruner)}, {id(p) for p in pruner.weights_to_train()}
-    assert not own & weights
-    assert weights == {id(p) for p in model.parameters()} - own
-    assert kind in (Smart, Pas, Ftwt, Ddnp, Dcp, Scop, Gal, Sss, Taylor) or not own
-    assert len(weights) == len(before)
-    inside = [id(p) for optimizer in pruner.optimizers() for group in optimizer.param_groups for p in group["params"]]
-    assert sorted(inside) == sorted(own)  # each once
-
-
 @OWN
 @pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.RMSprop])
 def test_any_optimizer_takes_the_groups_with_their_rate_and_decay(kind: type, optimizer: Any) -> None:

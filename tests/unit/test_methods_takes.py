@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 
 import pytest
 import yaml
-from pydantic import TypeAdapter
 from torch import nn
 
 from microglia.core.errors import BudgetError, MicrogliaError, PatternError, ScoreError, SelectorError
@@ -17,6 +16,7 @@ from microglia.lab.recipe import RecipeError, as_dict, completed, read_yaml, res
 from microglia.methods import MethodConfig, PruneConfig, Smart, Takes, methods
 from microglia.methods.what import COMMON, left_out, taken
 from microglia.storage.run import Run, RunError
+from microglia.storage.validation import adapter_of
 
 STORED = sorted((Path(__file__).parent.parent / "fixtures" / "0.1.0" / "runs").iterdir())
 OTHER = {
@@ -49,7 +49,7 @@ def test_methods_with_values_of_their_own_take_no_score(name: str, field: str) -
     with pytest.raises(ScoreError, match=f"The method '{name}' does not take {field}"):
         methods[name].config(**{field: OTHER[field]})
     with pytest.raises(ScoreError, match=f"does not take {field}"):
-        TypeAdapter(methods[name].config).validate_python({field: OTHER[field]})
+        adapter_of(methods[name].config).validate_python({field: OTHER[field]})
 
 
 def test_a_pruner_refuses_the_same_keywords() -> None:

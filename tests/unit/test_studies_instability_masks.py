@@ -30,9 +30,13 @@ def task():
     return make_task(RECIPE)
 
 
+def asking(directory):
+    return Sensing(RECIPE, (0, 2), directory, points=3, recalibrate=0, find=True)
+
+
 @pytest.fixture
 def asked(tmp_path):
-    return Sensing(RECIPE, (0, 2), tmp_path / "i", points=3, recalibrate=0, find=True)
+    return asking(tmp_path / "i")
 
 
 def found_in(directory):
@@ -100,9 +104,16 @@ def test_copies_with_the_same_noise_have_no_barrier(asked, monkeypatch):
     assert all(row["instability"] == {"train": 0.0, "test": 0.0} for row in sense(asked)["rows"])
 
 
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """What a search tells that nothing interrupts, and its directory."""
+    directory = tmp_path_factory.mktemp("whole") / "i"
+    return sense(asking(directory)), directory
+
+
 @pytest.mark.parametrize("stop", [1, 7, 12])
-def test_a_search_that_is_interrupted_goes_on_to_the_same_bits(asked, tmp_path, monkeypatch, stop):
-    whole = sense(replace(asked, directory=tmp_path / "whole"))
+def test_a_search_that_is_interrupted_goes_on_to_the_same_bits(asked, uninterrupted, monkeypatch, stop):
+    whole, directory = uninterrupted
     write, written = Run._write, []
 
     def interrupted(run, path, state):
@@ -116,7 +127,7 @@ def test_a_search_that_is_interrupted_goes_on_to_the_same_bits(asked, tmp_path, 
         with pytest.raises(KeyboardInterrupt):
             sense(asked)
     assert sense(asked) == whole
-    assert found_in(asked.directory) == found_in(tmp_path / "whole")
+    assert found_in(asked.directory) == found_in(directory)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,6 @@ import math
 
 import pytest
 import torch
-from pydantic import TypeAdapter
 from torch import nn
 from torch.nn import functional
 from typer.testing import CliRunner
@@ -19,6 +18,7 @@ from microglia.lab.recipe import as_dict, resolve
 from microglia.methods import methods
 from microglia.methods.what import taken
 from microglia.storage.run import Run
+from microglia.storage.validation import adapter_of
 from microglia.tasks.maps import Confusion, MapDistance, MapLoss, hard_pixels, same_pixels
 from microglia.tasks.segmentation import SegmentationOptions, head_groups, segmentation_task
 from microglia.tasks.task import DistanceOnTargets
@@ -227,7 +227,7 @@ def test_every_method_runs_or_says_why_not(name, small, data, tmp_path):
     budget = {"density": 0.5} if "density" in known else {"flops": 0.8}
     fields = {"pattern": pattern, "dense": FIRST, "train": STEP} | {k: v for k, v in SHORT.items() if k in known}
     fields |= {"compress": (0.2, 0.8), "decompress": (0.5,)} if "compress" in known else {}
-    config = TypeAdapter(method.config).validate_python({**method.defaults, **fields, **budget})
+    config = adapter_of(method.config).validate_python({**method.defaults, **fields, **budget})
     if name in REFUSED:
         with pytest.raises(MicrogliaError, match=REFUSED[name]):
             run_one(method, task, tmp_path, config)

@@ -50,7 +50,7 @@ def source(task: Task) -> mg.scores.Evidence:
 @pytest.mark.parametrize("kept", [0.9, 0.75])
 def test_a_cut_of_channels_gains(task: Task, kept: float) -> None:
     small = mg.prune_channels(task.build(), task.example, mg.Budget(density=kept), reduction="l2", round_to=1)
-    assert gain(small, task, batch_size=128, count=methods["channels"].config().recalibrate) > 0.05
+    assert gain(small, task, batch_size=64, count=methods["channels"].config().recalibrate) > 0.05
 
 
 @pytest.mark.data

@@ -1,4 +1,4 @@
-"""The commands `prune`, `shrink`, `eval`, `measure`, `sweep`, `report`, `methods` and `recipe`."""
+"""The commands `prune`, `shrink`, `eval`, `measure`, `report`, `methods` and `recipe`."""
 
 from __future__ import annotations
 
@@ -36,14 +36,11 @@ from microglia.lab.recipe import (
 )
 from microglia.lab.recipe_task import spelled
 from microglia.lab.shrinking import Shrinking, shrink_saved
-from microglia.lab.sweep import run_sweep
-from microglia.lab.sweep_grid import read_sweep
 from microglia.lab.target import open_target
 from microglia.measure import measure as measure_model
 from microglia.methods import MethodConfig
 from microglia.methods import methods as known_methods
 from microglia.report.acceleration import acceleration_tables
-from microglia.report.plan import plan_table
 from microglia.report.removed import PICTURE, draw_removed, removal_table
 from microglia.report.summary import comparison_table, measurement_table, result_table
 from microglia.report.write import collect
@@ -53,11 +50,6 @@ from microglia.runtime.dense.kinds import execution_names
 from microglia.scores import scores
 from microglia.storage.archive import original, saved_bytes
 from microglia.storage.changes import changes_of
-from microglia.studies.evidence.files import is_queue, read_queue
-from microglia.studies.evidence.ledger import Ledger
-from microglia.studies.evidence.plan import Planner
-from microglia.studies.evidence.queue import STARTS, run_queue
-from microglia.studies.evidence.status import status_of, status_table
 from microglia.tasks.task import SEEN, Split
 from microglia.train.evaluate import evaluate
 
@@ -209,45 +201,6 @@ def measure(
     for done in changes_of(original(model)).values():
         measured.update(done.kind.measured(done.value))
     return measured, [measurement_table(task.name, measured), *shown]
-
-
-@command
-def sweep(
-    file: Annotated[Path, typer.Argument(help="YAML with base and grid, or a queue of studies with parts.")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Such as base.seed=1.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Directory of the runs; default runs/NAME.")] = None,
-    jobs: Annotated[int | None, typer.Option(help="Runs at a time; default 1, for a queue as it says.", min=1)] = None,
-    dry_run: Annotated[bool, typer.Option(help="List the runs only.")] = False,
-    list_: Annotated[bool, typer.Option("--list", help="List what is done and what is left; a queue with its hours.")] = False,
-    json_: Json = False,
-) -> Shown:
-    """Run a grid of recipes, each a durable run; finished ones are not run again."""
-    if is_queue(file):
-        return _queue(file, overrides or [], out, jobs, only_list=list_ or dry_run)
-    planned = read_sweep(file, overrides or [])
-    directory = out if out is not None else Path("runs") / planned.name
-    if dry_run or list_:
-        return [cell.name for cell in planned.cells], [plan_table(planned, directory if list_ else None)]
-    outcome = run_sweep(planned, directory, jobs=jobs or 1)
-    if outcome.failed:
-        typer.echo(outcome.sentence, err=True)
-    return outcome.to_dict(), [outcome.sentence]
-
-
-def _queue(file: Path, overrides: list[str], out: Path | None, jobs: int | None, *, only_list: bool) -> Shown:
-    """Runs a queue of studies, or lists what it has done and left."""
-    if overrides:
-        raise MicrogliaError(f"A queue takes no KEY=VALUE; got {overrides[0]}. Change {file} or a study beside it.")
-    queue = read_queue(file)
-    directory = out if out is not None else Path("runs") / queue.name
-    if only_list:
-        ledger = Ledger.read(queue.ledger)
-        status = status_of(queue, ledger, Planner(queue, ledger, directory / STARTS))
-        return status.to_dict(), [status_table(status), status.sentence]
-    outcome = run_queue(queue, directory, jobs)
-    if outcome.failed:
-        typer.echo(outcome.sentence, err=True)
-    return outcome.to_dict(), [outcome.sentence]
 
 
 @command

@@ -45,7 +45,7 @@ COMMANDS = {
         "packing", PRUNE, "Read a packed file and save its model, bit for bit, as a directory that every command takes."
     ),
     "push": Listed("sharing", PRUNE, "Write a model with its card to a repository of the Hugging Face hub."),
-    "sweep": Listed("commands", PRUNE, "Run a grid of recipes, each a durable run; finished ones are not run again."),
+    "sweep": Listed("sweeping", PRUNE, "Run a grid of recipes, each a durable run; finished ones are not run again."),
     "demo": Listed(
         "demo", PRUNE, "Take all three roads on real 8x8 digits: masks, removed channels, accelerated blocks; one table."
     ),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from torch import nn
@@ -32,6 +32,7 @@ def pack(
     ] = None,
     initial: Annotated[str, typer.Option(help="Initial centroids: linear, density or random.")] = "linear",
     exact: Annotated[bool, typer.Option("--exact", help="Find the best shared values by dynamic programming.")] = False,
+    groups: Annotated[int, typer.Option(help="Codebooks of each layer, one for each group of output channels.")] = 1,
     out: Annotated[Path | None, typer.Option(help=f"File to write; default RUN/model{SUFFIX}.")] = None,
     json_: Json = False,
 ) -> Shown:
@@ -39,7 +40,8 @@ def pack(
     path = out if out is not None else target / f"model{SUFFIX}"
     budget = None if bytes_ is None else Budget(bytes=bytes_)
     start: Initial = initial  # type: ignore[assignment] # kmeans refuses other words
-    contents = compress.pack(_model(target), path, bits=_bits(bits), budget=budget, initial=start, exact=exact)
+    how: dict[str, Any] = {"initial": start, "exact": exact, "codebook_groups": groups}
+    contents = compress.pack(_model(target), path, bits=_bits(bits), budget=budget, **how)
     return {"file": str(path), **contents.to_dict()}, [packed_table(contents, str(target)), f"File: {path}"]
 
 

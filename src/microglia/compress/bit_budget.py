@@ -17,8 +17,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from microglia.compress.codebook import BITS, Initial, share
-from microglia.compress.tensors import FLOATS, stored_bytes
+from microglia.compress.codebook import BITS, Initial, looked_up, share_groups
+from microglia.compress.grouped import stored_bytes
+from microglia.compress.tensors import FLOATS
 from microglia.core.errors import BudgetError
 from microglia.core.layers import Layer
 from microglia.scores import Evidence, scores
@@ -46,11 +47,12 @@ class Choice:
 
 @dataclass(frozen=True)
 class Rounding:
-    """How weights are rounded; see `microglia.compress.codebook.share`."""
+    """How weights are rounded; see `microglia.compress.codebook.share_groups`."""
 
     initial: Initial = "linear"
     exact: bool = False
     seed: int = 0
+    groups: int = 1
 
 
 @torch.no_grad()
@@ -77,8 +79,8 @@ def choices(
         mask = masks[name].cpu() if name in masks else None
         rows = []
         for bits in range(BITS[0], BITS[1] + 1):
-            codes, table = share(weight, bits, initial=how.initial, exact=how.exact, seed=how.seed)
-            rounded = table[codes.long()]
+            codes, table = share_groups(weight, bits, how.groups, initial=how.initial, exact=how.exact, seed=how.seed)
+            rounded = looked_up(codes, table)
             change = (rounded - weight).double()
             if saliency is None:
                 error = change.square().sum()

@@ -9,6 +9,7 @@ Source: Han et al. 2016, "Deep Compression", section 3. The optimum by dynamic p
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -212,3 +213,43 @@ def share(
         codes[kept] = nearest(values, centroids) + 1
     table = torch.from_numpy(np.concatenate([[0.0], centroids])).to(weight.dtype)
     return torch.from_numpy(codes).reshape(weight.shape).to(weight.device), table.to(weight.device)
+
+
+def share_groups(
+    weight: Tensor, bits: int, groups: int = 1, *, initial: Initial = "linear", exact: bool = False, seed: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Returns the codes and the codebooks of a weight, one codebook for each group of its rows.
+
+    Args:
+        weight: As in `share`, with its output channels first.
+        bits: As in `share`.
+        groups: Groups of equal size along the first dimension; of other sizes their greatest common divisor is taken.
+        initial: See `kmeans`.
+        exact: See `kmeans`.
+        seed: See `kmeans`.
+
+    Returns:
+        (codes, tables): with one group as `share`. With several, a code is an index into the codebook of its own group, and the
+        tables are (groups, entries); a group with fewer values has unused entries of zero at its end.
+
+    Raises:
+        MicrogliaError: See `share`.
+    """
+    count = math.gcd(groups, weight.shape[0]) if weight.ndim else 1
+    how: dict[str, Any] = {"initial": initial, "exact": exact, "seed": seed}
+    if count <= 1:
+        return share(weight, bits, **how)
+    codes, tables = zip(*(share(chunk, bits, **how) for chunk in weight.chunk(count)), strict=True)
+    entries = max(table.numel() for table in tables)
+    padded = [torch.cat([table, table.new_zeros(entries - table.numel())]) for table in tables]
+    return torch.cat(codes), torch.stack(padded)
+
+
+def looked_up(codes: Tensor, tables: Tensor) -> Tensor:
+    """Returns the weight of codes and codebooks as `share_groups` returns them, with the gradient of the codebooks."""
+    index = codes.reshape(-1).int()
+    if tables.ndim > 1:
+        groups, entries = tables.shape
+        first = entries * torch.arange(groups, dtype=torch.int32, device=index.device)
+        index = (index.view(groups, -1) + first[:, None]).reshape(-1)
+    return tables.reshape(-1).index_select(0, index).view(codes.shape)

@@ -6,7 +6,7 @@
     payload     8 bytes: its size
     check       4 bytes: CRC-32 of the 28 bytes before and of the stored table
     table       JSON under zlib: {"plan": as in plan.json, "tensors": rows}
-    payload     the parts of the tensors (see `microglia.compress.tensors`), one after another
+    payload     the parts of the tensors (see `microglia.compress.tensors` and `grouped`), one after another
 
 A row has the ``name`` of a tensor in the model's state, ``form``, ``dtype``, ``shape``, and ``size`` (bytes of its part). It
 also has ``crc`` (CRC-32 of the part), the fields of its form, and ``mask``, the name of its mask, if there is one. The checks
@@ -27,12 +27,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from microglia.compress.tensors import DTYPES, check_form, decode_tensor, encode_tensor
+from microglia.compress.grouped import GROUPED, check_row, decode_tensor, encode_tensor
+from microglia.compress.tensors import DTYPES
 from microglia.core.errors import FileError
 from microglia.storage.files import check_header, parse
 
 MAGIC = b"\x89MGP\r\n\x1a\n"
-VERSION = 1
+VERSION = 2
+"""Version of files with codebooks for groups of rows; others are of version 1."""
 PREFIX = struct.Struct("<8sIIIQ")
 CHECK = struct.Struct("<I")
 LARGEST_TABLE = 2**26
@@ -130,7 +132,8 @@ def write_container(plan: Mapping[str, Any], state: Mapping[str, Tensor], masks:
         parts.append(part)
     table = json.dumps({"plan": plan, "tensors": rows}, sort_keys=True, separators=(",", ":")).encode()
     stored, payload = zlib.compress(table, 9), b"".join(parts)
-    prefix = PREFIX.pack(MAGIC, VERSION, len(stored), len(table), len(payload))
+    version = VERSION if any(row["form"] == GROUPED for row in rows) else 1
+    prefix = PREFIX.pack(MAGIC, version, len(stored), len(table), len(payload))
     return b"".join([prefix, CHECK.pack(zlib.crc32(stored, zlib.crc32(prefix))), stored, payload])
 
 
@@ -180,7 +183,7 @@ def _table(stored: memoryview, size: int) -> tuple[dict[str, Any], dict[str, dic
     rows: dict[str, dict[str, Any]] = {}
     names: set[str] = set()
     for row in table["tensors"]:
-        check_form(row)
+        check_row(row)
         own = {row["name"], row["mask"]} if "mask" in row else {row["name"]}
         if names & own or len(own) != 1 + ("mask" in row):
             raise ValueError(f"it holds two tensors of the name {row['name'][:80]!r}")

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from microglia.compress.container import Container
+from microglia.compress.grouped import GROUPED
 from microglia.compress.tensors import DTYPES
 
 ORIGINAL = ".original"
@@ -29,7 +30,9 @@ class Entry:
         gap_bits: Bits of a gap before the entropy coding; 0 where every entry has a code.
         code_bytes: Bytes of the codes or the plain values.
         index_bytes: Bytes of the gaps or the bitmap.
-        table_bytes: Bytes of the codebook.
+        table_bytes: Bytes of the codebooks.
+        groups: Its groups of rows, if they have codebooks of their own; the numbers above are their sums (of ``values`` and
+            ``gap_bits`` the largest ones).
     """
 
     name: str
@@ -43,6 +46,7 @@ class Entry:
     code_bytes: int = 0
     index_bytes: int = 0
     table_bytes: int = 0
+    groups: tuple[Entry, ...] = ()
 
     @property
     def size(self) -> int:
@@ -81,7 +85,7 @@ class Contents:
         ``shared``: codes of a fixed number of bits instead, and codebooks. ``coded``: the file, all of it entropy-coded.
         """
         pruned = shared = 0
-        for entry in self.entries:
+        for entry in (part for whole in self.entries for part in whole.groups or (whole,)):
             if entry.form != "shared":
                 pruned, shared = pruned + entry.bytes, shared + entry.bytes
                 continue
@@ -99,7 +103,10 @@ class Contents:
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the contents, JSON-ready."""
-        rows = [{**asdict(entry), "shape": list(entry.shape), "bytes": entry.bytes} for entry in self.entries]
+        rows = [
+            {**asdict(entry), "shape": list(entry.shape), "bytes": entry.bytes, "groups": max(1, len(entry.groups))}
+            for entry in self.entries
+        ]
         return {"bytes": self.bytes, "dense": self.dense, "ratio": self.ratio, "rest": self.rest, "entries": rows}
 
 
@@ -115,11 +122,31 @@ def contents_of(container: Container) -> Contents:
         kept = row.get("kept", size)
         if row["form"] != "bits":
             dense += size * DTYPES[row["dtype"]].itemsize
-        entries.append(Entry(_plain(name), row["form"], row["dtype"], tuple(row["shape"]), kept, **_sizes(row)))
+        about = _plain(name), row["form"], row["dtype"], tuple(row["shape"]), kept
+        entries.append(Entry(*about, **_sizes(row)) if row["form"] != GROUPED else _grouped(Entry(*about), row))
     return Contents(container.size, dense, tuple(entries))
 
 
-def _sizes(row: Mapping[str, Any]) -> dict[str, int]:
+def _grouped(entry: Entry, row: Mapping[str, Any]) -> Entry:
+    """Returns the entry of a tensor in groups, with the sums of these."""
+    shape = (entry.shape[0] // len(row["groups"]), *entry.shape[1:])
+    groups = tuple(
+        Entry(
+            entry.name,
+            one["form"],
+            entry.dtype,
+            shape,
+            one.get("kept", math.prod(shape)),
+            **_sizes({**one, "dtype": entry.dtype}),
+        )
+        for one in row["groups"]
+    )
+    sums = {key: sum(getattr(one, key) for one in groups) for key in ("symbols", "code_bytes", "index_bytes", "table_bytes")}
+    most = {key: max(getattr(one, key) for one in groups) for key in ("values", "gap_bits")}
+    return replace(entry, groups=groups, **sums, **most)
+
+
+def _sizes(row: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the numbers of a row by part."""
     if row["form"] == "sparse":
         return {"index_bytes": row["index"], "code_bytes": row["size"] - row["index"]}

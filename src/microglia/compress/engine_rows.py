@@ -9,6 +9,7 @@ import numpy as np
 
 from microglia.compress.container import Container
 from microglia.compress.eie import Costs, lay_out, simulate
+from microglia.compress.grouped import GROUPED
 from microglia.core.errors import FileError
 
 MATRIX = 2
@@ -51,7 +52,7 @@ def engine_rows(container: Container, machine: Machine) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     generator = np.random.default_rng(machine.seed)
     for name, row in container.rows.items():
-        if row["form"] != "shared" or len(row["shape"]) != MATRIX:
+        if row["form"] not in ("shared", GROUPED) or len(row["shape"]) != MATRIX:
             continue
         kept = container.decoded(name)[1].numpy()
         layout = lay_out(kept, machine.elements)  # cycles depend on where entries are, not on their values

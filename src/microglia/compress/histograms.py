@@ -44,13 +44,13 @@ def distributions(container: Container, name: str, machine: Machine | None = Non
 
     Args:
         container: An open packed file.
-        name: Name of a tensor with the form ``shared``.
+        name: Name of a tensor with the form ``shared`` or ``grouped``.
         machine: The engine; its depth is not used.
     """
     tensor, kept = container.decoded(name)
     table, counts = np.unique(tensor[kept].double().numpy(), return_counts=True)
     positions = np.flatnonzero(kept.reshape(-1).numpy())
-    gaps = gap_counts(positions, container.rows[name]["gap"] or GAP_BITS)
+    gaps = gap_counts(positions, container.rows[name].get("gap") or GAP_BITS)
     balance: Sequence[float] = ()
     if tensor.ndim == MATRIX and positions.size:
         balance = balances(kept.numpy(), machine or Machine())

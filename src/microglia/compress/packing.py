@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from microglia.compress.bit_budget import Rounding, choices, fitting_bits, second_order
-from microglia.compress.codebook import Initial
+from microglia.compress.codebook import Initial, looked_up
 from microglia.compress.container import Container, read_container, write_container
 from microglia.compress.contents import ORIGINAL, Contents, contents_of
 from microglia.compress.sharing import shared_values
@@ -38,15 +39,16 @@ def encode(
     initial: Initial = "linear",
     exact: bool = False,
     seed: int = 0,
+    codebook_groups: int = 1,
 ) -> bytes:
     """Returns the bytes of a packed file; arguments and errors as in `pack`."""
     if budget is not None:
         if bits is not None:
             raise BudgetError(f"A budget of bytes chooses the bits: leave bits out; got bits={bits!r} and budget={budget}.")
-        bits = bits_for(model, budget, evidence=evidence, rounding=Rounding(initial, exact, seed))
+        bits = bits_for(model, budget, evidence=evidence, rounding=Rounding(initial, exact, seed, codebook_groups))
     model, plan, _ = described(model)
     if bits is not None:
-        model = rounded(model, bits, initial=initial, exact=exact, seed=seed)
+        model = rounded(model, bits, rounding=Rounding(initial, exact, seed, codebook_groups))
     return write_container(plan, model.state_dict(), _masks(model))
 
 
@@ -80,7 +82,8 @@ def bits_for(
     curves = choices(layers, masks_of(model), saliency=saliency, rounding=how)
 
     def size_of(bits: Mapping[str, int]) -> int:
-        return len(encode(model, bits=bits, initial=how.initial, exact=how.exact, seed=how.seed))
+        own: dict[str, Any] = {"initial": how.initial, "exact": how.exact, "seed": how.seed}
+        return len(encode(model, bits=bits, codebook_groups=how.groups, **own))
 
     return fitting_bits(curves, budget.bytes, size_of, trained=trained)
 
@@ -95,6 +98,7 @@ def pack(
     initial: Initial = "linear",
     exact: bool = False,
     seed: int = 0,
+    codebook_groups: int = 1,
 ) -> Contents:
     """Writes a model as one small file: kept weights only, shared values as codes, codes and positions entropy-coded.
 
@@ -113,6 +117,9 @@ def pack(
         initial: Initial centroids: ``linear``, ``density`` or ``random``.
         exact: Whether to find the best shared values by dynamic programming.
         seed: Seed of ``random``.
+        codebook_groups: Codebooks of each layer, one for each group of output channels (rows of the weight). A layer whose
+            rows are no multiple of it has as many as their greatest common divisor. More codebooks round better, and take
+            more bytes for their tables.
 
     Returns:
         The contents of the file.
@@ -129,6 +136,7 @@ def pack(
         True
     """
     how: dict[str, Any] = {"budget": budget, "evidence": evidence, "initial": initial, "exact": exact, "seed": seed}
+    how["codebook_groups"] = codebook_groups
     data = encode(model, bits=bits, **how)
     write_atomic(Path(path), data)
     return contents_of(read_container(data, Path(path), limit=2**63))
@@ -201,12 +209,10 @@ def _masks(model: nn.Module) -> dict[str, str]:
 
 
 @torch.no_grad()
-def rounded(
-    model: nn.Module, bits: int | Mapping[str, int], *, initial: Initial = "linear", exact: bool = False, seed: int = 0
-) -> nn.Module:
-    """Returns a copy of a model with shared weights; arguments as in `pack`."""
+def rounded(model: nn.Module, bits: int | Mapping[str, int], *, rounding: Rounding | None = None) -> nn.Module:
+    """Returns a copy of a model with shared weights; bits as in `pack`."""
     model = copy.deepcopy(model)
-    layers = prunable_layers(model)
-    for name, (codes, table) in shared_values(layers, bits, initial=initial, exact=exact, seed=seed).items():
-        layers[name].raw.copy_(table[codes.long()])
+    layers, how = prunable_layers(model), rounding or Rounding()
+    for name, (codes, tables) in shared_values(layers, bits, **asdict(how)).items():
+        layers[name].raw.copy_(looked_up(codes, tables))
     return model

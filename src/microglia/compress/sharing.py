@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from microglia.compress.codebook import Initial, check_bits, share
+from microglia.compress.codebook import Initial, check_bits, looked_up, share_groups
 from microglia.core.errors import MicrogliaError
 from microglia.core.layers import Layer, check_selectors, matches
 from microglia.core.masks import Masked, Unfinished
@@ -26,7 +26,7 @@ class Shared(Unfinished):
 
     Args:
         codes: Codes, uint8, shaped like the weight; 0 for a pruned weight.
-        table: Codebook with its zero, (k,).
+        table: Codebook with its zero, (k,), or one for each group of rows, (groups, k).
     """
 
     codes: Tensor
@@ -34,12 +34,17 @@ class Shared(Unfinished):
     def __init__(self, codes: Tensor, table: Tensor) -> None:
         super().__init__()
         self.register_buffer("codes", codes)
-        self.centroids = nn.Parameter(table[1:].detach().clone())
+        self.centroids = nn.Parameter(table[..., 1:].detach().clone())
 
     def forward(self, weight: Tensor) -> Tensor:
         """Returns the shared weight; only the shape of the given one matters."""
-        table = torch.cat([self.centroids.new_zeros(1), self.centroids])
-        return table.index_select(0, self.codes.reshape(-1).int()).view(self.codes.shape)
+        return looked_up(self.codes, self.table)
+
+    @property
+    def table(self) -> Tensor:
+        """The codebook, or codebooks, with zeros first."""
+        zeros = self.centroids.new_zeros(*self.centroids.shape[:-1], 1)
+        return torch.cat([zeros, self.centroids], dim=-1)
 
 
 def bits_by_layer(layers: Mapping[str, Layer], bits: int | Mapping[str, int]) -> dict[str, int]:
@@ -116,7 +121,11 @@ def shared_values(
     initial: Initial = "linear",
     exact: bool = False,
     seed: int = 0,
+    groups: int = 1,
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """Returns codes and codebook of each layer that shares its weights; see `microglia.compress.codebook.share`."""
+    """Returns codes and codebooks of each layer that shares its weights; see `microglia.compress.codebook.share_groups`."""
     chosen = bits_by_layer(layers, bits)
-    return {n: share(layers[n].weight, b, initial=initial, exact=exact, seed=seed) for n, b in chosen.items()}
+    return {
+        name: share_groups(layers[name].weight, number, groups, initial=initial, exact=exact, seed=seed)
+        for name, number in chosen.items()
+    }

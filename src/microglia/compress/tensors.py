@@ -57,7 +57,7 @@ def encode_tensor(tensor: Tensor, mask: Tensor | None = None) -> Part:
         return {"form": "bits"}, np.packbits(tensor.reshape(-1).numpy()).tobytes()
     if tensor.dtype not in FLOATS or (mask is None and tensor.ndim < 2):
         return {"form": "raw"}, _raw(tensor)
-    bits, kept = _kept(tensor, mask)
+    bits, kept = kept_bits(tensor, mask)
     sizes, book, gap = _forms(bits, kept, mask is None)
     form = min(sizes, key=lambda name: (sizes[name], FORMS.index(name)))
     if form == "raw":
@@ -75,11 +75,11 @@ def stored_bytes(tensor: Tensor, mask: Tensor | None = None) -> int:
         tensor: As in `encode_tensor`.
         mask: As in `encode_tensor`.
     """
-    bits, kept = _kept(tensor, mask)
+    bits, kept = kept_bits(tensor, mask)
     return min(_forms(bits, kept, mask is None)[0].values())
 
 
-def _kept(tensor: Tensor, mask: Tensor | None) -> tuple[Bits, npt.NDArray[np.bool_]]:
+def kept_bits(tensor: Tensor, mask: Tensor | None) -> tuple[Bits, npt.NDArray[np.bool_]]:
     """Returns the bits of all entries, as unsigned integers, and which of them are stored."""
     unsigned, signed = FLOATS[tensor.dtype]
     bits: Bits = tensor.contiguous().reshape(-1).view(signed).numpy().view(unsigned)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 import torch
 
@@ -13,6 +15,16 @@ _TEST_SEED = 1998
 """The year the digits were published."""
 
 
+@cache
+def _everything() -> ImageSet:
+    """Returns all digits, whose file of text is read once; the splits are copies."""
+    from sklearn.datasets import load_digits
+
+    found = load_digits()
+    images = torch.from_numpy((found.images * 15).astype(np.uint8))[:, None]
+    return ImageSet(images, torch.from_numpy(found.target.astype(np.int64)))
+
+
 def digits() -> dict[str, ImageSet]:
     """Returns 1,797 digits of 8x8 grey pixels, split 80/20 into train and test, the same on every machine.
 
@@ -21,10 +33,6 @@ def digits() -> dict[str, ImageSet]:
     repository, 1998.
     """
     needs("data", "sklearn", what="The data set 'digits'")
-    from sklearn.datasets import load_digits
-
-    found = load_digits()
-    images = torch.from_numpy((found.images * 15).astype(np.uint8))[:, None]
-    everything = ImageSet(images, torch.from_numpy(found.target.astype(np.int64)))
+    everything = _everything()
     train, test = stratified_split(everything.labels, 0.2, _TEST_SEED)
     return {"train": everything.subset(train), "test": everything.subset(test)}

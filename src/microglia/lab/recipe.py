@@ -18,7 +18,7 @@ from microglia.methods.arguments import check_choices
 from microglia.methods.what import is_taken, left_out, named
 from microglia.runtime.dense.kinds import execution_names
 from microglia.storage.plain_yaml import DEEPEST, merge, parse_yaml, read_yaml_text
-from microglia.storage.validation import brief, problems
+from microglia.storage.validation import adapter_of, brief, problems
 from microglia.train.optim import RECOVERY, FitConfig, identity
 
 LATER = ("task", "task_options", "track")
@@ -131,7 +131,7 @@ def method_config(recipe: Recipe) -> MethodConfig:
     fields = {**chosen.defaults, **recipe.prune, "dense": asdict(recipe.dense), "train": asdict(recipe.train)}
     check_choices(fields, chosen.config)
     with named(recipe.method):
-        return _validate(TypeAdapter(chosen.config), fields, f"prune (method {recipe.method!r})")  # type: ignore[no-any-return]
+        return _validate(adapter_of(chosen.config), fields, f"prune (method {recipe.method!r})")  # type: ignore[no-any-return]
 
 
 def resolve(source: Mapping[str, Any]) -> Recipe:
@@ -165,7 +165,7 @@ def completed(recipe: Mapping[str, Any]) -> dict[str, Any]:
     prune, name = recipe.get("prune"), recipe.get("method")
     if not isinstance(prune, Mapping) or not isinstance(name, str) or name not in methods:
         return dict(recipe)
-    usual = TypeAdapter(dict[str, Any]).dump_python(left_out(methods[name].config), mode="json")
+    usual = adapter_of(dict[str, Any]).dump_python(left_out(methods[name].config), mode="json")
     return {**recipe, "prune": {**usual, **prune}}
 
 
@@ -208,6 +208,11 @@ def as_dict(recipe: Recipe) -> dict[str, Any]:
     return {key: changed.get(key, value) for key, value in found.items() if value or key not in LATER}
 
 
+def identity_of(recipe: Recipe) -> str:
+    """Returns the identity of a recipe: equal for all recipes that end in the same bits and are measured equally."""
+    return hashlib.sha256(json.dumps(completed(as_dict(recipe)), sort_keys=True).encode()).hexdigest()[:16]
+
+
 def start_of(recipe: Mapping[str, Any]) -> str:
     """Returns the name of a recipe's start: recipes with the same one have the same dense network, bit for bit.
 
@@ -227,7 +232,7 @@ def schema(method: str | None = None) -> dict[str, Any]:
     found = _recipe.json_schema()
     if method is not None:
         config = methods[method].config
-        prune = TypeAdapter(config).json_schema()
+        prune = adapter_of(config).json_schema()
         prune["properties"] = {key: value for key, value in prune["properties"].items() if is_setting(config, key)}
         prune["properties"]["pattern"]["description"] = f"{config.takes.forms}."
         found["properties"]["prune"] = prune

@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 
 from microglia.core.errors import MicrogliaError
 from microglia.core.registry import unknown_name
-from microglia.storage.validation import problems
+from microglia.storage.validation import adapter_of, problems
 from microglia.tasks.kinds import DEFAULT, ClassificationOptions, kind_of_model, kinds
 from microglia.tasks.own import own_task
 from microglia.tasks.task import Task
@@ -101,7 +101,7 @@ def _refuse_beside(rest: Mapping[str, Any], data: str, task: str) -> None:
 
 def _options(kind: str, given: Mapping[str, Any]) -> Any:
     try:
-        return TypeAdapter(kinds[kind].options).validate_python(dict(given))
+        return adapter_of(kinds[kind].options).validate_python(dict(given))
     except ValidationError as error:
         raise TaskFieldError(f"The task of kind {kind!r} is not valid: {problems(error, 'task', under='task.')}.") from None
 

@@ -6,16 +6,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Annotated, Any, TypeVar
 
-from pydantic import AfterValidator, BeforeValidator, PlainSerializer, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BeforeValidator, PlainSerializer, ValidationError
 
 from microglia.measure import Bytes, LatencyReport, Macs, Parameters
 from microglia.methods import methods  # imports the families, which register their observations  # noqa: F401
 from microglia.storage.observations import observations
+from microglia.storage.validation import adapter_of
 
 T = TypeVar("T")
 DETAILS = {"layers", "nonzero_all", "other"}
 """Keys of a measurement that only the run's own directory holds."""
-_adapters: dict[Any, TypeAdapter[Any]] = {}
 
 
 def _sums(value: Parameters | Macs) -> dict[str, Any]:
@@ -155,20 +155,14 @@ def typed_observations(content: Mapping[str, Any]) -> dict[str, Any]:
 
 def written(outcome: Outcome) -> dict[str, Any]:
     """Returns the JSON form that `read` takes, only with sums, without the counts of each layer."""
-    content: dict[str, Any] = _adapter(type(outcome)).dump_python(outcome, mode="json")
+    content: dict[str, Any] = adapter_of(type(outcome)).dump_python(outcome, mode="json")
     told = content.pop("observations")
     return {**content, **dict.fromkeys(observations), **told}
 
 
-def _adapter(kind: Any) -> TypeAdapter[Any]:
-    if kind not in _adapters:
-        _adapters[kind] = TypeAdapter(kind)
-    return _adapters[kind]
-
-
 def _parse(kind: type[T], value: Any, *place: str) -> T:
     try:
-        typed: T = _adapter(kind).validate_python(value)
+        typed: T = adapter_of(kind).validate_python(value)
     except ValidationError as error:
         problem = error.errors()[0]
         where = ".".join(map(str, (*place, *problem["loc"])))

@@ -8,12 +8,12 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import Any, Literal, Protocol, TextIO
 
 import yaml
 from rich.console import Console
@@ -21,7 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from microglia.core.errors import MicrogliaError, RunError
 from microglia.core.processes import Children, cores, signals_raise
-from microglia.lab.recipe import as_dict, begun, read_yaml, resolve
+from microglia.lab.recipe import as_dict, begun, identity_of, read_yaml, resolve
 from microglia.lab.sweep_grid import Cell, Sweep, cells, read_sweep
 from microglia.storage.files import write_atomic
 from microglia.storage.run import flatten
@@ -41,13 +41,13 @@ class CellOutcome:
 
     Attributes:
         name: Name of the cell.
-        status: ``skipped`` if it was finished before.
+        status: ``skipped`` if it was finished before, ``known`` if its result is kept elsewhere.
         seconds: Time spent on it now.
         problem: The last lines of the log of a failed cell.
     """
 
     name: str
-    status: Literal["done", "skipped", "failed"]
+    status: Literal["done", "skipped", "known", "failed"]
     seconds: float = 0.0
     problem: str = ""
 
@@ -71,8 +71,8 @@ class SweepOutcome:
 
     @property
     def skipped(self) -> list[str]:
-        """Names of the cells that were finished before."""
-        return [cell.name for cell in self.cells if cell.status == "skipped"]
+        """Names of the cells that were finished before, or whose results are known."""
+        return [cell.name for cell in self.cells if cell.status in ("skipped", "known")]
 
     @property
     def failed(self) -> list[str]:
@@ -94,6 +94,22 @@ class SweepOutcome:
         return {"directory": str(self.directory), "cells": [asdict(cell) for cell in self.cells]}
 
 
+class Launcher(Protocol):
+    """Where cells run; see `microglia.cluster`. Several threads call it."""
+
+    def run(self, cell: Cell, directory: Path, *, starts: Path | None = None) -> CellOutcome:
+        """Runs a cell to its end in a directory; see `run_cell`."""
+        ...
+
+    def stop(self) -> None:
+        """Ends every cell immediately."""
+        ...
+
+    def close(self) -> None:
+        """Leaves the place."""
+        ...
+
+
 def run_cell(
     cell: Cell,
     directory: Path,
@@ -102,7 +118,7 @@ def run_cell(
     children: Children | None = None,
     starts: Path | None = None,
 ) -> CellOutcome:
-    """Runs one cell to its end as ``microglia prune`` in its own process; a cluster would replace this function.
+    """Runs one cell to its end as ``microglia prune`` in its own process.
 
     If a process of an earlier sweep still works on the cell, this waits for it.
 
@@ -160,7 +176,9 @@ def _tail(log: Path, start: int, lines: int = 8, width: int = 400) -> str:
     return "\n".join(line[:width] for line in text.splitlines()[1:][-lines:])
 
 
-def run_sweep(sweep: Sweep, out: str | Path, jobs: int = 1) -> SweepOutcome:
+def run_sweep(
+    sweep: Sweep, out: str | Path, jobs: int = 1, launcher: Launcher | None = None, known: Collection[str] = ()
+) -> SweepOutcome:
     """Runs every unfinished cell, ``jobs`` at a time; a failed cell does not stop the others.
 
     Cells with the same model, data, dense training and seed share one dense network, which the first of them trains.
@@ -170,7 +188,9 @@ def run_sweep(sweep: Sweep, out: str | Path, jobs: int = 1) -> SweepOutcome:
     Args:
         sweep: The sweep to run.
         out: Directory of the runs, each under its cell's name.
-        jobs: Runs at a time; each gets its share of the cores.
+        jobs: Runs at a time; each gets its share of the cores of this machine.
+        launcher: Runs the cells elsewhere; None for processes of this machine.
+        known: Identities of recipes whose results are kept elsewhere (`microglia.lab.recipe.identity_of`); these do not run.
 
     Raises:
         RunError: The directory holds runs of other recipes under the same names.
@@ -183,13 +203,15 @@ def run_sweep(sweep: Sweep, out: str | Path, jobs: int = 1) -> SweepOutcome:
     write_atomic(out / "sweep.yaml", yaml.safe_dump(asdict(sweep), sort_keys=False))
     threads = max(1, cores() // jobs)
     outcomes = {c.name: CellOutcome(c.name, "skipped") for c in chosen if (out / c.name / "result.json").is_file()}
+    kept = (c.name for c in chosen if known and c.name not in outcomes and identity_of(c.recipe) in known)
+    outcomes |= {name: CellOutcome(name, "known") for name in kept}
     left = [cell for cell in chosen if cell.name not in outcomes]
     with signals_raise(), _progress() as progress, ThreadPoolExecutor(jobs) as pool:
         try:
             bar = progress.add_task(sweep.name, total=len(chosen), completed=len(outcomes))
             progress.advance(bar, 0)  # the time starts here
-            run = partial(run_cell, threads=threads, children=children, starts=out / STARTS)
-            futures = [pool.submit(run, cell, out / cell.name) for cell in left]
+            run = partial(run_cell, threads=threads, children=children) if launcher is None else launcher.run
+            futures = [pool.submit(run, cell, out / cell.name, starts=out / STARTS) for cell in left]
             for future in as_completed(futures):
                 outcome = outcomes[future.result().name] = future.result()
                 progress.advance(bar)
@@ -197,7 +219,7 @@ def run_sweep(sweep: Sweep, out: str | Path, jobs: int = 1) -> SweepOutcome:
                     f"{outcome.status} {outcome.name} ({outcome.seconds:.0f} s)", markup=False, highlight=False
                 )
         except BaseException:
-            children.stop()
+            (launcher or children).stop()
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     return SweepOutcome(out, tuple(outcomes[cell.name] for cell in chosen))

@@ -79,7 +79,7 @@ class DeepCompressionConfig(SharingConfig, FileBudget, GradualConfig):
     @property
     def rounding(self) -> Rounding:
         """How weights are rounded to shared values."""
-        return Rounding(self.initial, self.exact)
+        return Rounding(self.initial, self.exact, groups=self.codebook_groups)
 
 
 def _fits(task: Task, config: DeepCompressionConfig) -> None:
@@ -231,5 +231,5 @@ def _layers(contents: Contents, container: Container) -> Mapping[str, PackedLaye
             distributions=distributions(container, name),
         )
         for entry, name in zip(contents.entries, container.rows, strict=True)
-        if entry.form == "shared" and entry.size
+        if entry.values and entry.size
     }

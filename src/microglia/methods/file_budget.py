@@ -146,7 +146,7 @@ def fewest_bits(
         if bits is None or bits in tried:
             continue
         tried.append(bits)
-        if good(rounded(model, bits, initial=rounding.initial, exact=rounding.exact, seed=rounding.seed)):
+        if good(rounded(model, bits, rounding=rounding)):
             return bits
     return None
 

@@ -17,6 +17,7 @@ from pydantic import ConfigDict, Field
 from torch import Tensor, nn
 
 from microglia.compress.codebook import Initial, check_bits
+from microglia.compress.grouped import LARGEST
 from microglia.compress.sharing import attach_shared, settle_shared, shared_on, shared_values
 from microglia.core.errors import MicrogliaError
 from microglia.core.left_out import chosen_layers
@@ -41,6 +42,8 @@ class SharingConfig:
             for convolutions and 5 for other layers.
         initial: Initial centroids of k-means: ``linear``, ``density`` or ``random``.
         exact: Whether to find the best centroids by dynamic programming instead.
+        codebook_groups: Codebooks of each layer, one for each group of output channels (rows of the weight). A layer whose rows
+            are no multiple of it has as many as their greatest common divisor.
         centroid_optimizer: Optimizer of the centroids: ``sgd``, ``adam`` or ``adamw``. A centroid's gradient is a sum over
             many weights, whose size adam evens out.
         centroid_lr: Constant learning rate of the centroids.
@@ -53,6 +56,7 @@ class SharingConfig:
     exact: bool = False
     centroid_optimizer: OPTIMIZERS = "adam"
     centroid_lr: float = 1e-4
+    codebook_groups: int = 1
 
     def check_values(self) -> None:
         """Raises `MicrogliaError` for an unknown choice and for bits or a rate out of range."""
@@ -62,6 +66,8 @@ class SharingConfig:
             raise unknown_name("optimizer of the centroids", self.centroid_optimizer, get_args(OPTIMIZERS))
         if not self.centroid_lr >= 0:
             raise MicrogliaError(f"centroid_lr is a learning rate of at least 0; got {self.centroid_lr}.")
+        if not 1 <= self.codebook_groups <= LARGEST:
+            raise MicrogliaError(f"codebook_groups is a number of groups from 1 to {LARGEST}; got {self.codebook_groups}.")
         for number in self.numbers.values():
             check_bits(number)
 
@@ -135,7 +141,8 @@ class WeightSharing:
         if shared := [name for name, layer in layers.items() if shared_on(layer) is not None]:
             raise MicrogliaError(f"The weights of {shared[0]} are shared already: call finish() of the first {user}.")
         seed = evidence.generator.initial_seed() if evidence is not None else 0
-        found = shared_values(layers, config.numbers, initial=config.initial, exact=config.exact, seed=seed)
+        how: dict[str, Any] = {"initial": config.initial, "exact": config.exact, "groups": config.codebook_groups}
+        found = shared_values(layers, config.numbers, seed=seed, **how)
         if not found:
             raise MicrogliaError(f"No layer shares its weights: bits={config.numbers} chooses none of {', '.join(layers)}.")
         self.layers = {name: layers[name] for name in found}
@@ -147,10 +154,8 @@ class WeightSharing:
 
     @property
     def codebooks(self) -> dict[str, Tensor]:
-        """The present codebook of each layer by name, its zero included."""
-        return {
-            name: torch.cat([shared.centroids.new_zeros(1), shared.centroids.detach()]) for name, shared in self._shared.items()
-        }
+        """The present codebook of each layer by name, its zero included: (k,), or (groups, k) of several groups of rows."""
+        return {name: shared.table.detach() for name, shared in self._shared.items()}
 
     def penalty(self) -> Tensor | float:
         """Returns 0: there is no further term of the loss."""

@@ -43,7 +43,7 @@ def _row(entry: Entry) -> tuple[str, ...]:
         f"{entry.kept / max(1, entry.size):.3g}",
         f"{8 * entry.code_bytes / kept:.2f}",
         f"{8 * entry.index_bytes / kept:.2f}",
-        str(entry.values) if entry.values else "-",
+        (f"{len(entry.groups)} x " if entry.groups else "") + (str(entry.values) if entry.values else "-"),
     )
 
 

@@ -23,6 +23,7 @@ from microglia.runtime.candidates import Candidate
 from microglia.runtime.dense.execution import bind, difference, runners
 from microglia.runtime.dense.fusion import Site, fuse
 from microglia.runtime.dense.kinds import TORCH, Runner, execution_names, is_exact
+from microglia.runtime.dense.traced import traced_once
 from microglia.runtime.devices import CPU, Device, device_of
 from microglia.runtime.record import PRECISIONS, record_of
 from microglia.runtime.report import AccelerationReport, LayerChoice, is_dense, left_dense
@@ -89,7 +90,7 @@ def accelerate(
     against = execution_names(against)
     own = notes if notes is not None else []
     dense = folded_twin(model)
-    with undisturbed():
+    with undisturbed(), traced_once():
         sites = sites_of(dense, example, half)
         own += left_dense(model, {site.name for site in sites})
         measured = _measure(sites, device, _cached(cache, device), rounds, progress=progress, notes=own)

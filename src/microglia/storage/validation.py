@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 MOST, LONGEST = 20, 200
 """Problems that are told at once, and characters of each value in them."""
+
+
+def adapter_of(kind: Any) -> TypeAdapter[Any]:
+    """Returns what validates values of a class; it is made once, because that takes longer than to validate many values."""
+    return _adapter_of(kind)
+
+
+@cache
+def _adapter_of(kind: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)
 
 
 def problems(error: ValidationError, whole: str, *, under: str = "") -> str:

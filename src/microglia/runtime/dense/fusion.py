@@ -6,7 +6,6 @@ Every execution that replaces layers uses this search; the caller chooses the re
 from __future__ import annotations
 
 import operator
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,12 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torch.nn.utils.fusion import fuse_conv_bn_weights
-from torch.utils._pytree import tree_leaves
 
 from microglia.core.batch import Example
-from microglia.core.errors import MicrogliaError
-from microglia.core.running import first_line
 from microglia.runtime.dense.overwriting import overwrite_residuals
+from microglia.runtime.dense.traced import graph_of
 
 aten = torch.ops.aten
 
@@ -39,8 +36,6 @@ ACTIVATIONS: dict[Any, str] = {
 """Operator -> name of the activation; ``hardtanh`` and ``gelu`` have settings and are read separately."""
 FUSED = {"cpu": (torch.float32,), "cuda": (torch.float32, torch.float16, torch.bfloat16)}
 """Kind of device -> dtypes of the layers that are replaced there."""
-UNKNOWN_OUTPUT = re.compile(r"Found <class '([\w.]+)'> in output, which is not a known type")
-"""The words of torch.export for an output that is neither a tensor nor a container of tensors."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +97,7 @@ def fuse(model: nn.Module, example: Example, engine: Engine) -> GraphModule:
     Raises:
         MicrogliaError: torch.export cannot trace the model.
     """
-    exported = _export(model, example)
+    exported = graph_of(model, example)
     fuser = _Fuser(exported, engine)
     for node in list(exported.graph.nodes):
         if node.target in (aten.conv2d.default, aten.linear.default):
@@ -115,47 +110,6 @@ def fuse(model: nn.Module, example: Example, engine: Engine) -> GraphModule:
     exported.recompile()
     overwrite_residuals(exported, fuser.made & set(exported.graph.nodes))
     return exported
-
-
-def _export(model: nn.Module, example: Example) -> GraphModule:
-    """Returns the model's graph, in which no step writes into memory that another node shares."""
-    try:
-        program = torch.export.export(model, example.args, example.kwargs, strict=False)
-        if any(_writes_through_a_view(node) for node in program.graph.nodes):
-            program = program.run_decompositions({})
-    except Exception as error:
-        raise MicrogliaError(f"{type(model).__name__} cannot be traced by torch.export: {_cause(error)}") from error
-    exported = program.module()
-    assert isinstance(exported, GraphModule)
-    return exported
-
-
-def _cause(error: Exception) -> str:
-    """Returns the short cause of a failed trace, with the remedy where there is one."""
-    found = UNKNOWN_OUTPUT.search(str(error))
-    if found is None:
-        return first_line(error)
-    return (
-        f"its output holds a {found[1].rpartition('.')[2]}, and a graph returns tensors alone. Wrap the model so that it "
-        "returns tensors; a model of transformers does with config.use_cache = False."
-    )
-
-
-def _writes_through_a_view(node: Node) -> bool:
-    """Tells whether a step writes into a view or into its base: in another layout the view would be a copy."""
-    schema = getattr(node.target, "_schema", None)
-    if node.op != "call_function" or schema is None or not schema.is_mutable:
-        return False
-    written = [a for a, kind in zip(node.args, schema.arguments, strict=False) if kind.alias_info and kind.alias_info.is_write]
-    nodes = [leaf for leaf in tree_leaves(written) if isinstance(leaf, Node)]
-    return any(_is_view(found) or any(map(_is_view, found.users)) for found in nodes)
-
-
-def _is_view(node: Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
-    if node.target is operator.getitem:
-        return isinstance(node.args[0], Node) and _is_view(node.args[0])
-    return schema is not None and not schema.is_mutable and any(r.alias_info is not None for r in schema.returns)
 
 
 class _Fuser:

@@ -12,9 +12,10 @@ from typing import Any
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from microglia.core.errors import FileError, MicrogliaError
+from microglia.lab.recipe import identity_of
 from microglia.report.records import Record, parse
 from microglia.storage.files import write_atomic
-from microglia.studies.evidence.identity import identity_of, recipe_of
+from microglia.studies.evidence.identity import recipe_of
 
 STARTS, PILOTS, OWN = "starts", ".pilots", "evidence"
 """File of the starts, end of a file of pilots, and the key of our own entries in a cell's record."""

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from microglia.core.errors import MicrogliaError
-from microglia.lab.recipe import AFTER_DENSE, Recipe, RecipeError, as_dict, as_whole_dict, put, start_of
+from microglia.lab.recipe import AFTER_DENSE, Recipe, RecipeError, as_dict, as_whole_dict, identity_of, put, start_of
 from microglia.studies.evidence.files import EvidenceStudy, Queue, Row, tries
-from microglia.studies.evidence.identity import identity_of, recipe_of
+from microglia.studies.evidence.identity import recipe_of
 from microglia.studies.evidence.ledger import Ledger
 from microglia.zoo.trust import require_known_recipe
 

@@ -173,6 +173,14 @@ def test_smart_ends_in_the_exact_choice_and_weighs_channels_by_what_they_would_s
     assert float((pruner.factors().detach() - chosen.float()).abs().max()) < 0.05
 
 
+def test_a_budget_of_all_operations_keeps_every_channel() -> None:
+    pruner = pruner_of(Smart, chain(), flops=1.0)
+    assert float(pruner.factors().detach().min()) == 1
+    pruner.finish()
+    assert bool(pruner.kept.all())
+    assert pruner.report()["flops"] == 1
+
+
 def test_awg_goes_to_the_budget_by_equal_parts_of_the_operations() -> None:
     model = Mixed()
     pruner = pruner_of(Awg, model, flops=0.4, updates=3, max_sparsity=1.0)

@@ -78,7 +78,9 @@ class UnitPruner(Pruner):
         super().__init__(model, config, evidence=evidence, **settings)
         check_unwrapped(model, type(self).__name__)
         if masks_of(model):
-            raise PatternError(f"{type(self).__name__} starts from a model without masks; microglia.fold makes them weights.")
+            raise PatternError(
+                f"{type(self).__name__} starts from a model without masks: fold them into the weights with microglia.fold."
+            )
         own = self.own
         self.total_steps, self.at_freeze = total_steps, at_freeze
         self.units: Units = make_units(
@@ -250,10 +252,12 @@ class UnitPruner(Pruner):
         config = self.own
         if config.params is not None:
             if isinstance(self.pattern, Channel) or config.cost not in ("auto", "weights"):
-                raise BudgetError("params is a budget of weights; give density, the kept fraction of what cost counts.")
+                raise BudgetError(
+                    "params counts weights, and this cost counts other units: give density, the kept fraction of that cost."
+                )
             return self.target / self.weights
         if config.density is None:
-            raise BudgetError("A budget needs density, the kept fraction in (0, 1].")
+            raise BudgetError("A budget needs density, the kept fraction in (0, 1]: give one, such as density=0.3.")
         return config.density
 
     def _warn_unlearned(self) -> None:

@@ -279,7 +279,7 @@ WRONG = {
     "unknown device": (("--device", "tpu"), "device", "'tpu'"),
     "missing recipe": (("--recipe", "../none.yaml"), "Cannot read the recipe", "none.yaml"),
     "recipe is no YAML": (("--recipe", "../broken.yaml"), "broken.yaml is not valid YAML"),
-    "recipe is a list": (("--recipe", "../list.yaml"), "list.yaml should hold a mapping"),
+    "recipe is a list": (("--recipe", "../list.yaml"), "A recipe is a mapping", "list.yaml holds a list"),
     "recipe is binary": (("--recipe", "../binary.yaml"), "binary.yaml"),
     "schedule": (("--method", "gradual", "prune.schedule=cubist"), "There is no schedule named 'cubist'"),
     "gradual from end to begin": (("--method", "gradual", "prune.begin=0.9", "prune.end=0.1"), "begin 0.9, end 0.1"),

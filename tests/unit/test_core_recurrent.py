@@ -62,7 +62,7 @@ def multiplied(kind: str, masks: mg.core.masks.MaskSet) -> Net:
 def test_each_forward_sees_the_masks_of_now(kind: str, mode: bool) -> None:
     net, x = Net(kind).train(mode), batch()[0]
     with warnings.catch_warnings():
-        warnings.filterwarnings("error", message="Left out")
+        warnings.filterwarnings("error", message="No mask reaches")
         masks = mg.methods.OneShot(net, density=0.3).masks
     names = [n for n, p in Net(kind).named_parameters() if p.ndim > 1]
     assert sorted(masks) == sorted(names)

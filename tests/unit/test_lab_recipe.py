@@ -101,7 +101,7 @@ def test_files_that_are_no_recipe(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="Cannot read the recipe"):
         read_yaml(tmp_path / "none.yaml")
     (tmp_path / "list.yaml").write_text("- 1\n")
-    with pytest.raises(RecipeError, match="should hold a mapping"):
+    with pytest.raises(RecipeError, match=r"A recipe is a mapping such as .*holds a list"):
         read_yaml(tmp_path / "list.yaml")
     (tmp_path / "bad.yaml").write_text("a: [1\n")
     with pytest.raises(RecipeError, match="not valid YAML"):

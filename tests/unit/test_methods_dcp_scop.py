@@ -110,7 +110,7 @@ def test_a_model_that_is_no_classifier_and_missing_evidence_are_told() -> None:
         made(Dcp, nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1)))
     with pytest.raises(ScoreError, match="give evidence with batches"):
         made(Dcp, network(), evidence=None)
-    with pytest.raises(BudgetError, match="its scope is uniform"):
+    with pytest.raises(BudgetError, match="its scope is uniform; got"):
         made(Dcp, network(), scope="global")
 
 

@@ -114,8 +114,8 @@ def test_a_run_leaves_together():
     [
         (lambda: drop_blocks(Net(), batches(), keep=0), BudgetError, "1 to 4 here; got 0"),
         (lambda: drop_blocks(Net(), [], keep=2), MicrogliaError, "give at least one"),
-        (lambda: keep_blocks(Net(), "blocks", [2, 1]), SelectorError, "rising numbers of 4 blocks"),
-        (lambda: keep_blocks(Net(), "blocks", [4]), SelectorError, "rising numbers of 4 blocks"),
+        (lambda: keep_blocks(Net(), "blocks", [2, 1]), SelectorError, "ascending numbers from 0 to 3"),
+        (lambda: keep_blocks(Net(), "blocks", [4]), SelectorError, "ascending numbers from 0 to 3"),
         (lambda: keep_blocks(Net(), "layers", [0]), SelectorError, "'layers' is no nn.ModuleList"),
         (lambda: block_influence(Net(), batches(), run=5), BudgetError, "1 to 4 long"),
         (lambda: Depth.from_dict({"blocks": "blocks", "kept": [1, 9], "of": 4}), FileError, "rising numbers below 4"),

@@ -53,13 +53,17 @@ def test_t_moves_by_a_tenth_where_lambda_is_near() -> None:
 
 
 def test_a_target_between_two_steps_of_t_ends_the_search() -> None:
-    with pytest.warns(UserWarning, match="came to 0.56 of the operations at the nearest, and 0.57 was asked"):
+    with pytest.warns(
+        UserWarning, match="0.57 of the operations were asked for, and the nearest of 4 short trainings .* leaves 0.56"
+    ):
         found = find_strengths(falling, 0.57, probes=12, largest=2e-4, within=0.005)
     assert len(found.probes) == 4
 
 
 def test_a_target_out_of_reach_is_told_and_the_nearest_counts() -> None:
-    with pytest.warns(UserWarning, match=r"short trainings under polarization came to 0\.\d+ of the operations at the nearest"):
+    with pytest.warns(
+        UserWarning, match=r"0\.05 of the operations were asked for, and the nearest of 4 short trainings .* leaves 0\.\d+"
+    ):
         found = find_strengths(falling, 0.05, probes=4, largest=2e-4, within=0.02)
     assert len(found.probes) == 4
     assert found.strength == max(probe.strength for probe in found.probes)

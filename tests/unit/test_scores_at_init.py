@@ -127,7 +127,7 @@ def test_snip_refuses_a_network_that_feels_nothing():
     model = mlp()
     mask(model, {"2.weight": torch.zeros(7, 9)})
     layers = {name: layer for name, layer in prunable_layers(model).items() if name == "0.weight"}
-    with pytest.raises(ScoreError, match="feels none of these weights"):
+    with pytest.raises(ScoreError, match="depends on none of these weights"):
         scores["snip"](model, layers, data())
 
 

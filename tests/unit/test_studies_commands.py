@@ -128,7 +128,7 @@ class TestFastEnsemble:
         assert Ensembling(ends[0]).directory.name == "end-0-fast-ensemble"
         cycles, fit = Cycles(members=1, length=2, high=0.1, low=0.05), FitConfig(max_batches=1)
         told = view_fast_ensemble(Ensembling(ends[1], cycles, fit, out=tmp_path / "out"))
-        _, rates = ensemble_chart(told).panels
+        _, rates = ensemble_chart(told.result).panels
         (line,) = rates.lines
         assert (line.y[0], line.y[-1]) == (0.1, 0.05)
         assert list(line.y) == sorted(line.y, reverse=True)
@@ -159,7 +159,7 @@ class TestLeastSquares:
 
     def test_the_chart_leaves_a_gap_where_the_risk_is_infinite(self, tmp_path):
         told = view_least_squares(Regressing(4, (2, 4, 9), draws=2, out=tmp_path / "out"))
-        exact, *_ = risk_chart(told).panels[0].lines
+        exact, *_ = risk_chart(told.result).panels[0].lines
         assert [math.isnan(value) for value in exact.y] == [False, True, False]
 
     @pytest.mark.parametrize("wrong", [{"features": ()}, {"features": (0,)}, {"draws": 1}, {"noise": -1.0}, {"signal": 0.0}])

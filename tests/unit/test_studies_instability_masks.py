@@ -94,8 +94,8 @@ def test_every_seed_and_epoch_is_told_with_its_spread(asked):
         assert spread["mean"] == pytest.approx(sum(values) / 2)
         assert spread["std"] == pytest.approx(abs(values[0] - values[1]) / 2**0.5)
     assert set(told["stable_from"]) == {"dense", "imp", "random"}
-    assert instability_table(told).row_count == 6
-    pictures = [Path(path) for path in draw("instability", figures(told), asked.directory)]
+    assert instability_table(told.result).row_count == 6
+    pictures = [Path(path) for path in draw("instability", figures(told.result), asked.directory)]
     assert all(path.stat().st_size for path in pictures)
 
 

@@ -5,6 +5,7 @@ import json
 import xml.etree.ElementTree as ElementTree
 from copy import deepcopy
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -112,7 +113,7 @@ class TestNumbers:
 
     def test_tables_say_them(self, of_run):
         told = of_run
-        text = printed(layer_table(told))
+        text = printed(layer_table(told.result))
         for row in told["layers"]:
             line = next(line for line in text.splitlines() if line.startswith(f"{row['layer']} "))
             cells = line.split()
@@ -121,19 +122,19 @@ class TestNumbers:
             assert cells[3:5] == [str(row["core"]), str(row["dead"])]
             assert cells[6] == f"{100 * row['macs']:.1f}"
             assert cells[9] == f"{row['within']:.2f}"
-        summary = printed(summary_table(told))
+        summary = printed(summary_table(told.result))
         honest = next(line for line in summary.splitlines() if "honest" in line)
         for value in (*(told["honest"][key] for key in ("mean", "std", "min", "max")), told["estimate"]["honest"]):
             assert f" {100 * value:.2f} " in honest
         assert f"{told['routes']:,} distinct routes" in summary
 
     def test_tables_fit_80_columns(self, of_run):
-        text = printed(layer_table(of_run), width=80)
+        text = printed(layer_table(of_run.result), width=80)
         assert "…" not in text
         assert "layer3.0.conv2 " in text
 
     def test_without_an_estimate_nothing_is_said_to_be_predicted(self, of_saved):
-        line = next(line for line in printed(summary_table(of_saved)).splitlines() if "honest" in line)
+        line = next(line for line in printed(summary_table(of_saved.result)).splitlines() if "honest" in line)
         assert line.rstrip("│ ").endswith(" -")
 
 
@@ -204,7 +205,7 @@ class TestPictures:
             {"layer": "one", "filters": 16, "kept": 0.5, "std": 0.1, "core": 4},
             {"layer": "two", "filters": 32, "kept": 0.25, "std": 0.0, "core": 8},
         ]
-        (axes,) = drawn(core_chart(layers, "title")).axes
+        (axes,) = drawn(core_chart([SimpleNamespace(**layer) for layer in layers], "title")).axes
         heights = [
             [bar.get_height() for bar in bars] for bars in axes.containers if len(bars) == 2 and hasattr(bars, "patches")
         ]

@@ -13,8 +13,10 @@ from microglia.core.errors import BudgetError, MicrogliaError, RunError, Selecto
 from microglia.methods import OneShot
 from microglia.report.chart import Chart
 from microglia.storage.sensitivity import read_sensitivity
+from microglia.studies.result import decode
 from microglia.studies.sensitivity.figures import CURVES, curve_chart, map_chart, rows
 from microglia.studies.sensitivity.layers import DENSITIES, curves_of
+from microglia.studies.sensitivity.result import LayerSensitivity
 from microglia.studies.sensitivity.study import Probing, measure_sensitivity, sensitivity_table
 from microglia.tasks.classification import image_task
 from microglia.train.optim import FitConfig
@@ -143,27 +145,28 @@ def test_batch_norm_is_recalibrated_at_every_place(tmp_path):
 
 # ------------------------------------------------------------------------------------------------ tables and charts
 def test_the_charts_hold_what_was_measured(told):
-    heat, curves = map_chart(told), curve_chart(told)
+    heat, curves = map_chart(told.result), curve_chart(told.result)
     assert isinstance(heat, Chart)
     field = heat.panels[0].field
     assert field.values == [[100 * place["accuracy"] for place in row["places"]] for row in told["layers"]]
     assert list(heat.panels[0].y.labels) == ["fc1", "fc2", "fc3"]
     worst = min(told["layers"], key=lambda row: sum(place["accuracy"] for place in row["places"]))
     assert curves.panels[0].lines[0].name == worst["layer"].removesuffix(".weight")
-    assert len(rows(told)) == 6
+    assert len(rows(told.result)) == 6
     names = {path.rpartition("/")[2] for path in told["pictures"]}
     assert {f"sensitivity-{n}.{form}" for n in ("map", "curves") for form in ("png", "svg", "html", "json", "csv")} == names
 
 
 def test_many_layers_share_grey(told):
     many = {**told, "layers": [{**told["layers"][n % 3], "layer": f"fc{n}.weight"} for n in range(CURVES + 4)]}
-    lines = curve_chart(many).panels[0].lines
+    lines = curve_chart(decode(LayerSensitivity, many)).panels[0].lines
     assert sum(line.name == "other layers" for line in lines) == 4
     assert len({line.look.color for line in lines}) == CURVES + 1
 
 
 def test_the_table_says_per_cent_and_marks_what_is_no_number(told):
-    table = sensitivity_table({**told, "layers": [{**told["layers"][0], "places": [{"accuracy": 0.125}, {"accuracy": None}]}]})
+    places = [{"density": 0.5, "kept": 1, "accuracy": value} for value in (0.125, None)]
+    table = sensitivity_table(decode(LayerSensitivity, {**told, "layers": [{**told["layers"][0], "places": places}]}))
     assert [next(iter(column.cells)) for column in table.columns] == ["fc1", "19,200", "12.50", "-"]
 
 

@@ -106,7 +106,7 @@ def test_all_images_without_a_limit(masked, task):
 
 def test_the_table_has_a_column_for_each_run(compared, gated, masked):
     console = Console(width=400, file=io.StringIO())
-    console.print(shifts_table(compared))
+    console.print(shifts_table(compared.result))
     lines = [[cell.strip() for cell in line.split("│")] for line in console.file.getvalue().splitlines() if "│" in line]
     rows = {cells[1]: cells[2:5] for cells in lines}
     assert list(rows)[:4] == ["clean", "noise 1", "noise 5", "blur 1"]

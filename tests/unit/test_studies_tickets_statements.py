@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from microglia.studies.result import decode
+from microglia.studies.tickets.result import TicketSearch
 from microglia.studies.tickets.statements import statements
 from microglia.studies.tickets.study import arm_table, statement_table
 
@@ -19,6 +21,11 @@ def arm(
 ) -> dict[str, Any]:
     accuracies, steps = {"mean": accuracy, "std": std}, {"mean": step, "std": spread}
     return {"arm": name, "level": 7, "density": 0.21, "n": n, "accuracy": accuracies, "early_stop": steps}
+
+
+def search(statements: list[Any], summary: Any = (), rows: Any = ()) -> TicketSearch:
+    content = {"task": "digits", "headline": "accuracy", "recipe": {}, "rows": list(rows), "statements": statements}
+    return decode(TicketSearch, {**content, "summary": [{"early_stop_accuracy": row["accuracy"], **row} for row in summary]})
 
 
 def judged(text: str, *arms: dict[str, Any]) -> dict[str, Any]:
@@ -47,13 +54,15 @@ def test_one_run_of_each_arm_tells_nothing() -> None:
     found = judged(SAID, arm("iterative", 0.99, None, 1, spread=None), arm("reinit", 0.9, None, 1, spread=None))
     assert found["holds"] is None
     assert "no standard error" in found["found"]
-    cells = list(statement_table({"statements": [found]}).columns[1].cells)
+    cells = list(statement_table(search([found])).columns[1].cells)
     assert cells == ["cannot be told"]
-    assert list(statement_table({"statements": [judged(SAID)]}).columns[1].cells) == ["no such level"]
+    assert list(statement_table(search([judged(SAID)])).columns[1].cells) == ["no such level"]
 
 
 def test_the_table_says_at_which_step_its_accuracy_is() -> None:
-    told = {"task": "digits", "summary": [arm("iterative", 0.9, 0.1, 2)], "rows": [{"end": 5000}, {"end": 5000}]}
-    title = str(arm_table(told).title)
+    row = {"seed": 0, "arm": "iterative", "draw": 0, "level": 7, "kept": 9, "density": 0.21, "test": {}, "train": {}}
+    row |= {"early_stop": None}
+    found = search([], [arm("iterative", 0.9, 0.1, 2)], [{**row, "end": 5000}, {**row, "end": 5000}])
+    title = str(arm_table(found).title)
     assert "at the end, step 5,000" in title
-    assert "at the end of training" in str(arm_table(told | {"rows": [{}]}).title)
+    assert "at the end of training" in str(arm_table(search([], [arm("iterative", 0.9, 0.1, 2)], [row])).title)

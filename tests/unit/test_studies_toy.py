@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from microglia.cli.app import app
 from microglia.core.errors import MicrogliaError, RunError
 from microglia.report.chart import Axis, Chart, Line, Panel
-from microglia.studies import Figure, Study, Work, conduct, every_study, register
+from microglia.studies import Figure, Result, Study, Work, conduct, every_study, register
 from microglia.studies.listed import LISTED
 from microglia.studies.options import Option, described
 from microglia.studies.study import check_choices, studies
@@ -62,6 +62,16 @@ class Powers:
     checked: Annotated[bool, Option(hidden=True)] = False
 
 
+@dataclass(frozen=True)
+class Rows(Result):
+    """The rows, and how they were asked for."""
+
+    rows: tuple[tuple[float, ...], ...]
+    checked: bool
+    limit: int | None
+    names: tuple[str, ...]
+
+
 MADE = []
 """Rows that were computed, not read from a stage."""
 
@@ -83,8 +93,8 @@ def begin(config):
 
 
 def figures(told):
-    lines = [Line(f"{len(row)} numbers", list(range(len(row))), row) for row in told["rows"]]
-    points = [{"row": number, "value": value} for number, row in enumerate(told["rows"]) for value in row]
+    lines = [Line(f"{len(row)} numbers", list(range(len(row))), row) for row in told.rows]
+    points = [{"row": number, "value": value} for number, row in enumerate(told.rows) for value in row]
     chart = Chart("Powers", [Panel(Axis("place"), Axis("value"), lines)])
     return [Figure("rows", chart, points, told), Figure("paper", chart)]
 
@@ -94,8 +104,9 @@ POWERS = Study(
     "Make powers.",
     Powers,
     begin,
-    tables=lambda told: [f"largest: {max(map(max, told['rows'])):g}"],
+    tables=lambda told: [f"largest: {max(map(max, told.rows)):g}"],
     figures=figures,
+    result=Rows,
     settle=lambda given: {**given, "checked": True},
     details="Every row is a stage.",
     example="microglia some-powers 3",
@@ -182,6 +193,7 @@ def test_in_python_it_needs_no_directory(tmp_path):
     MADE.clear()
     told = conduct(POWERS, Powers("3", counts=(2,)))
     assert told == {"rows": [[3, 6]], "checked": False, "limit": None, "names": ["a", "b"], "pictures": []}
+    assert told.result == Rows(((3.0, 6.0),), False, None, ("a", "b"))
     conduct(POWERS, Powers("3", out=tmp_path / "out"))
     with pytest.raises(RunError, match="start: '3' -> '4'"):
         conduct(POWERS, Powers("4", out=tmp_path / "out"))

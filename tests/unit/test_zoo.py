@@ -156,7 +156,7 @@ def test_an_unknown_name_gets_near_ones(name, near):
         ("resnet20", {"width": 0}, "width a whole number of at least 1, not 0"),
         ("resnet20", {"width": 1.5}, "not 1.5"),
         ("densenet40", {"growth": -1}, "growth a whole number"),
-        ("mobilenet-v1", {"width": 0}, "width has to be above 0"),
+        ("mobilenet-v1", {"width": 0}, "width is above 0; got 0"),
         ("mobilenet-v2", {"width": "a"}, "mobilenet-v2 cannot be built with width='a'"),
         ("mobilenet-v2", {"dropout": 2.0}, "between 0 and 1"),
         ("wrn-10-1", {"dropout": -1.0}, "between 0 and 1"),

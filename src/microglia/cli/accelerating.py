@@ -31,7 +31,7 @@ def accelerate(
 ) -> Shown:
     """Choose a model's fastest execution by timing, and save it with its kernels: it is loaded without timing."""
     if out is None and not Path(target).is_dir():
-        raise RunError(f"{target} is a network's name: say by --out where its accelerated model goes.")
+        raise RunError(f"{target} is the name of a network: give the directory of its accelerated model by --out.")
     model, task = open_target(target, data, checkpoint)
     fast, record = accelerated(model, task, batch, against=execution_names(executions.split(",")), precision=precision)
     place = save(fast, out if out is not None else Path(target) / "accelerated")

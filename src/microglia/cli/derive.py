@@ -38,7 +38,7 @@ def derived(study: Study[Any, Any]) -> Callable[..., Any]:
     def function(**given: Any) -> Shown:
         told = conduct(study, configured(study, given))
         pictures = "\n".join(f"Picture: {path}" for path in told["pictures"] if path.endswith(SHOWN))
-        return told, [*study.tables(told), *([pictures] if pictures else [])]
+        return told, [*study.tables(told.result), *([pictures] if pictures else [])]
 
     function.__name__ = study.name
     function.__doc__ = "\n\n".join(filter(None, (study.sentence, study.details)))

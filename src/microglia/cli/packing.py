@@ -53,7 +53,7 @@ def unpack(
 ) -> Shown:
     """Read a packed file and save its model, bit for bit, as a directory that every command takes."""
     if out is None and not file.suffix:
-        raise FileError(f"{file} has no suffix to leave out: name the directory by --out.")
+        raise FileError(f"{file} has no suffix, so that no directory follows from its name: give one by --out.")
     directory = save(compress.unpack(file), out if out is not None else file.with_suffix(""))
     return {"model": str(directory)}, [f"Model: {directory}"]
 

@@ -77,16 +77,16 @@ def announce(model: nn.Module, layers: Mapping[str, Layer], chosen: Sequence[str
     if left:
         size, total = sum(s for _, s in left), sum(layer.raw.numel() for layer in layers.values())
         warnings.warn(
-            f"Left out, for no mask reaches them: {_names(n for n, _ in left)}: {size:,} of {size + total:,} weights. The "
-            "density holds for the others; remove weight_norm or torch.nn.utils.prune first, or exclude these by name.",
+            f"No mask reaches {_names(n for n, _ in left)} ({size:,} of {size + total:,} weights), so they are left out, and "
+            "the density holds for the others: remove weight_norm or torch.nn.utils.prune first, or exclude these by name.",
             stacklevel=4,
         )
     meant = {name: layer for name, layer in prunable_layers(model).items() if matches(name, layer.module, chosen)}
     excluded = {name for name, layer in meant.items() if exclude and matches(name, layer.module, exclude)}
     if tied := [name for name in tied_layers(meant) if name not in layers and name not in excluded]:
         warnings.warn(
-            f"Left out, for an embedding shares the weight: {_names(tied)}. Name it in layers= to prune both, or in exclude= "
-            "to say nothing.",
+            f"An embedding shares the weight of {_names(tied)}, so it is left out: name it in layers= to prune both, or in "
+            "exclude= to hide this warning.",
             stacklevel=4,
         )
 

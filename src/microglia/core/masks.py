@@ -114,7 +114,7 @@ def mask(model: nn.Module, masks: Mapping[str, Tensor]) -> MaskSet:
             raise MicrogliaError(f"There is no prunable layer {name!r} in {type(model).__name__}; see prunable_layers().")
         if value.shape != layers[name].shape:
             raise MicrogliaError(
-                f"The mask of {name!r} has shape {tuple(value.shape)}, its weight {tuple(layers[name].shape)}."
+                f"The mask of {name!r} has shape {tuple(value.shape)}, its weight {tuple(layers[name].shape)}: both must agree."
             )
     for name, value in masks.items():
         attach_mask(layers[name], value.detach().bool())

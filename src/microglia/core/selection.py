@@ -163,7 +163,7 @@ def keep_best(scores: Mapping[str, Tensor], keep: int, sizes: Mapping[str, Tenso
     else:
         total = unit * sum(s.numel() for s in scores.values())
         if not 0 <= keep <= total:
-            raise BudgetError(f"Cannot keep {keep:,} of {total:,} weights.")
+            raise BudgetError(f"Cannot keep {keep:,} of {total:,} weights: give a number from 0 to {total:,}.")
         masks = _keep_equal(scores, -(-(2 * keep - unit) // (2 * unit)))
     return masks
 
@@ -227,7 +227,7 @@ def _keep_equal(scores: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
         alive = sum(int((s > value).sum()) for s in flat)
         raise BudgetError(f"Cannot keep {count:,} units: only {alive:,} are still alive, the others were pruned before.")
     if value == torch.inf and (protected := sum(int((s == value).sum()) for s in flat)) > count:
-        raise BudgetError(f"{protected:,} units are protected, but only {count:,} may be kept.")
+        raise BudgetError(f"{protected:,} units are protected, but only {count:,} may be kept: protect fewer, or keep more.")
     return {name: mask.view(scores[name].shape) for name, mask in zip(scores, masks, strict=True)}
 
 
@@ -236,7 +236,7 @@ def _keep_by_order(scores: Mapping[str, Tensor], keep: int, sizes: Mapping[str, 
     refuse_nan(scores)
     total = sum(int(s.sum()) for s in sizes.values())
     if not 0 <= keep <= total:
-        raise BudgetError(f"Cannot keep {keep:,} of {total:,} weights.")
+        raise BudgetError(f"Cannot keep {keep:,} of {total:,} weights: give a number from 0 to {total:,}.")
     values = torch.cat([s.detach().reshape(-1) for s in scores.values()])[None]
     held = torch.cat([sizes[name].reshape(-1) for name in scores])[None]
     mask = keep_best_rows(values, torch.tensor([keep]), held)[0]
@@ -273,7 +273,7 @@ def _refuse_impossible(scores: Tensor, mask: Tensor, sizes: Tensor) -> None:
         return
     if (mask & (scores == -torch.inf)).any():
         alive = int(sizes.to(scores.device)[scores > -torch.inf].sum())
-        raise BudgetError(f"Cannot keep that many weights: only {alive:,} are still alive, the others were pruned before.")
+        raise BudgetError(f"The masks would keep pruned weights: only {alive:,} are still alive; keep at most as many.")
     if (~mask & (scores == torch.inf) & (sizes.to(scores.device) > 0)).any():
         protected = int(sizes.to(scores.device)[scores == torch.inf].sum())
-        raise BudgetError(f"{protected:,} weights are protected, more than may be kept.")
+        raise BudgetError(f"{protected:,} weights are protected, more than may be kept: keep as many, or protect fewer.")

@@ -72,7 +72,9 @@ class BoxSet:
     def __post_init__(self) -> None:
         lengths = {len(self.images), len(self.sizes), *map(len, (self.boxes, self.labels, self.crowd, self.names))}
         if len(lengths) != 1:
-            raise DataError(f"Images, sizes, boxes, labels, crowd and names have the lengths {sorted(lengths)}; expected one.")
+            raise DataError(
+                f"Images, sizes, boxes, labels, crowd and names have the lengths {sorted(lengths)}; expected the same for all."
+            )
         for name, boxes, labels, crowd in zip(self.names, self.boxes, self.labels, self.crowd, strict=True):
             forms = (boxes.dtype, boxes.shape[1:], labels.dtype, crowd.dtype)
             if forms != (torch.float32, (4,), torch.int64, torch.bool) or not len(boxes) == len(labels) == len(crowd):

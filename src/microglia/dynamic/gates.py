@@ -79,7 +79,9 @@ class _Wire:
     def take(self) -> Tensor:
         arriving, self.arriving = self.arriving, None
         if arriving is None:
-            raise MicrogliaError("A gate was reached without its convolution: the model runs its layers in another order now.")
+            raise MicrogliaError(
+                "A gate ran before its convolution, so that the model runs its layers in another order now: attach gates anew."
+            )
         return arriving
 
 

@@ -66,7 +66,7 @@ def _no_room(folder: Path, size: int) -> OSError | None:
 def _move(folder: Path, path: Path) -> None:
     """Puts what lies in a folder in its place: what belongs beside the path first, the path last."""
     if not (folder / path.name).exists():
-        raise ExportError(f"Nothing was written for {path}.")
+        raise ExportError(f"The engine wrote no file {path.name}: try another target, and report it.")
     beside = sorted(entry for entry in folder.iterdir() if entry.name != path.name)
     for entry in (*beside, folder / path.name):
         _to_disk(entry)

@@ -72,12 +72,18 @@ def keep_blocks(model: nn.Module, blocks: str, kept: Sequence[int]) -> nn.Module
     value = Depth(blocks, tuple(kept), len(held))
     rising = sorted(set(value.kept)) == list(value.kept)
     if not value.kept or not rising or not 0 <= value.kept[0] <= value.kept[-1] < value.of:
-        raise SelectorError(f"The blocks that stay are rising numbers of {value.of} blocks, at least one; got {list(kept)}.")
+        raise SelectorError(
+            f"The blocks that stay are ascending numbers from 0 to {value.of - 1}, at least one; got {list(kept)}."
+        )
     if named := [name for name in changes_of(model) if name not in ("masks", "depth")]:
-        raise SelectorError(f"This model is {named[0]}, by the names of its blocks: remove blocks first, then the rest.")
+        raise SelectorError(
+            f"This model is {named[0]} already, and its file names the blocks: remove blocks first, then do the rest."
+        )
     if (before := depth_of(model)) is not None:
         if before.blocks != blocks:
-            raise SelectorError(f"Blocks of {before.blocks} were removed before; those of {blocks} cannot go too.")
+            raise SelectorError(
+                f"Blocks of {before.blocks} were removed before: remove blocks of one list only, not of {blocks} too."
+            )
         value = Depth(blocks, tuple(before.kept[k] for k in value.kept), before.of)
     return _cut(deepcopy(model), value, kept)
 

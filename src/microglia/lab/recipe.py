@@ -23,6 +23,15 @@ from microglia.train.optim import RECOVERY, FitConfig, identity
 
 LATER = ("task", "task_options", "track")
 """Fields that recipes of version 0.1.0 lack."""
+EXAMPLES = {
+    "recipe": "'model: resnet20'",
+    "sweep": "'grid: {seed: [0, 1]}'",
+    "sweep or queue": "'grid: {seed: [0, 1]}'",
+    "queue": "'parts: [{study: NAME}]'",
+    "study": "'base: {model: resnet20}'",
+    "list of statements": "'statements: []'",
+}
+"""The beginning of each kind of YAML file that is read as a mapping."""
 AFTER_DENSE = ("method", "prune", "train", "measure", "track")
 """Fields that do not reach the training of the dense network."""
 
@@ -239,8 +248,12 @@ def schema(method: str | None = None) -> dict[str, Any]:
     return found
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path, what: str = "recipe") -> dict[str, Any]:
     """Returns the mapping in a YAML file.
+
+    Args:
+        path: The file.
+        what: Noun for the content, in errors.
 
     Raises:
         RecipeError: The file is missing or does not hold a mapping.
@@ -248,11 +261,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         content = read_yaml_text(path)
     except OSError as error:
-        raise RecipeError(f"Cannot read the recipe {path}: {error.strerror}.") from error
+        raise RecipeError(f"Cannot read the {what} {path}: {error.strerror}.") from error
     except ValueError as error:
-        raise RecipeError(f"{path} is not valid YAML for a recipe: {error}.") from error
+        raise RecipeError(f"The {what} {path} is not valid YAML: {error}.") from error
     if not isinstance(content, dict):
-        raise RecipeError(f"{path} should hold a mapping such as 'model: resnet20'; it holds {type(content).__name__}.")
+        raise RecipeError(f"A {what} is a mapping such as {EXAMPLES[what]}; {path} holds a {type(content).__name__}.")
     return content
 
 
@@ -274,7 +287,7 @@ def override(source: Mapping[str, Any], assignments: Sequence[str]) -> dict[str,
 def put(tree: Mapping[str, Any], key: str, value: Any) -> dict[str, Any]:
     """Returns a copy of a nested mapping with the value at a dotted key."""
     if key.count(".") > DEEPEST:
-        raise RecipeError(f"The key {brief(key)} has {key.count('.'):,} dots; no recipe is as deep.")
+        raise RecipeError(f"The key {brief(key)} has {key.count('.'):,} dots; a recipe has at most {DEEPEST} levels.")
     first, _, rest = key.partition(".")
     if rest:
         below = tree.get(first) or {}

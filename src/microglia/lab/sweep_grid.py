@@ -92,7 +92,7 @@ def read_sweep(path: str | Path, overrides: Sequence[str] = ()) -> Sweep:
     Raises:
         RecipeError: The file, or a cell, is not valid; the text names the cell and the field.
     """
-    source = read_yaml(Path(path))
+    source = read_yaml(Path(path), "sweep")
     if "grid" not in source and not any(text.startswith("grid.") for text in overrides):
         raise RecipeError(
             f"{path} is no sweep: a sweep has 'grid' (dotted keys with lists of values) and 'base' (a recipe). "

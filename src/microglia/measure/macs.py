@@ -139,7 +139,7 @@ def count_macs(model: nn.Module, example_inputs: Any, *, batch: int | None = Non
     example = Example.of(example_inputs)
     samples = batch if batch is not None else example.batch
     if samples < 1:
-        raise MicrogliaError(f"MACs are counted per sample, but the example inputs hold {samples} samples.")
+        raise MicrogliaError(f"MACs are counted per sample, but the example inputs hold {samples} samples: give one or more.")
     copied = twin(model)
     with undisturbed():
         named = {weight.name: weight for weight in weights(copied)}

@@ -68,7 +68,7 @@ class AtInitConfig(MethodConfig):
         if self.rounds < 1 or (self.per_class is not None and self.per_class < 1):
             raise BudgetError(f"rounds and per_class are at least 1; got {self.rounds} and {self.per_class}.")
         if self.halves and self.per_class is None:
-            raise BudgetError("Halves are those of so many examples of each class: give per_class, such as 10, with halves.")
+            raise BudgetError("halves needs per_class, the number of examples of each class: give one, such as 10.")
         if self.rounds > 1 and isinstance(self.scope, Mapping):
             raise BudgetError("Rounds lead from dense to one budget; with densities by layer leave rounds at 1.")
 

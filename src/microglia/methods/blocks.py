@@ -39,7 +39,7 @@ def find_blocks(model: nn.Module, path: str | None = None) -> tuple[str, list[nn
         if not isinstance(held, nn.ModuleList | nn.Sequential) or not len(held):
             kind = "nothing" if held is None else f"a {type(held).__name__}"
             raise SelectorError(
-                f"blocks={path!r} is to be the path of an nn.ModuleList or nn.Sequential, and is {kind} in "
+                f"blocks is the path of an nn.ModuleList or nn.Sequential; got {path!r}, which is {kind} in "
                 f"{type(model).__name__}; candidates: {', '.join(candidates(model)) or 'none'}."
             )
         return path, list(held)
@@ -158,7 +158,7 @@ def _watched(
                     raise _Stop
             elif len(seen[0].others) != index or not _same(hidden, before[-1]):
                 raise SelectorError(
-                    f"The blocks of {type(model).__name__} are to run one after another, once each, and block {index} does not "
+                    f"The blocks of {type(model).__name__} must run one after another, once each, but block {index} does not "
                     f"read what block {index - 1} returned; name a list of such blocks by blocks=PATH."
                 )
             else:

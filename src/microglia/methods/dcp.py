@@ -67,9 +67,12 @@ class DcpConfig(ChannelConfig):
     def check_values(self) -> None:
         """Raises `BudgetError` for numbers out of range, another scope, and an epsilon beside a budget."""
         if min(self.classifiers, self.updates) < 0 or self.auxiliary < 0 or min(self.update_lr, self.classifier_lr) <= 0:
-            raise BudgetError("classifiers, updates and auxiliary are at least 0, update_lr and classifier_lr above 0.")
+            raise BudgetError(
+                "classifiers, updates and auxiliary are at least 0, update_lr and classifier_lr above 0; got "
+                f"{self.classifiers}, {self.updates}, {self.auxiliary}, {self.update_lr} and {self.classifier_lr}."
+            )
         if self.scope != "uniform":
-            raise BudgetError("Dcp chooses group by group: its scope is uniform.")
+            raise BudgetError(f"Dcp chooses group by group, so that its scope is uniform; got {self.scope!r}.")
         if self.epsilon is not None and (self.budget is not None or not self.epsilon > 0):
             raise BudgetError("epsilon, above 0, decides in the place of density, params and flops: give one of both.")
 

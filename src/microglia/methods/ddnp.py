@@ -77,7 +77,10 @@ class DdnpConfig(MethodConfig):
     def check_values(self) -> None:
         """Raises `BudgetError` for search fields out of range."""
         if self.search_epochs < 1 or not 0 < self.search_share <= 1 or not self.search_lr > 0 or self.strength < 0:
-            raise BudgetError("search_epochs is at least 1, search_share in (0, 1], search_lr above 0, strength at least 0.")
+            raise BudgetError(
+                "search_epochs is at least 1, search_share in (0, 1], search_lr above 0 and strength at least 0; got "
+                f"{self.search_epochs}, {self.search_share}, {self.search_lr} and {self.strength}."
+            )
 
     @property
     def kept(self) -> float:

@@ -100,7 +100,11 @@ class FtwtConfig(MethodConfig):
     def check_values(self) -> None:
         """Raises `BudgetError` for an unknown choice and for fractions out of range."""
         if self.mode not in ("decoupled", "joint", "heads", "random") or self.rule not in RULES or self.count not in COUNTS:
-            raise BudgetError(f"There is no mode {self.mode!r}, rule {self.rule!r} or count {self.count!r}.")
+            raise BudgetError(
+                "mode is decoupled, joint, heads or random, "
+                f"rule is {' or '.join(RULES)}, and count is {' or '.join(COUNTS)}; got {self.mode!r}, {self.rule!r} and "
+                f"{self.count!r}."
+            )
         if self.initial not in ("random", "fitted") or (self.initial == "fitted" and self.mode == "random"):
             raise BudgetError(
                 f"initial is random, or fitted where heads are trained; got {self.initial!r} with mode {self.mode!r}."

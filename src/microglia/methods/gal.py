@@ -90,7 +90,9 @@ class Gal(FactorPruner):
     def _one(self, output: Any) -> Tensor:
         """Returns the outputs, if they are one tensor; networks with auxiliary heads return more in training."""
         if not isinstance(output, Tensor):
-            raise BudgetError(f"Gal compares outputs that are one tensor; {type(self.model).__name__} returns another kind.")
+            raise BudgetError(
+                f"Gal needs a model that returns one tensor; {type(self.model).__name__} returns a {type(output).__name__}."
+            )
         return output
 
     def begin(self) -> None:

@@ -268,8 +268,10 @@ def _density(pruner: Pruner, config: UnitConfig) -> float:
     """Returns the kept fraction of the cost."""
     if config.params is not None:
         if isinstance(pruner.pattern, Channel) or config.cost not in ("auto", "weights"):
-            raise BudgetError("params is a budget of weights; give density, the kept fraction of what cost counts.")
+            raise BudgetError(
+                "params counts weights, and this cost counts other units: give density, the kept fraction of that cost."
+            )
         return pruner.target / pruner.weights
     if config.density is None:
-        raise BudgetError("A budget needs density or flops, the kept fraction in (0, 1].")
+        raise BudgetError("A budget needs density or flops, the kept fraction in (0, 1]: give one, such as density=0.3.")
     return config.density

@@ -79,8 +79,8 @@ class LotteryConfig(MethodConfig):
             )
         if self.control != "none" and self.to != "weights":
             raise BudgetError(
-                f"Controls start where tickets do, which are rewound weights: control {self.control!r} goes with to='weights', "
-                f"not {self.to!r}."
+                f"The control {self.control!r} starts from rewound weights as tickets do, so that it needs to='weights'; got "
+                f"{self.to!r}."
             )
         if self.train.distill:
             raise BudgetError("Tickets are trained like the dense network, without a teacher; set train.distill=0.")

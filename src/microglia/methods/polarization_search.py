@@ -69,8 +69,8 @@ def find_strengths(measure: Measure, target: float, *, probes: int, largest: flo
     best = min(made, key=lambda probe: abs(probe.flops - target))
     if abs(best.flops - target) >= within:
         warnings.warn(
-            f"{len(made)} short trainings under polarization came to {best.flops:.2f} of the operations at the nearest, and "
-            f"{target:.2f} was asked: the cut meets the budget outside the gap. Give more probes, longer ones, or a larger "
+            f"{target:.2f} of the operations were asked for, and the nearest of {len(made)} short trainings under polarization "
+            f"leaves {best.flops:.2f}: the cut meets the budget outside the gap. Give more probes, longer ones, or a larger "
             "largest_strength.",
             stacklevel=2,
         )

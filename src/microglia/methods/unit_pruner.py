@@ -88,7 +88,9 @@ class UnitPruner(Pruner):
         super().__init__(model, config, evidence=evidence, **settings)
         check_unwrapped(model, type(self).__name__)
         if masks_of(model):
-            raise PatternError(f"{type(self).__name__} starts from a model without masks; microglia.fold makes them weights.")
+            raise PatternError(
+                f"{type(self).__name__} starts from a model without masks: fold them into the weights with microglia.fold."
+            )
         own = self.own
         self.total_steps, self.at_freeze = total_steps, at_freeze
         self.units, self.limit = _units_and_limit(self, own, example_inputs)

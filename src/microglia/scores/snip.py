@@ -43,7 +43,7 @@ def _shares(sensitivities: Mapping[str, Tensor]) -> dict[str, Tensor]:
     total = sum(float(value.sum()) for value in sensitivities.values())
     if not total > 0:
         raise ScoreError(
-            "The loss feels none of these weights, so their connection sensitivities are all 0 and choose nothing. Is a layer "
-            "emptied, or the network cut through? Prune less, or by synflow, which keeps a path open."
+            "The loss depends on none of these weights, so that all connection sensitivities are 0: a layer is empty, or no "
+            "path is left through the network. Prune less, or by synflow, which keeps a path open."
         )
     return {name: value / total for name, value in sensitivities.items()}

@@ -213,7 +213,9 @@ def _check_size(source: Mapping[str, Any], state: Mapping[str, Tensor], path: Pa
     classes, shape = source["classes"], source["shape"]
     whole = isinstance(shape, list) and all(type(n) is int for n in [classes, *shape]) and len(shape) == 3
     if not whole or classes not in sizes or not 1 <= min(shape) <= max(shape) <= SIDE or shape[0] > entries:
-        raise FileError(f"{path} does not fit its weights: not {_brief(classes)} classes and shape {_brief(shape)}.")
+        raise FileError(
+            f"{path} does not fit its weights: they are not of {_brief(classes)} classes and inputs of {_brief(shape)}."
+        )
     name, options = source["name"], source["options"]
     largest = max((abs(v) for v in options.values() if type(v) is int), default=0)
     fits = largest <= max(SIDE, entries)

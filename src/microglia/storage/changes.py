@@ -191,7 +191,7 @@ def _known(key: str) -> Change:
         importlib.import_module(CHANGES[key])
     if key not in changes:
         raise FileError(
-            f"The file tells of {key[:80]!r}, a change that nothing here has registered: import the module that registers it "
+            f"The file holds the change {key[:80]!r}, which is not registered here: import the module that registers it "
             "(see microglia.storage.changes.register_change), or upgrade microglia."
         )
     return changes[key]

@@ -7,9 +7,23 @@ from typing import Any
 
 from microglia.core.registry import Registry
 from microglia.studies.listed import LISTED
+from microglia.studies.result import MeanStd, Result, Row, Told, decode, encode
 from microglia.studies.study import Figure, Study, Work, conduct, register, studies
 
-__all__ = ["Figure", "Study", "Work", "conduct", "every_study", "register"]
+__all__ = [
+    "Figure",
+    "MeanStd",
+    "Result",
+    "Row",
+    "Study",
+    "Told",
+    "Work",
+    "conduct",
+    "decode",
+    "encode",
+    "every_study",
+    "register",
+]
 
 
 def every_study() -> Registry[Study[Any, Any]]:

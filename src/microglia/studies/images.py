@@ -15,5 +15,5 @@ def image_data(task: Task) -> ImageData:
         MicrogliaError: It is no task on images.
     """
     if not isinstance(task.data, ImageSource):
-        raise MicrogliaError(f"{task.name} is no task on images in memory, and these are what this command looks at.")
+        raise MicrogliaError(f"This command needs a task on images in memory, such as digits or cifar10; got {task.name}.")
     return task.data.images

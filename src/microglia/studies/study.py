@@ -14,9 +14,15 @@ A new study is one value. Its command line is derived from the config, and no sh
     ...     top: int = 3
     >>> def begin(config):
     ...     return Work(lambda run: {"numbers": list(range(1, config.top + 1))})
-    >>> counting = Study("counting", "Count.", Counting, begin, tables=lambda told: [str(told["numbers"])])
-    >>> conduct(counting, Counting(2))
+    >>> @dataclass(frozen=True)
+    ... class Numbers(Result):
+    ...     numbers: tuple[int, ...]
+    >>> counting = Study("counting", "Count.", Counting, begin, tables=lambda found: [str(found.numbers)], result=Numbers)
+    >>> told = conduct(counting, Counting(2))
+    >>> told
     {'numbers': [1, 2], 'pictures': []}
+    >>> told.result
+    Numbers(numbers=(1, 2))
 """
 
 from __future__ import annotations
@@ -28,6 +34,7 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, get_args, get_
 
 from microglia.core.errors import MicrogliaError
 from microglia.core.registry import Registry
+from microglia.studies.result import PICTURES, Result, Told, decode, encode
 
 if TYPE_CHECKING:
     from microglia.report.chart import Chart
@@ -45,15 +52,16 @@ class Figure:
     Attributes:
         name: End of its file names, unique in the study.
         chart: The figure itself.
-        rows: Its points, one mapping each with the same keys, for the CSV file; None for a picture on paper alone.
-        told: Content of the JSON file.
+        rows: Its points, one mapping or part of a result each, with the same keys, for the CSV file; None for a picture on
+            paper alone.
+        told: Content of the JSON file: a result or a mapping.
         slug: Start of its file names; the study's name where it is empty.
     """
 
     name: str
     chart: Chart
-    rows: Sequence[Mapping[str, Any]] | None = None
-    told: Mapping[str, Any] | None = None
+    rows: Sequence[Mapping[str, Any] | Result] | None = None
+    told: Mapping[str, Any] | Result | None = None
     slug: str = ""
 
 
@@ -62,27 +70,27 @@ class Work(Generic[R]):
     """The work of a study: its config is checked, its models are open, and nothing is written yet.
 
     Attributes:
-        measure: Does it, stage by stage of a run, and returns the result.
+        measure: Does it, stage by stage of a run, and returns the result, or its JSON form.
         record: All that the stages depend on: a directory of another record is refused. None for a study that keeps nothing but
             pictures, or runs of its own.
         seed: Root of the run's random numbers.
         device: Where the run computes, ``cpu`` or ``cuda``.
     """
 
-    measure: Callable[[Run], R]
+    measure: Callable[[Run], R | Mapping[str, Any]]
     record: Mapping[str, Any] | None = None
     seed: int = 0
     device: str = "cpu"
 
 
-def told_as_it_is(result: Any) -> Json:
-    """Returns a result that is JSON-ready already."""
-    return dict(result)
-
-
 def no_figures(result: Any) -> tuple[()]:
     """Returns no figure."""
     return ()
+
+
+def as_measured(result: Any) -> Any:
+    """Returns a result as it was measured."""
+    return result
 
 
 def own_directory(config: Any) -> Path | None:
@@ -105,9 +113,10 @@ class Study(Generic[C, R]):
         sentence: One line that says what it shows.
         config: Frozen dataclass. Its "Attributes" are the help texts of the command; see `microglia.studies.options`.
         begin: Checks a config, opens what it names, and returns the work.
-        tables: Returns tables and sentences for a person, from what is told.
+        tables: Returns tables and sentences for a person, from a result.
         figures: Returns the figures of a result.
-        told: Returns a result as JSON.
+        result: Class of the result; None for a plain mapping. What it holds is what is written; see `microglia.studies.result`.
+        told: Returns the part of a measured result that is written, for one that holds more, such as tensors.
         directory: Where a config keeps everything; None keeps nothing.
         settle: Changes options, by name as typed, where one means something beside another; may add fields of the config that
             have no option.
@@ -119,9 +128,10 @@ class Study(Generic[C, R]):
     sentence: str
     config: type[C]
     begin: Callable[[C], Work[R]]
-    tables: Callable[[Json], Iterable[Any]]
+    tables: Callable[[Any], Iterable[Any]]
     figures: Callable[[R], Iterable[Figure]] = no_figures
-    told: Callable[[R], Json] = told_as_it_is
+    result: type[Any] | None = None
+    told: Callable[[R], Any] = as_measured
     directory: Callable[[C], Path | None] = own_directory
     settle: Callable[[Json], Json] = as_typed
     details: str = ""
@@ -141,11 +151,11 @@ def register(study: Study[C, R]) -> Study[C, R]:
     return studies.add(study.name)(study)
 
 
-def conduct(study: Study[C, R], config: C) -> Json:
-    """Runs a study in the directory of its config, draws its figures there and returns what it tells, JSON-ready.
+def conduct(study: Study[C, R], config: C) -> Told[Any]:
+    """Runs a study in the directory of its config, draws its figures there and returns the result.
 
-    Every stage is durable: the same call goes on after it was interrupted. Beside the study's own keys there is ``pictures``,
-    the paths of all figures.
+    Every stage is durable: the same call goes on after it was interrupted. The returned mapping is the result's JSON form with
+    ``pictures``, the paths of all figures; its attribute ``result`` is the typed result.
 
     Raises:
         MicrogliaError: A setting is not as it should be, or the directory holds a run of another config.
@@ -153,7 +163,7 @@ def conduct(study: Study[C, R], config: C) -> Json:
     return conduct_in(study.directory(config), study, config)
 
 
-def conduct_in(directory: Path | None, study: Study[C, R], config: C) -> Json:
+def conduct_in(directory: Path | None, study: Study[C, R], config: C) -> Told[Any]:
     """Runs a study in a directory, or in memory for None; see `conduct`."""
     from microglia.storage.run import Run  # imports torch, which `microglia --help` does without
 
@@ -161,13 +171,22 @@ def conduct_in(directory: Path | None, study: Study[C, R], config: C) -> Json:
     work = study.begin(config)
     run = Run(None if work.record is None else directory, work.record, seed=work.seed, device=work.device)
     try:
-        result = work.measure(run)
-        pictures = [] if directory is None else draw(study.name, study.figures(result), directory)
-        told = {**study.told(result), "pictures": pictures}
+        measured: Any = typed(study.result, work.measure(run))
+        pictures = [] if directory is None else draw(study.name, study.figures(measured), directory)
+        told = Told(study.told(measured), **{PICTURES: pictures})
         run.finish(told)
         return told
     finally:
         run.close()
+
+
+def typed(kind: type[Any] | None, measured: Any) -> Any:
+    """Returns a result of its class from a JSON form; anything else as it is.
+
+    Raises:
+        ResultError: The JSON form is not one of the class.
+    """
+    return decode(kind, measured) if kind is not None and isinstance(measured, Mapping) else measured
 
 
 def draw(slug: str, figures: Iterable[Figure], directory: Path) -> list[str]:
@@ -190,7 +209,8 @@ def draw(slug: str, figures: Iterable[Figure], directory: Path) -> list[str]:
         if figure.rows is None:
             paths += save(figure.chart, directory, start, figure.name)
         else:
-            paths += write_figure(directory, start, figure.name, chart=figure.chart, told=figure.told or {}, rows=figure.rows)
+            told, rows = encode(figure.told or {}), [encode(row) for row in figure.rows]
+            paths += write_figure(directory, start, figure.name, chart=figure.chart, told=told, rows=rows)
     return [str(path) for path in paths]
 
 

@@ -26,7 +26,7 @@ _BLOCKS = (
 def _widen(channels: int, width: float) -> int:
     """Returns the nearest whole number to ``channels * width``, at least 1."""
     if not width > 0:
-        raise ValueError("width has to be above 0")
+        raise ValueError(f"width is above 0; got {width}")
     return max(1, round(channels * width))
 
 

@@ -24,7 +24,7 @@ def _convolution(
 def _widen(channels: int, factor: float) -> int:
     """Returns the nearest multiple of 8 to ``channels * factor`` that loses no more than a tenth, at least 8."""
     if factor <= 0:
-        raise ValueError("width has to be above 0")
+        raise ValueError(f"width is above 0; got {factor}")
     wanted = channels * factor
     rounded = max(8, int(wanted + 4) // 8 * 8)
     return rounded + 8 if rounded < 0.9 * wanted else rounded

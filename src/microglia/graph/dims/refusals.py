@@ -76,7 +76,7 @@ def refuse_random(graph: fx.Graph, model: nn.Module, *, drawn: bool = False) -> 
         return
     raise TraceError(
         f"The forward of {type(model).__name__} is random in evaluation mode, by {found or 'numbers of Python or NumPy'}: two "
-        "passes differ, so that no smaller model can be held against it; let it draw only while self.training is set."
+        "passes differ, so that no smaller model can be compared with it: let it draw only while self.training is set."
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from microglia.report.chart import COLORS, Axis, Chart, Field, Line, Look, Panel
+from microglia.studies.connect.result import Connection, PlaneMap
+from microglia.studies.result import encode
 from microglia.studies.study import Figure
 
 PANELS = (("error", "error (%)", 100.0), ("loss", "loss (nats)", 1.0))
@@ -22,53 +23,52 @@ LEAST = 1e-6
 LEVELS = 20
 
 
-def figures(told: Mapping[str, Any]) -> list[Figure]:
+def figures(told: Connection) -> list[Figure]:
     """Returns the profile, and the plane where there is one.
 
     Args:
         told: See `microglia.studies.connect.study.connect`.
     """
-    shown = {key: told[key] for key in ("task", "ends", "line", "curve", "ensemble")}
+    content = encode(told)
+    shown = {key: content[key] for key in ("task", "ends", "line", "curve", "ensemble")}
     found = [Figure("profile", profile_chart(told), profile_rows(told), shown)]
-    if told["plane"] is not None:
-        shown = {key: told[key] for key in ("task", "ends", "plane")}
-        found.append(Figure("plane", plane_chart(told), plane_rows(told), shown))
+    if told.plane is not None:
+        shown = {key: content[key] for key in ("task", "ends", "plane")}
+        found.append(Figure("plane", plane_chart(told, told.plane), plane_rows(told.plane), shown))
     return found
 
 
-def profile_rows(told: Mapping[str, Any]) -> list[dict[str, Any]]:
+def profile_rows(told: Connection) -> list[dict[str, Any]]:
     """Returns the places of both paths, one row each: ``path``, ``t``, ``length`` and the metrics."""
     return [
-        {"path": path, "t": t, "length": told[path]["lengths"][i]} | {k: v[i] for k, v in told[path]["values"].items()}
-        for path in _paths(told)
-        for i, t in enumerate(told[path]["ts"])
+        {"path": name, "t": t, "length": path.lengths[i]} | {k: v[i] for k, v in path.values.items()}
+        for name, path in told.paths.items()
+        for i, t in enumerate(path.ts)
     ]
 
 
-def plane_rows(told: Mapping[str, Any]) -> list[dict[str, Any]]:
+def plane_rows(plane: PlaneMap) -> list[dict[str, Any]]:
     """Returns the places of the plane, one row each: its coordinates ``a``, ``b`` and the metrics."""
-    plane = told["plane"]
     return [
-        {"a": a, "b": b} | {name: values[row][column] for name, values in plane["values"].items()}
-        for row, b in enumerate(plane["b"])
-        for column, a in enumerate(plane["a"])
+        {"a": a, "b": b} | {name: values[row][column] for name, values in plane.values.items()}
+        for row, b in enumerate(plane.b)
+        for column, a in enumerate(plane.a)
     ]
 
 
-def profile_chart(told: Mapping[str, Any]) -> Chart:
+def profile_chart(told: Connection) -> Chart:
     """Returns error and loss along t: the line and the curve by color, the splits by dashes, averages as triangles."""
     panels = [Panel(Axis("t"), Axis(title, limits=(0, None)), _lines(told, metric, factor)) for metric, title, factor in PANELS]
     return Chart(_title(told), panels, columns=2, size=(11, 4.8), legend=5)
 
 
-def plane_chart(told: Mapping[str, Any]) -> Chart:
+def plane_chart(told: Connection, plane: PlaneMap) -> Chart:
     """Returns heat maps of train loss and test error, in distances of weight space, with the ends, the bend and the curve.
 
     Source: Garipov et al. 2018, figure 1.
     """
-    plane = told["plane"]
-    scale = np.array([plane["width"], plane["height"]])
-    path, places = (np.array(plane[name]) * scale for name in ("path", "places"))
+    scale = np.array([plane.width, plane.height])
+    path, places = (np.array(one) * scale for one in (plane.path, plane.places))
     lines = [
         Line("curve", *_coordinates(path), look=Look("black", dash="dash", width=1.2)),
         Line("ends", *_coordinates(places[[0, 2]]), look=Look(COLORS[1], "circle", "", size=9)),
@@ -84,39 +84,35 @@ def _coordinates(places: npt.NDArray[np.float64]) -> tuple[list[float], list[flo
     return places[:, 0].tolist(), places[:, 1].tolist()
 
 
-def _paths(told: Mapping[str, Any]) -> list[str]:
-    return [name for name in ("line", "curve") if told[name] is not None]
-
-
-def _lines(told: Mapping[str, Any], metric: str, factor: float) -> list[Line]:
+def _lines(told: Connection, metric: str, factor: float) -> list[Line]:
     lines = [
         Line(
             f"{_label(told, name)}, {split}",
-            told[name]["ts"],
-            [factor * value for value in told[name]["values"][f"{split}_{metric}"]],
+            path.ts,
+            [factor * value for value in path.values[f"{split}_{metric}"]],
             look=Look(COLORS[number], dash=dash),
         )
-        for number, name in enumerate(_paths(told))
+        for number, (name, path) in enumerate(told.paths.items())
         for split, dash in SPLITS.items()
     ]
-    if metric == "error" and told["ensemble"] is not None:
-        errors = [100 * (1 - value) for value in told["ensemble"]["pair"]]
+    if metric == "error" and told.ensemble is not None:
+        errors = [100 * (1 - value) for value in told.ensemble.pair]
         averaged = "first and t averaged, test"
-        lines.append(Line(averaged, told["ensemble"]["ts"], errors, look=Look(COLORS[2], "triangle-up")))
+        lines.append(Line(averaged, told.ensemble.ts, errors, look=Look(COLORS[2], "triangle-up")))
     return lines
 
 
-def _field(plane: Mapping[str, Any], metric: str, title: str) -> Field:
+def _field(plane: PlaneMap, metric: str, title: str) -> Field:
     """Returns the contours of a metric, a loss on a log scale, an error in %."""
-    values, log = np.array(plane["values"][metric], dtype=np.float64), metric.endswith("loss")
+    values, log = np.array(plane.values[metric], dtype=np.float64), metric.endswith("loss")
     shown = np.clip(values, LEAST, None) if log else 100 * values
     low, high = float(shown.min()), float(shown.max())
     space = np.geomspace if log else np.linspace
     top = high if high > low * (1 + 1e-9) else 10 * low if log else low + 1  # levels rise even where all values are the same
     ticks = [float(place) for place in space(low, high, 6)]
     return Field(
-        [a * plane["width"] for a in plane["a"]],
-        [b * plane["height"] for b in plane["b"]],
+        [a * plane.width for a in plane.a],
+        [b * plane.height for b in plane.b],
         shown,
         title,
         levels=[float(level) for level in space(low, top, LEVELS)],
@@ -128,13 +124,13 @@ def _field(plane: Mapping[str, Any], metric: str, title: str) -> Field:
     )
 
 
-def _label(told: Mapping[str, Any], name: str) -> str:
-    if name == "line":
+def _label(told: Connection, name: str) -> str:
+    if name == "line" or told.curve is None:
         return "line"
-    kind, bends = told["curve"]["kind"], told["curve"]["bends"]
+    kind, bends = told.curve.kind, told.curve.bends
     return {"bezier": "Bezier curve", "chain": "chain"}[kind] + (f" of {bends} bends" if bends > 1 else "")
 
 
-def _title(told: Mapping[str, Any]) -> str:
-    one, other = (Path(end["target"]).name for end in told["ends"])
-    return f"{told['task']}\nfrom {one} to {other}"
+def _title(told: Connection) -> str:
+    one, other = (Path(end.target).name for end in told.ends)
+    return f"{told.task}\nfrom {one} to {other}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,9 +17,11 @@ from microglia.storage.run import Progress, Run
 from microglia.studies.connect.curve_training import train_curve
 from microglia.studies.connect.ends import Ends, open_ends
 from microglia.studies.connect.figures import figures
+from microglia.studies.connect.result import Connection
 from microglia.studies.listed import LISTED
 from microglia.studies.options import Option
 from microglia.studies.places import under_runs
+from microglia.studies.result import Told
 from microglia.studies.space.curves import Bezier, Chain, Curve, Kind, equispaced, on_line
 from microglia.studies.space.gauge import Gauge
 from microglia.studies.space.plane import evaluate_plane, grid_axes, plane_through
@@ -92,7 +93,7 @@ class Connecting:
         return Bezier(self.bends + 1) if self.curve == "bezier" else Chain(self.bends + 1)
 
 
-def connect(asked: Connecting) -> Json:
+def connect(asked: Connecting) -> Told[Connection]:
     """Measures the straight line between two networks and a curve trained between them, and draws both.
 
     Source: Garipov et al. 2018; survey 2.1.
@@ -231,17 +232,17 @@ def _plane(asked: Connecting, model: nn.Module, curve: Curve, gauge: Gauge, prog
 
 
 # ----------------------------------------------------------------------------------------------------------- for people
-def connection_table(told: Mapping[str, Any]) -> Table:
+def connection_table(told: Connection) -> Table:
     """Returns the table of both paths: what each metric is at the ends, at worst, on average, and how high its barrier is."""
-    length = {name: told[name]["lengths"][-1] for name in ("line", "curve") if told[name] is not None}
-    title = f"{told['task']}: {', '.join(f'{name} of length {value:.3g}' for name, value in length.items())}"
+    length = {name: path.lengths[-1] for name, path in told.paths.items()}
+    title = f"{told.task}: {', '.join(f'{name} of length {value:.3g}' for name, value in length.items())}"
     table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 0), show_edge=False)  # 80 columns are enough
     for name in ("metric", "path", "first", "last", "min", "max", "mean", "by length", "barrier"):
         table.add_column(name, justify="left" if name in ("metric", "path") else "right", no_wrap=True)
     for metric in METRICS:
-        for path in length:
-            values, found = told[path]["values"][metric], told[path]["summary"][metric]
-            numbers = (values[0], values[-1], *(found[key] for key in ("min", "max", "mean", "integral", "barrier")))
+        for path, profile_ in told.paths.items():
+            values, found = profile_.values[metric], profile_.summary[metric]
+            numbers = (values[0], values[-1], found.min, found.max, found.mean, found.integral, found.barrier)
             scale, form = (100, ".2f") if metric.endswith("error") else (1, ".4f")
             label = metric.replace("_", " ") + (", %" if metric.endswith("error") else "")
             table.add_row(label if path == "line" else "", path, *(format(scale * number, form) for number in numbers))
@@ -253,18 +254,18 @@ def connection_table(told: Mapping[str, Any]) -> Table:
     return table
 
 
-def sentences(told: Mapping[str, Any]) -> list[str]:
+def sentences(told: Connection) -> list[str]:
     """Returns what there is to say beside the table."""
-    said = list(told["notes"])
-    if told["below"] is not None:
-        names = [name.replace("_", " ") for name, below in told["below"].items() if below]
+    said = list(told.notes)
+    if told.below is not None:
+        names = [name.replace("_", " ") for name, below in told.below.items() if below]
         said.append(f"The curve's largest value is below the line's in: {', '.join(names) or 'nothing'}.")
-    if told["ensemble"] is not None:
-        found = told["ensemble"]
-        alone, pair, so_far = (f"{100 * value:.2f} %" for value in (found["alone"][0], found["pair"][-1], found["so_far"][-1]))
+    if told.ensemble is not None:
+        found = told.ensemble
+        alone, pair, so_far = (f"{100 * value:.2f} %" for value in (found.alone[0], found.pair[-1], found.so_far[-1]))
         said.append(
             f"Test accuracy of the first network {alone}, averaged with the second {pair}, of all "
-            f"{len(found['ts'])} places {so_far}."
+            f"{len(found.ts)} places {so_far}."
         )
     return said
 
@@ -277,6 +278,7 @@ CONNECT = register(
         _begin,
         tables=lambda told: [connection_table(told), *sentences(told)],
         figures=figures,
+        result=Connection,
         directory=lambda asked: asked.directory,
         example="microglia connect runs/a runs/b --curve bezier --plane 15",
     )

@@ -22,9 +22,11 @@ from microglia.studies.descent.double_descent import (
     with_samples,
 )
 from microglia.studies.descent.figures import figures
+from microglia.studies.descent.result import Descent
 from microglia.studies.listed import LISTED
 from microglia.studies.options import Option
 from microglia.studies.places import under_runs
+from microglia.studies.result import Told
 from microglia.studies.study import Study, Work, conduct, register
 from microglia.train.engine import accelerator
 
@@ -71,7 +73,7 @@ class Descending:
         return self.out or under_runs(f"descent-{self.config.family}-{self.data}", self.recipe)
 
 
-def view_descent(asked: Descending) -> Json:
+def view_descent(asked: Descending) -> Told[Descent]:
     """Trains what is not trained yet, draws errors over width or samples and returns them, JSON-ready.
 
     The result holds:
@@ -154,25 +156,23 @@ def interior_peak(rows: Sequence[Mapping[str, Any]]) -> Json | None:
 
 
 # ----------------------------------------------------------------------------------------------------------- for people
-def descent_table(told: Mapping[str, Any]) -> Table:
+def descent_table(told: Descent) -> Table:
     """Returns the table of all cells."""
-    config = told["config"]
-    table = Table(
-        title=f"{config['family']} on {told['data']}: {config['steps']:,} steps each, label noise {100 * config['noise']:g} %"
-    )
+    config = told.config
+    table = Table(title=f"{config.family} on {told.data}: {config.steps:,} steps each, label noise {100 * config.noise:g} %")
     for name in ("width", "samples", "parameters", "train error, %", "test error, %"):
         table.add_column(name, justify="right")
-    for row in told["rows"]:
-        numbers = [f"{row[name]:,}" for name in ("width", "samples", "parameters")]
-        table.add_row(*numbers, *(f"{100 * row[name]:.2f}" for name in ("train_error", "test_error")))
+    for row in told.rows:
+        numbers = [f"{getattr(row, name):,}" for name in ("width", "samples", "parameters")]
+        table.add_row(*numbers, *(f"{100 * getattr(row, name):.2f}" for name in ("train_error", "test_error")))
     table.caption = f"{sentence(told)} Training error counts the noisy labels, test error the true ones."
     return table
 
 
-def sentence(told: Mapping[str, Any]) -> str:
+def sentence(told: Descent) -> str:
     """Returns what was found, in words."""
-    level, over, peak = f"{100 * told['epsilon']:g} % training error", told["over"], told["peak"]
-    reached = told["threshold"] if over == "width" else told["capacity"]
+    level, over, peak = f"{100 * told.epsilon:g} % training error", told.over, told.peak
+    reached = told.threshold if over == "width" else told.capacity
     if reached is None:
         fitted = f"Nothing fits to {level}."
     elif over == "width":
@@ -181,8 +181,8 @@ def sentence(told: Mapping[str, Any]) -> str:
         fitted = f"{reached:,} samples are the most that it fits to {level}."
     if peak is None:
         return f"{fitted} The test error has no peak inside."
-    height = f"{100 * peak['test_error']:.2f} %, {100 * peak['height']:.2f} points above the valleys on both sides"
-    return f"{fitted} The test error peaks at {over} {peak[over]:,}: {height}."
+    height = f"{100 * peak.test_error:.2f} %, {100 * peak.height:.2f} points above the valleys on both sides"
+    return f"{fitted} The test error peaks at {over} {peak.place(over):,}: {height}."
 
 
 DESCENT = register(
@@ -193,6 +193,7 @@ DESCENT = register(
         _begin,
         tables=lambda told: [descent_table(told)],
         figures=figures,
+        result=Descent,
         directory=lambda asked: asked.directory,
         settle=_settle,
         example="microglia descent --data digits --widths 2,4,8,16,32,64 --noise 0.2",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -16,11 +16,13 @@ from microglia.storage.files import digest
 from microglia.storage.run import Progress, Run
 from microglia.studies.connect.ends import Ends, open_ends
 from microglia.studies.dropout_paths.dropout_stability import NetworkGauge, best_keep_sets, best_rescale, examine_path
+from microglia.studies.dropout_paths.result import PathComparison
 from microglia.studies.dropout_paths.unit_chain import between, network_of
 from microglia.studies.dropout_paths.unit_trace import unit_chain
 from microglia.studies.listed import LISTED
 from microglia.studies.options import Option
 from microglia.studies.places import under_runs
+from microglia.studies.result import Told
 from microglia.studies.space.curves import equispaced
 from microglia.studies.space.gauge import Gauge
 from microglia.studies.study import Figure, Study, Work, conduct, register
@@ -69,7 +71,7 @@ class Building:
         return self.out or under_runs(f"dropout-path-{names[0]}-{names[1]}", own)
 
 
-def view_dropout_path(asked: Building) -> Json:
+def view_dropout_path(asked: Building) -> Told[PathComparison]:
     """Builds the path between two networks through networks with dropped units, measures it and draws it.
 
     Batch norm keeps the statistics of the networks, which move with their units. The result holds:
@@ -128,56 +130,56 @@ def _measure(asked: Building, ends: Ends, run: Run) -> Json:
     }
 
 
-def figures(told: Mapping[str, Any]) -> list[Figure]:
+def figures(told: PathComparison) -> list[Figure]:
     """Returns the losses along the built path and the straight line."""
     rows = [{"path": "built", "place": place, "loss": loss} for place, loss in zip(*_built(told), strict=True)]
     rows += [{"path": "line", "place": place, "loss": loss} for place, loss in zip(*_straight(told), strict=True)]
     return [Figure("loss", path_chart(told), rows, told)]
 
 
-def _built(told: Mapping[str, Any]) -> tuple[list[float], list[float]]:
-    rows = told["path"]["rows"]
-    return [(row["segment"] + row["share"]) / told["path"]["segments"] for row in rows], [row["loss"] for row in rows]
+def _built(told: PathComparison) -> tuple[Sequence[float], Sequence[float]]:
+    rows = told.path.rows
+    return [(row.segment + row.share) / told.path.segments for row in rows], [row.loss for row in rows]
 
 
-def _straight(told: Mapping[str, Any]) -> tuple[list[float], list[float]]:
-    return told["line"]["ts"], told["line"]["loss"]
+def _straight(told: PathComparison) -> tuple[Sequence[float], Sequence[float]]:
+    return told.line.ts, told.line.loss
 
 
-def path_chart(told: Mapping[str, Any]) -> Chart:
+def path_chart(told: PathComparison) -> Chart:
     """Returns the loss along both paths, every segment as long as any other, and the bound as a rule."""
     lines = [
         Line("built path", *_built(told), look=Look(COLORS[0], "circle", size=3)),
         Line("straight line", *_straight(told), look=Look(COLORS[1], dash="dash")),
     ]
-    bound = Rule(told["path"]["bound"], "bound of theorem 1", label="bound of theorem 1")
-    names = " to ".join(Path(target).name for target in told["targets"])
-    panel = Panel(Axis("place on the path"), Axis(f"{told['split']} loss (nats)", limits=(0, None)), lines, [bound])
-    return Chart(f"{told['task']}\nfrom {names}, {told['path']['segments']} segments", [panel], legend=3)
+    bound = Rule(told.path.bound, "bound of theorem 1", label="bound of theorem 1")
+    names = " to ".join(Path(target).name for target in told.targets)
+    panel = Panel(Axis("place on the path"), Axis(f"{told.split} loss (nats)", limits=(0, None)), lines, [bound])
+    return Chart(f"{told.task}\nfrom {names}, {told.path.segments} segments", [panel], legend=3)
 
 
 # ----------------------------------------------------------------------------------------------------------- for people
-def stability_table(told: Mapping[str, Any]) -> Table:
+def stability_table(told: PathComparison) -> Table:
     """Returns the table of how much dropped units cost each network."""
-    path = told["path"]
-    table = Table(title=f"{told['task']}: {told['split']} loss with half of the units of some layers dropped")
-    for name in ("network", "loss", *(f"from hidden layer {n + 1} on" for n in range(len(told["hidden"]))), "epsilon"):
+    path = told.path
+    table = Table(title=f"{told.task}: {told.split} loss with half of the units of some layers dropped")
+    for name in ("network", "loss", *(f"from hidden layer {n + 1} on" for n in range(len(told.hidden))), "epsilon"):
         table.add_column(name, justify="left" if name == "network" else "right")
-    for number, target in enumerate(told["targets"]):
-        losses = (path["ends"][number], *path["dropped"][number], path["epsilon"][number])
+    for number, target in enumerate(told.targets):
+        losses = (path.ends[number], *path.dropped[number], path.epsilon[number])
         table.add_row(Path(target).name, *(f"{loss:.4f}" for loss in losses))
     table.caption = "Epsilon: largest rise by dropped units."
     return table
 
 
-def sentences(told: Mapping[str, Any]) -> list[str]:
+def sentences(told: PathComparison) -> list[str]:
     """Returns what there is to say beside the table."""
-    path, line = told["path"], told["line"]
+    path, line = told.path, told.line
     return [
-        *told["notes"],
-        f"The built path of {path['segments']} segments has a loss of at most {path['maximum']:.4f}, where theorem 1 promises "
-        f"{path['bound']:.4f}; the straight line reaches {line['maximum']:.4f}.",
-        f"Above the worse end the path rises by {path['barrier']:.4f}, the straight line by {line['barrier']:.4f}.",
+        *told.notes,
+        f"The built path of {path.segments} segments has a loss of at most {path.maximum:.4f}, where theorem 1 promises "
+        f"{path.bound:.4f}; the straight line reaches {line.maximum:.4f}.",
+        f"Above the worse end the path rises by {path.barrier:.4f}, the straight line by {line.barrier:.4f}.",
     ]
 
 
@@ -189,6 +191,7 @@ DROPOUT_PATH = register(
         _begin,
         tables=lambda told: [stability_table(told), *sentences(told)],
         figures=figures,
+        result=PathComparison,
         directory=lambda asked: asked.directory,
         example="microglia dropout-path runs/a runs/b --tries 10",
     )

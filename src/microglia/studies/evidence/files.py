@@ -164,7 +164,7 @@ _queue, _study = TypeAdapter(Queue), TypeAdapter(EvidenceStudy)
 
 def is_queue(path: Path) -> bool:
     """Tells whether a YAML file is a queue and not a sweep."""
-    return "parts" in read_yaml(path)
+    return "parts" in read_yaml(path, "sweep or queue")
 
 
 def read_queue(path: str | Path) -> Queue:
@@ -174,11 +174,11 @@ def read_queue(path: str | Path) -> Queue:
         RecipeError: The queue or a study is not valid; the text names the file and the field.
     """
     path = Path(path)
-    source = read_yaml(path)
+    source = read_yaml(path, "queue")
     queue = _read(_queue, {**source, "path": path}, path, "queue")
     for name in dict.fromkeys(part.study for part in queue.parts):
         file = path.parent / f"{name}.yaml"
-        queue.studies[name] = _read(_study, {**read_yaml(file), "name": name}, file, "study")
+        queue.studies[name] = _read(_study, {**read_yaml(file, "study"), "name": name}, file, "study")
     for part in queue.parts:
         _check_part(part, queue.studies[part.study], path)
     return queue  # type: ignore[no-any-return]

@@ -242,7 +242,7 @@ def read_statements(path: Path, queue: Queue) -> list[Statement]:
         RecipeError: A statement is not valid, or names a study or a row that the queue does not have.
     """
     try:
-        found: list[Statement] = _statements.validate_python(read_yaml(path).get("statements"))
+        found: list[Statement] = _statements.validate_python(read_yaml(path, "list of statements").get("statements"))
     except ValidationError as error:
         raise RecipeError(f"The statements {path} are not valid: {problems(error, 'statements')}") from None
     for statement in found:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,9 +12,11 @@ from microglia.lab.target import open_target
 from microglia.report.chart import COLORS, Axis, Chart, Line, Look, Panel, Rule
 from microglia.storage.files import digest
 from microglia.storage.run import Progress, Run
+from microglia.studies.fast_ensemble.result import FastEnsemble
 from microglia.studies.listed import LISTED
 from microglia.studies.options import Option
 from microglia.studies.places import beside
+from microglia.studies.result import Told
 from microglia.studies.space.ensembling import Averaged, Cycles, fast_ensemble, probabilities
 from microglia.studies.study import Figure, Study, Work, conduct, register
 from microglia.train.engine import accelerator
@@ -62,7 +63,7 @@ class Ensembling:
         return self.out or beside(self.target, "fast-ensemble", self.data)
 
 
-def view_fast_ensemble(asked: Ensembling) -> Json:
+def view_fast_ensemble(asked: Ensembling) -> Told[FastEnsemble]:
     """Trains a network on in cycles, draws the accuracy of its members and of their ensemble, and returns both, JSON-ready.
 
     The result holds ``task``, ``target``, ``cycles``, ``start`` (test accuracy before), ``members`` (``member``, ``epoch``,
@@ -100,44 +101,44 @@ def _begin(asked: Ensembling) -> Work[Json]:
     return Work(measure, record, asked.seed, device.type)
 
 
-def figures(told: Mapping[str, Any]) -> list[Figure]:
+def figures(told: FastEnsemble) -> list[Figure]:
     """Returns accuracy and learning rate over the epochs."""
-    return [Figure("members", ensemble_chart(told), told["members"], told)]
+    return [Figure("members", ensemble_chart(told), told.members, told)]
 
 
-def ensemble_chart(told: Mapping[str, Any]) -> Chart:
+def ensemble_chart(told: FastEnsemble) -> Chart:
     """Returns the accuracy of every member and of the ensemble so far, beside the learning rate.
 
     Source: Garipov et al. 2018, figure 4.
     """
-    epochs, cycles = [row["epoch"] for row in told["members"]], Cycles(**told["cycles"])
+    epochs, cycles = [row.epoch for row in told.members], told.cycles
     lines = [
-        Line(name, epochs, [100 * row[key] for row in told["members"]], look=look)
+        Line(name, epochs, [100 * getattr(row, key) for row in told.members], look=look)
         for name, key, look in (
             ("ensemble of all so far", "ensemble", Look(COLORS[1], "square")),
             ("member alone", "accuracy", Look(COLORS[0], "circle", "dash")),
         )
     ]
-    start = Rule(100 * told["start"], "before", label="before")
+    start = Rule(100 * told.start, "before", label="before")
     times = [number / PLACES for number in range(cycles.epochs * PLACES + 1)]
     rates = [cycles.rate(int(time), time - int(time)) for time in times]
     panels = [
         Panel(Axis("epoch", whole=True), Axis("test accuracy (%)", unit=" %"), lines, [start]),
         Panel(Axis("epoch", whole=True), Axis("learning rate", limits=(0, None)), [Line("", times, rates)]),
     ]
-    return Chart(f"{told['task']}: fast geometric ensembling", panels, columns=2, size=(11, 4.6), legend=3)
+    return Chart(f"{told.task}: fast geometric ensembling", panels, columns=2, size=(11, 4.6), legend=3)
 
 
 # ----------------------------------------------------------------------------------------------------------- for people
-def ensemble_table(told: Mapping[str, Any]) -> Table:
+def ensemble_table(told: FastEnsemble) -> Table:
     """Returns the table of all members."""
-    table = Table(title=f"{told['task']}: fast geometric ensembling, test accuracy (%)")
+    table = Table(title=f"{told.task}: fast geometric ensembling, test accuracy (%)")
     for name in ("member", "epoch", "alone", "ensemble of all so far"):
         table.add_column(name, justify="right")
-    for row in told["members"]:
-        numbers = (f"{100 * row[key]:.2f}" for key in ("accuracy", "ensemble"))
-        table.add_row(str(row["member"]), str(row["epoch"]), *numbers)
-    table.caption = f"Before: {100 * told['start']:.2f} %."
+    for row in told.members:
+        numbers = (f"{100 * getattr(row, key):.2f}" for key in ("accuracy", "ensemble"))
+        table.add_row(str(row.member), str(row.epoch), *numbers)
+    table.caption = f"Before: {100 * told.start:.2f} %."
     return table
 
 
@@ -149,6 +150,7 @@ FAST_ENSEMBLE = register(
         _begin,
         tables=lambda told: [ensemble_table(told)],
         figures=figures,
+        result=FastEnsemble,
         directory=lambda asked: asked.directory,
         example="microglia fast-ensemble runs/a --members 5 --high 0.05 --low 0.01",
     )

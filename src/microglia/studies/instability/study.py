@@ -21,8 +21,10 @@ from microglia.storage.run import Run
 from microglia.studies.instability.analysis import STABLE, Training, instability, smallest_stable
 from microglia.studies.instability.figures import figures
 from microglia.studies.instability.masks import Rewound, check_rewound
+from microglia.studies.instability.result import Instability
 from microglia.studies.listed import LISTED
 from microglia.studies.options import Option
+from microglia.studies.result import Told, decode
 from microglia.studies.space.gauge import Gauge
 from microglia.studies.study import Study, Work, register
 from microglia.train.engine import accelerator
@@ -64,7 +66,7 @@ class Sensing:
     find: Annotated[bool, Option(hidden=True)] = False
 
 
-def sense(asked: Sensing) -> Json:
+def sense(asked: Sensing) -> Told[Instability]:
     """Returns the instability of every network, epoch, seed and pair; each training is a stage that is never done twice.
 
     The result holds:
@@ -89,7 +91,7 @@ def sense(asked: Sensing) -> Json:
     masks = _masks(asked)
     rows = [row for number in range(asked.seeds) for row in _of_seed(asked, number, masks)]
     summary = summarize(rows)
-    return {
+    content = {
         "task": make_task(asked.recipe).name,
         "recipe": as_dict(asked.recipe),
         "rows": rows,
@@ -99,6 +101,7 @@ def sense(asked: Sensing) -> Json:
             for name in dict.fromkeys(row["network"] for row in rows)
         },
     }
+    return Told(decode(Instability, content))
 
 
 def _masks(asked: Sensing) -> MaskSet | None:
@@ -172,25 +175,25 @@ def summarize(rows: Sequence[Json]) -> list[Json]:
     return summary
 
 
-def instability_table(told: Json) -> Table:
+def instability_table(told: Instability) -> Table:
     """Returns the instability of each network by the epoch at which its copies part."""
-    table = Table("network", "parts at epoch", title=f"{told['task']}: rise of the error (%) on the line between two copies")
+    table = Table("network", "parts at epoch", title=f"{told.task}: rise of the error (%) on the line between two copies")
     for title in ("train", "test", "error of the copies, test (%)", "stable"):
         table.add_column(title, justify="right")
-    for row in told["summary"]:
+    for row in told.summary:
         cells = []
         for split in ("train", "test"):
-            value = row["instability"][split]
-            cells.append(f"{100 * value['mean']:.2f}" + ("" if value["std"] is None else f" ± {100 * value['std']:.2f}"))
-        name = row["network"] if row["density"] == 1 else f"{row['network']}, {100 * row['density']:.3g} %"
-        table.add_row(name, str(row["epoch"]), *cells, f"{100 * row['error']['test']:.2f}", "yes" if row["stable"] else "no")
+            value = row.instability[split]
+            cells.append(f"{100 * value.mean:.2f}" + ("" if value.std is None else f" ± {100 * value.std:.2f}"))
+        name = row.network if row.density == 1 else f"{row.network}, {100 * row.density:.3g} %"
+        table.add_row(name, str(row.epoch), *cells, f"{100 * row.error['test']:.2f}", "yes" if row.stable else "no")
     return table
 
 
-def _stable(told: Json) -> list[str]:
+def _stable(told: Instability) -> list[str]:
     return [
         f"{name}: stable from epoch {epoch} on." if epoch is not None else f"{name}: not stable at any of these epochs."
-        for name, epoch in told["stable_from"].items()
+        for name, epoch in told.stable_from.items()
     ]
 
 
@@ -210,9 +213,10 @@ register(
         "instability",
         LISTED["instability"].sentence,
         Sensing,
-        lambda asked: Work(lambda run: sense(asked)),
+        lambda asked: Work(lambda run: sense(asked).result),
         tables=lambda told: [instability_table(told), *_stable(told)],
         figures=figures,
+        result=Instability,
         directory=lambda asked: asked.directory,
         settle=_settle,
         details=(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -15,9 +15,11 @@ from microglia.core.errors import MicrogliaError
 from microglia.report.chart import COLORS, Axis, Chart, Line, Look, Panel, Rule
 from microglia.storage.run import Progress, Run
 from microglia.studies.least_squares.regression import bias_risk, optimal_ridge, simulate, variance_risk
+from microglia.studies.least_squares.result import Risk, Risks
 from microglia.studies.listed import LISTED
 from microglia.studies.options import Option
 from microglia.studies.places import under_runs
+from microglia.studies.result import Told
 from microglia.studies.study import Figure, Study, Work, conduct, register
 
 FEATURES = (5, 10, 20, 30, 35, 38, 40, 42, 45, 50, 60, 80, 120, 160)
@@ -58,7 +60,7 @@ class Regressing:
         return self.out or under_runs("least-squares", self.record)
 
 
-def view_least_squares(asked: Regressing) -> Json:
+def view_least_squares(asked: Regressing) -> Told[Risks]:
     """Simulates least squares without a penalty and with the best one, draws the risks and returns them, JSON-ready.
 
     The result holds the settings and ``rows``: of each number of ``features`` the simulated ``risk`` with its standard
@@ -102,41 +104,41 @@ def _row(asked: Regressing, features: int, progress: Progress) -> Json:
     }
 
 
-def figures(told: Mapping[str, Any]) -> list[Figure]:
+def figures(told: Risks) -> list[Figure]:
     """Returns the risks over the number of features."""
-    return [Figure("risk", risk_chart(told), told["rows"], told)]
+    return [Figure("risk", risk_chart(told), told.rows, told)]
 
 
-def risk_chart(told: Mapping[str, Any]) -> Chart:
+def risk_chart(told: Risks) -> Chart:
     """Returns exact and simulated risks on log scales, with the number of samples as an upright rule."""
-    rows = told["rows"]
-    places = [row["features"] for row in rows]
-    exact = [math.nan if row["exact"] is None else row["exact"] for row in rows]
+    rows = told.rows
+    places = [row.features for row in rows]
+    exact = [math.nan if row.exact is None else row.exact for row in rows]
     lines = [
         Line("exact, without penalty", places, exact, look=Look(COLORS[0])),
         _simulated("simulated, without penalty", rows, ("risk", "error"), Look(COLORS[0], "circle", "")),
         _simulated("simulated, best penalty", rows, ("ridge", "ridge_error"), Look(COLORS[1], "square", "dash")),
     ]
-    edge = Rule(told["samples"], "samples", upright=True, label="samples")
-    title = f"Least squares on {told['samples']} samples, noise {told['noise']:g}, {told['draws']} draws"
+    edge = Rule(told.samples, "samples", upright=True, label="samples")
+    title = f"Least squares on {told.samples} samples, noise {told.noise:g}, {told.draws} draws"
     return Chart(title, [Panel(Axis("features", "log"), Axis("risk", "log"), lines, [edge])], legend=2)
 
 
-def _simulated(name: str, rows: Sequence[Mapping[str, Any]], keys: tuple[str, str], look: Look) -> Line:
-    risks, errors = ([row[key] for row in rows] for key in keys)
-    return Line(name, [row["features"] for row in rows], risks, y_error=errors, look=look)
+def _simulated(name: str, rows: Sequence[Risk], keys: tuple[str, str], look: Look) -> Line:
+    risks, errors = ([getattr(row, key) for row in rows] for key in keys)
+    return Line(name, [row.features for row in rows], risks, y_error=errors, look=look)
 
 
 # ----------------------------------------------------------------------------------------------------------- for people
-def risk_table(told: Mapping[str, Any]) -> Table:
+def risk_table(told: Risks) -> Table:
     """Returns the table of all risks."""
-    table = Table(title=f"Least squares on {told['samples']} samples: risk, {told['draws']} draws")
+    table = Table(title=f"Least squares on {told.samples} samples: risk, {told.draws} draws")
     for name in ("features", "exact", "simulated", "with the best penalty"):
         table.add_column(name, justify="right")
-    for row in told["rows"]:
-        exact = "infinite" if row["exact"] is None else f"{row['exact']:.4g}"
-        pairs = (("risk", "error"), ("ridge", "ridge_error"))
-        table.add_row(f"{row['features']:,}", exact, *(f"{row[mean]:.4g} ± {row[error]:.2g}" for mean, error in pairs))
+    for row in told.rows:
+        exact = "infinite" if row.exact is None else f"{row.exact:.4g}"
+        spreads = ((row.risk, row.error), (row.ridge, row.ridge_error))
+        table.add_row(f"{row.features:,}", exact, *(f"{mean:.4g} ± {error:.2g}" for mean, error in spreads))
     table.caption = "Risk: squared distance of the estimate from the truth. Spread: standard error of the mean over draws."
     return table
 
@@ -149,6 +151,7 @@ LEAST_SQUARES = register(
         _begin,
         tables=lambda told: [risk_table(told)],
         figures=figures,
+        result=Risks,
         directory=lambda asked: asked.directory,
         example="microglia least-squares --samples 40 --features 10,20,40,80,160",
     )

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from torch import Tensor
 
 from microglia.report.chart import COLORS, Axis, Bars, Chart, Field, Panel
 from microglia.studies.routes.heat import Heat
+from microglia.studies.routes.result import LayerRoutes
 
 LABELS = 70
 """At most so many layers or classes are named at an axis."""
@@ -19,27 +19,27 @@ Used = tuple[str, Tensor, Sequence[str]]
 """(layer, how often each class uses each of its filters (classes, filters), names of the classes)."""
 
 
-def core_chart(layers: Sequence[Mapping[str, Any]], title: str) -> Chart:
+def core_chart(layers: Sequence[LayerRoutes], title: str) -> Chart:
     """Returns bars of each layer: all filters (pale), those an input uses on average, those every input uses (dark).
 
     Source: FTWT, figure of the core filters.
 
     Args:
-        layers: For each its name ``layer``, ``filters``, ``kept`` and ``std`` as fractions, and ``core``.
+        layers: The gated layers.
         title: Title of the chart.
     """
     places = list(range(len(layers)))
-    kept, spread = ([row[key] * row["filters"] for row in layers] for key in ("kept", "std"))
+    kept, spread = ([getattr(row, key) * row.filters for row in layers] for key in ("kept", "std"))
     bars = [
-        Bars("all filters", places, [row["filters"] for row in layers], PALE, 0.85),
+        Bars("all filters", places, [row.filters for row in layers], PALE, 0.85),
         Bars("kept, mean ± std of inputs", places, kept, COLORS[5], 0.6, errors=spread),
-        Bars("core: kept for every input", places, [row["core"] for row in layers], COLORS[0], 0.35),
+        Bars("core: kept for every input", places, [row.core for row in layers], COLORS[0], 0.35),
     ]
     step = -(-len(layers) // LABELS)
     across = Axis(
         limits=(-0.7, len(layers) - 0.3),
         ticks=places[::step],
-        labels=[row["layer"] for row in layers][::step],
+        labels=[row.layer for row in layers][::step],
         upright=True,
     )
     size = (max(7.5, min(18.0, 2 + 0.3 * len(layers))), 4.8)

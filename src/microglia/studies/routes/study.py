@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -32,8 +31,10 @@ from microglia.studies.images import image_data
 from microglia.studies.listed import LISTED
 from microglia.studies.options import Option
 from microglia.studies.places import beside, run_of
+from microglia.studies.result import Told, decode
 from microglia.studies.routes.figures import Used, class_chart, core_chart, heat_chart
 from microglia.studies.routes.heat import Heat, heat_maps
+from microglia.studies.routes.result import RouteStatistics
 from microglia.studies.study import Figure, Study, Work, conduct, register
 from microglia.tasks.task import Split, Task
 from microglia.train.engine import accelerator
@@ -77,12 +78,12 @@ class Routes:
         used: How often each class uses each filter of the layer of the largest diversity.
     """
 
-    told: Json
+    told: RouteStatistics
     heat: Heat
     used: Used
 
 
-def view_routes(asked: Viewing) -> Json:
+def view_routes(asked: Viewing) -> Told[RouteStatistics]:
     """Records the routes of a split through a gated model, draws them and returns what they tell.
 
     The result is that of `microglia.dynamic.statistics`, with ``task``, ``split``, ``estimate`` (``r``, ``honest`` and
@@ -120,19 +121,19 @@ def _routes(asked: Viewing, model: nn.Module, task: Task, counter: Counter, laye
         "estimate": _estimate(run_of(asked.target)),
         "heat": {"layer": layer, "cosine": heat.cosine.tolist(), "correlation": heat.correlation.tolist()},
     }
-    return Routes(result, heat, (widest, frequencies(routes)[widest], data.classes))
+    return Routes(decode(RouteStatistics, result), heat, (widest, frequencies(routes)[widest], data.classes))
 
 
 def figures(found: Routes) -> list[Figure]:
     """Returns the figures of routes, named after the split; pictures alone."""
     told = found.told
-    title = f"{told['task']}, {told['split']} split"
+    title = f"{told.task}, {told.split} split"
     charts = {
-        "core": core_chart(told["layers"], title),
+        "core": core_chart(told.layers, title),
         "heat": heat_chart(found.heat, title),
         "classes": class_chart(found.used, title),
     }
-    return [Figure(name, chart, slug=told["split"]) for name, chart in charts.items()]
+    return [Figure(name, chart, slug=told.split) for name, chart in charts.items()]
 
 
 def counter_of(model: nn.Module, task: Task, target: str) -> Counter:
@@ -166,23 +167,23 @@ def _estimate(run: Path | None) -> Json | None:
 
 
 # ----------------------------------------------------------------------------------------------------------- for people
-def layer_table(told: Mapping[str, Any]) -> Table:
+def layer_table(told: RouteStatistics) -> Table:
     """Returns the table of what each layer's gate does, narrow enough for 80 columns."""
-    title = f"{told['task']}: routes of {told['inputs']:,} inputs, {told['split']} split"
+    title = f"{told.task}: routes of {told.inputs:,} inputs, {told.split} split"
     table = Table(title=title, box=SIMPLE_HEAD, padding=0, show_edge=False)
     table.add_column("layer", no_wrap=True, overflow="fold")
     for name in ("all", "kept, %", "core", "dead", "diver-\nsity", "MACs,\n%", "preci-\nsion", "recall", "with-\nin", "across"):
         table.add_column(name, justify="right", no_wrap=True)
-    for row in told["layers"]:
+    for row in told.layers:
         table.add_row(
-            row["layer"],
-            str(row["filters"]),
-            f"{100 * row['kept']:.1f}±{100 * row['std']:.1f}",
-            str(row["core"]),
-            str(row["dead"]),
-            f"{row['diversity']:.2f}",
-            f"{100 * row['macs']:.1f}",
-            *(("-" if row[name] is None else f"{row[name]:.2f}") for name in ("precision", "recall", "within", "across")),
+            row.layer,
+            str(row.filters),
+            f"{100 * row.kept:.1f}±{100 * row.std:.1f}",
+            str(row.core),
+            str(row.dead),
+            f"{row.diversity:.2f}",
+            f"{100 * row.macs:.1f}",
+            *("-" if value is None else f"{value:.2f}" for value in (row.precision, row.recall, row.within, row.across)),
         )
     table.caption = (
         "all: filters; kept: mean ± standard deviation over inputs; core: kept for every input; dead: for none; diversity: "
@@ -192,19 +193,22 @@ def layer_table(told: Mapping[str, Any]) -> Table:
     return table
 
 
-def summary_table(told: Mapping[str, Any]) -> Table:
+def summary_table(told: RouteStatistics) -> Table:
     """Returns the table of what all inputs cost, by both counts, beside what was predicted before the training."""
-    table = Table("multiply-accumulates, % of dense", title=f"{told['dense']:,} multiply-accumulates dense")
+    table = Table("multiply-accumulates, % of dense", title=f"{told.dense:,} multiply-accumulates dense")
     for name in ("mean", "std", "min", "max", "predicted"):
         table.add_column(name, justify="right")
-    estimate = told["estimate"] or {}
-    for label, count in (("honest: all that is computed", "honest"), ("paper: heads free", "paper")):
-        values = [told[count][key] for key in ("mean", "std", "min", "max")] + [estimate.get(count)]
+    expected = told.estimate
+    for label, found, predicted in (
+        ("honest: all that is computed", told.honest, None if expected is None else expected.honest),
+        ("paper: heads free", told.paper, None if expected is None else expected.paper),
+    ):
+        values = [found.mean, found.std, found.min, found.max, predicted]
         table.add_row(label, *("-" if value is None else f"{100 * value:.2f}" for value in values))
-    agreement = ", ".join(f"{name} {value:.3f}" for name, value in told["agreement"].items())
+    agreement = ", ".join(f"{name} {value:.3f}" for name, value in told.agreement.items())
     table.caption = (
-        f"Heads: {100 * told['heads'] / told['dense']:.2f} % of dense. Masks against targets: {agreement}.\n"
-        f"{told['inputs']:,} inputs took {told['routes']:,} distinct routes with {told['signatures']:,} signatures "
+        f"Heads: {100 * told.heads / told.dense:.2f} % of dense. Masks against targets: {agreement}.\n"
+        f"{told.inputs:,} inputs took {told.routes:,} distinct routes with {told.signatures:,} signatures "
         "(counts of filters by layer)."
     )
     return table
@@ -218,6 +222,7 @@ ROUTES = register(
         _begin,
         tables=lambda told: [layer_table(told), summary_table(told)],
         figures=figures,
+        result=RouteStatistics,
         told=lambda found: found.told,
         directory=lambda asked: asked.directory,
         example="microglia routes runs/gated",

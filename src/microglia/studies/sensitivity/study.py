@@ -23,8 +23,10 @@ from microglia.storage.sensitivity import FILE, write_sensitivity
 from microglia.studies.listed import LISTED
 from microglia.studies.options import Option
 from microglia.studies.places import beside
+from microglia.studies.result import Told
 from microglia.studies.sensitivity.figures import figures
 from microglia.studies.sensitivity.layers import Probe, check_densities, curves_of, estimate_of
+from microglia.studies.sensitivity.result import LayerSensitivity
 from microglia.studies.space.gauge import Gauge
 from microglia.studies.study import Study, Work, conduct, register
 from microglia.tasks.task import Split, Task
@@ -78,7 +80,7 @@ class Probing:
         return self.out or beside(self.target, "sensitivity", self.data)
 
 
-def measure_sensitivity(asked: Probing) -> Json:
+def measure_sensitivity(asked: Probing) -> Told[LayerSensitivity]:
     """Measures a network with each layer alone pruned to each density; draws it, and writes the file for the scope.
 
     Every layer is kept as it is done, and within a layer every density: the same call goes on after it was interrupted.
@@ -179,19 +181,19 @@ def _finite(values: Mapping[str, float]) -> Json:
 
 
 # ----------------------------------------------------------------------------------------------------------- for people
-def sensitivity_table(told: Mapping[str, Any]) -> Table:
+def sensitivity_table(told: LayerSensitivity) -> Table:
     """Returns the headline by layer and density."""
-    table = Table("layer", title=f"{told['task']}: {told['split']} {told['metric']}")
+    table = Table("layer", title=f"{told.task}: {told.split} {told.metric}")
     table.add_column("weights", justify="right")
-    for density in told["densities"]:
+    for density in told.densities:
         table.add_column(f"{density:g}", justify="right")
-    for row in told["layers"]:
-        cells = [_cell(place[told["metric"]], told["unit"]) for place in row["places"]]
-        table.add_row(row["layer"].removesuffix(".weight"), f"{row['size']:,}", *cells)
-    dense = _cell(told["dense"][told["metric"]], told["unit"])
-    per_cent = ", in %" if told["unit"] == "%" else ""
+    for row in told.layers:
+        cells = [_cell(place.metrics[told.metric], told.unit) for place in row.places]
+        table.add_row(row.layer.removesuffix(".weight"), f"{row.size:,}", *cells)
+    dense = _cell(told.dense[told.metric], told.unit)
+    per_cent = ", in %" if told.unit == "%" else ""
     table.caption = (
-        f"{told['metric'].capitalize()}{per_cent}: one layer pruned to each density, the others dense, no retraining. "
+        f"{told.metric.capitalize()}{per_cent}: one layer pruned to each density, the others dense, no retraining. "
         f"Before: {dense}."
     )
     return table
@@ -209,8 +211,9 @@ SENSITIVITY = register(
         LISTED["sensitivity"].sentence,
         Probing,
         _begin,
-        tables=lambda told: [sensitivity_table(told), *told["notes"], f"Scope: sensitivity:{told['file']}"],
+        tables=lambda told: [sensitivity_table(told), *told.notes, f"Scope: sensitivity:{told.file}"],
         figures=figures,
+        result=LayerSensitivity,
         directory=lambda asked: asked.directory,
         example="microglia sensitivity runs/a --densities 0.5,0.2,0.1",
     )

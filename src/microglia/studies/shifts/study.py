@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter as Tally
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,8 +24,10 @@ from microglia.storage.changes import changes_of
 from microglia.studies.images import image_data
 from microglia.studies.listed import LISTED
 from microglia.studies.options import Option
+from microglia.studies.result import Told
 from microglia.studies.routes.study import counter_of
 from microglia.studies.shifts.figures import CLEAN, figures
+from microglia.studies.shifts.result import Condition, Shifts
 from microglia.studies.study import Study, Work, conduct, register
 from microglia.tasks.classification import ImageSource
 from microglia.tasks.task import Task
@@ -102,7 +104,7 @@ class Contender:
         }
 
 
-def compare_shifts(asked: Shifting) -> Json:
+def compare_shifts(asked: Shifting) -> Told[Shifts]:
     """Evaluates models on clean and on shifted test images.
 
     Returns:
@@ -187,17 +189,17 @@ def _common(contenders: Sequence[Contender]) -> ImageData:
 
 
 # ----------------------------------------------------------------------------------------------------------- for people
-def shifts_table(compared: Mapping[str, Any]) -> Table:
+def shifts_table(compared: Shifts) -> Table:
     """Returns the table of all conditions, a column for each run."""
-    runs = compared["runs"]
-    table = Table("images", title=f"{compared['data']}: {compared['inputs']:,} test images, clean and shifted")
+    runs = compared.runs
+    table = Table("images", title=f"{compared.data}: {compared.inputs:,} test images, clean and shifted")
     for run in runs:
-        table.add_column(run["name"], justify="right")
-    for number, first in enumerate(runs[0]["results"]):
-        label = CLEAN if first["shift"] == CLEAN else f"{first['shift']} {first['severity']}"
-        table.add_row(label, *(_cell([run["results"][number]]) for run in runs))
+        table.add_column(run.name, justify="right")
+    for number, first in enumerate(runs[0].results):
+        label = CLEAN if first.shift == CLEAN else f"{first.shift} {first.severity}"
+        table.add_row(label, *(_cell([run.results[number]]) for run in runs))
     table.add_section()
-    table.add_row("mean of the shifts", *(_cell(run["results"][1:]) for run in runs))
+    table.add_row("mean of the shifts", *(_cell(run.results[1:]) for run in runs))
     table.caption = (
         "Accuracy in %; in brackets multiply-accumulates in % of the dense network: of gated models the mean over the inputs, "
         "heads included; of others those of the kept weights. Severities 1 (mild) to 5."
@@ -205,9 +207,9 @@ def shifts_table(compared: Mapping[str, Any]) -> Table:
     return table
 
 
-def _cell(results: Sequence[Mapping[str, Any]]) -> str:
-    accuracy = sum(r["accuracy"] for r in results) / len(results)
-    macs = sum(r["macs"]["mean"] for r in results) / len(results)
+def _cell(results: Sequence[Condition]) -> str:
+    accuracy = sum(r.accuracy for r in results) / len(results)
+    macs = sum(r.macs.mean for r in results) / len(results)
     return f"{100 * accuracy:.2f} ({100 * macs:.1f})"
 
 
@@ -219,6 +221,7 @@ SHIFTED = register(
         _begin,
         tables=lambda compared: [shifts_table(compared)],
         figures=figures,
+        result=Shifts,
         example="microglia shifts runs/dense runs/gated --severity 1,3,5 --out runs/shifts",
     )
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,12 +20,14 @@ from microglia.storage.run import TRAJECTORY, Run
 from microglia.studies.listed import LISTED
 from microglia.studies.options import Option
 from microglia.studies.places import beside, run_of
+from microglia.studies.result import Told
 from microglia.studies.space.gauge import Gauge
 from microglia.studies.space.points import Point, check_alike, difference, inner, norm, point_of
 from microglia.studies.space.trajectory import Plane, principal_plane, project, read_trajectory
 from microglia.studies.study import Study, Work, conduct, register
 from microglia.studies.surface.figures import figures
 from microglia.studies.surface.grid import Normalization, grid, measure_row, random_direction
+from microglia.studies.surface.result import Surface
 from microglia.tasks.task import Split, Task
 from microglia.train.engine import accelerator
 
@@ -91,7 +93,7 @@ class _Plane:
     trajectory: Json | None
 
 
-def view_surface(asked: Surveying) -> Json:
+def view_surface(asked: Surveying) -> Told[Surface]:
     """Measures the loss around a network on a plane and a line, draws both and returns them, JSON-ready.
 
     Every row of the plane is kept as it is done: the same call goes on after it was interrupted. Batch norm keeps the
@@ -221,20 +223,20 @@ def _finite(value: float) -> float | None:
 
 
 # ----------------------------------------------------------------------------------------------------------- for people
-def surface_table(told: Mapping[str, Any]) -> Table:
+def surface_table(told: Surface) -> Table:
     """Returns the table of how fast the network gets worse around it."""
-    reach = told["range"]
-    directions = "of the training's trajectory" if told["trajectory"] else f"random, {told['normalization']}-normalized"
-    table = Table(title=f"{told['task']}: {told['split']} loss, {told['side']} x {told['side']} places")
+    reach = told.range
+    directions = "of the training's trajectory" if told.trajectory else f"random, {told.normalization}-normalized"
+    table = Table(title=f"{told.task}: {told.split} loss, {told.side} x {told.side} places")
     for name in ("distance", "places", "loss, median", "least", "largest"):
         table.add_column(name, justify="left" if name == "distance" else "right")
-    half = told["side"] // 2
-    steps = [abs(number - half) for number in range(told["side"])]
+    half = told.side // 2
+    steps = [abs(number - half) for number in range(told.side)]
     for ring in sorted({round(share * half) for share in (0.0, 0.25, 0.5, 1.0)}):
         on = [
-            told["plane"]["loss"][row][column]
-            for row in range(told["side"])
-            for column in range(told["side"])
+            told.plane["loss"][row][column]
+            for row in range(told.side)
+            for column in range(told.side)
             if max(steps[row], steps[column]) == ring
         ]
         values = sorted(value for value in on if value is not None)
@@ -242,9 +244,9 @@ def surface_table(told: Mapping[str, Any]) -> Table:
         table.add_row(
             f"{reach * ring / half:.3g}", str(len(on)), *(f"{value:.5g}" for value in shown), *["-"] * (3 - len(shown))
         )
-    table.caption = f"Directions: {directions}; cosine {told['cosine']:.4f}. Distance: the larger of both coordinates."
-    if told["trajectory"]:
-        shares = " and ".join(f"{100 * share:.1f} %" for share in told["trajectory"]["explained"])
+    table.caption = f"Directions: {directions}; cosine {told.cosine:.4f}. Distance: the larger of both coordinates."
+    if told.trajectory:
+        shares = " and ".join(f"{100 * share:.1f} %" for share in told.trajectory.explained)
         table.caption += f" They explain {shares} of the trajectory's variance."
     return table
 
@@ -255,8 +257,9 @@ SURFACE = register(
         LISTED["surface"].sentence,
         Surveying,
         _begin,
-        tables=lambda told: [surface_table(told), *told["notes"]],
+        tables=lambda told: [surface_table(told), *told.notes],
         figures=figures,
+        result=Surface,
         directory=lambda asked: asked.directory,
         example="microglia surface runs/a --side 25",
     )

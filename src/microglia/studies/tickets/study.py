@@ -18,8 +18,10 @@ from microglia.report.spread import Spread
 from microglia.storage.run import Run
 from microglia.studies.listed import LISTED
 from microglia.studies.options import Option
+from microglia.studies.result import Told, decode
 from microglia.studies.study import Study, Work, register
 from microglia.studies.tickets.figures import figures
+from microglia.studies.tickets.result import ArmLevel, TicketSearch
 from microglia.studies.tickets.statements import ARMS, statements
 from microglia.train.engine import accelerator
 
@@ -47,7 +49,7 @@ class Search:
     arms: tuple[str, ...] = ARMS[2:]
 
 
-def find_tickets(asked: Search) -> Json:
+def find_tickets(asked: Search) -> Told[TicketSearch]:
     """Runs every arm of every seed, each level a durable stage, and returns what they tell.
 
     The result holds:
@@ -64,7 +66,7 @@ def find_tickets(asked: Search) -> Json:
         raise RecipeError(f"The arms beside dense and iterative are {', '.join(ARMS[2:])}; got {unknown[0]!r}.")
     rows = [row for number in range(asked.seeds) for row in _of_seed(asked, number)]
     summary = summarize(rows)
-    return {
+    content = {
         "task": make_task(asked.recipe).name,
         "headline": "accuracy",
         "recipe": as_dict(asked.recipe),
@@ -72,6 +74,7 @@ def find_tickets(asked: Search) -> Json:
         "summary": summary,
         "statements": statements(summary),
     }
+    return Told(decode(TicketSearch, content))
 
 
 def _of_seed(asked: Search, number: int) -> list[Json]:
@@ -79,7 +82,10 @@ def _of_seed(asked: Search, number: int) -> list[Json]:
     recipe = begun(replace(asked.recipe, seed=seed), asked.directory / f"seed-{seed}")
     config = method_config(recipe)
     if not isinstance(config, LotteryConfig) or not config.iterative or config.control != "none":
-        raise MicrogliaError("The experiment starts from the method 'tickets', iterative and without a control of its own.")
+        raise MicrogliaError(
+            "The experiment needs the method 'tickets' with iterative=true and control=none; got the method "
+            f"{recipe.method!r} with {recipe.prune}."
+        )
     task = make_task(recipe)
     methods[recipe.method].check(task, config)
     record = {"command": "tickets", "recipe": as_dict(recipe), "arms": list(asked.arms), "draws": asked.draws}
@@ -129,46 +135,44 @@ def summarize(rows: Sequence[Json]) -> list[Json]:
     ]
 
 
-def arm_table(told: Json) -> Table:
+def arm_table(told: TicketSearch) -> Table:
     """Returns accuracy and early-stop step of every arm against density, mean and standard deviation."""
-    arms = [arm for arm in ARMS if any(row["arm"] == arm for row in told["summary"])]
-    steps = {row["end"] for row in told["rows"] if row.get("end") is not None}
+    arms = [arm for arm in ARMS if any(row.arm == arm for row in told.summary)]
+    steps = {row.end for row in told.rows if row.end is not None}
     at = f"at the end, step {', '.join(f'{step:,}' for step in sorted(steps))}" if steps else "at the end of training"
-    table = Table(
-        "density", title=f"{told['task']}: tickets and controls, test accuracy (%) {at} @ step of least validation loss"
-    )
+    table = Table("density", title=f"{told.task}: tickets and controls, test accuracy (%) {at} @ step of least validation loss")
     for arm in arms:
         table.add_column(TITLES[arm], justify="right")
-    cells = {(row["arm"], row["level"]): row for row in told["summary"]}
-    for level in sorted({row["level"] for row in told["summary"]}):
+    cells = {(row.arm, row.level): row for row in told.summary}
+    for level in sorted({row.level for row in told.summary}):
         of_level = {arm: cells.get((arm, level)) for arm in arms}
-        density = next(row["density"] for row in of_level.values() if row is not None)
+        density = next(row.density for row in of_level.values() if row is not None)
         table.add_row(f"{100 * density:.1f} %", *(_cell(row) for row in of_level.values()))
     return table
 
 
-def _cell(row: Json | None) -> str:
+def _cell(row: ArmLevel | None) -> str:
     if row is None:
         return ""
-    accuracy, spread = row["accuracy"]["mean"], row["accuracy"]["std"]
+    accuracy, spread = row.accuracy.mean, row.accuracy.std
     deviation = "" if spread is None else f" ± {100 * spread:.2f}"
-    return f"{100 * accuracy:.2f}{deviation} @ {row['early_stop']['mean']:.0f}"
+    return f"{100 * accuracy:.2f}{deviation} @ {row.early_stop.mean:.0f}"
 
 
-def statement_table(told: Json) -> Table:
+def statement_table(told: TicketSearch) -> Table:
     """Returns what the paper says and what was found."""
     table = Table("what Frankle and Carbin 2019 say", "here", "found", title="Statements (outside one pooled standard error)")
-    for row in told["statements"]:
-        unknown = "cannot be told" if row["found"] else "no such level"
-        verdict = {True: "holds", False: "does not hold", None: unknown}[row["holds"]]
-        table.add_row(row["text"], verdict, row["found"])
+    for row in told.statements:
+        unknown = "cannot be told" if row.found else "no such level"
+        verdict = {True: "holds", False: "does not hold", None: unknown}[row.holds]
+        table.add_row(row.text, verdict, row.found)
     return table
 
 
-def _begin(asked: Search) -> Work[Json]:
+def _begin(asked: Search) -> Work[TicketSearch]:
     if asked.recipe.prune["density"] is None and asked.recipe.prune["params"] is None:
         raise RecipeError("Tickets need to know where the levels end: give --density, such as 0.035.")
-    return Work(lambda run: find_tickets(asked))
+    return Work(lambda run: find_tickets(asked).result)
 
 
 register(
@@ -179,6 +183,7 @@ register(
         _begin,
         tables=lambda told: [arm_table(told), statement_table(told)],
         figures=figures,
+        result=TicketSearch,
         directory=lambda asked: asked.directory,
         example="microglia tickets lenet-300-100 --data mnist --density 0.035",
     )

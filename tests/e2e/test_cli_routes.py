@@ -6,7 +6,7 @@ import pytest
 
 from commands import microglia, refused
 
-WORDS = ("resnet8", "--data", "digits", "--method", "ftwt", "--flops", "0.5")
+WORDS = ("lenet-5", "--data", "digits", "--method", "ftwt", "--flops", "0.5")
 WORDS += ("dense.epochs=1", "train.epochs=1", "measure.latency=false", "threads=1")
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -77,6 +78,11 @@ class Line:
     options: Mapping[str, OwnOption] = field(default_factory=dict)
     given: dict[str, Any] = field(default_factory=dict)
 
+    @cached_property
+    def declared(self) -> list[Any]:
+        """Its own options as parameters of the command, which the parser and the values read."""
+        return _declared(self.options.values())
+
 
 class OwnOptionsCommand(TyperCommand):
     """A command with the options of the method and the task that its line names, in panels of their own."""
@@ -98,7 +104,7 @@ class OwnOptionsCommand(TyperCommand):
         if LINE not in ctx.meta:
             return shared
         place = next((n for n, one in enumerate(shared) if getattr(one, "rich_help_panel", None) == BEFORE), len(shared))
-        return [*shared[:place], *_declared(ctx.meta[LINE].options.values()), *shared[place:]]
+        return [*shared[:place], *ctx.meta[LINE].declared, *shared[place:]]
 
 
 def own_settings(ctx: typer.Context) -> dict[str, Any]:

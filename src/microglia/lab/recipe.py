@@ -17,21 +17,12 @@ from microglia.methods import MethodConfig, methods
 from microglia.methods.arguments import check_choices
 from microglia.methods.what import is_taken, left_out, named
 from microglia.runtime.dense.kinds import execution_names
-from microglia.storage.plain_yaml import DEEPEST, merge, parse_yaml, read_yaml_text
+from microglia.storage.plain_yaml import DEEPEST, EXAMPLES, merge, parse_yaml, read_yaml_text
 from microglia.storage.validation import adapter_of, brief, problems
 from microglia.train.optim import RECOVERY, FitConfig, identity
 
 LATER = ("task", "task_options", "track")
 """Fields that recipes of version 0.1.0 lack."""
-EXAMPLES = {
-    "recipe": "'model: resnet20'",
-    "sweep": "'grid: {seed: [0, 1]}'",
-    "sweep or queue": "'grid: {seed: [0, 1]}'",
-    "queue": "'parts: [{study: NAME}]'",
-    "study": "'base: {model: resnet20}'",
-    "list of statements": "'statements: []'",
-}
-"""The beginning of each kind of YAML file that is read as a mapping."""
 AFTER_DENSE = ("method", "prune", "train", "measure", "track")
 """Fields that do not reach the training of the dense network."""
 

@@ -10,6 +10,15 @@ import yaml
 
 LARGEST = 2**18
 """Maximum number of characters of a text, also with every alias written out."""
+EXAMPLES = {
+    "recipe": "'model: resnet20'",
+    "sweep": "'grid: {seed: [0, 1]}'",
+    "sweep or queue": "'grid: {seed: [0, 1]}'",
+    "queue": "'parts: [{study: NAME}]'",
+    "study": "'base: {model: resnet20}'",
+    "list of statements": "'statements: []'",
+}
+"""The beginning of each kind of YAML file that is read as a mapping."""
 DEEPEST = 64
 """Maximum depth of nested mappings and lists, with every alias written out."""
 MERGE = "tag:yaml.org,2002:merge"

@@ -100,15 +100,12 @@ class FtwtConfig(MethodConfig):
     def check_values(self) -> None:
         """Raises `BudgetError` for an unknown choice and for fractions out of range."""
         if self.mode not in ("decoupled", "joint", "heads", "random") or self.rule not in RULES or self.count not in COUNTS:
-            raise BudgetError(
-                "mode is decoupled, joint, heads or random, "
-                f"rule is {' or '.join(RULES)}, and count is {' or '.join(COUNTS)}; got {self.mode!r}, {self.rule!r} and "
-                f"{self.count!r}."
-            )
+            known = f"rule is {' or '.join(RULES)}, and count is {' or '.join(COUNTS)}"
+            got = f"{self.mode!r}, {self.rule!r} and {self.count!r}"
+            raise BudgetError(f"mode is decoupled, joint, heads or random, {known}; got {got}.")
         if self.initial not in ("random", "fitted") or (self.initial == "fitted" and self.mode == "random"):
-            raise BudgetError(
-                f"initial is random, or fitted where heads are trained; got {self.initial!r} with mode {self.mode!r}."
-            )
+            got = f"{self.initial!r} with mode {self.mode!r}"
+            raise BudgetError(f"initial is random, or fitted where heads are trained; got {got}.")
         if not (0 <= self.cooldown <= 1 and 0 <= self.soften <= 1 and self.head_lr > 0 and self.images > 0):
             raise BudgetError(
                 "cooldown and soften are fractions of the training, head_lr and images are above 0; got "

@@ -115,7 +115,7 @@ class Study(Generic[C, R]):
         begin: Checks a config, opens what it names, and returns the work.
         tables: Returns tables and sentences for a person, from a result.
         figures: Returns the figures of a result.
-        result: Class of the result; None for a plain mapping. What it holds is what is written; see `microglia.studies.result`.
+        result: Class of the result; None for a plain mapping; see `microglia.studies.result`.
         told: Returns the part of a measured result that is written, for one that holds more, such as tensors.
         directory: Where a config keeps everything; None keeps nothing.
         settle: Changes options, by name as typed, where one means something beside another; may add fields of the config that

@@ -13,6 +13,7 @@ from microglia.core.errors import MicrogliaError
 from microglia.core.layers import Layer, prunable_layers
 from microglia.core.parametrizations import attach_parametrization, baked, detach, parametrized_tensors, steps_of
 from microglia.core.recurrent import read_anew
+from microglia.core.shown import html_table
 
 
 class Masked(nn.Module):
@@ -70,6 +71,10 @@ class MaskSet(Mapping[str, Tensor]):
         if not self:
             return "MaskSet(no layers)"
         return f"MaskSet({len(self)} layers, {self.kept:,} of {self.total:,} kept, density {self.density:.4g})"
+
+    def _repr_html_(self) -> str:
+        rows = [(name, m.numel(), kept := int(m.count_nonzero()), kept / max(1, m.numel())) for name, m in self.items()]
+        return html_table(repr(self), ("layer", "weights", "kept", "density"), rows)
 
     @property
     def kept(self) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from microglia.core.batch import Example
+from microglia.core.shown import html_table
 from microglia.core.timing import Timing, time_interleaved
 from microglia.measure.latency import LatencyReport, measure_latency
 from microglia.measure.macs import Macs, count_macs
@@ -49,6 +50,23 @@ class Measurement:
     macs: Macs
     bytes: Bytes
     latency: LatencyReport | None
+
+    def __repr__(self) -> str:
+        kept = f"{self.parameters.all:,} parameters, density {self.parameters.density:.4g}"
+        time = f", {self.latency.fastest}" if self.latency else ""
+        return f"Measurement({kept}, {self.macs.total:,} MACs, {self.bytes.raw:,} bytes ({self.bytes.zipped:,} zipped){time})"
+
+    def _repr_html_(self) -> str:
+        rows = [
+            ("parameters", self.parameters.all),
+            ("prunable weights kept", f"{self.parameters.kept:,} of {self.parameters.prunable:,}"),
+            ("MACs", self.macs.total),
+            ("MACs of kept weights", self.macs.effective),
+            ("bytes", self.bytes.raw),
+            ("bytes, zipped", self.bytes.zipped),
+        ]
+        times = self.latency._repr_html_() if self.latency else ""
+        return html_table("Measurement", ("what", "value"), rows) + times
 
     def to_dict(self) -> dict[str, Any]:
         """Returns every number, JSON-ready."""

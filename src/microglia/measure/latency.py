@@ -13,6 +13,7 @@ from torch import nn
 from microglia.core.batch import Example
 from microglia.core.errors import MicrogliaError
 from microglia.core.registry import unknown_name
+from microglia.core.shown import html_table
 from microglia.core.timing import Timing, processor_name, time_interleaved
 from microglia.runtime.dense.execution import executions as prepare_executions
 from microglia.runtime.dense.kinds import execution_names, is_exact
@@ -59,6 +60,19 @@ class LatencyReport:
             UnknownNameError: No model with one of these names was measured.
         """
         return self.best(over)[1].median / self.best(model)[1].median
+
+    @property
+    def fastest(self) -> str:
+        """The best execution of each model with its median time, as one line."""
+        found = ((name, *self.best(name)) for name in self.timings)
+        return ", ".join(f"{name} {timing.median:.4g} ms ({execution})" for name, execution, timing in found)
+
+    def __repr__(self) -> str:
+        return f"LatencyReport({self.fastest}; batch {self.batch}, {self.threads} thread(s), {self.device})"
+
+    def _repr_html_(self) -> str:
+        rows = [(name, execution, t.median) for name, times in self.timings.items() for execution, t in times.items()]
+        return html_table(repr(self), ("model", "execution", "median, ms"), rows, self.notes)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns everything, JSON-ready, with the name of each model's best execution."""

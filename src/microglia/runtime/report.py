@@ -10,6 +10,7 @@ from torch import nn
 
 from microglia.core.errors import SelectorError
 from microglia.core.layers import prunable_layers
+from microglia.core.shown import html_table
 
 SHOWN = 6
 """Layers named in a sentence."""
@@ -98,6 +99,16 @@ class AccelerationReport:
     def to_dict(self) -> dict[str, Any]:
         """Returns everything, JSON-ready."""
         return {**asdict(self), "speedup": self.speedup}
+
+    def __repr__(self) -> str:
+        chosen = f"{self.chosen} {self.times[self.chosen]:.4g} ms, {self.speedup:.2f}x {self.best_dense}"
+        return f"AccelerationReport({chosen}; {len(self.layers)} layers, {self.level}, {self.threads} thread(s))"
+
+    def _repr_html_(self) -> str:
+        heads = ("layer", "density", "runs as", "ms", "dense, ms", "why")
+        rows = [(one.name, one.density, one.chosen, one.times[one.chosen], one.dense, one.why) for one in self.layers]
+        whole = html_table("The whole model", ("execution", "ms"), sorted(self.times.items(), key=lambda pair: pair[1]))
+        return html_table(repr(self), heads, rows, self.notes) + whole
 
     def __str__(self) -> str:
         """Returns tables for a reader: the layers, then the whole model."""

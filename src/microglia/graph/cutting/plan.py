@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from microglia.core.errors import FileError, MicrogliaError
 from microglia.core.masks import bake
+from microglia.core.shown import html_table
 from microglia.graph.cutting.cut import by_group
 from microglia.graph.cutting.graph_model import graph_model
 from microglia.graph.cutting.hugging_face import set_fields
@@ -68,6 +69,16 @@ class Plan:
     notes: tuple[str, ...] = ()
     config: dict[str, dict[str, Any]] = field(default_factory=dict)
     model: str = ""
+
+    def __repr__(self) -> str:
+        (before, after), (dense, left) = self.parameters, self.macs
+        got = "".join(f", {name} {value:.4g}" for name, value in self.got.items())
+        counts = f"{before:,} to {after:,} parameters, {dense:,} to {left:,} MACs"
+        return f"Plan({self.kind}, {self.pruned} of {self.found} groups, {counts}{got}, error {self.error:.1e})"
+
+    def _repr_html_(self) -> str:
+        shapes = [(name, *(" x ".join(map(str, shape)) for shape in pair)) for name, pair in self.shapes.items()]
+        return html_table(repr(self), ("tensor", "before", "after"), shapes, self.notes)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns everything, JSON-ready."""

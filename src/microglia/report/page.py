@@ -9,6 +9,7 @@ from typing import Any
 
 from microglia.core.optional import needs
 from microglia.report.interactive import POLICY, markup
+from microglia.report.opening import byte_bars, opening
 from microglia.report.read import Collected
 from microglia.report.rows import Group
 from microglia.report.section import pictures_of, tables_of
@@ -47,7 +48,9 @@ def _task(group: Group) -> dict[str, Any]:
     """Returns the template's values of one task."""
     return {
         "title": group.title,
+        "opening": opening(group),
         "facts": what_ran(group),
+        "bars": byte_bars(group),
         "tables": tables_of(group),
         "plots": [markup(picture.chart, f"plot-{group.slug}-{number}") for number, picture in enumerate(pictures_of(group))],
     }

@@ -219,20 +219,20 @@ def report(
 
 @command
 def methods(json_: Json = False) -> Shown:
-    """List the methods and scores, with their defaults."""
-    rows = {
+    """List the methods and scores: what each is for, its paper, its defaults."""
+    rows: dict[str, dict[str, Any]] = {
         m.name: {
-            "description": m.description,
+            **m.about,
             "defaults": {**_defaults(m.config), **m.defaults},
             "patterns": m.config.takes.forms,
         }
         for _, m in known_methods.items()
     }
-    table = Table("method", "what it does", "its own settings")
-    for name, row in rows.items():
-        common = _defaults(known_methods["oneshot"].config)
-        own = {k: v for k, v in row["defaults"].items() if common.get(k) != v or k in known_methods[name].defaults}  # type: ignore[attr-defined]
-        table.add_row(name, str(row["description"]), ", ".join(f"{k}={v}" for k, v in own.items()))
+    table = Table("method", "what it does", "for", "paper", "its own settings")
+    common = _defaults(known_methods["oneshot"].config)
+    for name, m in known_methods.items():
+        own = {k: v for k, v in rows[name]["defaults"].items() if common.get(k) != v or k in m.defaults}
+        table.add_row(name, *m.about.values(), ", ".join(f"{k}={v}" for k, v in own.items()))
     found = {"methods": rows, "scores": list(scores), "patterns": list(PATTERN_FORMS)}
     return found, [table, f"scores: {', '.join(scores)}", f"patterns: {', '.join(PATTERN_FORMS)}"]
 

@@ -63,7 +63,7 @@ COMMANDS = {
         LOOK,
         "Write the overview of a queue: each statement with what was run, its outcome and error; tables; what is left.",
     ),
-    "methods": Listed("commands", LOOK, "List the methods and scores, with their defaults."),
+    "methods": Listed("commands", LOOK, "List the methods and scores: what each is for, its paper, its defaults."),
     "recipe": Listed("commands", LOOK, "Print a recipe with every default filled in, or the JSON schema of recipes."),
     "doctor": Listed(
         "doctor",

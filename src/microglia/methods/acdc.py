@@ -110,7 +110,13 @@ def _reset_momentum(optimizer: torch.optim.Optimizer) -> None:
                 state[name].zero_()
 
 
-@method("acdc", AcdcConfig, check=fits)
+@method(
+    "acdc",
+    AcdcConfig,
+    check=fits,
+    paper="Peste et al. 2021, arXiv 2106.12379",
+    purpose="dense and sparse training in turn; both models",
+)
 def acdc(task: Task, run: Run, config: AcdcConfig) -> nn.Module:
     """AC/DC: compressed and dense phases in turn, ending compressed."""
     return searched(task, run, config, Acdc)

@@ -191,7 +191,13 @@ class Amc(SearchedPruner):
         return (values - least) / (values.amax(0) - least).clamp(min=1e-9)
 
 
-@method("amc", AmcConfig, check=fits(Amc))
+@method(
+    "amc",
+    AmcConfig,
+    check=fits(Amc),
+    paper="He et al. 2018, arXiv 1802.03494",
+    purpose="densities of layers by reinforcement learning",
+)
 def amc(task: Task, run: Run, config: AmcConfig) -> nn.Module:
     """AMC: an agent (DDPG) learns the kept fraction of each group, always within the budget; fine-tune."""
     return searched_widths(task, run, config, Amc)

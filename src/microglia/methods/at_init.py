@@ -157,7 +157,14 @@ def refuse_trained(task: Task, config: MethodConfig) -> None:
     fits(task, config)
 
 
-@method("at-init", AtInitConfig, check=refuse_trained, training=FitConfig())
+@method(
+    "at-init",
+    AtInitConfig,
+    check=refuse_trained,
+    training=FitConfig(),
+    paper="Frankle et al. 2021, arXiv 2009.08576",
+    purpose="pruning before training by any score",
+)
 def at_init(task: Task, run: Run, config: AtInitConfig) -> nn.Module:
     """Score an untrained network, keep the best, train what is left from its initial weights."""
     dense = dense_model(task, run, config.dense)  # for comparison; the rest depends on it only as a teacher
@@ -230,10 +237,62 @@ def paths(masks: MaskSet, effective: MaskSet) -> dict[str, Any]:
     }
 
 
-preset("snip", "at-init", "SNIP: connection sensitivity on one batch (Lee et al. 2019).", score="snip")
-preset("snip-inference", "at-init", "SNIP in inference mode, as in its authors' code.", score="snip-inference")
-preset("snip-iterative", "at-init", "SNIP in 100 rounds (de Jorge et al. 2021).", score="snip", rounds=100)
-preset("grasp", "at-init", "GraSP: keep what carries gradient flow (Wang et al. 2020).", score="grasp", per_class=10)
-preset("synflow", "at-init", "SynFlow: 100 rounds without data (Tanaka et al. 2020).", score="synflow", rounds=100)
-preset("magnitude-at-init", "at-init", "Initial |w|: a control.", score="magnitude")
-preset("random-at-init", "at-init", "Random weights of a network at initialization: the control.", score="random")
+preset(
+    "snip",
+    "at-init",
+    "SNIP: connection sensitivity on one batch (Lee et al. 2019).",
+    score="snip",
+    paper="Lee et al. 2019, arXiv 1810.02340",
+    purpose="before training, moderate sparsity",
+)
+preset(
+    "snip-inference",
+    "at-init",
+    "SNIP in inference mode, as in its authors' code.",
+    score="snip-inference",
+    paper="Lee et al. 2019, arXiv 1810.02340",
+    purpose="the authors' own variant",
+)
+preset(
+    "snip-iterative",
+    "at-init",
+    "SNIP in 100 rounds (de Jorge et al. 2021).",
+    score="snip",
+    rounds=100,
+    paper="de Jorge et al. 2021, arXiv 2006.09081",
+    purpose="before training, high sparsity",
+)
+preset(
+    "grasp",
+    "at-init",
+    "GraSP: keep what carries gradient flow (Wang et al. 2020).",
+    score="grasp",
+    per_class=10,
+    paper="Wang et al. 2020, arXiv 2002.07376",
+    purpose="before training, high sparsity",
+)
+preset(
+    "synflow",
+    "at-init",
+    "SynFlow: 100 rounds without data (Tanaka et al. 2020).",
+    score="synflow",
+    rounds=100,
+    paper="Tanaka et al. 2020, arXiv 2006.05467",
+    purpose="before training, without data, extreme sparsity",
+)
+preset(
+    "magnitude-at-init",
+    "at-init",
+    "Initial |w|: a control.",
+    score="magnitude",
+    paper="Frankle et al. 2021, arXiv 2009.08576",
+    purpose="a control",
+)
+preset(
+    "random-at-init",
+    "at-init",
+    "Random weights of a network at initialization: the control.",
+    score="random",
+    paper="Frankle et al. 2021, arXiv 2009.08576",
+    purpose="a control",
+)

@@ -106,7 +106,13 @@ class Awg(UnitPruner):
         super().freeze(optimizer)
 
 
-@method("awg", AwgConfig, check=fits)
+@method(
+    "awg",
+    AwgConfig,
+    check=fits,
+    paper="Ding et al. 2024, arXiv 2403.19969, appendix G",
+    purpose="blocks in steps; the rival of smart",
+)
 def awg(task: Task, run: Run, config: AwgConfig) -> nn.Module:
     """AWG: prune by accumulated |weight x gradient| in steps, fine-tuning in between."""
     return searched(task, run, config, Awg)

@@ -94,7 +94,7 @@ def collaborative(gradients: Tensor, count: int) -> Tensor:
     return kept
 
 
-@method("ccp", CcpConfig, check=fits(Ccp))
+@method("ccp", CcpConfig, check=fits(Ccp), paper="Peng et al. 2019", purpose="channels whose joint removal costs little")
 def ccp(task: Task, run: Run, config: CcpConfig) -> nn.Module:
     """CCP: channels go whose joint removal should raise the loss least, from pairs of gate gradients; fine-tune."""
     return thinned(task, run, config, Ccp)

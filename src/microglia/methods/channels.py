@@ -90,7 +90,7 @@ def fits(task: Task, config: ChannelsConfig) -> None:
         )
 
 
-@method("channels", ChannelsConfig, check=fits)
+@method("channels", ChannelsConfig, check=fits, purpose="speed in any engine: the road to begin with")
 def channels(task: Task, run: Run, config: ChannelsConfig) -> nn.Module:
     """Score coupled channels by group, remove the least to the budget, recover by training."""
     model = dense_model(task, run, config.dense)
@@ -145,4 +145,10 @@ def _settings(config: ChannelsConfig) -> dict[str, Any]:
     }
 
 
-preset("channels-global", "channels", "Channels compete across groups by normalized score.", scope="global")
+preset(
+    "channels-global",
+    "channels",
+    "Channels compete across groups by normalized score.",
+    scope="global",
+    purpose="as channels; layers share one budget",
+)

@@ -173,6 +173,8 @@ class Method:
         check: Raises an error about a config for a task before anything is trained.
         training: The default training after (or while) pruning.
         original: The method of which this name is a preset; its own name if it is not a preset.
+        paper: Its source: authors, year, and the number at arXiv where it has one; empty if it has no single source.
+        purpose: Uses for which it is good, in a few words.
     """
 
     name: str
@@ -183,6 +185,13 @@ class Method:
     check: Check = fits
     training: FitConfig = RECOVERY
     original: str = ""
+    paper: str = ""
+    purpose: str = ""
+
+    @property
+    def about(self) -> dict[str, str]:
+        """Its description, its purpose (``for``) and its paper."""
+        return {"description": self.description, "for": self.purpose, "paper": self.paper}
 
     def outcome(self, pattern: str | Pattern) -> Outcome | None:
         """Returns the outcome of the method for a pattern; None if it does not admit the pattern."""
@@ -193,13 +202,21 @@ methods: Registry[Method] = Registry("method")
 
 
 def method(
-    name: str, config: type[MethodConfig], check: Check = fits, training: FitConfig = RECOVERY
+    name: str,
+    config: type[MethodConfig],
+    check: Check = fits,
+    training: FitConfig = RECOVERY,
+    *,
+    paper: str = "",
+    purpose: str = "",
 ) -> Callable[[Procedure], Procedure]:
-    """Returns a decorator that registers a procedure; its docstring's first line describes it."""
+    """Returns a decorator that registers a procedure; its docstring's first line describes it, the rest is as in `Method`."""
 
     def register(procedure: Procedure) -> Procedure:
         description = (procedure.__doc__ or "").strip().split("\n")[0]
-        made = Method(name, procedure, config, description, check=check, training=training, original=name)
+        made = Method(
+            name, procedure, config, description, check=check, training=training, original=name, paper=paper, purpose=purpose
+        )
         methods.add(name)(made)
         NAMES.setdefault(config, name)
         return procedure
@@ -207,7 +224,9 @@ def method(
     return register
 
 
-def preset(name: str, of: str, description: str, **defaults: Any) -> None:
-    """Registers a name for a method with other defaults."""
+def preset(name: str, of: str, description: str, *, paper: str = "", purpose: str = "", **defaults: Any) -> None:
+    """Registers a name for a method with other defaults; without a paper of its own it has that of the method."""
     original = methods[of]
-    methods.add(name)(replace(original, name=name, description=description, defaults={**original.defaults, **defaults}))
+    own = {**original.defaults, **defaults}
+    made = replace(original, name=name, description=description, defaults=own, paper=paper or original.paper, purpose=purpose)
+    methods.add(name)(made)

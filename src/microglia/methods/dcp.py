@@ -254,7 +254,13 @@ def _columns(place: Place, chosen: Tensor, raw: Tensor) -> Tensor:
     return chosen[place.units].to(raw).view([-1 if d == place.dim else 1 for d in range(raw.ndim)])
 
 
-@method("dcp", DcpConfig, check=fits(Dcp))
+@method(
+    "dcp",
+    DcpConfig,
+    check=fits(Dcp),
+    paper="Zhuang et al. 2018, arXiv 1810.11809",
+    purpose="channels that discriminate, layer by layer",
+)
 def dcp(task: Task, run: Run, config: DcpConfig) -> nn.Module:
     """DCP: auxiliary classifiers train along; channels are chosen greedily by the gradient of losses, fine-tune."""
     return thinned(task, run, config, Dcp)

@@ -251,7 +251,7 @@ def fits(task: Task, config: DdnpConfig) -> None:
     whole_widths(channels, torch.ones(len(channels.lengths)), kept)
 
 
-@method("ddnp", DdnpConfig, check=fits)
+@method("ddnp", DdnpConfig, check=fits, paper="Gao et al. 2022", purpose="widths of a frozen trained network")
 def ddnp(task: Task, run: Run, config: DdnpConfig) -> nn.Module:
     """DDNP: two networks learn widths and ranks of the frozen model's channels, the rest is removed, fine-tune."""
     model = dense_model(task, run, config.dense)

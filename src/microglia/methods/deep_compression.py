@@ -89,7 +89,13 @@ def _fits(task: Task, config: DeepCompressionConfig) -> None:
     bits_by_layer(chosen_layers(task.build(), config.layers, config.exclude), config.numbers)
 
 
-@method("deep-compression", DeepCompressionConfig, check=_fits)
+@method(
+    "deep-compression",
+    DeepCompressionConfig,
+    check=_fits,
+    paper="Han et al. 2016, arXiv 1510.00149",
+    purpose="the smallest file",
+)
 def deep_compression(task: Task, run: Run, config: DeepCompressionConfig) -> nn.Module:
     """Prune along a schedule, share the kept weights, train the shared values, and pack one small file."""
     model = dense_in_order(task, run, config)

@@ -126,7 +126,14 @@ def _rate(optimizer: torch.optim.Optimizer | None, parameter: Tensor) -> float:
     return next((float(g["lr"]) for g in groups if any(p is parameter for p in g["params"])), 0.0)
 
 
-@method("deep-r", DeepRConfig, check=fits(DeepR), training=FitConfig())
+@method(
+    "deep-r",
+    DeepRConfig,
+    check=fits(DeepR),
+    training=FitConfig(),
+    paper="Bellec et al. 2018, arXiv 1711.05136",
+    purpose="sparse training with fixed signs",
+)
 def deep_r(task: Task, run: Run, config: DeepRConfig) -> nn.Module:
     """Deep R: sparse from scratch; signs are fixed, weights that would change theirs give way to random ones."""
     return from_scratch(task, run, config, DeepR)

@@ -58,7 +58,13 @@ def hoyer_square(squares: Tensor) -> Tensor:
     return squares.clamp_min(tiny).sqrt().sum().square() / squares.sum().clamp_min(tiny)
 
 
-@method("deephoyer", DeepHoyerConfig, check=fits(DeepHoyer))
+@method(
+    "deephoyer",
+    DeepHoyerConfig,
+    check=fits(DeepHoyer),
+    paper="Yang et al. 2020, arXiv 1908.09979",
+    purpose="channels, a penalty without scale",
+)
 def deephoyer(task: Task, run: Run, config: DeepHoyerConfig) -> nn.Module:
     """DeepHoyer: the Hoyer measure of each group's channels is driven down, the smallest go, fine-tune."""
     return thinned(task, run, config, DeepHoyer)

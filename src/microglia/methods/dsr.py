@@ -102,7 +102,14 @@ class Dsr(SparseTraining):
         self.threshold = state["threshold"]
 
 
-@method("dsr", DsrConfig, check=fits(Dsr), training=FitConfig())
+@method(
+    "dsr",
+    DsrConfig,
+    check=fits(Dsr),
+    training=FitConfig(),
+    paper="Mostafa, Wang 2019, arXiv 1902.05967",
+    purpose="sparse training; weights move between layers",
+)
 def dsr(task: Task, run: Run, config: DsrConfig) -> nn.Module:
     """DSR: sparse from scratch; one threshold for the network, and weights move to layers where most survive."""
     return from_scratch(task, run, config, Dsr)

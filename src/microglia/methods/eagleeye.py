@@ -66,7 +66,13 @@ class EagleEye(SearchedPruner):
         self.note(evaluate(self.space.distinct(self.own.candidates, generator)))
 
 
-@method("eagleeye", EagleEyeConfig, check=fits(EagleEye))
+@method(
+    "eagleeye",
+    EagleEyeConfig,
+    check=fits(EagleEye),
+    paper="Li et al. 2020, arXiv 2007.02491",
+    purpose="widths by many quick candidates",
+)
 def eagleeye(task: Task, run: Run, config: EagleEyeConfig) -> nn.Module:
     """EagleEye: random widths within the budget, the best after batch-norm statistics are estimated anew; fine-tune."""
     return searched_widths(task, run, config, EagleEye)

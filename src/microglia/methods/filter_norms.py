@@ -87,7 +87,13 @@ class FilterNorms(ChannelPruner):
         return kept
 
 
-@method("l1", FilterNormsConfig, check=fits(FilterNorms))
+@method(
+    "l1",
+    FilterNormsConfig,
+    check=fits(FilterNorms),
+    paper="Li et al. 2017, arXiv 1608.08710",
+    purpose="the simplest filter pruning",
+)
 def l1(task: Task, run: Run, config: FilterNormsConfig) -> nn.Module:
     """Filter norms: the filters of the smallest L1 norm go at once, by the independent or the greedy rule; fine-tune."""
     return thinned(task, run, config, FilterNorms)

@@ -46,7 +46,9 @@ class Fpgm(SoftFilters):
         return super().final() if self.zeroed is None else ~self.zeroed
 
 
-@method("fpgm", FpgmConfig, check=fits(Fpgm))
+@method(
+    "fpgm", FpgmConfig, check=fits(Fpgm), paper="He et al. 2019, arXiv 1811.00250", purpose="channels that others can replace"
+)
 def fpgm(task: Task, run: Run, config: FpgmConfig) -> nn.Module:
     """FPGM: every epoch the filters nearest to the geometric median become zero; in the end they go."""
     return thinned(task, run, config, Fpgm)

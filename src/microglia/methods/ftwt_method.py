@@ -56,7 +56,9 @@ class Planned:
     estimate: dict[str, Any] = field(default_factory=dict)
 
 
-@method("ftwt", FtwtConfig, check=fits)
+@method(
+    "ftwt", FtwtConfig, check=fits, paper="Elkerdawy et al. 2022, arXiv 2110.08232", purpose="channels chosen for each input"
+)
 def ftwt(task: Task, run: Run, config: FtwtConfig) -> nn.Module:
     """Heads predict per input which channels to compute, trained on each layer's own activation mass."""
     model = dense_model(task, run, config.dense)

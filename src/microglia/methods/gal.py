@@ -164,7 +164,9 @@ def _as(label: float, logits: Tensor) -> Tensor:
     return functional.binary_cross_entropy_with_logits(logits, torch.full_like(logits, label))
 
 
-@method("gal", GalConfig, check=fits(Gal))
+@method(
+    "gal", GalConfig, check=fits(Gal), paper="Lin et al. 2019, arXiv 1903.09291", purpose="channels and blocks without labels"
+)
 def gal(task: Task, run: Run, config: GalConfig) -> nn.Module:
     """GAL: a soft mask learned without labels against a discriminator, by FISTA; structures at zero go, fine-tune."""
     return thinned(task, run, config, Gal)

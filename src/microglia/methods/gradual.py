@@ -108,7 +108,7 @@ class Gradual(Pruner):
         self.evidence.generator.set_state(state["generator"])
 
 
-@method("gradual", GradualConfig)
+@method("gradual", GradualConfig, paper="Zhu, Gupta 2017, arXiv 1710.01878", purpose="high sparsity with a training at hand")
 def gradual(task: Task, run: Run, config: GradualConfig) -> nn.Module:
     """Prune along a schedule (cubic) while training, then recover in the rest of the same training."""
     model = dense_in_order(task, run, config)

@@ -85,7 +85,13 @@ def _by_rank(importance: Tensor) -> Tensor:
     return 2 ** (ALPHA * (importance.max() - importance) / spread)
 
 
-@method("group-lasso", GroupLassoConfig, check=fits(GroupLasso))
+@method(
+    "group-lasso",
+    GroupLassoConfig,
+    check=fits(GroupLasso),
+    paper="Wen et al. 2016, arXiv 1608.03665",
+    purpose="coupled channels, driven to zero in training",
+)
 def group_lasso(task: Task, run: Run, config: GroupLassoConfig) -> nn.Module:
     """Group lasso: the norms of whole coupled groups are driven to zero, the smallest go, fine-tune."""
     return thinned(task, run, config, GroupLasso)

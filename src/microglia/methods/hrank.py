@@ -175,7 +175,13 @@ class Hrank(ChannelPruner):
                     tensor.index_fill_(place.dim, entries, 0.0)
 
 
-@method("hrank", HrankConfig, check=fits(Hrank))
+@method(
+    "hrank",
+    HrankConfig,
+    check=fits(Hrank),
+    paper="Lin et al. 2020, arXiv 2002.10179",
+    purpose="channels by the rank of their maps",
+)
 def hrank(task: Task, run: Run, config: HrankConfig) -> nn.Module:
     """HRank: channels with maps of low rank go, group after group, while the network trains; fine-tune."""
     return thinned(task, run, config, Hrank)

@@ -273,7 +273,7 @@ def fits(task: Task, config: LayerwiseConfig) -> None:
     Layerwise(task.build(), [], config)
 
 
-@method("layerwise", LayerwiseConfig, check=fits, training=NO_TRAINING)
+@method("layerwise", LayerwiseConfig, check=fits, training=NO_TRAINING, purpose="large models block by block, without training")
 def layerwise(task: Task, run: Run, config: LayerwiseConfig) -> nn.Module:
     """Blocks one after another: each layer is pruned by what it reads; by the rule the other weights compensate."""
     model = dense_model(task, run, config.dense)
@@ -286,5 +286,19 @@ def layerwise(task: Task, run: Run, config: LayerwiseConfig) -> nn.Module:
     return model
 
 
-preset("wanda", "layerwise", "Wanda: |w| times the norm of its input, compared in each row, block by block.", rule="wanda")
-preset("sparsegpt", "layerwise", "SparseGPT: one-shot masks, the other weights compensate, block by block.", rule="sparsegpt")
+preset(
+    "wanda",
+    "layerwise",
+    "Wanda: |w| times the norm of its input, compared in each row, block by block.",
+    rule="wanda",
+    paper="Sun et al. 2023, arXiv 2306.11695",
+    purpose="language models, fast",
+)
+preset(
+    "sparsegpt",
+    "layerwise",
+    "SparseGPT: one-shot masks, the other weights compensate, block by block.",
+    rule="sparsegpt",
+    paper="Frantar, Alistarh 2023, arXiv 2301.00774",
+    purpose="language models, 2:4, more accuracy",
+)

@@ -271,7 +271,14 @@ def check(task: Task, config: LotteryConfig) -> None:
         other_weights(task, 0)
 
 
-@method("tickets", LotteryConfig, check=check, training=FitConfig())
+@method(
+    "tickets",
+    LotteryConfig,
+    check=check,
+    training=FitConfig(),
+    paper="Frankle, Carbin 2019, arXiv 1803.03635",
+    purpose="the study of lottery tickets",
+)
 def tickets(task: Task, run: Run, config: LotteryConfig) -> nn.Module:
     """Train, remove the smallest weights, go back, train again, level by level down to the density (lottery tickets, IMP)."""
     run.shared = None  # its dense network is trained by ``train``, not by ``dense`` as the one that runs share
@@ -297,8 +304,27 @@ def _observe(search: Tickets, level: Level, name: str) -> None:
     observe(search.task, search.run, name, fold(deepcopy(search.model)))
 
 
-preset("tickets-oneshot", "tickets", "Lottery tickets found in one step from the dense network.", iterative=False)
-preset("imp", "tickets", "Iterative magnitude pruning, weights rewound to epoch rewind (Frankle et al. 2020).", to="weights")
 preset(
-    "lr-rewinding", "tickets", "Iterative magnitude pruning, the learning rate rewound (Renda et al. 2020).", to="learning-rate"
+    "tickets-oneshot",
+    "tickets",
+    "Lottery tickets found in one step from the dense network.",
+    iterative=False,
+    paper="Frankle, Carbin 2019, arXiv 1803.03635",
+    purpose="tickets in one round",
+)
+preset(
+    "imp",
+    "tickets",
+    "Iterative magnitude pruning, weights rewound to epoch rewind (Frankle et al. 2020).",
+    to="weights",
+    paper="Frankle et al. 2020, arXiv 1912.05671",
+    purpose="highest accuracy at high sparsity, at many trainings",
+)
+preset(
+    "lr-rewinding",
+    "tickets",
+    "Iterative magnitude pruning, the learning rate rewound (Renda et al. 2020).",
+    to="learning-rate",
+    paper="Renda et al. 2020, arXiv 2003.02389",
+    purpose="as imp, weights kept",
 )

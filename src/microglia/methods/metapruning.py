@@ -234,7 +234,13 @@ def check(task: Task, config: MetaPruningConfig) -> None:
         )
 
 
-@method("metapruning", MetaPruningConfig, check=check)
+@method(
+    "metapruning",
+    MetaPruningConfig,
+    check=check,
+    paper="Liu et al. 2019, arXiv 1903.10258",
+    purpose="widths by a network that makes weights",
+)
 def metapruning(task: Task, run: Run, config: MetaPruningConfig) -> nn.Module:
     """MetaPruning: a network makes weights for any widths, an evolution finds the best; the winner is trained from scratch."""
     dense = dense_model(task, run, config.dense)

@@ -80,7 +80,7 @@ class Obd(Pruner):
         return max(self.target, int(self.masks.kept * (1 - cast(ObdConfig, self.config).fraction)))
 
 
-@method("obd", ObdConfig)
+@method("obd", ObdConfig, paper="LeCun et al. 1990", purpose="small networks, diagonal second order")
 def obd(task: Task, run: Run, config: ObdConfig) -> nn.Module:
     """OBD: rounds that delete the lowest fraction by half the curvature times the squared weight, and retrain."""
     model = dense_model(task, run, config.dense)

@@ -275,7 +275,7 @@ def fits(task: Task, config: ObsConfig) -> None:
     Obs(task.build(), config, start=False)
 
 
-@method("obs", ObsConfig, check=fits)
+@method("obs", ObsConfig, check=fits, paper="Hassibi, Stork 1993", purpose="small networks, full second order")
 def obs(task: Task, run: Run, config: ObsConfig) -> nn.Module:
     """OBS: delete what costs least by the exact inverse Hessian, the others compensate; retrain when nothing is cheap."""
     model = dense_model(task, run, config.dense)

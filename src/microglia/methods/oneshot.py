@@ -45,7 +45,7 @@ class OneShotConfig(Permuting, MethodConfig):
     recalibrate: int = RECALIBRATION
 
 
-@method("oneshot", OneShotConfig)
+@method("oneshot", OneShotConfig, purpose="one cut by any score, then recovery; the baseline to beat")
 def oneshot(task: Task, run: Run, config: OneShotConfig) -> nn.Module:
     """Score the dense model once, keep the best, recover by training."""
     model = dense_in_order(task, run, config)
@@ -61,13 +61,44 @@ def oneshot(task: Task, run: Run, config: OneShotConfig) -> nn.Module:
     return model
 
 
-preset("magnitude", "oneshot", "One-shot by |w|.", score="magnitude")
-preset("gradient", "oneshot", "One-shot by |w * gradient| on one batch.", score="gradient")
+preset(
+    "magnitude",
+    "oneshot",
+    "One-shot by |w|.",
+    score="magnitude",
+    paper="Han et al. 2015, arXiv 1506.02626",
+    purpose="the strong simple baseline; needs no data",
+)
+preset(
+    "gradient",
+    "oneshot",
+    "One-shot by |w * gradient| on one batch.",
+    score="gradient",
+    paper="Blalock et al. 2020, arXiv 2003.03033",
+    purpose="single weights where one batch of data is at hand",
+)
 SHRINKBENCH = {"exclude": ("role:classifier",)}
 """The protocol never prunes the layers that make the output (Blalock et al. 2020)."""
 
-preset("random", "oneshot", "ShrinkBench: at random, one ordering: the control.", score="random", **SHRINKBENCH)
-preset("global-magnitude", "oneshot", "ShrinkBench: |w|, one ordering.", score="magnitude", scope="global", **SHRINKBENCH)
+preset(
+    "random",
+    "oneshot",
+    "ShrinkBench: at random, one ordering: the control.",
+    score="random",
+    **SHRINKBENCH,
+    paper="Blalock et al. 2020, arXiv 2003.03033",
+    purpose="a control",
+)
+preset(
+    "global-magnitude",
+    "oneshot",
+    "ShrinkBench: |w|, one ordering.",
+    score="magnitude",
+    scope="global",
+    **SHRINKBENCH,
+    paper="Blalock et al. 2020, arXiv 2003.03033",
+    purpose="ShrinkBench's comparison",
+)
 preset(
     "layer-magnitude",
     "oneshot",
@@ -75,9 +106,18 @@ preset(
     score="magnitude",
     scope="layer",
     **SHRINKBENCH,
+    paper="Blalock et al. 2020, arXiv 2003.03033",
+    purpose="ShrinkBench's comparison",
 )
 preset(
-    "global-gradient", "oneshot", "ShrinkBench: |w * gradient|, one ordering.", score="gradient", scope="global", **SHRINKBENCH
+    "global-gradient",
+    "oneshot",
+    "ShrinkBench: |w * gradient|, one ordering.",
+    score="gradient",
+    scope="global",
+    **SHRINKBENCH,
+    paper="Blalock et al. 2020, arXiv 2003.03033",
+    purpose="ShrinkBench's comparison",
 )
 preset(
     "layer-gradient",
@@ -86,4 +126,6 @@ preset(
     score="gradient",
     scope="layer",
     **SHRINKBENCH,
+    paper="Blalock et al. 2020, arXiv 2003.03033",
+    purpose="ShrinkBench's comparison",
 )

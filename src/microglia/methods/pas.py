@@ -113,7 +113,9 @@ class Pas(UnitPruner):
         return cast(Tensor, self.soft.scores)
 
 
-@method("pas", PasConfig, check=fits)
+@method(
+    "pas", PasConfig, check=fits, paper="Li et al. 2022, arXiv 2206.01198", purpose="blocks and channels: gates in the training"
+)
 def pas(task: Task, run: Run, config: PasConfig) -> nn.Module:
     """PaS: gates with a straight-through gradient and a penalty on the cost, freeze, fine-tune."""
     return searched(task, run, config, Pas)

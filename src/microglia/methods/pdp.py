@@ -131,7 +131,13 @@ def _between(values: Tensor, keep: int) -> Tensor:
     return (below + values.kthvalue(removed + 1).values) / 2
 
 
-@method("pdp", PdpConfig, check=fits)
+@method(
+    "pdp",
+    PdpConfig,
+    check=fits,
+    paper="Cho et al. 2023, arXiv 2305.11203",
+    purpose="blocks and weights: soft masks without parameters",
+)
 def pdp(task: Task, run: Run, config: PdpConfig) -> nn.Module:
     """PDP: soft masks as a function of the weights around each layer's threshold, freeze, fine-tune."""
     return searched(task, run, config, Pdp)

@@ -68,7 +68,13 @@ def sensitivity(samples: Tensor) -> Tensor:
     return torch.stack(shares).amax((0, 1))
 
 
-@method("pfp", PfpConfig, check=fits(Pfp))
+@method(
+    "pfp",
+    PfpConfig,
+    check=fits(Pfp),
+    paper="Liebenwein et al. 2020, arXiv 1911.07412",
+    purpose="whole channels with an error bound",
+)
 def pfp(task: Task, run: Run, config: PfpConfig) -> nn.Module:
     """PFP: the channels go whose share in every sampled output of the next layers is small; fine-tune."""
     return thinned(task, run, config, Pfp)

@@ -186,7 +186,13 @@ def threshold(scales: Tensor, fallback: float = FALLBACK) -> float:
     return (int(found[0]) + 1) / BINS if len(found) else fallback
 
 
-@method("polarization", PolarizationConfig, check=fits(Polarization))
+@method(
+    "polarization",
+    PolarizationConfig,
+    check=fits(Polarization),
+    paper="Zhuang et al. 2020",
+    purpose="whole channels; scales are clearly on or off",
+)
 def polarization(task: Task, run: Run, config: PolarizationConfig) -> nn.Module:
     """Polarization: scales are driven to 0 or away from it, those at 0 go, fine-tune."""
     if not config.probes:

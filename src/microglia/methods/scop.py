@@ -228,7 +228,9 @@ def check(task: Task, config: ScopConfig) -> None:
     images_of(task, config)
 
 
-@method("scop", ScopConfig, check=check)
+@method(
+    "scop", ScopConfig, check=check, paper="Tang et al. 2020, arXiv 2010.10732", purpose="channels against a control of noise"
+)
 def scop(task: Task, run: Run, config: ScopConfig) -> nn.Module:
     """SCOP: channels of a frozen network are weighed against knockoffs; those that serve no better go, fine-tune."""
     images = images_of(task, config)

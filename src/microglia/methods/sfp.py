@@ -98,7 +98,13 @@ class Sfp(SoftFilters):
     Config = SfpConfig
 
 
-@method("sfp", SfpConfig, check=fits(Sfp))
+@method(
+    "sfp",
+    SfpConfig,
+    check=fits(Sfp),
+    paper="He et al. 2018, arXiv 1808.06866",
+    purpose="channels that may come back in training",
+)
 def sfp(task: Task, run: Run, config: SfpConfig) -> nn.Module:
     """Soft Filter Pruning: every epoch the lowest filters become zero and may come back; in the end they go."""
     return thinned(task, run, config, Sfp)

@@ -40,7 +40,13 @@ class Slimming(ScalePruner):
         return cast(SlimmingConfig, self.config).strength * torch.stack([scale.abs().sum() for scale in self.scales]).sum()
 
 
-@method("slimming", SlimmingConfig, check=fits(Slimming))
+@method(
+    "slimming",
+    SlimmingConfig,
+    check=fits(Slimming),
+    paper="Liu et al. 2017, arXiv 1708.06519",
+    purpose="networks with batch norms, simple and strong",
+)
 def slimming(task: Task, run: Run, config: SlimmingConfig) -> nn.Module:
     """Network Slimming: L1 on the scales of norms, then the smallest scales' channels go, fine-tune."""
     return thinned(task, run, config, Slimming)

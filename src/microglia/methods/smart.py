@@ -173,7 +173,13 @@ class Smart(UnitPruner):
         return scores / scores.std().clamp_min(torch.finfo(scores.dtype).tiny)
 
 
-@method("smart", SmartConfig, check=fits)
+@method(
+    "smart",
+    SmartConfig,
+    check=fits,
+    paper="Ding et al. 2024, arXiv 2403.19969",
+    purpose="blocks for kernels: learned masks, exact density",
+)
 def smart(task: Task, run: Run, config: SmartConfig) -> nn.Module:
     """SMART: learn scores with a differentiable top-k of falling temperature, freeze, fine-tune."""
     return searched(task, run, config, Smart)

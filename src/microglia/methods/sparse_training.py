@@ -279,7 +279,14 @@ def from_scratch(task: Task, run: Run, config: ScratchConfig, kind: Callable[...
     return model
 
 
-@method("rigl", SparseTrainingConfig, check=fits(SparseTraining), training=FitConfig())
+@method(
+    "rigl",
+    SparseTrainingConfig,
+    check=fits(SparseTraining),
+    training=FitConfig(),
+    paper="Evci et al. 2020, arXiv 1911.11134",
+    purpose="sparse from the start of training",
+)
 def rigl(task: Task, run: Run, config: SparseTrainingConfig) -> nn.Module:
     """RigL: sparse from scratch; the smallest weights give way where the gradient is largest."""
     return from_scratch(task, run, config, SparseTraining)
@@ -288,5 +295,13 @@ def rigl(task: Task, run: Run, config: SparseTrainingConfig) -> nn.Module:
 preset(
     "set", "rigl", "SET: sparse from scratch; the smallest weights give way at random.",
     grow="random", decay="constant", until=1.0,
+    paper="Mocanu et al. 2018, arXiv 1707.04780", purpose="sparse from the start, without dense gradients",
 )  # fmt: skip
-preset("static", "rigl", "Sparse from scratch with random masks that never move: the control.", drop=0.0)
+preset(
+    "static",
+    "rigl",
+    "Sparse from scratch with random masks that never move: the control.",
+    drop=0.0,
+    paper="Evci et al. 2020, arXiv 1911.11134",
+    purpose="a control of sparse training",
+)

@@ -31,7 +31,13 @@ class Sss(FactorPruner):
     Config = SssConfig
 
 
-@method("sss", SssConfig, check=fits(Sss))
+@method(
+    "sss",
+    SssConfig,
+    check=fits(Sss),
+    paper="Huang, Wang 2018, arXiv 1707.01213",
+    purpose="channels and blocks without a budget",
+)
 def sss(task: Task, run: Run, config: SssConfig) -> nn.Module:
     """Sparse Structure Selection: factors of channels or blocks are driven to zero while all trains; those at zero go."""
     return thinned(task, run, config, Sss)

@@ -141,7 +141,13 @@ class Taylor(FactorPruner):
         self.score = state["score"]
 
 
-@method("taylor", TaylorConfig, check=fits(Taylor))
+@method(
+    "taylor",
+    TaylorConfig,
+    check=fits(Taylor),
+    paper="Molchanov et al. 2019, arXiv 1906.10771",
+    purpose="channels by gradients while training goes on",
+)
 def taylor(task: Task, run: Run, config: TaylorConfig) -> nn.Module:
     """Taylor: while it trains, in rounds, the channels go whose gates have the smallest gradients; momentum between rounds."""
     return thinned(task, run, config, Taylor)
@@ -150,4 +156,5 @@ def taylor(task: Task, run: Run, config: TaylorConfig) -> nn.Module:
 preset(
     "gdp", "taylor", "GDP: channels are closed by the gradients of their gates over the whole network, and may come back.",
     dynamic=True, momentum=0.0, until=1.0,
+    paper="Lin et al. 2018", purpose="channels over the whole network, dynamic",
 )  # fmt: skip

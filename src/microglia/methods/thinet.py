@@ -200,7 +200,13 @@ def least_squares(samples: Tensor, kept: Tensor) -> Tensor:
     return 1 + further
 
 
-@method("thinet", ThinetConfig, check=fits(Thinet))
+@method(
+    "thinet",
+    ThinetConfig,
+    check=fits(Thinet),
+    paper="Luo et al. 2017, arXiv 1707.06342",
+    purpose="channels; the next layer's outputs are kept",
+)
 def thinet(task: Task, run: Run, config: ThinetConfig) -> nn.Module:
     """ThiNet: the channels go that the next layers miss least, the others are rescaled by least squares; fine-tune."""
     return thinned(task, run, config, Thinet)

@@ -152,7 +152,9 @@ class WoodFisher(Gradual):
             yield positions, own, Quadratic(columns, rows.count, config.alpha)
 
 
-@method("woodfisher", WoodFisherConfig)
+@method(
+    "woodfisher", WoodFisherConfig, paper="Singh, Alistarh 2020, arXiv 2004.14340", purpose="single weights with compensation"
+)
 def woodfisher(task: Task, run: Run, config: WoodFisherConfig) -> nn.Module:
     """WoodFisher: inverse Fisher information in blocks ranks the units along a schedule, the other weights compensate."""
     model = dense_in_order(task, run, config)
@@ -179,6 +181,8 @@ preset(
     block=50,
     alpha=1e-7,
     examples=1,
+    paper="Kurtic et al. 2022, arXiv 2203.07259",
+    purpose="transformers, groups and 2:4",
 )
 preset(
     "wood-taylor",
@@ -187,4 +191,6 @@ preset(
     # alpha of 1e-5, 1e-3 and 0.1 were tried there, all worse; the largest came nearest, since it keeps the Newton step short.
     taylor=True,
     alpha=1.0,
+    paper="Singh, Alistarh 2020, arXiv 2004.14340",
+    purpose="models that are not fully trained",
 )

@@ -2,10 +2,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
-EXTRAS := data,train,report,zoo,export,serve,track,hub,cluster,dev
+EXTRAS := data,train,report,zoo,export,serve,track,hub,cluster,docs,dev
 export PYTHONWARNINGS ?= ignore::UserWarning:multiprocessing.resource_tracker
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint docs clean
 
 demo: $(READY)
 	$(BIN)/microglia demo --out runs/demo

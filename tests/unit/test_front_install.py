@@ -137,8 +137,9 @@ class TestDependencies:
     def test_what_ci_installs_is_pinned(self):
         pinned = names((ROOT / "constraints.txt").read_text().lower().splitlines())
         (extras,) = re.findall(r"^EXTRAS := (\S+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
-        of_extras = set().union(*(EXTRAS[extra].values() for extra in extras.split(",") if extra != "dev"))
-        assert names(PROJECT["dependencies"]) | of_extras <= pinned
+        of_extras = set().union(*(EXTRAS[extra].values() for extra in extras.split(",") if extra not in ("docs", "dev")))
+        of_docs = names(PROJECT["optional-dependencies"]["docs"])
+        assert names(PROJECT["dependencies"]) | of_extras | of_docs <= pinned
 
 
 class TestWithoutExtras:

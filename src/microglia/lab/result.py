@@ -8,8 +8,8 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, BeforeValidator, PlainSerializer, ValidationError
 
-from microglia.core.shown import html_table
 from microglia.measure import Bytes, LatencyReport, Macs, Parameters
+from microglia.measure.shown import outcome_line, outcome_table
 from microglia.methods import methods  # imports the families, which register their observations  # noqa: F401
 from microglia.storage.observations import observations
 from microglia.storage.validation import adapter_of
@@ -122,22 +122,8 @@ class Result(Outcome, dict[str, Any]):
     As a mapping it holds all keys of ``result.json``, more than the fields; `json.dumps` writes it.
     """
 
-    def __repr__(self) -> str:
-        values = (one.metrics.get(self.headline) for one in (self.dense, self.pruned))
-        dense, pruned = ("none" if value is None else f"{value:.4g}" for value in values)
-        density = f"density {self.pruned.parameters.density:.4g}"
-        time = f", {self.latency.fastest}" if self.latency else ""
-        return f"Result({self.task}, {self.headline} {dense} dense, {pruned} pruned, {density}{time})"
-
-    def _repr_html_(self) -> str:
-        models = {"dense": self.dense, "before recovery": self.before, "pruned": self.pruned}
-        rows = [
-            (name, m.metrics.get(self.headline), m.parameters.all, m.parameters.density, m.macs.effective, m.bytes.zipped)
-            for name, m in models.items()
-            if m is not None
-        ]
-        heads = ("model", self.headline, "parameters", "density", "MACs", "bytes, zipped")
-        return html_table(self.task, heads, rows, [self.latency.fastest] if self.latency else [])
+    __repr__ = outcome_line
+    _repr_html_ = outcome_table
 
     @classmethod
     def of(cls, content: Mapping[str, Any]) -> Result:

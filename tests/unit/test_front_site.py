@@ -16,6 +16,7 @@ import yaml
 
 from commands import python
 from microglia.cli.listed import COMMANDS
+from no_compiler import NO_COMPILER
 
 ROOT = Path(__file__).parent.parent.parent
 PAGES = ("start", "roads", "own", "tracking", "hub", "cluster", "gpu", "faq", "migration")
@@ -73,7 +74,7 @@ def test_the_site_asks_no_other_machine_for_fonts(built: tuple[Path, str]) -> No
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page != "hub" and "```python" in text(page)])
 def test_the_code_of_a_page_runs(page: str, tmp_path: Path) -> None:
-    done = python(code(page), tmp_path)
+    done = python(NO_COMPILER + code(page), tmp_path)
     assert done.status == 0, done.err
 
 

@@ -107,7 +107,8 @@ class AccelerationReport:
     def _repr_html_(self) -> str:
         heads = ("layer", "density", "runs as", "ms", "dense, ms", "why")
         rows = [(one.name, one.density, one.chosen, one.times[one.chosen], one.dense, one.why) for one in self.layers]
-        whole = html_table("The whole model", ("execution", "ms"), sorted(self.times.items(), key=lambda pair: pair[1]))
+        times = sorted(self.times.items(), key=lambda pair: pair[1])
+        whole = html_table("The whole model", ("execution", "ms"), times)
         return html_table(repr(self), heads, rows, self.notes) + whole
 
     def __str__(self) -> str:

@@ -42,3 +42,8 @@ def test_the_longest_bar_is_the_whole_width_and_others_are_in_proportion(group: 
     largest = max(row.zipped for row in (*group.baselines, *group.rows))
     assert bars[0].share == pytest.approx(100 * first / largest, abs=0.01)
     assert bars[0].text == f"{first:,.0f}"
+
+
+def test_a_model_that_is_slower_is_not_called_fastest() -> None:
+    (found,) = groups(collect([ROOT / "results" / "resnet20_magnitude.json"]))
+    assert "is not faster than dense but the best of the timed ones, 0.87x by the clock" in opening(found)

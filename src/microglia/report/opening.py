@@ -44,7 +44,8 @@ def opening(group: Group) -> str:
     timed = [(row.speedup, row) for row in group.rows if row.speedup is not None]
     if timed:
         speedup, fastest = max(timed, key=lambda pair: pair[0])
-        parts.append(f"{_name(fastest)} is fastest, {speedup:.2f}x by the clock, with {_value(group, fastest)}")
+        how = "is fastest" if speedup > 1 else "is not faster than dense but the best of the timed ones"
+        parts.append(f"{_name(fastest)} {how}, {speedup:.2f}x by the clock, with {_value(group, fastest)}")
     else:
         parts.append("no time was measured")
     return f"{group.title}: the dense model has {dense} {group.headline}; {'; '.join(parts)}."

@@ -19,6 +19,9 @@ lint: $(READY)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+docs: $(READY) # build/site/index.html
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+
 # What the tests need. torch is pinned, and in one call nothing asks for another build of it.
 $(READY): pyproject.toml setup.py constraints.txt $(wildcard src/microglia/runtime/kernels/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

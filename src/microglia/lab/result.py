@@ -9,7 +9,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import AfterValidator, BeforeValidator, PlainSerializer, ValidationError
 
 from microglia.measure import Bytes, LatencyReport, Macs, Parameters
-from microglia.measure.shown import outcome_line, outcome_table
+from microglia.measure.shown import Shown
 from microglia.methods import methods  # imports the families, which register their observations  # noqa: F401
 from microglia.storage.observations import observations
 from microglia.storage.validation import adapter_of
@@ -116,14 +116,11 @@ class Outcome:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class Result(Outcome, dict[str, Any]):
+class Result(Shown, Outcome, dict[str, Any]):
     """An outcome that is also its JSON form: ``result.pruned.macs.total`` and ``result["pruned"]["macs"]["total"]``.
 
     As a mapping it holds all keys of ``result.json``, more than the fields; `json.dumps` writes it.
     """
-
-    __repr__ = outcome_line
-    _repr_html_ = outcome_table
 
     @classmethod
     def of(cls, content: Mapping[str, Any]) -> Result:

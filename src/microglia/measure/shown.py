@@ -78,3 +78,13 @@ def outcome_table(ran: Ran) -> str:
     ]
     heads = ("model", ran.headline, "parameters", "density", "MACs", "bytes, zipped")
     return html_table(ran.task, heads, rows, [ran.latency.fastest] if ran.latency else [])
+
+
+class Shown:
+    """A part of the outcome of a run: it is one line in a terminal, and a table in a notebook."""
+
+    def __repr__(self: Ran) -> str:
+        return outcome_line(self)
+
+    def _repr_html_(self: Ran) -> str:
+        return outcome_table(self)

@@ -14,6 +14,7 @@ from torch.nn.utils import parametrize
 from microglia.core.auxiliary import auxiliary_paths, is_auxiliary
 from microglia.core.errors import SelectorError
 from microglia.core.kinds import Kind, kind_of
+from microglia.core.sharded import reshard, whole
 
 ROLES = "_microglia_roles"
 """Attribute that holds the roles of a module after `microglia.core.roles.mark_roles`."""
@@ -75,8 +76,8 @@ class Layer:
 
     @property
     def weight(self) -> Tensor:
-        """The weight as the forward pass sees it: masked where a mask is attached."""
-        return getattr(*self.holders[0])  # type: ignore[no-any-return]
+        """The weight as the forward pass sees it: masked where a mask is attached, and gathered where it is sharded."""
+        return whole(getattr(*self.holders[0]))
 
     @property
     def shape(self) -> torch.Size:
@@ -175,6 +176,7 @@ def prunable_layers(model: nn.Module, layers: Sequence[str] = ("*",), exclude: S
     Raises:
         SelectorError: A selector matches no layer of this model, or no layer remains.
     """
+    reshard(model)
     found: dict[int, tuple[str, list[tuple[nn.Module, str]]]] = {}
     for name, module, attribute in _walk(model):
         found.setdefault(id(raw_parameter(module, attribute)), (name, []))[1].append((module, attribute))

@@ -13,13 +13,15 @@ from microglia.core.errors import MicrogliaError
 from microglia.core.layers import Layer, prunable_layers
 from microglia.core.parametrizations import attach_parametrization, baked, detach, parametrized_tensors, steps_of
 from microglia.core.recurrent import read_anew
+from microglia.core.sharded import shard_like, whole, zeros_whole
 from microglia.core.shown import html_table
 
 
 class Masked(nn.Module):
     """The parametrization: forward sees the weight where the mask is true and exactly 0 elsewhere.
 
-    The gradient of a masked weight is exactly 0. The mask is a boolean buffer, so it moves with the device and is saved.
+    The gradient of a masked weight is exactly 0. The mask is a boolean buffer, so it moves with the device and is saved. It is
+    whole on every rank, also where the weight is sharded.
     """
 
     mask: Tensor
@@ -30,7 +32,7 @@ class Masked(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         """Returns the masked weight, of the same shape and dtype."""
-        return torch.where(self.mask, weight, 0.0)
+        return torch.where(shard_like(self.mask, weight), weight, 0.0)
 
 
 class Unfinished(nn.Module):
@@ -122,7 +124,7 @@ def mask(model: nn.Module, masks: Mapping[str, Tensor]) -> MaskSet:
                 f"The mask of {name!r} has shape {tuple(value.shape)}, its weight {tuple(layers[name].shape)}: both must agree."
             )
     for name, value in masks.items():
-        attach_mask(layers[name], value.detach().bool())
+        attach_mask(layers[name], whole(value.detach()).bool())
     return masks_of(model)
 
 
@@ -133,7 +135,7 @@ def attach_mask(layer: Layer, value: Tensor, place: int | None = None) -> None:
         present.mask.copy_(value)
         return
     # The mask has the weight's layout (such as channels-last); otherwise each convolution would convert the masked weight.
-    shared = Masked(torch.empty_like(layer.raw, dtype=torch.bool).copy_(value))
+    shared = Masked(zeros_whole(layer.raw, torch.bool).copy_(value))
     for module, attribute in layer.holders:
         if parametrize.is_parametrized(module, attribute):
             # torch's function reads the weight to check shapes, and this changes a state such as spectral norm's.
@@ -190,7 +192,7 @@ def _fold(layer: Layer) -> None:
             written.append(tied)  # type: ignore[arg-type] # a layer's weight is a parameter
         return
     masked = cast(Masked, mask_on(layer))
-    layer.raw.masked_fill_(~masked.mask, 0.0)
+    _clear(layer.raw, masked.mask)
     for module, attribute in layer.holders:
         strip_mask(module, attribute)
 
@@ -251,8 +253,13 @@ def enforce(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) ->
         masked = mask_on(layer)
         if masked is None or not _mask_first(layer):
             continue
-        layer.raw.masked_fill_(~masked.mask, 0.0)
+        _clear(layer.raw, masked.mask)
         state = optimizer.state.get(layer.raw, {}) if optimizer is not None else {}
         for value in state.values():
             if isinstance(value, Tensor) and value.shape == masked.mask.shape:
-                value.masked_fill_(~masked.mask, 0.0)
+                _clear(value, masked.mask)
+
+
+def _clear(tensor: Tensor, kept: Tensor) -> None:
+    """Sets a tensor, sharded or not, to 0 in place where a whole mask is false."""
+    tensor.masked_fill_(shard_like(~kept, tensor), 0.0)

@@ -6,9 +6,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from microglia.core.errors import MicrogliaError
 from microglia.core.layers import prunable_attributes
 from microglia.core.modes import reading
 from microglia.core.recurrent import read_anew, settle
+from microglia.core.sharded import GATHER, is_sharded, moved, zeros_whole
 
 
 def attach_parametrization(module: nn.Module, attribute: str, parametrization: nn.Module) -> None:
@@ -22,9 +24,12 @@ def attach_parametrization(module: nn.Module, attribute: str, parametrization: n
         parametrize.register_parametrization(module, attribute, parametrization)
         read_anew(module)
         return
-    module._parameters[attribute] = nn.Parameter(raw.detach().clone(), requires_grad=raw.requires_grad)
+    copy = zeros_whole(raw, raw.dtype) if is_sharded(raw) else raw.detach().clone()  # torch checks shape and dtype
+    module._parameters[attribute] = nn.Parameter(copy, requires_grad=raw.requires_grad)
     parametrize.register_parametrization(module, attribute, parametrization)
-    module.parametrizations[attribute].original = raw  # type: ignore[union-attr,index,assignment]
+    steps = steps_of(module, attribute)
+    steps.original = raw
+    moved(raw, (module, attribute), (steps, "original"))
     read_anew(module)
 
 
@@ -55,20 +60,32 @@ def detach(module: nn.Module, attribute: str, value: Tensor | None = None) -> No
     torch's own function deletes the attribute from the module's class, which copies of the module share: they would break.
     """
     lists: nn.ModuleDict = module.parametrizations  # type: ignore[assignment]
-    original = lists[attribute].original if value is None else value
+    steps = steps_of(module, attribute)
+    original = steps.original if value is None else value
+    if value is not None and any(map(is_sharded, steps.parameters())):
+        raise MicrogliaError(f"No other tensor can replace the sharded {attribute} of {type(module).__name__}: {GATHER}.")
     if len(lists) > 1:
         del lists[attribute]
         module.__class__ = type(type(module).__name__, type(module).__bases__, _without(type(module), attribute))
     else:
         del module.parametrizations
-        module.__class__ = type(module).__bases__[0]
+        module.__class__ = _below(type(module))
     if isinstance(original, nn.Parameter):
         module.register_parameter(attribute, original)
+        moved(original, (steps, "original"), (module, attribute))
     else:
         module.register_buffer(attribute, original)  # type: ignore[arg-type]
     for name in _later(module):  # the order of a fresh module, which optimizers rely on
         module._parameters[name] = module._parameters.pop(name)
     settle(module)
+
+
+def _below(cls: type) -> type:
+    """Returns the class below torch's class for parametrized modules, which ``fully_shard`` may have mixed into another."""
+    first, *others = cls.__bases__
+    if not others:
+        return first
+    return type(cls.__name__.replace("Parametrized", "", 1), (first, *others[0].__bases__), _without(cls, ""))
 
 
 def _later(module: nn.Module) -> list[str]:

@@ -13,6 +13,7 @@ from microglia.core.errors import MicrogliaError
 from microglia.core.layers import GraphLayer, Layer, prunable_layers
 from microglia.core.masks import Masked, attach_mask, has_masks, mask_on, parametrized, strip_mask
 from microglia.core.parametrizations import baked, detach, steps_of
+from microglia.core.sharded import shard_like
 
 COUNTER = "num_batches_tracked"
 
@@ -25,11 +26,12 @@ def restore(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
     Returns the model, changed in place.
     """
     match_masks(model, state)
-    complete = OrderedDict(state)
+    own = model.state_dict()
+    complete = OrderedDict((key, shard_like(v, own[key]) if key in own else v) for key, v in state.items())
     for path, module in model.named_modules():
         if isinstance(module, GraphLayer) and f"{path}.{COUNTER}" not in state and hasattr(module, COUNTER):
             complete[f"{path}.{COUNTER}"] = getattr(module, COUNTER)  # files written before graphs counted their batches
-    complete._metadata = model.state_dict()._metadata  # type: ignore[attr-defined] # versions by which modules read old states
+    complete._metadata = own._metadata  # type: ignore[attr-defined] # versions by which modules read old states
     model.load_state_dict(complete)
     return model
 

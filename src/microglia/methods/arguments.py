@@ -18,6 +18,7 @@ from microglia.core.allocation import Allocation, check_scope
 from microglia.core.errors import BudgetError, MicrogliaError
 from microglia.core.patterns import Pattern, Reduction
 from microglia.core.registry import unknown_name
+from microglia.core.sharded import has_shards
 from microglia.scores.checks import described
 
 REMOVED = ("sparsity", "amount", "pruning_ratio", "ratio")
@@ -52,6 +53,8 @@ def check_unwrapped(model: nn.Module, user: str) -> None:
     The model may be the wrapper, contain a wrapper, or be wrapped. The last case is detected by the parameters that wrappers
     hold.
     """
+    if has_shards(model):
+        raise MicrogliaError(f"{user} adds parameters, which fully_shard must see: attach it to the model first, then shard.")
     if any(isinstance(module, DistributedDataParallel) for module in model.modules()) or _within_wrapper(model):
         raise MicrogliaError(
             f"{user} adds parameters, which DistributedDataParallel must see: attach it to the model first, then wrap."

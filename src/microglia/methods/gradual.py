@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import nn
@@ -65,6 +65,7 @@ class Gradual(Pruner):
     """
 
     Config = GradualConfig
+    shards: ClassVar[bool] = True
 
     def __init__(
         self,

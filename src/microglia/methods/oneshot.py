@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -26,6 +26,8 @@ class OneShot(Pruner):
         >>> OneShot(model, density=0.2).masks.kept
         20
     """
+
+    shards: ClassVar[bool] = True
 
     def __init__(
         self, model: nn.Module, config: PruneConfig | None = None, *, evidence: Evidence | None = None, **settings: Any

@@ -17,6 +17,7 @@ from microglia.core.left_out import announce, chosen_layers
 from microglia.core.masks import MaskSet, enforce, mask, masks_of
 from microglia.core.patterns import Channel, Pattern, parse_pattern
 from microglia.core.selection import select
+from microglia.core.sharded import refuse_shards
 from microglia.methods.arguments import check_model, check_steps, plain_settings
 from microglia.methods.what import PruneConfig
 from microglia.scores import Evidence, scores
@@ -80,6 +81,8 @@ class Pruner:
     Config: type[PruneConfig] = PruneConfig
     couples: ClassVar[bool] = False
     """Whether its channels are the coupled channels of the whole model, not the rows of each single layer."""
+    shards: ClassVar[bool] = False
+    """Whether it also prunes parameters that FSDP2 sharded before it is made; see `microglia.core.sharded`."""
 
     def __init__(
         self,
@@ -93,6 +96,8 @@ class Pruner:
     ) -> None:
         user = type(self).__name__
         check_model(model, user)
+        if not self.shards:
+            refuse_shards(model, user)
         if total_steps is not None:
             check_steps(total_steps, user, least=0)
         self.model, self.config = model, _config(self.Config, config, settings, user)

@@ -20,6 +20,7 @@ from microglia.core.errors import BudgetError
 from microglia.core.patterns import NM
 from microglia.core.registry import unknown_name
 from microglia.core.schedules import geometric
+from microglia.core.sharded import refuse_shards, shard_like, whole
 from microglia.core.soft_topk import soft_topk
 from microglia.methods.config import UNITS, SearchConfig, UnitConfig, method
 from microglia.methods.procedure import searched
@@ -83,6 +84,7 @@ class Smart(UnitPruner):
     """
 
     Config = SmartConfig
+    shards: ClassVar[bool] = True  # where fully_shard comes after it
 
     @property
     def smart(self) -> SmartConfig:
@@ -103,10 +105,13 @@ class Smart(UnitPruner):
         super().step(optimizer)
         if self.steps == self.begin and self.soft is not None and self.soft.scores is not None:
             with torch.no_grad():  # the weights were trained since the scores were made
-                self.soft.scores.copy_(self._scores())
+                fresh = self._scores()
+                self.soft.scores.copy_(shard_like(fresh, self.soft.scores))
 
     def factors(self) -> Tensor:
         """Returns the soft top-k of the scores at the temperature of this step."""
+        if isinstance(self.pattern, NM):  # its ranking reads the weights of all layers during one layer's pass
+            refuse_shards(self.model, "Smart with an N:M pattern")
         scores, padding = self.ranking(), self.units.costs == 0
         if not isinstance(self.pattern, NM) and not self.own.allow_empty:
             scores = self._guarded(scores)
@@ -139,7 +144,7 @@ class Smart(UnitPruner):
             return self.units.reduce({name: w.abs() for name, w in self.raw_weights.items()}, "mean")
         assert self.soft is not None
         assert self.soft.scores is not None
-        return self.soft.scores
+        return whole(self.soft.scores)
 
     def param_groups(self) -> list[dict[str, Any]]:
         """Returns the group of the scores: its own rate and no weight decay, which would only raise the temperature."""

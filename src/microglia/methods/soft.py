@@ -12,6 +12,7 @@ from torch.nn.utils import parametrize
 from microglia.core.layers import prunable_layers, raw_parameter
 from microglia.core.masks import SCORES, Masked, Unfinished
 from microglia.core.parametrizations import attach_parametrization, detach, steps_of
+from microglia.core.sharded import moved, zeros_whole
 from microglia.methods.units import Units
 
 Factors = Callable[[], Tensor | None]
@@ -60,7 +61,7 @@ class SoftMasks:
 
     def __init__(self, model: nn.Module, units: Units, factors: Factors, scores: Tensor | None) -> None:
         self.units, self._factors = units, factors
-        self.scores = nn.Parameter(scores) if scores is not None else None
+        self._model = model
         self.kept: Tensor | None = None
         self.attached = True
         self._known: tuple[Tensor | None] | None = (None,)  # attaching calls the factors
@@ -69,9 +70,14 @@ class SoftMasks:
         for name in units.companions:
             _attach(model, name, Kept(self, name))
         self.forget()
-        if self.scores is not None:
-            model.register_parameter(SCORES, self.scores)
+        if scores is not None:
+            model.register_parameter(SCORES, nn.Parameter(scores))
         self._hook = model.register_forward_pre_hook(self.forget)
+
+    @property
+    def scores(self) -> nn.Parameter | None:
+        """The scores in the model, None for a method without; ``fully_shard`` puts another parameter in their place."""
+        return self._model._parameters.get(SCORES)
 
     def forget(self, *_: Any) -> None:
         """Makes the next weight compute the factors again: a graph can be differentiated only once."""
@@ -115,13 +121,14 @@ class SoftMasks:
     def leave(self, model: nn.Module) -> None:
         """Removes the scores and the hook from the model."""
         self._hook.remove()
-        if self.scores is not None:
+        if (scores := self.scores) is not None:
             delattr(model, SCORES)
+            moved(scores, (model, SCORES), (nn.Module(), SCORES))  # FSDP2 keeps it, outside the model
 
 
 def _like(mask: Tensor, holder: tuple[nn.Module, str]) -> Tensor:
     """Returns a mask with the memory layout of its weight; see `microglia.core.masks`."""
-    return torch.empty_like(raw_parameter(*holder), dtype=torch.bool).copy_(mask)
+    return zeros_whole(raw_parameter(*holder), torch.bool).copy_(mask)
 
 
 def _holders(model: nn.Module, name: str) -> list[tuple[nn.Module, str]]:

@@ -13,6 +13,7 @@ from microglia.core.errors import PatternError
 from microglia.core.layers import Layer, prunable_layers
 from microglia.core.masks import MaskSet, enforce, mask, masks_of
 from microglia.core.patterns import Channel
+from microglia.core.sharded import has_shards, refuse_shards, whole
 from microglia.graph.order.permute import check_permutable
 from microglia.methods.arguments import check_steps, check_unwrapped
 from microglia.methods.config import SearchConfig, UnitConfig
@@ -149,7 +150,7 @@ class UnitPruner(Pruner):
     @property
     def raw_weights(self) -> dict[str, Tensor]:
         """The trainable weights below the factors, by name."""
-        return {name: layer.raw for name, layer in self.weight_layers.items()}
+        return {name: whole(layer.raw) for name, layer in self.weight_layers.items()}
 
     # ----------------------------------------------------------------------------------------------------- the phases
     def step(self, optimizer: torch.optim.Optimizer | None = None) -> None:
@@ -218,7 +219,7 @@ class UnitPruner(Pruner):
     def penalty(self) -> Tensor | float:
         """Returns the term that the training adds to the loss; on several ranks every parameter must have a gradient."""
         scores = self.soft.scores if self.soft is not None else None
-        if scores is None or self.searching or not torch.distributed.is_initialized():
+        if scores is None or self.searching or not torch.distributed.is_initialized() or has_shards(self.model):
             return 0.0
         return 0.0 * scores.sum()
 
@@ -259,7 +260,8 @@ class UnitPruner(Pruner):
     def _warn_unlearned(self) -> None:
         """Warns if the search took steps but no optimizer moved a score: the masks are the initial ones."""
         assert self.soft is not None
-        if self._first is not None and self.steps > 0 and torch.equal(self._first, self.soft.scores.detach().to(self._first)):  # type: ignore[union-attr]
+        first, scores = self._first, self.soft.scores
+        if first is not None and scores is not None and self.steps > 0 and torch.equal(first, whole(scores.detach()).to(first)):
             warnings.warn(
                 f"No optimizer moved the scores of {type(self).__name__}, so its masks learned nothing: give the optimizer "
                 "pruner.param_groups() too, or step pruner.optimizers().",
@@ -267,6 +269,8 @@ class UnitPruner(Pruner):
             )
 
     def _factors(self) -> Tensor | None:
+        if not self.shards:
+            refuse_shards(self.model, type(self).__name__)
         return self.factors() if self.searching else None
 
     @torch.no_grad()

@@ -89,6 +89,7 @@ class WoodFisher(Gradual):
     """
 
     Config = WoodFisherConfig
+    shards: ClassVar[bool] = False
 
     def prune_to(self, keep: int, optimizer: torch.optim.Optimizer | None = None) -> MaskSet:
         """Keeps the best units with ``keep`` weights, and changes the weights that stay.

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from microglia.core.errors import ScoreError
 from microglia.core.layers import Layer
+from microglia.core.sharded import zeros_whole
 from microglia.scores.base import Evidence, score
 from microglia.scores.gradient import loss_gradient
 from microglia.scores.guard import untouched
@@ -32,7 +33,7 @@ def accumulated_gradient(
     batches = list(evidence.batches)
     with untouched(model):
         model.eval()
-        average = {name: torch.zeros_like(layer.raw, dtype=torch.float32) for name, layer in layers.items()}
+        average = {name: zeros_whole(layer.raw, torch.float32) for name, layer in layers.items()}
         if not batches:
             raise ScoreError("This score needs at least one batch of (inputs, targets); it got none.")
         for batch in batches:
@@ -42,7 +43,7 @@ def accumulated_gradient(
     return {name: value / (1 - beta ** len(batches)) for name, value in average.items()}
 
 
-@score("accumulated-gradient")
+@score("accumulated-gradient", shards=True)
 def accumulated(model: nn.Module, layers: Mapping[str, Layer], evidence: Evidence) -> dict[str, Tensor]:
     """Returns |w * dL/dw| of single batches, in a moving average with weight 0.99 for the past (SMART, appendix G: AWG)."""
     return accumulated_gradient(model, layers, evidence)

@@ -14,6 +14,7 @@ from microglia.core.batch import call, count_examples
 from microglia.core.errors import ScoreError
 from microglia.core.layers import Layer
 from microglia.core.registry import Registry
+from microglia.core.sharded import GATHER, has_shards, whole
 from microglia.scores.guard import untouched
 
 Batch = tuple[Any, Any]
@@ -45,9 +46,10 @@ scores: Registry[Score] = Registry("score")
 
 
 _FILTER_SCORES: set[str] = set()
+_SHARD_SCORES: set[str] = set()
 
 
-def score(name: str, *, filters: bool = False) -> Callable[[Score], Score]:
+def score(name: str, *, filters: bool = False, shards: bool = False) -> Callable[[Score], Score]:
     """Returns a decorator that registers a score by name and holds it to the contract.
 
     The wrapped score leaves the model untouched (see `untouched`) and returns finite values of the weights' shapes.
@@ -56,15 +58,24 @@ def score(name: str, *, filters: bool = False) -> Callable[[Score], Score]:
         name: As in recipes.
         filters: Whether its values are those of whole filters, each weight of a filter holding the filter's one value. Where
             channels are coupled, each filter that makes a channel then counts once, and weights that read it do not count.
+        shards: Whether it also scores sharded parameters. Then it reads weights by `Layer.weight`, and their gradients by
+            `microglia.scores.gradient.loss_gradient`; the raw parameters are shards.
     """
     if filters:
         _FILTER_SCORES.add(name)
+    if shards:
+        _SHARD_SCORES.add(name)
 
     def register(function: Score) -> Score:
         @functools.wraps(function)
         def guarded(model: nn.Module, layers: Mapping[str, Layer], evidence: Evidence) -> dict[str, Tensor]:
+            if not shards and has_shards(model):
+                ready = ", ".join(sorted(_SHARD_SCORES))
+                raise ScoreError(
+                    f"The score {name!r} needs whole parameters, but these are sharded: take {ready}, or {GATHER}."
+                )
             with untouched(model):
-                values = {n: v.detach() for n, v in function(model, layers, evidence).items()}
+                values = {n: whole(v.detach()) for n, v in function(model, layers, evidence).items()}
             for layer_name, layer in layers.items():
                 if layer_name not in values or values[layer_name].shape != layer.shape:
                     raise ScoreError(f"The score {name!r} returned no value, or a wrong shape, for the layer {layer_name!r}.")

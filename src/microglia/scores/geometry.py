@@ -13,7 +13,7 @@ from microglia.scores.base import Evidence, per_filter, rows, score
 from microglia.scores.behind import norms_behind
 
 
-@score("l1", filters=True)
+@score("l1", filters=True, shards=True)
 def l1(model: nn.Module, layers: Mapping[str, Layer], evidence: Evidence) -> dict[str, Tensor]:
     """Returns the sum of |w| over each filter (Li et al. 2017).
 
@@ -22,13 +22,13 @@ def l1(model: nn.Module, layers: Mapping[str, Layer], evidence: Evidence) -> dic
     return {name: per_filter(layer, rows(layer).abs().sum(1)) for name, layer in layers.items()}
 
 
-@score("l2", filters=True)
+@score("l2", filters=True, shards=True)
 def l2(model: nn.Module, layers: Mapping[str, Layer], evidence: Evidence) -> dict[str, Tensor]:
     """Returns the Euclidean norm of each filter (He et al. 2018); masked columns as with `l1`."""
     return {name: per_filter(layer, rows(layer).norm(dim=1)) for name, layer in layers.items()}
 
 
-@score("fpgm", filters=True)
+@score("fpgm", filters=True, shards=True)
 def fpgm(model: nn.Module, layers: Mapping[str, Layer], evidence: Evidence) -> dict[str, Tensor]:
     """Returns the sum of distances from each filter to all others of its layer (He et al. 2019, equation 5).
 
@@ -67,7 +67,7 @@ def scale(model: nn.Module, layers: Mapping[str, Layer], evidence: Evidence) -> 
     }
 
 
-@score("lamp")
+@score("lamp", shards=True)
 def lamp(model: nn.Module, layers: Mapping[str, Layer], evidence: Evidence) -> dict[str, Tensor]:
     """Returns w^2 over the sum of all v^2 of its layer with |v| >= |w| (Lee et al. 2021), comparable across layers.
 

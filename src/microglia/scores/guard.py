@@ -12,6 +12,7 @@ from torch import nn
 
 from microglia.core.errors import ScoreError
 from microglia.core.modes import modes_kept
+from microglia.core.sharded import reshard
 
 
 @contextmanager
@@ -25,6 +26,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
     Raises:
         ScoreError: The body changed a parameter in place, or left a hook behind.
     """
+    reshard(model)
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     parameters = {name: (p, p._version, p.requires_grad, p.grad) for name, p in model.named_parameters()}
     versions = {id(p): p.grad._version for p in model.parameters() if p.grad is not None}
@@ -35,6 +37,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
         try:
             yield
         finally:
+            reshard(model)
             random.setstate(python_state)
             np.random.set_state(numpy_state)  # noqa: NPY002
             with torch.no_grad():

@@ -11,7 +11,7 @@ from microglia.core.layers import Layer
 from microglia.scores.base import Evidence, score
 
 
-@score("random")
+@score("random", shards=True)
 def random(model: nn.Module, layers: Mapping[str, Layer], evidence: Evidence) -> dict[str, Tensor]:
     """Returns uniform noise in [0, 1) from the evidence's generator, the same on every device."""
     return {name: torch.rand(layer.shape, generator=evidence.generator).to(layer.raw.device) for name, layer in layers.items()}

@@ -12,7 +12,7 @@ from microglia.scores.base import Evidence, score
 from microglia.scores.gradient import gradient_magnitude, loss_gradient
 
 
-@score("snip")
+@score("snip", shards=True)
 def snip(model: nn.Module, layers: Mapping[str, Layer], evidence: Evidence) -> dict[str, Tensor]:
     """Returns the connection sensitivity s = |w * dL/dw| / (sum over all weights) (Lee et al. 2019, equations 5-6).
 
@@ -25,7 +25,7 @@ def snip(model: nn.Module, layers: Mapping[str, Layer], evidence: Evidence) -> d
     return _shares(gradient_magnitude(model, layers, evidence))
 
 
-@score("snip-inference")
+@score("snip-inference", shards=True)
 def snip_inference(model: nn.Module, layers: Mapping[str, Layer], evidence: Evidence) -> dict[str, Tensor]:
     """Returns `snip` with the network in inference mode, as in the authors' TensorFlow code.
 

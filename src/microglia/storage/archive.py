@@ -18,6 +18,7 @@ from microglia.core.errors import FileError, MicrogliaError
 from microglia.core.house import ALWAYS
 from microglia.core.masks import parametrized, unfinished
 from microglia.core.restore import restore
+from microglia.core.sharded import one_writer, plain_name, refuse_shards, whole
 from microglia.runtime.accelerated import Accelerated
 from microglia.runtime.reload import Kernels
 from microglia.storage import hub
@@ -49,6 +50,9 @@ def save(model: nn.Module, directory: str | Path, *, fold: bool = False) -> Path
         fold: Whether to write the masks as zeros of the weights (see `microglia.fold`). Otherwise masks are stored beside them,
             an eighth of a byte for each weight. The model itself keeps its masks; the loaded model has none.
 
+    Sharded parameters (FSDP2) are gathered: all ranks call this function, rank 0 writes, and the files are those of the
+    unsharded model. No copy of a sharded model can be folded; fold the loaded one.
+
     Returns:
         The directory.
 
@@ -58,12 +62,18 @@ def save(model: nn.Module, directory: str | Path, *, fold: bool = False) -> Path
     directory = Path(directory)
     _require_finished(model)
     given = model
+    if fold:
+        refuse_shards(model, "save(fold=True)")
     model, content, long = described(core_masks.fold(copy.deepcopy(original(model))) if fold else model)
-    remove_kernels(directory)
-    # The weights' header holds a digest of the binding changes, so that no other change is replayed for these weights.
-    content["digest"] = write_tensors(directory / WEIGHTS, model.state_dict(), kind="weights", document=_mark(content))
-    write_atomic(directory / PLAN, json.dumps(content, indent=None if long else 2) + "\n")
-    write_kernels(directory, given, content["digest"])
+    state = {name: whole(value).cpu() for name, value in model.state_dict().items()}
+    with one_writer(model) as writes:
+        if not writes:
+            return directory
+        remove_kernels(directory)
+        # The weights' header holds a digest of the binding changes, so that no other change is replayed for these weights.
+        content["digest"] = write_tensors(directory / WEIGHTS, state, kind="weights", document=_mark(content))
+        write_atomic(directory / PLAN, json.dumps(content, indent=None if long else 2) + "\n")
+        write_kernels(directory, given, content["digest"])
     return directory
 
 
@@ -113,7 +123,7 @@ def described(model: nn.Module) -> tuple[nn.Module, dict[str, Any], bool]:
         "version": VERSION,
         # A build makes plain weights: with other parametrizations only the user can make the model to load into.
         "source": getattr(model, SOURCE, None) if not parametrized(model) else None,
-        "class": next((name for d in found.values() if (name := d.kind.was(d.value))), type(model).__name__),
+        "class": next((name for d in found.values() if (name := d.kind.was(d.value))), plain_name(model)),
         **{key: written.get(key, ALWAYS.get(key)) for key in dict.fromkeys((*ALWAYS, *written))},
     }
     return model, content, any(done.kind.cuts for done in found.values())  # indices by the thousand

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from microglia.core.sharded import refuse_shards
 from microglia.graph.cutting.baking import baked_copy
 from microglia.graph.cutting.cut import Cut, by_group
 from microglia.graph.cutting.graph_model import cut_again, graph_model
@@ -62,6 +63,7 @@ class Subject:
             ShrinkError: Its weights cannot be baked, or the copy's outputs differ from the model's.
             TraceError: The model is of a kind that cannot be cut, or no part of it can be traced.
         """
+        refuse_shards(model, "A cut")
         refuse_graph(model)
         refuse_kinds(model)
         own, notes = baked_copy(model, example_inputs)

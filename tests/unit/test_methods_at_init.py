@@ -304,7 +304,7 @@ def test_finished_levels_are_not_done_twice(task, tmp_path, monkeypatch):
         ({"rewind": 3}, "rewind"),
         ({"half": ("fc3",)}, "half"),
         ({"scope": "row"}, "globally or by layer"),
-        ({"control": "reinit", "to": "fine-tune"}, "goes with to='weights'"),
+        ({"control": "reinit", "to": "fine-tune"}, "needs to='weights'"),
     ],
 )
 def test_wrong_tickets_are_refused(settings, message):

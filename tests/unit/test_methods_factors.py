@@ -202,7 +202,7 @@ def test_outputs_that_are_no_tensor_are_told() -> None:
         def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
             return self.body(x), x
 
-    with pytest.raises(BudgetError, match="Gal compares outputs that are one tensor"):
+    with pytest.raises(BudgetError, match="Gal needs a model that returns one tensor; Two returns a tuple"):
         made(Gal, Two(), density=0.5)
 
 

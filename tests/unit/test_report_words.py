@@ -47,10 +47,9 @@ def found_result():
     return {**result(), "asked": {"params": 0.5}, "masks": {"kept": 1, "total": 2}}
 
 
-def test_the_page_is_wide_and_keeps_its_first_column(tmp_path):
+def test_the_page_keeps_its_first_column(tmp_path):
     save(tmp_path / "a", result())
     text = page(*told(tmp_path))
-    assert "max-width: 1800px" in text
     assert "tr > :first-child { position: sticky; left: 0;" in text
 
 

@@ -31,7 +31,7 @@ def run(*words):
 def told_by(*words):
     outcome = run(*words, "--json")
     assert outcome.exit_code == 0, outcome.output
-    return json.loads(outcome.output)
+    return json.loads(outcome.stdout)
 
 
 @pytest.fixture(scope="module")
@@ -171,7 +171,7 @@ class TestLeastSquares:
 
 def test_every_file_of_the_studies_is_imported_by_a_command():
     """No code is out of reach: what no command imports is neither run nor seen."""
-    rooms = ", ".join(f"microglia.cli.{name}" for name in ("studies", "commands", "evidence"))
+    rooms = ", ".join(f"microglia.cli.{name}" for name in ("studies", "commands", "sweeping", "evidence"))
     code = f"import json, sys, {rooms}; print(json.dumps(list(sys.modules)))"
     done = fresh.run(code)
     assert done.returncode == 0, done.stderr

@@ -132,7 +132,7 @@ def test_the_command_is_derived_and_durable(toy, tmp_path):
     assert outcome.exit_code == 0, outcome.output
     assert "largest: 3000" in outcome.output
     assert f"Picture: {tmp_path / 'out' / 'some-powers-rows.png'}" in outcome.output
-    told = json.loads(run(*words, "--json").output)
+    told = json.loads(run(*words, "--json").stdout)
     assert MADE == [2, 4]  # the second call read its stages
     assert told["rows"] == [[3, 30], [3, 30, 300, 3000]]
     assert told["checked"]

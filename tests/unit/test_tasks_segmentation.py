@@ -204,7 +204,7 @@ FIRST = {"epochs": 1, "max_batches": 1, "batch_size": 4, "lr": 0.01}
 REFUSED = {
     "layerwise": "Small has no blocks to find",
     "dcp": "Dcp adds classifiers to a classifier",
-    "gal": "Gal compares outputs that are one tensor",
+    "gal": "Gal needs a model that returns one tensor",
 }
 """Methods that refuse this task or this network, and their sentence."""
 

@@ -13,6 +13,7 @@ import microglia as mg
 from microglia.core.callbacks import Callback, Callbacks, Lines
 from microglia.core.errors import MissingLibraryError, UnknownNameError
 from microglia.lab.recipe import RecipeError, resolve
+from microglia.storage.run import Progress, Run
 from microglia.track import Place, Tracker, opened, trackers
 from microglia.track.tracker import TrackingError
 
@@ -191,6 +192,18 @@ def test_a_resumed_stage_says_after_which_epoch(tmp_path: Path, caplog: pytest.L
     lines = [r.getMessage() for r in caplog.records if r.name == "microglia.stages" and r.levelno >= logging.INFO]
     assert lines[-3:] == [lines[-3], "train: resumed after epoch 1", f"{tmp_path / 'a'}: already finished"]
     assert "dense: already finished" in lines
+
+
+def test_the_state_of_a_stage_may_be_a_list(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+
+    def half(progress: Progress) -> list:
+        progress.save([1])
+        raise Stopped
+
+    with pytest.raises(Stopped):
+        run.stage("counted", half)
+    assert run.stage("counted", lambda progress: [*progress.state, 2]) == [1, 2]
 
 
 def test_fit_tells_callbacks_and_their_errors_end_it() -> None:

@@ -153,7 +153,7 @@ class Run:
 
     def _worked(self, name: str, work: Callable[[Progress], State], progress: Progress) -> State:
         """Runs the work of a stage; the callbacks are told when it begins and ends."""
-        rows = (progress.state or {}).get("rows", ())
+        rows = progress.state.get("rows", ()) if isinstance(progress.state, Mapping) else ()
         self.callbacks.on_stage(name, "resumed" if rows else "began", len(rows))
         state = work(progress)
         self.callbacks.on_stage(name, "finished")

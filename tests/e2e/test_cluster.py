@@ -24,7 +24,7 @@ BASE = {
     "measure": {"latency": False},
     "threads": 1,
 }
-SLOW = {**BASE, "train": {"epochs": 12, "batch_size": 32}}
+SLOW = {**BASE, "train": {"epochs": 8, "batch_size": 32}}
 """A recipe whose training takes seconds, so that its node can die within it."""
 
 
@@ -41,7 +41,9 @@ def cluster() -> Iterator[Any]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_DISABLE_IMPORT_WARNING", "1")
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+        quick = {"health_check_period_ms": 500, "health_check_timeout_ms": 500, "health_check_failure_threshold": 3}
+        head = {"num_cpus": 0, "include_dashboard": False, "_system_config": quick}
+        made = Cluster(initialize_head=True, head_node_args=head)
         try:
             yield made
         finally:
@@ -117,6 +119,7 @@ def test_a_worker_that_misses_the_directory_or_the_data_fails_in_one_sentence(tm
     told = work(order)
     assert told["status"] == "failed"
     assert f"The node {os.uname().nodename} does not see {tmp_path / 'elsewhere'}" in told["problem"]
+    monkeypatch.setenv("MICROGLIA_DATA", "the value before, which comes back after the test")  # `work` changes it
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "sweep.yaml").write_text("")
     told = work({**order, "variables": {"MICROGLIA_DATA": str(tmp_path / "nothing")}})

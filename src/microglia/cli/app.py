@@ -22,7 +22,6 @@ import microglia
 from microglia.cli.listed import COMMANDS, STUDIES
 from microglia.cli.options import Json, Shown
 from microglia.core.errors import MicrogliaError
-from microglia.studies.study import studies
 
 
 class LazyGroup(TyperGroup):
@@ -40,7 +39,8 @@ class LazyGroup(TyperGroup):
 
     def _add_studies(self) -> None:
         """Adds the commands of studies that another package registered, also after this group was built (``--import``)."""
-        for name, study in studies.items():
+        base = sys.modules.get("microglia.studies.study")  # imported by now if a study was registered
+        for name, study in base.studies.items() if base is not None else ():
             if name not in COMMANDS and name not in self.commands:
                 from microglia.cli.derive import derived  # imports torch, which `microglia --help` does not need
 

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
+from microglia.cli.app import app
 from microglia.cluster import ClusterError, launcher_of
 from microglia.lab.recipe import identity_of
 from microglia.lab.sweep import Sweep, run_sweep
@@ -146,6 +148,14 @@ def test_a_cluster_that_is_not_there_is_refused_before_anything_runs(tmp_path: P
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ClusterError, match="There is no Slurm on this machine"):
         launcher_of("slurm")
+
+
+def test_a_queue_refuses_what_it_does_not_do(tmp_path: Path) -> None:
+    (tmp_path / "queue.yaml").write_text("parts: []\n")
+    for words in (["--launcher", "ray"], ["--again"]):
+        done = CliRunner().invoke(app, ["sweep", str(tmp_path / "queue.yaml"), *words])
+        assert done.exit_code == 1
+        assert f"leave {words[0]} out" in done.stderr
 
 
 def test_known_results_are_not_run_again(tmp_path: Path) -> None:

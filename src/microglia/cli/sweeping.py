@@ -42,6 +42,9 @@ def sweep(
 ) -> Shown:
     """Run a grid of recipes, each a durable run; finished ones are not run again."""
     if is_queue(file):
+        if launcher is not None or again:
+            option = "--launcher" if launcher is not None else "--again"
+            raise MicrogliaError(f"A queue runs on this machine, by what its ledger lacks: leave {option} out.")
         return _queue(file, overrides or [], out, jobs, only_list=list_ or dry_run)
     planned = read_sweep(file, overrides or [])
     directory = out if out is not None else Path("runs") / planned.name

@@ -59,7 +59,7 @@ class RayLauncher:
             task = self._remote.remote(order_of(cell, directory, starts, self.cpus))
             try:
                 return outcome_of(self._wait(task), again=attempt > 0)
-            except (self._ray.exceptions.RayTaskError, self._ray.exceptions.RayError) as error:
+            except self._ray.exceptions.RayError as error:
                 problem = str(error).strip().splitlines()[-1]
                 if self._stopped.is_set() or isinstance(error, self._ray.exceptions.RayTaskError):
                     break

@@ -36,13 +36,13 @@ def graph_model(
     modes, stay = modes_of(model), exceptions(modes_of(root), path)
     own, twin = Traces(model, as_inputs(example), dynamic), cache(lambda: _twin(model, example, dynamic))
     names, evaluation = forward_names(model), _cut(own.evaluation, kept)
-    training, why = _in_training(own, kept)
+    training, why = (None, "") if own.alike else _in_training(own, kept)
     first, second = evaluation.analysis.trace, training.analysis.trace if training else None
     follows, known = _follows(twin, first, following(model, first, second, modes))
     small = cut_graph(evaluation, names, follows)
     small.microglia_exceptions = stay
     name = path or type(model).__name__
-    notes = [] if training else [lost(name, model, why)]
+    notes = [lost(name, model, why)] if why else []
     if training and second and (differing := own_code(first, second)):
         mode = following(model, second, first, modes, training=True)
         follows, also = _follows(twin, second, mode, training=True)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from microglia.graph.cutting.alike import alike_in_training
 from microglia.graph.cutting.training import averaging, drew
 from microglia.graph.dims.nodes import named_arguments, operator_name
 from microglia.graph.dims.refusals import TraceError, is_random
@@ -22,7 +23,7 @@ from microglia.graph.dims.trace import CHECKS, Trace, trace
 
 
 class Traces:
-    """The traces of a model in both modes, each made at most once, because several steps read the one in training mode.
+    """The traces of a model in both modes, each made at most once and the one in training mode only where it is needed.
 
     Args:
         model: See `trace`.
@@ -32,7 +33,12 @@ class Traces:
 
     def __init__(self, model: nn.Module, example_inputs: Any, dynamic: Sequence[int] = (0,)) -> None:
         self._trace = partial(trace, model, example_inputs, dynamic=dynamic)
-        self._model = model
+        self._model, self._inputs = model, example_inputs
+
+    @cached_property
+    def alike(self) -> bool:
+        """Whether the trace in evaluation mode surely serves both modes; see `alike_in_training`."""
+        return alike_in_training(self._model, self._inputs)
 
     @cached_property
     def evaluation(self) -> Trace:
@@ -41,7 +47,7 @@ class Traces:
         Raises `TraceError` if torch.export cannot trace the model.
         """
         traced = self._trace()
-        if kept_constants(traced):
+        if kept_constants(traced) and not self.alike:
             with suppress(TraceError):
                 return with_live_constants(traced, self.training[0])
         return traced

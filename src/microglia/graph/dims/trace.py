@@ -178,8 +178,8 @@ def _export(
 ) -> torch.export.ExportedProgram:
     """Exports with a free batch first, then as given: a dimension that cannot be free is a constant of the graph."""
     given = (args, kwargs)
-    doubled = pytree.tree_map(_double, given)
-    attempts = [(doubled, tuple(dynamic)), (doubled, ()), (given, ())] if dynamic else [(given, ())]
+    twice = doubled(given)
+    attempts = [(twice, tuple(dynamic)), (twice, ()), (given, ())] if dynamic else [(given, ())]
     problem: Exception | None = None
     for (positional, named), free in attempts:
         try:
@@ -258,10 +258,13 @@ def widen(graph: fx.Graph) -> bool:
     return found
 
 
-def _double(value: Any) -> Any:
-    if isinstance(value, Tensor) and value.ndim and value.shape[0] == 1:
-        return torch.cat([value, value])
-    return value
+def doubled(inputs: Any) -> Any:
+    """Returns nested inputs in which every tensor with a batch of one holds it twice: torch.export takes 1 as a constant."""
+
+    def one(value: Any) -> Any:
+        return torch.cat([value, value]) if isinstance(value, Tensor) and value.ndim and value.shape[0] == 1 else value
+
+    return pytree.tree_map(one, inputs)
 
 
 def _free(inputs: Any, dynamic: Sequence[int]) -> Any:

@@ -393,12 +393,13 @@ def test_nm_ranks_the_weights_themselves() -> None:
 
 @pytest.mark.parametrize("shape", [(32, 16, 3, 3), (40, 16, 3, 3), (10, 16), (16, 3, 3, 3), (8, 16, 1, 1)])
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_scaled_blocks_are_the_expanded_product(shape: tuple[int, ...], channels_last: bool) -> None:
-    weight = torch.randn(shape, dtype=torch.float64)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])  # compiled kernels compute float32
+def test_scaled_blocks_are_the_expanded_product(shape: tuple[int, ...], channels_last: bool, dtype: torch.dtype) -> None:
+    weight = torch.randn(shape, dtype=dtype)
     if channels_last and len(shape) == 4:
         weight = weight.contiguous(memory_format=torch.channels_last)
     weight.requires_grad_()
-    factors = torch.rand(Block(16, 8).sizes(shape).numel(), dtype=torch.float64, requires_grad=True)
+    factors = torch.rand(Block(16, 8).sizes(shape).numel(), dtype=dtype, requires_grad=True)
     found, expected = scale_blocks(weight, factors, Block(16, 8)), weight * Block(16, 8).expand(factors, shape)
     assert torch.equal(found, expected)
     assert found.stride() == weight.stride()

@@ -167,6 +167,18 @@ int mg_huffman_decode(const uint8_t* data, int64_t bytes, const uint16_t* sizes,
 int mg_code_linear(const uint8_t* codes, const float* table, const float* x, const float* bias, float* y, int64_t outputs,
                    int64_t inputs, int64_t batch, int32_t bits, int32_t level);
 
+// A weight (outputs, inputs, taps), its rows in the order inputs, taps or, channels-last, taps, inputs; a factor for each block of
+// block_outputs x block_inputs weights at one tap, (outputs / block_outputs, inputs / block_inputs, taps). Sizes divide.
+typedef struct {
+  int64_t outputs, inputs, taps, block_outputs, block_inputs;
+  int32_t channels_last;
+} mg_scaled;
+
+// The weight times its factors, and the gradients of both (of_weight may be null) from that of the product.
+int mg_scale_blocks(const mg_scaled* blocks, const float* weight, const float* factors, float* result);
+int mg_scale_blocks_backward(const mg_scaled* blocks, const float* weight, const float* gradient, const float* factors,
+                             float* of_weight, float* of_factors);
+
 int mg_level(void);             // the best level of this machine, or MICROGLIA_ISA (generic, avx2, avx512, avx512bf16) where it can run
 const char* mg_level_name(int level);
 const char* mg_error_text(int code);

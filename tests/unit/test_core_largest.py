@@ -167,3 +167,22 @@ def test_a_sample_in_step_with_the_layers_sees_all_of_their_channels() -> None:
     strides = [order._stride(total) for total in (10**5, 10**6, 14_714_688, 10**8)]
     assert all(math.gcd(stride, 64 * 9) == 1 for stride in strides)
     assert strides == sorted(strides)
+
+
+@pytest.mark.parametrize("length", [1, 7, 31, 32, 33, 64, 1000])
+@pytest.mark.parametrize("bracket", [(-0.5, 0.5), (0.25, 0.25), (-math.inf, 0.0), (0.0, math.inf), (-math.inf, -math.inf)])
+def test_the_compiled_pass_equals_the_one_in_torch(
+    length: int, bracket: tuple[float, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = torch.linspace(-1, 1, length)
+    places = values[:: max(1, length // 5)]
+    places.copy_(torch.tensor([math.nan, math.inf, -math.inf, 0.25, -0.0]).repeat(2)[: len(places)])
+
+    def look() -> tuple[int, int, list[int], list[bool]]:
+        mask = torch.empty(length, dtype=torch.bool)
+        sides = order._sides(order._Block(values, mask), *bracket)
+        return sides.at_least, sides.larger, sides.inside.tolist(), mask.tolist()
+
+    found = look()
+    monkeypatch.setattr(order, "_compiled_pass", lambda: None)
+    assert found == look()

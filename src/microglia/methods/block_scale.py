@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from microglia.core.native import compiled
 from microglia.core.patterns import Block
-from microglia.runtime.operators import compiled
 
 CHUNK = 1 << 16
 """Elements of a weight per chunk, so that the product of weight and gradient stays in the cache."""

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from microglia.core.errors import MicrogliaError
+from microglia.core.native import compiled
 from microglia.runtime.sparse_layers.chain_steps import Weights, split, steps_of
 from microglia.runtime.sparse_layers.layout import STRIPE, Places, dense_of_blocks, dense_of_every_block, dense_of_rows
 
@@ -109,23 +110,6 @@ def huffman_decoder() -> Callable[..., int] | None:
     """
     pointer, number = ctypes.c_void_p, ctypes.c_int64
     return compiled("mg_huffman_decode", (pointer, number, pointer, number, number, pointer, ctypes.c_int32, pointer, number))
-
-
-def compiled(name: str, arguments: tuple[Any, ...]) -> Callable[..., int] | None:
-    """Returns a function of ``kernels.h`` that works on plain memory; None without compiled kernels, or with older ones.
-
-    Args:
-        name: Its name.
-        arguments: Types of its arguments, of `ctypes`.
-    """
-    if kernels()[0] == "torch":
-        return None
-    library = ctypes.CDLL(str(min(Path(__file__).parent.glob("_kernels*.so"))))
-    if not hasattr(library, name):
-        return None
-    function: Any = getattr(library, name)
-    function.argtypes, function.restype = list(arguments), ctypes.c_int
-    return function  # type: ignore[no-any-return]
 
 
 def _without_kernels(asked: str, reason: str) -> tuple[str, str]:

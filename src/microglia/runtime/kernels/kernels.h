@@ -167,6 +167,10 @@ int mg_huffman_decode(const uint8_t* data, int64_t bytes, const uint16_t* sizes,
 int mg_code_linear(const uint8_t* codes, const float* table, const float* x, const float* bias, float* y, int64_t outputs,
                    int64_t inputs, int64_t batch, int32_t bits, int32_t level);
 
+// One pass of a selection over at most 2^31 - 1 values: mask = value >= high; `inside` gets the places of values neither >= high nor
+// <= low, NaN among them, in order, and has room for all. counts = {values >= high, values <= low, places}.
+int mg_select_pass(const float* values, int64_t length, float low, float high, uint8_t* mask, int32_t* inside, int64_t* counts);
+
 // A weight (outputs, inputs, taps), its rows in the order inputs, taps or, channels-last, taps, inputs; a factor for each block of
 // block_outputs x block_inputs weights at one tap, (outputs / block_outputs, inputs / block_inputs, taps). Sizes divide.
 typedef struct {

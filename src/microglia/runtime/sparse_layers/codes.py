@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from microglia.core.errors import MicrogliaError
+from microglia.core.native import compiled
 from microglia.runtime.dense.fusion import Site
 from microglia.runtime.dense.packing import apply_activation
-from microglia.runtime.operators import LEVELS, compiled
+from microglia.runtime.operators import LEVELS
 
 STEP = 16
 """Inputs of a row are filled up with zeros to a multiple of this."""

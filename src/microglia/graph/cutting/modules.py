@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from copy import deepcopy
+from itertools import chain
 from typing import Any
 
 import torch
@@ -111,7 +112,8 @@ def issuer(node: Any) -> str:
 
 def cut_module(model: nn.Module, kept: Indices, changed: Attributes) -> nn.Module:
     """Returns a cut copy of the model, without its auxiliary parts if it loses anything: they fit only the whole model."""
-    model = deepcopy(model)
+    held = dict(chain(model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)))
+    model = deepcopy(model, {id(held[name]): held[name] for name in kept if name in held})  # these are replaced, not changed
     before = _entries(model)
     apply_indices(model, kept, changed)
     if _entries(model) < before:

@@ -115,10 +115,11 @@ def choose_rows(gate: Gate, x: Tensor, columns: Tensor | None) -> Tensor | None:
         x: The channels ``columns`` of its input, or all of them if that is None, (1, channels, height, width).
         columns: Input channels given, None for all.
     """
-    if gate.keep is not None or not is_image(x) or gate.weight.dtype != torch.float32:
+    if gate.static or gate.keep is not None or not is_image(x) or gate.weight.dtype != torch.float32:
         return None
     settings = (gate.softmax, gate.pool == "max")
-    return torch.ops.microglia.gate_rows(x, columns, gate.weight, gate.bias, *settings)  # type: ignore[no-any-return]
+    units: Tensor = torch.ops.microglia.gate_rows(x, columns, gate.weight, gate.bias, *settings)
+    return units if gate.block == 1 else (units[:, None] * gate.block + torch.arange(gate.block)).flatten()
 
 
 def _part_of(weight: Tensor, rows: Tensor | None, columns: Tensor | None) -> Tensor:

@@ -61,6 +61,7 @@ class FtwtConfig(MethodConfig):
         also=("r",),
         why={"density": "all weights stay", "params": "all weights stay"},
     )
+    later: ClassVar[tuple[str, ...]] = ("gates", "block")
     pattern: str = "channel"
     mode: Mode = "decoupled"
     r: float | dict[str, float] | None = None

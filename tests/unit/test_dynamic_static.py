@@ -17,6 +17,7 @@ from microglia.core.errors import BudgetError, FileError, MicrogliaError, Select
 from microglia.data import ImageData
 from microglia.dynamic import (
     Counter,
+    Flow,
     GatePlan,
     Gathered,
     attach_gates,
@@ -30,6 +31,7 @@ from microglia.dynamic import (
     static_masks,
     targets,
 )
+from microglia.lab.recipe import Recipe, as_dict, identity_of, resolve
 from microglia.methods import FtwtConfig, methods
 from microglia.storage.run import Run
 from microglia.tasks.classification import ImageSource
@@ -222,6 +224,25 @@ def test_blocks_gather_to_what_the_masks_leave(name: str, double: bool) -> None:
     assert any(0 < mask.double().mean() < 1 for mask in routes.masks.values())
 
 
+def test_blocks_on_large_maps_gather_to_what_the_masks_leave() -> None:
+    """Where a whole input has many pixels, which oneDNN convolves, and where weights are read where they lie."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.Sequential(
+            nn.Conv2d(3, 16, 3, padding=1), nn.Sigmoid(), nn.Conv2d(16, 64, 3, padding=1), nn.ReLU(),
+            nn.Conv2d(64, 48, 3, stride=4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(48, 5),
+        ).eval()  # fmt: skip
+    x = torch.rand(1, 3, 48, 48)
+    sites = find_sites(Flow(model, x), model, layers=("2", "4")).sites
+    attach_gates(model, GatePlan(sites, blocks=blocks_of(sites, 16)))
+    with torch.no_grad():
+        for gate, bias in zip(gates_of(model).values(), ([1, -1, -1, 1], [-1, 1, 1]), strict=True):
+            gate.weight.zero_()
+            gate.bias.copy_(torch.tensor(bias))
+    with torch.no_grad():
+        torch.testing.assert_close(Gathered(model, x)(x), model(x), rtol=1e-4, atol=1e-5)
+
+
 def test_the_share_of_a_block_is_the_sum_of_its_filters() -> None:
     single, blocks = prepared()[1], prepared(blocks={"one": 4})[1]
     torch.testing.assert_close(blocks["one"], single["one"].unflatten(1, (2, 4)).sum(2))
@@ -310,3 +331,13 @@ def test_a_config_that_means_nothing(settings: dict[str, Any], says: str) -> Non
 def test_a_loop_of_one_s_own_starts_heads_itself(settings: dict[str, Any]) -> None:
     with pytest.raises(MicrogliaError, match="start_static"):
         mg.methods.Ftwt(nn.Conv2d(3, 4, 3), r=0.8, total_steps=4, example_inputs=torch.zeros(1, 3, 8, 8), **settings)
+
+
+def test_later_settings_at_their_defaults_leave_the_identity_of_earlier_runs() -> None:
+    def recipe(**prune: Any) -> Recipe:
+        return resolve({"model": "resnet8", "data": "digits", "method": "ftwt", "prune": {"r": 0.8, **prune}})
+
+    plain, first = recipe(), recipe(gates="first")
+    assert not {"gates", "block"} & set(as_dict(plain)["prune"])
+    assert as_dict(first)["prune"]["gates"] == "first"
+    assert identity_of(plain) == identity_of(recipe(gates="all", block=1)) != identity_of(first)

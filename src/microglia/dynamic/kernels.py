@@ -6,6 +6,7 @@ densely; oneDNN reorders it at every call, which costs about as much as gatherin
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -37,6 +38,8 @@ FUSED: dict[str, tuple[str, list[float], str]] = {
 
 FEW = 8
 """Up to this number of input channels oneDNN is faster: kernels read 16 at once, and small weights reorder quickly."""
+BLOCK, MANY_PIXELS = 16, 2000
+"""Output channels that oneDNN computes together; pixels of an output from which on it is faster on whole blocks of them."""
 KERNELS = {"identity": 0, "relu": 1, "relu6": 2, "silu": 3}
 """Activation -> its number in Microglia's own kernels, if they support it."""
 
@@ -50,7 +53,7 @@ def run_part(x: Tensor, c: Convolution, rows: Tensor | None, columns: Tensor | N
         rows: Output channels to compute, None for all.
         columns: Input channels given, None for all.
     """
-    if has_kernel(x, c):
+    if has_kernel(x, c) and not _mostly_pixels(x, c, rows, columns):
         s = c.settings
         geometry = (list(c.weight.shape[2:]), s["stride"], padding_of(c), s["dilation"], KERNELS[c.activation])
         return torch.ops.microglia.part_conv2d(  # type: ignore[no-any-return]
@@ -91,6 +94,17 @@ def _fused(x: Tensor, weight: Tensor, bias: Tensor | None, c: Convolution) -> Te
 def has_kernel(x: Tensor, c: Convolution) -> bool:
     """Tells whether a compiled kernel computes parts of a convolution from such an input."""
     return c.groups == 1 and c.inputs > FEW and c.activation in KERNELS and _plain(x, c) and operators.level() != "torch"
+
+
+def _mostly_pixels(x: Tensor, c: Convolution, rows: Tensor | None, columns: Tensor | None) -> bool:
+    """Tells whether a part has so many pixels that oneDNN is faster, although it reorders the part's weight in this call.
+
+    It is for whole blocks of outputs of a whole input: then nothing is computed in vain.
+    """
+    if columns is not None or rows is None or len(rows) % BLOCK or c.inputs % BLOCK or not fusible(x, c):
+        return False
+    strides = c.settings["stride"]
+    return x.shape[2] * x.shape[3] >= MANY_PIXELS * math.prod(strides if len(strides) == 2 else [strides[0]] * 2)
 
 
 def fusible(x: Tensor, c: Convolution) -> bool:

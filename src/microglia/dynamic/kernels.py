@@ -39,7 +39,10 @@ FUSED: dict[str, tuple[str, list[float], str]] = {
 FEW = 8
 """Up to this number of input channels oneDNN is faster: kernels read 16 at once, and small weights reorder quickly."""
 BLOCK, MANY_PIXELS = 16, 2000
-"""Output channels that oneDNN computes together; pixels of an output from which on it is faster on whole blocks of them."""
+"""Output channels that oneDNN computes together; pixels of an output from which on it is faster on whole blocks of them.
+
+Measured with AVX2, on layers of ResNet-18.
+"""
 KERNELS = {"identity": 0, "relu": 1, "relu6": 2, "silu": 3}
 """Activation -> its number in Microglia's own kernels, if they support it."""
 

@@ -18,7 +18,7 @@ from microglia.runtime.dense.fusion import Activation, Site
 from microglia.runtime.sparse_layers.layout import every_block, one_group, to_blocks
 
 ACTIVATIONS = {"none": lambda x: x, "relu": torch.relu, "relu6": F.relu6, "silu": F.silu}
-OUTPUTS, INPUTS = (1, 15, 16, 17, 33, 64), (1, 3, 8, 16, 17, 40)
+OUTPUTS, INPUTS = (1, 15, 16, 17, 33, 64), (1, 3, 8, 16, 17, 40, 48)
 KERNELS = ((1, 1), (3, 3), (1, 1), (3, 3), (5, 1), (7, 7), (2, 4))
 SIDES = ((7, 7), (14, 14), (1, 1), (5, 9), (8, 8), (3, 30), (28, 9))
 DENSITIES = (0.0, 0.05, 0.3, 0.3, 1.0)
@@ -154,7 +154,11 @@ def gated(draw):
     stripes = torch.rand(len(values), generator=draw.generator).lt(0.6).nonzero()[:, 0]
     geometry = (list(dense.shape[2:]), list(site.stride), list(site.padding), list(site.dilation))
     code = tuple(ACTIVATIONS).index(site.activation.name)
-    got = torch.ops.microglia.gated_conv2d(x, values, channels.int(), stripes.int(), site.bias, outputs, *geometry, code)
+    lists = [channels.int(), stripes.int()]
+    if draw.one((True, False)):  # as masks
+        sizes = zip(lists, (inputs, len(values)), strict=True)
+        lists = [torch.zeros(size, dtype=torch.uint8).index_fill(0, given.long(), 1) for given, size in sizes]
+    got = torch.ops.microglia.gated_conv2d(x, values, *lists, site.bias, outputs, *geometry, code)
     columns = torch.zeros(inputs).index_fill(0, channels, 1)
     rows = torch.zeros(len(values)).index_fill(0, stripes, 1).repeat_interleave(16)[:outputs]
     kept = Site("g", "conv2d", dense * columns[:, None, None], site.bias, site.input_shape, site.output_shape,
@@ -215,7 +219,10 @@ def sum_of_a_part(draw):
 
 
 def some(draw, count):
-    """Returns a rising list of some of so many channels, one at least, or None for all of them."""
+    """Returns a rising list of some of so many channels, one at least, or None for all of them; also whole blocks of 16."""
+    if count % 16 == 0 and draw.one((True, False)):
+        blocks = some(draw, count // 16) if count > 16 else torch.zeros(1, dtype=torch.int64)
+        return None if blocks is None else (blocks[:, None] * 16 + torch.arange(16)).flatten()
     drawn = torch.rand(count, generator=draw.generator)
     return draw.one((None, *((drawn < max(share, float(drawn.min()) + 1e-6)).nonzero()[:, 0] for share in (0.1, 0.5, 0.9))))
 

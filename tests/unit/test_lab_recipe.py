@@ -190,6 +190,24 @@ def test_the_networks_of_smarts_table_have_their_tasks_and_schedules() -> None:
         assert rates[3] < 1e-7
 
 
+@pytest.mark.parametrize(("name", "count"), [("resnet20_paper", 6), ("resnet20_rates", 27), ("resnet20_rates_static", 9)])
+def test_the_scalings_of_ftwt_are_valid_sweeps(name: str, count: int) -> None:
+    """Those of the rates are pilots on validation images, as many for the static baseline as for each start of heads."""
+    from microglia.lab.sweep_grid import read_sweep
+
+    cells = read_sweep(Path(__file__).parents[2] / "recipes" / "ftwt" / "scaled" / f"{name}.yaml").cells
+    assert len({cell.name for cell in cells}) == len(cells) == count
+    assert {cell.recipe.measure.split for cell in cells} == {"test" if name.endswith("paper") else "validation"}
+    modes = {cell.recipe.prune["mode"]: cell.recipe for cell in cells}
+    for recipe in modes.values():
+        methods["ftwt"].check(_small_task(recipe), method_config(recipe))
+    if name.endswith("paper"):
+        prune, train = modes["joint"].prune, modes["joint"].train
+        assert (prune["r"], prune["softmax"], prune["cooldown"], prune["head_lr"]) == (0.8, True, 0.5, 0.1)
+        assert (train.epochs, train.lr, train.weight_decay) == (15, 0.01, 5e-4)
+        assert modes.keys() == {"decoupled", "joint", "static"}
+
+
 @pytest.mark.parametrize(
     "path", sorted((Path(__file__).parents[2] / "recipes" / "smart" / "scaled").glob("*.yaml")), ids=lambda p: p.stem
 )

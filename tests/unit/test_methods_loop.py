@@ -24,6 +24,7 @@ from microglia.methods import (
     DeepHoyer,
     DeepR,
     Dsr,
+    Fbs,
     FilterNorms,
     Fpgm,
     Ftwt,
@@ -65,6 +66,7 @@ SETTINGS: dict[type, dict[str, Any]] = {
     Awg: {**BLOCKS, "updates": 2},
     Acdc: {**BLOCKS, "compress": (0.2, 0.7), "decompress": (0.5,)},
     Ftwt: {"r": 0.8},
+    Fbs: {"flops": 0.5},
     Ddnp: {"flops": 0.5},
     Slimming: {"density": 0.5},
     GroupLasso: {"flops": 0.5},
@@ -149,7 +151,7 @@ def check_that_weights_and_own_parameters_share_nothing(
     own, weights = {id(p) for p in own_of(pruner)}, {id(p) for p in pruner.weights_to_train()}
     assert not own & weights
     assert weights == {id(p) for p in model.parameters()} - own
-    assert kind in (Smart, Pas, Ftwt, Ddnp, Dcp, Scop, Gal, Sss, Taylor) or not own
+    assert kind in (Smart, Pas, Ftwt, Fbs, Ddnp, Dcp, Scop, Gal, Sss, Taylor) or not own
     assert len(weights) == len(before)
     inside = [id(p) for optimizer in pruner.optimizers() for group in optimizer.param_groups for p in group["params"]]
     assert sorted(inside) == sorted(own)  # each once
@@ -172,7 +174,7 @@ def test_every_pruner_goes_through_one_and_the_same_loop(kind: type) -> None:
     assert still is (kind is Taylor or not own)  # whose gates are only read
     pruner.finish()
     pruner.finish()  # twice does no harm
-    if kind is Ftwt:
+    if kind in (Ftwt, Fbs):
         assert gates_of(model)
     else:
         assert 0.2 < mg.masks_of(model).density < 0.8

@@ -776,6 +776,26 @@ def dynamic_report(dynamic, tmp_path_factory):
     return report([dynamic], tmp_path_factory.mktemp("dynamic-report"))
 
 
+def test_dynamic_runs_stand_beside_static_masks_at_their_gates(tmp_path):
+    """The difference in pairs of one seed; another budget, other places or a seed alone has no pair."""
+    root = tmp_path / "runs"
+    for seed, static, joint in ((0, 0.80, 0.83), (1, 0.82, 0.84), (2, None, 0.99)):
+        if static:
+            save(root / f"static-{seed}", gated("static", seed=seed, accuracy=static))
+        save(root / f"joint-{seed}", gated("joint", seed=seed, accuracy=joint))
+    save(root / "first", gated("joint", gates="first"))
+    save(root / "tight", gated("joint", flops=0.3))
+    tables = report([root], tmp_path / "report").tables.read_text()
+    rows = table_of("|" + tables.partition("Over static:")[2].partition("|")[2].partition("## Made")[0])
+    column = {(r["method"], r["asked"], r["n"]): r["over static at the gates, points"] for r in rows}
+    assert column == {
+        ("ftwt static", "flops 0.5", "2"): "",
+        ("ftwt joint", "flops 0.5", "3"): "+2.50 ± 0.71",
+        ("ftwt joint", "flops 0.5", "1"): "",
+        ("ftwt joint", "flops 0.3", "1"): "",
+    }
+
+
 class TestDynamic:
     def rows(self, text):
         return table_of(

@@ -109,4 +109,4 @@ def test_seeds_share_a_dense_network_over_studies(jobs):
     starts = [job for job in jobs if job.kind == "start" and job.recipe.model == "resnet20" and job.recipe.dense.epochs == 25]
     assert len(starts) == 1
     studies = {job.study for job in jobs if job.start == starts[0].identity and job.kind == "cell"}
-    assert studies == {"smart/blocks", "smart/channels", "smart/two_four", "structured/resnet20"}
+    assert studies == {"ftwt/resnet20", "smart/blocks", "smart/channels", "smart/two_four", "structured/resnet20"}

@@ -2,7 +2,7 @@
 
 from microglia.dynamic import change as _registered  # noqa: F401
 from microglia.dynamic.calibrate import calibrate
-from microglia.dynamic.choose import Estimate, choose_r, estimate, shares
+from microglia.dynamic.choose import Estimate, choose_density, choose_r, estimate, shares
 from microglia.dynamic.counting import COUNTS, Costs, Count, Counter
 from microglia.dynamic.fitting import fit_heads
 from microglia.dynamic.flow import Flow
@@ -19,12 +19,14 @@ from microglia.dynamic.gates import (
 )
 from microglia.dynamic.gathered import Gathered
 from microglia.dynamic.routes import Routes, frequencies, record, statistics
-from microglia.dynamic.sites import Sites, find_sites
+from microglia.dynamic.sites import PLACES, Places, Sites, blocks_of, find_sites
+from microglia.dynamic.static import start_static, static_masks
 from microglia.dynamic.targets import RULES, Rule, mass, targets
 from microglia.dynamic.tuning import Crossover, Fastest, tune
 
 __all__ = [
     "COUNTS",
+    "PLACES",
     "RULES",
     "Costs",
     "Count",
@@ -37,12 +39,15 @@ __all__ = [
     "GatePlan",
     "Gathered",
     "Passage",
+    "Places",
     "Routes",
     "Rule",
     "Site",
     "Sites",
     "attach_gates",
+    "blocks_of",
     "calibrate",
+    "choose_density",
     "choose_r",
     "detach_gates",
     "estimate",
@@ -56,6 +61,8 @@ __all__ = [
     "note_plan",
     "record",
     "shares",
+    "start_static",
+    "static_masks",
     "statistics",
     "targets",
     "tune",

@@ -5,6 +5,7 @@ Source: FTWT's estimate before training; spec, section 7.9.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import islice
@@ -17,6 +18,7 @@ from microglia.core.batch import call, count_examples, to_device
 from microglia.core.errors import BudgetError
 from microglia.core.modes import evaluating
 from microglia.dynamic.counting import Count, Counter
+from microglia.dynamic.gate_plan import GatePlan
 from microglia.dynamic.gates import Passage, listening
 from microglia.dynamic.targets import Rule, targets
 
@@ -90,8 +92,42 @@ def choose_r(share: Mapping[str, Tensor], flops: float, rule: Rule, counter: Cou
         else:
             high = middle
     if least is None:
-        raise BudgetError(
-            f"The gates cannot bring the {count} operations to {flops:g} of the dense model: with one filter a layer "
-            f"they are {getattr(estimate(share, high, rule, counter), count):.3g}. Gate more layers, or ask for more."
-        )
+        raise _too_few(count, flops, getattr(estimate(share, high, rule, counter), count))
     return least
+
+
+def choose_density(plan: GatePlan, flops: float, counter: Counter, count: Count = "honest") -> tuple[float, dict[str, int]]:
+    """Returns the largest density with a cost of at most ``flops``, and each layer's number of kept units.
+
+    Every gate keeps the same fraction of its units, rounded up, for each input; so the cost is known before the training. The
+    kept filters of a depthwise layer are taken to be those that arrive, which costs most.
+
+    Raises:
+        BudgetError: Even one unit in each layer costs more.
+    """
+    units = {site.layer: plan.head_of(site)[0] for site in plan.sites}
+
+    def kept(density: float) -> dict[str, int]:
+        return {layer: max(1, math.ceil(density * number - 1e-9)) for layer, number in units.items()}
+
+    def cost(density: float) -> float:
+        masks = {layer: torch.arange(units[layer])[None] < number for layer, number in kept(density).items()}
+        costs = counter(masks)
+        return float(costs.of(count)[0]) / costs.dense
+
+    low, high = 0.0, 1.0
+    if cost(high) <= flops:
+        return high, kept(high)
+    if cost(low) > flops:
+        raise _too_few(count, flops, cost(low))
+    for _ in range(ROUNDS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if cost(middle) <= flops else (low, middle)
+    return low, kept(low)
+
+
+def _too_few(count: Count, flops: float, least: float) -> BudgetError:
+    return BudgetError(
+        f"The gates cannot bring the {count} operations to {flops:g} of the dense model: with one filter a layer "
+        f"they are {least:.3g}. Gate more layers, or ask for more."
+    )

@@ -7,6 +7,7 @@ every layer without a gate. Neither counts norms, activations, pooling and biase
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -14,8 +15,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from microglia.dynamic.flow import Convolution, Flow
+from microglia.dynamic.flow import Convolution, Flow, Step
 from microglia.dynamic.gate_plan import GatePlan
+from microglia.dynamic.targets import filters_of
 from microglia.measure import count_macs
 
 Count = Literal["honest", "paper"]
@@ -51,7 +53,7 @@ class Counter:
     Args:
         model: The model without gates.
         flow: Flow of this model.
-        plan: Plan of the gates; only its sites are used.
+        plan: Plan of the gates; only its sites and the sizes of its heads are used.
         example_inputs: One batch of inputs.
     """
 
@@ -60,15 +62,17 @@ class Counter:
         self.flow, self.dense = flow, counted.total
         self.macs = {layer: counted.layers[f"{layer}.weight"] for layer in flow.convolutions}
         self.rest = counted.total - sum(self.macs.values())
-        self.heads = sum(site.inputs * site.outputs for site in plan.sites)
+        self.heads = sum(math.prod(plan.head_of(site)) for site in plan.sites)
 
     def __call__(self, masks: Mapping[str, Tensor]) -> Costs:
-        """Returns the costs of the inputs with these masks: layer -> boolean (batch, outputs)."""
+        """Returns the costs of the inputs with these masks: layer -> boolean (batch, outputs), or (batch, units) of blocks."""
+        convolutions = self.flow.convolutions
+        masks = {layer: filters_of(mask, _outputs(convolutions[layer])) for layer, mask in masks.items()}
         batch = len(next(iter(masks.values())))
         arriving = self.flow.supports(masks)
         published = self.flow.supports(masks, published=True)
         layers, paper = {}, torch.full((batch,), float(self.rest), dtype=torch.float64)
-        for layer, step in self.flow.convolutions.items():
+        for layer, step in convolutions.items():
             assert step.convolution is not None
             kept, dense = masks.get(layer), self.macs[layer]
             source = step.sources[0]
@@ -76,6 +80,11 @@ class Counter:
             paper += dense * _as_published(step.convolution, kept, published.get(source), batch)
         honest = torch.stack(list(layers.values())).sum(0) + self.rest + self.heads
         return Costs(honest, paper, layers, self.heads, self.dense)
+
+
+def _outputs(step: Step) -> int:
+    assert step.convolution is not None
+    return step.convolution.outputs
 
 
 def computed(c: Convolution, kept: Tensor | None, arriving: Tensor | None, batch: int) -> Tensor:

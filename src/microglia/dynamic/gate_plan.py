@@ -28,6 +28,8 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "tanh": torch.tanh,
 }
 """Activations with f(0) = 0, so that a gate may come before them."""
+LATER = ("blocks", "boost", "static")
+"""Fields of a plan that version 0.1 does not know."""
 RECTIFYING = frozenset({"relu", "relu6"})
 """Activations that are monotone and never negative."""
 
@@ -61,7 +63,10 @@ class GatePlan:
         softmax: Whether the pooled input goes through a softmax over channels.
         rule: Rule for targets.
         r: Layer -> fraction of the mass that its target keeps.
-        keep: Layer -> fixed number of kept filters, those with the largest logits; for random gates.
+        keep: Layer -> fixed number of kept units, those with the largest logits; for random gates.
+        blocks: Layer -> number of neighbouring filters that are kept or skipped together, the unit of its gate; 1 if absent.
+        boost: Whether a kept filter's response is multiplied by its rectified logit, its saliency (FBS), with a gradient.
+        static: Whether a gate keeps the same filters for every input: it has a bias alone, and its head costs nothing.
     """
 
     sites: tuple[Site, ...]
@@ -70,6 +75,13 @@ class GatePlan:
     rule: Rule = "prefix_le"
     r: Mapping[str, float] = field(default_factory=dict)
     keep: Mapping[str, int] = field(default_factory=dict)
+    blocks: Mapping[str, int] = field(default_factory=dict)
+    boost: bool = False
+    static: bool = False
+
+    def head_of(self, site: Site) -> tuple[int, int]:
+        """Returns the shape of a head's weight, (units, inputs)."""
+        return site.outputs // self.blocks.get(site.layer, 1), 0 if self.static else site.inputs
 
     def with_r(self, r: float | Mapping[str, float]) -> GatePlan:
         """Returns the plan with one r for all layers, or one per layer."""
@@ -77,8 +89,9 @@ class GatePlan:
         return replace(self, r=dict(each))
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the plan as JSON values."""
-        return asdict(self)
+        """Returns the plan as JSON values; without the fields that earlier versions do not know, where these say nothing."""
+        values = asdict(self)
+        return {name: value for name, value in values.items() if name not in LATER or value}
 
     @classmethod
     def from_dict(cls, values: Any, weights: Mapping[str, Tensor] | None = None) -> GatePlan:
@@ -92,7 +105,7 @@ class GatePlan:
             FileError: A type, a range or a shape is wrong.
         """
         check_form(values, {"pool": get_args(Pool), "rule": RULES, "activation": ACTIVATIONS})
-        sites = tuple(Site(**site) for site in values["sites"])
+        plan = cls(**{**values, "sites": tuple(Site(**site) for site in values["sites"])})
         if weights is not None:
-            check_weights(sites, weights)
-        return cls(**{**values, "sites": sites})
+            check_weights({(site.layer, site.carrier): plan.head_of(site) for site in plan.sites}, weights)
+        return plan

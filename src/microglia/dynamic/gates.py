@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from microglia.core.errors import MicrogliaError
 from microglia.dynamic.gate_plan import ACTIVATIONS, RECTIFYING, GatePlan, Site
-from microglia.dynamic.targets import highest, mass, share_of, targets
+from microglia.dynamic.targets import filters_of, highest, mass, share_of, targets
 
 GATES = "microglia_gates"
 """Attribute of a model that holds the plan of its gates."""
@@ -31,7 +31,7 @@ class Passage:
     Attributes:
         gate: The gate.
         embedded: Input of its head, (batch, inputs).
-        logits: Logits of its head, (batch, outputs); positive = keep.
+        logits: Logits of its head, (batch, units); positive = keep. A unit is one filter, or a block of neighbours.
         mask: Kept channels, boolean, (batch, outputs).
         output: Feature maps after the norm, before activation and mask, without gradient.
     """
@@ -49,16 +49,18 @@ class Passage:
 
     @torch.no_grad()
     def share(self) -> Tensor:
-        """Returns each filter's share of the response, (batch, outputs).
+        """Returns each unit's share of the response, (batch, units); that of a block is the sum over its filters.
 
         A monotone, nonnegative activation maps the largest value to the largest absolute one, so that the peaks of the response
         are known without computing it.
         """
         name = self.gate.site.activation
-        return share_of(ACTIVATIONS[name](highest(self.output))) if name in RECTIFYING else mass(self.response)
+        share = share_of(ACTIVATIONS[name](highest(self.output))) if name in RECTIFYING else mass(self.response)
+        units = self.logits.shape[1]
+        return share if units == share.shape[1] else share.unflatten(1, (units, -1)).sum(2)
 
     def target(self) -> Tensor:
-        """Returns the filters to keep by the layer's own r, boolean, (batch, outputs)."""
+        """Returns the units to keep by the layer's own r, boolean, (batch, units)."""
         gate = self.gate
         return targets(self.share(), gate.r, gate.rule)
 
@@ -102,37 +104,64 @@ class Gate(nn.Module):
 
     def __init__(self, site: Site, plan: GatePlan, generator: torch.Generator | None = None) -> None:
         super().__init__()
-        bound = site.inputs**-0.5
-        weight, bias = torch.empty(site.outputs, site.inputs), torch.empty(site.outputs)
+        bound, (units, inputs) = site.inputs**-0.5, plan.head_of(site)
+        weight, bias = torch.empty(units, inputs), torch.empty(units)
         self.weight = nn.Parameter(weight.uniform_(-bound, bound, generator=generator))
         self.bias = nn.Parameter(bias.uniform_(-bound, bound, generator=generator))
+        if plan.boost:  # the saliency of a channel starts near 1
+            nn.init.trunc_normal_(self.weight, std=0.05, generator=generator)
+            nn.init.ones_(self.bias)
         self.site, self.pool, self.softmax, self.rule = site, plan.pool, plan.softmax, plan.rule
         self.r: float = plan.r.get(site.layer, 1.0)
         self.keep: int | None = plan.keep.get(site.layer)
-        self.fade, self.detached = 1.0, True
+        self.block, self.static, self.boost = site.outputs // units, plan.static, plan.boost
+        self.fade, self.detached = 1.0, not plan.boost
         self._wire = _Wire()
 
     def extra_repr(self) -> str:
         """Returns the printed details."""
-        return f"{self.site.inputs} -> {self.site.outputs}, r={self.r:g}"
+        blocks = "" if self.block == 1 else f" in blocks of {self.block}"
+        return f"{self.site.inputs} -> {self.site.outputs}{blocks}, r={self.r:g}{', static' if self.static else ''}"
 
     def embed(self, arriving: Tensor) -> Tensor:
-        """Returns the pooled input of the head, (batch, inputs)."""
+        """Returns the pooled input of the head, (batch, inputs); a static gate has no input."""
+        if self.static:
+            return arriving.new_empty(len(arriving), 0)
         space = arriving.flatten(2)
         pooled = space.mean(2) if self.pool == "avg" else space.amax(2)
         return pooled.softmax(1) if self.softmax else pooled
 
     def logits(self, embedded: Tensor) -> Tensor:
-        """Returns the head's output for an embedded input, (batch, outputs)."""
+        """Returns the head's output for an embedded input, (batch, units)."""
         return functional.linear(embedded, self.weight, self.bias)
 
     @torch.no_grad()
     def decide(self, logits: Tensor) -> Tensor:
-        """Returns the mask, boolean, (batch, outputs): sigmoid(logit) > 0.5, or the ``keep`` largest logits."""
+        """Returns the mask, boolean, (batch, outputs): sigmoid(logit) > 0.5, or the ``keep`` largest logits.
+
+        A boosted filter with a saliency of zero is skipped too.
+        """
         if self.keep is None:
-            return logits > 0
+            return filters_of(logits > 0, self.site.outputs)
         best = logits.sort(dim=1, descending=True, stable=True).indices[:, : self.keep]
-        return torch.zeros_like(logits, dtype=torch.bool).scatter_(1, best, True)
+        kept = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, best, True)
+        return filters_of(kept & (logits > 0) if self.boost else kept, self.site.outputs)
+
+    def boosted(self, output: Tensor, logits: Tensor, mask: Tensor, shift: Tensor | None) -> Tensor:
+        """Returns feature maps whose kept filters are multiplied by their saliency, all but their shift (spec, section 8.1).
+
+        The saliency takes the place of a norm's scale: y = saliency (output - shift) + shift for a kept filter, 0 for others.
+
+        Args:
+            output: Feature maps after the norm, before the activation, (batch, channels, *space).
+            logits: Logits of these channels, (batch, channels).
+            mask: Kept ones of these channels, boolean, (batch, channels).
+            shift: Shift of the norm, or bias of the convolution, for these channels; None for 0.
+        """
+        shape = (*logits.shape, *[1] * (output.ndim - 2))
+        saliency = logits.relu() * mask
+        scaled = output * saliency.reshape(shape)
+        return scaled if shift is None else scaled + (shift * (mask.to(output.dtype) - saliency)).reshape(shape)
 
     def listen(self, listener: Listener | None) -> None:
         """Calls ``listener`` at every passage from now on; None ends this."""
@@ -152,6 +181,8 @@ class Gate(nn.Module):
             self._wire.listener(Passage(self, embedded, logits, mask, output.detach()))
         if self.fade == 0:
             return output
+        if self.boost:
+            return self.boosted(output, logits, mask, getattr(module, "bias", None))
         factor = mask.to(output.dtype)
         factor = factor if self.fade == 1 else 1 - self.fade * (1 - factor)
         return output * factor.reshape(*factor.shape, *[1] * (output.ndim - 2))
@@ -228,6 +259,12 @@ def gates_of(model: nn.Module) -> dict[str, Gate]:
     found = {m.site.layer: m for m in model.modules() if isinstance(m, Gate)}
     plan = gate_plan(model)
     return found if plan is None else {site.layer: found[site.layer] for site in plan.sites}
+
+
+def shift_of(model: nn.Module, gate: Gate) -> Tensor | None:
+    """Returns the shift of the norm that a gate masks, or the bias of the convolution; None without any."""
+    bias = getattr(model.get_submodule(gate.site.carrier), "bias", None)
+    return None if bias is None else bias.detach()
 
 
 @contextmanager

@@ -19,7 +19,8 @@ from torch.utils import _pytree as pytree
 from microglia.core.errors import MicrogliaError
 from microglia.core.running import twin
 from microglia.dynamic.flow import Convolution, Flow, Step
-from microglia.dynamic.gates import Gate, detach_gates, gate_plan, gates_of
+from microglia.dynamic.gate_plan import ACTIVATIONS
+from microglia.dynamic.gates import Gate, detach_gates, gate_plan, gates_of, shift_of
 from microglia.dynamic.kernels import choose_rows, prepacked, run_depthwise, run_part, silent
 from microglia.dynamic.steps import Channels, Environment, Value, compile_step, whole
 from microglia.runtime import operators
@@ -56,6 +57,7 @@ class Gathered:
         operators.level()  # the same operators decide from the first input on
         own = twin(model)
         self._gates = gates_of(own)
+        self._shifts = {layer: shift_of(own, gate) for layer, gate in self._gates.items() if gate.boost}
         self.flow = Flow(detach_gates(own).eval(), example_inputs)
         self.macs = 0
         self.limits: dict[str, float] = {}
@@ -150,6 +152,10 @@ class Gathered:
         return work
 
     def _gated(self, step: Step, c: Convolution) -> Routed:
+        return self._boosted(step, c) if c.layer in self._shifts else self._chosen(step, c)
+
+    def _chosen(self, step: Step, c: Convolution) -> Routed:
+        """Compiles a layer that computes the filters that its gate keeps."""
         source = step.sources[0]
 
         def work(values: Environment, kept: Tensor) -> Value:
@@ -160,6 +166,21 @@ class Gathered:
                 mask = c.weight.new_zeros(c.outputs).index_fill_(0, kept, 1)
                 return self._whole(c, whole(x)).mul_(mask.reshape(-1, *[1] * (c.weight.ndim - 2)))
             return self._depthwise(c, x, kept) if c.depthwise else self._gather(c, x, kept)
+
+        return work
+
+    def _boosted(self, step: Step, c: Convolution) -> Routed:
+        """Compiles a layer whose kept filters are multiplied by their saliency, between the norm and the activation."""
+        gate, shift, activation = self._gates[c.layer], self._shifts[c.layer], ACTIVATIONS[c.activation]
+        linear = self._chosen(step, replace(c, activation="identity"))
+
+        def work(values: Environment, kept: Tensor) -> Value:
+            logits = gate.logits(_embed(gate, values[step.sources[0]]))[:, kept]
+            out = linear(values, kept)
+            maps = out.values if isinstance(out, Channels) else out.index_select(1, kept)
+            own = None if shift is None else shift[kept]
+            maps = activation(gate.boosted(maps, logits, torch.ones_like(logits, dtype=torch.bool), own))
+            return Channels(maps, kept, c.outputs)
 
         return work
 
@@ -202,8 +223,8 @@ class Gathered:
 
 def _embed(gate: Gate, x: Value) -> Tensor:
     """Returns the input of a head, (batch, inputs); channels that did not arrive are pooled to 0."""
-    if not isinstance(x, Channels):
-        return gate.embed(x)
+    if gate.static or not isinstance(x, Channels):
+        return gate.embed(x.values if isinstance(x, Channels) else x)
     space = x.values.flatten(2)
     pooled = space.mean(2) if gate.pool == "avg" else space.amax(2)
     full = pooled.new_zeros(len(pooled), x.width).index_copy_(1, x.index, pooled)

@@ -26,6 +26,9 @@ def check_form(values: Any, choices: Mapping[str, Collection[str]]) -> None:
         "rule": lambda v: _text(v) and v in choices["rule"],
         "r": lambda v: isinstance(v, Mapping) and all(_number(r) and 0 < r <= 1 for r in v.values()),
         "keep": lambda v: isinstance(v, Mapping) and all(_size(kept) for kept in v.values()),
+        "blocks": lambda v: isinstance(v, Mapping) and all(_size(block) for block in v.values()),
+        "boost": lambda v: isinstance(v, bool),
+        "static": lambda v: isinstance(v, bool),
     }
     _check(isinstance(values, Mapping), "it is no mapping")
     _check("sites" in values, "it names no sites")
@@ -40,26 +43,29 @@ def _check_layers(values: Mapping[str, Any]) -> None:
     outputs = {site["layer"]: site["outputs"] for site in values["sites"]}
     once = len(outputs) == len(values["sites"]) == len({site["carrier"] for site in values["sites"]})
     _check(once, "two of its gates hang on one layer")
-    for name in ("r", "keep"):
+    blocks = values.get("blocks", {})
+    for name in ("r", "keep", "blocks"):
         strange = next((layer for layer in values.get(name, {}) if layer not in outputs), None)
         _check(strange is None, f"{name!r} is of {str(strange)[:80]!r}, which has no gate")
-    above = next((layer for layer, kept in values.get("keep", {}).items() if kept > outputs[layer]), None)
+    ragged = next((layer for layer, block in blocks.items() if outputs[layer] % block), None)
+    _check(ragged is None, f"the filters of {ragged!r} are no whole number of blocks")
+    units = {layer: count // blocks.get(layer, 1) for layer, count in outputs.items()}
+    above = next((layer for layer, kept in values.get("keep", {}).items() if kept > units[layer]), None)
     _check(above is None, f"it keeps more filters of {above!r} than there are")
 
 
-def check_weights(sites: Any, weights: Mapping[str, Tensor]) -> None:
-    """Raises `FileError` unless the file's weights hold the head of each site, in the plan's shape.
+def check_weights(heads: Mapping[tuple[str, str], tuple[int, int]], weights: Mapping[str, Tensor]) -> None:
+    """Raises `FileError` unless the file's weights hold every head, in the plan's shape.
 
     Args:
-        sites: Sites of the plan's gates.
+        heads: (layer, carrier) of each gate -> shape of its head's weight.
         weights: Weights by the names of the model's state.
     """
-    for site in sites:
-        wanted = {"weight": (site.outputs, site.inputs), "bias": (site.outputs,)}
-        for name, shape in wanted.items():
-            found = weights.get(f"{site.carrier}.gate.{name}")
+    for (layer, carrier), wanted in heads.items():
+        for name, shape in {"weight": wanted, "bias": wanted[:1]}.items():
+            found = weights.get(f"{carrier}.gate.{name}")
             got = None if found is None else tuple(found.shape)
-            _check(got == shape, f"the {name} of the gate of {site.layer[:80]!r} should have shape {shape}, and has {got}")
+            _check(got == shape, f"the {name} of the gate of {layer[:80]!r} should have shape {shape}, and has {got}")
 
 
 def _check(sound: bool, reason: str) -> None:

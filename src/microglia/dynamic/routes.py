@@ -18,6 +18,7 @@ from microglia.core.batch import call, count_examples, to_device
 from microglia.core.modes import evaluating
 from microglia.dynamic.counting import Counter
 from microglia.dynamic.gates import Passage, gates_of, listening
+from microglia.dynamic.targets import filters_of
 
 PAIRS = 2000
 """Number of pairs of inputs to estimate overlaps."""
@@ -49,7 +50,7 @@ def record(
 
     def hear(passage: Passage) -> None:
         masks[passage.gate.site.layer].append(passage.mask.cpu())
-        wanted[passage.gate.site.layer].append(passage.target().cpu())
+        wanted[passage.gate.site.layer].append(filters_of(passage.target(), passage.gate.site.outputs).cpu())
 
     with evaluating(model), listening(model, hear):
         for inputs, targets in islice(batches, limit):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Literal, get_args
 
 from torch import fx, nn
 
@@ -15,6 +16,10 @@ from microglia.graph.dims.nodes import operator_name, shape_of
 
 MIXING = frozenset({"group_norm", "layer_norm", "instance_norm", "rms_norm", "batch_norm", "softmax", "log_softmax", "sigmoid"})
 """Operators that must not follow a gate: they change a zero channel, or let it change other channels."""
+
+
+Places = Literal["all", "first"]
+PLACES = get_args(Places)
 
 
 @dataclass(frozen=True)
@@ -30,7 +35,9 @@ class Sites:
     left_out: dict[str, str] = field(default_factory=dict)
 
 
-def find_sites(flow: Flow, model: nn.Module, layers: Sequence[str] = ("*",), exclude: Sequence[str] = ()) -> Sites:
+def find_sites(
+    flow: Flow, model: nn.Module, layers: Sequence[str] = ("*",), exclude: Sequence[str] = (), places: Places = "all"
+) -> Sites:
     """Returns the sites of a model.
 
     As in FTWT (spec 7.5), a gate covers a convolution together with its batch norm and activation; in a residual block also the
@@ -42,19 +49,23 @@ def find_sites(flow: Flow, model: nn.Module, layers: Sequence[str] = ("*",), exc
         model: The model.
         layers: Selectors of the convolutions to gate (see `microglia.core.layers.matches`).
         exclude: Selectors of convolutions not to gate.
+        places: ``first`` gates only convolutions that no sum reads, as the first of a residual block: what they skip, the next
+            convolution skips too.
 
     Raises:
         SelectorError: Nothing can be gated, or a selector matches no layer.
     """
     check_selectors(prunable_layers(model), [*layers, *exclude])
     found, left_out = [], {}
-    shortcuts = _shortcuts(flow)
+    shortcuts, summed = _shortcuts(flow), _summed(flow) if places == "first" else frozenset()
     modules = dict(model.named_modules())
     for layer, step in flow.convolutions.items():
         chosen = matches(f"{layer}.weight", modules[layer], layers) and not (
             exclude and matches(f"{layer}.weight", modules[layer], exclude)
         )
         reason = (_obstacle(step, modules[layer]) or shortcuts.get(step.node)) if chosen else "not selected"
+        if reason is None and step.node in summed:
+            reason = "a sum reads it, and gates are for first convolutions"
         if reason is not None:
             left_out[layer] = reason
             continue
@@ -102,4 +113,33 @@ def _shortcuts(flow: Flow) -> dict[fx.Node, str]:
             shorter, longer = sorted(step.sources, key=flow.depth.__getitem__)
             if flow.depth[shorter] < flow.depth[longer] and list(shorter.users) == [step.node]:
                 found[shorter] = "it is a shortcut"
+    return found
+
+
+def _summed(flow: Flow) -> frozenset[fx.Node]:
+    """Returns the values that a sum reads, directly or through steps that keep channels apart."""
+    found: set[fx.Node] = set()
+    for step in reversed(flow.steps):
+        if step.kind == "add" or (step.kind in ("keep", "cat", "pad") and step.node in found):
+            found.update(step.sources)
+    return frozenset(found)
+
+
+def blocks_of(sites: Sequence[Site], size: int) -> dict[str, int]:
+    """Returns layer -> size for the sites whose filters form at least two blocks of neighbours of this size.
+
+    Args:
+        sites: Sites of gates.
+        size: Filters in a block; 1 for single filters everywhere.
+
+    Raises:
+        SelectorError: The size is above 1, and no layer has two such blocks.
+    """
+    found = {site.layer: size for site in sites if size > 1 and site.outputs % size == 0 and site.outputs > size}
+    if size > 1 and not found:
+        widest = max(site.outputs for site in sites)
+        raise SelectorError(
+            f"No gated layer has two blocks of {size} filters, as a multiple of {size} above it has; the widest has {widest}: "
+            "give a smaller block."
+        )
     return found

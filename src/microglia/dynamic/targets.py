@@ -52,6 +52,12 @@ def share_of(strongest: Tensor) -> Tensor:
     return torch.where(total > 0, strongest / total.clamp_min(torch.finfo(torch.float64).tiny), 0.0).float()
 
 
+def filters_of(units: Tensor, outputs: int) -> Tensor:
+    """Returns masks by filter, (batch, outputs), from masks by unit; a unit is one filter, or a block of neighbours."""
+    block = outputs // units.shape[1]
+    return units if block == 1 else units.repeat_interleave(block, dim=1)
+
+
 @torch.no_grad()
 def targets(share: Tensor, r: float, rule: Rule = "prefix_le", *, least: int = 1) -> Tensor:
     """Returns the filters to keep for each input, boolean, shaped like ``share``.

@@ -18,6 +18,7 @@ from microglia.methods.depth import block_influence, drop_blocks
 from microglia.methods.dsr import Dsr, DsrConfig
 from microglia.methods.eagleeye import EagleEye, EagleEyeConfig
 from microglia.methods.evolution import Evolution
+from microglia.methods.fbs import Fbs, FbsConfig
 from microglia.methods.filter_norms import FilterNorms, FilterNormsConfig
 from microglia.methods.fpgm import Fpgm, FpgmConfig
 from microglia.methods.ftwt import Ftwt, FtwtConfig
@@ -87,6 +88,8 @@ __all__ = [
     "EagleEyeConfig",
     "Evaluator",
     "Evolution",
+    "Fbs",
+    "FbsConfig",
     "FilterNorms",
     "FilterNormsConfig",
     "Fpgm",

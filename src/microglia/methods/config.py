@@ -54,7 +54,13 @@ class Sampling:
 
 @dataclass(frozen=True)
 class MethodConfig(Sampling, Trainings, PruneConfig):
-    """The budget, the score and the trainings: common to all whole procedures."""
+    """The budget, the score and the trainings: common to all whole procedures.
+
+    A field that joins a method later is named in ``later``: at its default it is no part of a recipe's identity, so that runs
+    of earlier versions resume.
+    """
+
+    later: ClassVar[tuple[str, ...]] = ()
 
     def asked_besides(self) -> dict[str, float]:
         """Returns what a budget of the method's own asks for, by name, beside `microglia.core.budget.Budget`."""

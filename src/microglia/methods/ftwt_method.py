@@ -14,6 +14,7 @@ from torch import nn
 
 from microglia.core.devices import device_of
 from microglia.dynamic import (
+    COUNTS,
     Counter,
     Flow,
     GatePlan,
@@ -22,12 +23,14 @@ from microglia.dynamic import (
     choose_r,
     estimate,
     fit_heads,
-    record,
     shares,
-    statistics,
+    start_static,
+    static_masks,
 )
 from microglia.methods.config import method
-from microglia.methods.ftwt import Ftwt, FtwtConfig, plan_gates
+from microglia.methods.ftwt import Ftwt
+from microglia.methods.ftwt_config import UNTRAINED, FtwtConfig, plan_gates
+from microglia.methods.gate_pruner import observe_routes
 from microglia.methods.procedure import change, dense_model, train
 from microglia.storage.run import Progress, Run
 from microglia.tasks.task import Task
@@ -68,16 +71,14 @@ def ftwt(task: Task, run: Run, config: FtwtConfig) -> nn.Module:
     attach_gates(model, planned.plan, torch.Generator().manual_seed(run.seed))
     if config.initial == "fitted":
         run.observations["fitted"] = fitted(task, run, config, model, planned)
+    if "static" in (config.initial, config.mode):
+        run.observations["static"] = started(task, run, config, model, planned)
     steps = config.train.epochs * epoch_length(config.train, len(task.data.batches("train", config.train.batch_size)))
     at_rest = calibration(task, run, config, model, planned)
     make = partial(Ftwt, model, config, total_steps=steps, at_rest=at_rest)
     run.observations["heads"] = train(task, run, "train", model, config.train, pruner=make, teacher=teacher)
 
-    def observe_routes(progress: Progress) -> dict[str, Any]:
-        routes = record(model, task.data.batches("test", 256).epoch(0), run.device)
-        return {"routes": statistics(routes, planned.counter)}
-
-    run.observations["routes"] = run.stage("routes", observe_routes)["routes"]
+    observe_routes(task, run, model, planned.counter)
     return model
 
 
@@ -92,12 +93,27 @@ def fitted(task: Task, run: Run, config: FtwtConfig, model: nn.Module, planned: 
     return cast("dict[str, Any]", change(run, "fit", model, work))
 
 
+def started(task: Task, run: Run, config: FtwtConfig, model: nn.Module, planned: Planned) -> dict[str, Any]:
+    """Makes the heads constants that decide as static masks of the budget, as a stage; returns the cost and kept fractions."""
+
+    def work(progress: Progress) -> dict[str, Any]:
+        share = shares(model, images_of(task, run, config), config.images, run.device)
+        kept, count = planned.estimate["kept"], config.count
+        masks = static_masks(share, kept, planned.counter, flops=config.flops, count=count)
+        start_static(model, share, masks)
+        costs = planned.counter({layer: mask[None] for layer, mask in masks.items()})
+        part = {name: float(getattr(costs, name)[0]) / costs.dense for name in COUNTS}
+        return {**part, "kept": {layer: float(mask.double().mean()) for layer, mask in masks.items()}}
+
+    return cast("dict[str, Any]", change(run, "static", model, work))
+
+
 def calibration(
     task: Task, run: Run, config: FtwtConfig, model: nn.Module, planned: Planned
 ) -> Callable[[], dict[str, float]] | None:
     """Returns a function that calibrates the heads of a model to the requested operations; None without a budget."""
     asked = config.flops
-    if asked is None or not config.calibrate or config.mode == "random":
+    if asked is None or not config.calibrate or config.mode in UNTRAINED:
         return None
     kept, count = planned.estimate["kept"], config.count
     return lambda: calibrate(model, images_of(task, run, config), planned.counter, kept, flops=asked, count=count)
@@ -129,6 +145,7 @@ def plan_before(task: Task, run: Run, config: FtwtConfig, model: nn.Module) -> P
     if config.flops is not None:
         plan = plan.with_r(found["r"])
     if config.mode == "random":
-        keep = {site.layer: max(1, round(found["kept"][site.layer] * site.outputs)) for site in plan.sites}
+        units = {site.layer: plan.head_of(site)[0] for site in plan.sites}
+        keep = {layer: max(1, round(found["kept"][layer] * count)) for layer, count in units.items()}
         plan = replace(plan, keep=keep)
     return Planned(plan, counter, found)

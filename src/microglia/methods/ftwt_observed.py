@@ -91,11 +91,11 @@ class Predicted:
     """The expected computation of the gates, before the training.
 
     Attributes:
-        r: Fraction of the mass to keep, one for all layers or one per layer.
+        r: Fraction of the mass to keep, one for all layers or one per layer; None for gates without targets.
         honest: Fraction of the dense operations by the honest count.
         paper: The same fraction by the published count.
     """
 
-    r: float | dict[str, float]
     honest: float
     paper: float
+    r: float | dict[str, float] | None = None

@@ -160,10 +160,16 @@ def _type(tensor: Tensor) -> str:
 def _gated(x: Tensor, *rest: Any) -> Tensor:
     values, channels, stripes, bias, outputs, kernel, stride, padding, dilation, activation = rest
     weight = dense_of_every_block(values, outputs, kernel)
-    columns = x.new_zeros(x.shape[1]).index_fill(0, channels.long(), 1)
-    kept = x.new_zeros(len(values)).index_fill(0, stripes.long(), 1).repeat_interleave(STRIPE)[:outputs]
+    columns, kept = _chosen(x, channels, x.shape[1]), _chosen(x, stripes, len(values)).repeat_interleave(STRIPE)[:outputs]
     out = functional.conv2d(x, weight * columns[:, None, None], bias, stride, padding, dilation)
     return torch.where(kept[:, None, None] > 0, activate(out, activation), 0.0)
+
+
+def _chosen(x: Tensor, chosen: Tensor, length: int) -> Tensor:
+    """Returns a mask of ones and zeros from what a gate chose: a list of int32, or a mask of bytes."""
+    if chosen.dtype == torch.uint8:
+        return (chosen > 0).to(x.dtype)
+    return x.new_zeros(length).index_fill(0, chosen.long(), 1)
 
 
 def _part(x: Tensor, *rest: Any) -> Tensor:

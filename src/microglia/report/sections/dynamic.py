@@ -28,6 +28,10 @@ EXPLAINED = (
     "Routes: distinct routes among the test inputs. ± is over seeds unless a column says inputs. The figure also shows static "
     "runs, by the multiply-accumulates of their kept weights."
 )
+OVER_STATIC = (
+    " Over static: the difference to static masks at the gates (mode static) with the same budget, places, training and seed."
+)
+STATIC = "over static at the gates, points"
 AXIS = "FLOPs reduction, % of dense (with gates: honest mean over inputs, heads counted)"
 USUAL_RULE = "prefix_le"
 """The usual rule of targets, which the name of a row omits."""
@@ -57,7 +61,7 @@ def method(record: Record) -> str:
 
 def rule_of(record: Record) -> str:
     """Returns the rule of a run's targets."""
-    return str(record.recipe["prune"].get("rule", USUAL_RULE))
+    return str(record.recipe["prune"].get("rule", USUAL_RULE if "mode" in record.recipe["prune"] else ""))
 
 
 def asked(record: Record) -> str:
@@ -90,9 +94,38 @@ def tables(group: Group) -> list[Table]:
     unit = f", {group.unit.strip()}" if group.unit else ""
     titles = ["method", "rule", "asked", "settings", "n", "r", "predicted (honest), %", "computed (honest), %"]
     titles += ["± over inputs", "least to most, %", "predicted (paper), %", "computed (paper), %", f"{group.headline}{unit}"]
-    titles += ["precision, %", "recall, %", "routes"]
-    rows = [(row, _entries(row, group.scale)) for row in _rows(group)]
-    return [Table(titles, rows, WORDS, EXPLAINED).without_empty("settings")]
+    titles += [STATIC, "precision, %", "recall, %", "routes"]
+    baseline = _static(group)
+    rows = [(row, _entries(row, group.scale, baseline)) for row in _rows(group)]
+    return [
+        Table(titles, rows, WORDS, EXPLAINED + (OVER_STATIC if baseline else ""))
+        .without_empty("settings")
+        .without_empty(STATIC)
+    ]
+
+
+def _pair(record: Record) -> tuple[Any, ...]:
+    """Returns what a run and its baseline have in common: budget, places of the gates, training and seed."""
+    prune, fixed = record.recipe["prune"], ("gates", "block", "layers", "exclude")
+    places = [prune.get(name, usual) for name, usual in zip(fixed, ("all", 1, ["*"], []), strict=True)]
+    return (
+        asked(record),
+        *(json.dumps(value, sort_keys=True) for value in (places, record.recipe.get("train"))),
+        int(record.recipe["seed"]),
+    )
+
+
+def _static(group: Group) -> dict[tuple[Any, ...], float]:
+    """Returns the headline of each static baseline at the gates."""
+    records = [record for row in _rows(group) for record in row.records if record.recipe["prune"].get("mode") == "static"]
+    return {_pair(record): record.value(record.pruned) for record in records}
+
+
+def _over_static(row: Row, baseline: Mapping[tuple[Any, ...], float]) -> Spread | None:
+    """Returns a row's difference to its static baseline over the seeds that both have; None for the baseline itself."""
+    pairs = [(record.value(record.pruned), baseline.get(_pair(record))) for record in row.records]
+    found = [value - other for value, other in pairs if other is not None]
+    return Spread.of(found) if found and row.records[0].recipe["prune"].get("mode") != "static" else None
 
 
 def routings(row: Row) -> list[Routing]:
@@ -110,7 +143,7 @@ def _rows(group: Group) -> list[Row]:
     return [row for row in group.rows if row.family is FAMILY]
 
 
-def _entries(row: Row, scale: float) -> list[Entry]:
+def _entries(row: Row, scale: float, baseline: Mapping[tuple[Any, ...], float]) -> list[Entry]:
     routes = routings(row)
     over = fmean(one.honest.std for one in routes)
     least, most = min(one.honest.min for one in routes), max(one.honest.max for one in routes)
@@ -128,6 +161,7 @@ def _entries(row: Row, scale: float) -> list[Entry]:
         _predicted(row, "paper"),
         of_spread(Spread.of(one.paper.mean for one in routes), 100),
         of_spread(row.after, scale),
+        of_spread(_over_static(row, baseline), scale, signed=True),
         of_spread(Spread.of(one.agreement.precision for one in routes), 100),
         of_spread(Spread.of(one.agreement.recall for one in routes), 100),
         _routes(routes),
@@ -135,7 +169,7 @@ def _entries(row: Row, scale: float) -> list[Entry]:
 
 
 def _r(row: Row) -> Entry:
-    each = [set(one.r.values()) if isinstance(one.r, dict) else {one.r} for one in _estimates(row)]
+    each = [set(one.r.values()) if isinstance(one.r, dict) else {one.r} for one in _estimates(row) if one.r is not None]
     if not each or max(map(len, each)) > 1:
         return Entry("by layer" if each else "", 0.0)
     mean = fmean(value for values in each for value in values)

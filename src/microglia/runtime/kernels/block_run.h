@@ -58,6 +58,7 @@ struct Weighting {
   int64_t stripe_count;
   const Packing* packing = nullptr;  // null where values are there already
   int64_t first_packed = 0;          // the stripe that values begin with, of one list
+  const int32_t* value_stripes = nullptr;  // where the values of each stripe lie, in stripes; null where they lie in order
 
   int64_t stripe(int64_t index) const { return stripes ? stripes[index] : index; }
   int64_t places_before(int64_t index) const { return row_pointer ? row_pointer[index] * inputs : index * list_count; }
@@ -66,7 +67,8 @@ struct Weighting {
     tile.count = places_before(index + 1) - places_before(index);
     const int64_t before = row_pointer ? places_before(index) : 0;
     tile.places = places + before;
-    tile.values = tile.count ? values + (row_pointer ? before * line_bytes : (stripe(index) - first_packed) * stripe_bytes) : values;
+    const int64_t at = value_stripes ? value_stripes[index] : stripe(index);
+    tile.values = tile.count ? values + (row_pointer ? before * line_bytes : (at - first_packed) * stripe_bytes) : values;
     tile.value_offsets = value_offsets;
   }
 };

@@ -23,21 +23,42 @@ struct List {
   const int32_t* data() const { return given ? entries.data() : nullptr; }
 };
 
+// What a gate chose of `length`: a list of int32, or a mask of bytes, of which the list is made here; a few operators in torch
+// that make it take as long as a small layer.
+std::vector<int32_t> chosen(const Tensor& t, int64_t length, const char* what) {
+  std::vector<int32_t> entries;
+  if (t.scalar_type() != ScalarType::Byte) {
+    const Tensor list = plain(t, ScalarType::Int, 1, what);
+    const int32_t* first = static_cast<const int32_t*>(list.const_data_ptr());
+    entries.assign(first, first + list.size(0));
+    return entries;
+  }
+  const Tensor mask = plain(t, ScalarType::Byte, 1, what);
+  MG_CHECK(mask.size(0) == length, "microglia: a mask of ", what, " must have ", length, " entries, not ", mask.size(0));
+  const uint8_t* kept = static_cast<const uint8_t*>(mask.const_data_ptr());
+  entries.reserve(static_cast<size_t>(length));
+  for (int64_t index = 0; index < length; ++index) {
+    if (kept[index]) entries.push_back(static_cast<int32_t>(index));
+  }
+  return entries;
+}
+
 Tensor gated_conv2d(const Tensor& x_, const Tensor& values_, const Tensor& channels_, const Tensor& stripes_,
                     const std::optional<Tensor>& bias, int64_t out_channels, const Sizes kernel, const Sizes stride,
                     const Sizes padding, const Sizes dilation, int64_t activation) {
   Tensor x = channels_last(x_, "the input");
   mg_conv2d c = problem(x, out_channels, kernel, stride, padding, dilation, activation);
-  Tensor values = plain(values_, ScalarType::Float, 3, "values"), channels = plain(channels_, ScalarType::Int, 1, "channels");
-  Tensor stripes = plain(stripes_, ScalarType::Int, 1, "stripes");
+  Tensor values = plain(values_, ScalarType::Float, 3, "values");
   MG_CHECK(values.size(0) == (out_channels + 15) / 16 && values.size(1) == kernel[0] * kernel[1] * c.in_channels &&
                values.size(2) == 16,
            "microglia: values must be (stripes, taps * input channels, 16)");
+  const std::vector<int32_t> channels = chosen(channels_, c.in_channels, "channels");
+  const std::vector<int32_t> stripes = chosen(stripes_, values.size(0), "stripes");
   Optional b = optional_plain(bias, ScalarType::Float, out_channels, "bias");
   Tensor y = empty(output_shape(c), MemoryFormat::ChannelsLast);
   check(mg_gated_conv2d(&c, static_cast<const float*>(values.const_data_ptr()),
-                        static_cast<const int32_t*>(channels.const_data_ptr()), channels.size(0),
-                        static_cast<const int32_t*>(stripes.const_data_ptr()), stripes.size(0),
+                        channels.data(), static_cast<int64_t>(channels.size()), stripes.data(),
+                        static_cast<int64_t>(stripes.size()),
                         static_cast<const float*>(x.const_data_ptr()), c.in_channels, static_cast<float*>(y.mutable_data_ptr()),
                         out_channels, b.data<float>(), parallel),
         "gated_conv2d");

@@ -163,7 +163,7 @@ def _layer(model: nn.Module, asked: str | None) -> str:
 def _estimate(run: Path | None) -> Json | None:
     result = None if run is None else run / "result.json"
     found = read_json(result).get("estimate") if result is not None and result.is_file() else None
-    return None if not found else {key: found[key] for key in ("r", "honest", "paper")}
+    return None if not found else {key: found.get(key) for key in ("r", "honest", "paper")}
 
 
 # ----------------------------------------------------------------------------------------------------------- for people

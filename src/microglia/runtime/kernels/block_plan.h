@@ -49,6 +49,7 @@ struct Plan {
   const Level* level;
   Axis rows, columns;
   bool pointwise;
+  uint8_t fill = 0;  // each byte of the padding: the zero of 8-bit activations
   bool direct;  // x lies in lines: computed from where it is, without a copy
   Image x;
   int64_t channels;

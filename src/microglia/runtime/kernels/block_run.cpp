@@ -49,6 +49,8 @@ void run_narrow(const Tile& tile, TileKernel kernel, int64_t rows, int64_t colum
 void run_stripes(const Run& run, const Weighting& weights, Tile tile, int64_t rows, int64_t columns, int64_t first, int64_t last) {
   const Output& output = run.output;
   const TileKernel kernel = run.plan.level->kernel(rows, columns, weights.kind);
+  const int64_t element = output.element_bytes(*run.plan.level);
+  tile.rescale = output.rescale;
   char* target = tile.target;
   const char* residual = tile.residual;
   for (int64_t index = first; index < last; ++index) {
@@ -57,10 +59,11 @@ void run_stripes(const Run& run, const Weighting& weights, Tile tile, int64_t ro
     tile.target = target + stripe * output.y.stripe;
     tile.residual = residual ? residual + stripe * output.residual.stripe : nullptr;
     tile.bias = output.bias ? output.bias + channel : nullptr;
+    if (tile.rescale) tile.start = tile.rescale->start + channel, tile.scale = tile.rescale->scale + channel;
     if (channel + stripe_outputs <= output.channels) {
       kernel(tile);
     } else {
-      run_narrow(tile, kernel, rows, columns, output.channels - channel, run.plan.level->element_bytes, output.whole);
+      run_narrow(tile, kernel, rows, columns, output.channels - channel, element, output.whole);
     }
   }
 }

@@ -30,7 +30,9 @@ def wrong(draw, site):
     places = to_quads(weight)
     if not torch.equal(dense_of_quads(places, *weight.shape[:2], weight.shape[2:]), weight.double()):
         return "it holds another weight"
-    x = laid_out(draw, draw.one((whole(draw, 0, 255, site.input_shape), 255 * whole(draw, 0, 1, site.input_shape))).to(torch.uint8))
+    x = laid_out(
+        draw, draw.one((whole(draw, 0, 255, site.input_shape), 255 * whole(draw, 0, 1, site.input_shape))).to(torch.uint8)
+    )
     zero, wide = draw.one(ZEROS), draw.one((False, True))
     outputs = len(weight)
     signed, geometry = x.double() - zero, (site.stride, site.padding, site.dilation)
@@ -39,7 +41,9 @@ def wrong(draw, site):
         return "the reference overflows"
     scale = (torch.rand(outputs, generator=draw.generator) + 0.1) * 150 / (float(sums.abs().max()) + 1)
     bias = draw.tensor(outputs) * 40 + 100
-    bounds = draw.one(((0.0, 255.0), (60.0, 255.0), (20.0, 199.5))) if not wide else draw.one(((-torch.inf, torch.inf), (0.0, 6.0)))
+    bounds = (
+        draw.one(((0.0, 255.0), (60.0, 255.0), (20.0, 199.5))) if not wide else draw.one(((-torch.inf, torch.inf), (0.0, 6.0)))
+    )
     residual, other = None, 1.0
     if site.residual:
         residual = draw.tensor(*sums.shape) if wide else whole(draw, 0, 255, sums.shape).to(torch.uint8)

@@ -67,8 +67,8 @@ def accelerate(
     differ from the model's by more than 5 % of the largest output.
 
     ``int8`` is not exact either. Weights are rounded to 8 bits for each output, activations to 8 bits on the ranges that the
-    calibration batches show; sums are exact. Layers are timed in blocks of 16 outputs x 4 inputs beside their exact ways, so that
-    a layer stays in float32 where that is faster, and so does the model. The report says how far the outputs on the calibration
+    calibration batches show; sums are exact. Layers are timed in blocks of 16 outputs x 4 inputs beside their exact ways: a
+    layer stays in float32 where that is faster, and so does the model. The report says how far the outputs on the calibration
     batches are from the model's. An execution is left out if they differ by more than half of the largest output.
 
     Example:
@@ -85,7 +85,7 @@ def accelerate(
             rounds the weights, such as ``openvino-int8``, is timed and reported, never returned.
         precision: ``float32``, ``bf16`` or ``int8``.
         calibration: For ``int8`` alone: batches of inputs, or of (inputs, targets) as a loader gives them, such as training
-            images; the first 512 examples are read.
+            images; the first 256 examples are read.
         cache: Folder of earlier timings on this machine; ``"default"`` for `default_cache`, None for none.
         rounds: Rounds of every timing.
         progress: Called after each layer with the number of timed layers and of all layers.
@@ -98,7 +98,9 @@ def accelerate(
     """
     example, known = Example.of(example_inputs).copied(), precision_of(precision)
     if not known.calibrated and calibration is not None:
-        raise MicrogliaError(f"Only int8 is calibrated: leave out calibration, or give precision=\"int8\" instead of {precision!r}.")
+        raise MicrogliaError(
+            f'Only int8 is calibrated: leave out calibration, or give precision="int8" instead of {precision!r}.'
+        )
     batches = calibration_batches(calibration, example) if known.calibrated else []
     how = {"against": against, "cache": cache, "rounds": rounds, "progress": progress, "notes": notes}
     return accelerate_calibrated(model, example, precision, batches, **how)  # type: ignore[arg-type]
@@ -120,11 +122,16 @@ def accelerate_calibrated(
     """Returns the same as `accelerate`, from checked calibration batches, or from known ranges.
 
     Args:
-        model: As for `accelerate`, and the arguments that are not named here.
+        model: As for `accelerate`.
         example: Example inputs.
         precision: Name of the precision.
         batches: Batches that calibrate, and on which outputs are compared.
         ranges: The range of each value, if it is known.
+        against: As for `accelerate`, and the rest.
+        cache: Folder of earlier timings.
+        rounds: Rounds of every timing.
+        progress: Called after each layer.
+        notes: A list for what could not be timed.
     """
     model, known = model.dense if isinstance(model, Accelerated) else model, precision_of(precision)
     device = _checked([*example.tensors, *model.parameters()], known)
@@ -136,7 +143,7 @@ def accelerate_calibrated(
         own += left_dense(model, {site.name for site in sites})
         ranges = ranges if ranges is not None or not batches else ranges_of(dense, batches, Packed)
         measured = _measure(sites, device, _cached(cache, device), rounds, known, progress=progress, notes=own)
-        ready, chosen = _executions(dense, example, against, measured, known, ranges or {}, own)
+        ready, chosen = _executions(dense, example, against, measured, precision=known, ranges=ranges or {}, notes=own)
         fast = {name: Accelerated(runner, dense, example) for name, runner in ready.items()}
         first, second = _timed_twice({name: ready[name] if is_dense(name) else fast[name] for name in ready}, example, rounds)
         report = _report(measured, chosen, device, first, second, notes=own, precision=precision)
@@ -166,6 +173,7 @@ def _executions(
     example: Example,
     against: Sequence[str],
     measured: list[Measured],
+    *,
     precision: Precision,
     ranges: Ranges,
     notes: list[str],
@@ -176,7 +184,7 @@ def _executions(
         ready["eager"] = dense
     ready.update(precision.dense(dense, example, against, notes))
     chosen = choices_of([found for _, found in measured], precision)
-    ready.update(_plans(dense, example, measured, chosen, precision, ranges, notes))
+    ready.update(_plans(dense, example, measured, chosen, precision=precision, ranges=ranges, notes=notes))
     return ready, chosen
 
 
@@ -282,6 +290,7 @@ def _plans(
     example: Example,
     measured: list[Measured],
     chosen: dict[str, list[str]],
+    *,
     precision: Precision,
     ranges: Ranges,
     notes: list[str],

@@ -17,10 +17,10 @@ Found = Mapping[str, tuple[Any, float]]
 def choices_of(measured: Sequence[Found], precision: Precision) -> dict[str, list[str]]:
     """Returns the whole models to time: title -> the way of each layer.
 
-    One has each layer's fastest way that keeps channels last, one its fastest way: a layer in another layout makes its neighbours
-    copy. In a precision with ways beside the exact ones these are left to two more: one with each layer's fastest way, and one in
-    which every layer rounds, for values are converted between a layer that does and one that does not. Only the time of the whole
-    model shows these costs.
+    One has each layer's fastest way that keeps channels last, one its fastest way: a layer in another layout makes its
+    neighbours copy. In a precision with ways beside the exact ones these are left to two more: one with each layer's fastest
+    way, and one in which every layer rounds, for values are converted between a layer that does and one that does not. Only the
+    time of the whole model shows these costs.
     """
     exact = [{name: way for name, way in found.items() if not (precision.way and precision.rounds(name))} for found in measured]
     titled = {

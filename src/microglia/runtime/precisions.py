@@ -43,14 +43,15 @@ class Precision:
     """What a precision changes.
 
     Attributes:
-        plan: Returns a whole model with one way for each layer, in the order of `fuse`; called with the folded model, an example,
-            the ways, and the ranges of its values.
+        plan: Returns a whole model with one way for each layer, in the order of `fuse`; called with the folded model, an
+            example, the ways, and the ranges of its values.
         site: Returns the layer that is timed.
         candidates: Returns more ways to run a layer, beside the exact ones.
         way: Beginning of the names of those ways.
         dense: Returns more dense executions of the whole model; called with the folded model, an example, names, and notes.
         suffix: End of the names of whole models in which every layer rounds.
-        tolerance: Tolerated difference of a whole model's outputs where it rounds, relative to the largest; None where it is exact.
+        tolerance: Tolerated difference of a whole model's outputs where it rounds, relative to the largest; None where it is
+            exact.
         calibrated: Whether the ranges of values are measured on given batches.
         cpu: Why a GPU is refused, for the reader; "" where it is not.
     """

@@ -33,8 +33,8 @@ class Agreement:
         """Returns a sentence for a reader."""
         same = "" if self.same is None else f"the same class on {100 * self.same:.2f} % of {self.examples:,} examples; "
         return (
-            f"Outputs in 8 bits beside float32, on the calibration batches: {same}deviation {100 * self.mean:.2g} % in the mean, "
-            f"{100 * self.largest:.2g} % at most, of the largest output."
+            f"Outputs in 8 bits beside float32, on the calibration batches: {same}deviation {100 * self.mean:.2g} % in the "
+            f"mean, {100 * self.largest:.2g} % at most, of the largest output."
         )
 
 

@@ -14,7 +14,7 @@ from microglia.core.batch import Example
 from microglia.core.errors import MicrogliaError
 from microglia.runtime.dense.fusion import Engine, fuse
 
-EXAMPLES = 512
+EXAMPLES = 256
 """Maximum number of examples that calibrate and are compared; batches after them are not read."""
 Ranges = dict[str, tuple[float, float]]
 """Name of a value in the graph -> the smallest and the largest number in it."""
@@ -47,15 +47,17 @@ def calibration_batches(calibration: Iterable[Any] | None, example: Example) -> 
 
 def _called(batch: Any, example: Example) -> Example:
     """Returns one batch as a call of the model."""
-    if isinstance(batch, tuple | list) and not example.kwargs:
+    if isinstance(batch, tuple | list) and batch and example.kwargs:
+        batch = batch[0]
+    elif isinstance(batch, tuple | list) and batch:
         several = len(example.args) > 1 and isinstance(batch[0], tuple | list)
         batch = tuple(batch[0] if several else batch[: len(example.args)])
     found = Example.of(batch)
     wanted, given = ([(t.shape[1:], t.dtype) for t in one.tensors] for one in (example, found))
     if wanted != given:
         raise MicrogliaError(
-            f"A calibration batch holds {_described(found)}, but the example {_described(example)}: they may differ in the first "
-            "dimension alone."
+            f"A calibration batch holds {_described(found)}, but the example {_described(example)}: they may differ in the "
+            "first dimension alone."
         )
     if not all(bool(t.isfinite().all()) for t in found.tensors if t.is_floating_point()):
         raise MicrogliaError("A calibration batch holds NaN or infinity; give batches of finite inputs.")
@@ -84,11 +86,15 @@ def ranges_of(model: nn.Module, batches: Iterable[Example], engine: Engine) -> R
         for name, extremes in observer.of(batch).items():
             found.setdefault(name, []).append(extremes)
     if len({len(each) for each in found.values()}) != 1:
-        raise MicrogliaError("The model has another graph for one size of calibration batches than for another; give equal ones.")
+        raise MicrogliaError(
+            "The model has another graph for one size of calibration batches than for another; give equal ones."
+        )
     ranges = {name: tuple(sum(side) / len(each) for side in zip(*each, strict=True)) for name, each in found.items()}
     for name, (low, high) in ranges.items():
         if not (abs(low) < float("inf") and abs(high) < float("inf")):
-            raise MicrogliaError(f"The value {name} of the model is NaN or infinite on a calibration batch; give other batches.")
+            raise MicrogliaError(
+                f"The value {name} of the model is NaN or infinite on a calibration batch; give other batches."
+            )
     return {name: (low, high) for name, (low, high) in ranges.items()}
 
 

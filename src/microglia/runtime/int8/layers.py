@@ -168,5 +168,3 @@ def _padded(numbers: Tensor) -> Tensor:
 def fuses(site: Site) -> bool:
     """Tells whether a layer in 8 bits can fuse the activation of a site."""
     return site.activation.name in BOUNDS
-
-

@@ -43,7 +43,9 @@ def to_quads(weight: Tensor) -> Places:
     outputs, inputs = weight.shape[:2]
     matrix = functional.pad(weight.detach().reshape(outputs, inputs, -1), (0, 0, 0, -inputs % LINE, 0, -outputs % STRIPE))
     taps = matrix.shape[2]
-    grid = matrix.reshape(-1, STRIPE, matrix.shape[1] // LINE, LINE, taps).permute(0, 2, 4, 3, 1)  # stripe, line, tap, input, output
+    grid = matrix.reshape(-1, STRIPE, matrix.shape[1] // LINE, LINE, taps).permute(
+        0, 2, 4, 3, 1
+    )  # stripe, line, tap, input, output
     row, line, tap, first = _begins((grid != 0).any(-1)).nonzero(as_tuple=True)
     start = first.clamp(max=LINE - QUAD)  # no quad spans two lines
     columns = start[:, None] + torch.arange(QUAD)

@@ -1,4 +1,4 @@
-"""The operators in 8 bits: a convolution of quads, pooling, and the rounding of activations; with references in pure PyTorch."""
+"""The operators in 8 bits: a convolution of quads, pooling, rounding of activations; with references in pure PyTorch."""
 
 from __future__ import annotations
 

@@ -119,6 +119,7 @@ def every_block(weight: Tensor) -> Tensor:
 
 
 def check_taps(weight: Tensor) -> None:
+    """Raises for a kernel with too many positions."""
     if math.prod(weight.shape[2:]) > TAPS:
         raise MicrogliaError(f"A sparse kernel has at most {TAPS} positions, not {' x '.join(map(str, weight.shape[2:]))}.")
 

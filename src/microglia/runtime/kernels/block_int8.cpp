@@ -26,6 +26,15 @@ const Level& current_quad_level() {
   return generic_quad_level();
 }
 
+// Whether a pointwise convolution can read its quads where they are: each lies within one pixel.
+bool reads_in_place(const mg_conv2d& conv, const Plan& plan, const Blocks& blocks) {
+  const bool follow = conv.stride_height == 1 && conv.stride_width == 1 && conv.padding_height == 0 && conv.padding_width == 0;
+  if (!plan.pointwise || !follow) return false;
+  int32_t last = 0;
+  for (int64_t index = 0; index < blocks.blocks; ++index) last = std::max(last, blocks.channel[index]);
+  return last + place_bytes <= conv.in_channels;
+}
+
 bool quads_are_whole(const Blocks& blocks) {
   constexpr int32_t last = line_bytes - place_bytes;
   int32_t across = 0;
@@ -105,6 +114,11 @@ MG_EXPORT int mg_block_conv2d_int8(const mg_conv2d* conv, const mg_blocks_int8* 
   if (int code = make_plan(*conv, current_quad_level(), reached, quads.value_bytes(), Order::follow, run.plan)) return code;
   run.plan.fill = static_cast<uint8_t>(rescale->zero);
   run.plan.read(x, x_stride);
+  if (reads_in_place(*conv, run.plan, quads)) {
+    run.plan.direct = true;
+    run.plan.pixel_bytes = x_stride;
+    run.plan.group_bytes = line_bytes;  // the channels of a pixel follow each other
+  }
   const Rescale own{rescale->start, rescale->scale, rescale->other, rescale->low, rescale->high, rescale->wide != 0};
   const auto image = [&](const void* data, int64_t stride) {
     return pixels_of(data, stride, run.plan.rows.output, run.plan.columns.output, own.element_bytes());

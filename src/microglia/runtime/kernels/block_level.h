@@ -2,7 +2,8 @@
 //
 // Activations are computed from a copy in "lines": 64 bytes of consecutive channels of one pixel, 16 of float32, 32 of
 // bfloat16 or 64 of 8 bits. Neighbouring pixels of an output row lie one line apart whatever the stride, so a tile reaches all its pixels by constant displacements: every
-// multiply-add takes its activation as a broadcast memory operand without any address arithmetic.
+// multiply-add takes its activation as a broadcast memory operand without any address arithmetic. Only 8-bit activations of a
+// pointwise convolution are read where they are, any number of bytes apart, without a copy.
 //
 // A "place" is what one step of a kernel multiplies: 32 bits of a line (one float32 activation, two neighbours in bfloat16 or
 // four in 8 bits) with a line of weights (16, or 16 pairs, or 16 quads). So all types share everything but the step itself.
@@ -59,6 +60,7 @@ struct Tile {
   const Rescale* rescale;          // of 8 bits alone, with the pointers of this stripe
   const int32_t* start;
   const float* scale;
+  int64_t source_pixel;            // of 8 bits alone: others lie one line apart
 };
 
 using TileKernel = void (*)(const Tile&);

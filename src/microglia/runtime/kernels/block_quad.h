@@ -49,8 +49,12 @@ struct QuadKernel {
 #pragma GCC unroll 4
     for (int row = 0; row < rows; ++row) {
       if (row > 0) pixel = keep_in_register(pixel + tile.source_row);
+      const char* at = pixel;
 #pragma GCC unroll 28
-      for (int column = 0; column < columns; ++column) Vectors::dot(sum[row][column], weights, pixel + column * line_bytes);
+      for (int column = 0; column < columns; ++column) {
+        if (column > 0) at = keep_in_register(at + tile.source_pixel);
+        Vectors::dot(sum[row][column], weights, at);
+      }
     }
   }
 

@@ -74,6 +74,7 @@ void run_tiles(const Run& run, const Weighting& weights, const Chunk& part, cons
   Tile tile{};
   tile.activation = run.output.activation;
   tile.source_row = plan.rows.step * plan.row_bytes;
+  tile.source_pixel = plan.pixel_bytes;
   const Image &y = run.output.y, &other = run.output.residual;
   tile.target_pixel = y.pixel, tile.target_row = y.row;
   tile.residual_pixel = other.pixel, tile.residual_row = other.row;
@@ -81,7 +82,7 @@ void run_tiles(const Run& run, const Weighting& weights, const Chunk& part, cons
     const int64_t image = index / across / down, vertical = index / across % down, horizontal = index % across;
     const int64_t row = part.rows * vertical / down, rows = part.rows * (vertical + 1) / down - row;
     const int64_t column = part.columns * horizontal / across, columns = part.columns * (horizontal + 1) / across - column;
-    tile.source = lines + image * plan.image_bytes + row * tile.source_row + column * line_bytes;
+    tile.source = lines + image * plan.image_bytes + row * tile.source_row + column * plan.pixel_bytes;
     tile.target = y.at(part.image + image, part.row + row, part.column + column);
     tile.residual = other.data ? other.at(part.image + image, part.row + row, part.column + column) : nullptr;
     run_stripes(run, weights, tile, rows, columns, first, last);

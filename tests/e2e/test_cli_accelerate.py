@@ -64,7 +64,20 @@ def test_a_finished_run_is_measured_in_bfloat16_when_asked(result, folder):
     assert record["agreement"]["images"] == 359
     outcome = microglia(*words, "fp8", folder=folder / "work", environment=own)
     assert outcome.status != 0
-    assert "float32 or bf16, not in 'fp8'" in outcome.err.replace("\n", " ")
+    assert "float32, bf16 or int8, not in 'fp8'" in outcome.err.replace("\n", " ")
+
+
+def test_a_finished_run_is_measured_in_8_bits_calibrated_on_its_training_data(result, folder):
+    own = {"MICROGLIA_CACHE": str(folder / "cache")}
+    words = ("measure", folder / "run", "--accelerate", "--batch", "4", "--no-latency", "--json", "--precision", "int8")
+    outcome = microglia(*words, folder=folder / "work", environment=own)
+    assert outcome.status == 0, outcome.err
+    record = json.loads(outcome.out)["accelerated"]
+    assert record["precision"] == "int8"
+    assert any("int8" in name for name in record["times"])
+    assert all("int8 blocks" in layer["times"] for layer in record["layers"] if layer["shape"][0] >= 16)
+    assert record["agreement"]["images"] == 359
+    assert record["agreement"]["equal"] >= 350
 
 
 def test_an_accelerated_model_is_saved_with_its_kernels_and_measured(result, folder):

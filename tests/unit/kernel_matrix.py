@@ -10,9 +10,11 @@ import sys
 from dataclasses import replace
 
 import chains
+import quads
 import torch
 from torch.nn import functional as F
 
+import microglia.runtime.int8.operators  # noqa: F401  # defines the operators
 from microglia.runtime import BlockConv2d, BlockLinear, RowConv2d, level
 from microglia.runtime.dense.fusion import Activation, Site
 from microglia.runtime.sparse_layers.layout import every_block, one_group, to_blocks
@@ -240,6 +242,8 @@ def large(draw):
                 found[f"large {name} {outputs} {inputs} {kernel}"] = problem
         if problem := wrong_bf16(BlockConv2d.of(site, 1), site, x.bfloat16(), None):
             found[f"large block in bf16 {outputs} {inputs} {kernel}"] = problem
+        if problem := quads.wrong(draw, site):
+            found[f"large block in 8 bits {outputs} {inputs} {kernel}"] = problem
     x, weight = draw.tensor(300, 1024), draw.tensor(2048, 1024)  # 131,072 blocks
     site = Site("l", "linear", weight, None, tuple(x.shape), (300, 2048))
     if problem := wrong(BlockLinear.of(site, 1), site, x, None):
@@ -283,7 +287,14 @@ def main(count, threads):
             failures[f"sum {index}"] = problem
         if problem := chains.wrong(draw):
             failures[f"chain {index}"] = problem
-    print(json.dumps({"level": level(), "problems": 18 * count, "failures": failures}))
+        site = convolution(draw)[0]
+        if problem := quads.wrong(draw, site):
+            failures[f"8 bits {index}: {site.weight.shape} {site}"[:400]] = problem
+        if problem := quads.wrongly_pooled(draw):
+            failures[f"pooling in 8 bits {index}"] = problem
+        if problem := quads.wrongly_quantized(draw):
+            failures[f"rounding to 8 bits {index}"] = problem
+    print(json.dumps({"level": level(), "problems": 21 * count, "failures": failures}))
 
 
 if __name__ == "__main__":

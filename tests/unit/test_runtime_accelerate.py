@@ -4,6 +4,7 @@ import copy
 import fnmatch
 import importlib
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from microglia.runtime import timing_cache as choices_module
 from microglia.runtime.bfloat16 import TOLERANCE, Lowered
 from microglia.runtime.candidates import Compact, candidates
 from microglia.runtime.dense.fusion import fuse
+from microglia.runtime.precisions import precision_of
 from microglia.runtime.timing_cache import Choices
 
 module = importlib.import_module("microglia.runtime.accelerate")
@@ -381,7 +383,8 @@ def test_bfloat16_that_lost_leaves_float32(prefer):
 
 def test_an_execution_too_far_from_float32_is_left_out(monkeypatch):
     monkeypatch.setattr(importlib.import_module("microglia.runtime.bfloat16"), "TOLERANCE", 0.0)
-    monkeypatch.setattr(module, "TOLERANCE", 0.0)
+    strict = replace(precision_of("bf16"), tolerance=0.0)
+    monkeypatch.setattr(module, "precision_of", lambda name: strict)
     report = accelerate(
         net(mg.Block(16, 1)), torch.randn(2, 3, 12, 12), against=FAST, precision="bf16", cache=None, rounds=1
     ).report()
@@ -398,7 +401,7 @@ def test_times_in_bfloat16_are_kept_apart(tmp_path):
 
 
 def test_another_precision_is_refused_in_words():
-    with pytest.raises(MicrogliaError, match=r"float32 or bf16, not in 'fp8'"):
+    with pytest.raises(MicrogliaError, match=r"float32, bf16 or int8, not in 'fp8'"):
         accelerate(net(mg.Block(16, 1)), torch.randn(2, 3, 12, 12), precision="fp8", cache=None)
 
 

@@ -25,7 +25,7 @@ def accelerate(
     data: Data = None,
     checkpoint: Checkpoint = None,
     batch: Annotated[int, typer.Option(min=1, help="Examples per call, for which the kernels are chosen.")] = 1,
-    precision: Annotated[str, typer.Option(help="float32, or bf16, which rounds.")] = "float32",
+    precision: Annotated[str, typer.Option(help="float32; or bf16 or int8, which round.")] = "float32",
     executions: Annotated[str, typer.Option(help="Compared with: torch, all (installed), or names with commas.")] = "torch",
     json_: Json = False,
 ) -> Shown:

@@ -10,10 +10,14 @@ from torch import nn
 from microglia.core.progress import progress_bar
 from microglia.runtime import Accelerated, accelerate
 from microglia.runtime.accelerate import DENSE
+from microglia.runtime.precisions import precision_of
 from microglia.tasks.task import Task
 from microglia.train.agreement import agreement
 
 Json = dict[str, Any]
+
+CALIBRATION = 32
+"""Training examples of one calibration batch."""
 
 
 def accelerated(
@@ -32,7 +36,7 @@ def accelerated(
         task: The task with its data.
         batch: Examples per call.
         against: The dense executions of the comparison.
-        precision: ``float32``, or ``bf16`` to time that too.
+        precision: ``float32``; or ``bf16`` or ``int8`` to time that too. Int8 is calibrated on training examples.
         rounds: Rounds of every timing.
 
     Returns:
@@ -40,6 +44,10 @@ def accelerated(
         agree (``agreement``), for classification.
     """
     example = task.example_batch(batch)
+    calibrated = precision_of(precision).calibrated
+    seen = (inputs for inputs, _ in task.data.batches("train", CALIBRATION, shuffle=True).epoch(0)) if calibrated else None
     with progress_bar("accelerate: layers", 0) as bar:
-        fast = accelerate(model, example, against=against, precision=precision, rounds=rounds, progress=bar.at)
+        fast = accelerate(
+            model, example, against=against, precision=precision, calibration=seen, rounds=rounds, progress=bar.at
+        )
     return fast, {**fast.report().to_dict(), "batch": batch, "agreement": agreement(model, fast, task, batch)}

@@ -6,6 +6,7 @@ from typing import Any
 
 from rich.table import Table
 
+from microglia.runtime.int8.agreement import Agreement
 from microglia.runtime.report import is_dense
 
 Json = dict[str, Any]
@@ -26,7 +27,9 @@ def acceleration_tables(record: Json) -> list[Any]:
     for name, time in sorted(record["times"].items(), key=lambda item: item[1]):
         mark = f"chosen: {record['speedup']:.2f}x the best dense ({record['best_dense']})" if name == record["chosen"] else ""
         whole.add_row(name, f"{time:.3f}", mark)
-    return [layers, whole, *record["notes"], *_agreed(record["agreement"])]
+    rounding = record.get("rounding")
+    rounded = [] if rounding is None else [str(Agreement(**rounding))]
+    return [layers, whole, *record["notes"], *rounded, *_agreed(record["agreement"])]
 
 
 def _agreed(found: Json | None) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -32,10 +32,21 @@ class Candidate:
             then dense), ``block 16x1`` up to ``block 16x8``, ``rows 4x1`` or ``unstructured``. Linear layers of few values also
             have ``codes 4 bits`` or ``codes 8 bits``.
         make: Makes the layer's module.
+        tolerance: Tolerated difference of its outputs, relative to the largest; None for the usual one of the dtype.
     """
 
     name: str
     make: Callable[[], nn.Module]
+    tolerance: float | None = None
+
+    def trial(self, given: Sequence[Tensor]) -> tuple[Callable[[], object], Tensor]:
+        """Returns a call to time, and its output.
+
+        Args:
+            given: The input, and the residual if there is one.
+        """
+        module = self.make()
+        return (lambda: module(*given)), module(*given)
 
 
 def candidates(site: Site) -> Iterator[Candidate]:
@@ -47,8 +58,8 @@ def candidates(site: Site) -> Iterator[Candidate]:
             yield Candidate("compact", lambda: Compact(site))
     if (bits := code_bits(site)) is not None:
         yield Candidate(f"codes {bits} bits", lambda: CodeLinear(site, bits))
-    if level() == "torch" or math.prod(site.weight.shape[2:]) > TAPS or site.weight.shape[0] < STRIPE * site.groups > STRIPE:
-        return  # blocks of 16 outputs would span several groups and hold mostly zeros
+    if not takes_blocks(site):
+        return
     bare, after = without_activation(site)
     weight = one_group(site.weight, site.groups)
     paired = weight.dtype == torch.bfloat16  # its narrowest blocks have two inputs
@@ -64,6 +75,12 @@ def candidates(site: Site) -> Iterator[Candidate]:
     if site.kind == "conv2d" and entries <= SPARSEST * site.weight.numel():
         rows = 4 if to_rows(weight, 4).stored <= WASTE * entries else 1
         yield Candidate("rows 4x1" if rows == 4 else "unstructured", lambda: then(RowConv2d.of(bare, rows), after))
+
+
+def takes_blocks(site: Site) -> bool:
+    """Tells whether there are kernels for a layer in blocks; blocks that span several groups would hold mostly zeros."""
+    within = site.weight.shape[0] >= STRIPE * site.groups or site.groups * STRIPE <= STRIPE
+    return level() != "torch" and math.prod(site.weight.shape[2:]) <= TAPS and within
 
 
 class Plain(nn.Module):

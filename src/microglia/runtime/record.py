@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -15,9 +15,9 @@ from torch import Tensor
 from microglia.core.batch import Example
 from microglia.core.errors import MicrogliaError
 from microglia.runtime.dense.kinds import execution_names, is_exact
+from microglia.runtime.precisions import precision_names
 from microglia.runtime.report import AccelerationReport, LayerChoice, is_dense
 
-PRECISIONS = ("float32", "bf16")
 DRAWN = ("float16", "bfloat16", "float32", "float64")
 """Types of inputs whose values are not written: a file holds no image of its user. They are drawn anew."""
 WRITTEN = ("bool", "uint8", "int8", "int16", "int32", "int64")
@@ -39,12 +39,14 @@ class Record:
         machine: The machine of the timing, as `timing_cache.machine` describes it.
         against: The dense executions of the comparison.
         example: The example inputs as JSON: shapes and types, and the values of whole numbers.
+        ranges: The range of each value of the graph, where a precision is calibrated.
     """
 
     report: AccelerationReport
     machine: dict[str, Any]
     against: tuple[str, ...]
     example: Any
+    ranges: dict[str, tuple[float, float]] = field(default_factory=dict)
 
     @property
     def by_layer(self) -> bool:
@@ -74,7 +76,13 @@ class Record:
         return [key for key in dict.fromkeys((*self.machine, *now)) if self.machine.get(key) != now.get(key)]
 
 
-def record_of(report: AccelerationReport, machine: dict[str, Any], against: Sequence[str], example: Example) -> Record | str:
+def record_of(
+    report: AccelerationReport,
+    machine: dict[str, Any],
+    against: Sequence[str],
+    example: Example,
+    ranges: dict[str, tuple[float, float]] | None = None,
+) -> Record | str:
     """Returns the record of an accelerated model, or the reason why no file can hold it."""
     if any(tensor.device.type != "cpu" for tensor in example.tensors):
         return "choices on a GPU are not kept"
@@ -82,7 +90,7 @@ def record_of(report: AccelerationReport, machine: dict[str, Any], against: Sequ
         written = _write((example.args, example.kwargs))
     except TypeError as error:
         return str(error)
-    return Record(report, json.loads(json.dumps(machine)), tuple(against), written)
+    return Record(report, json.loads(json.dumps(machine)), tuple(against), written, ranges or {})
 
 
 def read_record(text: str) -> Record:
@@ -100,7 +108,9 @@ def read_record(text: str) -> Record:
     for times, chosen in [(report.times, report.chosen), *((layer.times, layer.chosen) for layer in report.layers)]:
         if chosen not in times or not all(math.isfinite(time) and time > 0 for time in times.values()):
             raise MicrogliaError(f"The choice {chosen[:80]!r} has no time.")
-    known = report.precision in PRECISIONS and report.best_dense in report.times and all(map(_has_dense, report.layers))
+    if not all(math.isfinite(number) for pair in record.ranges.values() for number in pair):
+        raise MicrogliaError("A range of the values is not finite.")
+    known = report.precision in precision_names() and report.best_dense in report.times and all(map(_has_dense, report.layers))
     if not known or record.machine.keys() < {"level", "threads"}:
         raise MicrogliaError("It lacks a dense execution, a precision or a machine.")
     execution_names(record.against)

@@ -12,14 +12,15 @@ from torch import nn
 from microglia.core.batch import Example
 from microglia.core.errors import MicrogliaError
 from microglia.core.running import first_line, folded_twin, run, undisturbed
-from microglia.runtime.accelerate import accelerate, plan_of, sites_of
+from microglia.runtime.accelerate import accelerate_calibrated, sites_of, tolerance_of
 from microglia.runtime.accelerated import Accelerated
-from microglia.runtime.bfloat16 import TOLERANCE, dense_lowered
+from microglia.runtime.bfloat16 import dense_lowered
 from microglia.runtime.candidates import Candidate
 from microglia.runtime.dense.execution import difference, runners
 from microglia.runtime.dense.fusion import Site
 from microglia.runtime.dense.kinds import Runner
 from microglia.runtime.devices import CPU
+from microglia.runtime.precisions import Precision, precision_of
 from microglia.runtime.record import LOWERED, Record
 
 Kernels = Literal["timed", "stored", "none"]
@@ -56,7 +57,7 @@ def reaccelerated(model: nn.Module, record: Record, kernels: Kernels = "timed") 
         return model
     said = f"The kernels of the model are timed anew: {problem}."
     warnings.warn(said, stacklevel=4)
-    timed = accelerate(model, example, against=record.against, precision=record.report.precision)
+    timed = accelerate_calibrated(model, example, record.report.precision, (), record.ranges, against=record.against)
     return timed._chosen_by(replace(timed.report(), notes=(said, *timed.report().notes)), timed.record())
 
 
@@ -73,12 +74,13 @@ def _elsewhere(record: Record) -> str | None:
 def _made(dense: nn.Module, record: Record, example: Example) -> tuple[Runner | None, str | None]:
     """Returns the execution of a record; or None, and why it cannot be made here."""
     expected = run(dense, example.copied())
-    half, notes = record.report.precision == "bf16", list[str]()
+    precision, notes = precision_of(record.report.precision), list[str]()
     if record.by_layer:
-        ways = _ways(sites_of(dense, example, half), record)
+        ways = _ways(sites_of(dense, example, precision), record, precision)
         try:
-            plan = plan_of(dense, example, ways, half)
-            problem = difference(expected, run(plan, example.copied()), TOLERANCE if half else None)
+            plan = precision.plan(dense, example, ways, record.ranges)
+            tolerance = tolerance_of([way.name for way in ways], precision)
+            problem = difference(expected, run(plan, example.copied()), tolerance)
         except Exception as error:
             problem = first_line(error)
         return (plan, None) if problem is None else (None, problem.rstrip("."))
@@ -90,7 +92,7 @@ def _made(dense: nn.Module, record: Record, example: Example) -> tuple[Runner | 
     return (ready[name], None) if name in ready else (None, " ".join(notes).rstrip(".") or f"{name} is not here")
 
 
-def _ways(sites: Sequence[Site], record: Record) -> list[Candidate]:
+def _ways(sites: Sequence[Site], record: Record, precision: Precision) -> list[Candidate]:
     """Returns the recorded way of each layer.
 
     Raises:
@@ -102,7 +104,8 @@ def _ways(sites: Sequence[Site], record: Record) -> list[Candidate]:
         raise MicrogliaError(f"The record is of {len(layers)} layers other than the {len(sites)} of the model.")
     ways = []
     for site, layer in zip(sites, layers, strict=True):
-        found = next((way for way in CPU.candidates(site, []) if way.name == layer.chosen), None)
+        known = (*CPU.candidates(site, []), *precision.candidates(site))
+        found = next((way for way in known if way.name == layer.chosen), None)
         if found is None:
             raise MicrogliaError(f"{site.name or 'The model'} has no execution {layer.chosen[:80]!r}.")
         ways.append(found)

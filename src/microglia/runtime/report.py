@@ -11,6 +11,7 @@ from torch import nn
 from microglia.core.errors import SelectorError
 from microglia.core.layers import prunable_layers
 from microglia.core.shown import html_table
+from microglia.runtime.int8.agreement import Agreement
 
 SHOWN = 6
 """Layers named in a sentence."""
@@ -18,7 +19,7 @@ SHOWN = 6
 
 def is_dense(name: str) -> bool:
     """Tells whether an execution of a layer or model is dense, that is, reads and multiplies by every weight."""
-    return not name.startswith(("sparse", "block", "rows", "unstructured", "compact", "codes", "2:4"))
+    return not name.startswith(("sparse", "block", "rows", "unstructured", "compact", "codes", "int8", "2:4"))
 
 
 def left_dense(model: nn.Module, reached: Collection[str]) -> list[str]:
@@ -76,10 +77,11 @@ class AccelerationReport:
         times: Execution of the whole model -> milliseconds of one batch, measured interleaved.
         chosen: The execution that runs.
         best_dense: The fastest dense execution.
-        level: Level of the kernels: torch, generic, avx2, avx512 or avx512bf16; on a GPU triton and its version.
+        level: Level of the kernels: torch, generic, avx2, avx512, avx512vnni or avx512bf16; on a GPU triton and its version.
         threads: CPU threads of the timing.
         notes: Omitted executions, with the reasons.
-        precision: ``float32``, or ``bf16`` where layers in bfloat16 were tried.
+        precision: ``float32``; or ``bf16`` or ``int8`` where layers in bfloat16 or in 8 bits were tried.
+        rounding: Outputs of the chosen execution beside the model's, where layers of it run in 8 bits.
     """
 
     layers: tuple[LayerChoice, ...]
@@ -90,6 +92,7 @@ class AccelerationReport:
     threads: int
     notes: tuple[str, ...] = ()
     precision: str = "float32"
+    rounding: Agreement | None = None
 
     @property
     def speedup(self) -> float:
@@ -109,7 +112,12 @@ class AccelerationReport:
         rows = [(one.name, one.density, one.chosen, one.times[one.chosen], one.dense, one.why) for one in self.layers]
         times = sorted(self.times.items(), key=lambda pair: pair[1])
         whole = html_table("The whole model", ("execution", "ms"), times)
-        return html_table(repr(self), heads, rows, self.notes) + whole
+        return html_table(repr(self), heads, rows, self.remarks) + whole
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """The notes, and how far the outputs are from the model's where that was compared."""
+        return self.notes if self.rounding is None else (*self.notes, str(self.rounding))
 
     def __str__(self) -> str:
         """Returns tables for a reader: the layers, then the whole model."""
@@ -129,5 +137,5 @@ class AccelerationReport:
             whole.add_row(name, f"{time:.3f}", mark)
         console = Console(width=140, highlight=False)
         with console.capture() as capture:
-            console.print(layers, whole, *self.notes, sep="\n")
+            console.print(layers, whole, *self.remarks, sep="\n")
         return capture.get()

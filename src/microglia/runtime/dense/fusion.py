@@ -200,7 +200,7 @@ class _Fuser:
             return None
         node = chain[0]
         while node is not reader:
-            if node is other or _mutates(node):
+            if node is other or mutates(node):
                 return None
             node = node.next
         chain.append(reader)
@@ -260,7 +260,8 @@ def _activation(chain: list[Node]) -> Activation:
     return found
 
 
-def _mutates(node: Node) -> bool:
+def mutates(node: Node) -> bool:
+    """Tells whether a node writes into one of its inputs."""
     if node.op == "call_module" or node.target is operator.getitem:  # a fused layer does not write into its inputs
         return False
     schema = getattr(node.target, "_schema", None)

@@ -53,6 +53,14 @@ inline uint16_t rounded(float value) {
   return static_cast<uint16_t>((bits & 0x7FFFFFFF) > 0x7F800000 ? 0x7FC0 : nearest);
 }
 
+// The nearest whole number, the even one in the middle, of one from 0 to 255.
+inline uint8_t nearest(float value) {
+  const float shifted = value + 12582912.0f;  // 1.5 * 2^23: the sum is rounded, and its low bits are the number
+  int32_t bits;
+  __builtin_memcpy(&bits, &shifted, sizeof bits);
+  return static_cast<uint8_t>(bits);
+}
+
 // SiLU is applied to the stored tile, which is in L1: a kernel with it inline would be mostly SiLU.
 __attribute__((noinline, unused)) void silu_tile(const Tile& tile, int rows, int columns) {
   for (int row = 0; row < rows; ++row) {

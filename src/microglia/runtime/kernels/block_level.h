@@ -1,13 +1,14 @@
 // What the block-sparse convolution asks of an instruction set. Internal: the C interface is kernels.h.
 //
-// Activations are computed from a copy in "lines": 64 bytes of consecutive channels of one pixel, 16 of float32 or 32 of
-// bfloat16. Neighbouring pixels of an output row lie one line apart whatever the stride, so a tile reaches all its pixels by constant displacements: every
-// multiply-add takes its activation as a broadcast memory operand without any address arithmetic.
+// Activations are computed from a copy in "lines": 64 bytes of consecutive channels of one pixel, 16 of float32, 32 of
+// bfloat16 or 64 of 8 bits. Neighbouring pixels of an output row lie one line apart whatever the stride, so a tile reaches all its pixels by constant displacements: every
+// multiply-add takes its activation as a broadcast memory operand without any address arithmetic. Only 8-bit activations of a
+// pointwise convolution are read where they are, any number of bytes apart, without a copy.
 //
-// A "place" is what one step of a kernel multiplies: 32 bits of a line (one float32 activation or two neighbours in bfloat16)
-// with a line of weights (16, or 16 pairs). So both types share everything but the step itself. Only neighbours make a pair:
-// two channels that lie apart would have to be put together for every pixel, which takes two shuffles where the
-// multiplication that they save takes one instruction.
+// A "place" is what one step of a kernel multiplies: 32 bits of a line (one float32 activation, two neighbours in bfloat16 or
+// four in 8 bits) with a line of weights (16, or 16 pairs, or 16 quads). So all types share everything but the step itself.
+// Only neighbours make a pair or a quad: channels that lie apart would have to be put together for every pixel, which takes a
+// shuffle for each, where the multiplications that they save take one instruction.
 #ifndef MICROGLIA_BLOCK_LEVEL_H
 #define MICROGLIA_BLOCK_LEVEL_H
 
@@ -23,10 +24,24 @@ constexpr int64_t most_pixels = 28;  // of a tile, at any level
 // Kernels look ahead in the lists of places, so that many entries past the end are readable (and lead to readable data).
 constexpr int64_t places_ahead = 7;
 
-// Older compilers do not know the instructions of the level avx512bf16, which is then not there.
+// Older compilers do not know the instructions of the levels avx512vnni and avx512bf16, which are then not there.
 #if defined(__x86_64__) && ((defined(__clang__) && __clang_major__ >= 9) || (!defined(__clang__) && __GNUC__ >= 10))
 #define MICROGLIA_AVX512BF16
 #endif
+#if defined(__x86_64__) && ((defined(__clang__) && __clang_major__ >= 7) || (!defined(__clang__) && __GNUC__ >= 8))
+#define MICROGLIA_AVX512VNNI
+#endif
+
+// How the sums of 8-bit activations and weights become outputs: min(max(sum * scale + bias + residual * other, low), high), rounded
+// to uint8 unless they are wide. Arrays have a number for each output, those past the last one included.
+struct Rescale {
+  const int32_t* start;  // where the sums begin
+  const float* scale;
+  float other, low, high;
+  bool wide;  // outputs and residual are float32, not uint8
+
+  int64_t element_bytes() const { return wide ? 4 : 1; }
+};
 
 // One stripe of outputs for rows x columns pixels: what a kernel computes in one call. Steps are in bytes.
 struct Tile {
@@ -42,6 +57,10 @@ struct Tile {
   int64_t residual_row, residual_pixel;
   const float* bias;               // 16 of them, or null
   int32_t activation;
+  const Rescale* rescale;          // of 8 bits alone, with the pointers of this stripe
+  const int32_t* start;
+  const float* scale;
+  int64_t source_pixel;            // of 8 bits alone: others lie one line apart
 };
 
 using TileKernel = void (*)(const Tile&);
@@ -68,7 +87,7 @@ struct PlaceTable {
 enum PlaceFault : uint32_t { channel_fault = 1, tap_fault = 2 };
 
 struct Level {
-  int64_t element_bytes;  // of activations, residual and output
+  int64_t element_bytes;  // of activations; of residual and output too, but in 8 bits (see Rescale)
   int64_t pixels;  // at most this many in a tile; any rows up to 4 and columns whose product keeps to it has a kernel
   TileKernel (*kernel)(int64_t rows, int64_t columns, Weights weights);
 
@@ -90,6 +109,11 @@ const Level& generic_pair_level();
 const Level& avx2_pair_level();
 const Level& avx512_pair_level();
 const Level& avx512bf16_pair_level();
+
+// In 8 bits: activations without a sign, weights with one. AVX2 adds neighbouring products in 16 bits; see mg_blocks_int8.
+const Level& generic_quad_level();
+const Level& avx2_quad_level();
+const Level& avx512vnni_quad_level();
 
 }  // namespace microglia::block
 

@@ -162,7 +162,7 @@ void Plan::copy_row(int64_t image, int64_t row, char* lines) const {
   }
 }
 
-// `count` lines of one input row, from position `first` in steps of the stride; zeros where that lies outside the row.
+// `count` lines of one input row, from position `first` in steps of the stride; filled where that lies outside the row.
 void Plan::copy_valid(const char* row, int64_t first, int64_t count, char* lines) const {
   const int64_t stride = columns.step * columns.scale;
   const int64_t begin = first < 0 ? std::min(count, divide_up(-first, stride)) : 0;
@@ -204,7 +204,7 @@ void Plan::copy_run(const char* source, int64_t step, int64_t pixels, char* line
 
 void Plan::clear(char* lines, int64_t first_group, int64_t pixels) const {
   for (int64_t group = first_group; group < groups && pixels > 0; ++group) {
-    std::memset(lines + group * group_bytes, 0, static_cast<size_t>(pixels * line_bytes));
+    std::memset(lines + group * group_bytes, fill, static_cast<size_t>(pixels * line_bytes));
   }
 }
 

@@ -49,6 +49,7 @@ struct Plan {
   const Level* level;
   Axis rows, columns;
   bool pointwise;
+  uint8_t fill = 0;  // each byte of the padding: the zero of 8-bit activations
   bool direct;  // x lies in lines: computed from where it is, without a copy
   Image x;
   int64_t channels;
@@ -57,6 +58,7 @@ struct Plan {
   Chunk chunk;                         // the size of a chunk; the last ones are smaller
   int64_t tile_rows, tile_columns;
   int64_t row_bytes, image_bytes, group_bytes;  // steps in the copy; a row holds its lines by their phase of the step
+  int64_t pixel_bytes = line_bytes;             // between neighbouring pixels of a tile
 
   // Says what is read: element (pixel, channel) is x[pixel * stride + channel], of the level's type.
   void read(const void* data, int64_t stride) { x = pixels_of(data, stride, rows.input, columns.input, level->element_bytes); }

@@ -49,6 +49,8 @@ void run_narrow(const Tile& tile, TileKernel kernel, int64_t rows, int64_t colum
 void run_stripes(const Run& run, const Weighting& weights, Tile tile, int64_t rows, int64_t columns, int64_t first, int64_t last) {
   const Output& output = run.output;
   const TileKernel kernel = run.plan.level->kernel(rows, columns, weights.kind);
+  const int64_t element = output.element_bytes(*run.plan.level);
+  tile.rescale = output.rescale;
   char* target = tile.target;
   const char* residual = tile.residual;
   for (int64_t index = first; index < last; ++index) {
@@ -57,10 +59,11 @@ void run_stripes(const Run& run, const Weighting& weights, Tile tile, int64_t ro
     tile.target = target + stripe * output.y.stripe;
     tile.residual = residual ? residual + stripe * output.residual.stripe : nullptr;
     tile.bias = output.bias ? output.bias + channel : nullptr;
+    if (tile.rescale) tile.start = tile.rescale->start + channel, tile.scale = tile.rescale->scale + channel;
     if (channel + stripe_outputs <= output.channels) {
       kernel(tile);
     } else {
-      run_narrow(tile, kernel, rows, columns, output.channels - channel, run.plan.level->element_bytes, output.whole);
+      run_narrow(tile, kernel, rows, columns, output.channels - channel, element, output.whole);
     }
   }
 }
@@ -71,6 +74,7 @@ void run_tiles(const Run& run, const Weighting& weights, const Chunk& part, cons
   Tile tile{};
   tile.activation = run.output.activation;
   tile.source_row = plan.rows.step * plan.row_bytes;
+  tile.source_pixel = plan.pixel_bytes;
   const Image &y = run.output.y, &other = run.output.residual;
   tile.target_pixel = y.pixel, tile.target_row = y.row;
   tile.residual_pixel = other.pixel, tile.residual_row = other.row;
@@ -78,7 +82,7 @@ void run_tiles(const Run& run, const Weighting& weights, const Chunk& part, cons
     const int64_t image = index / across / down, vertical = index / across % down, horizontal = index % across;
     const int64_t row = part.rows * vertical / down, rows = part.rows * (vertical + 1) / down - row;
     const int64_t column = part.columns * horizontal / across, columns = part.columns * (horizontal + 1) / across - column;
-    tile.source = lines + image * plan.image_bytes + row * tile.source_row + column * line_bytes;
+    tile.source = lines + image * plan.image_bytes + row * tile.source_row + column * plan.pixel_bytes;
     tile.target = y.at(part.image + image, part.row + row, part.column + column);
     tile.residual = other.data ? other.at(part.image + image, part.row + row, part.column + column) : nullptr;
     run_stripes(run, weights, tile, rows, columns, first, last);

@@ -79,6 +79,9 @@ struct Output {
   int64_t channels;
   int32_t activation;
   bool whole = false;  // y has room for the whole of its last stripe, which is filled with zeros
+  const Rescale* rescale = nullptr;  // of 8 bits
+
+  int64_t element_bytes(const Level& level) const { return rescale ? rescale->element_bytes() : level.element_bytes; }
 };
 
 struct Run {

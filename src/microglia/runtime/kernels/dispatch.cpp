@@ -14,6 +14,14 @@
 namespace {
 
 #if defined(__x86_64__)
+bool has_vnni() {
+#if defined(MICROGLIA_AVX512VNNI)
+  return __builtin_cpu_supports("avx512vnni");
+#else
+  return false;
+#endif
+}
+
 bool has_bf16() {
 #if defined(MICROGLIA_AVX512BF16)
   unsigned int eax = 0, ebx = 0, ecx = 0, edx = 0;
@@ -30,7 +38,7 @@ int best_level() {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq");
-  if (avx512) return has_bf16() ? MG_AVX512BF16 : MG_AVX512;
+  if (avx512) return !has_vnni() ? MG_AVX512 : has_bf16() ? MG_AVX512BF16 : MG_AVX512VNNI;
   return avx2 ? MG_AVX2 : MG_GENERIC;
 #else
   return MG_GENERIC;
@@ -59,6 +67,7 @@ MG_EXPORT const char* mg_level_name(int level) {
     case MG_GENERIC: return "generic";
     case MG_AVX2: return "avx2";
     case MG_AVX512: return "avx512";
+    case MG_AVX512VNNI: return "avx512vnni";
     case MG_AVX512BF16: return "avx512bf16";
     default: return "unknown";
   }
@@ -77,6 +86,7 @@ MG_EXPORT const char* mg_error_text(int code) {
     case MG_NO_MEMORY: return "no memory for the kernels' working copy of the input";
     case MG_BAD_LIST: return "a list of channels or stripes does not strictly rise, or leaves its range";
     case MG_BAD_PAIR: return "a pair of bfloat16 input channels lies across a multiple of 32";
+    case MG_BAD_QUAD: return "four 8-bit input channels lie across a multiple of 64";
     default: return "an unknown error";
   }
 }

@@ -2,7 +2,7 @@
 //
 // Every function checks its whole problem, index arrays included, before it reads or writes a single activation (a chain of
 // several: before each step), and returns MG_OK or the code of what is wrong (see mg_error_text). Activations and weights are float32, except where a name
-// ends in _bf16.
+// ends in _bf16 or _int8.
 #ifndef MICROGLIA_KERNELS_H
 #define MICROGLIA_KERNELS_H
 
@@ -24,12 +24,14 @@ enum {
   MG_BAD_POINTER = 7,       // a null pointer where there must be data
   MG_NO_MEMORY = 8,
   MG_BAD_LIST = 9,          // a list of channels or stripes that is not strictly rising, or leaves its range
-  MG_BAD_PAIR = 10          // a pair of bfloat16 input channels on both sides of a multiple of 32
+  MG_BAD_PAIR = 10,         // a pair of bfloat16 input channels on both sides of a multiple of 32
+  MG_BAD_QUAD = 11          // four 8-bit input channels on both sides of a multiple of 64
 };
 
 enum { MG_NONE = 0, MG_RELU = 1, MG_RELU6 = 2, MG_SILU = 3 };
 
-enum { MG_GENERIC = 0, MG_AVX2 = 1, MG_AVX512 = 2, MG_AVX512BF16 = 3 };
+// Each runs what the levels before it run, too.
+enum { MG_GENERIC = 0, MG_AVX2 = 1, MG_AVX512 = 2, MG_AVX512VNNI = 3, MG_AVX512BF16 = 4 };
 
 // Runs body over [begin, end) in pieces, as at::parallel_for does; null means: on the calling thread alone.
 typedef void (*mg_body)(int64_t begin, int64_t end, void* context);
@@ -80,6 +82,42 @@ typedef struct {
 int mg_block_conv2d_bf16(const mg_conv2d* conv, const mg_blocks_bf16* blocks, const uint16_t* x, int64_t x_stride, uint16_t* y,
                          int64_t y_stride, const uint16_t* residual, int64_t residual_stride, const float* bias,
                          mg_parallel parallel);
+
+// The same of 8-bit activations (uint8) and weights (int8), in quads: four neighbouring input channels, which one vpdpbusd
+// multiplies and adds. A quad may begin at any channel, but not lie across a multiple of 64. Sums are exact at every level: int32.
+// At the levels avx2 and avx512 this holds if |a| + |b| <= 128 for the weights a, b of the first two channels of each quad and
+// output, and of the last two: 255 * 128 fits 16 bits. Larger weights are given as two blocks whose weights add up.
+typedef struct {
+  int64_t blocks;
+  const int8_t* values;        // [blocks][16][4]
+  const int32_t* row_pointer;  // these as in mg_blocks
+  const int32_t* channel;
+  const uint8_t* tap;
+} mg_blocks_int8;
+
+// What becomes of the sums, each in float32: y = min(max(sum * scale + bias + residual * other, low), high), the first product and
+// addition rounded once, the second too. y in uint8 is rounded to the nearest, to the even one in the middle; there must be
+// 0 <= low <= high <= 255. Arrays have ceil(out_channels / 16) * 16 entries.
+typedef struct {
+  const int32_t* start;  // where a sum begins: minus `zero` times the sum of the output's weights
+  const float* scale;
+  const float* bias;
+  float other, low, high;
+  int32_t zero;  // 0 to 255: the activation that stands for 0, which the padding is filled with
+  int32_t wide;  // y and residual are float32, not uint8
+} mg_rescale;
+
+// Activations as in mg_block_conv2d. conv->activation must be MG_NONE: low and high are the bounds of an activation.
+int mg_block_conv2d_int8(const mg_conv2d* conv, const mg_blocks_int8* blocks, const mg_rescale* rescale, const uint8_t* x,
+                         int64_t x_stride, void* y, int64_t y_stride, const void* residual, int64_t residual_stride,
+                         mg_parallel parallel);
+
+// y = min(max(x * scale + zero, 0), 255), rounded as above; NaN becomes 0.
+int mg_quantize(const float* x, int64_t count, float scale, float zero, uint8_t* y, mg_parallel parallel);
+
+// The maximum over windows of an image in NHWC, pixels in_channels bytes apart. conv says everything but out_channels, which is
+// in_channels; dilation must be 1, and a padding at most half of the kernel.
+int mg_max_pool_int8(const mg_conv2d* conv, const uint8_t* x, uint8_t* y, mg_parallel parallel);
 
 // Several block-sparse convolutions of float32, one after the other, in one call. Values are numbered: first the images given, then
 // the result of each step.
@@ -183,7 +221,7 @@ int mg_scale_blocks(const mg_scaled* blocks, const float* weight, const float* f
 int mg_scale_blocks_backward(const mg_scaled* blocks, const float* weight, const float* gradient, const float* factors,
                              float* of_weight, float* of_factors);
 
-int mg_level(void);             // the best level of this machine, or MICROGLIA_ISA (generic, avx2, avx512, avx512bf16) where it can run
+int mg_level(void);             // the best level of this machine, or MICROGLIA_ISA (generic, avx2, avx512, avx512vnni, avx512bf16) where it can run
 const char* mg_level_name(int level);
 const char* mg_error_text(int code);
 

@@ -28,6 +28,7 @@ inline const char* name_of(ScalarType type) {
     case ScalarType::BFloat16: return "bfloat16";
     case ScalarType::Int: return "int32";
     case ScalarType::Byte: return "uint8";
+    case ScalarType::Char: return "int8";
     default: return "of another type";
   }
 }

@@ -33,7 +33,7 @@ template <class... Parts>
 
 constexpr uint64_t kTorchVersion = uint64_t{2} << 56 | uint64_t{11} << 48;  // the calling convention: that of torch 2.11
 
-enum class ScalarType { Float, BFloat16, Int, Long, Byte, Other };
+enum class ScalarType { Float, BFloat16, Int, Long, Byte, Char, Other };
 enum class MemoryFormat { Contiguous, ChannelsLast };
 
 inline int32_t dtype_of(ScalarType type) {
@@ -43,6 +43,7 @@ inline int32_t dtype_of(ScalarType type) {
     case ScalarType::Int: return aoti_torch_dtype_int32();
     case ScalarType::Long: return aoti_torch_dtype_int64();
     case ScalarType::Byte: return aoti_torch_dtype_uint8();
+    case ScalarType::Char: return aoti_torch_dtype_int8();
     default: fail("microglia: there is no tensor of another type");
   }
 }
@@ -76,7 +77,7 @@ class Tensor {
 
   ScalarType scalar_type() const {
     const int32_t dtype = ask<int32_t>(aoti_torch_get_dtype);
-    for (ScalarType type : {ScalarType::Float, ScalarType::BFloat16, ScalarType::Int, ScalarType::Long, ScalarType::Byte}) {
+    for (ScalarType type : {ScalarType::Float, ScalarType::BFloat16, ScalarType::Int, ScalarType::Long, ScalarType::Byte, ScalarType::Char}) {
       if (dtype_of(type) == dtype) return type;
     }
     return ScalarType::Other;
@@ -108,6 +109,15 @@ struct Word;
 template <>
 struct Word<int64_t> {
   static int64_t take(StableIValue word) { return static_cast<int64_t>(word); }
+};
+
+template <>
+struct Word<double> {
+  static double take(StableIValue word) {
+    double value;
+    __builtin_memcpy(&value, &word, sizeof value);
+    return value;
+  }
 };
 
 template <>

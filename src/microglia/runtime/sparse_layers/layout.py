@@ -63,7 +63,7 @@ def to_blocks(weight: Tensor, width: int = 1, stripe: int = STRIPE, paired: bool
         raise MicrogliaError(f"A block has 1, 2, 4 or 8 inputs, on a GPU also 16, 32 or 64, not {width}.")
     if stripe not in STRIPES:
         raise MicrogliaError(f"A block has 16 outputs, on a GPU also 32, 64 or 128, not {stripe}.")
-    _check_taps(weight)
+    check_taps(weight)
     if paired is None:
         paired = stripe == STRIPE and wants_pairs(weight)
     channels = max(LINE // weight.element_size(), width)
@@ -80,7 +80,7 @@ def to_blocks(weight: Tensor, width: int = 1, stripe: int = STRIPE, paired: bool
         values, first = grid[row, line, tap, block], block * width
     return Places(
         (values.reshape(len(values), (width + 1) // 2, 2, stripe).transpose(2, 3) if paired else values).contiguous(),
-        _pointer(row, len(grid)),
+        pointer(row, len(grid)),
         (line * channels + first).int(),
         tap.to(torch.uint8) if taps > 1 else None,
     )
@@ -118,7 +118,8 @@ def every_block(weight: Tensor) -> Tensor:
     return matrix.reshape(-1, STRIPE, inputs, matrix.shape[2]).permute(0, 3, 2, 1).flatten(1, 2).contiguous()
 
 
-def _check_taps(weight: Tensor) -> None:
+def check_taps(weight: Tensor) -> None:
+    """Raises for a kernel with too many positions."""
     if math.prod(weight.shape[2:]) > TAPS:
         raise MicrogliaError(f"A sparse kernel has at most {TAPS} positions, not {' x '.join(map(str, weight.shape[2:]))}.")
 
@@ -132,7 +133,7 @@ def to_rows(weight: Tensor, rows: int = 1) -> Places:
     """
     if rows not in (1, 2, 4):
         raise MicrogliaError(f"Rows share their places by 1, 2 or 4, not {rows}.")
-    _check_taps(weight)
+    check_taps(weight)
     outputs, inputs = weight.shape[:2]
     matrix = functional.pad(weight.detach().reshape(outputs, inputs, -1), (0, 0, 0, 0, 0, -outputs % rows))
     taps = matrix.shape[2]
@@ -141,7 +142,7 @@ def to_rows(weight: Tensor, rows: int = 1) -> Places:
     group, channel, tap = (grid != 0).any(-1).nonzero(as_tuple=True)
     return Places(
         grid[group, channel, tap].contiguous(),
-        _pointer(group, len(grid)),
+        pointer(group, len(grid)),
         channel.int(),
         tap.to(torch.uint8) if taps > 1 else None,
     )
@@ -193,7 +194,7 @@ def dense_of_rows(places: Places, outputs: int, inputs: int, kernel: Sequence[in
     return dense.permute(0, 3, 1, 2).reshape(groups * rows, inputs, taps)[:outputs].reshape(outputs, inputs, *kernel)
 
 
-def _pointer(rows: Tensor, count: int) -> Tensor:
+def pointer(rows: Tensor, count: int) -> Tensor:
     """Returns the start of each row in a list sorted by rows, int32 (count + 1)."""
     counts = torch.bincount(rows, minlength=count)
     return functional.pad(counts.cumsum(0), (1, 0)).int()

@@ -260,11 +260,7 @@ def widen(graph: fx.Graph) -> bool:
 
 def doubled(inputs: Any) -> Any:
     """Returns nested inputs in which every tensor with a batch of one holds it twice: torch.export takes 1 as a constant."""
-
-    def one(value: Any) -> Any:
-        return torch.cat([value, value]) if isinstance(value, Tensor) and value.ndim and value.shape[0] == 1 else value
-
-    return pytree.tree_map(one, inputs)
+    return pytree.tree_map_only(Tensor, lambda x: torch.cat([x, x]) if x.ndim and x.shape[0] == 1 else x, inputs)
 
 
 def _free(inputs: Any, dynamic: Sequence[int]) -> Any:

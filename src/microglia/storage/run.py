@@ -63,7 +63,7 @@ class Run:
         observations: Measurements of the model during the run, by name (``dense``, ``before`` ...).
         trajectory: Whether trainings keep their parameters after every epoch.
         split: Split that the metrics of `observations` are about: ``test`` or ``validation``.
-        callbacks: Callbacks of the first rank: `microglia.core.callbacks.Lines`, and what is added to it.
+        callbacks: `microglia.core.callbacks.Lines` on the first rank, and what is added to it.
         shared: Directory in which runs with the same start keep `DENSE_STAGES` for each other, or None.
 
     Raises:
@@ -235,9 +235,11 @@ class Run:
 
     def close(self) -> None:
         """Closes the callbacks, and lets another process use the directory."""
-        self.callbacks.close()
-        if self._lock is not None:
-            self._lock.close()
+        try:
+            self.callbacks.close()
+        finally:
+            if self._lock is not None:
+                self._lock.close()
 
 
 def _read_if_whole(path: Path) -> State | None:

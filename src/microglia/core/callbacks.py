@@ -53,7 +53,7 @@ class Callback:
         """Called once, when the run is finished, with what ``result.json`` holds."""
 
     def close(self) -> None:
-        """Called at the end of a run, also after an error; `microglia.fit` does not call it, for several fits share callbacks."""
+        """Called at the end of a run, also after an error; `microglia.fit` does not, for several of them share callbacks."""
 
 
 class Callbacks(Callback):

@@ -10,8 +10,8 @@ from microglia.lab.recipe import identity_of, resolve
 from microglia.report.read import read_results
 
 
-def known_identities(paths: Sequence[Path]) -> frozenset[str]:
-    """Returns the identities of the recipes of results, so that a sweep does not run them again.
+def known_identities(paths: Sequence[Path]) -> dict[str, str]:
+    """Returns the identities of the recipes of results, each with its place, so that a sweep does not run them again.
 
     Args:
         paths: Run directories, or files and folders of results; see `microglia.report.read.read_results`.
@@ -19,10 +19,10 @@ def known_identities(paths: Sequence[Path]) -> frozenset[str]:
     Raises:
         FileError: A path has no results.
     """
-    found = set()
+    found: dict[str, str] = {}
     for record in read_results(paths).records if paths else ():
         try:
-            found.add(identity_of(resolve(record.recipe)))
+            found.setdefault(identity_of(resolve(record.recipe)), record.source)
         except MicrogliaError:  # of a method or a field that this version does not have
             continue
-    return frozenset(found)
+    return found

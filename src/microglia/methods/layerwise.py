@@ -28,6 +28,7 @@ from microglia.core.layers import Layer, oriented
 from microglia.core.masks import MaskSet, attach_mask, masks_of
 from microglia.core.modes import evaluating
 from microglia.core.patterns import NM, Block, Unstructured, parse_pattern
+from microglia.core.progress import progress_bar
 from microglia.core.restore import restore
 from microglia.methods.arguments import check_model, plain_settings
 from microglia.methods.blocks import Passage, check_finite, find_blocks, passages
@@ -165,9 +166,11 @@ class Layerwise:
         with evaluating(self.model), torch.no_grad(), _full_precision():
             if self.config.densities != UNIFORM:
                 self.keep = run.stage("densities", lambda progress: self._shared_out())
-            for index, (block, layers) in enumerate(zip(self.blocks, self.layers, strict=True)):
-                if layers:
-                    rows += self._stage(run, index, block)
+            with progress_bar("blocks", len(self.blocks)) as bar:
+                for index, (block, layers) in enumerate(zip(self.blocks, self.layers, strict=True)):
+                    if layers:
+                        rows += self._stage(run, index, block)
+                    bar.advance()
         self._passed, self._at = None, 0
         warn(rows)
         return {"rule": self.config.rule, "blocks": self.path, "layers": rows}

@@ -238,8 +238,12 @@ class Run:
         try:
             self.callbacks.close()
         finally:
-            if self._lock is not None:
-                self._lock.close()
+            self.release()
+
+    def release(self) -> None:
+        """Lets another process use the directory; all that a forked process has to give back of its parent's run."""
+        if self._lock is not None:
+            self._lock.close()
 
 
 def _read_if_whole(path: Path) -> State | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import fields, is_dataclass
+from dataclasses import asdict, fields, is_dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, get_args
@@ -41,6 +41,7 @@ from microglia.measure import measure as measure_model
 from microglia.methods import MethodConfig
 from microglia.methods import methods as known_methods
 from microglia.report.acceleration import acceleration_tables
+from microglia.report.advice import advice, advice_table
 from microglia.report.removed import PICTURE, draw_removed, removal_table
 from microglia.report.summary import comparison_table, measurement_table, result_table
 from microglia.report.write import collect
@@ -218,8 +219,13 @@ def report(
 
 
 @command
-def methods(json_: Json = False) -> Shown:
+def methods(
+    goal: Annotated[str | None, typer.Option("--for", metavar="GOAL", help=f"Say which one: {', '.join(advice)}.")] = None,
+    json_: Json = False,
+) -> Shown:
     """List the methods and scores: what each is for, its paper, its defaults."""
+    if goal is not None:
+        return {goal: asdict(advice[goal])}, [advice_table(goal)]
     rows: dict[str, dict[str, Any]] = {
         m.name: {
             **m.about,
@@ -234,7 +240,13 @@ def methods(json_: Json = False) -> Shown:
         own = {k: v for k, v in rows[name]["defaults"].items() if common.get(k) != v or k in m.defaults}
         table.add_row(name, *m.about.values(), ", ".join(f"{k}={v}" for k, v in own.items()))
     found = {"methods": rows, "scores": list(scores), "patterns": list(PATTERN_FORMS)}
-    return found, [table, f"scores: {', '.join(scores)}", f"patterns: {', '.join(PATTERN_FORMS)}"]
+    found["goals"] = {name: asdict(one) for name, one in advice.items()}
+    return found, [
+        table,
+        f"Which one: microglia methods --for GOAL, of {', '.join(advice)}.",
+        f"scores: {', '.join(scores)}",
+        f"patterns: {', '.join(PATTERN_FORMS)}",
+    ]
 
 
 @command

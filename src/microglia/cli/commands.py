@@ -21,6 +21,7 @@ from microglia.core.errors import MicrogliaError
 from microglia.core.patterns import PATTERN_FORMS
 from microglia.lab.accelerating import accelerated
 from microglia.lab.execute import execute
+from microglia.lab.memory import memory_of
 from microglia.lab.recipe import (
     Recipe,
     RecipeError,
@@ -42,6 +43,7 @@ from microglia.methods import MethodConfig
 from microglia.methods import methods as known_methods
 from microglia.report.acceleration import acceleration_tables
 from microglia.report.advice import advice, advice_table
+from microglia.report.memory import memory_table
 from microglia.report.removed import PICTURE, draw_removed, removal_table
 from microglia.report.summary import comparison_table, measurement_table, result_table
 from microglia.report.write import collect
@@ -91,6 +93,7 @@ def prune(
     out: Annotated[Path | None, ran(help="Run directory; the same command resumes there.")] = None,
     starts: Annotated[Path | None, ran(help="Directory in which runs share their dense networks.")] = None,
     track: Annotated[list[str] | None, ran(help="Trackers that follow the run: tensorboard, mlflow, wandb.")] = None,
+    dry_run: Annotated[bool, ran("--dry-run", help="Check everything, say how much memory it needs, and run nothing.")] = False,
     json_: Json = False,
 ) -> Shown:
     """Prune a model on data: load or train it, prune, recover, measure, save.
@@ -116,6 +119,9 @@ def prune(
         raise RecipeError(f"Which model is to be pruned? Name one, such as `{EXAMPLE}`, or give a --recipe that names one.")
     resolved = resolve(asked)
     directory = out if out is not None else _own_directory(resolved)
+    if dry_run:
+        need = memory_of(resolved)
+        return {"directory": str(directory), "memory": need.to_dict()}, [f"Run: {directory}", memory_table(need)]
     result = execute(resolved, directory, starts=starts)
     shown: list[Any] = [f"Run: {directory}\nModel: {directory / 'model'}"]
     if result.get("accelerated"):

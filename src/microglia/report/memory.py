@@ -1,0 +1,33 @@
+"""The table of the memory that a run will need."""
+
+from __future__ import annotations
+
+from rich.table import Table
+
+from microglia.lab.memory import MemoryNeed
+
+ROWS = {
+    "weights": "weights and buffers, with teacher and average",
+    "masks": "masks",
+    "gradients": "gradients",
+    "optimizer": "states of the optimizer",
+    "activations": "activations of a training batch",
+    "evaluation": "largest layer of an evaluation, without a training",
+    "method": "the method's own, while it chooses",
+}
+NOT_COUNTED = "The data in memory, and the libraries (about 500 MB), come on top."
+
+
+def memory_table(need: MemoryNeed) -> Table:
+    """Returns what a run will hold, by part, with a warning below if this is more than is free."""
+    free = "" if need.available is None else f" {_size(need.available)} are free now."
+    warning = "" if need.fits else " It does not fit: take smaller batches, fewer score_batches, or another method."
+    table = Table("memory", "bytes", "", title="before the run", caption=f"{NOT_COUNTED}{free}{warning}")
+    for name, words in ROWS.items():
+        table.add_row(words, f"{getattr(need, name):,}", _size(getattr(need, name)))
+    table.add_row("at the same time, at most", f"{need.total:,}", _size(need.total), style="bold")
+    return table
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"

@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 
 from microglia.cli.app import app
 from microglia.lab.recipe import identity_of, resolve
-from microglia.lab.sweep import Cell, CellOutcome, Sweep, known_at, run_sweep
-from microglia.report.known import known_identities
+from microglia.lab.sweep import Cell, CellOutcome, Sweep, run_sweep
+from microglia.report.known import known_at, known_identities, known_lines
 
 KEPT = Path(__file__).parents[2] / "results" / "conv6_at_init.json"
 
@@ -64,7 +64,7 @@ def test_a_known_cell_is_named_with_its_place_and_listed(project: Path) -> None:
     stdout, stderr = swept()
     assert "known seed-" in stderr
     assert ": results/kept.json#" in stderr
-    assert "0 done, 1 skipped (1 known from results kept elsewhere), 0 failed." in stdout
+    assert "0 done, 1 skipped (1 known from elsewhere), 0 failed." in stdout
     assert "results/kept.json#" in swept("--list")[0].replace("\n", "")
     assert "known" not in swept("--list", "--again")[0]
     assert "to run" in swept("--list", "--known", "sweep.yaml")[0], "another place has no such result"
@@ -76,7 +76,7 @@ def test_a_folder_results_of_something_else_is_no_error(project: Path) -> None:
     assert "to run" in swept("--list")[0]
 
 
-def test_own_code_runs_again_and_a_checkpoint_is_said_to_be_known_by_name(tmp_path: Path) -> None:
+def test_own_code_has_no_known_result() -> None:
     def cell(**other: object) -> Cell:
         return Cell("a", {}, resolve({"model": "lenet-300-100", "prune": {"density": 0.5}, **other}))
 
@@ -84,8 +84,19 @@ def test_own_code_runs_again_and_a_checkpoint_is_said_to_be_known_by_name(tmp_pa
     known = {identity_of(one.recipe): "results/a.json" for one in (plain, own)}
     assert known_at(plain, known) == "results/a.json"
     assert known_at(own, known) is None, "the code behind the name may have changed"
-    assert known_at(plain, set(known)) == ""
     assert known_at(plain, {}) is None
+
+
+def test_own_code_is_run_by_the_sweep_too_and_a_checkpoint_is_compared_by_name(tmp_path: Path) -> None:
+    (tmp_path / "dense.th").write_bytes(b"")
+    sweep = Sweep(grid={"seed": [0]}, base={"model": "mynet:MyNet", "prune": {"density": 0.5}})
+    (cell,) = sweep.cells
+    assert run_sweep(sweep, tmp_path / "own", launcher=Together(1), known=[identity_of(cell.recipe)]).done == ["seed-0"]
+    plain = {"model": "lenet-300-100", "prune": {"density": 0.5}}
+    loaded = Sweep(grid={"seed": [0]}, base={**plain, "checkpoint": str(tmp_path / "dense.th")})
+    known = {identity_of(loaded.cells[0].recipe): "results/a.json#1"}
+    (line,) = known_lines(loaded, tmp_path, known)
+    assert line == "known seed-0: results/a.json#1; its checkpoint is compared by name"
 
 
 def test_the_results_of_this_project_have_places() -> None:

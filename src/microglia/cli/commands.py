@@ -21,7 +21,6 @@ from microglia.core.errors import MicrogliaError
 from microglia.core.patterns import PATTERN_FORMS
 from microglia.lab.accelerating import accelerated
 from microglia.lab.execute import execute
-from microglia.lab.memory import memory_of
 from microglia.lab.recipe import (
     Recipe,
     RecipeError,
@@ -41,9 +40,9 @@ from microglia.lab.target import open_target
 from microglia.measure import measure as measure_model
 from microglia.methods import MethodConfig
 from microglia.methods import methods as known_methods
+from microglia.methods.advice import advice, advice_table
 from microglia.report.acceleration import acceleration_tables
-from microglia.report.advice import advice, advice_table
-from microglia.report.memory import memory_table
+from microglia.report.memory import before_run
 from microglia.report.removed import PICTURE, draw_removed, removal_table
 from microglia.report.summary import comparison_table, measurement_table, result_table
 from microglia.report.write import collect
@@ -103,12 +102,11 @@ def prune(
     """
     words = list(words or [])
     given = {
-        "model": words.pop(0) if words and "=" not in words[0] else None,
+        "model": words.pop(0) if words and "=" not in words[0] else None, "track": track,
         "data": data, "checkpoint": checkpoint, "task.kind": task, "method": method, "seed": seed,
         "device": device, "train.epochs": epochs, "train.lr": lr, "prune.pattern": pattern, "prune.scope": scope,
         "prune.density": density, "prune.params": params, "prune.flops": flops, "prune.ms": ms, "prune.layers": layers,
-        "prune.exclude": exclude, "prune.protect": protect, "measure.accelerate": accelerate, "track": track,
-        **own_settings(ctx),
+        "prune.exclude": exclude, "prune.protect": protect, "measure.accelerate": accelerate, **own_settings(ctx),
     }  # fmt: skip
     source: dict[str, Any] = spelled(read_yaml(recipe)) if recipe is not None else {}
     for key, value in given.items():
@@ -120,8 +118,7 @@ def prune(
     resolved = resolve(asked)
     directory = out if out is not None else _own_directory(resolved)
     if dry_run:
-        need = memory_of(resolved)
-        return {"directory": str(directory), "memory": need.to_dict()}, [f"Run: {directory}", memory_table(need)]
+        return before_run(resolved, directory)
     result = execute(resolved, directory, starts=starts)
     shown: list[Any] = [f"Run: {directory}\nModel: {directory / 'model'}"]
     if result.get("accelerated"):

@@ -13,7 +13,7 @@ from microglia.cluster import launcher_of
 from microglia.core.errors import MicrogliaError
 from microglia.lab.sweep import run_sweep
 from microglia.lab.sweep_grid import read_sweep
-from microglia.report.known import known_identities
+from microglia.report.known import known_identities, known_lines
 from microglia.report.plan import plan_table
 from microglia.studies.evidence.files import is_queue, read_queue
 from microglia.studies.evidence.ledger import Ledger
@@ -59,6 +59,8 @@ def sweep(
     if list_:
         return [cell.name for cell in planned.cells], [plan_table(planned, directory, known)]
     place = launcher_of(launcher, settings or ())
+    for line in known_lines(planned, directory, known):
+        typer.echo(line, err=True)
     try:
         outcome = run_sweep(planned, directory, jobs=jobs, launcher=place, known=known)
     finally:

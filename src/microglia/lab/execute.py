@@ -91,7 +91,7 @@ def execute(
         if finished is not None:
             log_of_stages.info("%s: already finished", directory)
             return finished
-        run.callbacks.all += callbacks  # before the trackers, so that they are closed if a tracker cannot be opened
+        run.callbacks.all += callbacks  # first: they are closed if a tracker cannot be opened
         run.callbacks.all += _trackers(recipe, run)
         return _execute(recipe, run, prepared or make_task(recipe))
     finally:

@@ -8,7 +8,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -44,14 +44,12 @@ class CellOutcome:
         status: ``skipped`` if it was finished before, ``known`` if its result is kept elsewhere.
         seconds: Time spent on it now.
         problem: The last lines of the log of a failed cell.
-        source: Place of the result of a cell that is ``known``.
     """
 
     name: str
     status: Literal["done", "skipped", "known", "failed"]
     seconds: float = 0.0
     problem: str = ""
-    source: str = ""
 
 
 @dataclass(frozen=True)
@@ -84,8 +82,7 @@ class SweepOutcome:
     @property
     def sentence(self) -> str:
         """Summary for a reader: the counts, and each failed cell with the end of its log."""
-        kept = sum(cell.status == "known" for cell in self.cells)
-        known = f" ({kept} known from results kept elsewhere)" if kept else ""
+        known = f" ({kept} known from elsewhere)" if (kept := sum(c.status == "known" for c in self.cells)) else ""
         lines = [f"{self.directory}: {len(self.done)} done, {len(self.skipped)} skipped{known}, {len(self.failed)} failed."]
         for cell in self.cells:
             if cell.status == "failed":
@@ -99,11 +96,7 @@ class SweepOutcome:
 
 
 class Launcher(Protocol):
-    """Where cells run; see `microglia.cluster`. Several threads call it.
-
-    Attributes:
-        jobs: Cells that it gets at the same time where the user names no number.
-    """
+    """Where cells run; see `microglia.cluster`. Several threads call it, ``jobs`` where the user names no number."""
 
     jobs: int
 
@@ -187,16 +180,11 @@ def _tail(log: Path, start: int, lines: int = 8, width: int = 400) -> str:
 
 
 def run_sweep(
-    sweep: Sweep,
-    out: str | Path,
-    jobs: int | None = None,
-    launcher: Launcher | None = None,
-    known: Mapping[str, str] | Collection[str] = (),
+    sweep: Sweep, out: str | Path, jobs: int | None = None, launcher: Launcher | None = None, known: Collection[str] = ()
 ) -> SweepOutcome:
     """Runs every unfinished cell, ``jobs`` at a time; a failed cell does not stop the others.
 
     Cells with the same model, data, dense training and seed share one dense network, which the first of them trains.
-
     A sweep can be killed at any moment and started again: finished cells are skipped and interrupted ones resume.
 
     Args:
@@ -204,30 +192,23 @@ def run_sweep(
         out: Directory of the runs, each under its cell's name.
         jobs: Runs at a time; each gets its share of the cores of this machine. None for one, or as many as the launcher takes.
         launcher: Runs the cells elsewhere; None for processes of this machine.
-        known: Identities of recipes whose results are kept elsewhere (`microglia.lab.recipe.identity_of`), perhaps with the
-            place of each; these do not run. A recipe with code of one's own does, for the code may be another now.
+        known: Identities (`microglia.lab.recipe.identity_of`) of recipes that do not run, unless they name code of one's own.
 
     Raises:
         RunError: The directory holds runs of other recipes under the same names.
         KeyboardInterrupt: Ctrl-C; as after SIGTERM (``SystemExit``), every child was ended first.
     """
-    if jobs is None:
-        jobs = 1 if launcher is None else launcher.jobs
-    if jobs < 1:
+    if (jobs := jobs if jobs is not None else 1 if launcher is None else launcher.jobs) < 1:
         raise RunError(f"jobs is the number of runs at a time, 1 or more; got {jobs}.")
     out, chosen, children = Path(out), sweep.cells, Children()
     _refuse_other_recipes(chosen, out)
     write_atomic(out / "sweep.yaml", yaml.safe_dump(asdict(sweep), sort_keys=False))
     threads = max(1, cores() // jobs)
     outcomes = {c.name: CellOutcome(c.name, "skipped") for c in chosen if (out / c.name / "result.json").is_file()}
-    outcomes |= {
-        c.name: CellOutcome(c.name, "known", source=known_at(c, known) or "")
-        for c in chosen
-        if c.name not in outcomes and known_at(c, known) is not None
-    }
+    ours = (c for c in chosen if known and c.name not in outcomes and not needs_trust(as_dict(c.recipe)))
+    outcomes |= {c.name: CellOutcome(c.name, "known") for c in ours if identity_of(c.recipe) in known}
     left = [cell for cell in chosen if cell.name not in outcomes]
     with signals_raise(), _progress() as progress, ThreadPoolExecutor(jobs) as pool:
-        _tell_known(progress.console, chosen, outcomes)
         try:
             bar = progress.add_task(sweep.name, total=len(chosen), completed=len(outcomes))
             progress.advance(bar, 0)  # the time starts here
@@ -244,23 +225,6 @@ def run_sweep(
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     return SweepOutcome(out, tuple(outcomes[cell.name] for cell in chosen))
-
-
-def known_at(cell: Cell, known: Mapping[str, str] | Collection[str]) -> str | None:
-    """Returns the place of a cell's result that is kept elsewhere, perhaps empty; None if the cell has to run."""
-    if not known or needs_trust(as_dict(cell.recipe)):
-        return None
-    identity = identity_of(cell.recipe)
-    return None if identity not in known else known[identity] if isinstance(known, Mapping) else ""
-
-
-def _tell_known(console: Console, chosen: Sequence[Cell], outcomes: Mapping[str, CellOutcome]) -> None:
-    """Says which cells do not run because their results are kept elsewhere, and what of that is known by name only."""
-    for cell in chosen:
-        if cell.name in outcomes and outcomes[cell.name].status == "known":
-            where = f": {found}" if (found := outcomes[cell.name].source) else ""
-            by_name = "; its checkpoint is compared by name" if cell.recipe.checkpoint is not None else ""
-            console.print(f"known {cell.name}{where}{by_name}", markup=False, highlight=False)
 
 
 def _refuse_other_recipes(chosen: Sequence[Cell], out: Path) -> None:

@@ -1,10 +1,16 @@
-"""The table of the memory that a run will need."""
+"""The memory that a run will need, and its table."""
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 from rich.table import Table
 
-from microglia.lab.memory import MemoryNeed
+from microglia.lab.execute import make_task
+from microglia.lab.recipe import Recipe, method_config
+from microglia.methods import methods
+from microglia.train.memory import MemoryNeed, need_of
 
 ROWS = {
     "weights": "weights and buffers, with teacher and average",
@@ -16,6 +22,25 @@ ROWS = {
     "method": "the method's own, while it chooses",
 }
 NOT_COUNTED = "The data in memory, and the libraries (about 500 MB), come on top."
+
+
+def memory_of(recipe: Recipe) -> MemoryNeed:
+    """Returns the memory that a recipe will need; it builds the model and reads the data, and trains nothing.
+
+    Raises:
+        MicrogliaError: Model, data, layers, pattern or budget are not valid.
+    """
+    task, config = make_task(recipe), method_config(recipe)
+    methods[recipe.method].check(task, config)
+    model = task.build()
+    trainings = [config.train, *([] if task.pretrained else [config.dense])]
+    return need_of(model, task, [one for one in trainings if one.epochs], method=config.own_bytes(model))
+
+
+def before_run(recipe: Recipe, directory: Path) -> tuple[dict[str, Any], list[Any]]:
+    """Returns the place of a run and the memory that it will need: as JSON, and to print."""
+    need = memory_of(recipe)
+    return {"directory": str(directory), "memory": need.to_dict()}, [f"Run: {directory}", memory_table(need)]
 
 
 def memory_table(need: MemoryNeed) -> Table:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from rich.table import Column, Table
 
-from microglia.lab.sweep import known_at
 from microglia.lab.sweep_grid import Cell, Sweep
+from microglia.report.known import known_at
 
 
 def plan_table(sweep: Sweep, out: str | Path | None = None, known: Mapping[str, str] | None = None) -> Table:

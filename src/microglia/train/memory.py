@@ -21,9 +21,6 @@ from microglia.core.devices import device_of
 from microglia.core.layers import prunable_layers
 from microglia.core.masks import mask
 from microglia.core.running import undisturbed
-from microglia.lab.execute import make_task
-from microglia.lab.recipe import Recipe, method_config
-from microglia.methods import methods
 from microglia.tasks.task import Task
 from microglia.train.optim import FitConfig, make_optimizers
 from microglia.train.step import objective
@@ -77,19 +74,6 @@ class MemoryNeed:
     def to_dict(self) -> dict[str, Any]:
         """Returns everything, JSON-ready."""
         return {**asdict(self), "total": self.total, "fits": self.fits}
-
-
-def memory_of(recipe: Recipe) -> MemoryNeed:
-    """Returns the memory that a recipe will need; it builds the model and reads the data, and trains nothing.
-
-    Raises:
-        MicrogliaError: Model, data, layers, pattern or budget are not valid.
-    """
-    task, config = make_task(recipe), method_config(recipe)
-    methods[recipe.method].check(task, config)
-    model = task.build()
-    trainings = [config.train, *([] if task.pretrained else [config.dense])]
-    return need_of(model, task, [one for one in trainings if one.epochs], method=config.own_bytes(model))
 
 
 def need_of(model: nn.Module, task: Task, trainings: list[FitConfig], *, method: int = 0) -> MemoryNeed:

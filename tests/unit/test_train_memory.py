@@ -17,11 +17,12 @@ from typer.testing import CliRunner
 import microglia as mg
 from microglia.cli.app import app
 from microglia.core.layers import prunable_layers
-from microglia.lab.memory import MemoryNeed, memory_of, need_of
 from microglia.lab.recipe import method_config, resolve
 from microglia.methods import methods
 from microglia.methods.config import MethodConfig, method
+from microglia.report.memory import memory_of, memory_table
 from microglia.scores.second_moments import largest_moments
+from microglia.train.memory import MemoryNeed, need_of
 from microglia.train.optim import FitConfig
 
 SHORT = {"epochs": 1, "max_batches": 2, "batch_size": 64}
@@ -128,8 +129,6 @@ def test_the_command_says_it_and_runs_nothing(tmp_path) -> None:
 
 
 def test_what_does_not_fit_is_said() -> None:
-    from microglia.report.memory import memory_table
-
     need = MemoryNeed(1, 1, 1, 1, 2**40, 1, 1, available=2**30)
     assert not need.fits
     assert "It does not fit" in str(memory_table(need).caption)

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from microglia.cli.app import app
 from microglia.cli.listed import COMMANDS
 from microglia.methods import methods
-from microglia.report.advice import Advice, advice, advice_page, advice_table
+from microglia.methods.advice import Advice, advice, advice_page, advice_table
 
 ROOT = Path(__file__).parents[2]
 

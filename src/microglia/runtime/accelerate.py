@@ -195,9 +195,8 @@ def _timed_twice(ready: dict[str, Runner], example: Example, rounds: int) -> tup
     The minimum of many noisy medians is biased low: one timing picks the sparse plan, a second compares it with dense.
     """
     calls = {name: bind(runner, example) for name, runner in ready.items()}
-    titles = "accelerate: whole model", "accelerate: whole model, again"
-    first, second = (time_interleaved(calls, rounds=rounds, warmup=2, title=title) for title in titles)
-    return first, second
+    first = time_interleaved(calls, rounds=rounds, warmup=2, title="accelerate: whole model")
+    return first, time_interleaved(calls, rounds=rounds, warmup=2, title="accelerate: whole model, again")
 
 
 def _report(
@@ -250,14 +249,11 @@ def _measure(
     with progress_bar("accelerate: layers", len(sites)) as bar:
         for done, site in enumerate(sites, 1):
             ways = {candidate.name: candidate for candidate in (*device.candidates(site, notes), *precision.candidates(site))}
-            times = choices.get(site, list(ways))
-            if times is None:
-                times = _time(site, ways, device.calls, rounds, notes)
-                choices.put(site, times)
+            if (times := choices.get(site, list(ways))) is None:
+                choices.put(site, times := _time(site, ways, device.calls, rounds, notes))
             measured.append((site, {name: (ways[name], time) for name, time in times.items()}))
-            bar.advance()
-            if progress is not None:
-                progress(done, len(sites))
+            for told in (bar.at, progress or bar.at):
+                told(done, len(sites))
     choices.save()
     return measured
 

@@ -26,6 +26,11 @@ def missing() -> Response:
     return Response(status_code=404, headers={"X-Error-Code": "RepoNotFound", "X-Error-Message": "Repository not found"})
 
 
+def other(revision: str) -> Response | None:
+    """The answer for a revision that is neither the branch nor its commit."""
+    return None if revision in ("main", COMMIT) else Response(status_code=404, headers={"X-Error-Code": "RevisionNotFound"})
+
+
 @app.post("/api/repos/create")
 async def create(request: Request) -> object:
     asked = await request.json()
@@ -73,7 +78,9 @@ async def commit(owner: str, name: str, revision: str, request: Request) -> obje
         entry = json.loads(line)
         value = entry["value"]
         path = ROOT / owner / name / value.get("path", "")
-        if entry["key"] == "file":
+        if entry["key"] == "deletedFile":
+            path.unlink()
+        elif entry["key"] == "file":
             path.write_bytes(base64.b64decode(value["content"]))
         elif entry["key"] == "lfsFile":
             path.write_bytes((ROOT / "lfs" / value["oid"]).read_bytes())
@@ -86,6 +93,8 @@ async def info(owner: str, name: str, revision: str = "main") -> object:
     place = ROOT / owner / name
     if not place.is_dir():
         return missing()
+    if (answer := other(revision)) is not None:
+        return answer
     names = sorted(path.name for path in place.iterdir())
     return {"id": f"{owner}/{name}", "sha": COMMIT, "siblings": [{"rfilename": n} for n in names], "private": False}
 
@@ -95,6 +104,8 @@ async def tree(owner: str, name: str, revision: str) -> object:
     place = ROOT / owner / name
     if not place.is_dir():
         return missing()
+    if (answer := other(revision)) is not None:
+        return answer
     return [{"type": "file", "path": p.name, "size": p.stat().st_size, "oid": "0" * 40} for p in sorted(place.iterdir())]
 
 

@@ -137,6 +137,20 @@ def refused(rank):
     return texts
 
 
+def unwritable(rank):
+    """The error of a save into a directory that cannot be: rank 0's own, and that of the rank that waits for it."""
+    model = network()
+    shard(model)
+    texts = {}
+    calls = {"save": lambda: mg.save(model, f"{__file__}/model"), "push": lambda: mg.push(model, "me/sharded")}
+    for name, call in calls.items():
+        try:
+            call()
+        except MicrogliaError as error:
+            texts[name] = str(error)
+    return texts
+
+
 JOURNEYS = {
     "Gradual": ("Gradual", "shards"),
     "Gradual, then shards": ("Gradual", "pruner"),
@@ -156,7 +170,7 @@ class OnRanks:
         self.folder = folder
 
     def __call__(self, rank):
-        return everything(rank, self.folder) | {"refused": refused(rank)}
+        return everything(rank, self.folder) | {"refused": refused(rank), "unwritable": unwritable(rank)}
 
 
 @pytest.fixture(scope="module")
@@ -211,6 +225,14 @@ def test_what_needs_whole_parameters_says_so_in_one_sentence(found):
         assert "Sequential is sharded" in texts["cut"]  # without FSDP's prefix
         assert "got [1, 2]" in texts["batches"]
         assert "attach it to the model first, then shard" in texts["search"]
+
+
+def test_a_save_that_fails_on_rank_0_fails_on_the_rank_that_waits_for_it(found):
+    first, second = (rank["unwritable"] for rank in found[1])
+    assert "test_sharded.py/model" in first["save"]
+    assert second["save"] == f"Rank 0 did not write the model: {first['save']}"
+    assert "push needs whole parameters" in first["push"]
+    assert first["push"] == second["push"]
 
 
 def test_plain_tensors_pass_through():

@@ -103,13 +103,41 @@ def test_the_cell_of_a_dead_node_goes_on_elsewhere_to_the_same_bits(
     assert sum("train: resumed after epoch" in log for log in logs) == 1, logs
 
 
-def test_submitit_runs_the_cells(here: dict[str, bytes], tmp_path: Path) -> None:
+def test_submitit_runs_the_cells(here: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("submitit")
+    monkeypatch.setenv("HF_TOKEN", "a-secret-of-the-user")
+    monkeypatch.setenv("WANDB_MODE", "offline-as-the-user-says")
     sweep = Sweep(grid={"seed": [0]}, base=SLOW, name="jobs")
     launcher = launcher_of("slurm", ["cluster=local"])
     assert run_sweep(sweep, tmp_path / "jobs", launcher=launcher).done == ["seed-0"]
     assert weights(tmp_path / "jobs") == {"seed-0": here["seed-0"]}
-    assert list((tmp_path / "jobs" / ".slurm").glob("*_submitted.pkl")), "it was a job of submitit"
+    orders = list((tmp_path / "jobs" / ".slurm").glob("*_submitted.pkl"))
+    assert orders, "it was a job of submitit"
+    for order in orders:
+        assert b"offline-as-the-user-says" in order.read_bytes()
+        assert b"a-secret-of-the-user" not in order.read_bytes(), "no file on a shared disk holds a token"
+
+
+def test_a_job_that_reaches_its_time_limit_is_submitted_again() -> None:
+    pytest.importorskip("submitit")
+    from microglia.cluster.slurm import Work
+
+    order = {"name": "a", "variables": {}, "directory": "/nowhere/a", "starts": None}
+    again = Work().checkpoint(order)
+    assert again.result() == Work()(order)
+    assert again.result()["name"] == "a"
+
+
+def test_the_user_hears_that_no_node_is_large_enough(recwarn: pytest.WarningsRecorder) -> None:
+    from microglia.cluster.ray import _warn_of_no_room
+
+    nodes = [{"Alive": True, "Resources": {"CPU": 2.0}}, {"Alive": False, "Resources": {"CPU": 64.0}}]
+    _warn_of_no_room(nodes, 2, 0)
+    assert not recwarn.list
+    with pytest.warns(UserWarning, match=r"No node of the Ray cluster has 8 cores and 0 GPUs now \(there are 2 and 0\)"):
+        _warn_of_no_room(nodes, 8, 0)
+    with pytest.warns(UserWarning, match="has 1 cores and 0.5 GPUs now"):
+        _warn_of_no_room(nodes, 1, 0.5)
 
 
 def test_a_worker_that_misses_the_directory_or_the_data_fails_in_one_sentence(tmp_path: Path, monkeypatch: Any) -> None:
@@ -143,6 +171,12 @@ def test_a_cluster_that_is_not_there_is_refused_before_anything_runs(tmp_path: P
         launcher_of("ray", ["adress=127.0.0.1:9"])
     with pytest.raises(ClusterError, match="looks like address="):
         launcher_of("ray", ["127.0.0.1:9"])
+    with pytest.raises(ClusterError, match=r"The setting cpus of a launcher is a whole number, 1 or more; got 'two'"):
+        launcher_of("ray", ["address=127.0.0.1:9", "cpus=two"])
+    with pytest.raises(ClusterError, match=r"The setting gpus of a launcher is a number, 0 or more; got -1"):
+        launcher_of("ray", ["address=127.0.0.1:9", "gpus=-1"])
+    with pytest.raises(ClusterError, match=r"submitit does not take these settings: Unknown argument 'partitoin'"):
+        launcher_of("slurm", ["cluster=local", "slurm_partitoin=gpu"])
     with pytest.raises(ClusterError, match="take no settings"):
         launcher_of(None, ["address=127.0.0.1:9"])
     monkeypatch.setenv("PATH", str(tmp_path))

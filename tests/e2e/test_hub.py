@@ -125,6 +125,47 @@ def test_wrong_input_is_one_sentence(hub: Path, run: Path, tmp_path: Path, monke
         mg.load("hub:me/unreachable")
 
 
+@pytest.mark.parametrize("name", ["me/a--b", "me/a..b", "-me/a", "../a"])
+def test_a_name_that_the_hub_does_not_take_is_refused_in_a_sentence(hub: Path, run: Path, name: str) -> None:
+    with pytest.raises(FileError, match="The hub takes no name such as"):
+        mg.load(f"hub:{name}")
+    with pytest.raises(FileError, match="The hub takes no name such as"):
+        mg.push(run, name)
+
+
+def test_a_revision_that_is_not_there_is_named(hub: Path, run: Path) -> None:
+    mg.push(run, "me/revised")
+    with pytest.raises(FileError, match="me/revised has no such branch, tag or commit: check what stands after @"):
+        mg.load("hub:me/revised@v7")
+
+
+def test_a_full_disk_is_not_taken_for_a_network_that_is_away(hub: Path, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mg.push(run, "me/large")
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", full)
+    with pytest.raises(FileError, match=r"The files of me/large cannot be kept here: No space left on device\."):
+        mg.load("hub:me/large")
+
+
+def test_a_push_leaves_no_file_of_an_earlier_one(hub: Path, run: Path) -> None:
+    mg.push(run, "me/twice")
+    (hub / "me" / "twice" / "acceleration.json").write_text("{}")
+    (hub / "me" / "twice" / "notes.txt").write_text("the owner's own file")
+    mg.push(torch.nn.Linear(2, 2), "me/twice")
+    assert {path.name for path in (hub / "me" / "twice").iterdir()} == {
+        "README.md", "model.safetensors", "plan.json", "notes.txt"
+    }  # fmt: skip
+
+
+def test_a_card_refuses_a_result_of_another_kind(hub: Path) -> None:
+    with pytest.raises(FileError, match=r"The result of a card is that of microglia.execute.*'pruned'"):
+        mg.push(torch.nn.Linear(2, 2), "me/other", result={"accuracy": 0.9})
+    assert not (hub / "me" / "other").exists()
+
+
 def test_without_a_network_the_cache_serves(hub: Path, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mg.push(run, "me/cached")
     mg.load("hub:me/cached")

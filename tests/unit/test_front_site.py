@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,14 +14,22 @@ from types import ModuleType
 
 import pytest
 import yaml
+from typer.testing import CliRunner
 
 from commands import python
+from microglia.cli.app import app
 from microglia.cli.listed import COMMANDS
+from microglia.lab.recipe import Recipe, method_config
 from no_compiler import NO_COMPILER
 
 ROOT = Path(__file__).parent.parent.parent
 PAGES = ("start", "roads", "own", "tracking", "hub", "cluster", "gpu", "faq", "migration")
 """Pages whose code runs here from the first line to the last."""
+INTRODUCED = [
+    f"{folder}/{path.stem}" for folder in ("task", "family") for path in sorted((ROOT / "docs" / folder).glob("*.md"))
+]
+INTRODUCED.append("choose")
+"""Pages for newcomers, one for each task and family; their commands are checked to the last option."""
 
 
 def text(page: str) -> str:
@@ -106,7 +115,7 @@ mg.save(saved, "runs/a")
     assert done.status == 0, done.err
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", [*PAGES, *INTRODUCED])
 def test_the_commands_of_a_page_exist(page: str) -> None:
     found = text(page)
     commands = re.findall(r"(?:^|`|-m )microglia ([a-z][\w-]*)", found, re.MULTILINE)
@@ -115,6 +124,32 @@ def test_the_commands_of_a_page_exist(page: str) -> None:
     assert [name for name in scripts if not (ROOT / name).is_file()] == []
     checker = compare()
     assert [why for shown in re.findall(r"`(tests/\w+/\w+\.py(?:::\w+)?)`", found) if (why := checker.wrong(shown))] == []
+
+
+class Resolved(Exception):
+    """A command came as far as its recipe, which is whole."""
+
+
+@pytest.mark.parametrize("page", INTRODUCED)
+def test_each_command_that_prunes_has_a_whole_recipe(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def execute(recipe: Recipe, *_: object, **__: object) -> None:
+        method_config(recipe)  # every setting of the method is known and fits
+        raise Resolved
+
+    monkeypatch.setattr("microglia.cli.commands.execute", execute)
+    lines = [shlex.split(line) for line in re.findall(r"^microglia prune .*", text(page), re.MULTILINE)]
+    assert lines, "a page begins with a command"
+    for _, *words in lines:
+        done = CliRunner().invoke(app, words)
+        assert isinstance(done.exception, Resolved), (words, done.output, done.exception)
+
+
+@pytest.mark.parametrize("page", INTRODUCED)
+def test_the_other_commands_have_the_options_that_a_page_names(page: str) -> None:
+    for line in re.findall(r"^microglia (?!prune).*", text(page), re.MULTILINE):
+        _, name, *words = shlex.split(line)
+        helped = CliRunner().invoke(app, [name, "--help"], env={"COLUMNS": "200"}).output
+        assert [word for word in words if word.startswith("--") and word not in helped] == [], line
 
 
 def test_every_question_says_what_shows_the_answer() -> None:

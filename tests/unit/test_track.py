@@ -126,6 +126,13 @@ def test_wandb_files_are_read_back_by_wandb(tracked: tuple[Path, dict]) -> None:
     files = sorted(directory.glob("wandb/offline-run-*/run-*.wandb"))
     known = json.loads((directory / "tracking.json").read_text())["wandb"]
     assert len(files) == 2, "the run was stopped once"
+    codes = [
+        Record.FromString(data).exit.exit_code
+        for file in files
+        for data in log_records(file.read_bytes())
+        if Record.FromString(data).HasField("exit")
+    ]
+    assert codes == [1, 0], "the part that was stopped does not count as finished"
     assert all(known in file.name for file in files), "both parts have one name, so that they become one run"
     losses, summary = [], {}
     for file in files:
@@ -225,6 +232,72 @@ def test_the_base_does_nothing_and_several_are_one() -> None:
     many.on_result({"seconds": 1})
     many.close()
     assert (told.stages, told.epochs, told.results) == ([("a", "began", 0)], [("a", 1)], [{"seconds": 1}])
+
+
+def test_mlflow_takes_names_that_it_would_refuse_and_an_experiment_made_meanwhile(
+    tracked: tuple[Path, dict], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlflow.tracking import MlflowClient
+
+    store = f"sqlite:///{tracked[0].parent / 'mlflow.db'}"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "meanwhile")
+    client = MlflowClient(tracking_uri=store)
+    number, find, asked = client.create_experiment("meanwhile"), MlflowClient.get_experiment_by_name, []
+
+    def late(self: MlflowClient, name: str) -> object:
+        """As if another process made the experiment after the first look."""
+        asked.append(name)
+        return find(self, name) if len(asked) > 1 else None
+
+    monkeypatch.setattr(MlflowClient, "get_experiment_by_name", late)
+    (tmp_path / "a").mkdir()
+    settings = {f"field {i} %": i for i in range(130)}  # more than one request takes
+    (tracker,) = opened(["mlflow"], Place(tmp_path / "a", "a", settings))
+    tracker.on_epoch("train", {"epoch": 3, "mAP@50": 0.5, "loss": float("nan")})
+    tracker.close()
+    (found,) = client.search_runs([number])
+    assert found.info.status == "KILLED"
+    assert found.data.metrics["train/mAP_50"] == 0.5
+    assert len(found.data.params) == 130
+    assert found.data.params["field 129 _"] == "129"
+
+
+def test_an_error_of_one_close_leaves_nothing_open(tmp_path: Path) -> None:
+    class Closing(Callback):
+        def __init__(self, closed: list[str], name: str) -> None:
+            self.closed, self.name = closed, name
+
+        def close(self) -> None:
+            self.closed.append(self.name)
+            raise Stopped(self.name)
+
+    closed: list[str] = []
+    run = Run(tmp_path)
+    run.callbacks.all += [Closing(closed, "first"), Closing(closed, "second")]
+    with pytest.raises(Stopped):
+        run.close()
+    assert closed == ["first", "second"]
+    Run(tmp_path).close()  # the directory is free again
+
+
+def test_callbacks_are_closed_if_a_tracker_cannot_be_opened(tmp_path: Path) -> None:
+    class Broken(Tracker):
+        name = "broken"
+
+        def open(self) -> None:
+            raise OSError("no store")
+
+    closed: list[str] = []
+    told = Callback()
+    told.close = lambda: closed.append("told")  # type: ignore[method-assign]
+    trackers.add("broken")(Broken)
+    try:
+        with pytest.raises(TrackingError, match="The tracker broken cannot be opened: no store"):
+            run(tmp_path / "a", "broken", callbacks=(told,))
+    finally:
+        trackers._items.pop("broken")
+    assert closed == ["told"]
 
 
 def test_wrong_input_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

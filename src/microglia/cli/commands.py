@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import fields, is_dataclass
+from dataclasses import asdict, fields, is_dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, get_args
@@ -40,7 +40,9 @@ from microglia.lab.target import open_target
 from microglia.measure import measure as measure_model
 from microglia.methods import MethodConfig
 from microglia.methods import methods as known_methods
+from microglia.methods.advice import advice, advice_table
 from microglia.report.acceleration import acceleration_tables
+from microglia.report.memory import before_run
 from microglia.report.removed import PICTURE, draw_removed, removal_table
 from microglia.report.summary import comparison_table, measurement_table, result_table
 from microglia.report.write import collect
@@ -90,6 +92,7 @@ def prune(
     out: Annotated[Path | None, ran(help="Run directory; the same command resumes there.")] = None,
     starts: Annotated[Path | None, ran(help="Directory in which runs share their dense networks.")] = None,
     track: Annotated[list[str] | None, ran(help="Trackers that follow the run: tensorboard, mlflow, wandb.")] = None,
+    dry_run: Annotated[bool, ran("--dry-run", help="Check everything, say how much memory it needs, and run nothing.")] = False,
     json_: Json = False,
 ) -> Shown:
     """Prune a model on data: load or train it, prune, recover, measure, save.
@@ -99,12 +102,11 @@ def prune(
     """
     words = list(words or [])
     given = {
-        "model": words.pop(0) if words and "=" not in words[0] else None,
+        "model": words.pop(0) if words and "=" not in words[0] else None, "track": track,
         "data": data, "checkpoint": checkpoint, "task.kind": task, "method": method, "seed": seed,
         "device": device, "train.epochs": epochs, "train.lr": lr, "prune.pattern": pattern, "prune.scope": scope,
         "prune.density": density, "prune.params": params, "prune.flops": flops, "prune.ms": ms, "prune.layers": layers,
-        "prune.exclude": exclude, "prune.protect": protect, "measure.accelerate": accelerate, "track": track,
-        **own_settings(ctx),
+        "prune.exclude": exclude, "prune.protect": protect, "measure.accelerate": accelerate, **own_settings(ctx),
     }  # fmt: skip
     source: dict[str, Any] = spelled(read_yaml(recipe)) if recipe is not None else {}
     for key, value in given.items():
@@ -115,6 +117,8 @@ def prune(
         raise RecipeError(f"Which model is to be pruned? Name one, such as `{EXAMPLE}`, or give a --recipe that names one.")
     resolved = resolve(asked)
     directory = out if out is not None else _own_directory(resolved)
+    if dry_run:
+        return before_run(resolved, directory)
     result = execute(resolved, directory, starts=starts)
     shown: list[Any] = [f"Run: {directory}\nModel: {directory / 'model'}"]
     if result.get("accelerated"):
@@ -218,8 +222,13 @@ def report(
 
 
 @command
-def methods(json_: Json = False) -> Shown:
+def methods(
+    goal: Annotated[str | None, typer.Option("--for", metavar="GOAL", help=f"Say which one: {', '.join(advice)}.")] = None,
+    json_: Json = False,
+) -> Shown:
     """List the methods and scores: what each is for, its paper, its defaults."""
+    if goal is not None:
+        return {goal: asdict(advice[goal])}, [advice_table(goal)]
     rows: dict[str, dict[str, Any]] = {
         m.name: {
             **m.about,
@@ -234,7 +243,13 @@ def methods(json_: Json = False) -> Shown:
         own = {k: v for k, v in rows[name]["defaults"].items() if common.get(k) != v or k in m.defaults}
         table.add_row(name, *m.about.values(), ", ".join(f"{k}={v}" for k, v in own.items()))
     found = {"methods": rows, "scores": list(scores), "patterns": list(PATTERN_FORMS)}
-    return found, [table, f"scores: {', '.join(scores)}", f"patterns: {', '.join(PATTERN_FORMS)}"]
+    found["goals"] = {name: asdict(one) for name, one in advice.items()}
+    return found, [
+        table,
+        f"Which one: microglia methods --for GOAL, of {', '.join(advice)}.",
+        f"scores: {', '.join(scores)}",
+        f"patterns: {', '.join(PATTERN_FORMS)}",
+    ]
 
 
 @command

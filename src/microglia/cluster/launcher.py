@@ -16,6 +16,10 @@ from microglia.zoo.trust import trusting
 
 PASSED = ("MICROGLIA_", "HF_", "WANDB_", "MLFLOW_", "OMP_NUM_THREADS", "PYTHONPATH")
 """Beginnings of the environment's names that every node gets."""
+SECRET = ("TOKEN", "KEY", "SECRET", "PASSWORD")
+"""Words of the names whose values no file may hold."""
+AT_ONCE = 200
+"""Cells that a cluster gets at the same time where the user names no number; its own queue keeps them until there is room."""
 
 
 class ClusterError(MicrogliaError):
@@ -54,9 +58,19 @@ def launcher_of(name: str | None, settings: Sequence[str] = ()) -> Launcher | No
         raise ClusterError(f"The launcher {name} does not take these settings: {error}.") from error
 
 
-def order_of(cell: Cell, directory: Path, starts: Path | None, threads: int) -> dict[str, Any]:
-    """Returns what `work` needs to run a cell on another node, as plain values, which every cluster can carry."""
+def order_of(cell: Cell, directory: Path, starts: Path | None, threads: int, *, secrets: bool = True) -> dict[str, Any]:
+    """Returns what `work` needs to run a cell on another node, as plain values, which every cluster can carry.
+
+    Args:
+        cell: The cell to run.
+        directory: Directory of its run.
+        starts: Directory of the dense networks that cells share.
+        threads: CPU threads of its process.
+        secrets: Whether tokens and keys go along; not where the order becomes a file.
+    """
     variables = {key: value for key, value in os.environ.items() if key.startswith(PASSED)}
+    if not secrets:
+        variables = {key: value for key, value in variables.items() if not any(word in key for word in SECRET)}
     place = {"directory": str(directory.resolve()), "starts": str(starts.resolve()) if starts else None}
     return {"name": cell.name, "recipe": as_dict(cell.recipe), **place, "threads": threads, "variables": variables}
 
@@ -79,6 +93,14 @@ def work(order: Mapping[str, Any]) -> dict[str, Any]:
         cell = Cell(name, {}, resolve(order["recipe"]))
     outcome = run_cell(cell, where, threads=order["threads"], starts=Path(starts) if starts else None)
     return {"name": name, "status": outcome.status, "seconds": outcome.seconds, "problem": outcome.problem}
+
+
+def check_amount(name: str, value: object, *, whole: bool) -> None:
+    """Raises `ClusterError` unless a number of cores or GPUs can be one."""
+    fits = type(value) is int and value >= 1 if whole else isinstance(value, int | float) and type(value) is not bool
+    if not fits or float(value) < 0:  # type: ignore[arg-type]
+        wanted = "a whole number, 1 or more" if whole else "a number, 0 or more"
+        raise ClusterError(f"The setting {name} of a launcher is {wanted}; got {value!r}.")
 
 
 def outcome_of(told: Mapping[str, Any], *, again: bool = False) -> CellOutcome:

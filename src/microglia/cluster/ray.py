@@ -6,10 +6,12 @@ import os
 import socket
 import threading
 import time
+import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from microglia.cluster.launcher import ClusterError, launchers, order_of, outcome_of, work
+from microglia.cluster.launcher import AT_ONCE, ClusterError, check_amount, launchers, order_of, outcome_of, work
 from microglia.core.optional import needs
 from microglia.lab.sweep import Cell, CellOutcome
 
@@ -28,13 +30,19 @@ class RayLauncher:
         cpus: Cores, and CPU threads, of each cell.
         gpus: GPUs of each cell; a fraction shares one.
 
+    Ray gets the cells at the same time, and keeps them until a node has room; a node that joins later takes part.
+
     Raises:
-        ClusterError: No address is known, or nothing answers there.
+        ClusterError: No address is known, nothing answers there, or a number is none.
         MissingLibraryError: Ray is not installed.
     """
 
+    jobs = AT_ONCE
+
     def __init__(self, address: str | None = None, cpus: int = 1, gpus: float = 0) -> None:
         needs("cluster", "ray", what="The launcher ray")
+        check_amount("cpus", cpus, whole=True)
+        check_amount("gpus", gpus, whole=False)
         address = address or os.environ.get("RAY_ADDRESS")
         if not address:
             raise ClusterError(
@@ -51,6 +59,7 @@ class RayLauncher:
             raise ClusterError(f"The Ray cluster at {address} cannot be used: {str(error).splitlines()[0]}") from error
         self.cpus, self._ray, self._stopped = cpus, ray, threading.Event()
         self._remote: Any = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=0, max_calls=1)(work)
+        _warn_of_no_room(ray.nodes(), cpus, gpus)
 
     def run(self, cell: Cell, directory: Path, *, starts: Path | None = None) -> CellOutcome:
         """Runs a cell to its end; a node that dies is replaced by another."""
@@ -79,6 +88,17 @@ class RayLauncher:
             if self._stopped.is_set():
                 self._ray.cancel(task, force=True)
         return self._ray.get(task)
+
+
+def _warn_of_no_room(nodes: Sequence[Mapping[str, Any]], cpus: int, gpus: float) -> None:
+    """Warns if no node is large enough for a cell: Ray would wait for one in silence."""
+    sizes = [node.get("Resources", {}) for node in nodes if node.get("Alive")]
+    if not any(size.get("CPU", 0) >= cpus and size.get("GPU", 0) >= gpus for size in sizes):
+        here = ", ".join(f"{size.get('CPU', 0):g} and {size.get('GPU', 0):g}" for size in sizes) or "none"
+        warnings.warn(
+            f"No node of the Ray cluster has {cpus} cores and {gpus:g} GPUs now (there are {here}): the cells wait for one.",
+            stacklevel=4,
+        )
 
 
 def _reach(address: str) -> None:

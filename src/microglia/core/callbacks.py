@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from typing import Any, Literal
 
 StageState = Literal["began", "resumed", "finished", "found"]
@@ -52,7 +53,7 @@ class Callback:
         """Called once, when the run is finished, with what ``result.json`` holds."""
 
     def close(self) -> None:
-        """Called at the end, also after an error."""
+        """Called at the end of a run, also after an error; `microglia.fit` does not, for several of them share callbacks."""
 
 
 class Callbacks(Callback):
@@ -78,8 +79,9 @@ class Callbacks(Callback):
             one.on_result(result)
 
     def close(self) -> None:  # noqa: D102
-        for one in self.all:
-            one.close()
+        with ExitStack() as stack:  # an error of one does not leave the others open
+            for one in reversed(self.all):
+                stack.callback(one.close)
 
 
 class Lines(Callback):

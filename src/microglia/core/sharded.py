@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from microglia.core.errors import MicrogliaError
+from microglia.core.errors import FileError, MicrogliaError
 
 FSDP = "torch.distributed.fsdp"
 GATHER = "gather it first: microglia.save on all ranks, then microglia.load in one process"
@@ -127,11 +127,21 @@ def _records() -> Iterator[Any]:
 
 @contextmanager
 def one_writer(model: nn.Module) -> Iterator[bool]:
-    """Yields whether this rank writes a model's files: rank 0 alone where parameters are sharded; the others wait for it."""
+    """Yields whether this rank writes a model's files: rank 0 alone where parameters are sharded; the others wait for it.
+
+    Raises:
+        FileError: Rank 0 failed, on the other ranks; rank 0 raises its own error.
+    """
     if not has_shards(model):
         yield True
         return
+    writes, problem = torch.distributed.get_rank() == 0, [""]
     try:
-        yield torch.distributed.get_rank() == 0
+        yield writes
+    except BaseException as error:
+        problem[0] = str(error).strip() or type(error).__name__
+        raise
     finally:
-        torch.distributed.barrier()
+        torch.distributed.broadcast_object_list(problem, src=0)
+    if problem[0]:
+        raise FileError(f"Rank 0 did not write the model: {problem[0]}")

@@ -9,7 +9,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from microglia.core.errors import MicrogliaError
+from microglia.core.progress import progress_bar
 from microglia.core.running import cuda_in_use
 
 
@@ -46,6 +47,7 @@ def time_interleaved(
     max_seconds: float = math.inf,
     seed: int = 0,
     clock: Callable[[], float] = time.perf_counter,
+    title: str = "",
 ) -> dict[str, Timing]:
     """Times functions against each other, so that other load on the machine affects all of them equally.
 
@@ -62,6 +64,7 @@ def time_interleaved(
         max_seconds: No further round starts after this time, in seconds; there are always three, or ``rounds`` if fewer.
         seed: Seeds the order; the global generators are left alone.
         clock: Returns the time in seconds.
+        title: Text of a progress bar over the rounds, which is drawn between them; empty for none.
 
     Returns:
         Name -> time per call, in the order of ``callables``.
@@ -79,7 +82,7 @@ def time_interleaved(
     times: dict[str, list[float]] = {name: [] for name in names}
     fastest = {name: min(turn(1) for _ in range(warmup)) for name, turn in turns.items()}
     calls = {name: max(1, math.ceil(min_round_seconds / max(fastest[name], 1e-7))) for name in names}
-    with _collection_waits():
+    with _collection_waits(), progress_bar(title, rounds) if title else nullcontext() as bar:
         start = clock()
         for done in range(rounds):
             if done >= 3 and clock() - start > max_seconds:
@@ -87,6 +90,8 @@ def time_interleaved(
             for name in order.sample(names, len(names)):
                 turns[name](1)
                 times[name].append(turns[name](calls[name]))
+            if bar is not None:
+                bar.advance()
     return {name: _summary(values) for name, values in times.items()}
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from microglia.core.auxiliary import counted_parameters
 from microglia.core.budget import Budget
 from microglia.core.layers import prunable_layers
+from microglia.core.progress import progress_bar
 from microglia.graph.channels.groups import (
     ChannelGroup,
     GroupReduction,
@@ -164,10 +165,18 @@ class _Pruning:
 
     def _widths(self, costs: Costs, groups: Sequence[ChannelGroup], ranks: Mapping[int, Tensor]) -> Widths:
         """Returns the widths that meet the budget; for a budget in milliseconds models are timed."""
-        asked, timed = self.request, self.request.budget.ms is not None
-        timer = LatencyTable(self.subject.example, _candidates(self.subject, ranks)) if timed else None
-        choose = partial(choose_widths, scope=asked.scope, round_to=asked.round_to, milliseconds=timer)
-        return choose(costs, groups, asked.budget, ranks)
+        asked = self.request
+        choose = partial(choose_widths, costs, groups, asked.budget, ranks, scope=asked.scope, round_to=asked.round_to)
+        if asked.budget.ms is None:
+            return choose()
+        timer = LatencyTable(self.subject.example, _candidates(self.subject, ranks))
+        with progress_bar("time candidate widths") as bar:
+
+            def milliseconds(widths: Mapping[int, int]) -> float:
+                bar.advance()
+                return timer(widths)
+
+            return choose(milliseconds=milliseconds)
 
 
 def _all(part: Part, group: ChannelGroup) -> bool:

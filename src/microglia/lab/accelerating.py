@@ -7,7 +7,6 @@ from typing import Any
 
 from torch import nn
 
-from microglia.core.progress import progress_bar
 from microglia.runtime import Accelerated, accelerate
 from microglia.runtime.accelerate import DENSE
 from microglia.runtime.precisions import precision_of
@@ -46,8 +45,5 @@ def accelerated(
     example = task.example_batch(batch)
     calibrated = precision_of(precision).calibrated
     seen = (inputs for inputs, _ in task.data.batches("train", CALIBRATION, shuffle=True).epoch(0)) if calibrated else None
-    with progress_bar("accelerate: layers", 0) as bar:
-        fast = accelerate(
-            model, example, against=against, precision=precision, calibration=seen, rounds=rounds, progress=bar.at
-        )
+    fast = accelerate(model, example, against=against, precision=precision, calibration=seen, rounds=rounds)
     return fast, {**fast.report().to_dict(), "batch": batch, "agreement": agreement(model, fast, task, batch)}

@@ -71,8 +71,8 @@ def execute(
     the pruned model before recovery, if the method has such a moment); further observations of the method, such as
     ``estimate`` and ``routes`` of a model that chooses its computation by input; ``latency``; ``seconds``.
 
-    ``callbacks``, and the trackers that the recipe names in ``track``, are told of stages, epochs and the result. A finished
-    run tells nothing.
+    ``callbacks``, and the trackers that the recipe names in ``track``, are told of stages, epochs and the result: callbacks on
+    every rank, trackers on the first one. A finished run tells nothing.
 
     Raises:
         MicrogliaError: An error that the user can correct; the text says how.
@@ -91,7 +91,8 @@ def execute(
         if finished is not None:
             log_of_stages.info("%s: already finished", directory)
             return finished
-        run.callbacks.all += [*callbacks, *_trackers(recipe, run)]
+        run.callbacks.all += callbacks  # first: they are closed if a tracker cannot be opened
+        run.callbacks.all += _trackers(recipe, run)
         return _execute(recipe, run, prepared or make_task(recipe))
     finally:
         run.close()

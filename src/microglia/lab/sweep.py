@@ -82,7 +82,8 @@ class SweepOutcome:
     @property
     def sentence(self) -> str:
         """Summary for a reader: the counts, and each failed cell with the end of its log."""
-        lines = [f"{self.directory}: {len(self.done)} done, {len(self.skipped)} skipped, {len(self.failed)} failed."]
+        known = f" ({kept} known from elsewhere)" if (kept := sum(c.status == "known" for c in self.cells)) else ""
+        lines = [f"{self.directory}: {len(self.done)} done, {len(self.skipped)} skipped{known}, {len(self.failed)} failed."]
         for cell in self.cells:
             if cell.status == "failed":
                 lines += [f"{cell.name} failed ({self.directory / cell.name / 'log.txt'} ends with):"]
@@ -95,7 +96,9 @@ class SweepOutcome:
 
 
 class Launcher(Protocol):
-    """Where cells run; see `microglia.cluster`. Several threads call it."""
+    """Where cells run; see `microglia.cluster`. Several threads call it, ``jobs`` where the user names no number."""
+
+    jobs: int
 
     def run(self, cell: Cell, directory: Path, *, starts: Path | None = None) -> CellOutcome:
         """Runs a cell to its end in a directory; see `run_cell`."""
@@ -177,34 +180,33 @@ def _tail(log: Path, start: int, lines: int = 8, width: int = 400) -> str:
 
 
 def run_sweep(
-    sweep: Sweep, out: str | Path, jobs: int = 1, launcher: Launcher | None = None, known: Collection[str] = ()
+    sweep: Sweep, out: str | Path, jobs: int | None = None, launcher: Launcher | None = None, known: Collection[str] = ()
 ) -> SweepOutcome:
     """Runs every unfinished cell, ``jobs`` at a time; a failed cell does not stop the others.
 
     Cells with the same model, data, dense training and seed share one dense network, which the first of them trains.
-
     A sweep can be killed at any moment and started again: finished cells are skipped and interrupted ones resume.
 
     Args:
         sweep: The sweep to run.
         out: Directory of the runs, each under its cell's name.
-        jobs: Runs at a time; each gets its share of the cores of this machine.
+        jobs: Runs at a time; each gets its share of the cores of this machine. None for one, or as many as the launcher takes.
         launcher: Runs the cells elsewhere; None for processes of this machine.
-        known: Identities of recipes whose results are kept elsewhere (`microglia.lab.recipe.identity_of`); these do not run.
+        known: Identities (`microglia.lab.recipe.identity_of`) of recipes that do not run, unless they name code of one's own.
 
     Raises:
         RunError: The directory holds runs of other recipes under the same names.
         KeyboardInterrupt: Ctrl-C; as after SIGTERM (``SystemExit``), every child was ended first.
     """
-    if jobs < 1:
+    if (jobs := jobs if jobs is not None else 1 if launcher is None else launcher.jobs) < 1:
         raise RunError(f"jobs is the number of runs at a time, 1 or more; got {jobs}.")
     out, chosen, children = Path(out), sweep.cells, Children()
     _refuse_other_recipes(chosen, out)
     write_atomic(out / "sweep.yaml", yaml.safe_dump(asdict(sweep), sort_keys=False))
     threads = max(1, cores() // jobs)
     outcomes = {c.name: CellOutcome(c.name, "skipped") for c in chosen if (out / c.name / "result.json").is_file()}
-    kept = (c.name for c in chosen if known and c.name not in outcomes and identity_of(c.recipe) in known)
-    outcomes |= {name: CellOutcome(name, "known") for name in kept}
+    ours = (c for c in chosen if known and c.name not in outcomes and not needs_trust(as_dict(c.recipe)))
+    outcomes |= {c.name: CellOutcome(c.name, "known") for c in ours if identity_of(c.recipe) in known}
     left = [cell for cell in chosen if cell.name not in outcomes]
     with signals_raise(), _progress() as progress, ThreadPoolExecutor(jobs) as pool:
         try:

@@ -131,6 +131,7 @@ def measure_latency(
         max_seconds=max_seconds,
         seed=seed,
         clock=clock,
+        title="measure",
     )
     timings: dict[str, dict[str, Timing]] = {name: {} for name in models}
     for index, (name, kind) in keys.items():

@@ -122,6 +122,11 @@ class Amc(SearchedPruner):
             total.index_add_(0, place.units, mass)
         return total[:-1]
 
+    @property
+    def planned(self) -> int:
+        """Number of episodes."""
+        return self.own.episodes
+
     def explore(self, evaluate: Evaluator, generator: torch.Generator) -> None:
         """Lets the agent act, and learn after the random episodes."""
         own, features = self.own, self._features()

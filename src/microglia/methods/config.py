@@ -7,6 +7,7 @@ keyword all fields are on one level.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
@@ -14,6 +15,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from microglia.core.errors import BudgetError
+from microglia.core.layers import prunable_layers
 from microglia.core.patterns import Channel, Pattern, parse_pattern
 from microglia.core.registry import Registry
 from microglia.graph.order.permute import check_permutable
@@ -65,6 +67,19 @@ class MethodConfig(Sampling, Trainings, PruneConfig):
     def asked_besides(self) -> dict[str, float]:
         """Returns what a budget of the method's own asks for, by name, beside `microglia.core.budget.Budget`."""
         return {}
+
+    def own_bytes(self, model: nn.Module) -> int:
+        """Returns the bytes that the method holds while it chooses, beside the model and its training.
+
+        By default a score for each weight; for a method that removes channels also the model's copies, one of them in float64.
+        """
+        weights = prunable_weights(model)
+        return 4 * weights + (12 * weights if self.takes.outcome(self.pattern) == "shrunk" else 0)
+
+
+def prunable_weights(model: nn.Module) -> int:
+    """Returns the number of weights in the prunable layers of a model."""
+    return sum(layer.raw.numel() for layer in prunable_layers(model).values())
 
 
 @dataclass(frozen=True)
@@ -121,6 +136,11 @@ class UnitConfig(Permuting, MethodConfig):
             raise BudgetError(f"flops counts multiply-accumulates, and cost={self.cost!r} something else: leave cost out.")
         if self.permute:
             raise BudgetError("permute orders channels for densities of layers: give density or params, and not flops.")
+
+    def own_bytes(self, model: nn.Module) -> int:
+        """Returns the bytes of a soft mask with its gradient for each weight, and of a score with its states for each unit."""
+        weights, unit = prunable_weights(model), math.prod(parse_pattern(self.pattern).footprint)
+        return max(super().own_bytes(model), 8 * weights + 16 * weights // unit)
 
     @property
     def span(self) -> tuple[float, float]:

@@ -29,6 +29,7 @@ from microglia.core.errors import BudgetError, ScoreError
 from microglia.core.masks import MaskSet, enforce, mask, masks_of
 from microglia.core.modes import evaluating
 from microglia.core.patterns import Channel
+from microglia.core.progress import progress_bar
 from microglia.graph import plan_of, shrink
 from microglia.graph.channels.coupled import CoupledChannels
 from microglia.graph.cutting.plan import attach
@@ -280,11 +281,13 @@ def search(task: Task, run: Run, config: DdnpConfig, model: nn.Module, progress:
         optimizer.load_state_dict(state["optimizer"])
         generator.set_state(state["generator"])
         rows = list(state["rows"])
-    while len(rows) < config.search_epochs:
-        optimizer.param_groups[0]["lr"] = cosine(config.search_lr, len(rows) / config.search_epochs)
-        rows.append({"loss": _epoch(own, step, islice(batches.epoch(0), share))})
-        state = {"networks": own.state_dict(), "average": own.average, "optimizer": optimizer.state_dict(), "rows": rows}
-        progress.save({**state, "generator": generator.get_state()})
+    with progress_bar("search: passes", config.search_epochs, len(rows)) as bar:
+        while len(rows) < config.search_epochs:
+            optimizer.param_groups[0]["lr"] = cosine(config.search_lr, len(rows) / config.search_epochs)
+            rows.append({"loss": _epoch(own, step, islice(batches.epoch(0), share))})
+            state = {"networks": own.state_dict(), "average": own.average, "optimizer": optimizer.state_dict(), "rows": rows}
+            progress.save({**state, "generator": generator.get_state()})
+            bar.advance()
     widths = own.widths().detach().cpu()
     counts = whole_widths(units, widths, config.kept)
     learned, final = (dict(zip(units.names, values.tolist(), strict=True)) for values in (widths, counts))

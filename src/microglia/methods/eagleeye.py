@@ -61,6 +61,11 @@ class EagleEye(SearchedPruner):
         kept = 1 - own.rates[1], 1 - own.rates[0]
         return WidthSpace(self.units, self.asked, kept=kept, below=own.tolerance, above=own.tolerance, round_to=own.round_to)
 
+    @property
+    def planned(self) -> int:
+        """Number of candidates."""
+        return self.own.candidates
+
     def explore(self, evaluate: Evaluator, generator: torch.Generator) -> None:
         """Evaluates different random vectors."""
         self.note(evaluate(self.space.distinct(self.own.candidates, generator)))

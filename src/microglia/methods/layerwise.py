@@ -24,10 +24,11 @@ from torch import Tensor, nn
 
 from microglia.core.batch import call
 from microglia.core.errors import BudgetError, MicrogliaError, PatternError
-from microglia.core.layers import Layer, oriented
+from microglia.core.layers import Layer, oriented, prunable_layers
 from microglia.core.masks import MaskSet, attach_mask, masks_of
 from microglia.core.modes import evaluating
 from microglia.core.patterns import NM, Block, Unstructured, parse_pattern
+from microglia.core.progress import progress_bar
 from microglia.core.restore import restore
 from microglia.methods.arguments import check_model, plain_settings
 from microglia.methods.blocks import Passage, check_finite, find_blocks, passages
@@ -39,7 +40,7 @@ from microglia.methods.layerwise_densities import UNIFORM, densities
 from microglia.methods.layerwise_rules import Rule, Wish, rules
 from microglia.methods.procedure import dense_model, evidence, observe, train
 from microglia.methods.what import SAMPLING, Takes
-from microglia.scores.second_moments import Moments
+from microglia.scores.second_moments import Moments, largest_moments
 from microglia.scores.second_order import wanda_values
 from microglia.storage.run import Progress, Run
 from microglia.tasks.task import Task
@@ -98,6 +99,13 @@ class LayerwiseConfig(MethodConfig):
             )
         if not 0 <= self.dampening <= 1:
             raise BudgetError(f"dampening is a fraction of the Hessian's diagonal, in [0, 1]; got {self.dampening}.")
+
+    def own_bytes(self, model: nn.Module) -> int:
+        """Returns the bytes of the second moments of the largest block, and of three matrices of its widest layer at work."""
+        if rules[self.rule].needs != "whole":
+            return super().own_bytes(model)
+        _, blocks = find_blocks(model, self.blocks)
+        return max(largest_moments(prunable_layers(block)) for block in blocks)
 
 
 class Layerwise:
@@ -165,9 +173,11 @@ class Layerwise:
         with evaluating(self.model), torch.no_grad(), _full_precision():
             if self.config.densities != UNIFORM:
                 self.keep = run.stage("densities", lambda progress: self._shared_out())
-            for index, (block, layers) in enumerate(zip(self.blocks, self.layers, strict=True)):
-                if layers:
-                    rows += self._stage(run, index, block)
+            with progress_bar("blocks", len(self.blocks)) as bar:
+                for index, (block, layers) in enumerate(zip(self.blocks, self.layers, strict=True)):
+                    if layers:
+                        rows += self._stage(run, index, block)
+                    bar.advance()
         self._passed, self._at = None, 0
         warn(rows)
         return {"rule": self.config.rule, "blocks": self.path, "layers": rows}

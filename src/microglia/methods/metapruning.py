@@ -187,6 +187,11 @@ class MetaPruning(SearchedPruner):
         """Returns the small model of a vector, with the weights made for it."""
         return self.net.made(widths)
 
+    @property
+    def planned(self) -> int:
+        """Number of candidates of all iterations."""
+        return self.own.iterations * self.own.population
+
     def explore(self, evaluate: Evaluator, generator: torch.Generator) -> None:
         """Evolves vectors within the budget."""
 

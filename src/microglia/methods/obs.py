@@ -22,7 +22,7 @@ from microglia.core.layers import oriented
 from microglia.core.masks import enforce, mask
 from microglia.core.modes import evaluating
 from microglia.core.patterns import Block, Unstructured
-from microglia.methods.config import MethodConfig, method
+from microglia.methods.config import MethodConfig, method, prunable_weights
 from microglia.methods.procedure import dense_model, evidence
 from microglia.methods.pruner import Pruner
 from microglia.methods.quadratic import factor, group_losses, groups_of, taken
@@ -87,6 +87,11 @@ class ObsConfig(MethodConfig):
                 "OBS needs alpha > 0, cheap >= 0 and together >= 1; got "
                 f"alpha {self.alpha}, cheap {self.cheap}, together {self.together}."
             )
+
+    def own_bytes(self, model: nn.Module) -> int:
+        """Returns the bytes of the Hessian, its factor and its inverse, and of a row for each example."""
+        weights = prunable_weights(model)
+        return 3 * weights**2 * (8 if weights < WIDE else 4) + 8 * self.score_batches * self.score_batch_size * weights
 
 
 class Obs(Pruner):

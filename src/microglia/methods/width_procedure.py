@@ -49,7 +49,7 @@ def search_and_mask(task: Task, run: Run, config: SearchedConfig, model: nn.Modu
 
     def work(progress: Progress) -> dict[str, Any]:
         made = make()
-        made.search(measuring(task, run, config), progress, begin=run.close, seed=run.seed)
+        made.search(measuring(task, run, config), progress, begin=run.release, seed=run.seed)
         made.finish()
         return made.report()
 

@@ -7,6 +7,7 @@ killed proposes the same vectors again and gets the stored values.
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import threading
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from microglia.core.errors import BudgetError
+from microglia.core.progress import progress_bar
 from microglia.methods.channel_pruner import CHANNELS, ChannelConfig, ChannelPruner
 from microglia.methods.what import ScopeSetting, Takes
 from microglia.methods.width_space import Widths, WidthSpace
@@ -51,6 +53,7 @@ class Evaluator(AbstractContextManager["Evaluator"]):
         progress: Where values are kept and found again.
         processes: Processes that measure; 1 for this one. More are forked, so that nothing is copied or sent but vectors.
         begin: Called once in each forked process.
+        told: Called with each new value.
 
     Attributes:
         values: Vector -> value, in the order of evaluation.
@@ -64,8 +67,9 @@ class Evaluator(AbstractContextManager["Evaluator"]):
         progress: Progress | None = None,
         processes: int = 1,
         begin: Callable[[], object] | None = None,
+        told: Callable[[float], None] = lambda value: None,
     ) -> None:
-        self.measure, self._progress = measure, progress
+        self.measure, self._progress, self._told = measure, progress, told
         self.values: dict[Widths, float] = {}
         self._known: dict[Widths, float] = {}
         if progress is not None and progress.state is not None:
@@ -85,6 +89,7 @@ class Evaluator(AbstractContextManager["Evaluator"]):
             if vector not in self.values:
                 known = vector in self._known
                 self.values[vector] = self._known[vector] if known else next(measured)
+                self._told(self.values[vector])
                 if not known and self._progress is not None:
                     self._progress.save(self.state())
         return [self.values[vector] for vector in vectors]
@@ -191,6 +196,11 @@ class SearchedPruner(ChannelPruner):
         own = cast(SearchedConfig, self.config)
         return WidthSpace(self.units, self.asked, below=own.tolerance, above=own.tolerance, round_to=own.round_to)
 
+    @property
+    def planned(self) -> int:
+        """Number of vectors that the search intends to evaluate, for its progress bar; 0 if it is not known."""
+        return 0
+
     def explore(self, evaluate: Evaluator, generator: torch.Generator) -> None:
         """Proposes vectors of ``self.space`` and evaluates them; what it proposes depends on generator and values only."""
         raise NotImplementedError
@@ -245,8 +255,17 @@ class SearchedPruner(ChannelPruner):
         def value(widths: Widths) -> float:
             return float(measure(self.candidate(widths)))
 
-        with Evaluator(value, progress=progress, processes=processes, begin=begin) as evaluate:
-            self.explore(evaluate, torch.Generator().manual_seed(seed))
+        with progress_bar("search", self.planned) as bar:
+            best = -math.inf
+
+            def told(value: float) -> None:
+                nonlocal best
+                best = max(best, value)
+                bar.say(f"best {best:.4g}")
+                bar.at(bar.done + 1, self.planned)
+
+            with Evaluator(value, progress=progress, processes=processes, begin=begin, told=told) as evaluate:
+                self.explore(evaluate, torch.Generator().manual_seed(seed))
         if not evaluate.values:
             raise BudgetError(f"{type(self).__name__} found no width vector near the budget ({self.asked}): widen tolerance.")
         self.values = evaluate.values

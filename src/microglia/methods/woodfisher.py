@@ -21,7 +21,7 @@ from microglia.core.errors import BudgetError
 from microglia.core.layers import oriented
 from microglia.core.masks import MaskSet, enforce, mask, masks_of
 from microglia.core.patterns import NM, Block, Unstructured
-from microglia.methods.config import method, preset
+from microglia.methods.config import method, preset, prunable_weights
 from microglia.methods.gradual import Gradual, GradualConfig
 from microglia.methods.procedure import change, dense_in_order, evidence, train
 from microglia.methods.quadratic import Quadratic, blocks_of, diagonal_blocks, group_losses, groups_of, run_values
@@ -73,6 +73,12 @@ class WoodFisherConfig(GradualConfig):
         numbers = {n: getattr(self, n) for n in ("block", "alpha", "examples", "recomputations")}
         if wrong := [name for name, value in numbers.items() if value <= 0]:
             raise BudgetError(f"{wrong[0]} is a positive number; got {numbers[wrong[0]]}.")
+
+    def own_bytes(self, model: nn.Module) -> int:
+        """Returns the bytes of all gradients, twice while they are joined, of values in float64, and of the blocks at work."""
+        weights, gradients = prunable_weights(model), self.score_batches * self.score_batch_size // self.examples
+        piece = min(PIECE, weights * max(self.block, gradients))
+        return 8 * gradients * weights + 8 * weights + 3 * 8 * piece
 
 
 class WoodFisher(Gradual):

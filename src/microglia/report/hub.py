@@ -14,6 +14,7 @@ from rich.table import Table
 from torch import nn
 
 from microglia.core.errors import FileError
+from microglia.core.sharded import refuse_shards
 from microglia.report.summary import result_table
 from microglia.storage import hub
 from microglia.storage.archive import check_whole, save
@@ -37,7 +38,7 @@ def push(
     Args:
         model: A model that `microglia.save` can write, or the directory of a run or of a saved model.
         repository: ``OWNER/NAME``; it is made if it does not exist.
-        result: Content of the card, as in ``result.json``; by default the run's own.
+        result: Content of the card, as `microglia.execute` returns it and ``result.json`` holds it; by default the run's own.
         private: Whether a new repository is private.
         message: Message of the commit.
 
@@ -45,7 +46,9 @@ def push(
         The address of the commit.
 
     Raises:
-        FileError: There is no saved model, the name is not ``OWNER/NAME``, or the hub refuses or cannot be reached.
+        FileError: There is no saved model, the result is of another kind, the name is not ``OWNER/NAME``, or the hub refuses
+            or cannot be reached.
+        MicrogliaError: The parameters of the model are sharded.
         MissingLibraryError: `huggingface_hub` is not installed.
     """
     repository = repository.removeprefix(hub.PREFIX)
@@ -61,13 +64,18 @@ def push(
         with hub.asking(repository):
             api = hub.client()
             api.create_repo(repository, private=private, exist_ok=True)
-            done = api.upload_folder(repo_id=repository, folder_path=folder, commit_message=message)
+            # A file of an earlier push, such as the kernels of an accelerated model, does not belong to this one.
+            earlier = [name for name in hub.ALLOWED if not (folder / name).exists()]
+            done = api.upload_folder(
+                repo_id=repository, folder_path=folder, commit_message=message, delete_patterns=earlier or None
+            )
     return str(done.commit_url)
 
 
 def _gather(model: nn.Module | str | Path, folder: Path) -> Mapping[str, Any] | None:
     """Puts the files of a model into a folder; returns the result of its run, if it has one."""
     if isinstance(model, nn.Module):
+        refuse_shards(model, "push")
         save(model, folder)
         return None
     place = Path(model)
@@ -93,9 +101,14 @@ def card(repository: str, folder: Path, result: Mapping[str, Any] | None) -> str
     if fresh:
         lines += [f"`fresh` is a newly built, dense {plan.get('class', 'model')}.", ""]
     if result is not None:
-        table = result_table(result)
+        try:
+            table = result_table(result)
+            recipe = yaml.safe_dump(json.loads(json.dumps(result["recipe"])), sort_keys=False).strip()
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise FileError(
+                f"The result of a card is that of microglia.execute, or what result.json holds; this one is not ({error!r})."
+            ) from error
         lines += [f"## {table.title}", "", *markdown(table), "", f"{table.caption}", ""]
-        recipe = yaml.safe_dump(json.loads(json.dumps(result["recipe"])), sort_keys=False).strip()
         lines += ["<details><summary>Recipe</summary>", "", "```yaml", recipe, "```", "", "</details>", ""]
         if environment := result.get("environment"):
             lines += [", ".join(f"{key} {value}" for key, value in environment.items() if value), ""]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from microglia.core.batch import Example
 from microglia.core.errors import MicrogliaError
+from microglia.core.progress import progress_bar
 from microglia.core.running import first_line, folded_twin, run, undisturbed
 from microglia.core.timing import Timing, time_interleaved
 from microglia.runtime.accelerated import Accelerated, refuse_autocast
@@ -194,8 +195,8 @@ def _timed_twice(ready: dict[str, Runner], example: Example, rounds: int) -> tup
     The minimum of many noisy medians is biased low: one timing picks the sparse plan, a second compares it with dense.
     """
     calls = {name: bind(runner, example) for name, runner in ready.items()}
-    first, second = (time_interleaved(calls, rounds=rounds, warmup=2) for _ in range(2))
-    return first, second
+    first = time_interleaved(calls, rounds=rounds, warmup=2, title="accelerate: whole model")
+    return first, time_interleaved(calls, rounds=rounds, warmup=2, title="accelerate: whole model, again")
 
 
 def _report(
@@ -245,15 +246,14 @@ def _measure(
     notes: list[str],
 ) -> list[Measured]:
     measured = []
-    for done, site in enumerate(sites, 1):
-        ways = {candidate.name: candidate for candidate in (*device.candidates(site, notes), *precision.candidates(site))}
-        times = choices.get(site, list(ways))
-        if times is None:
-            times = _time(site, ways, device.calls, rounds, notes)
-            choices.put(site, times)
-        measured.append((site, {name: (ways[name], time) for name, time in times.items()}))
-        if progress is not None:
-            progress(done, len(sites))
+    with progress_bar("accelerate: layers", len(sites)) as bar:
+        for done, site in enumerate(sites, 1):
+            ways = {candidate.name: candidate for candidate in (*device.candidates(site, notes), *precision.candidates(site))}
+            if (times := choices.get(site, list(ways))) is None:
+                choices.put(site, times := _time(site, ways, device.calls, rounds, notes))
+            measured.append((site, {name: (ways[name], time) for name, time in times.items()}))
+            for told in (bar.at, progress or bar.at):
+                told(done, len(sites))
     choices.save()
     return measured
 

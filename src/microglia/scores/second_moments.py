@@ -7,6 +7,7 @@ innermost, so that a run of N:M and a block of channels are neighbours.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
@@ -129,3 +130,13 @@ def add_product(total: Tensor, rows: Tensor) -> None:
     for start in range(0, columns, step):
         stop = min(start + step, columns)
         total[start:stop, start:].addmm_(rows[:, start:stop].T, rows[:, start:])
+
+
+def largest_moments(layers: Mapping[str, Layer]) -> int:
+    """Returns the bytes of the whole moments of some layers, and of three further matrices of the widest one.
+
+    Layers that read the same tensor share their moments, so that it is less for them.
+    """
+    made = [Moments(layer, whole=True) for layer in layers.values()]
+    sizes = [moments.columns**2 * moments.dtype.itemsize for moments in made]
+    return sum(sizes) + 3 * max(sizes, default=0)

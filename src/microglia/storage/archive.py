@@ -65,8 +65,8 @@ def save(model: nn.Module, directory: str | Path, *, fold: bool = False) -> Path
     if fold:
         refuse_shards(model, "save(fold=True)")
     model, content, long = described(core_masks.fold(copy.deepcopy(original(model))) if fold else model)
-    state = {name: whole(value).cpu() for name, value in model.state_dict().items()}
     with one_writer(model) as writes:
+        state = _gathered(model, keep=writes)
         if not writes:
             return directory
         remove_kernels(directory)
@@ -100,6 +100,12 @@ def load(
     directory = hub.fetched(str(directory)) if str(directory).startswith(hub.PREFIX) else Path(directory)
     plan, state = _read(directory)
     return with_kernels(directory, rebuilt(directory, plan, state, model, trust=trust), plan["digest"], kernels)
+
+
+def _gathered(model: nn.Module, *, keep: bool) -> dict[str, Tensor]:
+    """Returns the whole tensors of a model on the CPU; a rank that does not keep them only takes part in the gathering."""
+    gathered = ((name, whole(value)) for name, value in model.state_dict().items())
+    return {name: value.cpu() for name, value in gathered if keep}
 
 
 def described(model: nn.Module) -> tuple[nn.Module, dict[str, Any], bool]:

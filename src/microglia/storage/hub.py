@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -65,30 +66,39 @@ def endpoint() -> str | None:
 def asking(repository: str) -> Iterator[None]:
     """Turns errors of the hub about a repository into one sentence."""
     with needs("hub", "huggingface_hub", what="The hub"):
-        from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+        from huggingface_hub import errors as known
     try:
         yield
-    except GatedRepoError as error:
+    except known.HFValidationError as error:
+        raise FileError(f"The hub takes no name such as {repository!r}: {str(error).splitlines()[0]}") from error
+    except known.GatedRepoError as error:
         raise FileError(
             f"The repository {repository} needs consent: ask for access on its page, then `hf auth login`."
         ) from error
-    except RepositoryNotFoundError as error:
+    except known.RepositoryNotFoundError as error:
         text = f"The hub has no repository {repository} that you may see: check the name, or `hf auth login` if it is private."
         raise FileError(text) from error
-    except LocalEntryNotFoundError as error:
+    except known.RevisionNotFoundError as error:
+        raise FileError(f"The repository {repository} has no such branch, tag or commit: check what stands after @.") from error
+    except known.LocalEntryNotFoundError as error:
         raise FileError(f"The hub cannot be reached, and {repository} was not fetched before: check the network.") from error
-    except HfHubHTTPError as error:
+    except known.HfHubHTTPError as error:
         lines = str(error).strip().splitlines()
         raise FileError(f"The hub refused {repository}: {lines[0][:200] if lines else type(error).__name__}") from error
     except Exception as error:
-        if not _unreachable(error):
-            raise
-        raise FileError(f"The hub cannot be reached for {repository} ({type(error).__name__}): check the network.") from error
+        if _unreachable(error):
+            raise FileError(
+                f"The hub cannot be reached for {repository} ({type(error).__name__}): check the network."
+            ) from error
+        if isinstance(error, OSError):
+            raise FileError(f"The files of {repository} cannot be kept here: {error.strerror or error}.") from error
+        raise
 
 
 def _unreachable(error: Exception) -> bool:
     """Tells whether no answer came; the libraries that the hub's client uses for requests have errors of their own."""
-    network = isinstance(error, OSError) or type(error).__module__.startswith(("httpx", "httpcore", "requests"))
+    network = isinstance(error, ConnectionError | TimeoutError | socket.gaierror)
+    network = network or type(error).__module__.startswith(("httpx", "httpcore", "requests"))
     return network and getattr(error, "response", None) is None
 
 

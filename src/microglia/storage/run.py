@@ -63,7 +63,7 @@ class Run:
         observations: Measurements of the model during the run, by name (``dense``, ``before`` ...).
         trajectory: Whether trainings keep their parameters after every epoch.
         split: Split that the metrics of `observations` are about: ``test`` or ``validation``.
-        callbacks: Callbacks of the first rank: `microglia.core.callbacks.Lines`, and what is added to it.
+        callbacks: `microglia.core.callbacks.Lines` on the first rank, and what is added to it.
         shared: Directory in which runs with the same start keep `DENSE_STAGES` for each other, or None.
 
     Raises:
@@ -235,7 +235,13 @@ class Run:
 
     def close(self) -> None:
         """Closes the callbacks, and lets another process use the directory."""
-        self.callbacks.close()
+        try:
+            self.callbacks.close()
+        finally:
+            self.release()
+
+    def release(self) -> None:
+        """Lets another process use the directory; all that a forked process has to give back of its parent's run."""
         if self._lock is not None:
             self._lock.close()
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import time
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -11,8 +13,8 @@ from microglia.track.tracker import Tracker, trackers
 EXPERIMENT = "microglia"
 PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
 """MLflow alone would try an unreachable server for minutes."""
-LONGEST = 500
-"""Characters of a parameter that every store takes."""
+LONGEST, MOST = 500, 100
+"""Characters of a parameter, and parameters of one request, that every store takes."""
 
 
 @trackers.add("mlflow")
@@ -45,23 +47,41 @@ class MLflow(Tracker):
         return known
 
     def _new(self) -> str:
-        name = os.environ.get("MLFLOW_EXPERIMENT_NAME", EXPERIMENT)
-        experiment = self._client.get_experiment_by_name(name)
-        number = self._client.create_experiment(name) if experiment is None else experiment.experiment_id
-        run: str = self._client.create_run(number, run_name=self.place.name).info.run_id
-        for key, value in self.place.flat.items():
-            self._client.log_param(run, key, str(value)[:LONGEST])
+        from mlflow.entities import Param
+
+        run: str = self._client.create_run(self._experiment(), run_name=self.place.name).info.run_id
+        flat = [Param(named(key), str(value)[:LONGEST]) for key, value in self.place.flat.items()]
+        for start in range(0, len(flat), MOST):
+            self._client.log_batch(run, params=flat[start : start + MOST])
         self.place.remember(self.name, run)
         return run
 
-    def write(self, values: Mapping[str, float], epoch: int | None) -> None:  # noqa: D102
-        for name, value in values.items():
-            self._client.log_metric(self._run, name, value, step=epoch or 0)
+    def _experiment(self) -> str:
+        """Returns the number of the experiment, which another process may make at the same moment."""
+        from mlflow.exceptions import MlflowException
 
-    def on_result(self, result: Mapping[str, Any]) -> None:  # noqa: D102
-        super().on_result(result)
-        self._safely(lambda: self._client.set_terminated(self._run, "FINISHED"))
+        name = os.environ.get("MLFLOW_EXPERIMENT_NAME", EXPERIMENT)
+        found = self._client.get_experiment_by_name(name)
+        if found is None:
+            try:
+                return str(self._client.create_experiment(name))
+            except MlflowException:
+                found = self._client.get_experiment_by_name(name)
+                if found is None:
+                    raise
+        return str(found.experiment_id)
+
+    def write(self, values: Mapping[str, float], epoch: int | None) -> None:  # noqa: D102
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        metrics = [Metric(named(name), value, now, epoch or 0) for name, value in values.items()]
+        self._client.log_batch(self._run, metrics=metrics)
 
     def end(self) -> None:  # noqa: D102
-        if self._client.get_run(self._run).info.status == "RUNNING":
-            self._client.set_terminated(self._run, "KILLED")
+        self._client.set_terminated(self._run, "FINISHED" if self.finished else "KILLED")
+
+
+def named(name: str) -> str:
+    """Returns a name that MLflow takes: it refuses the signs of names such as ``mAP@50`` or ``top 5 %``."""
+    return re.sub(r"[^\w\-. :/]", "_", name)

@@ -62,13 +62,14 @@ class Tracker(Callback):
     Attributes:
         name: Name in recipes.
         modules: Modules that it imports, of the extra ``track``.
+        finished: Whether the run has its result; `end` of another run closes one that was stopped or failed.
     """
 
     name: ClassVar[str]
     modules: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, place: Place) -> None:
-        self.place, self._lost = place, False
+        self.place, self._lost, self.finished = place, False, False
         needs("track", *self.modules, what=f"The tracker {self.name}")
         try:
             self.open()
@@ -102,6 +103,7 @@ class Tracker(Callback):
         self._safely(lambda: self.write(found, int(row.get("epoch", 0))))
 
     def on_result(self, result: Mapping[str, Any]) -> None:  # noqa: D102
+        self.finished = True
         self._safely(lambda: self.write(summary(result), None))
 
     def close(self) -> None:  # noqa: D102

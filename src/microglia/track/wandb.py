@@ -44,4 +44,4 @@ class WeightsAndBiases(Tracker):
             self._run.log({**values, "epoch": epoch})
 
     def end(self) -> None:  # noqa: D102
-        self._run.finish()
+        self._run.finish(exit_code=0 if self.finished else 1)

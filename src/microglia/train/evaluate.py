@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from microglia.core.batch import to_device
 from microglia.core.devices import device_of
 from microglia.core.modes import evaluating
+from microglia.core.progress import progress_bar
 from microglia.tasks.task import Split, Task
 from microglia.train.engine import rank_and_world
 
@@ -41,8 +42,11 @@ def evaluate(
     device = device_of(model)
     states: dict[str, Any] = {}
     batches = task.data.batches(split, batch_size * world, seed=seed, shuffle=limit is not None, rank=rank, world=world)
-    with evaluating(model):
+    total = len(batches)
+    total = total if limit is None else min(limit, total)
+    with evaluating(model), progress_bar(f"evaluate: {split}", total) as bar:
         for inputs, targets in islice(batches.epoch(0), limit):
+            bar.advance()
             if not task.count(targets):  # this rank's part of the last batch may be empty
                 continue
             predictions = task.predict(task.forward(model, to_device(inputs, device)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import math
 import sys
 import time
 from types import TracebackType
@@ -24,7 +25,10 @@ class Silent(Bar):
 
 
 class TerminalBar(Bar):
-    """A bar of rich on standard error; while one is on the screen, those inside it are not shown."""
+    """A bar of rich on standard error; while one is on the screen, those inside it are not shown.
+
+    It is drawn by the calls alone, at most ten times in a second: a thread that draws would disturb what is being timed.
+    """
 
     shown: ClassVar[int] = 0
 
@@ -40,8 +44,9 @@ class TerminalBar(Bar):
             console=Console(stderr=True),
             disable=TerminalBar.shown > 0,
             transient=True,
+            auto_refresh=False,
         )
-        self._task = self._bar.add_task(title, total=total, completed=done, said="")
+        self._task, self._drawn = self._bar.add_task(title, total=total or None, completed=done, said=""), -math.inf
 
     def __enter__(self) -> TerminalBar:
         TerminalBar.shown += 1
@@ -55,11 +60,19 @@ class TerminalBar(Bar):
     def at(self, done: int, total: int) -> None:
         """Sets the number of finished steps and of all steps."""
         self.done, self.total = done, total
-        self._bar.update(self._task, completed=done, total=total)
+        self._bar.update(self._task, completed=done, total=total or None)
+        self._draw()
 
     def say(self, text: str) -> None:
         """Sets a word to show beside the bar."""
+        self.said = text
         self._bar.update(self._task, said=text)
+        self._draw()
+
+    def _draw(self) -> None:
+        if time.monotonic() - self._drawn >= 0.1:
+            self._drawn = time.monotonic()
+            self._bar.refresh()
 
 
 class NotebookBar(Bar):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from microglia.core.progress import progress_bar
 from microglia.core.sharded import refuse_shards
 from microglia.graph.cutting.baking import baked_copy
 from microglia.graph.cutting.cut import Cut, by_group
@@ -66,8 +67,9 @@ class Subject:
         refuse_shards(model, "A cut")
         refuse_graph(model)
         refuse_kinds(model)
-        own, notes = baked_copy(model, example_inputs)
-        parts = find_parts(own, double_copy(own), example_inputs)
+        with progress_bar("trace"):
+            own, notes = baked_copy(model, example_inputs)
+            parts = find_parts(own, double_copy(own), example_inputs)
         return Subject(own, example_inputs, tuple(parts), tuple(dynamic), notes)
 
     def unread(self, small: nn.Module) -> int:

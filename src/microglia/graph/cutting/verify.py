@@ -7,7 +7,7 @@ dropped after their last use, so that it needs only the memory of two running mo
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from microglia.core.errors import MicrogliaError
+from microglia.core.progress import progress_bar
 from microglia.graph.cutting.cut import Cut
 from microglia.graph.cutting.reference import MissingReference, Reference
 from microglia.graph.cutting.surgery import patched
@@ -61,7 +62,8 @@ def verify(cut: Cut, inputs: Sequence[Any] | None = None, tolerance: float = 1e-
         ShrinkError: A value differs because a rule is wrong; the text names the first such node.
     """
     run = _Lockstep(cut, tuple(cut.analysis.trace.example if inputs is None else inputs), tolerance)
-    return run.result()
+    with progress_bar("verify", len(run.copied)) as bar:
+        return run.result(bar.advance)
 
 
 @torch.no_grad()
@@ -85,15 +87,13 @@ class _Lockstep:
         self.worst, self.where, self.compared = 0.0, "", 0
         self.left_out: dict[str, None] = {}
         self.last_use = {source: node for node in self.trace.graph.nodes for source in node.all_input_nodes}
-        self.extra_use = {source: copy for copy in self._copied() for source in copy.all_input_nodes}
+        self.copied = list(next(iter(self.copies.values())).graph.nodes)
+        self.extra_use = {source: copy for copy in self.copied for source in copy.all_input_nodes}
 
-    def _copied(self) -> list[fx.Node]:
-        graph = next(iter(self.copies.values())).graph
-        return list(graph.nodes)
-
-    def result(self) -> Verification:
+    def result(self, each: Callable[[], None] = lambda: None) -> Verification:
+        """Returns the comparison; ``each`` is called after every node."""
         outputs: tuple[Any, ...] = ()
-        for copy in self._copied():
+        for copy in self.copied:
             node = self.originals.get(copy)
             if copy.op == "output":
                 outputs = tuple(fx.node.map_arg(copy.args[0], self.got.__getitem__))  # type: ignore[arg-type]
@@ -102,6 +102,7 @@ class _Lockstep:
                 self._place(node, copy)
             else:
                 self._step(node, copy)
+            each()
         return Verification(self.worst, self.where, self._module(self.where), outputs, self.compared, tuple(self.left_out))
 
     def _place(self, node: fx.Node, copy: fx.Node) -> None:

@@ -68,7 +68,8 @@ def _fake_copy(model: nn.Module, fake: FakeTensorMode) -> nn.Module:
 def _recorded(model: nn.Module, inputs: Any) -> _Record:
     """Returns the record of one run in the mode of the model."""
     args, kwargs = pytree.tree_map(copied, inputs)
-    with _Record(model, pytree.tree_leaves((args, kwargs))) as record:
+    record = _Record(model, pytree.tree_leaves((args, kwargs)))
+    with record:
         model(*args, **kwargs)
     return record
 

@@ -73,7 +73,8 @@ def _within(places: Places, bound: int | None) -> Places:
     values, row_pointer, channel, tap = places
     if bound is None or not len(values):
         return places
-    beyond = values.int().abs().unflatten(2, (2, 2)).sum(3).flatten(1).amax(1) > bound
+    pairs = values.int().abs().view(*values.shape[:2], 2, 2)
+    beyond = pairs.sum(3).flatten(1).amax(1) > bound
     count = beyond.long() + 1
     half = torch.where(beyond[:, None, None], values.int().div(2, rounding_mode="trunc"), 0)
     last = count.cumsum(0) - 1

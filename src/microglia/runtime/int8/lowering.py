@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -68,8 +69,8 @@ class _Lowering:
             elif node in self.rounded:
                 self._carry(node)
             else:
-                node.args = map_arg(node.args, lambda read, node=node: self._wide(read, node))
-                node.kwargs = map_arg(node.kwargs, lambda read, node=node: self._wide(read, node))
+                node.args = map_arg(node.args, partial(self._wide, reader=node))
+                node.kwargs = map_arg(node.kwargs, partial(self._wide, reader=node))
         self.graph.lint()
         self.module.delete_all_unused_submodules()
         self.module.recompile()
@@ -142,6 +143,7 @@ def _pooling(node: Node) -> tuple[list[int], list[int], list[int]] | None:
     if node.target is not aten.max_pool2d.default or node.kwargs:
         return None
     defaults: list[Any] = [None, None, [], [0, 0], [1, 1], False]
-    _, kernel, stride, padding, dilation, ceil = [*node.args, *defaults[len(node.args) :]]
+    given: list[Any] = [*node.args, *defaults[len(node.args) :]]
+    _, kernel, stride, padding, dilation, ceil = given
     sides = [list(value) * 2 if len(value) == 1 else list(value) for value in (kernel, stride or kernel, padding, dilation)]
     return None if ceil or sides[3] != [1, 1] else (sides[0], sides[1], sides[2])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,7 +26,8 @@ def _convolution(x: Tensor, *rest: Any) -> Tensor:
     if residual is not None:
         value = (residual.double() * torch.tensor(other, dtype=torch.float32).double() + value.double()).float()
     value = value.clamp(low, high)
-    return (value if wide else value.round().to(torch.uint8)).contiguous(memory_format=torch.channels_last)
+    result: Tensor = value if wide else value.round().to(torch.uint8)
+    return result.contiguous(memory_format=torch.channels_last)
 
 
 def _convolved(x: Tensor, *rest: Any) -> Tensor:
@@ -53,7 +55,7 @@ def _pooled_shape(x: Tensor, kernel: list[int], stride: list[int], padding: list
     return x.new_empty([*x.shape[:2], *sides]).to(memory_format=torch.channels_last)
 
 
-_OPERATORS = {  # name -> schema, reference, shape
+_OPERATORS: dict[str, tuple[str, Callable[..., Tensor], Callable[..., Tensor]]] = {  # name -> schema, reference, shape
     "int8_conv2d": (
         "(Tensor x, Tensor values, Tensor row_pointer, Tensor channel, Tensor? tap, Tensor start, Tensor scale, Tensor bias, "
         "Tensor? residual, float other, float low, float high, int zero, bool wide, int outputs, int[2] kernel, int[2] stride, "

@@ -57,7 +57,7 @@ class Passage:
         name = self.gate.site.activation
         share = share_of(ACTIVATIONS[name](highest(self.output))) if name in RECTIFYING else mass(self.response)
         units = self.logits.shape[1]
-        return share if units == share.shape[1] else share.unflatten(1, (units, -1)).sum(2)
+        return share if units == share.shape[1] else share.reshape(len(share), units, -1).sum(2)
 
     def target(self) -> Tensor:
         """Returns the units to keep by the layer's own r, boolean, (batch, units)."""

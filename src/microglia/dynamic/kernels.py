@@ -107,7 +107,7 @@ def _mostly_pixels(x: Tensor, c: Convolution, rows: Tensor | None, columns: Tens
     if columns is not None or rows is None or len(rows) % BLOCK or c.inputs % BLOCK or not fusible(x, c):
         return False
     strides = c.settings["stride"]
-    return x.shape[2] * x.shape[3] >= MANY_PIXELS * math.prod(strides if len(strides) == 2 else [strides[0]] * 2)
+    return bool(x.shape[2] * x.shape[3] >= MANY_PIXELS * math.prod(strides if len(strides) == 2 else [strides[0]] * 2))
 
 
 def fusible(x: Tensor, c: Convolution) -> bool:

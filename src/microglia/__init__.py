@@ -26,12 +26,13 @@ if TYPE_CHECKING:
     from microglia.core.patterns import NM, Block, Channel, Unstructured
     from microglia.core.selection import select
     from microglia.export import export
-    from microglia.graph import permute_channels, prune_channels, shrink
+    from microglia.graph import permute_channels, prune_channels
+    from microglia.graph.shrink import shrink
     from microglia.lab.execute import execute
     from microglia.lab.recipe import Recipe
     from microglia.measure import measure
     from microglia.report.hub import push
-    from microglia.runtime import accelerate
+    from microglia.runtime.accelerate import accelerate
     from microglia.scores import score
     from microglia.storage.archive import load, save
     from microglia.tasks.task import Task

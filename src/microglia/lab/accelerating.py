@@ -9,14 +9,9 @@ from torch import nn
 
 from microglia.runtime import Accelerated, accelerate
 from microglia.runtime.accelerate import DENSE
-from microglia.runtime.precisions import precision_of
+from microglia.runtime.precisions import EXAMPLES, precision_of
 from microglia.tasks.task import Task
 from microglia.train.agreement import agreement
-
-Json = dict[str, Any]
-
-CALIBRATION = 32
-"""Training examples of one calibration batch."""
 
 
 def accelerated(
@@ -27,7 +22,7 @@ def accelerated(
     against: str | Sequence[str] = DENSE,
     precision: str = "float32",
     rounds: int = 9,
-) -> tuple[Accelerated, Json]:
+) -> tuple[Accelerated, dict[str, Any]]:
     """Returns a model in its fastest execution for batches of a size, and the record of it.
 
     Args:
@@ -44,6 +39,6 @@ def accelerated(
     """
     example = task.example_batch(batch)
     calibrated = precision_of(precision).calibrated
-    seen = (inputs for inputs, _ in task.data.batches("train", CALIBRATION, shuffle=True).epoch(0)) if calibrated else None
+    seen = (inputs for inputs, _ in task.data.batches("train", EXAMPLES, shuffle=True).epoch(0)) if calibrated else None
     fast = accelerate(model, example, against=against, precision=precision, calibration=seen, rounds=rounds)
     return fast, {**fast.report().to_dict(), "batch": batch, "agreement": agreement(model, fast, task, batch)}

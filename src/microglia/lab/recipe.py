@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -205,15 +205,8 @@ def as_dict(recipe: Recipe) -> dict[str, Any]:
     found = as_whole_dict(recipe)
     changed = {name: identity(found[name]) for name in ("dense", "train")}
     changed["measure"] = {key: value for key, value in found["measure"].items() if (key, value) != ("split", "test")}
-    changed["prune"] = _without_later(recipe.method, found["prune"])
+    changed["prune"] = (methods[recipe.method].config if recipe.method in methods else MethodConfig).identity(found["prune"])
     return {key: changed.get(key, value) for key, value in found.items() if value or key not in LATER}
-
-
-def _without_later(method: str, prune: dict[str, Any]) -> dict[str, Any]:
-    """Returns a method's settings without the later ones that have their defaults."""
-    config = methods[method].config if method in methods else None
-    usual = {f.name: f.default for f in fields(config) if f.name in config.later} if config is not None else {}
-    return {key: value for key, value in prune.items() if key not in usual or value != usual[key]}
 
 
 def identity_of(recipe: Recipe) -> str:

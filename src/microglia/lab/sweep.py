@@ -133,6 +133,7 @@ def run_cell(
         starts: Directory in which cells share the dense networks they start from.
     """
     children, began = children or Children(), time.monotonic()
+    own = {"PYTHONUNBUFFERED": "1"} | ({"OMP_NUM_THREADS": str(threads)} if threads is not None else {})
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with (directory / ".cell.lock").open("w") as lock, (directory / "log.txt").open("a") as log:
@@ -147,7 +148,7 @@ def run_cell(
             start = log.seek(0, os.SEEK_END)
             log.write(f"$ {shlex.join(command)}\n")
             log.flush()
-            status = children.run(command, log, lock, _environment(threads))
+            status = children.run(command, log, lock, {**os.environ, **own})
     except (OSError, MicrogliaError) as error:
         return CellOutcome(cell.name, "failed", round(time.monotonic() - began, 2), str(error))
     seconds = round(time.monotonic() - began, 2)
@@ -166,10 +167,6 @@ def _wait_for(lock: TextIO, children: Children) -> None:
         except BlockingIOError:
             if children.stopped.wait(0.2):
                 return
-
-
-def _environment(threads: int | None) -> dict[str, str]:
-    return {**os.environ, "PYTHONUNBUFFERED": "1"} | ({"OMP_NUM_THREADS": str(threads)} if threads is not None else {})
 
 
 def _tail(log: Path, start: int, lines: int = 8, width: int = 400) -> str:

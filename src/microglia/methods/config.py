@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar
 
 from torch import nn
@@ -63,6 +63,12 @@ class MethodConfig(Sampling, Trainings, PruneConfig):
     """
 
     later: ClassVar[tuple[str, ...]] = ()
+
+    @classmethod
+    def identity(cls, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns settings of the method without the later ones that have their defaults."""
+        usual = {f.name: f.default for f in fields(cls) if f.name in cls.later}
+        return {key: value for key, value in settings.items() if key not in usual or value != usual[key]}
 
     def asked_besides(self) -> dict[str, float]:
         """Returns what a budget of the method's own asks for, by name, beside `microglia.core.budget.Budget`."""

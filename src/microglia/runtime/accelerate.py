@@ -99,9 +99,7 @@ def accelerate(
     """
     example, known = Example.of(example_inputs).copied(), precision_of(precision)
     if not known.calibrated and calibration is not None:
-        raise MicrogliaError(
-            f'Only int8 is calibrated: leave out calibration, or give precision="int8" instead of {precision!r}.'
-        )
+        raise MicrogliaError(f'Only int8 is calibrated: leave calibration out, or give precision="int8", not {precision!r}.')
     batches = calibration_batches(calibration, example) if known.calibrated else []
     how = {"against": against, "cache": cache, "rounds": rounds, "progress": progress, "notes": notes}
     return accelerate_calibrated(model, example, precision, batches, **how)  # type: ignore[arg-type]

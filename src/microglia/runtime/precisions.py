@@ -19,6 +19,9 @@ from microglia.runtime.int8.candidates import WAY, int8_candidates
 from microglia.runtime.int8.lowering import lower_to_int8
 from microglia.runtime.sparse_layers.chain import chained
 
+EXAMPLES = 32
+"""Examples of one calibration batch, where a command draws them."""
+
 
 def _as_it_is(site: Site) -> Site:
     return site

@@ -28,6 +28,14 @@ def _library() -> ctypes.CDLL | None:
         return None
 
 
+def torch_threads() -> int | None:
+    """Returns the address of the function by which compiled functions use torch's threads; None without the extension."""
+    library = _library()
+    if library is None or not hasattr(library, "mg_torch_parallel"):
+        return None
+    return ctypes.cast(library.mg_torch_parallel, ctypes.c_void_p).value
+
+
 def compiled(name: str, arguments: tuple[Any, ...]) -> Callable[..., int] | None:
     """Returns a function of ``kernels.h`` that works on plain memory; None without the extension, or with an older one.
 

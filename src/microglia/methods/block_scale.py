@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from microglia.core.native import compiled
+from microglia.core.native import compiled, torch_threads
 from microglia.core.patterns import Block
 
 CHUNK = 1 << 16
@@ -92,7 +92,7 @@ class _Blocks(ctypes.Structure):
 
 @cache
 def _kernel(name: str, tensors: int) -> Callable[..., int] | None:
-    return compiled(name, (ctypes.POINTER(_Blocks), *[ctypes.c_void_p] * tensors))
+    return compiled(name, (ctypes.POINTER(_Blocks), *[ctypes.c_void_p] * (tensors + 1)))
 
 
 def _ran(name: str, block: Block, weight: Tensor, *others: Tensor | None) -> bool:
@@ -106,7 +106,7 @@ def _ran(name: str, block: Block, weight: Tensor, *others: Tensor | None) -> boo
         return False
     out, in_ = weight.shape[:2]
     shape = _Blocks(out, in_, weight[0, 0].numel(), block.out, block.in_, _channels_last(weight))
-    return kernel(ctypes.byref(shape), *(None if t is None else t.data_ptr() for t in tensors)) == 0
+    return kernel(ctypes.byref(shape), *(None if t is None else t.data_ptr() for t in tensors), torch_threads()) == 0
 
 
 def _dense(tensor: Tensor) -> bool:

@@ -217,9 +217,9 @@ typedef struct {
 } mg_scaled;
 
 // The weight times its factors, and the gradients of both (of_weight may be null) from that of the product.
-int mg_scale_blocks(const mg_scaled* blocks, const float* weight, const float* factors, float* result);
+int mg_scale_blocks(const mg_scaled* blocks, const float* weight, const float* factors, float* result, mg_parallel parallel);
 int mg_scale_blocks_backward(const mg_scaled* blocks, const float* weight, const float* gradient, const float* factors,
-                             float* of_weight, float* of_factors);
+                             float* of_weight, float* of_factors, mg_parallel parallel);
 
 int mg_level(void);             // the best level of this machine, or MICROGLIA_ISA (generic, avx2, avx512, avx512vnni, avx512bf16) where it can run
 const char* mg_level_name(int level);

@@ -178,3 +178,9 @@ const Registration registered(__FILE__, {{"block_conv2d", Operator<block_conv2d>
 }  // namespace
 
 }  // namespace microglia
+
+// Work in pieces on torch's threads, for callers of the plain functions that have torch in their process.
+extern "C" __attribute__((visibility("default"))) void mg_torch_parallel(int64_t begin, int64_t end, int64_t grain, mg_body body,
+                                                                         void* context) {
+  microglia::parallel(begin, end, grain, body, context);
+}

@@ -8,7 +8,6 @@
 #include <new>
 
 #include "kernels.h"
-#include "libtorch.h"
 
 #define MG_EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -96,26 +95,30 @@ struct Work {
   }
 };
 
-int run(const mg_scaled* given, const float* weight, const float* gradient, const float* factors, float* result, float* sums) {
+int run(const mg_scaled* given, const float* weight, const float* gradient, const float* factors, float* result, float* sums,
+        mg_parallel parallel) {
   if (!given || !weight || !factors) return MG_BAD_POINTER;
   const mg_scaled& b = *given;
   if (b.outputs < 1 || b.inputs < 1 || b.taps < 1 || b.block_outputs < 1 || b.block_inputs < 1) return MG_BAD_SIZE;
   if (b.outputs % b.block_outputs || b.inputs % b.block_inputs) return MG_BAD_SIZE;
   Work work{b, weight, gradient, factors, result, sums};
   const int64_t grain = std::max<int64_t>(1, 65536 / (b.block_outputs * work.length()));
-  if (torch_parallel_for(0, b.outputs / b.block_outputs, grain, Work::run, &work) != 0) return MG_BAD_POINTER;
+  const int64_t rows = b.outputs / b.block_outputs;
+  parallel ? parallel(0, rows, grain, Work::run, &work) : Work::run(0, rows, &work);
   return work.failed ? MG_NO_MEMORY : MG_OK;
 }
 
 }  // namespace
 }  // namespace microglia::scale
 
-MG_EXPORT int mg_scale_blocks(const mg_scaled* blocks, const float* weight, const float* factors, float* result) {
-  return result ? microglia::scale::run(blocks, weight, nullptr, factors, result, nullptr) : MG_BAD_POINTER;
+MG_EXPORT int mg_scale_blocks(const mg_scaled* blocks, const float* weight, const float* factors, float* result,
+                              mg_parallel parallel) {
+  return result ? microglia::scale::run(blocks, weight, nullptr, factors, result, nullptr, parallel) : MG_BAD_POINTER;
 }
 
 MG_EXPORT int mg_scale_blocks_backward(const mg_scaled* blocks, const float* weight, const float* gradient,
-                                       const float* factors, float* of_weight, float* of_factors) {
+                                       const float* factors, float* of_weight, float* of_factors,
+                                       mg_parallel parallel) {
   if (!gradient || !of_factors) return MG_BAD_POINTER;
-  return microglia::scale::run(blocks, weight, gradient, factors, of_weight, of_factors);
+  return microglia::scale::run(blocks, weight, gradient, factors, of_weight, of_factors, parallel);
 }

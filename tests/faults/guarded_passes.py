@@ -1,0 +1,76 @@
+"""Passes over scores and weights through the C interface, every array ending at a page that must not be touched; a script.
+
+Usage: guarded_passes.py LIBRARY COUNT. One byte past an array kills the process; a wrong result ends it with status 1.
+"""
+
+import ctypes
+import sys
+
+import numpy as np
+from guarded_kernels import Guarded, address, load
+
+WORD = ctypes.c_int64
+
+
+class Blocks(ctypes.Structure):
+    """mg_scaled."""
+
+    _fields_ = (
+        *((name, WORD) for name in ("outputs", "inputs", "taps", "block_outputs", "block_inputs")),
+        ("channels_last", ctypes.c_int32),
+    )
+
+
+def place(array):
+    return ctypes.c_void_p(address(array))
+
+
+def selected(library, random):
+    """Tells whether a pass of a selection found what NumPy says."""
+    length = int(random.choice([0, 1, 31, 32, 33, 64, 100, 1000])) or 1
+    values = random.standard_normal(length).astype(np.float32).round(1)
+    values[random.random(length) < 0.05] = np.nan
+    low, high = sorted(random.choice([-np.inf, -0.5, 0.0, 0.5, np.inf], 2))
+    above, below = values >= high, values <= low
+    inside = np.flatnonzero(~above & ~below)
+    given, mask = Guarded.of(values), Guarded(np.full(length, 7, np.uint8))
+    places, counts = Guarded(np.zeros(length, np.int32)), (WORD * 3)()
+    code = library.mg_select_pass(
+        place(given), WORD(length), ctypes.c_float(low), ctypes.c_float(high), ctypes.c_void_p(mask.address),
+        ctypes.c_void_p(places.address), counts,
+    )  # fmt: skip
+    right = list(counts) == [above.sum(), below.sum(), inside.size]
+    return code == 0 and right and np.array_equal(mask.array, above) and np.array_equal(places.array[: inside.size], inside)
+
+
+def scaled(library, random):
+    """Tells whether a weight times its factors, and both gradients, are what NumPy says."""
+    rows, across, taps = (int(random.integers(1, 5)) for _ in range(3))
+    tall, wide, last = int(random.choice([1, 3, 16])), int(random.choice([1, 2, 8])), bool(random.integers(2))
+    weight, gradient = random.standard_normal((2, rows, tall, across, wide, taps)).astype(np.float32)
+    factors = random.random((rows, across, taps)).astype(np.float32)
+    order = (0, 1, 4, 2, 3) if last else (0, 1, 2, 3, 4)
+    expanded = factors[:, None, :, None, :]
+    arrays = [Guarded.of(np.ascontiguousarray(a)) for a in (weight.transpose(order), gradient.transpose(order), factors)]
+    outs = [Guarded(np.zeros(size, np.float32)) for size in (weight.size, weight.size, factors.size)]
+    shape = Blocks(rows * tall, across * wide, taps, tall, wide, last)
+    w, g, f = map(place, arrays)
+    result, of_weight, of_factors = (ctypes.c_void_p(out.address) for out in outs)
+    first = library.mg_scale_blocks(ctypes.byref(shape), w, f, result, None)
+    second = library.mg_scale_blocks_backward(ctypes.byref(shape), w, g, f, of_weight, of_factors, None)
+    expected = [(weight * expanded).transpose(order), (gradient * expanded).transpose(order), (gradient * weight).sum((1, 3))]
+    close = [np.allclose(o.array, e.ravel(), rtol=1e-4, atol=1e-4) for o, e in zip(outs, expected, strict=True)]
+    shape.inputs += 1 if wide > 1 else -shape.inputs
+    refused = library.mg_scale_blocks(ctypes.byref(shape), w, f, result, None)
+    return first == second == 0 and all(close) and refused != 0
+
+
+def main(path, count):
+    library, random = load(path), np.random.default_rng(0)
+    wrong = sum(not selected(library, random) for _ in range(count)) + sum(not scaled(library, random) for _ in range(count))
+    print(library.mg_level_name(library.mg_level()).decode(), wrong)
+    sys.exit(0 if wrong == 0 else 1)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]))

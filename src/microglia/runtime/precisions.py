@@ -43,7 +43,7 @@ def _exactly(model: nn.Module, example: Example, ways: Sequence[Candidate], rang
 
 @dataclass(frozen=True)
 class Precision:
-    """What a precision changes.
+    """The differences of one precision.
 
     Attributes:
         plan: Returns a whole model with one way for each layer, in the order of `fuse`; called with the folded model, an

@@ -23,7 +23,7 @@ BOUNDS = {"none": (-math.inf, math.inf), "relu": (0.0, math.inf), "relu6": (0.0,
 
 
 class Scale(NamedTuple):
-    """What a tensor in uint8 stands for: (value - zero) * unit.
+    """The meaning of a tensor in uint8: (value - zero) * unit.
 
     Attributes:
         unit: Distance between two neighbouring values.

@@ -218,7 +218,10 @@ REFUSED = {
     "many methods": (("--round-to", "8"), "16 more, and the method here is magnitude: leave it out, or choose one of them by"),
     "a task": (("--text", "a"), "of the tasks language and embedding, and the task here is classification"),
     "an own task": (("--text", "a", "task=mine:task"), "and the task here is mine:task"),
-    "method and task": (("--head-lr", "1"), "of the methods fbs and ftwt and the task segmentation, and the method here is magnitude"),
+    "method and task": (
+        ("--head-lr", "1"),
+        "of the methods fbs and ftwt and the task segmentation, and the method here is magnitude",
+    ),
     "both": (
         ("--size", "2", "--method", "toy-types", "--task", "toy-task"),
         "both the method toy-types and the task toy-task have the option --size: give prune.size=VALUE or task.size=VALUE",

@@ -84,9 +84,6 @@ class Cut:
         for k, dim in enumerate(self.analysis.parameter_dims[name]):
             if self.changes(dim):
                 each = self._by_group(name, k).to(tensor.device)
-                if len(each) == 1:  # only what leaves is written
-                    tensor.index_fill_(k, (~each[0]).nonzero()[:, 0], 0)
-                    continue
                 by_group = tensor.view(len(each), -1, *tensor.shape[1:])
                 by_group.masked_fill_(~each.view(len(each), *(-1 if i == k else 1 for i in range(tensor.ndim))), 0)
         return tensor

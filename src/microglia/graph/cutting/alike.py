@@ -1,7 +1,7 @@
 """One graph for both modes: runs of a model, recorded call by call, often show it without a second trace.
 
-A trace takes seconds, runs on tensors without values a fraction of that. A model may call the same functions on the same values in
-both modes, apart from the mode arguments of dropout and batch norm. Then the trace of evaluation serves training too.
+A trace takes seconds, runs on tensors without values a fraction of that. A model may call the same functions on the same values
+in both modes, apart from the mode arguments of dropout and batch norm. Then the trace of evaluation serves training too.
 """
 
 from __future__ import annotations

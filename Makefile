@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
-EXTRAS := data,train,report,zoo,export,serve,track,hub,cluster,docs,dev
+EXTRAS := data,train,report,zoo,export,mobile,serve,track,hub,cluster,docs,dev
 export PYTHONWARNINGS ?= ignore::UserWarning:multiprocessing.resource_tracker
 
 .PHONY: demo test lint docs clean

@@ -13,6 +13,7 @@ EXTRAS: dict[str, dict[str, str]] = {
     "report": {"jinja2": "jinja2", "matplotlib": "matplotlib", "plotly": "plotly"},
     "zoo": {"timm": "timm", "torchvision": "torchvision", "transformers": "transformers"},
     "export": {name: name for name in ("onnx", "onnxscript", "onnxruntime", "openvino", "nncf")},
+    "mobile": {"executorch": "executorch"},
     "language": {"transformers": "transformers", "datasets": "datasets"},
     "track": {"tensorboard": "tensorboard", "mlflow": "mlflow", "wandb": "wandb"},
     "cluster": {"ray": "ray", "submitit": "submitit"},

@@ -9,7 +9,7 @@ from typing import Any
 
 from microglia.core.errors import ExportError
 from microglia.core.registry import Registry, unknown_name
-from microglia.export import hugging_face, onnx, openvino, program
+from microglia.export import executorch, hugging_face, onnx, openvino, program
 from microglia.export.exported import Exported
 
 
@@ -23,6 +23,7 @@ class Target:
         open: Path -> the file in its engine.
         sentence: Description for people.
         options: Names of the options that ``write`` takes.
+        free: Whether a file can take inputs of other sizes than the example's.
     """
 
     suffix: str
@@ -30,6 +31,7 @@ class Target:
     open: Callable[[Path], Exported]
     sentence: str
     options: tuple[str, ...] = ()
+    free: bool = True
 
 
 targets: Registry[Target] = Registry("export target")
@@ -40,6 +42,15 @@ targets.add("onnx")(
 )
 targets.add("openvino")(Target(".xml", openvino.write_openvino, openvino.open_openvino, "OpenVINO IR, run by OpenVINO"))
 targets.add("program")(Target(".pt2", program.write_program, program.open_program, "a torch.export program, run by PyTorch"))
+targets.add("executorch")(
+    Target(
+        ".pte",
+        executorch.write_executorch,
+        executorch.open_executorch,
+        "a program of ExecuTorch for phones, run by XNNPACK",
+        free=False,
+    )
+)
 targets.add("hf")(Target("", hugging_face.write_directory, hugging_face.open_directory, "a directory that transformers reads"))
 
 

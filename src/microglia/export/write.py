@@ -96,7 +96,7 @@ def export(
         model: Any module, masked or shrunk; it is left as it is.
         path: File or directory to write; one that is there is replaced.
         example: A tensor, a tuple of arguments, or a mapping of keyword arguments.
-        to: ``onnx``, ``openvino``, ``program`` or ``hf``; None for the target of the path's suffix.
+        to: ``onnx``, ``openvino``, ``program``, ``executorch`` or ``hf``; None for the target of the path's suffix.
         dynamic: Dimensions of the inputs that shall be free: the batch by default, (0, 2, 3) also for height and width of
             images, (0, 1) for the length of token ids. A size that the model's code fixes stays; the notes say so.
         data: Further inputs to compare on, such as batches of the test split.
@@ -117,7 +117,7 @@ def export(
     given = check_options(name, target, options)
     quantizer = None if int8 is None else quantizers[name]
     model, rounding = recovered(model, int8, partial(_rounded, (example, dynamic, name, target, given)))
-    source = source_of(model, example, dynamic=dynamic, metadata=metadata_of(model, example))
+    source = source_of(model, example, dynamic=dynamic if target.free else (), metadata=metadata_of(model, example))
     size = sum(t.numel() * t.element_size() for t in (*source.model.parameters(), *source.model.buffers()))
     with replacing(path, size) as place:
         _write(source, name, target, place, given)

@@ -149,17 +149,17 @@ def int8(chains: list[Json], whole: list[Json]) -> str:
         parts += [
             f"## ResNet-50 in int8, batch 1, 1 thread ({machine(record)})\n",
             table(["execution", "ms", f"over {rounded}"], rows),
-            f"**Dense int8 without any pruning is {gain:.2f} times as fast here as the best dense float32 ({plain}).** A float32 row "
-            f"above with a speed-up below {gain:.2f} is therefore slower than plain rounding to 8 bits, where that costs no "
+            f"**Dense int8 without any pruning is {gain:.2f} times as fast here as the best dense float32 ({plain}).** A float32 "
+            f"row above with a speed-up below {gain:.2f} is therefore slower than plain rounding to 8 bits, where that costs no "
             "accuracy. Blocks pay beside it only in int8 themselves: `accelerate(precision=\"int8\")`.\n",
         ]
     for record in chains:
         densities = list(record["means"])
-        rows = [
-            [row["chain"], f"{min(t for n, t in row['times'].items() if n in ('packed', 'openvino')):.2f}",
-             f"{row['times'][densities[0]] * row['speedups'][densities[0]]:.2f}", *(f"{row['speedups'][d]:.2f}" for d in densities)]
-            for row in record["rows"]
-        ]  # fmt: skip
+        rows = []
+        for row in record["rows"]:
+            times, ours = row["times"], row["speedups"]
+            dense = min(times[name] for name in ("packed", "openvino")), times[densities[0]] * ours[densities[0]]
+            rows.append([row["chain"], *(f"{time:.2f}" for time in dense), *(f"{ours[d]:.2f}" for d in densities)])
         means = ["geometric mean", "", "", *(f"{record['means'][d]:.2f}" for d in densities)]
         wide = ["over the best float32", "", "", *(f"{record['over_float32'][d]:.2f}" for d in densities)]
         titles = ["layers", "best dense float32, ms", "best dense int8, ms", *(f"density {d}" for d in densities)]

@@ -18,7 +18,7 @@ EXAMPLE = "microglia export runs/demo --to onnx --accuracy"
 
 def export(
     target: Annotated[Path, typer.Argument(help="A run directory or a saved model's.")],
-    to: Annotated[str | None, typer.Option(help="onnx, openvino, program, executorch or hf; default by --out's suffix.")] = None,
+    to: Annotated[str | None, typer.Option(help="onnx, openvino, program, executorch or hf; default by --out.")] = None,
     out: Annotated[Path | None, typer.Option(help="File or directory to write; default RUN/exported.onnx and so on.")] = None,
     data: Data = None,
     dynamic: Annotated[str, typer.Option(help="Free dimensions of the inputs, such as 0,2,3 for images of any size.")] = "0",

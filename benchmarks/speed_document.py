@@ -149,9 +149,9 @@ def int8(chains: list[Json], whole: list[Json]) -> str:
         parts += [
             f"## ResNet-50 in int8, batch 1, 1 thread ({machine(record)})\n",
             table(["execution", "ms", f"over {rounded}"], rows),
-            f"**Dense int8 without any pruning is {gain:.2f} times as fast here as the best dense float32 ({plain}).** A float32 "
-            f"row above with a speed-up below {gain:.2f} is therefore slower than plain rounding to 8 bits, where that costs no "
-            "accuracy. Blocks pay beside it only in int8 themselves: `accelerate(precision=\"int8\")`.\n",
+            f"**Dense int8 without any pruning is {gain:.2f} times as fast here as the best dense float32 ({plain}).** "
+            f"A float32 row above with a speed-up below {gain:.2f} is therefore slower than plain rounding to 8 bits, where "
+            'that costs no accuracy. Blocks pay beside it only in int8 themselves: `accelerate(precision="int8")`.\n',
         ]
     for record in chains:
         densities = list(record["means"])

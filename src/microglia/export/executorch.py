@@ -34,9 +34,7 @@ def write_executorch(source: Source, path: Path) -> None:
 
     told = {**source.metadata, INPUTS: json.dumps(source.traced.inputs)}
     with quiet():
-        lowered = to_edge_transform_and_lower(
-            source.traced.program, partitioner=[XnnpackPartitioner()], constant_methods=told
-        )
+        lowered = to_edge_transform_and_lower(source.traced.program, partitioner=[XnnpackPartitioner()], constant_methods=told)
         path.write_bytes(lowered.to_executorch().buffer)
 
 

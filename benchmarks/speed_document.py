@@ -36,8 +36,8 @@ which weights are left, accuracy does. Break-even is the density below which the
 interpolated between the densities measured. A turn of a round begins with one call that is not timed, so that each finds the
 caches as its own last call left them, as a model does that is served. What is named bf16 rounds and is only compared.
 
-Rounding to 8 bits competes with sparsity in float32, and often wins. The sections on int8 at the end have dense int8 as the baseline
-and say which float32 rows it beats.
+Rounding to 8 bits competes with sparsity in float32, and often wins. The sections on int8 at the end have dense int8 as the
+baseline and say which float32 rows it beats.
 """
 
 

@@ -24,6 +24,7 @@ from microglia.studies.descent.double_descent import (
     with_label_noise,
     with_samples,
 )
+from microglia.studies.descent.study import Descending, view_descent
 from microglia.studies.least_squares.regression import bias_risk, optimal_ridge, simulate, variance_risk
 
 QUICK = DescentConfig(steps=60, batch_size=32, lr=0.01)
@@ -228,3 +229,9 @@ def test_an_interrupted_cell_ends_in_the_same_bits(data, tmp_path, monkeypatch):
 def test_a_diverging_training_says_so(data):
     with pytest.raises(TrainingError, match="smaller lr than 1e"):
         descend(data, replace(QUICK, optimizer="sgd", lr=1e30), [(4, 100)])
+
+
+def test_widths_on_a_part_of_the_images(tmp_path):
+    told = view_descent(Descending(replace(QUICK, steps=5), widths=(2, 1), samples=(40,), out=tmp_path)).result
+    assert told.over == "width"
+    assert [(row.width, row.samples) for row in told.rows] == [(1, 40), (2, 40)]

@@ -14,11 +14,10 @@ from microglia.data import load_data
 from microglia.storage.run import Run
 from microglia.studies.descent.double_descent import (
     DescentConfig,
+    descend,
     effective_capacity,
     interpolation_threshold,
     member,
-    model_wise,
-    sample_wise,
     with_samples,
 )
 from microglia.studies.descent.figures import figures
@@ -46,8 +45,9 @@ class Descending:
 
     Attributes:
         config: How.
-        widths: Widths of the networks; with ``samples`` a single one; None for 1,2,4,8,16,32,64,128.
-        samples: Numbers of training images, nested, such as 50,100,200; without any all of them are taken, width by width.
+        widths: Widths of the networks; with several ``samples`` a single one; None for 1,2,4,8,16,32,64,128.
+        samples: Numbers of training images, nested, such as 50,100,200; a single one with several widths; without any all images
+            are taken, width by width.
         width: The one width with ``samples``, instead of ``widths``; None for 16.
         data: Data set.
         out: Directory, to which more widths or samples can be added; None for one of its own under ``runs``.
@@ -93,29 +93,27 @@ def view_descent(asked: Descending) -> Told[Descent]:
 
 def _begin(asked: Descending) -> Work[Json]:
     given = (asked.width,) if asked.width is not None else WIDTHS if asked.widths is None else asked.widths
-    if asked.samples and len(given) != 1:
+    samples, widths = sorted(set(asked.samples)), sorted(set(given))
+    if len(samples) > 1 and len(widths) > 1:
         raise MicrogliaError(
-            f"Over numbers of samples the width is one and the same; got {len(given)} widths. Give either several "
+            f"One of them varies at a time; got {len(widths)} widths and {len(samples)} numbers of samples. Give either several "
             "widths, or one width and several numbers of samples."
         )
     device = accelerator(asked.device).device
     data = load_data(asked.data)
-    samples, widths = sorted(set(asked.samples)), sorted(set(given))
     for count in samples:  # what is wrong shows before the first training
         with_samples(data, count)
     for width in widths:
         member(asked.config.family, width, len(data.classes), data.shape)
 
     def measure(run: Run) -> Json:
-        if samples:
-            rows = sample_wise(data, asked.config, samples, widths[0], run)
-        else:
-            rows = model_wise(data, asked.config, widths, run)
+        cells = [(width, count) for width in widths for count in samples or [len(data.train)]]
+        rows = descend(data, asked.config, cells, run)
         return {
             "command": "descent",
             "data": data.name,
             "config": asdict(asked.config),
-            "over": "samples" if asked.samples else "width",
+            "over": "samples" if samples and len(widths) == 1 else "width",
             "rows": rows,
             "epsilon": EPSILON,
             "threshold": interpolation_threshold(rows, EPSILON),
@@ -131,13 +129,14 @@ def _settle(given: Json) -> Json:
     """Returns the options with one width beside numbers of samples.
 
     Raises:
-        MicrogliaError: Both vary, or the one width is given without samples.
+        MicrogliaError: The one width is given beside several, or without samples.
     """
-    if given["samples"] is not None and given["widths"] is not None:
-        raise MicrogliaError("Give --widths, or --samples with one --width, not both: one of them varies at a time.")
+    if given["width"] is not None and given["widths"] is not None:
+        raise MicrogliaError("Give --widths or one --width, not both.")
     if given["samples"] is None and given["width"] is not None:
         raise MicrogliaError("--width is the one width of --samples; several are --widths, such as --widths 1,2,4.")
-    one = WIDTH if given["samples"] is not None and given["width"] is None else given["width"]
+    alone = given["samples"] is not None and given["widths"] is None and given["width"] is None
+    one = WIDTH if alone else given["width"]
     return {**given, "width": one}
 
 

@@ -46,8 +46,8 @@ class Descending:
     Attributes:
         config: How.
         widths: Widths of the networks; with several ``samples`` a single one; None for 1,2,4,8,16,32,64,128.
-        samples: Numbers of training images, nested, such as 50,100,200; a single one with several widths; without any all images
-            are taken, width by width.
+        samples: Numbers of training images, nested, such as 50,100,200; a single one with several widths; without any all
+            images are taken, width by width.
         width: The one width with ``samples``, instead of ``widths``; None for 16.
         data: Data set.
         out: Directory, to which more widths or samples can be added; None for one of its own under ``runs``.
@@ -96,8 +96,8 @@ def _begin(asked: Descending) -> Work[Json]:
     samples, widths = sorted(set(asked.samples)), sorted(set(given))
     if len(samples) > 1 and len(widths) > 1:
         raise MicrogliaError(
-            f"One of them varies at a time; got {len(widths)} widths and {len(samples)} numbers of samples. Give either several "
-            "widths, or one width and several numbers of samples."
+            f"One of them varies at a time; got {len(widths)} widths and {len(samples)} numbers of samples. Give either "
+            "several widths, or one width and several numbers of samples."
         )
     device = accelerator(asked.device).device
     data = load_data(asked.data)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from microglia.core.masks import fold, mask, masks_of
     from microglia.core.patterns import NM, Block, Channel, Unstructured
     from microglia.core.selection import select
+    from microglia.dynamic.activations import sparse_activations
     from microglia.export import export
     from microglia.graph import permute_channels, prune_channels
     from microglia.graph.shrink import shrink
@@ -71,6 +72,7 @@ __all__ = [
     "score",
     "select",
     "shrink",
+    "sparse_activations",
     "studies",
     "tasks",
     "unpack",
@@ -96,6 +98,7 @@ _PLACES = {
     "push": "report.hub",
     "score": "scores",
     "select": "core.selection",
+    "sparse_activations": "dynamic",
 }
 """The module of every name at the top."""
 

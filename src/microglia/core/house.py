@@ -11,6 +11,7 @@ CHANGES: dict[str, str] = {
     "gates": "microglia.dynamic.change",
     "permuted": "microglia.graph.order.permute",
     "selected": "microglia.graph.selection",
+    "activations": "microglia.dynamic.activation_layers",
 }
 """Field of ``plan.json`` -> module that registers this change, in the order in which changes are replayed.
 

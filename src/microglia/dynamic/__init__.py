@@ -1,6 +1,9 @@
-"""Dynamic pruning: gates inside a model choose the channels to compute for every input (FTWT)."""
+"""Dynamic pruning: what is computed is chosen for every input, by gates (FTWT) or by thresholds of activations (TEAL)."""
 
 from microglia.dynamic import change as _registered  # noqa: F401
+from microglia.dynamic.activation_kernels import TunedLayers, tune_activations
+from microglia.dynamic.activation_layers import ThresholdedLinear, thresholded_layers
+from microglia.dynamic.activations import sparse_activations
 from microglia.dynamic.calibrate import calibrate
 from microglia.dynamic.choose import Estimate, choose_density, choose_r, estimate, shares
 from microglia.dynamic.counting import COUNTS, Costs, Count, Counter
@@ -44,6 +47,8 @@ __all__ = [
     "Rule",
     "Site",
     "Sites",
+    "ThresholdedLinear",
+    "TunedLayers",
     "attach_gates",
     "blocks_of",
     "calibrate",
@@ -61,9 +66,12 @@ __all__ = [
     "note_plan",
     "record",
     "shares",
+    "sparse_activations",
     "start_static",
     "static_masks",
     "statistics",
     "targets",
+    "thresholded_layers",
     "tune",
+    "tune_activations",
 ]

@@ -15,8 +15,8 @@ from torch.nn import functional
 from microglia.core.batch import call
 from microglia.core.errors import BudgetError, MicrogliaError
 from microglia.core.modes import evaluating
+from microglia.graph.blocks import Passage, check_finite, find_blocks, passages
 from microglia.graph.depth import keep_blocks
-from microglia.methods.blocks import Passage, check_finite, find_blocks, passages
 
 
 @torch.no_grad()

@@ -30,8 +30,8 @@ from microglia.core.modes import evaluating
 from microglia.core.patterns import NM, Block, Unstructured, parse_pattern
 from microglia.core.progress import progress_bar
 from microglia.core.restore import restore
+from microglia.graph.blocks import Passage, check_finite, find_blocks, passages
 from microglia.methods.arguments import check_model, plain_settings
-from microglia.methods.blocks import Passage, check_finite, find_blocks, passages
 from microglia.methods.config import MethodConfig, method, preset
 from microglia.methods.exact_obs import exact_least_squares as _exact  # noqa: F401 -- registers its rule
 from microglia.methods.layer_inputs import Reading, Shared
@@ -112,7 +112,7 @@ class Layerwise:
     """Prunes a model block by block on calibration batches, in place.
 
     Args:
-        model: Any model with a sequence of blocks (see `microglia.methods.blocks.find_blocks`).
+        model: Any model with a sequence of blocks (see `microglia.graph.blocks.find_blocks`).
         batches: Calibration inputs, batch by batch: a tensor, a tuple of arguments, or a mapping of keyword arguments.
         config: See `LayerwiseConfig`.
         forward: (model, inputs) -> outputs.

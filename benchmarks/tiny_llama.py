@@ -8,11 +8,15 @@ Wanda and SparseGPT (64 windows calibrate, mask block 32), each recovered for ``
 
 Run: ``python benchmarks/tiny_llama.py --out runs/tiny_llama --write docs/language.md`` (about 12 minutes on two cores; a trial:
 ``--steps 8 --recovery 2``). Last line: ``ratio: <loss added by magnitude / by SparseGPT, at 50 %>``.
+
+``--activations`` leaves the weights and gives the layers in the blocks thresholds instead, uniform and greedy. Last line then:
+``ratio: <loss added by uniform / by greedy thresholds, at 50 %>``.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import math
 import pydoc_data.topics
 from pathlib import Path
@@ -21,6 +25,7 @@ from typing import Any
 import torch
 from torch import nn
 
+import microglia as mg
 from language_document import PATTERNS, RULES, pruned, section, smaller, times
 from microglia.core.restore import restore
 from microglia.methods.procedure import train
@@ -33,6 +38,8 @@ from microglia.zoo.external import declare_operators
 LENGTH, BATCH, WINDOWS, FIRST = 128, 24, 64, 60
 EPOCH = 125
 """Steps after which the training is stored."""
+SPARSITIES = (0.25, 0.4, 0.5, 0.65)
+"""Fractions of activations that count as zero."""
 
 
 def made(out: Path) -> Path:
@@ -64,8 +71,33 @@ def perplexities(model: nn.Module, task: Task, windows: int | None) -> tuple[flo
     return math.exp(sum(first) / len(first)), math.exp(sum(losses) / len(losses))
 
 
-def main() -> None:
-    """Prints the tables and the ratio."""
+def activations(dense: nn.Module, batches: list[Any], task: Task, given: argparse.Namespace) -> None:
+    """Prints the perplexities with thresholds of 16 windows, and the ratio."""
+    whole = perplexities(dense, task, given.windows)
+    lines = [
+        f"Perplexity per byte, first {FIRST} windows / all; dense {whole[0]:.3f} / {whole[1]:.3f}. Nothing is trained.",
+        "",
+        "| activations that count as zero | uniform | greedy |",
+        "| ---: | --- | --- |",
+    ]
+    added: dict[tuple[float, str], float] = {}
+    for sparsity in SPARSITIES:
+        shown = []
+        for rule in ("uniform", "greedy"):
+            model = mg.sparse_activations(
+                copy.deepcopy(dense), batches[:2], sparsity=sparsity, rule=rule, layers=["model.layers.*"]
+            )
+            first, every = perplexities(model, task, given.windows)
+            added[sparsity, rule] = math.log(first / whole[0])
+            shown.append(f"{first:.3f} / {every:.3f}")
+        lines.append(f"| {sparsity:.0%} | {shown[0]} | {shown[1]} |")
+        print(lines[-1], flush=True)
+    section(given.write, "tiny_llama_activations", lines)
+    print(f"ratio: {added[0.5, 'uniform'] / max(added[0.5, 'greedy'], 1e-9):.2f}")
+
+
+def asked() -> argparse.Namespace:
+    """Returns what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/tiny_llama"))
     parser.add_argument("--steps", type=int, default=500)
@@ -73,7 +105,13 @@ def main() -> None:
     parser.add_argument("--windows", type=int)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--write", type=Path)
-    given = parser.parse_args()
+    parser.add_argument("--activations", action="store_true", help="only the table of thresholds")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Prints the tables and the ratio."""
+    given = asked()
     given.out.mkdir(parents=True, exist_ok=True)
     text = given.out / "topics.txt"
     text.write_text("\n\n".join(pydoc_data.topics.topics.values()))
@@ -91,6 +129,9 @@ def main() -> None:
 
     calibration = task.data.batches("train", 8, seed=0, shuffle=True).epoch(0)
     batches = [inputs for inputs, _ in (next(calibration) for _ in range(WINDOWS // 8))]
+    if given.activations:
+        activations(dense, batches, task, given)
+        return
     whole = perplexities(dense, task, given.windows)
     lines = [
         f"{sum(p.numel() for p in dense.parameters()):,} parameters, {given.steps} steps, one seed. Perplexity per byte, first "

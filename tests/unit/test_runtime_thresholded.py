@@ -133,7 +133,11 @@ def test_the_operator_takes_any_leading_shape_and_any_layout() -> None:
 @needs_kernel
 def test_the_operator_refuses_what_does_not_fit() -> None:
     weight, threshold = torch.randn(6, 9), torch.tensor(0.4)
-    for x, other in ((torch.ones(1, 5), weight), (torch.ones(1, 6), weight.double()), (torch.ones(1, 6, dtype=torch.half), weight)):
+    for x, other in (
+        (torch.ones(1, 5), weight),
+        (torch.ones(1, 6), weight.double()),
+        (torch.ones(1, 6, dtype=torch.half), weight),
+    ):
         with pytest.raises(RuntimeError, match="microglia"):
             OPERATOR(x, other, None, threshold)
     with pytest.raises(RuntimeError, match="threshold must be one number"):

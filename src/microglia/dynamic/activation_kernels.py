@@ -95,7 +95,6 @@ def _tuned(layers: dict[str, ThresholdedLinear], generator: torch.Generator, rou
         if times["kernel"][count] >= times["thresholded"][count]:
             break
         rows = count
-    del plain, turned
     for layer in layers.values():
         layer.rows = rows
         weight = layer.weight.detach()

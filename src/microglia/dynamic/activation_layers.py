@@ -27,20 +27,20 @@ class ThresholdedLinear(nn.Linear):
         threshold: One number, in the type of the weight.
         sparsity: The fraction of entries that the threshold was made for.
         rows: Maximum number of rows for which the compiled kernel runs; 0 for never. Set by
-            `microglia.dynamic.tune_activations`. The weight then lies in memory input by input, as the kernel reads it; its shape
-            stays (outputs, inputs).
+            `microglia.dynamic.tune_activations`. The weight then lies input by input in memory, as the kernel reads it; its
+            shape stays (outputs, inputs).
     """
 
     threshold: Tensor
     sparsity: float
     rows: int
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Returns the layer's output for a thresholded input."""
-        if self.rows and _takes(self, x):
-            out: Tensor = torch.ops.microglia.thresholded_linear(x, self.weight.t(), self.bias, self.threshold)
+        if self.rows and _takes(self, input):
+            out: Tensor = torch.ops.microglia.thresholded_linear(input, self.weight.t(), self.bias, self.threshold)
             return out
-        return functional.linear(thresholded(x, self.threshold), self.weight, self.bias)
+        return functional.linear(thresholded(input, self.threshold), self.weight, self.bias)
 
     def extra_repr(self) -> str:
         """Returns the sizes and the sparsity."""
@@ -107,4 +107,4 @@ def _replayed(model: nn.Module, sparsities: Mapping[str, float]) -> nn.Module:
     return model
 
 
-register_change("activations", Change(of=_sparsities, encode=dict, decode=_decoded, replay=_replayed, forms=True))
+register_change("activations", Change(of=_sparsities, encode=dict, decode=_decoded, replay=_replayed))

@@ -11,10 +11,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from microglia.core.batch import tensors_of
+from microglia.core.batch import map_tensors, tensors_of
 from microglia.core.progress import progress_bar
 from microglia.core.registry import Registry
 from microglia.graph.blocks import Passage, check_finite, find_blocks, passages
@@ -111,7 +110,9 @@ class _Block:
         same = dict.fromkeys(self.names, sparsity)
         return now if error <= self.error(same) else same
 
-    def _steps(self, now: dict[str, float], sizes: dict[str, int], amount: float) -> Iterator[tuple[float, float, dict[str, float]]]:
+    def _steps(
+        self, now: dict[str, float], sizes: dict[str, int], amount: float
+    ) -> Iterator[tuple[float, float, dict[str, float]]]:
         """Yields the error, the weights left out and the sparsities after a step in each layer that is not empty yet."""
         for name, size in sizes.items():
             taken = min(amount, (1 - now[name]) * size)
@@ -145,9 +146,13 @@ def _cut(layers: Mapping[str, nn.Linear], thresholds: Mapping[str, float]) -> It
     """Context in which layers read thresholded inputs."""
 
     def hook(threshold: float) -> Callable[..., Any]:
-        return lambda module, args: (thresholded(args[0], threshold), *args[1:])
+        def cut(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            return map_tensors(lambda x: thresholded(x, threshold), (args, kwargs))  # type: ignore[no-any-return]
 
-    handles = [layers[name].register_forward_pre_hook(hook(value)) for name, value in thresholds.items() if value]
+        return cut
+
+    cuts = {layers[name]: hook(value) for name, value in thresholds.items() if value}
+    handles = [layer.register_forward_pre_hook(cut, with_kwargs=True) for layer, cut in cuts.items()]
     try:
         yield
     finally:

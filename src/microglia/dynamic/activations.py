@@ -42,11 +42,11 @@ def sparse_activations(
 ) -> M:
     """Gives the linear layers of a model thresholds, in place: entries of their inputs below them count as zero.
 
-    Nothing is trained, and weights stay. The outputs are the same function of the input at every batch size and on every device.
-    `microglia.dynamic.tune_activations` then makes single tokens faster on the CPU. `microglia.save` and `microglia.load` keep the
-    thresholds. Called again, it calibrates the dense model anew.
+    Nothing is trained, and weights stay. The outputs are the same function of the input at every batch size and on every
+    device. `microglia.dynamic.tune_activations` then makes single tokens faster on the CPU. `microglia.save` and
+    `microglia.load` keep the thresholds. Called again, it calibrates the dense model anew.
 
-    The paper leaves the first half of a prompt dense, because the first tokens bear it badly. Here thresholds hold for every token.
+    The authors' code leaves the first half of a prompt dense. Here thresholds hold for every token.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(8, 16), nn.SiLU(), nn.Linear(16, 8))
@@ -56,14 +56,15 @@ def sparse_activations(
 
     Args:
         model: Any model with layers of `nn.Linear`, such as a decoder of transformers.
-        batches: Calibration inputs, batch by batch: a tensor, a tuple of arguments, or a mapping of keyword arguments. Padding by an
-            ``attention_mask`` does not count.
-        sparsity: Fraction of the entries that count as zero on the calibration batches, in [0, 1); by the rule ``greedy``, of the
-            weights that are not read.
+        batches: Calibration inputs, batch by batch: a tensor, a tuple of arguments, or a mapping of keyword arguments.
+            Padding by an ``attention_mask`` does not count.
+        sparsity: Fraction of the entries that count as zero on the calibration batches, in [0, 1); by the rule ``greedy``, of
+            the weights that are not read.
         rule: ``uniform``, or ``greedy``: within each block by the measured error of its output. Greedy runs each block about
             ``sparsity / step`` times for each pair of its layers.
-        layers: Selectors of the layers to take (see `microglia.core.layers.matches`). Other layers than linear ones stay as they are.
-        exclude: Selectors of the layers to leave out. The paper leaves out the output layer, such as ``lm_head``.
+        layers: Selectors of the layers to take (see `microglia.core.layers.matches`). Layers that are not linear stay as they
+            are.
+        exclude: Selectors of the layers to leave out. The authors leave out the output layer, such as ``lm_head``.
         blocks: For ``greedy``: path of the list of blocks, such as ``model.layers``; None for the longest list of one class.
         step: For ``greedy``: growth of one layer's sparsity in one step, for a layer of the block's mean size, in (0, 1].
         forward: (model, inputs) -> outputs.
@@ -74,10 +75,12 @@ def sparse_activations(
     Raises:
         BudgetError: The sparsity or the step is out of range.
         SelectorError: No linear layer is chosen, or ``greedy`` finds no blocks.
-        MicrogliaError: There are no batches, the model does not take them, or a layer reads nothing or numbers that are not finite.
+        MicrogliaError: There are no batches, the model does not take them, or a layer reads nothing, or no finite numbers.
     """
     if not 0 <= sparsity < 1:
-        raise BudgetError(f"sparsity is the fraction of activations that count as zero, at least 0 and below 1; got {sparsity}.")
+        raise BudgetError(
+            f"sparsity is the fraction of activations that count as zero, at least 0 and below 1; got {sparsity}."
+        )
     if not 0 < step <= 1:
         raise BudgetError(f"step is the growth of one layer's sparsity, above 0 and at most 1; got {step}.")
     shares, chosen = rules[rule], _linear_layers(model, layers, exclude)

@@ -141,8 +141,8 @@ def main() -> None:
     print(
         f"{processor_name()}, level {level()}, {given.threads} threads, torch {torch.__version__}; milliseconds (times as fast)"
     )
-    columns = "".join(f"{f'{s:.0%} of activations':>16}" if s == 0 else f"{f'{s:.0%}':>16}" for s in SPARSITIES)
-    print(f"{'':<16}{'dense':>9}{'packed':>9}{columns}   dropped at 50%")
+    columns = "".join(f"{f'{sparsity:.0%} zero':>16}" for sparsity in SPARSITIES)
+    print(f"{'':<16}{'dense':>9}{'packed':>9}{columns}   measured at 50%")
     found = [layer(*shape, given.rounds) for shape in SHAPES[given.small]]
     found.append(tokens(given.small, given.rounds))
     print(f"ratio: {math.prod(found) ** (1 / len(found)):.2f}")

@@ -75,7 +75,8 @@ def activations(dense: nn.Module, batches: list[Any], task: Task, given: argpars
     """Prints the perplexities with thresholds of 16 windows, and the ratio."""
     whole = perplexities(dense, task, given.windows)
     lines = [
-        f"Perplexity per byte, first {FIRST} windows / all; dense {whole[0]:.3f} / {whole[1]:.3f}. Nothing is trained.",
+        f"The model of the section above, one seed; 16 windows calibrate. Perplexity per byte, first {FIRST} windows / all; "
+        f"dense {whole[0]:.3f} / {whole[1]:.3f}. Nothing is trained after the thresholds.",
         "",
         "| activations that count as zero | uniform | greedy |",
         "| ---: | --- | --- |",
@@ -90,7 +91,7 @@ def activations(dense: nn.Module, batches: list[Any], task: Task, given: argpars
             first, every = perplexities(model, task, given.windows)
             added[sparsity, rule] = math.log(first / whole[0])
             shown.append(f"{first:.3f} / {every:.3f}")
-        lines.append(f"| {sparsity:.0%} | {shown[0]} | {shown[1]} |")
+        lines.append(f"| {100 * sparsity:.0f} % | {shown[0]} | {shown[1]} |")
         print(lines[-1], flush=True)
     section(given.write, "tiny_llama_activations", lines)
     print(f"ratio: {added[0.5, 'uniform'] / max(added[0.5, 'greedy'], 1e-9):.2f}")

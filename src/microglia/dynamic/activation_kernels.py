@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -84,7 +85,7 @@ def _tuned(layers: dict[str, ThresholdedLinear], generator: torch.Generator, rou
     plain, turned = first.weight.detach().contiguous(), first.weight.detach().t().contiguous()
     for count in COUNTS:
         x = _inputs(first, count, generator)
-        ways = {
+        ways: dict[str, Callable[[], object]] = {
             "dense": partial(functional.linear, x, plain, first.bias),
             "thresholded": lambda x=x: functional.linear(thresholded(x, first.threshold), plain, first.bias),
             "kernel": partial(torch.ops.microglia.thresholded_linear, x, turned, first.bias, first.threshold),

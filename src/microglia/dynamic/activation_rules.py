@@ -71,7 +71,7 @@ def greedy(calibration: Calibration, sparsity: float) -> dict[str, float]:
         SelectorError: The model has no blocks that run one after another.
     """
     path, blocks = find_blocks(calibration.model, calibration.blocks)
-    found = uniform(calibration, sparsity)
+    found = dict.fromkeys(calibration.layers, sparsity)
     held = passages(calibration.model, blocks, calibration.batches, calibration.forward)
     with progress_bar("activations: blocks", len(blocks)) as bar:
         for index, block in enumerate(blocks):

@@ -87,7 +87,7 @@ def _tuned(layers: dict[str, ThresholdedLinear], generator: torch.Generator, rou
         x = _inputs(first, count, generator)
         ways: dict[str, Callable[[], object]] = {
             "dense": partial(functional.linear, x, plain, first.bias),
-            "thresholded": lambda x=x: functional.linear(thresholded(x, first.threshold), plain, first.bias),
+            "thresholded": partial(_product, x, plain, first.bias, first.threshold),
             "kernel": partial(torch.ops.microglia.thresholded_linear, x, turned, first.bias, first.threshold),
         }
         found = time_interleaved(ways, rounds=rounds, warmup=2, min_round_seconds=0.002)
@@ -102,6 +102,11 @@ def _tuned(layers: dict[str, ThresholdedLinear], generator: torch.Generator, rou
         layer.weight.data = weight.t().contiguous().t() if rows else weight.contiguous()
     shape, sparsity = tuple(first.weight.shape), round(first.sparsity, 2)
     return TunedLayers(tuple(layers), shape, sparsity, **times, rows=rows)
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None, threshold: Tensor) -> Tensor:
+    """Returns what a thresholded layer computes without the kernel."""
+    return functional.linear(thresholded(x, threshold), weight, bias)
 
 
 def _inputs(layer: ThresholdedLinear, rows: int, generator: torch.Generator) -> Tensor:

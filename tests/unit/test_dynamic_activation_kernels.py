@@ -78,6 +78,19 @@ def test_a_layer_keeps_the_kernel_only_where_it_is_faster(monkeypatch: pytest.Mo
 
 
 @needs_kernel
+def test_masks_and_cuts_go_with_thresholds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(kernels, "time_interleaved", fastest("kernel"))
+    x = drawn(40, 12)
+    model = mg.prune_channels(mg.sparse_activations(net(), [x]), x[:2], mg.Budget(params=0.5), round_to=1)
+    mg.mask(model, {"2.weight": torch.rand(model[2].weight.shape) > 0.5})
+    expected = model(x)
+    assert torch.equal(mg.load(mg.save(model, tmp_path), net())(x), expected)
+    assert [entry.layers for entry in tune_activations(model)] == [("0.weight",), ("4.weight",)]
+    with torch.no_grad():
+        torch.testing.assert_close(torch.cat([model(row) for row in x.split(1)]), expected)
+
+
+@needs_kernel
 def test_timed_inputs_have_the_sparsity_of_the_layer() -> None:
     model = mg.sparse_activations(net(), [drawn(40, 12)], sparsity=0.7)
     x = kernels._inputs(model[2], 3, torch.Generator().manual_seed(0))

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.utils.parametrize import is_parametrized
 
 from microglia.core.layers import prunable_layers
 from microglia.core.progress import progress_bar
@@ -63,11 +64,12 @@ def tune_activations(model: nn.Module, *, rounds: int = 7, seed: int = 0) -> lis
     """
     if level() == "torch":
         return []
-    shared = {name for name, layer in prunable_layers(model).items() if len(layer.holders) > 1}
+    # A weight that others hold too lies as they read it; a parametrized one is made anew in every call.
+    left = {n for n, layer in prunable_layers(model).items() if len(layer.holders) > 1 or is_parametrized(layer.module)}
     alike: dict[tuple[Any, ...], dict[str, ThresholdedLinear]] = {}
     for name, layer in thresholded_layers(model).items():
         layer.rows = 0
-        if name not in shared and layer.weight.device.type == "cpu" and layer.weight.dtype in TYPES:
+        if name not in left and layer.weight.device.type == "cpu" and layer.weight.dtype in TYPES:
             key = tuple(layer.weight.shape), layer.weight.dtype, layer.bias is None, round(layer.sparsity, 2)
             alike.setdefault(key, {})[name] = layer
     found, generator = [], torch.Generator().manual_seed(seed)

@@ -15,10 +15,10 @@
 namespace microglia::thresholded {
 namespace {
 
-constexpr int64_t at_once = 8;       // rows of the weight in one pass over the sums
-constexpr int64_t together = 4;      // rows of x that share what is read
-constexpr int64_t sums_held = 16384;  // of all these rows: 64 kB, in L2
-constexpr int64_t least_width = 64;  // outputs of one piece of work
+constexpr int64_t at_once = 8;           // rows of the weight in one pass over the sums
+constexpr int64_t together = 4;          // rows of x that share what is read
+constexpr int64_t sums_held = 16384;     // of all these rows: 64 kB, in L2
+constexpr int64_t least_width = 64;      // outputs of one piece of work
 constexpr int64_t worthwhile = 1 << 15;  // multiplications for which a thread is woken
 
 thread_local block::Scratch scratch;

@@ -8,8 +8,9 @@
 extern "C" {
 #endif
 
-// y[row] = bias + the sum of x[row][j] * weight[j] over the inputs j with |x[row][j]| > threshold. NaN counts as above every threshold. Rows
-// share what is read: a row of the weight that one of them needs meets the others as 0 * weight, so the weight must be finite.
+// y[row] = bias + the sum of x[row][j] * weight[j] over the inputs j with |x[row][j]| > threshold. NaN counts as above every
+// threshold. Rows share what is read: a row of the weight that one of them needs meets the others as 0 * weight, so the weight
+// must be finite.
 typedef struct {
   int64_t rows, inputs, outputs;
   const void* weight;  // [inputs][outputs]

@@ -87,6 +87,11 @@ def _head_fields(module: Any, became: Mapping[int, set[int]]) -> dict[str, int]:
     return {**found, WIDTH: width}
 
 
+def buildable(model: nn.Module) -> list[str]:
+    """Returns the paths of the models of transformers in a model whose classes build their shapes from their configurations."""
+    return [path for path, module in _outermost(model) if _builds(module, {})]
+
+
 def set_fields(small: nn.Module, fields: Fields) -> None:
     """Writes fields to the configurations of a cut model; a model of transformers without any refuses its `save_pretrained`."""
     for path, module in _outermost(small):

@@ -135,7 +135,8 @@ def _watch(model: nn.Module, layer: ExpertLayer, tally: Tally, counted: list[Ten
     experts = module.get_submodule(layer.experts)
 
     def norms(expert: int, hidden: Tensor) -> Tensor:
-        return torch.linalg.vector_norm(layer.kind.run(experts, expert, hidden).float(), dim=-1)
+        outputs = layer.kind.run(experts, expert, hidden).float()
+        return outputs.square().sum(-1).sqrt()
 
     def watch(part: nn.Module, args: Any, kwargs: Any, outputs: Any) -> None:
         routing = layer.kind.routing(module, [*args, *kwargs.values()], outputs)

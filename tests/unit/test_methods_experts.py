@@ -14,13 +14,7 @@ from microglia.graph.experts import ExpertForm, expert_forms, expert_layers, mas
 from microglia.methods import ExpertScore, drop_experts, expert_scores, tally_experts
 from microglia.storage.changes import changes_of
 
-if importlib.util.find_spec("transformers"):
-    from microglia.zoo.external import declare_operators
-
-    declare_operators()
-    import transformers
-else:
-    transformers = None
+transformers = pytest.importorskip("transformers") if importlib.util.find_spec("transformers") else None
 needs_transformers = pytest.mark.skipif(transformers is None, reason="transformers is not installed")
 
 SIZES = {
@@ -292,11 +286,7 @@ LAYERS = {"blocks.0": [0, 1], "blocks.1": [2, 3]}
 @pytest.mark.parametrize(
     ("call", "error", "text"),
     [
-        (
-            lambda: drop_experts(nn.Sequential(nn.Linear(2, 2)), [X], keep=1),
-            SelectorError,
-            "Sequential has no layer of experts",
-        ),
+        (lambda: drop_experts(nn.Sequential(nn.Linear(2, 2)), [X], keep=1), SelectorError, "has no layer of experts"),
         (lambda: drop_experts(Net(), [X], keep=5), BudgetError, "1 to 4 here; got 5"),
         (lambda: drop_experts(Net(), [X], keep=1), BudgetError, "goes to 2 experts, so at least 2 stay; got 1"),
         (lambda: drop_experts(Net(), [], keep=2), MicrogliaError, "give at least one"),

@@ -23,7 +23,7 @@ class Routing:
     """The experts of each token in one call of a layer.
 
     Attributes:
-        hidden: What enters the experts, (tokens, width).
+        hidden: Inputs of the experts, (tokens, width).
         index: Numbers of the chosen experts, (tokens, chosen).
         weights: Weights of their outputs, (tokens, chosen).
     """

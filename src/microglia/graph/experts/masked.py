@@ -82,7 +82,7 @@ def verify_experts(
     Args:
         model: The model before the cut.
         small: The result of `keep_experts`.
-        kept: What stayed of ``model``.
+        kept: Path of each layer -> numbers of the experts that stayed.
         inputs: One batch.
         forward: (model, inputs) -> outputs.
 

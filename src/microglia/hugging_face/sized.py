@@ -1,4 +1,4 @@
-"""Models of transformers whose layers differ in width: after ``import microglia.hugging_face``, the Auto classes open them.
+"""The opener of directories with sizes: a configuration and, for every Auto class of transformers, what it calls.
 
     import microglia.hugging_face
     model = transformers.AutoModelForCausalLM.from_pretrained(directory)

@@ -112,9 +112,17 @@ def test_a_cut_that_the_configuration_can_say_opens_in_transformers(tmp_path, ma
     torch.testing.assert_close(outputs(loaded, example), outputs(small, example))
 
 
+def test_a_cut_whose_layers_differ_opens_in_transformers_with_this_library(tmp_path):
+    model, example, _ = bert()
+    small = mg.prune_channels(model.eval(), example, HALF)
+    written = mg.export(small, tmp_path / "folder", example)
+    assert (written.target, written.difference < 1e-6) == ("hf", True)
+
+
 def test_a_cut_that_no_configuration_can_say_leaves_nothing_behind(tmp_path):
     model, example, _ = bert()
     small = mg.prune_channels(model.eval(), example, HALF)
+    small.bert.encoder.layer[0].attention.self.num_attention_heads += 1  # what no list of sizes says
     with pytest.raises(MicrogliaError, match="cannot say the widths of this pruned model"):
         mg.export(small, tmp_path / "folder", example)
     with pytest.raises(MicrogliaError, match="is no model of transformers"):

@@ -1,6 +1,7 @@
 """Language models: caches and other objects among the outputs, token ids of any length, and what transformers saves."""
 
 import importlib.util
+import json
 from dataclasses import dataclass
 
 import pytest
@@ -219,12 +220,13 @@ def test_even_hidden_widths_go_through_transformers_own_saving(tmp_path, build, 
 
 
 @needs_transformers
-def test_widths_that_differ_between_layers_are_refused_for_transformers_does_not_build_them(tmp_path):
+def test_widths_that_differ_between_layers_are_listed_for_transformers_does_not_build_them(tmp_path):
     small = mg.prune_channels(llama(), {"input_ids": tokens(2, 8)}, HALF, scope="global", exclude=EXCLUDED, round_to=1)
     widths = [layer.mlp.gate_proj.out_features for layer in small.model.layers]
     assert widths[0] != widths[1]
-    with pytest.raises(FileError, match=r"LlamaForCausalLM cannot say the widths.*microglia.save"):
-        small.save_pretrained(tmp_path / "hf")
+    small.save_pretrained(tmp_path / "hf")  # opened in test_hugging_face.py
+    listed = json.loads((tmp_path / "hf" / "config.json").read_text())["microglia"]["shapes"]
+    assert [listed[f"model.layers.{i}.mlp.gate_proj.weight"][0] for i in range(len(widths))] == widths
     mg.save(small, tmp_path / "mg")
     again = mg.load(tmp_path / "mg", llama())
     assert [layer.mlp.gate_proj.out_features for layer in again.model.layers] == widths
@@ -241,7 +243,11 @@ def test_widths_that_no_configuration_says_are_refused_in_a_sentence(tmp_path):
     dense = bert()
     small = mg.prune_channels(dense, {"input_ids": ids}, mg.Budget(params=0.6), round_to=1)
     mg.save(small, tmp_path / "mg")
-    for model in (small, small.bert, mg.load(tmp_path / "mg", bert())):
+    part = small.bert  # not the whole, which lists the sizes of its tensors
+    again = mg.load(tmp_path / "mg", bert())
+    for model in (small, again):
+        model.bert.encoder.layer[0].attention.self.num_attention_heads += 1  # no list of sizes says this
+    for model in (small, part, again):
         with pytest.raises(FileError, match=r"BertForSequenceClassification cannot say the widths.*microglia.save"):
             model.save_pretrained(tmp_path / "hf")
     assert not (tmp_path / "hf").exists()

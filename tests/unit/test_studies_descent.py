@@ -235,3 +235,11 @@ def test_widths_on_a_part_of_the_images(tmp_path):
     told = view_descent(Descending(replace(QUICK, steps=5), widths=(2, 1), samples=(40,), out=tmp_path)).result
     assert told.over == "width"
     assert [(row.width, row.samples) for row in told.rows] == [(1, 40), (2, 40)]
+
+
+def test_a_part_of_the_images_has_as_many_changed_labels_as_the_whole(data):
+    """Labels and parts were once drawn by one permutation: a tenth of the images had nothing but changed labels."""
+    noisy = with_label_noise(data, 0.1, seed=0)
+    for samples in (100, 300, 600):
+        part, true = (with_samples(kind, samples, seed=0).train.labels for kind in (noisy, data))
+        assert abs(float((part != true).float().mean()) - 0.1) < 4 * (0.09 / samples) ** 0.5

@@ -6,6 +6,7 @@ from typing import Any
 
 CHANGES: dict[str, str] = {
     "depth": "microglia.graph.depth",
+    "experts": "microglia.graph.experts.removal",
     "masks": "microglia.storage.masked",
     "shrunk": "microglia.graph.cutting.change",
     "gates": "microglia.dynamic.change",

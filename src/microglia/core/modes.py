@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -64,3 +65,18 @@ def statistics_kept(model: nn.Module) -> Iterator[None]:
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
+
+
+@contextmanager
+def without_cache(model: nn.Module) -> Iterator[None]:
+    """Context in which the models of transformers keep no keys and values of earlier calls."""
+    configs: list[Any] = [m.config for m in model.modules() if hasattr(getattr(m, "config", None), "use_cache")]
+    configs = list({id(config): config for config in configs}.values())
+    before = [config.use_cache for config in configs]
+    try:
+        for config in configs:
+            config.use_cache = False
+        yield
+    finally:
+        for config, value in zip(configs, before, strict=True):
+            config.use_cache = value

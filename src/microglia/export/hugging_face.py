@@ -23,7 +23,7 @@ def write_directory(source: Source, path: Path) -> None:
 
     Raises:
         ExportError: It is no model of transformers, or came back as a graph.
-        FileError: Its configuration cannot say the widths that the cut left.
+        FileError: Neither its configuration nor a list of sizes can say the widths that the cut left.
     """
     model: Any = source.model
     if not _is_pretrained(model):
@@ -45,10 +45,17 @@ def open_directory(path: Path) -> Exported:
     needs("zoo", "transformers")
     import transformers
 
+    from microglia.hugging_face import SizedConfig, open_sized
+
     try:
         with quiet():
-            (name, *_) = transformers.AutoConfig.from_pretrained(path).architectures
-            model, told = getattr(transformers, name).from_pretrained(path, output_loading_info=True)
+            config = transformers.AutoConfig.from_pretrained(path)
+            (name, *_) = config.architectures
+            kind = getattr(transformers, name)
+            if isinstance(config, SizedConfig):
+                model, told = open_sized(kind, path, config=config, output_loading_info=True)
+            else:
+                model, told = kind.from_pretrained(path, output_loading_info=True)
     except Exception as error:
         raise ExportError(f"transformers does not open {path}: {first_line(error)}") from error
     unread = sorted({*told["missing_keys"], *told["unexpected_keys"]})

@@ -4,6 +4,7 @@ from microglia.graph.cutting import change as _registered  # noqa: F401
 from microglia.graph.cutting.plan import Plan, plan_of, replay
 from microglia.graph.cutting.verify import ShrinkError
 from microglia.graph.depth import Depth, depth_of, keep_blocks
+from microglia.graph.experts import Experts, experts_of, keep_experts
 from microglia.graph.order.permute import Permutation, permutation_of, permute_channels
 from microglia.graph.prune import prune_channels
 from microglia.graph.selection import select_channels
@@ -11,11 +12,14 @@ from microglia.graph.shrink import shrink
 
 __all__ = [
     "Depth",
+    "Experts",
     "Permutation",
     "Plan",
     "ShrinkError",
     "depth_of",
+    "experts_of",
     "keep_blocks",
+    "keep_experts",
     "permutation_of",
     "permute_channels",
     "plan_of",

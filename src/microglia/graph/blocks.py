@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from microglia.core.batch import call, map_tensors
 from microglia.core.errors import MicrogliaError, SelectorError
 from microglia.core.layers import prunable_attributes
+from microglia.core.modes import without_cache
 from microglia.core.running import first_line
 from microglia.scores.reading import MISFITS, kind_of
 
@@ -131,7 +132,7 @@ def passages(
     """
     found: list[Passage] = []
     whole = True
-    with _without_cache(model):
+    with without_cache(model):
         for batch in inputs:
             seen = _watched(model, blocks, batch, forward, whole=whole or len(found[0].others) > 1)
             seen.counted = counted_positions(batch)
@@ -223,26 +224,11 @@ def _equal(one: Any, other: Any) -> bool:
 
 
 def counted_positions(batch: Any) -> Tensor | None:
-    """Returns which tokens of a batch are no padding, or None where all count."""
+    """Returns which tokens of a batch are no padding, boolean (batch, positions), or None where all count."""
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
     if not isinstance(mask, Tensor) or mask.ndim != 2 or bool(mask.all()):
         return None
     return mask.bool()
-
-
-@contextmanager
-def _without_cache(model: nn.Module) -> Iterator[None]:
-    """Context in which the models of transformers keep no keys and values of earlier calls."""
-    configs: list[Any] = [m.config for m in model.modules() if hasattr(getattr(m, "config", None), "use_cache")]
-    configs = list({id(config): config for config in configs}.values())
-    before = [config.use_cache for config in configs]
-    try:
-        for config in configs:
-            config.use_cache = False
-        yield
-    finally:
-        for config, value in zip(configs, before, strict=True):
-            config.use_cache = value
 
 
 def check_finite(hidden: Any, name: str) -> None:

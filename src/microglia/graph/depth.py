@@ -18,6 +18,8 @@ NUMBER = "layer_idx"
 """Attribute of a block's modules that holds its number; the cache of keys and values is indexed by it."""
 LAYERS = "num_hidden_layers"
 """Field of a configuration of transformers that holds the number of blocks."""
+STATES = {"experts": "without some of its experts", "gates": "gated"}
+"""Words for a model with a change, where the change's own name is none."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,8 @@ def keep_blocks(model: nn.Module, blocks: str, kept: Sequence[int]) -> nn.Module
         )
     if named := [name for name in changes_of(model) if name not in ("masks", "depth")]:
         raise SelectorError(
-            f"This model is {named[0]} already, and its file names the blocks: remove blocks first, then do the rest."
+            f"This model is {STATES.get(named[0], named[0])} already, and its file names the blocks: remove blocks first, then "
+            "do the rest."
         )
     if (before := depth_of(model)) is not None:
         if before.blocks != blocks:

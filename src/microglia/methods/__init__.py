@@ -18,6 +18,7 @@ from microglia.methods.depth import block_influence, drop_blocks
 from microglia.methods.dsr import Dsr, DsrConfig
 from microglia.methods.eagleeye import EagleEye, EagleEyeConfig
 from microglia.methods.evolution import Evolution
+from microglia.methods.experts import ExpertScore, Tally, drop_experts, expert_scores, tally_experts
 from microglia.methods.fbs import Fbs, FbsConfig
 from microglia.methods.filter_norms import FilterNorms, FilterNormsConfig
 from microglia.methods.fpgm import Fpgm, FpgmConfig
@@ -88,6 +89,7 @@ __all__ = [
     "EagleEyeConfig",
     "Evaluator",
     "Evolution",
+    "ExpertScore",
     "Fbs",
     "FbsConfig",
     "FilterNorms",
@@ -156,6 +158,7 @@ __all__ = [
     "Sss",
     "SssConfig",
     "Takes",
+    "Tally",
     "Taylor",
     "TaylorConfig",
     "Thinet",
@@ -172,7 +175,10 @@ __all__ = [
     "WoodFisherConfig",
     "block_influence",
     "drop_blocks",
+    "drop_experts",
+    "expert_scores",
     "method",
     "methods",
     "preset",
+    "tally_experts",
 ]

@@ -1,7 +1,8 @@
 """Configurations of transformers' models: `save_pretrained` of a cut model can be loaded again, or is refused.
 
-Widths that differ between layers are refused. The configurations of transformers 5.23 can express them (`per_layer_config`).
-Its language models cannot use them: the MLP of Llama, and that of Gemma 4, reads one `intermediate_size` and raises.
+Widths that differ between layers are listed tensor by tensor; see `microglia.graph.cutting.sizes`. The configurations of
+transformers 5.23 can express them (`per_layer_config`), but its language models cannot use them: the MLP of Llama, and that
+of Gemma 4, reads one `intermediate_size` and raises.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from microglia.core.errors import FileError
+from microglia.graph.cutting.sizes import SIZES, refuse, save_sized, sizes_of
 
 Fields = Mapping[str, Mapping[str, Any]]
 """Path of a model of transformers within the model -> field of its configuration -> new value."""
@@ -87,15 +88,24 @@ def _head_fields(module: Any, became: Mapping[int, set[int]]) -> dict[str, int]:
     return {**found, WIDTH: width}
 
 
+def buildable(model: nn.Module) -> list[str]:
+    """Returns the paths of the models of transformers in a model whose classes build their shapes from their configurations."""
+    return [path for path, module in _outermost(model) if _builds(module, {})]
+
+
 def set_fields(small: nn.Module, fields: Fields) -> None:
-    """Writes fields to the configurations of a cut model; a model of transformers without any refuses its `save_pretrained`."""
+    """Writes fields to the configurations of a cut model; `save_pretrained` of a model without any writes sizes, or refuses."""
     for path, module in _outermost(small):
+        vars(module.config).pop(SIZES, None)
         for name, value in fields.get(path, {}).items():
             setattr(module.config, name, value)
         if path not in fields:
             for part in module.modules():
                 if hasattr(part, "save_pretrained"):
-                    object.__setattr__(part, "save_pretrained", partial(_refuse, type(module).__name__))
+                    object.__setattr__(part, "save_pretrained", partial(refuse, type(module).__name__))
+            if own := sizes_of(module):
+                setattr(module.config, SIZES, own)
+                object.__setattr__(module, "save_pretrained", partial(save_sized, module))
 
 
 def _outermost(model: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -120,10 +130,3 @@ def _builds(module: Any, fields: Mapping[str, Any]) -> bool:
         return False
     first, second = ({name: tuple(t.shape) for name, t in m.state_dict().items()} for m in (built, module))
     return first == second
-
-
-def _refuse(name: str, *args: Any, **kwargs: Any) -> None:
-    raise FileError(
-        f"The configuration of {name} cannot say the widths of this pruned model, so from_pretrained could not read it: use "
-        "microglia.save(model, directory) and microglia.load(directory, fresh_model)."
-    )

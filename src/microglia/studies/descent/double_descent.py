@@ -24,6 +24,8 @@ from microglia.zoo import build
 Row = dict[str, Any]
 Shape = tuple[int, int, int]
 Schedule = Literal["constant", "root"]
+SUBSETS = 1_000_003
+"""Added to the seed of a draw of images."""
 SAVED = 500
 """Steps after which an unfinished training is saved, at the end of an epoch."""
 
@@ -102,12 +104,14 @@ def with_label_noise(data: ImageData, noise: float, seed: int = 0) -> ImageData:
 def with_samples(data: ImageData, samples: int, seed: int = 0) -> ImageData:
     """Returns the data set with some of its training images, drawn; more samples hold all of fewer.
 
+    The draw is independent of the one in `noisy_labels`: with the same permutation, a part would hold the changed labels first.
+
     Raises:
         MicrogliaError: There are not so many.
     """
     if not 1 <= samples <= len(data.train):
         raise MicrogliaError(f"{data.name} has {len(data.train)} training images; asked for {samples} of them.")
-    order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(SUBSETS + seed))
     return replace(data, train=data.train.subset(order[:samples]))
 
 

@@ -22,7 +22,7 @@ from microglia.runtime.sparse_layers.thresholded import thresholded
 
 @dataclass(frozen=True)
 class Calibration:
-    """What a rule may look at. The model runs dense and stays as it is.
+    """The model and the data of a rule. The model runs dense and stays as it is.
 
     Attributes:
         model: The model, in evaluation mode.

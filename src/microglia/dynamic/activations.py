@@ -44,9 +44,8 @@ def sparse_activations(
 
     Nothing is trained, and weights stay. The outputs are the same function of the input at every batch size and on every
     device. `microglia.dynamic.tune_activations` then makes single tokens faster on the CPU. `microglia.save` and
-    `microglia.load` keep the thresholds. Called again, it calibrates the dense model anew.
-
-    The authors' code leaves the first half of a prompt dense. Here thresholds hold for every token.
+    `microglia.load` keep the thresholds. Called again, it calibrates the dense model anew. The authors' code leaves the first
+    half of a prompt dense. Here thresholds hold for every token.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(8, 16), nn.SiLU(), nn.Linear(16, 8))
@@ -62,8 +61,7 @@ def sparse_activations(
             the weights that are not read.
         rule: ``uniform``, or ``greedy``: within each block by the measured error of its output. Greedy runs each block about
             ``sparsity / step`` times for each pair of its layers.
-        layers: Selectors of the layers to take (see `microglia.core.layers.matches`). Layers that are not linear stay as they
-            are.
+        layers: Selectors of the layers to take (see `microglia.core.layers.matches`); only linear ones are.
         exclude: Selectors of the layers to leave out. The authors leave out the output layer, such as ``lm_head``.
         blocks: For ``greedy``: path of the list of blocks, such as ``model.layers``; None for the longest list of one class.
         step: For ``greedy``: growth of one layer's sparsity in one step, for a layer of the block's mean size, in (0, 1].
@@ -77,24 +75,28 @@ def sparse_activations(
         SelectorError: No linear layer is chosen, or ``greedy`` finds no blocks.
         MicrogliaError: There are no batches, the model does not take them, or a layer reads nothing, or no finite numbers.
     """
+    _check_range(sparsity, step)
+    shares, chosen = rules[rule], _linear_layers(model, layers, exclude)
+    held = list(batches)
+    if not held:
+        raise MicrogliaError("Thresholds are quantiles of activations on calibration batches: give at least one batch.")
+    with evaluating(model), _dense(model):
+        calibration = Calibration(model, chosen, _magnitudes(model, chosen, held, forward), held, forward, blocks, step)
+        found = shares(calibration, sparsity)
+        thresholds = {name: calibration.threshold(name, value) for name, value in found.items()}
+    for name, threshold in thresholds.items():
+        attach_threshold(chosen[name], threshold, float(found[name]))
+    return model
+
+
+def _check_range(sparsity: float, step: float) -> None:
+    """Raises `BudgetError` unless both are fractions in range."""
     if not 0 <= sparsity < 1:
         raise BudgetError(
             f"sparsity is the fraction of activations that count as zero, at least 0 and below 1; got {sparsity}."
         )
     if not 0 < step <= 1:
         raise BudgetError(f"step is the growth of one layer's sparsity, above 0 and at most 1; got {step}.")
-    shares, chosen = rules[rule], _linear_layers(model, layers, exclude)
-    held = list(batches)
-    if not held:
-        raise MicrogliaError("Thresholds are quantiles of activations on calibration batches: give at least one batch.")
-    with evaluating(model), _dense(model):
-        magnitudes = _magnitudes(model, chosen, held, forward)
-        calibration = Calibration(model, chosen, magnitudes, held, forward, blocks, step)
-        found = shares(calibration, sparsity)
-        thresholds = {name: calibration.threshold(name, value) for name, value in found.items()}
-    for name, threshold in thresholds.items():
-        attach_threshold(chosen[name], threshold, float(found[name]))
-    return model
 
 
 def _linear_layers(model: nn.Module, layers: Sequence[str], exclude: Sequence[str]) -> dict[str, nn.Linear]:

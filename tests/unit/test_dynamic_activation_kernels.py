@@ -131,7 +131,8 @@ def test_thresholded_keeps_nan_and_drops_the_threshold_itself() -> None:
 
 def test_the_code_of_the_page_runs() -> None:
     pytest.importorskip("transformers")
-    (code,) = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL)
+    blocks = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL)
+    (code,) = (block for block in blocks if "sparse_activations" in block)
     names: dict[str, Any] = {}
     exec(code, names)
     assert len(thresholded_layers(names["model"])) == 14

@@ -30,7 +30,8 @@ def test_the_examples_run(tmp_path):
     printed = runs(BEFORE + code, tmp_path)
     assert "ONNX Runtime" in printed
     assert {path.name for path in tmp_path.iterdir()} == {
-        "model.onnx", "any_size.onnx", "model.xml", "model.bin", "model.pte", "model.pt2", "bert", "model.numpy", "fast", "uneven",
+        "model.onnx", "any_size.onnx", "model.xml", "model.bin", "model.pte", "model.pt2", "bert", "model.numpy",
+        "fast", "uneven",
     }  # fmt: skip
 
 

@@ -39,7 +39,7 @@ def test_a_program_returns_what_the_model_does_and_tells_what_it_is(heads, tmp_p
     written = export(model, tmp_path / "model.pte", inputs)
     assert written.target == "executorch"
     assert written.engine.startswith("ExecuTorch ")
-    assert written.batch == 2
+    assert (written.batch, written.notes) == (2, ("The file takes inputs of the example's shapes alone.",))
     assert written.examples == 2
     assert [file.name for file in written.files] == ["model.pte"]
     with torch.no_grad():
@@ -75,6 +75,8 @@ def test_a_damaged_file_and_other_shapes_are_one_sentence(heads, tmp_path):
     broken.write_bytes(written.path.read_bytes()[:700])
     with pytest.raises(ExportError, match=r"ExecuTorch does not open .*broken\.pte"):
         targets["executorch"].open(broken)
+    with pytest.raises(ExportError, match=r"takes inputs of the shapes \[\(2, 3, 8, 8\).* alone; got \[\(1, 3, 8, 8\)"):
+        written.open()(x=inputs["x"][:1], add=inputs["add"])
     with pytest.raises(ExportError, match="has no option 'opset'"):
         export(model, tmp_path / "other.pte", inputs, opset=17)
     assert not (tmp_path / "other.pte").exists()

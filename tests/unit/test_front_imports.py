@@ -114,7 +114,7 @@ class TestWhatIsImported:
 
 
 class TestNames:
-    def test_about_24_and_three_rooms(self):
+    def test_29_and_three_rooms(self):
         rooms = {"methods", "tasks", "studies"}
         assert rooms < set(microglia.__all__)
         assert len(set(microglia.__all__) - rooms) == 29

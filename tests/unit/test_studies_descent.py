@@ -18,9 +18,7 @@ from microglia.studies.descent.double_descent import (
     effective_capacity,
     interpolation_threshold,
     member,
-    model_wise,
     noisy_labels,
-    sample_wise,
     with_label_noise,
     with_samples,
 )
@@ -33,6 +31,11 @@ QUICK = DescentConfig(steps=60, batch_size=32, lr=0.01)
 @pytest.fixture(scope="module")
 def data():
     return load_data("digits")
+
+
+def whole(data, *widths):
+    """Returns the cells of some widths on all training images."""
+    return [(width, len(data.train)) for width in widths]
 
 
 # ----------------------------------------------------------------------------------------------------------- least squares
@@ -161,7 +164,7 @@ def test_learning_rates():
 
 # ------------------------------------------------------------------------------------------------------------------- cells
 def test_rows_say_what_they_should_and_larger_networks_fit_more(data):
-    rows = model_wise(data, replace(QUICK, steps=150, noise=0.2), [1, 64])
+    rows = descend(data, replace(QUICK, steps=150, noise=0.2), whole(data, 1, 64))
     assert [(row["width"], row["samples"], row["parameters"]) for row in rows] == [
         (1, len(data.train), 85),
         (64, len(data.train), 4810),
@@ -172,8 +175,9 @@ def test_rows_say_what_they_should_and_larger_networks_fit_more(data):
 
 
 def test_sample_wise_rows_and_capacity(data):
-    rows = sample_wise(data, replace(QUICK, steps=200, noise=0.0, optimizer="sgd", lr=0.2, schedule="root"), [8, 20, 600], 6)
-    assert [(row["width"], row["samples"]) for row in rows] == [(6, 8), (6, 20), (6, 600)]
+    cells = [(6, 8), (6, 20), (6, 600)]
+    rows = descend(data, replace(QUICK, steps=200, noise=0.0, optimizer="sgd", lr=0.2, schedule="root"), cells)
+    assert [(row["width"], row["samples"]) for row in rows] == cells
     assert rows[0]["train_error"] == 0
     assert rows[2]["train_error"] > 0.01
     assert effective_capacity(rows) in (8, 20)
@@ -194,13 +198,13 @@ def test_every_cell_takes_the_same_steps(data, monkeypatch):
 
 def test_finished_cells_are_not_trained_again_and_more_can_be_added(data, tmp_path, monkeypatch):
     run = Run(tmp_path / "run", {"noise": 0.1})
-    first = model_wise(data, QUICK, [1, 2], run)
+    first = descend(data, QUICK, whole(data, 1, 2), run)
     run.close()
     monkeypatch.setattr(double_descent, "train", None)
     run = Run(tmp_path / "run", {"noise": 0.1})
-    assert model_wise(data, QUICK, [2, 1], run) == first[::-1]
+    assert descend(data, QUICK, whole(data, 2, 1), run) == first[::-1]
     monkeypatch.undo()
-    assert len(model_wise(data, QUICK, [1, 2, 3], run)) == 3
+    assert len(descend(data, QUICK, whole(data, 1, 2, 3), run)) == 3
     run.close()
 
 
@@ -243,3 +247,11 @@ def test_a_part_of_the_images_has_as_many_changed_labels_as_the_whole(data):
     for samples in (100, 300, 600):
         part, true = (with_samples(kind, samples, seed=0).train.labels for kind in (noisy, data))
         assert abs(float((part != true).float().mean()) - 0.1) < 4 * (0.09 / samples) ** 0.5
+
+
+def test_a_part_that_an_earlier_version_drew_with_the_noise_is_not_taken_over(data, tmp_path):
+    run = Run(tmp_path, {})
+    run.stage("width-1-samples-40", lambda progress: {"width": 1, "samples": 40, "test_error": 2.0})
+    (row,) = descend(data, replace(QUICK, steps=2), [(1, 40)], run)
+    assert row["test_error"] <= 1
+    run.close()

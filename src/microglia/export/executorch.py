@@ -53,11 +53,14 @@ def open_executorch(path: Path) -> Exported:
         program = Runtime.get().load_program(str(path), verification=Verification.InternalConsistency)
         method = program.load_method("forward")
         names = _input_names(program, method)
+        shapes = [tuple(method.metadata.input_tensor_meta(place).sizes()) for place in range(len(names))]
     except Exception as error:
         raise ExportError(f"ExecuTorch does not open {path}: {first_line(error)}") from error
 
     def run(tensors: list[Tensor]) -> list[Tensor]:
-        return [tensor.clone() for tensor in method.execute([given.contiguous() for given in tensors])]
+        if (given := [tuple(tensor.shape) for tensor in tensors]) != shapes:
+            raise ExportError(f"The program takes inputs of the shapes {shapes} alone; got {given}. Export it for others.")
+        return [tensor.clone() for tensor in method.execute([tensor.contiguous() for tensor in tensors])]
 
     return Exported(run, names, f"ExecuTorch {version('executorch')}, XNNPACK")
 

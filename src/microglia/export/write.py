@@ -27,6 +27,8 @@ from microglia.graph.cutting.remove import outputs_difference
 from microglia.graph.dims.trace import known_outputs, quiet
 from microglia.storage.changes import changes_digest, changes_of
 
+FIXED = "The file takes inputs of the example's shapes alone."
+"""Note of a target whose files have no free sizes."""
 TOLERANCE, HALF = 1e-4, 2e-2
 """Largest difference to the model, relative to its largest output, in float32 and where an output is of half precision."""
 
@@ -98,7 +100,8 @@ def export(
         example: A tensor, a tuple of arguments, or a mapping of keyword arguments.
         to: ``onnx``, ``openvino``, ``program``, ``executorch`` or ``hf``; None for the target of the path's suffix.
         dynamic: Dimensions of the inputs that shall be free: the batch by default, (0, 2, 3) also for height and width of
-            images, (0, 1) for the length of token ids. A size that the model's code fixes stays; the notes say so.
+            images, (0, 1) for the length of token ids. A size that the model's code or the
+            target fixes stays; the notes say so.
         data: Further inputs to compare on, such as batches of the test split.
         tolerance: Largest difference, relative to the largest output; None for 1e-4, or 2e-2 in half precision.
         int8: Training inputs on which weights and activations are rounded to 8 bits, batch by batch, or an `Int8`, which also
@@ -133,7 +136,8 @@ def export(
     size = sum(file.stat().st_size for file in written)
     structure = source.traced.structured if not isinstance(opened, ExportedModule) else None
     batch = None if _is_batch_free(source) else source.example.batch
-    return Export(path, name, opened.engine, written, size, difference, examples, _notes(source), batch, structure, rounded)
+    notes = (*_notes(source), *(() if target.free else (FIXED,)))
+    return Export(path, name, opened.engine, written, size, difference, examples, notes, batch, structure, rounded)
 
 
 def _rounded(settings: tuple[Any, Sequence[int], str, Target, dict[str, Any]], model: nn.Module, wish: Int8) -> Int8Report:

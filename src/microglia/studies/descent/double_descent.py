@@ -170,20 +170,10 @@ def descend(data: ImageData, config: DescentConfig, cells: Sequence[tuple[int, i
     rows = []
     for width, samples in cells:
         cell = _Cell(with_samples(noisy, samples, config.seed), config, width, run.device)
-        rows.append(run.stage(f"width-{width}-samples-{samples}", cell.measured))
+        # Parts of the images have another name than they had when their draw followed the changed labels.
+        kind = "samples" if samples == len(data.train) else "part"
+        rows.append(run.stage(f"width-{width}-{kind}-{samples}", cell.measured))
     return rows
-
-
-def model_wise(data: ImageData, config: DescentConfig, widths: Sequence[int], run: Run | None = None) -> list[Row]:
-    """Returns the rows of some widths, each on all training images; see `descend`."""
-    return descend(data, config, [(width, len(data.train)) for width in widths], run)
-
-
-def sample_wise(
-    data: ImageData, config: DescentConfig, samples: Sequence[int], width: int, run: Run | None = None
-) -> list[Row]:
-    """Returns the rows of one width on nested subsets of the training images; see `descend`."""
-    return descend(data, config, [(width, count) for count in samples], run)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """ExecuTorch programs: opened by its own runtime, with the model's outputs in the model's structure."""
 
 import json
+from copy import deepcopy
 
 import pytest
 import torch
@@ -64,6 +65,16 @@ def test_removed_channels_are_no_part_of_the_program_and_masks_are_zeros(tmp_pat
     assert written.examples == 1 + 3
     with torch.no_grad():
         torch.testing.assert_close(written.open()(x), small(x))
+
+
+def test_a_network_that_was_trained_in_channels_last_layout(heads, tmp_path):
+    model, inputs = heads
+    turned = deepcopy(model).to(memory_format=torch.channels_last)
+    given = {name: tensor.to(memory_format=torch.channels_last) for name, tensor in inputs.items()}
+    written = export(turned, tmp_path / "model.pte", given)
+    assert turned.conv.weight.is_contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        torch.testing.assert_close(written.open()(**given), model(**inputs))
 
 
 def test_a_damaged_file_and_other_shapes_are_one_sentence(heads, tmp_path):

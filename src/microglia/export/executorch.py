@@ -32,6 +32,8 @@ def write_executorch(source: Source, path: Path) -> None:
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
     from executorch.exir import to_edge_transform_and_lower
 
+    for tensor in (*source.model.parameters(), *source.model.buffers()):
+        tensor.data = tensor.data.contiguous()  # a weight in channels-last layout is refused by the passes of XNNPACK
     told = {**source.metadata, INPUTS: json.dumps(source.traced.inputs)}
     with quiet():
         lowered = to_edge_transform_and_lower(source.traced.program, partitioner=[XnnpackPartitioner()], constant_methods=told)

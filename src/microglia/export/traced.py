@@ -68,7 +68,7 @@ def source_of(
             "A pruner still searches in this model, whose soft masks no file holds: call pruner.finish() before export."
         )
     copied = folded_twin(model.dense if isinstance(model, Accelerated) else model).cpu()
-    example = Example.of(example_inputs).map(lambda t: t.detach().cpu())
+    example = Example.of(example_inputs).map(lambda t: t.detach().cpu().contiguous())  # as engines get their inputs
     return Source(copied, example, tuple(dynamic), dict(metadata or {}))
 
 

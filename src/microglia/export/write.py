@@ -100,8 +100,7 @@ def export(
         example: A tensor, a tuple of arguments, or a mapping of keyword arguments.
         to: ``onnx``, ``openvino``, ``program``, ``executorch`` or ``hf``; None for the target of the path's suffix.
         dynamic: Dimensions of the inputs that shall be free: the batch by default, (0, 2, 3) also for height and width of
-            images, (0, 1) for the length of token ids. A size that the model's code or the
-            target fixes stays; the notes say so.
+            images, (0, 1) for the length of token ids. The notes name what the model's code, or the target, fixes.
         data: Further inputs to compare on, such as batches of the test split.
         tolerance: Largest difference, relative to the largest output; None for 1e-4, or 2e-2 in half precision.
         int8: Training inputs on which weights and activations are rounded to 8 bits, batch by batch, or an `Int8`, which also
@@ -135,8 +134,7 @@ def export(
         written = tuple(path.parent / file for file in _files_of(place.parent))
     size = sum(file.stat().st_size for file in written)
     structure = source.traced.structured if not isinstance(opened, ExportedModule) else None
-    batch = None if _is_batch_free(source) else source.example.batch
-    notes = (*_notes(source), *(() if target.free else (FIXED,)))
+    batch, notes = None if _is_batch_free(source) else source.example.batch, _notes(source, target)
     return Export(path, name, opened.engine, written, size, difference, examples, notes, batch, structure, rounded)
 
 
@@ -223,7 +221,7 @@ def _is_batch_free(source: Source) -> bool:
     return 0 in source.dynamic and not any(0 in sizes for sizes in source.traced.fixed.values())
 
 
-def _notes(source: Source) -> tuple[str, ...]:
+def _notes(source: Source, target: Target) -> tuple[str, ...]:
     """Returns what the file does not have of the model."""
     if "traced" not in vars(source):
         return ()
@@ -234,4 +232,4 @@ def _notes(source: Source) -> tuple[str, ...]:
         for d, size in sizes.items()
     ]
     left = [f"The file does not return the model's {kind}." for kind in traced.left_out]
-    return (*fixed, *left)
+    return (*fixed, *left) if target.free else (*left, FIXED)

@@ -65,9 +65,34 @@ def scaled(library, random):
     return first == second == 0 and all(close) and refused != 0
 
 
+def alive(library, random):
+    """Tells whether products at what rounds have left, and a round's removal in place, are what NumPy says."""
+    size = int(random.integers(1, 200))
+    first, weights = random.standard_normal((2, size)).astype(np.float32)
+    places = np.flatnonzero(random.random(size) < random.random()).astype(np.int32)
+    whole = random.integers(2) == 0
+    if whole or not places.size:
+        places = np.arange(size, dtype=np.int32)
+    stays = (random.random(places.size) < 0.7).astype(np.uint8)
+    given, held, at, flags = Guarded.of(first), Guarded.of(weights), Guarded.of(places), Guarded.of(stays)
+    products, found = Guarded(np.zeros(places.size, np.float32)), WORD()
+    out = ctypes.c_void_p(products.address)
+    code = library.mg_alive_products(place(given), place(held), place(at), WORD(places.size), out)
+    right = code == 0 and np.array_equal(products.array, first[places] * weights[places])
+    left = Guarded(np.zeros(places.size, np.int32)) if whole else at
+    code = library.mg_alive_keep(
+        None if whole else place(at), place(flags), WORD(places.size), place(held), ctypes.c_void_p(address(left)),
+        ctypes.byref(found),
+    )  # fmt: skip
+    weights[places[stays == 0]] = 0
+    same = np.array_equal(left.array[: found.value], places[stays == 1]) and np.array_equal(held.array, weights)
+    refused = library.mg_alive_products(None, place(held), place(at), WORD(places.size), out)
+    return right and code == 0 and same and refused != 0
+
+
 def main(path, count):
     library, random = load(path), np.random.default_rng(0)
-    wrong = sum(not selected(library, random) for _ in range(count)) + sum(not scaled(library, random) for _ in range(count))
+    wrong = sum(not check(library, random) for check in (selected, scaled, alive) for _ in range(count))
     print(library.mg_level_name(library.mg_level()).decode(), wrong)
     sys.exit(0 if wrong == 0 else 1)
 

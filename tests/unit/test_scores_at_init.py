@@ -553,5 +553,5 @@ def test_the_score_of_a_removed_weight_does_not_matter(value):
     left.keep(left.of({"a": torch.arange(10.0)}), 8)
     assert left.weights["a"].tolist() == [0, 0, *range(1, 9)]
     assert not left.weights["a"].signbit().any()
-    left.keep({"a": torch.arange(10.0).index_fill_(0, torch.tensor([0]), value)}, 7)
+    left.keep(left.of({"a": torch.arange(10.0).index_fill_(0, torch.tensor([0]), value)}), 7)
     assert left.masks()["a"].tolist() == [False] * 3 + [True] * 7

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
 from microglia.core.errors import BudgetError, ScoreError
-from microglia.core.largest import Largest, largest, zeros
+from microglia.core.largest import largest
 from microglia.core.masks import MaskSet
+from microglia.core.native import compiled
 
-SPARSE = 0.7
-"""Fraction of the examined positions; when fewer remain, they are collected anew. A higher value costs more than it saves."""
+MOST = 2**31 - 1
+"""Largest layer whose positions fit 32 bits, as the compiled passes take them."""
 
 
 class Alive:
@@ -29,29 +32,19 @@ class Alive:
     def __init__(self, weights: Mapping[str, Tensor]) -> None:
         self.weights = weights
         self.count = sum(weight.numel() for weight in weights.values())
-        self._places: dict[str, Tensor] = {}  # positions examined; all positions of a layer that is absent
-        self._stays: dict[str, Tensor] = {}  # True for those that remain; all positions of a layer that is absent
+        self._places: dict[str, Tensor] = {}  # positions of the remaining weights; all positions of a layer that is absent
 
     @torch.no_grad()
     def of(self, *factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Returns the flat product of values, one per weight, where `keep` examines them; may overwrite the first."""
-        return {name: self._product(name, [values[name] for values in factors]) for name in self.weights}
-
-    def _product(self, name: str, factors: list[Tensor]) -> Tensor:
-        places = self._places.get(name)
-        first, *others = [f.reshape(-1) if places is None else f.reshape(-1).index_select(0, places) for f in factors]
-        if not others:
-            return first.clone() if places is None else first
-        for other in others:
-            first.mul_(other)
-        return first
+        """Returns the flat product of one or two values for each remaining weight, by layer; may overwrite the first."""
+        return {name: _product(self._places.get(name), *(values[name] for values in factors)) for name in self.weights}
 
     @torch.no_grad()
     def keep(self, scores: Mapping[str, Tensor], count: int) -> None:
         """Keeps the best of the remaining weights, ties by position, and sets the others to 0.
 
         Args:
-            scores: Scores of all layers, as `of` returns them, higher = keep; overwritten.
+            scores: Scores of the remaining weights of all layers, as `of` returns them, higher = keep.
             count: How many to keep, from 0 to `count`.
 
         Raises:
@@ -63,51 +56,68 @@ class Alive:
         if count == self.count:
             return
         names = [name for name, value in scores.items() if len(value)]
-        kept, value = self._best(scores, names, max(1, count))
+        kept, value = largest([scores[name] for name in names], max(1, count))
         if math.isnan(value):
             raise ScoreError("A score is NaN. Scores must be numbers: look for a non-finite weight or gradient.")
-        for name, mask in zip(names, kept, strict=True):
-            self._remove(name, mask if count else torch.zeros_like(mask))
+        for name, stays in zip(names, kept, strict=True):
+            self._places[name] = _kept(self.weights[name], self._places.get(name), stays if count else stays.zero_())
         self.count = count
-        if count < SPARSE * sum(map(len, scores.values())):
-            for name in names:
-                self._collect(name)
-
-    def _best(self, scores: Mapping[str, Tensor], names: list[str], count: int) -> Largest:
-        """Returns the best of the remaining weights."""
-        for name, stays in self._stays.items():
-            scores[name].mul_(stays.view(torch.int8))  # six times as fast as filling in -inf
-        found = largest([scores[name] for name in names], count)
-        if found.value > 0 or not self._stays:
-            return found
-        for name, stays in self._stays.items():  # zeros would be among the best, or a removed weight had an infinite score
-            scores[name].masked_fill_(~stays, -torch.inf)
-        return largest([scores[name] for name in names], count)
-
-    def _remove(self, name: str, stays: Tensor) -> None:
-        weight, before = self.weights[name], self._stays.get(name)
-        removed = zeros(stays if before is None else stays == before)
-        if name in self._places:
-            removed = self._places[name].index_select(0, removed)
-        flat = weight.view(-1) if weight.is_contiguous() else weight.reshape(-1)
-        flat.index_fill_(0, removed, 0.0)
-        if not weight.is_contiguous():  # in channels-last layout the flat weights are a copy
-            weight.copy_(flat.view(weight.shape))
-        self._stays[name] = stays
-
-    def _collect(self, name: str) -> None:
-        left = self._stays.pop(name).nonzero().squeeze(1)
-        self._places[name] = self._places[name].index_select(0, left) if name in self._places else left
 
     def masks(self) -> MaskSet:
         """Returns the masks of the remaining weights."""
         made = {}
         for name, weight in self.weights.items():
-            places, stays = self._places.get(name), self._stays.get(name)
+            places = self._places.get(name)
             flat = torch.full((weight.numel(),), places is None, device=weight.device)
             if places is not None:
-                flat[places if stays is None else places[stays]] = True
-            elif stays is not None:
-                flat = stays
+                flat[places] = True
             made[name] = flat.view(weight.shape)
         return MaskSet(made)
+
+
+def _product(places: Tensor | None, first: Tensor, second: Tensor | None = None) -> Tensor:
+    """Returns the product of two values at some positions, or at all; a single value is copied there."""
+    if second is None:
+        return first.reshape(-1).clone() if places is None else first.reshape(-1).index_select(0, places)
+    if places is None:
+        return first.mul_(second).reshape(-1)
+    if (function := _compiled("mg_alive_products", places, first, second)) is not None:
+        result = torch.empty(len(places))
+        function(first.data_ptr(), second.data_ptr(), places.data_ptr(), len(places), result.data_ptr())
+        return result
+    return first.reshape(-1).index_select(0, places).mul_(second.reshape(-1).index_select(0, places))
+
+
+def _kept(weight: Tensor, places: Tensor | None, stays: Tensor) -> Tensor:
+    """Returns the positions that stay, of some or of all, and sets the weights at the others to 0."""
+    size = torch.int32 if weight.numel() <= MOST else torch.int64
+    if (function := _compiled("mg_alive_keep", places, weight)) is not None:
+        left = torch.empty(len(stays), dtype=size) if places is None else places
+        found = ctypes.c_int64()
+        function(
+            None if places is None else places.data_ptr(), stays.data_ptr(), len(stays), weight.data_ptr(), left.data_ptr(), found
+        )
+        return left[: found.value]
+    left, removed = (flags.nonzero().squeeze(1) for flags in (stays, ~stays))
+    if places is not None:
+        left, removed = places.index_select(0, left), places.index_select(0, removed)
+    flat = weight.view(-1) if weight.is_contiguous() else weight.reshape(-1)
+    flat.index_fill_(0, removed.long(), 0.0)
+    if not weight.is_contiguous():  # in channels-last layout the flat weights are a copy
+        weight.copy_(flat.view(weight.shape))
+    return left.to(size)
+
+
+def _compiled(name: str, places: Tensor | None, *values: Tensor) -> Callable[..., int] | None:
+    """Returns a compiled pass over values at positions; None if there is none, or they are not plain float32 in memory."""
+    plain = all(v.is_cpu and v.dtype == torch.float32 and v.is_contiguous() and v.numel() <= MOST for v in values)
+    return _passes()[name] if plain and (places is None or places.dtype == torch.int32) else None
+
+
+@functools.cache
+def _passes() -> dict[str, Callable[..., int] | None]:
+    pointer, word = ctypes.c_void_p, ctypes.c_int64
+    return {
+        "mg_alive_products": compiled("mg_alive_products", (pointer, pointer, pointer, word, pointer)),
+        "mg_alive_keep": compiled("mg_alive_keep", (pointer, pointer, word, pointer, pointer, ctypes.POINTER(word))),
+    }

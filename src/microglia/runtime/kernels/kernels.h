@@ -209,6 +209,11 @@ int mg_code_linear(const uint8_t* codes, const float* table, const float* x, con
 // <= low, NaN among them, in order, and has room for all. counts = {values >= high, values <= low, places}.
 int mg_select_pass(const float* values, int64_t length, float low, float high, uint8_t* mask, int32_t* inside, int64_t* counts);
 
+// At the `count` positions of what rounds of pruning left: the products of two values; and which of them stay. `left` gets the positions
+// that stay, in order, has room for all and may be `places` (null: all from 0 on); the weights at the others become 0.
+int mg_alive_products(const float* first, const float* second, const int32_t* places, int64_t count, float* result);
+int mg_alive_keep(const int32_t* places, const uint8_t* stays, int64_t count, float* weights, int32_t* left, int64_t* found);
+
 // A weight (outputs, inputs, taps), its rows in the order inputs, taps or, channels-last, taps, inputs; a factor for each block of
 // block_outputs x block_inputs weights at one tap, (outputs / block_outputs, inputs / block_inputs, taps). Sizes divide.
 typedef struct {

@@ -169,7 +169,7 @@ def measured(cases: list[tuple[str, float]], arguments: argparse.Namespace, cons
 
 def native() -> bool:
     """Tells whether the kernels multiply in bfloat16 by an instruction."""
-    return level() == "avx512bf16"
+    return level() in {"avx512bf16", "amx"}
 
 
 def main() -> None:

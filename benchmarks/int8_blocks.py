@@ -99,7 +99,7 @@ def onnxruntime_int8(model: nn.Module, x: Tensor) -> Callable[[], object]:
         file, rounded = (Path(folder) / name for name in ("model.onnx", "int8.onnx"))
         to_onnx(model, Example.of(x), file, dynamic=())
         name = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"]).get_inputs()[0].name
-        narrow = not level().startswith(("avx512vnni", "avx512bf16"))  # else its products overflow 16 bits
+        narrow = not level().startswith(("avx512vnni", "avx512bf16", "amx"))  # else its products overflow 16 bits
         quantize_static(
             file, rounded, Once(), quant_format=QuantFormat.QDQ, per_channel=True, reduce_range=narrow,
             activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,

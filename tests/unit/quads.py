@@ -3,7 +3,7 @@
 import torch
 from torch.nn import functional as F
 
-from microglia.runtime.int8.layout import dense_of_quads, to_quads
+from microglia.runtime.int8.layout import dense_of_quads, to_quads, to_tiles
 from microglia.runtime.sparse_layers.layout import one_group
 
 ZEROS = (0, 0, 128, 37, 255)
@@ -27,7 +27,7 @@ def wrong(draw, site):
     largest = draw.one((127, 127, 64))
     weight = (whole(draw, -largest, largest, dense.shape) * (dense != 0)).to(torch.int8)
     weight[0, 0, 0, 0] = draw.one((-128, 0))
-    places = to_quads(weight)
+    places = draw.one((to_quads, to_tiles))(weight)
     if not torch.equal(dense_of_quads(places, *weight.shape[:2], weight.shape[2:]), weight.double()):
         return "it holds another weight"
     x = laid_out(

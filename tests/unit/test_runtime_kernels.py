@@ -68,7 +68,7 @@ def test_every_operator_equals_dense_at_every_level(isa, threads):
 def test_a_level_that_is_not_there_is_refused():
     done = process("import microglia.runtime as r; r.level()", MICROGLIA_ISA="sse9")
     assert done.returncode != 0
-    assert "one of torch, generic, avx2, avx512, avx512vnni, avx512bf16" in done.stderr
+    assert "one of torch, generic, avx2, avx512, avx512vnni, avx512bf16, amx" in done.stderr
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (17, 5), (40, 8, 3, 3), (16, 3, 1, 1), (33, 7, 2, 5)])

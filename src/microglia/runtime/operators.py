@@ -3,7 +3,7 @@
 This file defines the schemas, the shapes (for ``torch.compile`` and ``torch.export``) and a reference in pure PyTorch. The
 compiled library, an optional part of the installation, adds the CPU implementation. If triton is installed,
 `microglia.runtime.gpu.triton` adds the block operators on CUDA. ``MICROGLIA_ISA`` forces a level: ``torch`` (no compiled
-kernels), ``generic``, ``avx2``, ``avx512``, ``avx512vnni`` or ``avx512bf16``.
+kernels), ``generic``, ``avx2``, ``avx512``, ``avx512vnni``, ``avx512bf16`` or ``amx``.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from microglia.core.native import compiled
 from microglia.runtime.sparse_layers.chain_steps import Weights, split, steps_of
 from microglia.runtime.sparse_layers.layout import STRIPE, Places, dense_of_blocks, dense_of_every_block, dense_of_rows
 
-LEVELS = ("torch", "generic", "avx2", "avx512", "avx512vnni", "avx512bf16")
+LEVELS = ("torch", "generic", "avx2", "avx512", "avx512vnni", "avx512bf16", "amx")
 ACTIVATIONS = ("none", "relu", "relu6", "silu")
 """By the number that the operators take."""
 

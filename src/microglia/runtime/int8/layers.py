@@ -12,7 +12,7 @@ from torch.nn import functional
 import microglia.runtime.int8.operators  # noqa: F401  # defines the operators
 from microglia.core.errors import MicrogliaError
 from microglia.runtime.dense.fusion import Site
-from microglia.runtime.int8.layout import dense_of_quads, largest, to_quads
+from microglia.runtime.int8.layout import QUAD, dense_of_quads, largest, stored
 from microglia.runtime.operators import level
 from microglia.runtime.sparse_layers.layout import STRIPE, Places, one_group
 
@@ -113,7 +113,7 @@ class Int8Layer(nn.Module):
         weight = one_group(site.weight, site.groups)
         weight = weight[..., None, None] if weight.ndim == 2 else weight
         rounded, units = _rounded(weight)
-        for name, tensor in zip(Places._fields, to_quads(rounded), strict=True):
+        for name, tensor in zip(Places._fields, stored(rounded), strict=True):
             self.register_buffer(name, tensor)
         self.outputs, self.inputs = weight.shape[:2]
         self.linear, self.wide, self.zero = site.kind == "linear", target is None, source.zero
@@ -150,7 +150,7 @@ class Int8Layer(nn.Module):
 
     def extra_repr(self) -> str:
         """Returns sizes and the stored weights, for the printed form."""
-        return f"{self.inputs}, {self.outputs}, {self.values.shape[0]} x (4, 16), {'float32' if self.wide else 'uint8'}"
+        return f"{self.inputs}, {self.outputs}, {len(self.channel)} x ({QUAD}, {STRIPE}), {'float32' if self.wide else 'uint8'}"
 
 
 def _rounded(weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,10 @@ QUAD = 4
 """Inputs of a block: what one instruction multiplies and adds for each output."""
 LARGEST = 127
 """Largest magnitude of a rounded weight."""
+TILE = 16
+"""Quads of a stripe that one instruction of AMX multiplies."""
+TILES = ("amx",)
+"""Levels that multiply tiles of quads."""
 PAIRS = {"avx2": 128, "avx512": 128}
 """Level -> maximum of |a| + |b| for neighbouring weights whose products with activations it adds in 16 bits: 255 * 128 fits."""
 
@@ -60,6 +64,41 @@ def to_quads(weight: Tensor) -> Places:
     return _within(places, PAIRS.get(level()))
 
 
+def to_tiles(weight: Tensor) -> Places:
+    """Returns the quads that begin at multiples of four and hold every nonzero weight, in tiles as AMX multiplies them.
+
+    The list of each 16 outputs is filled up to whole tiles by quads of zeros.
+
+    Args:
+        weight: (outputs, inputs, *kernel) in int8, with one group.
+
+    Returns:
+        Places with values (tiles, 16 outputs, 16 quads, 4 inputs) in int8; the lists of channels and taps have a quad each.
+    """
+    check_taps(weight)
+    outputs, inputs = weight.shape[:2]
+    matrix = functional.pad(weight.detach().reshape(outputs, inputs, -1), (0, 0, 0, -inputs % QUAD, 0, -outputs % STRIPE))
+    taps = matrix.shape[2]
+    grid = matrix.reshape(-1, STRIPE, matrix.shape[1] // QUAD, QUAD, taps).permute(0, 2, 4, 1, 3)  # stripe, quad, tap, output, input
+    row, quad, tap = grid.flatten(3).any(3).nonzero(as_tuple=True)
+    counts = torch.bincount(row, minlength=len(grid))
+    whole = counts.add(TILE - 1).div(TILE, rounding_mode="floor") * TILE
+    starts, before = whole.cumsum(0) - whole, counts.cumsum(0) - counts
+    at = starts[row] + torch.arange(len(row)) - before[row]
+    total = int(whole.sum())
+    values, channel = torch.zeros(total, STRIPE, QUAD, dtype=torch.int8), torch.zeros(total, dtype=torch.int32)
+    values[at], channel[at] = grid[row, quad, tap], (quad * QUAD).int()
+    of_tap = torch.zeros(total, dtype=torch.uint8)
+    of_tap[at] = tap.to(torch.uint8)
+    tiles = values.view(-1, TILE, STRIPE, QUAD).transpose(1, 2).contiguous()
+    return Places(tiles, functional.pad(whole.cumsum(0), (1, 0)).int(), channel, of_tap if taps > 1 else None)
+
+
+def stored(weight: Tensor) -> Places:
+    """Returns a weight in the layout that is fastest on this machine: tiles or quads; see `to_tiles` and `to_quads`."""
+    return to_tiles(weight) if level() in TILES else to_quads(weight)
+
+
 def _begins(kept: Tensor) -> Tensor:
     """Returns where quads begin: from the left, at each kept input that is not yet in a quad, which is minimal."""
     begins = torch.zeros_like(kept)
@@ -90,5 +129,8 @@ def _within(places: Places, bound: int | None) -> Places:
 
 
 def dense_of_quads(places: Places, outputs: int, inputs: int, kernel: Sequence[int]) -> Tensor:
-    """Returns the dense weight, (outputs, inputs, *kernel), in float64, which holds it exactly."""
-    return dense_of_blocks(places._replace(values=places.values.transpose(1, 2).double()), outputs, inputs, kernel)
+    """Returns the dense weight of quads or tiles, (outputs, inputs, *kernel), in float64, which holds it exactly."""
+    values = places.values
+    if values.ndim == 4:
+        values = values.transpose(1, 2).flatten(0, 1)
+    return dense_of_blocks(places._replace(values=values.transpose(1, 2).double()), outputs, inputs, kernel)

@@ -23,7 +23,9 @@ thread_local Scratch place_scratch;
 const Level& current_level() {
   switch (mg_level()) {
 #if defined(__x86_64__)
+    case MG_AMX:
     case MG_AVX512BF16:
+    case MG_AVX512VNNI:
     case MG_AVX512: return avx512_level();
     case MG_AVX2: return avx2_level();
 #endif
@@ -37,8 +39,10 @@ const Level& current_pair_level() {
   switch (mg_level()) {
 #if defined(__x86_64__)
 #if defined(MICROGLIA_AVX512BF16)
+    case MG_AMX:
     case MG_AVX512BF16: return avx512bf16_pair_level();
 #endif
+    case MG_AVX512VNNI:
     case MG_AVX512: return avx512_pair_level();
     case MG_AVX2: return avx2_pair_level();
 #endif

@@ -49,6 +49,39 @@ int check_rescale(const mg_rescale* rescale) {
   return ordered && (rescale->wide || bytes) ? MG_OK : MG_BAD_SIZE;
 }
 
+// ---- Tiles ----
+
+constexpr int64_t tile_blocks = 16;
+
+thread_local Scratch untiled;
+
+bool tiles_are_whole(const Blocks& blocks, int64_t stripes) {
+  int32_t bits = 0;
+  for (int64_t stripe = 0; stripe <= stripes; ++stripe) bits |= blocks.row_pointer[stripe];
+  return bits % tile_blocks == 0;
+}
+
+// The values of tiles in the order of blocks, in memory of the calling thread; null if there is none.
+const char* untile(const Blocks& blocks) {
+  char* values = untiled.reserve(std::max<int64_t>(1, blocks.value_bytes()));
+  for (int64_t block = 0; values && block < blocks.blocks; ++block) {
+    const char* from = blocks.values + block / tile_blocks * tile_blocks * line_bytes + block % tile_blocks * place_bytes;
+    char* to = values + block * line_bytes;
+    for (int64_t output = 0; output < stripe_outputs; ++output) std::memcpy(to + output * place_bytes, from + output * line_bytes, place_bytes);
+  }
+  return values;
+}
+
+const Level* tile_level() {
+#if defined(MICROGLIA_AMX)
+  if (mg_level() >= MG_AMX) return &amx_tile_level();
+#endif
+  return nullptr;
+}
+
+// Tiles keep to no bound, so that the levels that add in 16 bits do not run them.
+const Level& untiled_level() { return mg_level() >= MG_AVX512VNNI ? current_quad_level() : generic_quad_level(); }
+
 struct Quantizing {
   const float* x;
   uint8_t* y;
@@ -105,16 +138,20 @@ MG_EXPORT int mg_block_conv2d_int8(const mg_conv2d* conv, const mg_blocks_int8* 
   if (int code = check_rescale(rescale)) return code;
   if (int code = check(conv, {x, x_stride, y, y_stride, residual, residual_stride, rescale->bias})) return code;
   if (conv->activation != MG_NONE) return MG_BAD_ACTIVATION;
-  const Blocks quads{4, blocks->blocks, 1, reinterpret_cast<const char*>(blocks->values), blocks->row_pointer, blocks->channel,
-                     blocks->tap};
+  Blocks quads{4, blocks->blocks, 1, reinterpret_cast<const char*>(blocks->values), blocks->row_pointer, blocks->channel,
+               blocks->tap};
   if (int code = check_blocks(*conv, quads)) return code;
   if (!quads_are_whole(quads)) return MG_BAD_QUAD;
+  if (blocks->tiled && !tiles_are_whole(quads, divide_up(conv->out_channels, stripe_outputs))) return MG_BAD_ROW_POINTER;
+  const Level* tiles = blocks->tiled ? tile_level() : nullptr;
+  if (blocks->tiled && !tiles && !(quads.values = untile(quads))) return MG_NO_MEMORY;
+  const Level& level = tiles ? *tiles : blocks->tiled ? untiled_level() : current_quad_level();
   Run run;
   const int64_t reached = reached_channels(*conv, quads);
-  if (int code = make_plan(*conv, current_quad_level(), reached, quads.value_bytes(), Order::follow, run.plan)) return code;
+  if (int code = make_plan(*conv, level, reached, quads.value_bytes(), Order::follow, run.plan)) return code;
   run.plan.fill = static_cast<uint8_t>(rescale->zero);
   run.plan.read(x, x_stride);
-  if (reads_in_place(*conv, run.plan, quads)) {
+  if (!tiles && reads_in_place(*conv, run.plan, quads)) {
     run.plan.direct = true;
     run.plan.pixel_bytes = x_stride;
     run.plan.group_bytes = line_bytes;  // the channels of a pixel follow each other

@@ -19,14 +19,17 @@ namespace microglia::block {
 constexpr int line_floats = 16;
 constexpr int64_t line_bytes = 64, place_bytes = 4;
 constexpr int64_t stripe_outputs = 16;
-constexpr int64_t most_pixels = 28;  // of a tile, at any level
+constexpr int64_t most_pixels = 64;  // of a tile, at any level
 
 // Kernels look ahead in the lists of places, so that many entries past the end are readable (and lead to readable data).
 constexpr int64_t places_ahead = 7;
 
-// Older compilers do not know the instructions of the levels avx512vnni and avx512bf16, which are then not there.
+// Older compilers do not know the instructions of the levels avx512vnni, avx512bf16 and amx, which are then not there.
 #if defined(__x86_64__) && ((defined(__clang__) && __clang_major__ >= 9) || (!defined(__clang__) && __GNUC__ >= 10))
 #define MICROGLIA_AVX512BF16
+#endif
+#if defined(__linux__) && defined(__x86_64__) && ((defined(__clang__) && __clang_major__ >= 12) || (!defined(__clang__) && __GNUC__ >= 11))
+#define MICROGLIA_AMX
 #endif
 #if defined(__x86_64__) && ((defined(__clang__) && __clang_major__ >= 7) || (!defined(__clang__) && __GNUC__ >= 8))
 #define MICROGLIA_AVX512VNNI
@@ -61,6 +64,7 @@ struct Tile {
   const int32_t* start;
   const float* scale;
   int64_t source_pixel;            // of 8 bits alone: others lie one line apart
+  int64_t rows, columns;           // of pixels
 };
 
 using TileKernel = void (*)(const Tile&);
@@ -98,6 +102,13 @@ struct Level {
 
   // Writes the places of `count` blocks; returns what was wrong with any of them, as PlaceFault bits. tap may be null.
   uint32_t (*locate)(const PlaceTable& table, const int32_t* channel, const uint8_t* tap, int64_t count, uint32_t* places);
+
+  int64_t line = line_bytes;  // of the copy: what it has of a pixel side by side, and the distance of neighbouring pixels
+  int64_t columns = 1;        // neighbouring pixels of a row that are computed at once
+
+  // Around the calls of kernels on a thread, where there is something to set up.
+  void (*begin)() = nullptr;
+  void (*end)() = nullptr;
 };
 
 const Level& generic_level();
@@ -114,6 +125,9 @@ const Level& avx512bf16_pair_level();
 const Level& generic_quad_level();
 const Level& avx2_quad_level();
 const Level& avx512vnni_quad_level();
+
+// The same by tiles: lines of four channels, blocks in the order of mg_blocks_int8's tiles, which begin at multiples of four.
+const Level& amx_tile_level();
 
 }  // namespace microglia::block
 

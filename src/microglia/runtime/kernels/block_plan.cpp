@@ -17,16 +17,20 @@ constexpr int64_t max_scratch_bytes = int64_t{1} << 32;
 // has its own loads of weights and places; then the lines that it reads, which is what prefers square tiles.
 double cover_cost(const Plan& plan, int64_t rows, int64_t columns) {
   const Chunk& space = plan.space;
+  const int64_t at_once = plan.level->columns;
   const double tiles = static_cast<double>(divide_up(space.rows, rows) * divide_up(space.columns, columns));
-  const double pixels = std::max(static_cast<double>(space.rows * space.columns), tiles * plan.level->pixels * 0.3);
+  const double computed = at_once > 1 ? tiles * static_cast<double>(rows * divide_up(columns, at_once) * at_once)
+                                      : static_cast<double>(space.rows * space.columns);
+  const double pixels = std::max(computed, tiles * static_cast<double>(plan.level->pixels) * 0.3);
   const Axis down = plan.pointwise ? Axis{1, 1, 1, 0, 1, 1, 1} : plan.rows, across = plan.pointwise ? down : plan.columns;
   return pixels + tiles * (2.0 + 0.02 * static_cast<double>(down.lines(rows) * across.lines(columns)));
 }
 
 void choose_tile(Plan& plan) {
   double least = 0;
-  for (int64_t rows = 1; rows <= std::min<int64_t>({4, plan.space.rows, plan.level->pixels}); ++rows) {
-    for (int64_t columns = 1; columns <= std::min(plan.space.columns, plan.level->pixels / rows); ++columns) {
+  const int64_t at_once = plan.level->columns, most = plan.level->pixels / at_once;
+  for (int64_t rows = 1; rows <= std::min<int64_t>({4, plan.space.rows, most}); ++rows) {
+    for (int64_t columns = 1; columns <= std::min(plan.space.columns, most / rows * at_once); ++columns) {
       const double cost = cover_cost(plan, rows, columns);
       if (least != 0 && cost >= least) continue;
       least = cost, plan.tile_rows = rows, plan.tile_columns = columns;
@@ -40,7 +44,7 @@ int64_t even_share(int64_t total, int64_t most, int64_t multiple) {
 }
 
 void choose_pointwise_chunk(Plan& plan, int64_t budget, int64_t threads) {
-  const int64_t fitting = budget / (plan.groups * line_bytes), fair = divide_up(plan.space.columns, threads);
+  const int64_t fitting = budget / (plan.groups * plan.level->line), fair = divide_up(plan.space.columns, threads);
   plan.chunk = {0, 1, 0, 1, 0, even_share(plan.space.columns, std::min(fitting, fair), plan.tile_columns)};
 }
 
@@ -77,7 +81,8 @@ void begin_plan(const mg_conv2d& conv, const Level& level, int64_t channels, boo
   plan.columns = make_axis(conv.width, conv.kernel_width, conv.stride_width, conv.padding_width, conv.dilation_width);
   plan.pointwise = pointwise;
   plan.channels = conv.in_channels;
-  plan.groups = divide_up(channels * level.element_bytes, line_bytes);
+  plan.groups = divide_up(channels * level.element_bytes, level.line);
+  plan.pixel_bytes = level.line;
   plan.space = {0, conv.batch, 0, plan.rows.output, 0, plan.columns.output};
   if (pointwise) plan.space = {0, 1, 0, 1, 0, conv.batch * plan.rows.output * plan.columns.output};
   choose_tile(plan);
@@ -94,10 +99,10 @@ int make_plan(const mg_conv2d& conv, const Level& level, int64_t channels, int64
   const int64_t threads = std::max<int64_t>(1, conv.threads);
   if (plan.pointwise) {
     choose_pointwise_chunk(plan, is_deep(value_bytes) ? deep_chunk_bytes : near_bytes, threads);
-    plan.row_bytes = plan.image_bytes = plan.chunk.columns * line_bytes;
+    plan.row_bytes = plan.image_bytes = plan.chunk.columns * level.line;
   } else {
     const int64_t phase_lines = divide_up(plan.columns.lines(plan.space.columns), plan.columns.step);
-    plan.row_bytes = phase_lines * plan.columns.step * line_bytes;
+    plan.row_bytes = phase_lines * plan.columns.step * level.line;
     int64_t least;  // what one output row needs of all channels
     if (__builtin_mul_overflow(plan.row_bytes, plan.rows.lines(1), &least) ||
         __builtin_mul_overflow(least, plan.groups, &least) || least >= max_scratch_bytes) {
@@ -107,7 +112,7 @@ int make_plan(const mg_conv2d& conv, const Level& level, int64_t channels, int64
     plan.image_bytes = plan.rows.lines(plan.chunk.rows) * plan.row_bytes;
   }
   // An odd number of lines, so that the groups of one pixel do not all fall into the same set of the cache.
-  plan.group_bytes = (plan.chunk.images * plan.image_bytes) | line_bytes;
+  plan.group_bytes = divide_up(plan.chunk.images * plan.image_bytes, line_bytes) * line_bytes | line_bytes;
   return plan.scratch_bytes() < max_scratch_bytes ? MG_OK : MG_BAD_SIZE;
 }
 
@@ -123,7 +128,7 @@ int make_direct_plan(const mg_conv2d& conv, const Level& level, int64_t value_by
 int64_t tap_place(const Plan& plan, int64_t tap) {
   const int64_t down = tap / plan.columns.taps * plan.rows.dilation, across = tap % plan.columns.taps * plan.columns.dilation;
   const int64_t phase_bytes = plan.row_bytes / plan.columns.step;
-  return down * plan.row_bytes + across % plan.columns.step * phase_bytes + across / plan.columns.step * line_bytes;
+  return down * plan.row_bytes + across % plan.columns.step * phase_bytes + across / plan.columns.step * plan.level->line;
 }
 
 int64_t Plan::chunks() const {
@@ -154,8 +159,8 @@ void Plan::copy(const Chunk& part, int64_t begin, int64_t end, char* scratch) co
 }
 
 void Plan::copy_row(int64_t image, int64_t row, char* lines) const {
-  const int64_t phase_bytes = row_bytes / columns.step, phase_lines = phase_bytes / line_bytes;
-  if (row < 0 || row >= rows.input) return clear(lines, 0, row_bytes / line_bytes);
+  const int64_t phase_bytes = row_bytes / columns.step, phase_lines = phase_bytes / level->line;
+  if (row < 0 || row >= rows.input) return clear(lines, 0, row_bytes / level->line);
   for (int64_t phase = 0; phase < columns.step; ++phase) {
     copy_valid(x.at(image, row, 0), phase * columns.scale - columns.padding, phase_lines,
                lines + phase * phase_bytes);
@@ -169,10 +174,10 @@ void Plan::copy_valid(const char* row, int64_t first, int64_t count, char* lines
   const int64_t end = first < columns.input ? std::clamp(divide_up(columns.input - first, stride), begin, count) : begin;
   clear(lines, 0, begin);
   if (begin < end) {
-    char* inside = lines + begin * line_bytes;
+    char* inside = lines + begin * level->line;
     copy_run(row + (first + begin * stride) * x.pixel, stride * x.pixel, end - begin, inside);
   }
-  clear(lines + end * line_bytes, 0, count - end);
+  clear(lines + end * level->line, 0, count - end);
 }
 
 void Plan::copy_pixels(const Chunk& part, int64_t begin, int64_t end, char* scratch) const {
@@ -180,7 +185,7 @@ void Plan::copy_pixels(const Chunk& part, int64_t begin, int64_t end, char* scra
   const int64_t width = plain ? space.columns : columns.output;
   for (int64_t pixel = begin; pixel < end;) {
     const int64_t at = part.column + pixel, column = at % width, count = std::min(end - pixel, width - column);
-    char* lines = scratch + pixel * line_bytes;
+    char* lines = scratch + pixel * level->line;
     pixel += count;
     if (plain) {
       copy_run(x.at(0, 0, at), x.pixel, count, lines);
@@ -197,14 +202,14 @@ void Plan::copy_pixels(const Chunk& part, int64_t begin, int64_t end, char* scra
 
 void Plan::copy_run(const char* source, int64_t step, int64_t pixels, char* lines) const {
   const int64_t bytes = channels * level->element_bytes;
-  const int64_t stripes_to_a_line = line_bytes / (stripe_outputs * level->element_bytes);
+  const int64_t stripes_to_a_line = line_bytes / (stripe_outputs * level->element_bytes);  // 64 bytes of x, whatever the copy has
   level->copy(source, step, x.stripe * stripes_to_a_line, bytes, pixels, lines, group_bytes);
-  clear(lines, divide_up(bytes, line_bytes), pixels);
+  clear(lines, divide_up(bytes, level->line), pixels);
 }
 
 void Plan::clear(char* lines, int64_t first_group, int64_t pixels) const {
   for (int64_t group = first_group; group < groups && pixels > 0; ++group) {
-    std::memset(lines + group * group_bytes, fill, static_cast<size_t>(pixels * line_bytes));
+    std::memset(lines + group * group_bytes, fill, static_cast<size_t>(pixels * level->line));
   }
 }
 

@@ -65,7 +65,7 @@ struct Plan {
 
   int64_t chunks() const;
   Chunk chunk_at(int64_t index) const;
-  int64_t scratch_bytes() const { return group_bytes * groups; }
+  int64_t scratch_bytes() const { return group_bytes * groups + line_bytes; }  // kernels may read some pixels past the last
 
   // What is copied independently: pixels of a pointwise chunk, input rows of another.
   int64_t copy_units(const Chunk& part) const;

@@ -51,6 +51,7 @@ void run_stripes(const Run& run, const Weighting& weights, Tile tile, int64_t ro
   const TileKernel kernel = run.plan.level->kernel(rows, columns, weights.kind);
   const int64_t element = output.element_bytes(*run.plan.level);
   tile.rescale = output.rescale;
+  tile.rows = rows, tile.columns = columns;
   char* target = tile.target;
   const char* residual = tile.residual;
   for (int64_t index = first; index < last; ++index) {
@@ -81,7 +82,10 @@ void run_tiles(const Run& run, const Weighting& weights, const Chunk& part, cons
   for (int64_t index = 0; index < part.images * down * across; ++index) {
     const int64_t image = index / across / down, vertical = index / across % down, horizontal = index % across;
     const int64_t row = part.rows * vertical / down, rows = part.rows * (vertical + 1) / down - row;
-    const int64_t column = part.columns * horizontal / across, columns = part.columns * (horizontal + 1) / across - column;
+    const auto edge = [&](int64_t tile_) {  // even tiles, or whole ones where columns are computed several at once
+      return plan.level->columns == 1 ? part.columns * tile_ / across : std::min(part.columns, tile_ * plan.tile_columns);
+    };
+    const int64_t column = edge(horizontal), columns = edge(horizontal + 1) - column;
     tile.source = lines + image * plan.image_bytes + row * tile.source_row + column * plan.pixel_bytes;
     tile.target = y.at(part.image + image, part.row + row, part.column + column);
     tile.residual = other.data ? other.at(part.image + image, part.row + row, part.column + column) : nullptr;
@@ -109,6 +113,22 @@ bool pack_stripes(const Run& run, int64_t first, int64_t last, mg_parallel paral
   return true;
 }
 
+// What a level sets up for its kernels on this thread.
+class Prepared {
+ public:
+  explicit Prepared(const Level& level) : end_(level.end) {
+    if (level.begin) level.begin();
+  }
+  Prepared(const Prepared&) = delete;
+  Prepared& operator=(const Prepared&) = delete;
+  ~Prepared() {
+    if (end_) end_();
+  }
+
+ private:
+  void (*end_)();
+};
+
 // Stripes go in runs whose weights stay in L2 while all tiles of the chunk pass.
 void run_chunk(const Run& run, const Chunk& part, const char* lines, int64_t first, int64_t last) {
   const int64_t total = (run.weights.places_before(last) - run.weights.places_before(first)) * line_bytes;
@@ -127,6 +147,7 @@ void run_chunks(int64_t begin, int64_t end, void* context) {
   Run& run = *static_cast<Run*>(context);
   char* lines = run.plan.direct ? nullptr : line_scratch.reserve(run.plan.scratch_bytes());
   if (!lines && !run.plan.direct) return run.status.store(MG_NO_MEMORY);
+  const Prepared prepared(*run.plan.level);
   for (int64_t index = begin; index < end; ++index) {
     const Chunk part = run.plan.chunk_at(index);
     if (lines) run.plan.copy(part, 0, run.plan.copy_units(part), lines);
@@ -165,6 +186,7 @@ void copy_shared(int64_t begin, int64_t end, void* context) {
 void run_shared(int64_t begin, int64_t end, void* context) {
   const SharedChunk& shared = *static_cast<SharedChunk*>(context);
   const char* lines = shared.lines ? shared.lines : shared.run->plan.lines_of(shared.part);
+  const Prepared prepared(*shared.run->plan.level);
   run_chunk(*shared.run, shared.part, lines, shared.boundary(begin), shared.boundary(end));
 }
 

@@ -7,6 +7,10 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#if defined(MICROGLIA_AMX)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #endif
 
 #define MG_EXPORT extern "C" __attribute__((visibility("default")))
@@ -30,6 +34,18 @@ bool has_bf16() {
   return false;
 #endif
 }
+
+// Tiles and their products in 8 bits, and Linux's permission to use the registers, which holds for the whole process.
+bool has_amx() {
+#if defined(MICROGLIA_AMX)
+  constexpr long ask = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  unsigned int eax = 0, ebx = 0, ecx = 0, edx = 0;
+  const bool there = __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (edx >> 24 & 1) && (edx >> 25 & 1);
+  return there && syscall(SYS_arch_prctl, ask, tile_data) == 0;
+#else
+  return false;
+#endif
+}
 #endif
 
 int best_level() {
@@ -38,7 +54,7 @@ int best_level() {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq");
-  if (avx512) return !has_vnni() ? MG_AVX512 : has_bf16() ? MG_AVX512BF16 : MG_AVX512VNNI;
+  if (avx512) return !has_vnni() ? MG_AVX512 : !has_bf16() ? MG_AVX512VNNI : has_amx() ? MG_AMX : MG_AVX512BF16;
   return avx2 ? MG_AVX2 : MG_GENERIC;
 #else
   return MG_GENERIC;
@@ -69,6 +85,7 @@ MG_EXPORT const char* mg_level_name(int level) {
     case MG_AVX512: return "avx512";
     case MG_AVX512VNNI: return "avx512vnni";
     case MG_AVX512BF16: return "avx512bf16";
+    case MG_AMX: return "amx";
     default: return "unknown";
   }
 }

@@ -31,7 +31,7 @@ enum {
 enum { MG_NONE = 0, MG_RELU = 1, MG_RELU6 = 2, MG_SILU = 3 };
 
 // Each runs what the levels before it run, too.
-enum { MG_GENERIC = 0, MG_AVX2 = 1, MG_AVX512 = 2, MG_AVX512VNNI = 3, MG_AVX512BF16 = 4 };
+enum { MG_GENERIC = 0, MG_AVX2 = 1, MG_AVX512 = 2, MG_AVX512VNNI = 3, MG_AVX512BF16 = 4, MG_AMX = 5 };
 
 // Runs body over [begin, end) in pieces, as at::parallel_for does; null means: on the calling thread alone.
 typedef void (*mg_body)(int64_t begin, int64_t end, void* context);
@@ -93,7 +93,8 @@ typedef struct {
   const int32_t* row_pointer;  // these as in mg_blocks
   const int32_t* channel;
   const uint8_t* tap;
-} mg_blocks_int8;
+  int32_t tiled;               // values in tiles of 16 blocks of a stripe, [blocks / 16][16 outputs][16 blocks][4], as amx multiplies
+} mg_blocks_int8;              // them: the row pointers are multiples of 16, channels of 4. Other levels run it, with a copy
 
 // What becomes of the sums, each in float32: y = min(max(sum * scale + bias + residual * other, low), high), the first product and
 // addition rounded once, the second too. y in uint8 is rounded to the nearest, to the even one in the middle; there must be
@@ -226,7 +227,7 @@ int mg_scale_blocks(const mg_scaled* blocks, const float* weight, const float* f
 int mg_scale_blocks_backward(const mg_scaled* blocks, const float* weight, const float* gradient, const float* factors,
                              float* of_weight, float* of_factors, mg_parallel parallel);
 
-int mg_level(void);             // the best level of this machine, or MICROGLIA_ISA (generic, avx2, avx512, avx512vnni, avx512bf16) where it can run
+int mg_level(void);             // the best level of this machine, or MICROGLIA_ISA (generic, avx2, avx512, avx512vnni, avx512bf16, amx) where it can run
 const char* mg_level_name(int level);
 const char* mg_error_text(int code);
 

@@ -22,12 +22,13 @@ Tensor int8_conv2d(const Tensor& x_, const Tensor& values_, const Tensor& row_po
                    int64_t outputs, const Sizes kernel, const Sizes stride, const Sizes padding, const Sizes dilation) {
   Tensor x = channels_last(x_, "the input", ScalarType::Byte);
   mg_conv2d c = problem(x, outputs, kernel, stride, padding, dilation, MG_NONE);
-  const Tensor values = plain(values_, ScalarType::Char, 3, "values");
+  const bool tiled = values_.dim() == 4;
+  const Tensor values = plain(values_, ScalarType::Char, tiled ? 4 : 3, "values");
   const Tensor row_pointer = plain(row_pointer_, ScalarType::Int, 1, "row_pointer"), channel = plain(channel_, ScalarType::Int, 1, "channel");
-  const int64_t blocks = values.size(0);
+  const int64_t blocks = values.size(0) * (tiled ? 16 : 1);
   const Optional tap = optional_plain(tap_, ScalarType::Byte, blocks, "tap");
-  MG_CHECK(values.size(1) == 16 && values.size(2) == 4 && channel.size(0) == blocks && row_pointer.size(0) == (outputs + 15) / 16 + 1,
-           "microglia: values must be (blocks, 16, 4), with a channel for each block and a row pointer for each 16 outputs and the end");
+  MG_CHECK(values.size(1) == 16 && (tiled ? values.size(2) == 16 && values.size(3) == 4 : values.size(2) == 4) && channel.size(0) == blocks && row_pointer.size(0) == (outputs + 15) / 16 + 1,
+           "microglia: values must be (blocks, 16, 4) or, in tiles, (blocks / 16, 16, 16, 4), with a channel for each block and a row pointer for each 16 outputs and the end");
   mg_rescale rescale{of_outputs<int32_t>(start, ScalarType::Int, outputs, "start"),
                      of_outputs<float>(scale, ScalarType::Float, outputs, "scale"),
                      of_outputs<float>(bias, ScalarType::Float, outputs, "bias"),
@@ -46,7 +47,7 @@ Tensor int8_conv2d(const Tensor& x_, const Tensor& values_, const Tensor& row_po
   Tensor y = empty(shape, MemoryFormat::ChannelsLast, type);
   mg_blocks_int8 given{blocks, static_cast<const int8_t*>(values.const_data_ptr()),
                        static_cast<const int32_t*>(row_pointer.const_data_ptr()),
-                       static_cast<const int32_t*>(channel.const_data_ptr()), tap.data<uint8_t>()};
+                       static_cast<const int32_t*>(channel.const_data_ptr()), tap.data<uint8_t>(), tiled};
   check(mg_block_conv2d_int8(&c, &given, &rescale, static_cast<const uint8_t*>(x.const_data_ptr()), c.in_channels,
                              y.mutable_data_ptr(), outputs, r.data<void>(), outputs, parallel),
         "int8_conv2d");

@@ -67,7 +67,7 @@ def to_quads(weight: Tensor) -> Places:
 def to_tiles(weight: Tensor) -> Places:
     """Returns the quads that begin at multiples of four and hold every nonzero weight, in tiles as AMX multiplies them.
 
-    The list of each 16 outputs is filled up to whole tiles by quads of zeros.
+    The list of each 16 outputs is filled up to whole tiles by zeros at the place of its last quad.
 
     Args:
         weight: (outputs, inputs, *kernel) in int8, with one group.
@@ -85,13 +85,14 @@ def to_tiles(weight: Tensor) -> Places:
     whole = counts.add(TILE - 1).div(TILE, rounding_mode="floor") * TILE
     starts, before = whole.cumsum(0) - whole, counts.cumsum(0) - counts
     at = starts[row] + torch.arange(len(row)) - before[row]
-    total = int(whole.sum())
-    values, channel = torch.zeros(total, STRIPE, QUAD, dtype=torch.int8), torch.zeros(total, dtype=torch.int32)
-    values[at], channel[at] = grid[row, quad, tap], (quad * QUAD).int()
-    of_tap = torch.zeros(total, dtype=torch.uint8)
-    of_tap[at] = tap.to(torch.uint8)
+    values = torch.zeros(int(whole.sum()), STRIPE, QUAD, dtype=torch.int8)
+    values[at] = grid[row, quad, tap]
+    filled = torch.zeros(len(values), dtype=torch.long)  # position in the list -> number of its quad
+    filled[at] = torch.arange(len(row))
+    filled = filled.cummax(0).values
     tiles = values.view(-1, TILE, STRIPE, QUAD).transpose(1, 2).contiguous()
-    return Places(tiles, functional.pad(whole.cumsum(0), (1, 0)).int(), channel, of_tap if taps > 1 else None)
+    channel = (quad[filled] * QUAD).int()
+    return Places(tiles, functional.pad(whole.cumsum(0), (1, 0)).int(), channel, tap[filled].to(torch.uint8) if taps > 1 else None)
 
 
 def stored(weight: Tensor) -> Places:

@@ -19,8 +19,9 @@ double cover_cost(const Plan& plan, int64_t rows, int64_t columns) {
   const Chunk& space = plan.space;
   const int64_t at_once = plan.level->columns;
   const double tiles = static_cast<double>(divide_up(space.rows, rows) * divide_up(space.columns, columns));
-  const double computed = at_once > 1 ? tiles * static_cast<double>(rows * divide_up(columns, at_once) * at_once)
-                                      : static_cast<double>(space.rows * space.columns);
+  const int64_t whole = space.columns / columns, rest = space.columns - whole * columns;
+  const auto computed_of = [&](int64_t count) { return divide_up(count, at_once) * at_once; };
+  const double computed = static_cast<double>(space.rows * (whole * computed_of(columns) + computed_of(rest)));
   const double pixels = std::max(computed, tiles * static_cast<double>(plan.level->pixels) * 0.3);
   const Axis down = plan.pointwise ? Axis{1, 1, 1, 0, 1, 1, 1} : plan.rows, across = plan.pointwise ? down : plan.columns;
   return pixels + tiles * (2.0 + 0.02 * static_cast<double>(down.lines(rows) * across.lines(columns)));

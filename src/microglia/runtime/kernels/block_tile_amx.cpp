@@ -112,10 +112,21 @@ void begin_tiles() {
 
 void end_tiles() { _tile_release(); }
 
-// Puts the activations of 16 quads together, for 16 pixels.
-inline void gather(const char* pixels, const uint32_t* places, char* tile) {
+// Puts the activations of up to 16 quads together, for 16 pixels. Whole numbers of any value meet the zeros of a tile's other quads.
+inline void gather(const char* pixels, const uint32_t* places, int64_t quads, char* tile) {
+  if (quads == side) {
 #pragma GCC unroll 16
-  for (int quad = 0; quad < side; ++quad) _mm512_store_si512(tile + quad * line_bytes, _mm512_loadu_si512(pixels + places[quad]));
+    for (int quad = 0; quad < side; ++quad) _mm512_store_si512(tile + quad * line_bytes, _mm512_loadu_si512(pixels + places[quad]));
+  } else {
+    for (int quad = 0; quad < quads; ++quad) _mm512_store_si512(tile + quad * line_bytes, _mm512_loadu_si512(pixels + places[quad]));
+  }
+}
+
+// How many quads of a tile there are: the last one is repeated up to the end.
+inline int64_t quads_of(const uint32_t* places) {
+  int64_t quads = side;
+  while (quads > 1 && places[quads - 1] == places[quads - 2]) --quads;
+  return quads;
 }
 
 // The sums of 16 outputs for up to four times 16 pixels, a tile of 16 x 16 after another.
@@ -126,9 +137,14 @@ void add_up(const char* values, const uint32_t* places, int64_t count, const cha
   if constexpr (tiles > 1) _tile_zero(1);
   if constexpr (tiles > 2) _tile_zero(2);
   if constexpr (tiles > 3) _tile_zero(3);
+  const auto fill = [&](int64_t index) {  // one tile ahead of the products, for what is stored takes a while to be read again
+    const int64_t quads = quads_of(places + index);
+    for (int at = 0; at < tiles; ++at) gather(pixels[at], places + index, quads, gathered[index / side % 2][at]);
+  };
+  if (count) fill(0);
   for (int64_t index = 0; index < count; index += side, values += tile_bytes) {
     auto& tile = gathered[index / side % 2];
-    for (int at = 0; at < tiles; ++at) gather(pixels[at], places + index, tile[at]);
+    if (index + side < count) fill(index + side);
     _tile_loadd(4, values, line_bytes);
     _tile_loadd(5, tile[0], line_bytes);
     _tile_dpbsud(0, 4, 5);
@@ -199,11 +215,12 @@ inline __m512 scaled(const Tile& tile, const char* sums, int output) {
 }
 
 void finish_bytes(const Tile& tile, const Bounds& bounds, const char* sums, char* target, const char* residual, int64_t count) {
+  const __m512i by_pixel = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
   __m512i others[4], quads[4];
   if (residual) load_quads(residual, tile.residual_pixel, count, others);
 #pragma GCC unroll 4
   for (int quad = 0; quad < 4; ++quad) {
-    __m512i packed = _mm512_setzero_si512();
+    __m512i whole[4];
 #pragma GCC unroll 4
     for (int byte = 0; byte < 4; ++byte) {
       __m512 value = scaled(tile, sums, 4 * quad + byte);
@@ -211,9 +228,10 @@ void finish_bytes(const Tile& tile, const Bounds& bounds, const char* sums, char
         const __m512i other = _mm512_and_si512(_mm512_srli_epi32(others[quad], 8 * byte), _mm512_set1_epi32(255));
         value = _mm512_fmadd_ps(_mm512_cvtepi32_ps(other), bounds.other, value);
       }
-      packed = _mm512_or_si512(packed, _mm512_slli_epi32(_mm512_cvtps_epi32(bounds.clamped(value)), 8 * byte));
+      whole[byte] = _mm512_cvtps_epi32(bounds.clamped(value));
     }
-    quads[quad] = packed;
+    const __m512i packed = _mm512_packus_epi16(_mm512_packs_epi32(whole[0], whole[1]), _mm512_packs_epi32(whole[2], whole[3]));
+    quads[quad] = _mm512_shuffle_epi8(packed, by_pixel);
   }
   store_quads(quads, target, tile.target_pixel, count);
 }

@@ -113,7 +113,8 @@ class Int8Layer(nn.Module):
         weight = one_group(site.weight, site.groups)
         weight = weight[..., None, None] if weight.ndim == 2 else weight
         rounded, units = _rounded(weight)
-        for name, tensor in zip(Places._fields, stored(rounded), strict=True):
+        pixels = math.prod(site.output_shape) // weight.shape[0]
+        for name, tensor in zip(Places._fields, stored(rounded, pixels), strict=True):
             self.register_buffer(name, tensor)
         self.outputs, self.inputs = weight.shape[:2]
         self.linear, self.wide, self.zero = site.kind == "linear", target is None, source.zero

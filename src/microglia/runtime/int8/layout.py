@@ -95,9 +95,14 @@ def to_tiles(weight: Tensor) -> Places:
     return Places(tiles, functional.pad(whole.cumsum(0), (1, 0)).int(), channel, tap[filled].to(torch.uint8) if taps > 1 else None)
 
 
-def stored(weight: Tensor) -> Places:
-    """Returns a weight in the layout that is fastest on this machine: tiles or quads; see `to_tiles` and `to_quads`."""
-    return to_tiles(weight) if level() in TILES else to_quads(weight)
+def stored(weight: Tensor, pixels: int) -> Places:
+    """Returns a weight in the layout that is fastest on this machine: tiles or quads; see `to_tiles` and `to_quads`.
+
+    Args:
+        weight: As there.
+        pixels: Pixels or rows of the output; a tile multiplies 16 at once, and is a waste for a few.
+    """
+    return to_tiles(weight) if level() in TILES and pixels > TILE // 4 else to_quads(weight)
 
 
 def _begins(kept: Tensor) -> Tensor:

@@ -171,11 +171,16 @@ void add_up(const char* values, const uint32_t* places, int64_t count, const cha
 
 // Of 16 pixels: the residuals of four outputs each in 32 bits, the first in the low byte. Pixels past `count` are not read.
 inline void load_quads(const char* residual, int64_t step, int64_t count, __m512i (&quads)[4]) {
-  alignas(64) char lines[4][line_bytes] = {};
-  for (int64_t pixel = 0; pixel < count; ++pixel) {
-    __builtin_memcpy(lines[pixel % 4] + pixel / 4 * side, residual + pixel * step, side);
+  const auto outputs_of = [&](int64_t pixel) {
+    return pixel < count ? _mm_loadu_si128(reinterpret_cast<const __m128i*>(residual + pixel * step)) : _mm_setzero_si128();
+  };
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {  // in registers: what is stored in parts takes long to be read as a whole
+    __m512i line = _mm512_castsi128_si512(outputs_of(i));
+    line = _mm512_inserti32x4(line, outputs_of(i + 4), 1);
+    line = _mm512_inserti32x4(line, outputs_of(i + 8), 2);
+    quads[i] = _mm512_inserti32x4(line, outputs_of(i + 12), 3);
   }
-  for (int i = 0; i < 4; ++i) quads[i] = _mm512_load_si512(lines[i]);
   transpose_lanes(quads);
 }
 
@@ -217,7 +222,9 @@ inline __m512 scaled(const Tile& tile, const char* sums, int output) {
 void finish_bytes(const Tile& tile, const Bounds& bounds, const char* sums, char* target, const char* residual, int64_t count) {
   const __m512i by_pixel = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
   __m512i others[4], quads[4];
-  if (residual) load_quads(residual, tile.residual_pixel, count, others);
+  if (residual) {  // with a constant count no load has a condition
+    count == side ? load_quads(residual, tile.residual_pixel, side, others) : load_quads(residual, tile.residual_pixel, count, others);
+  }
 #pragma GCC unroll 4
   for (int quad = 0; quad < 4; ++quad) {
     __m512i whole[4];

@@ -17,11 +17,11 @@ constexpr int64_t max_scratch_bytes = int64_t{1} << 32;
 // has its own loads of weights and places; then the lines that it reads, which is what prefers square tiles.
 double cover_cost(const Plan& plan, int64_t rows, int64_t columns) {
   const Chunk& space = plan.space;
-  const int64_t at_once = plan.level->columns;
+  const int64_t at_once = plan.level->columns, together = plan.rows_at_once(columns);
   const double tiles = static_cast<double>(divide_up(space.rows, rows) * divide_up(space.columns, columns));
   const int64_t whole = space.columns / columns, rest = space.columns - whole * columns;
   const auto computed_of = [&](int64_t count) { return divide_up(count, at_once) * at_once; };
-  const double computed = static_cast<double>(space.rows * (whole * computed_of(columns) + computed_of(rest)));
+  const double computed = static_cast<double>(divide_up(space.rows, together) * (whole * computed_of(columns) + computed_of(rest)));
   const double pixels = std::max(computed, tiles * static_cast<double>(plan.level->pixels) * 0.3);
   const Axis down = plan.pointwise ? Axis{1, 1, 1, 0, 1, 1, 1} : plan.rows, across = plan.pointwise ? down : plan.columns;
   return pixels + tiles * (2.0 + 0.02 * static_cast<double>(down.lines(rows) * across.lines(columns)));
@@ -29,9 +29,10 @@ double cover_cost(const Plan& plan, int64_t rows, int64_t columns) {
 
 void choose_tile(Plan& plan) {
   double least = 0;
+  const int64_t together = plan.rows_at_once(plan.space.columns);
   const int64_t at_once = plan.level->columns, most = plan.level->pixels / at_once;
-  for (int64_t rows = 1; rows <= std::min<int64_t>({4, plan.space.rows, most}); ++rows) {
-    for (int64_t columns = 1; columns <= std::min(plan.space.columns, most / rows * at_once); ++columns) {
+  for (int64_t rows = 1; rows <= std::min<int64_t>({4 * together, plan.space.rows, most * together}); ++rows) {
+    for (int64_t columns = 1; columns <= std::min(plan.space.columns, most / divide_up(rows, together) * at_once); ++columns) {
       const double cost = cover_cost(plan, rows, columns);
       if (least != 0 && cost >= least) continue;
       least = cost, plan.tile_rows = rows, plan.tile_columns = columns;
@@ -130,6 +131,12 @@ int64_t tap_place(const Plan& plan, int64_t tap) {
   const int64_t down = tap / plan.columns.taps * plan.rows.dilation, across = tap % plan.columns.taps * plan.columns.dilation;
   const int64_t phase_bytes = plan.row_bytes / plan.columns.step;
   return down * plan.row_bytes + across % plan.columns.step * phase_bytes + across / plan.columns.step * plan.level->line;
+}
+
+int64_t Plan::rows_at_once(int64_t columns_) const {
+  if (level->columns == 1 || pointwise || columns_ != space.columns) return 1;
+  const int64_t pitch = rows.step * columns.step * divide_up(columns.lines(space.columns), columns.step);
+  return 1 + std::max<int64_t>(0, level->columns - columns_) / pitch;
 }
 
 int64_t Plan::chunks() const {

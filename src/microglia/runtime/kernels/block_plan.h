@@ -63,6 +63,9 @@ struct Plan {
   // Says what is read: element (pixel, channel) is x[pixel * stride + channel], of the level's type.
   void read(const void* data, int64_t stride) { x = pixels_of(data, stride, rows.input, columns.input, level->element_bytes); }
 
+  // How many rows of so many columns lie within the neighbouring pixels that are computed at once.
+  int64_t rows_at_once(int64_t columns_) const;
+
   int64_t chunks() const;
   Chunk chunk_at(int64_t index) const;
   int64_t scratch_bytes() const { return group_bytes * groups + line_bytes; }  // kernels may read some pixels past the last

@@ -13,6 +13,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 
 #include "kernels.h"
 
@@ -144,7 +145,10 @@ void add_up(const char* values, const uint32_t* places, int64_t count, const cha
   if (count) fill(0);
   for (int64_t index = 0; index < count; index += side, values += tile_bytes) {
     auto& tile = gathered[index / side % 2];
-    if (index + side < count) fill(index + side);
+    if (index + side < count) {
+      for (int line = 0; line < side; ++line) _mm_prefetch(values + tile_bytes + line * line_bytes, _MM_HINT_T0);
+      fill(index + side);
+    }
     _tile_loadd(4, values, line_bytes);
     _tile_loadd(5, tile[0], line_bytes);
     _tile_dpbsud(0, 4, 5);
@@ -256,27 +260,56 @@ void finish_floats(const Tile& tile, const Bounds& bounds, const char* sums, cha
 
 // ---- A kernel ----
 
-template <int tiles>
+// 16 pixels of a tile: some of a row, or several narrow rows with what lies between them in the copy.
+struct Part {
+  int64_t row, rows, column, columns;
+};
+
+// The outputs of several rows go by a buffer, as if there were 16 pixels side by side.
+void finish_rows(const Tile& tile, const Bounds& bounds, const char* sums, const Part& part) {
+  const auto finish = tile.rescale->wide ? &finish_floats : &finish_bytes;
+  char* target = tile.target + part.row * tile.target_row + part.column * tile.target_pixel;
+  const char* residual = tile.residual ? tile.residual + part.row * tile.residual_row + part.column * tile.residual_pixel : nullptr;
+  if (part.rows == 1) return finish(tile, bounds, sums, target, residual, part.columns);
+  alignas(64) char outputs[tile_bytes], others[tile_bytes] = {};
+  const int64_t bytes = side * tile.rescale->element_bytes(), row_bytes = tile.source_row / place_bytes * bytes;
+  const auto each = [&](const auto& copy) {
+    for (int64_t row = 0; row < part.rows; ++row) {
+      for (int64_t column = 0; column < part.columns; ++column) copy(row, column, row * row_bytes + column * bytes);
+    }
+  };
+  if (residual) {
+    each([&](int64_t row, int64_t column, int64_t at) {
+      std::memcpy(others + at, residual + row * tile.residual_row + column * tile.residual_pixel, static_cast<size_t>(bytes));
+    });
+  }
+  Tile own = tile;
+  own.target_pixel = own.residual_pixel = bytes;
+  finish(own, bounds, sums, outputs, residual ? others : nullptr, side);
+  each([&](int64_t row, int64_t column, int64_t at) {
+    std::memcpy(target + row * tile.target_row + column * tile.target_pixel, outputs + at, static_cast<size_t>(bytes));
+  });
+}
+
 void run(const Tile& tile) {
   alignas(64) char sums[most_tiles * tile_bytes];
   const char* pixels[most_tiles];
-  const int64_t across = (tile.columns + side - 1) / side;
-  for (int at = 0; at < tiles; ++at) pixels[at] = tile.source + at / across * tile.source_row + at % across * side * place_bytes;
-  add_up<tiles>(tile.values, tile.places, tile.count, pixels, sums);
-  const Bounds bounds(*tile.rescale);
-  const auto finish = tile.rescale->wide ? &finish_floats : &finish_bytes;
-  for (int at = 0; at < tiles; ++at) {
-    const int64_t row = at / across, column = at % across * side, count = std::min<int64_t>(side, tile.columns - column);
-    char* target = tile.target + row * tile.target_row + column * tile.target_pixel;
-    const char* residual = tile.residual ? tile.residual + row * tile.residual_row + column * tile.residual_pixel : nullptr;
-    finish(tile, bounds, sums + at * tile_bytes, target, residual, count);
+  Part parts[most_tiles];
+  int tiles = 0;
+  const int64_t at_once = 1 + std::max<int64_t>(0, side - tile.columns) / (tile.source_row / place_bytes);
+  for (int64_t row = 0; row < tile.rows; row += at_once) {
+    for (int64_t column = 0; column < tile.columns; column += side, ++tiles) {
+      parts[tiles] = {row, std::min(at_once, tile.rows - row), column, std::min<int64_t>(side, tile.columns - column)};
+      pixels[tiles] = tile.source + row * tile.source_row + column * place_bytes;
+    }
   }
+  constexpr decltype(&add_up<1>) kernels[most_tiles] = {&add_up<1>, &add_up<2>, &add_up<3>, &add_up<4>};
+  kernels[tiles - 1](tile.values, tile.places, tile.count, pixels, sums);
+  const Bounds bounds(*tile.rescale);
+  for (int at = 0; at < tiles; ++at) finish_rows(tile, bounds, sums + at * tile_bytes, parts[at]);
 }
 
-TileKernel find_tiles(int64_t rows, int64_t columns, Weights) {
-  constexpr TileKernel kernels[most_tiles] = {&run<1>, &run<2>, &run<3>, &run<4>};
-  return kernels[rows * ((columns + side - 1) / side) - 1];
-}
+TileKernel find_tiles(int64_t, int64_t, Weights) { return &run; }
 
 }  // namespace
 }  // namespace microglia::block

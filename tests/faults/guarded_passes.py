@@ -7,7 +7,7 @@ import ctypes
 import sys
 
 import numpy as np
-from guarded_kernels import Guarded, address, load
+from guarded_kernels import IN_PIECES, Guarded, address, load
 
 WORD = ctypes.c_int64
 
@@ -90,9 +90,34 @@ def alive(library, random):
     return right and code == 0 and same and refused != 0
 
 
+def rounded(library, random):
+    """Tells whether numbers in a row and in planes are rounded to 8 bits, and back, as NumPy does it."""
+    images, planes, size = int(random.integers(1, 4)), int(random.integers(1, 5)), int(random.integers(1, 70))
+    x = (random.standard_normal((images, planes, size)) * 200).astype(np.float32)
+    x[random.random(x.shape) < 0.05] = np.nan
+    scale, zero = np.float32(0.7301), np.float32(random.choice([0, 100]))
+    expected = np.rint(np.clip(np.nan_to_num(x * scale + zero), 0, 255)).astype(np.uint8)
+    given, row, pixels = Guarded.of(x), Guarded(np.zeros(x.size, np.uint8)), Guarded(np.zeros(x.size, np.uint8))
+    wide, numbers, of = Guarded(np.zeros(x.size, np.float32)), tuple(map(ctypes.c_float, (scale, zero))), ctypes.c_void_p
+    sizes = [WORD(number) for number in (images, planes, size)]
+    codes = [
+        library.mg_quantize(place(given), WORD(x.size), *numbers, of(row.address), None),
+        library.mg_quantize_planes(place(given), *sizes, *numbers, of(pixels.address), IN_PIECES),
+        library.mg_dequantize(of(row.address), WORD(x.size), *numbers, of(wide.address), None),
+    ]
+    right = np.array_equal(row.array, expected.ravel())
+    right &= np.array_equal(pixels.array, expected.transpose(0, 2, 1).ravel())
+    right &= np.array_equal(wide.array, (expected.ravel().astype(np.float32) - zero) * scale)
+    refused = [
+        library.mg_quantize_planes(place(given), *sizes[:1], WORD(number), *sizes[2:], *numbers, of(pixels.address), None)
+        for number in (0, 5)
+    ]
+    return codes == [0, 0, 0] and bool(right) and all(refused)
+
+
 def main(path, count):
     library, random = load(path), np.random.default_rng(0)
-    wrong = sum(not check(library, random) for check in (selected, scaled, alive) for _ in range(count))
+    wrong = sum(not check(library, random) for check in (selected, scaled, alive, rounded) for _ in range(count))
     print(library.mg_level_name(library.mg_level()).decode(), wrong)
     sys.exit(0 if wrong == 0 else 1)
 

@@ -1,5 +1,7 @@
 """Random convolutions in 8 bits against exact sums of the whole weight; for `kernel_matrix.py`."""
 
+import math
+
 import torch
 from torch.nn import functional as F
 
@@ -7,6 +9,7 @@ from microglia.runtime.int8.layout import dense_of_quads, to_quads, to_tiles
 from microglia.runtime.sparse_layers.layout import one_group
 
 ZEROS = (0, 0, 128, 37, 255)
+PLANES = ((1, 1, 1, 7), (1, 3, 1, 9), (2, 3, 5, 5), (1, 3, 9, 23), (3, 4, 3, 8), (2, 2, 31, 7), (1, 1, 6, 6), (2, 5, 4, 4))
 
 
 def whole(draw, low, high, shape):
@@ -72,8 +75,18 @@ def wrongly_pooled(draw):
 
 
 def wrongly_quantized(draw):
-    """Draws numbers of every kind; returns what is wrong with their rounding to 8 bits."""
+    """Draws numbers of every kind, in a row and in an image; returns what is wrong with their rounding to 8 bits."""
     edges = torch.tensor([0.0, torch.inf, -torch.inf, torch.nan, 3.4e38, -3.4e38, 1e-45, 0.5, 1.5, 2.5, 254.5, 255.5])
-    x, zero = torch.cat([edges, draw.tensor(500) * 90]), draw.one((0.0, 128.0))
-    expected = (x + zero).nan_to_num(0.0, torch.inf, -torch.inf).clamp(0, 255).round().to(torch.uint8)
-    return None if torch.equal(torch.ops.microglia.quantize(x, 1.0, zero), expected) else "another rounding"
+    shape = draw.one(PLANES)
+    row = torch.cat([edges, draw.tensor(500 + draw.one(range(40))) * 90])
+    mixed = row[torch.randperm(len(row), generator=draw.generator)].repeat(3)
+    for x in (row, laid_out(draw, mixed[: math.prod(shape)].reshape(shape))):
+        scale, zero = draw.one((1.0, 1.0, 0.7301, 1 / 3)), draw.one((0.0, 128.0))
+        expected = x * torch.tensor(scale) + torch.tensor(zero)
+        expected = expected.nan_to_num(0.0, torch.inf, -torch.inf).clamp(0, 255).round().to(torch.uint8)
+        got = torch.ops.microglia.quantize(x, scale, zero)
+        if not torch.equal(got, expected):
+            return f"another rounding of {tuple(x.shape)}"
+        if not got.is_contiguous(memory_format=torch.channels_last if x.ndim == 4 else torch.contiguous_format):
+            return f"another layout of {tuple(x.shape)}"
+    return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -132,17 +132,9 @@ class Int8Layer(nn.Module):
 
     def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
         """Returns activation(layer(x) + other), in uint8 or float32; images in channels last."""
-        shape = x.shape
-        x, other = (x, other) if not self.linear else (self._image(x), None if other is None else self._image(other))
         weights = self.values, self.row_pointer, self.channel, self.tap, self.start, self.scale, self.bias
-        rest = other, self.other, *self.bounds, self.zero, self.wide, self.outputs, *self.geometry
-        out: Tensor = torch.ops.microglia.int8_conv2d(x, *weights, *rest)
-        return out.permute(0, 2, 3, 1).reshape(*shape[:-1], self.outputs) if self.linear else out
-
-    @staticmethod
-    def _image(x: Tensor) -> Tensor:
-        """Returns (..., features) as one row of pixels, in the memory where it lies."""
-        return x.reshape(1, 1, -1, x.shape[-1]).permute(0, 3, 1, 2)
+        rest = self.other, *self.bounds, self.zero, self.wide, self.outputs, *self.geometry
+        return (linear if self.linear else torch.ops.microglia.int8_conv2d)(x, *weights, other, *rest)  # type: ignore[no-any-return]
 
     def dense(self) -> Tensor:
         """Returns the rounded weight, (outputs, inputs, height, width), in float64."""
@@ -152,6 +144,18 @@ class Int8Layer(nn.Module):
     def extra_repr(self) -> str:
         """Returns sizes and the stored weights, for the printed form."""
         return f"{self.inputs}, {self.outputs}, {len(self.channel)} x ({QUAD}, {STRIPE}), {'float32' if self.wide else 'uint8'}"
+
+
+def linear(x: Tensor, *rest: Any) -> Tensor:
+    """Returns ``int8_conv2d`` of (..., features), which are one row of pixels in the memory where they lie."""
+    *weights, other = rest[:8]
+    other = None if other is None else _image(other)
+    out: Tensor = torch.ops.microglia.int8_conv2d(_image(x), *weights, other, *rest[8:])
+    return out.permute(0, 2, 3, 1).reshape(*x.shape[:-1], out.shape[1])
+
+
+def _image(x: Tensor) -> Tensor:
+    return x.reshape(1, 1, -1, x.shape[-1]).permute(0, 3, 1, 2)
 
 
 def _rounded(weight: Tensor) -> tuple[Tensor, Tensor]:

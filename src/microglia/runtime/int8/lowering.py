@@ -18,6 +18,7 @@ from microglia.runtime.dense.fusion import Site, fuse, mutates
 from microglia.runtime.int8.calibration import Ranges
 from microglia.runtime.int8.candidates import Planned, int8_layer
 from microglia.runtime.int8.layers import Dequantize, Pool8, Quantize, Scale, fuses
+from microglia.runtime.int8.program import programmed
 from microglia.runtime.sparse_layers.chain import chained
 
 aten = torch.ops.aten
@@ -40,7 +41,7 @@ def lower_to_int8(model: nn.Module, example: Example, ways: Sequence[Candidate],
     left = iter(ways)
     graph = fuse(model, example, lambda site: next(left).make())
     _Lowering(graph, ranges).lower()
-    return chained(graph)
+    return chained(programmed(graph))
 
 
 class _Lowering:

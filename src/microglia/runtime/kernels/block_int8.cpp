@@ -1,8 +1,7 @@
-// In 8 bits: the block-sparse convolution (checks of its own, then what the other types run), pooling, and rounding.
+// In 8 bits: the block-sparse convolution (checks of its own, then what the other types run), and pooling.
 #include <algorithm>
 #include <cstring>
 
-#include "block_inline.h"
 #include "block_level.h"
 #include "block_plan.h"
 #include "block_run.h"
@@ -12,8 +11,6 @@
 
 namespace microglia::block {
 namespace {
-
-constexpr int64_t quantize_grain = 1 << 16;
 
 const Level& current_quad_level() {
   const int level = mg_level();
@@ -81,21 +78,6 @@ const Level* tile_level() {
 
 // Tiles keep to no bound, so that the levels that add in 16 bits do not run them.
 const Level& untiled_level() { return mg_level() >= MG_AVX512VNNI ? current_quad_level() : generic_quad_level(); }
-
-struct Quantizing {
-  const float* x;
-  uint8_t* y;
-  float scale, zero;
-};
-
-void quantize(int64_t begin, int64_t end, void* context) {
-  const Quantizing work = *static_cast<Quantizing*>(context);
-  for (int64_t index = begin; index < end; ++index) {
-    const float value = work.x[index] * work.scale + work.zero;
-    const float positive = value > 0.0f ? value : 0.0f;  // NaN, too, becomes 0
-    work.y[index] = nearest(positive < 255.0f ? positive : 255.0f);
-  }
-}
 
 struct Pooling {
   const mg_conv2d* conv;
@@ -172,13 +154,5 @@ MG_EXPORT int mg_max_pool_int8(const mg_conv2d* conv, const uint8_t* x, uint8_t*
   Pooling work{conv, output_size(conv->height, conv->kernel_height, conv->stride_height, conv->padding_height, 1),
                output_size(conv->width, conv->kernel_width, conv->stride_width, conv->padding_width, 1), x, y};
   in_parallel(parallel, conv->batch * work.rows, 4, pool, &work);
-  return MG_OK;
-}
-
-MG_EXPORT int mg_quantize(const float* x, int64_t count, float scale, float zero, uint8_t* y, mg_parallel parallel) {
-  if (count < 0) return MG_BAD_SIZE;
-  if (count > 0 && (!x || !y)) return MG_BAD_POINTER;
-  Quantizing work{x, y, scale, zero};
-  in_parallel(count > 2 * quantize_grain ? parallel : nullptr, count, quantize_grain, quantize, &work);
   return MG_OK;
 }

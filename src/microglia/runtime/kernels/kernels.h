@@ -116,6 +116,13 @@ int mg_block_conv2d_int8(const mg_conv2d* conv, const mg_blocks_int8* blocks, co
 // y = min(max(x * scale + zero, 0), 255), rounded as above; NaN becomes 0.
 int mg_quantize(const float* x, int64_t count, float scale, float zero, uint8_t* y, mg_parallel parallel);
 
+// The same of images (images, planes, size) into (images, size, planes), for 1 to 4 planes: what a network is given lies so.
+int mg_quantize_planes(const float* x, int64_t images, int64_t planes, int64_t size, float scale, float zero, uint8_t* y,
+                       mg_parallel parallel);
+
+// y = (x - zero) * unit.
+int mg_dequantize(const uint8_t* x, int64_t count, float unit, float zero, float* y, mg_parallel parallel);
+
 // The maximum over windows of an image in NHWC, pixels in_channels bytes apart. conv says everything but out_channels, which is
 // in_channels; dilation must be 1, and a padding at most half of the kernel.
 int mg_max_pool_int8(const mg_conv2d* conv, const uint8_t* x, uint8_t* y, mg_parallel parallel);

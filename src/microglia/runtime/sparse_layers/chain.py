@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
-from itertools import count, groupby
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 
 from microglia.core.errors import MicrogliaError
 from microglia.runtime.operators import ACTIVATIONS, level
+from microglia.runtime.segments import Part, joined
 from microglia.runtime.sparse_layers.chain_steps import Step, Weights, split, steps_of
 from microglia.runtime.sparse_layers.layers import BlockConv2d
 from microglia.runtime.sparse_layers.layout import STRIPE
@@ -138,38 +137,12 @@ def chainable(module: nn.Module) -> bool:
 
 def chained(graph: GraphModule) -> GraphModule:
     """Joins consecutive block convolutions of a graph into chains, in place, and returns the graph."""
-
-    def joins(node: Node) -> bool:
-        return node.op == "call_module" and not node.kwargs and chainable(graph.get_submodule(str(node.target)))
-
-    runs = [list(nodes) for found, nodes in groupby(list(graph.graph.nodes), joins) if found]
-    free = (name for number in count() if not hasattr(graph, name := f"chain_{number}"))
-    for nodes in (nodes for nodes in runs if len(nodes) > 1):
-        _replace(graph, nodes, next(free))
-    graph.delete_all_unused_submodules()
-    graph.graph.lint()
-    graph.recompile()
-    return graph
+    return joined(graph, "chain", chainable, _chain)
 
 
-def _replace(graph: GraphModule, nodes: list[Node], name: str) -> None:
-    inside = set(nodes)
-    read = [argument for node in nodes for argument in node.all_input_nodes]
-    images = list(dict.fromkeys(argument for argument in read if argument not in inside))
-    number = {node: index for index, node in enumerate([*images, *nodes])}
-    out = [node for node in nodes if not inside.issuperset(node.users)]
+def _chain(parts: Sequence[Part], images: int) -> BlockChain:
     links = []
-    for node in nodes:
-        layer = graph.get_submodule(str(node.target))
+    for layer, (first, *rest), goes_out in parts:
         assert isinstance(layer, BlockConv2d)
-        first, *rest = (number[argument] for argument in node.args if isinstance(argument, Node))
-        links.append(Link(layer, first, rest[0] if rest else None, node in out))
-    graph.add_module(name, BlockChain(links, len(images)))
-    with graph.graph.inserting_before(nodes[0]):
-        results = graph.graph.call_module(name, tuple(images))
-        for index, node in enumerate(out):
-            result = graph.graph.call_function(operator.getitem, (results, index))
-            result.meta = dict(node.meta)
-            node.replace_all_uses_with(result)
-    for node in reversed(nodes):
-        graph.graph.erase_node(node)
+        links.append(Link(layer, first, rest[0] if rest else None, goes_out))
+    return BlockChain(links, images)

@@ -54,11 +54,12 @@ def trial(recipe: Recipe, batches: int, epochs: int) -> Recipe:
     )
 
 
-def firsts(queue: Queue, studies: list[str] | None) -> Iterator[Job]:
-    """Yields one cell of each row: the first in the order of the queue."""
+def firsts(queue: Queue, studies: list[str] | None, rows: list[str] | None) -> Iterator[Job]:
+    """Yields one cell of each row: the first in the order of the queue. None stands for all."""
     seen: set[tuple[str, str]] = set()
     for job in Planner(queue, Ledger(queue.ledger)).jobs():
-        if job.kind == "cell" and (studies is None or job.study in studies) and (job.study, job.row) not in seen:
+        named = (studies is None or job.study in studies) and (rows is None or job.row in rows)
+        if job.kind == "cell" and named and (job.study, job.row) not in seen:
             seen.add((job.study, job.row))
             yield job
 
@@ -84,11 +85,12 @@ def main() -> None:
     parser.add_argument("queue", type=Path)
     parser.add_argument("--out", type=Path, default=Path("runs/trial"))
     parser.add_argument("--studies", nargs="+", metavar="NAME", help="only these")
+    parser.add_argument("--rows", nargs="+", metavar="NAME", help="only these of each study")
     parser.add_argument("--batches", type=int, default=2, help="batches in an epoch")
     parser.add_argument("--epochs", type=int, default=2, help="epochs of a training after (or while) pruning")
     given = parser.parse_args()
     failed, console = 0, Console()
-    for job in firsts(read_queue(given.queue), given.studies):
+    for job in firsts(read_queue(given.queue), given.studies, given.rows):
         recipe, began, processor = trial(job.recipe, given.batches, given.epochs), time.perf_counter(), time.process_time()
         try:
             words = str(dict(kept(execute(recipe, given.out / job.study / job.name, starts=given.out / "starts"))))

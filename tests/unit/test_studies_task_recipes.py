@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -194,3 +195,6 @@ def test_a_trial_runs_every_row_and_ends_with_a_failure(tmp_path, monkeypatch, c
     assert second.startswith("toys two ")
     assert "FAILED: ShrinkError: Slimming ranks channels" in second
     assert not (tmp_path / "kept").exists()  # numbers of a trial are no results
+    monkeypatch.setattr("sys.argv", [*sys.argv, "--rows", "one"])
+    trial.main()  # it ran before, and nothing failed
+    assert capsys.readouterr().out.startswith("toys one ")

@@ -208,16 +208,6 @@ def test_the_scalings_of_ftwt_are_valid_sweeps(name: str, count: int) -> None:
         assert modes.keys() == {"decoupled", "joint", "static"}
 
 
-@pytest.mark.parametrize(
-    "path", sorted((Path(__file__).parents[2] / "recipes" / "smart" / "scaled").glob("*.yaml")), ids=lambda p: p.stem
-)
-def test_the_scalings_of_smarts_tables_are_valid_sweeps(path: Path) -> None:
-    from microglia.lab.sweep_grid import read_sweep
-
-    cells = read_sweep(path).cells
-    assert len({cell.name for cell in cells}) == len(cells) >= 15
-
-
 @pytest.mark.parametrize("path", sorted((Path(__file__).parents[2] / "recipes" / "ftwt").glob("*.yaml")), ids=lambda p: p.stem)
 def test_the_recipes_of_ftwt_are_valid_and_say_what_the_paper_says(path: Path) -> None:
     recipe = resolve(read_yaml(path))

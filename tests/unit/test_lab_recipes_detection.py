@@ -6,7 +6,6 @@ import pytest
 
 from microglia.core.errors import MicrogliaError
 from microglia.lab.recipe import as_dict, method_config, read_yaml, resolve
-from microglia.lab.sweep_grid import read_sweep
 from microglia.methods import methods
 from microglia.tasks.detection import DetectionOptions
 from microglia.zoo.yolov5 import SCALES
@@ -39,14 +38,12 @@ def test_every_rival_has_a_row():
 
 @pytest.mark.parametrize("path", sorted((ROOT / "detection").glob("*.yaml")), ids=lambda path: path.stem)
 def test_scalings_to_two_cores_are_valid(path):
-    content = read_yaml(path)
-    recipes = [cell.recipe for cell in read_sweep(path).cells] if "grid" in content else [resolve(content)]
-    for recipe in recipes:
-        assert recipe.data == recipe.task["data"] == "bccd"
-        assert recipe.task["size"] == 320
-        assert recipe.method in methods
-        config = method_config(recipe)
-        assert (config.flops is not None) == (config.pattern == "channel")  # channels are compared at equal operations
+    recipe = resolve(read_yaml(path))
+    assert recipe.data == recipe.task["data"] == "bccd"
+    assert recipe.task["size"] == 320
+    assert recipe.method in methods
+    config = method_config(recipe)
+    assert (config.flops is not None) == (config.pattern == "channel")  # channels are compared at equal operations
 
 
 def test_the_model_says_the_kind():

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
+import json
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,7 +12,8 @@ import torch
 from torch import nn
 
 import microglia as mg
-from microglia.core.errors import MicrogliaError, RunError
+from benchmark_scripts import script
+from microglia.core.errors import FileError, MicrogliaError, RunError
 from microglia.core.layers import prunable_layers
 from microglia.graph import plan_of
 from microglia.lab.execute import make_task
@@ -26,20 +26,6 @@ from microglia.zoo import build
 ROOT = Path(__file__).parent.parent.parent
 RATES = [0.1, *[0.6] * 35, 0.0, 0.0, *[0.6] * 6, *[0.4] * 3, 0.1, 0.4, 0.1, 0.4, 0.1, 0.4, 0.1, 0.4]
 """Fractions that go of each convolution of ResNet-56, from the README of HRank's public code."""
-
-
-def script(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", ROOT / "benchmarks" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    sys.path.insert(0, str(ROOT / "benchmarks"))  # scripts share modules
-    try:
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.pop(0)
-    return module
 
 
 # ------------------------------------------------------------------------------------------------------ the papers' count
@@ -134,6 +120,57 @@ def test_a_row_that_another_process_makes_is_not_kept_as_refused(
     with pytest.raises(RunError, match="Another process"):
         own.row("l1", 0)
     assert own.kept() == []
+
+
+def test_a_full_disk_is_not_kept_as_refused_and_stops_no_other_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = script("structured_table")
+    kept = table.Row("fpgm", 0, 0.5, 0.6, 10, 12, 9, 1.5, 1, 3.0)
+
+    def made(self: Any, name: str, seed: int) -> Any:
+        if name == "l1":
+            raise FileError("No space left on device.")
+        if name == "sfp":
+            raise ZeroDivisionError
+        return kept
+
+    monkeypatch.setattr(table.Bench, "made", made)
+    places = ["--runs", str(tmp_path / "runs"), "--results", str(tmp_path / "kept"), "--document", str(tmp_path / "a.md")]
+    monkeypatch.setattr("sys.argv", ["structured_table.py", "--methods", "l1", "sfp", "fpgm", *places])
+    with pytest.raises(SystemExit, match=r"These rows failed.*: l1, seed 0; sfp, seed 0"):
+        table.main()
+    ((_, rows),) = table.tables_in(tmp_path / "kept")
+    assert rows == [kept]
+    assert "No space left" in capsys.readouterr().out
+
+
+def test_a_trial_has_short_searches_and_the_epochs_of_the_whole_row(bench: tuple[ModuleType, Any], tmp_path: Path) -> None:
+    table, _ = bench
+    own = table.Bench("resnet8", "digits", None, 0.5, 1, 0.05, 1, False, tmp_path)
+    row = own.row("amc", 0)  # whose 800 episodes take minutes
+    assert row.epochs == 1
+    stored = read_yaml(own.place("amc", 0) / "recipe.yaml")
+    assert (stored.get("recipe") or stored)["prune"]["episodes"] == 3
+    assert row.macs / count_macs(make_task(own.recipe("amc", 0)).build(), torch.zeros(1, 1, 8, 8)).total <= 0.505
+
+
+def test_scratch_makes_its_shape_again_where_the_first_row_was_kept_on_another_machine(tmp_path: Path) -> None:
+    table = script("structured_table")
+    settings = ("resnet8", "digits", None, 0.5, 1, 0.05, 1, False)
+    first = table.Bench(*settings, tmp_path / "one", tmp_path / "results").row("l2", 0)
+    scratch = table.Bench(*settings, tmp_path / "other", tmp_path / "results").row("scratch", 0)
+    assert not scratch.refused
+    assert (scratch.macs, scratch.parameters) == (first.macs, first.parameters)
+
+
+def test_seconds_count_the_epochs_of_killed_attempts(tmp_path: Path) -> None:
+    table = script("structured_table")
+    own = table.Bench("resnet8", "digits", None, 0.5, 1, 0.05, 1, False, tmp_path)
+    own.place("l1", 0).mkdir(parents=True)
+    rows = [{"stage": "dense", "seconds": 50.0}, {"stage": "sparse", "seconds": 2.5}, {"stage": "train", "seconds": 4.0}]
+    (own.place("l1", 0) / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    assert (own.logged("l1", 0), own.logged("l2", 0)) == (6.5, 0.0)
 
 
 def test_published_rows_stand_beside_resnet56(bench: tuple[ModuleType, Any]) -> None:

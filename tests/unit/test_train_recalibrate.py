@@ -56,6 +56,22 @@ def test_where_no_example_comes_the_model_stays_as_it_was(batches: list[tuple[Te
     assert untouched(model, before)
 
 
+def test_a_last_batch_of_one_is_left_out_where_maps_have_one_place() -> None:
+    """Its channels have one value each, which has no variance: torch refuses it in training mode."""
+    model, alone = (nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(3)) for _ in range(2))
+    x = torch.randn(9, 3, 4, 4)
+    mg.train.recover.recalibrate(model, [(x[:8], 0), (x[8:], 0)])
+    mg.train.recover.recalibrate(alone, [(x[:8], 0)])
+    assert all(torch.equal(value, alone.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+def test_batches_of_one_count_where_all_are_of_one() -> None:
+    model = nn.BatchNorm2d(3)
+    x = torch.randn(2, 3, 4, 4)
+    mg.train.recover.recalibrate(model, [(x[:1], 0), (x[1:], 0)])
+    assert torch.allclose(model.running_mean, x.mean((0, 2, 3)), atol=1e-6)
+
+
 def test_an_error_midway_leaves_the_model_as_it_was() -> None:
     model = net()
     before = {name: value.clone() for name, value in model.state_dict().items()}

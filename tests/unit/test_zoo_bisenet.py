@@ -8,6 +8,7 @@ import microglia as mg
 from microglia.core.auxiliary import auxiliary_paths, counted_parameters, drop_auxiliary
 from microglia.core.layers import prunable_layers
 from microglia.measure.parameters import count_parameters
+from microglia.train.recover import recalibrate
 from microglia.zoo import ModelError, build
 
 
@@ -60,6 +61,12 @@ def test_training_returns_the_boosters_and_gradients_reach_every_parameter():
     missing = [name for name, p in model.named_parameters() if p.grad is None]
     assert missing == []
     assert isinstance(model.eval()(torch.randn(1, 3, 64, 64)), torch.Tensor)
+
+
+def test_batches_of_one_image_recalibrate():
+    model = tiny()
+    recalibrate(model, [(torch.randn(1, 3, 64, 64), None) for _ in range(2)])
+    assert all(torch.isfinite(value).all() for value in model.state_dict().values())
 
 
 def test_a_last_batch_of_one_image_trains():

@@ -35,8 +35,8 @@ def recalibrate(
 
     After a change of weights without training the running statistics are stale. The average is cumulative: batch i enters with
     momentum n_i / (n_1 + ... + n_i), because the usual 0.1 does not converge in few batches (survey 0.7; Garipov et al. 2018).
-    Only batch-norm modules are in train mode during this. On several ranks each rank averages its own batches; then the ranks'
-    statistics are averaged, weighted by their numbers of examples.
+    A single example after larger batches is left out. Only batch-norm modules are in train mode during this. On several ranks
+    each rank averages its own batches; then the ranks' statistics are averaged, weighted by their numbers of examples.
 
     Args:
         model: Any module; without batch-norm statistics it stays unchanged and no batch is drawn.
@@ -102,12 +102,13 @@ def _estimate(
     for norm in norms:
         norm.reset_running_stats()
         norm.train()
-    seen, device = 0, device_of(model)
+    seen, largest, device = 0, 0, device_of(model)
     for inputs, _ in batches:
         example = to_device(inputs, device)
-        if not (examples := Example.of(example).batch):
+        examples = Example.of(example).batch
+        if not examples or examples == 1 < largest:  # a last batch of one has no variance in maps of one place
             continue
-        seen += examples
+        seen, largest = seen + examples, max(largest, examples)
         for norm in norms:
             norm.momentum = examples / seen
         forward(model, example)

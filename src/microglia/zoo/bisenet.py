@@ -109,7 +109,7 @@ class Context(nn.Module):
         return out
 
     def _vector(self, mean: Tensor) -> Tensor:
-        if not self.training or len(mean) > 1:
+        if not self.norm.training or len(mean) > 1:  # recalibration trains norms alone
             out: Tensor = self.conv(self.norm(mean))
             return out
         convolution, norm, _ = self.conv  # a last batch of one image: one value in each channel has no variance

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,4 +36,6 @@ def write(file: Path | None, kind: str, **measured: Any) -> None:
     """Writes what was measured and on what; nothing without a file."""
     if file is not None:
         where = {"kind": kind, "processor": processor_name(), "level": level(), "torch": torch.__version__}
+        if limit := os.environ.get("ONEDNN_MAX_CPU_ISA"):  # oneDNN's own, which OpenVINO obeys too
+            where["engines_limited_to"] = limit
         file.write_text(json.dumps({**where, **measured}, indent=1) + "\n")

@@ -175,7 +175,8 @@ def int8(chains: list[Json], whole: list[Json]) -> str:
 
 def machine(record: Json) -> str:
     """Returns the machine of a record in words."""
-    return f"{record['processor']}, kernels {record['level']}"
+    limit = record.get("engines_limited_to")
+    return f"{record['processor']}, kernels {record['level']}" + (f", oneDNN and OpenVINO limited to {limit}" if limit else "")
 
 
 def main() -> None:

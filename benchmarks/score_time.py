@@ -64,9 +64,7 @@ def jobs(name: str, rounds: int) -> dict[str, Job]:
         passes: list[float] = []
         begin = time.perf_counter()
         with between_rounds(lambda: passes.append(seconds(unit))):
-            pruner(
-                fresh, density=0.01, score="synflow", rounds=rounds, evidence=Evidence([(images[:1], labels[:1])])
-            )
+            pruner(fresh, density=0.01, score="synflow", rounds=rounds, evidence=Evidence([(images[:1], labels[:1])]))
         synflow.seconds = time.perf_counter() - begin - sum(passes)  # type: ignore[attr-defined] # without the building
         synflow.passes = passes  # type: ignore[attr-defined]
 

@@ -5,6 +5,7 @@ Usage: guarded_int8.py LIBRARY COUNT. One byte past an array kills the process; 
 
 import ctypes
 import sys
+from itertools import pairwise
 
 import numpy as np
 from guarded_kernels import IN_PIECES, Convolution, Guarded, address, draw, load, packed, reference
@@ -35,7 +36,7 @@ class Rescale(ctypes.Structure):
 
 def tiled(values, pointer, channel, tap):
     """Returns quads, the list of each stripe repeated up to whole tiles with weights of zero, in tiles."""
-    lists = [np.arange(begin, end) for begin, end in zip(pointer[:-1], pointer[1:], strict=True)]
+    lists = [np.arange(begin, end) for begin, end in pairwise(pointer)]
     lists = [np.pad(each, (0, -len(each) % TILE), mode="edge") if len(each) else each for each in lists]
     first = [np.arange(len(each)) < count for each, count in zip(lists, np.diff(pointer), strict=True)]
     index, real = np.concatenate(lists).astype(int), np.concatenate(first)
@@ -92,7 +93,9 @@ def refused(library):
     conv = Convolution(1, 4, 1, 1, 16, 1, 1, 1, 1, 0, 0, 1, 1, 0, 1)
     blocks, rescale = Blocks(8, *map(address, lists), None, 1), Rescale(*map(address, numbers), 1.0, 0.0, 255.0, 0, 0)
     given = ctypes.byref(conv), ctypes.byref(blocks), ctypes.byref(rescale)
-    code = library.mg_block_conv2d_int8(*given, POINTER(address(x)), WORD(4), POINTER(address(y)), WORD(16), None, WORD(16), None)
+    code = library.mg_block_conv2d_int8(
+        *given, POINTER(address(x)), WORD(4), POINTER(address(y)), WORD(16), None, WORD(16), None
+    )
     return code == 3  # MG_BAD_ROW_POINTER
 
 

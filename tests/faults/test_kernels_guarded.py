@@ -11,7 +11,9 @@ import pytest
 import microglia.runtime
 from microglia.runtime.operators import LEVELS, level
 
-SCRIPTS = [Path(__file__).with_name(f"guarded_{name}.py") for name in ("kernels", "chains", "huffman", "int8", "passes", "thresholded")]
+SCRIPTS = [
+    Path(__file__).with_name(f"guarded_{name}.py") for name in ("kernels", "chains", "huffman", "int8", "passes", "thresholded")
+]
 RUNTIME = Path(microglia.runtime.__file__).parent
 HERE = LEVELS[1 : LEVELS.index(level()) + 1]
 

@@ -95,7 +95,12 @@ def _kept(weight: Tensor, places: Tensor | None, stays: Tensor) -> Tensor:
         left = torch.empty(len(stays), dtype=size) if places is None else places
         found = ctypes.c_int64()
         function(
-            None if places is None else places.data_ptr(), stays.data_ptr(), len(stays), weight.data_ptr(), left.data_ptr(), found
+            None if places is None else places.data_ptr(),
+            stays.data_ptr(),
+            len(stays),
+            weight.data_ptr(),
+            left.data_ptr(),
+            found,
         )
         return left[: found.value]
     left, removed = (flags.nonzero().squeeze(1) for flags in (stays, ~stays))

@@ -77,7 +77,7 @@ class AccelerationReport:
         times: Execution of the whole model -> milliseconds of one batch, measured interleaved.
         chosen: The execution that runs.
         best_dense: The fastest dense execution.
-        level: Level of the kernels: torch, generic, avx2, avx512, avx512vnni, avx512bf16 or amx; on a GPU triton and its version.
+        level: Kernels: torch, generic, avx2, avx512, avx512vnni, avx512bf16 or amx; on a GPU triton and its version.
         threads: CPU threads of the timing.
         notes: Omitted executions, with the reasons.
         precision: ``float32``; or ``bf16`` or ``int8`` where layers in bfloat16 or in 8 bits were tried.

@@ -79,7 +79,9 @@ def to_tiles(weight: Tensor) -> Places:
     outputs, inputs = weight.shape[:2]
     matrix = functional.pad(weight.detach().reshape(outputs, inputs, -1), (0, 0, 0, -inputs % QUAD, 0, -outputs % STRIPE))
     taps = matrix.shape[2]
-    grid = matrix.reshape(-1, STRIPE, matrix.shape[1] // QUAD, QUAD, taps).permute(0, 2, 4, 1, 3)  # stripe, quad, tap, output, input
+    grid = matrix.reshape(-1, STRIPE, matrix.shape[1] // QUAD, QUAD, taps).permute(
+        0, 2, 4, 1, 3
+    )  # stripe, quad, tap, output, input
     row, quad, tap = grid.flatten(3).any(3).nonzero(as_tuple=True)
     counts = torch.bincount(row, minlength=len(grid))
     whole = counts.add(TILE - 1).div(TILE, rounding_mode="floor") * TILE
@@ -92,7 +94,9 @@ def to_tiles(weight: Tensor) -> Places:
     filled = filled.cummax(0).values
     tiles = values.view(-1, TILE, STRIPE, QUAD).transpose(1, 2).contiguous()
     channel = (quad[filled] * QUAD).int()
-    return Places(tiles, functional.pad(whole.cumsum(0), (1, 0)).int(), channel, tap[filled].to(torch.uint8) if taps > 1 else None)
+    return Places(
+        tiles, functional.pad(whole.cumsum(0), (1, 0)).int(), channel, tap[filled].to(torch.uint8) if taps > 1 else None
+    )
 
 
 def stored(weight: Tensor, pixels: int) -> Places:

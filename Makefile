@@ -10,8 +10,9 @@ export PYTHONWARNINGS ?= ignore::UserWarning:multiprocessing.resource_tracker
 demo: $(READY)
 	$(BIN)/microglia demo --out runs/demo
 
+# Processes of tests share what one of them has compiled of the library, also where Python is told to write no bytecode.
 test: $(READY) lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -1,4 +1,7 @@
-"""Commands as a user starts them: real processes with their own output, which share the slow start-up of one server."""
+"""Commands as a user starts them: real processes with their own output, which share the slow start-up of one server.
+
+No C++ compiler is found there, and timings are short: see `no_compiler` and `short_timings`.
+"""
 
 import gc
 import multiprocessing
@@ -13,11 +16,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from no_compiler import without_compiler
+from short_timings import shorten
+
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
     [
         "microglia.cli.commands",
         "microglia.cli.studies",
+        "microglia.dynamic.activation_kernels",
+        "microglia.dynamic.tuning",
+        "microglia.measure.latency",
         "accelerate",
         "matplotlib.backends.backend_agg",
         "sklearn.datasets",
@@ -137,6 +146,8 @@ def _enter(folder, beside):
     for number, stream in ((1, "out"), (2, "err")):
         os.dup2(os.open(beside / f"{name}.{stream}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     os.chdir(folder)
+    without_compiler()
+    shorten()
 
 
 def _script(code, folder, beside):

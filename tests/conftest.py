@@ -1,4 +1,4 @@
-"""What every test needs: threads that do not fight, a torchvision that imports, and the way to the real data."""
+"""What all tests need: threads that do not fight, a torchvision that imports, files in memory, short timings, real data."""
 
 import gc
 import importlib.util
@@ -9,14 +9,32 @@ import pytest
 import torch
 
 from microglia.zoo.external import declare_operators
+from short_timings import shorten
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach the network
+MEMORY = Path("/dev/shm")
+ROOM = 8 * 2**30
+"""Free bytes below which temporary files stay on the disk."""
 
 
 def pytest_configure():
     if "PYTEST_XDIST_WORKER" in os.environ:
         torch.set_num_threads(1)
+    if in_memory(MEMORY):
+        os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))
     prepare_torchvision()
+    shorten()
+
+
+def in_memory(folder: Path) -> bool:
+    """Tells whether temporary files can lie in a folder of the memory: nobody waits there for a disk at each durable write.
+
+    Tests also run scripts and load libraries that they have written, which some containers do not allow there.
+    """
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        return False
+    found = os.statvfs(folder)
+    return found.f_bavail * found.f_frsize >= ROOM and not found.f_flag & getattr(os, "ST_NOEXEC", 0)
 
 
 def pytest_collection_finish():

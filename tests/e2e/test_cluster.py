@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from microglia.cli.app import app
 from microglia.cluster import ClusterError, launcher_of
+from microglia.lab.execute import execute
 from microglia.lab.recipe import identity_of
 from microglia.lab.sweep import Sweep, run_sweep
 
@@ -54,9 +55,10 @@ def cluster() -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def here(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """The weights of the slow sweep on this machine, by cell."""
+    """The weights of the slow sweep on this machine, by cell, from this process: a sweep would start one for each cell."""
     out = tmp_path_factory.mktemp("here")
-    run_sweep(Sweep(grid={"seed": [0, 1]}, base=SLOW, name="slow"), out)
+    for cell in Sweep(grid={"seed": [0, 1]}, base=SLOW, name="slow").cells:
+        execute(cell.recipe, out / cell.name)
     return weights(out)
 
 
@@ -103,14 +105,16 @@ def test_the_cell_of_a_dead_node_goes_on_elsewhere_to_the_same_bits(
     assert sum("train: resumed after epoch" in log for log in logs) == 1, logs
 
 
-def test_submitit_runs_the_cells(here: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_submitit_runs_the_cells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("submitit")
     monkeypatch.setenv("HF_TOKEN", "a-secret-of-the-user")
     monkeypatch.setenv("WANDB_MODE", "offline-as-the-user-says")
-    sweep = Sweep(grid={"seed": [0]}, base=SLOW, name="jobs")
+    sweep = Sweep(grid={"seed": [0]}, base=BASE, name="jobs")
+    execute(sweep.cells[0].recipe, tmp_path / "here" / "seed-0")
     launcher = launcher_of("slurm", ["cluster=local"])
     assert run_sweep(sweep, tmp_path / "jobs", launcher=launcher).done == ["seed-0"]
-    assert weights(tmp_path / "jobs") == {"seed-0": here["seed-0"]}
+    assert weights(tmp_path / "jobs") == weights(tmp_path / "here")
+    assert list(weights(tmp_path / "jobs")) == ["seed-0"]
     orders = list((tmp_path / "jobs" / ".slurm").glob("*_submitted.pkl"))
     assert orders, "it was a job of submitit"
     for order in orders:

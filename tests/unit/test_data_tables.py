@@ -2,7 +2,6 @@
 
 import json
 
-import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -137,6 +136,8 @@ def test_parquet_split_errors(tmp_path):
 
 def fake_hub(monkeypatch, **splits):
     """Lets the hub hold one data set, ``some/set``, of images numbered from the given starts."""
+    import datasets  # here, for it takes a second in every process that collects this file
+
     features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=["even", "odd"]))
     found = datasets.DatasetDict(
         {

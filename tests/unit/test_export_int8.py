@@ -10,8 +10,12 @@ from microglia.core.errors import MicrogliaError
 from microglia.export import Int8, Int8Report, export, open_openvino, to_openvino
 from microglia.export.int8 import accuracy, float_layers, is_transformer, quantize, quantizers
 
-pytest.importorskip("openvino")
-pytest.importorskip("nncf")
+
+@pytest.fixture(scope="module", autouse=True)
+def engines():
+    """What these tests need, imported when they run: not in every process that collects them."""
+    for name in ("openvino", "nncf"):
+        pytest.importorskip(name)
 
 
 def trained():

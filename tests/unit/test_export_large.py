@@ -6,9 +6,14 @@ from torch import nn
 
 from microglia.export import export
 
-pytest.importorskip("onnx")
-pytest.importorskip("onnxruntime")
 LIMITS = "torch.onnx._internal.exporter._onnx_program"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def engines():
+    """What these tests need, imported when they run: not in every process that collects them."""
+    for name in ("onnx", "onnxruntime"):
+        pytest.importorskip(name)
 
 
 def test_above_the_limit_the_weights_lie_beside_the_file(tmp_path, monkeypatch):

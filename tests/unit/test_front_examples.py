@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from commands import python
-from no_compiler import NO_COMPILER
 
 ROOT = Path(__file__).parent.parent.parent
 EXAMPLES = ROOT / "examples"
@@ -24,7 +23,7 @@ def test_there_are_five_scripts_and_three_notebooks() -> None:
 def test_a_script_runs(name: str, tmp_path: Path) -> None:
     for module in NEEDS.get(name, ()):
         pytest.importorskip(module)
-    done = python(NO_COMPILER + (EXAMPLES / f"{name}.py").read_text(), tmp_path)
+    done = python((EXAMPLES / f"{name}.py").read_text(), tmp_path)
     assert done.status == 0, done.err
     assert done.out.strip()
 

@@ -161,7 +161,7 @@ assert torch.equal(mg.load("masked", build())(x), model(x))
 small = mg.prune_channels(build(), x[:1], mg.Budget(density=0.5), round_to=1)
 mg.save(small, "small")
 assert torch.equal(mg.load("small", build())(x), small(x))
-fast = mg.accelerate(model, x[:1], rounds=1)
+fast = mg.accelerate(model, x[:1], against=("eager", "packed"), rounds=1)
 torch.testing.assert_close(fast(x[:1]), model(x[:1]), rtol=1e-4, atol=1e-5)
 from microglia.train.engine import accelerator
 print(type(accelerator()).__name__, sorted(name for name in sys.modules if name in BLOCKED))

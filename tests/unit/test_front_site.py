@@ -20,7 +20,6 @@ from commands import python
 from microglia.cli.app import app
 from microglia.cli.listed import COMMANDS
 from microglia.lab.recipe import Recipe, method_config
-from no_compiler import NO_COMPILER
 
 ROOT = Path(__file__).parent.parent.parent
 PAGES = ("start", "roads", "own", "tracking", "hub", "cluster", "gpu", "faq", "migration")
@@ -83,7 +82,7 @@ def test_the_site_asks_no_other_machine_for_fonts(built: tuple[Path, str]) -> No
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page != "hub" and "```python" in text(page)])
 def test_the_code_of_a_page_runs(page: str, tmp_path: Path) -> None:
-    done = python(NO_COMPILER + code(page), tmp_path)
+    done = python(code(page), tmp_path)
     assert done.status == 0, done.err
 
 

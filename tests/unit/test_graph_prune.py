@@ -666,7 +666,7 @@ def test_smart_goes_on_with_a_graph(as_graph):
         pruner.step()
     pruner.finish()
     assert masks_of(small).density == pytest.approx(0.3, abs=0.01)
-    fast = accelerate(small.eval(), TOKENS, cache=None, rounds=1)
+    fast = accelerate(small.eval(), TOKENS, against="eager", cache=None, rounds=1)
     assert torch.allclose(fast(TOKENS), small(TOKENS), atol=1e-5)
 
 

@@ -50,7 +50,9 @@ def load(path: Path, threads: int) -> Engine:
     if path.suffix == ".xml":
         import openvino
 
-        compiled = openvino.Core().compile_model(path, "CPU", {"INFERENCE_NUM_THREADS": threads})
+        # Without the hint, processors with bfloat16 round a float32 model.
+        settings = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32"}
+        compiled = openvino.Core().compile_model(path, "CPU", settings)
         port = compiled.input()
         sizes = [None if size.is_dynamic else size.get_length() for size in port.partial_shape]
         return Engine(lambda x: compiled(x)[0].copy(), tuple(sizes[1:]), port.element_type.to_dtype(), sizes[0])

@@ -37,6 +37,7 @@ from microglia.runtime.bfloat16 import lowered_site
 from microglia.runtime.candidates import Compact
 from microglia.runtime.dense.fusion import Activation, Site
 from microglia.runtime.dense.packing import Packed
+from microglia.runtime.operators import LEVELS
 from records import geometric_mean
 
 Layer = tuple[str, int, int, int, int]
@@ -169,7 +170,7 @@ def measured(cases: list[tuple[str, float]], arguments: argparse.Namespace, cons
 
 def native() -> bool:
     """Tells whether the kernels multiply in bfloat16 by an instruction."""
-    return level() in {"avx512bf16", "amx"}
+    return LEVELS.index(level()) >= LEVELS.index("avx512bf16")
 
 
 def main() -> None:

@@ -42,6 +42,7 @@ from microglia.runtime.dense.packing import Packed
 from microglia.runtime.int8.calibration import ranges_of
 from microglia.runtime.int8.candidates import int8_candidates
 from microglia.runtime.int8.lowering import lower_to_int8
+from microglia.runtime.operators import LEVELS
 from microglia.runtime.precisions import precision_of
 from records import geometric_mean
 from resnet50_end_to_end import masked
@@ -99,7 +100,7 @@ def onnxruntime_int8(model: nn.Module, x: Tensor) -> Callable[[], object]:
         file, rounded = (Path(folder) / name for name in ("model.onnx", "int8.onnx"))
         to_onnx(model, Example.of(x), file, dynamic=())
         name = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"]).get_inputs()[0].name
-        narrow = not level().startswith(("avx512vnni", "avx512bf16", "amx"))  # else its products overflow 16 bits
+        narrow = LEVELS.index(level()) < LEVELS.index("avx512vnni")  # else its products overflow 16 bits
         quantize_static(
             file, rounded, Once(), quant_format=QuantFormat.QDQ, per_channel=True, reduce_range=narrow,
             activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,

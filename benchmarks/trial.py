@@ -40,7 +40,7 @@ def shortened(recipe: Recipe) -> Recipe:
 
 def _short(key: str, value: Any) -> Any:
     short: Any = SHORT.get(key, value)
-    return short if isinstance(short, tuple) or key not in SHORT else min(value, short)
+    return short if isinstance(short, tuple) or key not in SHORT or value is None else min(value, short)
 
 
 def trial(recipe: Recipe, batches: int, epochs: int) -> Recipe:
@@ -90,7 +90,10 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=2, help="epochs of a training after (or while) pruning")
     given = parser.parse_args()
     failed, console = 0, Console()
-    for job in firsts(read_queue(given.queue), given.studies, given.rows):
+    jobs = list(firsts(read_queue(given.queue), given.studies, given.rows))
+    if not jobs:
+        raise SystemExit(f"No row of {given.queue} has these names: --studies {given.studies}, --rows {given.rows}.")
+    for job in jobs:
         recipe, began, processor = trial(job.recipe, given.batches, given.epochs), time.perf_counter(), time.process_time()
         try:
             words = str(dict(kept(execute(recipe, given.out / job.study / job.name, starts=given.out / "starts"))))

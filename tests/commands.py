@@ -1,6 +1,6 @@
 """Commands as a user starts them: real processes with their own output, which share the slow start-up of one server.
 
-No C++ compiler is found there, and timings are short: see `no_compiler` and `short_timings`.
+No C++ compiler is found there but where one is asked for, and timings are short: see `no_compiler` and `short_timings`.
 """
 
 import gc
@@ -101,6 +101,7 @@ def start(
     environment: Mapping[str, str] | None = None,
     file_size: int | None = None,
     prepare: Callable[[], None] | None = None,
+    compiler: bool = False,
 ) -> Command:
     """Starts ``microglia WORDS`` in a folder.
 
@@ -110,10 +111,11 @@ def start(
         environment: Variables to add.
         file_size: Bytes a file may have, beyond which the disk counts as full.
         prepare: Called in the new process before the command.
+        compiler: Whether `torch.compile` finds one, which takes half a minute.
     """
     folder.mkdir(exist_ok=True)
     beside = folder.parent
-    arguments = ([str(word) for word in words], folder, beside, dict(environment or {}), file_size, prepare)
+    arguments = ([str(word) for word in words], folder, beside, dict(environment or {}), file_size, prepare, compiler)
     process = CONTEXT.Process(target=_child, args=arguments)
     process.start()
     return Command(process, beside)
@@ -139,14 +141,15 @@ def weights(run: Path) -> bytes:
     return (run / "model" / "model.safetensors").read_bytes()
 
 
-def _enter(folder, beside):
+def _enter(folder, beside, compiler=False):
     """Works in a folder from now on, and writes beside it."""
     gc.freeze()  # what the server has imported is shared as long as no collection touches it
     name = multiprocessing.current_process().name
     for number, stream in ((1, "out"), (2, "err")):
         os.dup2(os.open(beside / f"{name}.{stream}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     os.chdir(folder)
-    without_compiler()
+    if not compiler:
+        without_compiler()
     shorten()
 
 
@@ -160,8 +163,8 @@ def _script(code, folder, beside):
     exec(compile(code, "script.py", "exec"), vars(module))
 
 
-def _child(words, folder, beside, environment, file_size, prepare):
-    _enter(folder, beside)
+def _child(words, folder, beside, environment, file_size, prepare, compiler):
+    _enter(folder, beside, compiler)
     os.environ.update({"COLUMNS": "300", "TERM": "dumb"} | environment)
     if file_size is not None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

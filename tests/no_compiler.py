@@ -1,6 +1,7 @@
 """`torch.compile` fails as it does on a machine without a compiler, which costs no time.
 
-Compiled execution takes half a minute and a compiler. `test_runtime_dense.py` tests it; elsewhere it is left out with a note.
+Compiled execution takes half a minute and a compiler. `test_runtime_dense.py` and the demo test it; elsewhere it is left out
+with a note.
 """
 
 from typing import NoReturn

@@ -186,7 +186,7 @@ def test_recipe_schema(work):
 @pytest.mark.slow
 def test_demo(work):
     """Three roads, each timed, counted and tested; save and load are proved to be equal."""
-    done = start("demo", "--out", "demo", folder=work).end(3 * LIMIT)
+    done = start("demo", "--out", "demo", folder=work, compiler=True).end(3 * LIMIT)
     good(done)
     assert "bit for bit" in done.out
     result = json.loads((work / "demo" / "result.json").read_text())

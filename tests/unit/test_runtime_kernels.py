@@ -508,6 +508,20 @@ def test_without_compiled_kernels_it_says_so_once_and_goes_on(tmp_path):
     assert done.stdout.split() == ["20.0", "20.0", "1", "torch"], done.stderr[-2000:]
 
 
+def test_a_level_between_two_runs_the_lower_one():
+    """VNNI without bfloat16 has no kernels of its own in float32: it runs those of AVX-512, to the bit."""
+    code = (
+        "import torch; from microglia.runtime import BlockLinear; from microglia.runtime.sparse_layers.layout import to_blocks\n"
+        "torch.manual_seed(0); w, x = torch.randn(64, 200), torch.randn(9, 200)\n"
+        "print(BlockLinear(to_blocks(w), None, 200, 64)(x).numpy().tobytes().hex())"
+    )
+    bits = {isa: process(code, MICROGLIA_ISA=isa).stdout for isa in HERE}
+    assert all(bits.values())
+    wide = {bits[isa] for isa in HERE if LEVELS.index(isa) >= LEVELS.index("avx512")}
+    assert len(wide) <= 1
+    assert bits["generic"] not in wide
+
+
 def test_a_level_that_this_machine_has_not_is_refused():
     missing = [isa for isa in LEVELS if isa not in HERE]
     for isa in missing:

@@ -9,8 +9,7 @@ from microglia.lab.execute import make_task
 from microglia.lab.recipe import method_config
 from microglia.methods import methods
 from microglia.studies.evidence.files import read_queue, tries
-from microglia.studies.evidence.ledger import Ledger
-from microglia.studies.evidence.plan import Planner
+from queues import jobs_of_first_seed
 
 QUEUE = Path(__file__).parents[2] / "recipes" / "evidence" / "queue.yaml"
 LAST_CHANGE = 0.6
@@ -23,10 +22,7 @@ def queue():
 
 @pytest.fixture(scope="module")
 def jobs(queue, tmp_path_factory):
-    """All jobs of the first seed; the others differ in the seed alone."""
-    first = {name: replace(study, seeds=study.seeds[:1]) for name, study in queue.studies.items()}
-    parts = [part for part in queue.parts if part.seeds is None or 0 in part.seeds]
-    return Planner(replace(queue, studies=first, parts=parts), Ledger.read(tmp_path_factory.mktemp("nothing"))).jobs()
+    return jobs_of_first_seed(queue, tmp_path_factory.mktemp("nothing"))
 
 
 def test_every_file_in_the_folder_is_a_part_of_the_queue(queue):

@@ -18,6 +18,7 @@ from microglia.methods import methods
 from microglia.studies.evidence.files import read_queue
 from microglia.studies.evidence.ledger import Entry, Ledger
 from microglia.studies.evidence.plan import Planner, grid_of
+from queues import jobs_of_first_seed
 
 QUEUE = Path(__file__).parents[2] / "recipes" / "tasks" / "queue.yaml"
 LAST_CHANGE = 0.6
@@ -31,10 +32,7 @@ def queue():
 
 @pytest.fixture(scope="module")
 def jobs(queue, tmp_path_factory):
-    """All jobs of the first seed; the others differ in the seed alone."""
-    first = {name: replace(study, seeds=study.seeds[:1]) for name, study in queue.studies.items()}
-    parts = [part for part in queue.parts if part.seeds is None or 0 in part.seeds]
-    return Planner(replace(queue, studies=first, parts=parts), Ledger(tmp_path_factory.mktemp("nothing"))).jobs()
+    return jobs_of_first_seed(queue, tmp_path_factory.mktemp("nothing"))
 
 
 @pytest.fixture(scope="module")

@@ -43,13 +43,8 @@ def to_quads(weight: Tensor) -> Places:
     Returns:
         Places with values (blocks, 16, 4) in int8.
     """
-    check_taps(weight)
-    outputs, inputs = weight.shape[:2]
-    matrix = functional.pad(weight.detach().reshape(outputs, inputs, -1), (0, 0, 0, -inputs % LINE, 0, -outputs % STRIPE))
-    taps = matrix.shape[2]
-    grid = matrix.reshape(-1, STRIPE, matrix.shape[1] // LINE, LINE, taps).permute(
-        0, 2, 4, 3, 1
-    )  # stripe, line, tap, input, output
+    grid = _grid(weight, LINE)
+    taps = grid.shape[2]
     row, line, tap, first = _begins((grid != 0).any(-1)).nonzero(as_tuple=True)
     start = first.clamp(max=LINE - QUAD)  # no quad spans two lines
     columns = start[:, None] + torch.arange(QUAD)
@@ -75,20 +70,15 @@ def to_tiles(weight: Tensor) -> Places:
     Returns:
         Places with values (tiles, 16 outputs, 16 quads, 4 inputs) in int8; the lists of channels and taps have a quad each.
     """
-    check_taps(weight)
-    outputs, inputs = weight.shape[:2]
-    matrix = functional.pad(weight.detach().reshape(outputs, inputs, -1), (0, 0, 0, -inputs % QUAD, 0, -outputs % STRIPE))
-    taps = matrix.shape[2]
-    grid = matrix.reshape(-1, STRIPE, matrix.shape[1] // QUAD, QUAD, taps).permute(
-        0, 2, 4, 1, 3
-    )  # stripe, quad, tap, output, input
+    grid = _grid(weight, QUAD)
+    taps = grid.shape[2]
     row, quad, tap = grid.flatten(3).any(3).nonzero(as_tuple=True)
     counts = torch.bincount(row, minlength=len(grid))
     whole = counts.add(TILE - 1).div(TILE, rounding_mode="floor") * TILE
     starts, before = whole.cumsum(0) - whole, counts.cumsum(0) - counts
     at = starts[row] + torch.arange(len(row)) - before[row]
     values = torch.zeros(int(whole.sum()), STRIPE, QUAD, dtype=torch.int8)
-    values[at] = grid[row, quad, tap]
+    values[at] = grid[row, quad, tap].transpose(1, 2)
     filled = torch.zeros(len(values), dtype=torch.long)  # position in the list -> number of its quad
     filled[at] = torch.arange(len(row))
     filled = filled.cummax(0).values
@@ -97,6 +87,14 @@ def to_tiles(weight: Tensor) -> Places:
     return Places(
         tiles, functional.pad(whole.cumsum(0), (1, 0)).int(), channel, tap[filled].to(torch.uint8) if taps > 1 else None
     )
+
+
+def _grid(weight: Tensor, across: int) -> Tensor:
+    """Returns a weight by 16 outputs and ``across`` inputs, padded: (stripe, inputs / across, tap, input, output)."""
+    check_taps(weight)
+    outputs, inputs = weight.shape[:2]
+    matrix = functional.pad(weight.detach().reshape(outputs, inputs, -1), (0, 0, 0, -inputs % across, 0, -outputs % STRIPE))
+    return matrix.reshape(-1, STRIPE, matrix.shape[1] // across, across, matrix.shape[2]).permute(0, 2, 4, 3, 1)
 
 
 def stored(weight: Tensor, pixels: int) -> Places:

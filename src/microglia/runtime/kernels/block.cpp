@@ -20,34 +20,28 @@ thread_local Scratch place_scratch;
 
 }  // namespace
 
+// A processor runs the last of these that it has: a level between two of them runs the lower one.
 const Level& current_level() {
-  switch (mg_level()) {
 #if defined(__x86_64__)
-    case MG_AMX:
-    case MG_AVX512BF16:
-    case MG_AVX512VNNI:
-    case MG_AVX512: return avx512_level();
-    case MG_AVX2: return avx2_level();
+  const int level = mg_level();
+  if (level >= MG_AVX512) return avx512_level();
+  if (level >= MG_AVX2) return avx2_level();
 #endif
-    default: return generic_level();
-  }
+  return generic_level();
 }
 
 namespace {
 
 const Level& current_pair_level() {
-  switch (mg_level()) {
 #if defined(__x86_64__)
+  const int level = mg_level();
 #if defined(MICROGLIA_AVX512BF16)
-    case MG_AMX:
-    case MG_AVX512BF16: return avx512bf16_pair_level();
+  if (level >= MG_AVX512BF16) return avx512bf16_pair_level();
 #endif
-    case MG_AVX512VNNI:
-    case MG_AVX512: return avx512_pair_level();
-    case MG_AVX2: return avx2_pair_level();
+  if (level >= MG_AVX512) return avx512_pair_level();
+  if (level >= MG_AVX2) return avx2_pair_level();
 #endif
-    default: return generic_pair_level();
-  }
+  return generic_pair_level();
 }
 
 }  // namespace

@@ -25,40 +25,12 @@
 #pragma GCC target("avx512f,avx512vl,avx512bw,avx512dq,avx2,fma,amx-tile,amx-int8")
 #endif
 
+#include "block_transpose.h"
+
 namespace microglia::block {
 namespace {
 
-constexpr int side = 16, tile_bytes = 1024, most_tiles = 4;
-
-// ---- Transposing ----
-
-// 16 rows of 16 dwords become columns.
-inline void transpose(__m512i (&row)[side]) {
-  __m512i half[side];
-  for (int i = 0; i < side; i += 2) {
-    half[i] = _mm512_unpacklo_epi32(row[i], row[i + 1]), half[i + 1] = _mm512_unpackhi_epi32(row[i], row[i + 1]);
-  }
-  for (int i = 0; i < side; i += 4) {
-    row[i] = _mm512_unpacklo_epi64(half[i], half[i + 2]), row[i + 1] = _mm512_unpackhi_epi64(half[i], half[i + 2]);
-    row[i + 2] = _mm512_unpacklo_epi64(half[i + 1], half[i + 3]), row[i + 3] = _mm512_unpackhi_epi64(half[i + 1], half[i + 3]);
-  }
-  for (int i = 0; i < 4; ++i) {
-    half[i] = _mm512_shuffle_i32x4(row[i], row[i + 4], 0x88), half[i + 4] = _mm512_shuffle_i32x4(row[i], row[i + 4], 0xDD);
-    half[i + 8] = _mm512_shuffle_i32x4(row[i + 8], row[i + 12], 0x88);
-    half[i + 12] = _mm512_shuffle_i32x4(row[i + 8], row[i + 12], 0xDD);
-  }
-  for (int i = 0; i < 8; ++i) {
-    row[i] = _mm512_shuffle_i32x4(half[i], half[i + 8], 0x88), row[i + 8] = _mm512_shuffle_i32x4(half[i], half[i + 8], 0xDD);
-  }
-}
-
-// Within each 128 bits, 4 rows of 4 dwords become columns: 16 outputs of a pixel, and four outputs of 16 pixels, and back.
-inline void transpose_lanes(__m512i (&row)[4]) {
-  const __m512i low = _mm512_unpacklo_epi32(row[0], row[1]), high = _mm512_unpackhi_epi32(row[0], row[1]);
-  const __m512i other_low = _mm512_unpacklo_epi32(row[2], row[3]), other_high = _mm512_unpackhi_epi32(row[2], row[3]);
-  row[0] = _mm512_unpacklo_epi64(low, other_low), row[1] = _mm512_unpackhi_epi64(low, other_low);
-  row[2] = _mm512_unpacklo_epi64(high, other_high), row[3] = _mm512_unpackhi_epi64(high, other_high);
-}
+constexpr int tile_bytes = 1024, most_tiles = 4;
 
 // ---- The copy ----
 
@@ -227,7 +199,8 @@ void finish_bytes(const Tile& tile, const Bounds& bounds, const char* sums, char
   const __m512i by_pixel = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
   __m512i others[4], quads[4];
   if (residual) {  // with a constant count no load has a condition
-    count == side ? load_quads(residual, tile.residual_pixel, side, others) : load_quads(residual, tile.residual_pixel, count, others);
+    if (count == side) load_quads(residual, tile.residual_pixel, side, others);
+    else load_quads(residual, tile.residual_pixel, count, others);
   }
 #pragma GCC unroll 4
   for (int quad = 0; quad < 4; ++quad) {

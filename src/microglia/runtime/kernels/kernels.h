@@ -87,14 +87,17 @@ int mg_block_conv2d_bf16(const mg_conv2d* conv, const mg_blocks_bf16* blocks, co
 // multiplies and adds. A quad may begin at any channel, but not lie across a multiple of 64. Sums are exact at every level: int32.
 // At the levels avx2 and avx512 this holds if |a| + |b| <= 128 for the weights a, b of the first two channels of each quad and
 // output, and of the last two: 255 * 128 fits 16 bits. Larger weights are given as two blocks whose weights add up.
+// In tiles, 16 blocks of a stripe lie as amx multiplies them: values[blocks / 16][16 outputs][16 blocks][4]. Row pointers are
+// multiples of 16 then and channels of 4; the last block of a stripe is repeated, with weights of zero. Other levels run tiles, too,
+// from a copy.
 typedef struct {
   int64_t blocks;
   const int8_t* values;        // [blocks][16][4]
   const int32_t* row_pointer;  // these as in mg_blocks
   const int32_t* channel;
   const uint8_t* tap;
-  int32_t tiled;               // values in tiles of 16 blocks of a stripe, [blocks / 16][16 outputs][16 blocks][4], as amx multiplies
-} mg_blocks_int8;              // them: the row pointers are multiples of 16, channels of 4. Other levels run it, with a copy
+  int32_t tiled;               // whether values are in tiles
+} mg_blocks_int8;
 
 // What becomes of the sums, each in float32: y = min(max(sum * scale + bias + residual * other, low), high), the first product and
 // addition rounded once, the second too. y in uint8 is rounded to the nearest, to the even one in the middle; there must be

@@ -511,7 +511,8 @@ def test_without_compiled_kernels_it_says_so_once_and_goes_on(tmp_path):
 def test_a_level_between_two_runs_the_lower_one():
     """VNNI without bfloat16 has no kernels of its own in float32: it runs those of AVX-512, to the bit."""
     code = (
-        "import torch\nfrom microglia.runtime import BlockLinear\nfrom microglia.runtime.sparse_layers.layout import to_blocks\n"
+        "import torch\nfrom microglia.runtime import BlockLinear\n"
+        "from microglia.runtime.sparse_layers.layout import to_blocks\n"
         "torch.manual_seed(0); w, x = torch.randn(64, 200), torch.randn(9, 200)\n"
         "print(BlockLinear(to_blocks(w), None, 200, 64)(x).numpy().tobytes().hex())"
     )

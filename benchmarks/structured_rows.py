@@ -126,7 +126,8 @@ def _table(setting: Mapping[str, Any], found: Sequence[Row]) -> list[str]:
     lines = [
         f"## {setting['model']} on {setting['data']}, {100 * setting['flops']:g} % of the multiply-accumulates",
         "",
-        f"{setting['epochs']} epochs of recovery at a learning rate of {setting['lr']:g}.",
+        f"{setting['epochs']} epochs of recovery at a learning rate of {setting['lr']:g}. "
+        f"Trainings are in {setting['precision']}, measurements in float32.",
         "",
     ]
     if setting["limit"] is not None:

@@ -72,6 +72,7 @@ class Bench:
         timed: Whether models are timed.
         runs: Directory of the runs.
         results: Directory of the rows; that of the runs where left out.
+        precision: Precision of every training; ``bfloat16`` is autocast with the channels last in memory.
     """
 
     model: str
@@ -84,6 +85,7 @@ class Bench:
     timed: bool
     runs: Path
     results: Path | None = None
+    precision: str = "float32"
 
     @property
     def setting(self) -> dict[str, Any]:
@@ -96,7 +98,13 @@ class Bench:
             "epochs": self.epochs,
             "lr": self.lr,
             "limit": self.limit,
+            "precision": self.precision,
         }
+
+    @property
+    def steps(self) -> dict[str, Any]:
+        """What the steps of all trainings share."""
+        return {"max_batches": self.limit, "precision": self.precision, "channels_last": self.precision == "bfloat16"}
 
     @property
     def file(self) -> Path:
@@ -134,8 +142,8 @@ class Bench:
             "model": self.model,
             "data": self.data,
             "checkpoint": self.checkpoint,
-            "dense": {"epochs": self.epochs, "max_batches": self.limit},
-            "train": {"epochs": self.epochs, "lr": self.lr, "max_batches": self.limit},
+            "dense": {"epochs": self.epochs, **self.steps},
+            "train": {"epochs": self.epochs, "lr": self.lr, **self.steps},
             "measure": {"latency": self.timed, "executions": ["eager", "packed"], "rounds": 30 if self.limit is None else 3},
             "seed": seed,
             "threads": 1,
@@ -209,7 +217,7 @@ class Bench:
         small = replay(make_task(resolve({**self.source(seed), "checkpoint": None})).build(), plan)
         run = Run(self.place(SCRATCH, seed), {"scratch": self.source(seed)}, seed=seed)
         try:
-            train(task, run, "scratch", small, mg.FitConfig(epochs=first.epochs, max_batches=self.limit))
+            train(task, run, "scratch", small, mg.FitConfig(epochs=first.epochs, **self.steps))
         finally:
             run.close()
         accuracy = float(evaluate(small, task, "test")[task.headline])
@@ -261,6 +269,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--methods", nargs="+", choices=names_of_rows(), default=names_of_rows(), metavar="NAME")
     parser.add_argument("--limit", type=int, help="batches in an epoch, for a trial")
+    parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32", help="precision of every training")
     parser.add_argument("--untimed", action="store_true", help="leave the milliseconds out")
     parser.add_argument("--write", action="store_true", help="only write the document from the finished rows")
     parser.add_argument("--runs", type=Path, default=Path("runs/structured"))
@@ -278,6 +287,7 @@ def main() -> None:
         not asked.untimed,
         asked.runs / f"{asked.model}-{100 * asked.flops:g}",
         asked.results,
+        asked.precision,
     )
     asked.document.parent.mkdir(parents=True, exist_ok=True)
     failed: list[str] = []

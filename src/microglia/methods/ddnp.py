@@ -274,8 +274,8 @@ def search(task: Task, run: Run, config: DdnpConfig, model: nn.Module, progress:
     own = Search(units, config, energy, generator := torch.Generator().manual_seed(run.seed))
     SoftMasks(frozen, units, lambda: own.gates, None)
     optimizer, rows = torch.optim.AdamW(groups_of(own, config.search_lr)), []
-    how = {"precision": config.train.precision, "channels_last": config.train.channels_last}
-    step = Step(task, frozen, [optimizer], objective(task, training=False), own.noise.device, **how)
+    loss, device = objective(task, training=False), own.noise.device
+    step = Step(task, frozen, [optimizer], loss, device, config.train.precision, channels_last=config.train.channels_last)
     if (state := progress.state) is not None:
         own.load_state_dict(state["networks"])
         own.average.copy_(state["average"])

@@ -49,26 +49,6 @@ class Children:
                         os.killpg(child.pid, signal.SIGKILL)
 
 
-HUGE_PAGES = "glibc.malloc.hugetlb"
-"""The setting of the C library that asks the kernel for huge pages; 1 stands for transparent ones."""
-
-
-def with_huge_pages(environment: Mapping[str, str]) -> dict[str, str]:
-    """Returns the environment of a child that trains on a CPU, whose memory may lie in huge pages.
-
-    Layers of a training write some megabytes each, and the translation of their small pages takes up to half of the time
-    of a step. Results are equal to the bit. Linux with the GNU C library reads the setting at the start of a process;
-    elsewhere it has no effect. A value that the environment has already stays.
-
-    Args:
-        environment: Environment of this process.
-    """
-    tunables = environment.get("GLIBC_TUNABLES", "")
-    if HUGE_PAGES in tunables:
-        return dict(environment)
-    return {**environment, "GLIBC_TUNABLES": ":".join(filter(None, (tunables, f"{HUGE_PAGES}=1")))}
-
-
 def cores() -> int:
     """Returns the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

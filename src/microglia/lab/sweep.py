@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from microglia.core.errors import MicrogliaError, RunError
-from microglia.core.processes import Children, cores, signals_raise, with_huge_pages
+from microglia.core.processes import Children, cores, signals_raise
 from microglia.lab.recipe import as_dict, begun, identity_of, read_yaml, resolve
 from microglia.lab.sweep_grid import Cell, Sweep, cells, read_sweep
 from microglia.storage.files import write_atomic
@@ -148,7 +148,7 @@ def run_cell(
             start = log.seek(0, os.SEEK_END)
             log.write(f"$ {shlex.join(command)}\n")
             log.flush()
-            status = children.run(command, log, lock, {**with_huge_pages(os.environ), **own})
+            status = children.run(command, log, lock, {**os.environ, **own})
     except (OSError, MicrogliaError) as error:
         return CellOutcome(cell.name, "failed", round(time.monotonic() - began, 2), str(error))
     seconds = round(time.monotonic() - began, 2)

@@ -127,8 +127,8 @@ class Gate(nn.Module):
         """Returns the pooled input of the head, (batch, inputs); a static gate has no input."""
         if self.static:
             return arriving.new_empty(len(arriving), 0)
-        space = arriving.flatten(2)
-        pooled = space.mean(2) if self.pool == "avg" else space.amax(2)
+        space = tuple(range(2, arriving.ndim))
+        pooled = arriving.mean(space) if self.pool == "avg" else arriving.amax(space)
         return pooled.softmax(1) if self.softmax else pooled
 
     def logits(self, embedded: Tensor) -> Tensor:

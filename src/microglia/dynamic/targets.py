@@ -39,9 +39,11 @@ def peaks(response: Tensor) -> Tensor:
 
 def highest(maps: Tensor) -> Tensor:
     """Returns the largest value in each map, (batch, channels)."""
-    if maps.ndim == 4:  # five times faster than amax in channels-last layout
+    if maps.ndim == 2:
+        return maps
+    if maps.ndim == 4 and not maps.is_contiguous():  # several times faster than amax with channels last, slower with them first
         return torch.nn.functional.max_pool2d(maps, maps.shape[2:]).flatten(1)
-    return maps if maps.ndim == 2 else maps.flatten(2).amax(2)
+    return maps.amax(tuple(range(2, maps.ndim)))
 
 
 @torch.no_grad()

@@ -72,7 +72,7 @@ class Bench:
         timed: Whether models are timed.
         runs: Directory of the runs.
         results: Directory of the rows; that of the runs where left out.
-        precision: Precision of every training; ``bfloat16`` is autocast with the channels last in memory.
+        precision: Precision of every training, as in `FitConfig`.
     """
 
     model: str
@@ -104,7 +104,7 @@ class Bench:
     @property
     def steps(self) -> dict[str, Any]:
         """What the steps of all trainings share."""
-        return {"max_batches": self.limit, "precision": self.precision, "channels_last": self.precision == "bfloat16"}
+        return {"max_batches": self.limit, "precision": self.precision}
 
     @property
     def file(self) -> Path:

@@ -16,11 +16,12 @@ from microglia.methods.pruner import Pruner
 from microglia.storage.run import Progress
 from microglia.tasks.task import CLASSIFICATION, CrossEntropy, mean_metric
 from microglia.train.engine import accelerator
-from microglia.train.optim import learning_rate
+from microglia.train.optim import learning_rate, make_optimizers
 from microglia.train.recover import distillation
 from microglia.train.step import Step, objective
 
 SHORT = mg.FitConfig(epochs=3, batch_size=256, lr=0.05)
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -170,27 +171,15 @@ def test_bfloat16_autocast_trains(task: mg.Task) -> None:
     assert {p.dtype for p in model.parameters()} == {torch.float32}
 
 
-def layout(images: Tensor) -> tuple[bool, bool]:
-    """Whether the channels are last in memory, and whether attention may run fused."""
-    return images.is_contiguous(memory_format=torch.channels_last), torch.backends.cuda.flash_sdp_enabled()
-
-
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_channels_last_reaches_the_model_and_changes_only_rounding(task: mg.Task, precision: str) -> None:
-    seen: list[tuple[bool, bool]] = []
-    models = []
-    for last in (False, True):
-        torch.manual_seed(0)
-        model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
-        model[0].register_forward_pre_hook(lambda module, inputs: seen.append(layout(inputs[0])))
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        step = Step(task, model, [optimizer], objective(task), torch.device("cpu"), precision, channels_last=last)
-        step((torch.randn(4, 3, 8, 8), torch.tensor([0, 1, 2, 0])), diverged="{loss}")
-        models.append(model)
-    fused = precision == "float32"  # attention by its formula in bfloat16, whose fused backward pass is slow on a CPU
-    assert seen == [(False, fused), (True, fused)]
-    for one, other in zip(models[0].parameters(), models[1].parameters(), strict=True):
-        assert torch.allclose(one, other, atol=1e-6 if precision == "float32" else 1e-2)
+def test_attention_in_bfloat16_trains_by_its_formula_on_a_cpu(task: mg.Task) -> None:
+    """The backward pass of the fused form is several times slower there."""
+    fused: list[bool] = []
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    model.register_forward_pre_hook(lambda module, inputs: fused.append(torch.backends.cuda.flash_sdp_enabled()))
+    for precision in ("float32", "bfloat16"):
+        step = Step(task, model, make_optimizers(SHORT, [{"params": [*model.parameters()]}]), objective(task), CPU, precision)
+        step((torch.randn(4, 1, 8, 8), torch.arange(4)), diverged="{loss}")
+    assert fused == [True, False]
 
 
 def test_distillation_closed_forms() -> None:

@@ -128,7 +128,8 @@ class Gate(nn.Module):
         if self.static:
             return arriving.new_empty(len(arriving), 0)
         space = tuple(range(2, arriving.ndim))
-        pooled = arriving.mean(space) if self.pool == "avg" else arriving.amax(space)
+        # A sum over a count: `mean` would copy a map in bfloat16 to float32.
+        pooled = arriving.sum(space) / arriving[0, 0].numel() if self.pool == "avg" else arriving.amax(space)
         return pooled.softmax(1) if self.softmax else pooled
 
     def logits(self, embedded: Tensor) -> Tensor:

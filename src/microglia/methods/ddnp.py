@@ -275,7 +275,7 @@ def search(task: Task, run: Run, config: DdnpConfig, model: nn.Module, progress:
     SoftMasks(frozen, units, lambda: own.gates, None)
     optimizer, rows = torch.optim.AdamW(groups_of(own, config.search_lr)), []
     loss, device = objective(task, training=False), own.noise.device
-    step = Step(task, frozen, [optimizer], loss, device, config.train.precision, channels_last=config.train.channels_last)
+    step = Step(task, frozen, [optimizer], loss, device, config.train.precision)
     if (state := progress.state) is not None:
         own.load_state_dict(state["networks"])
         own.average.copy_(state["average"])

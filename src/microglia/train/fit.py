@@ -186,8 +186,7 @@ def _prepared(
     wrapped, trained = _trained(model, task, config, pruner, engine)
     loss = objective(task, teacher=teacher, weight=config.distill, temperature=config.temperature)
     clip = clipped(wrapped.parameters, config.clip, by=engine.clip_grad_norm_)
-    how = (config.precision, engine.backward, clip, config.channels_last)
-    step = Step(task, wrapped, trained.optimizers, loss, engine.device, *how)
+    step = Step(task, wrapped, trained.optimizers, loss, engine.device, config.precision, engine.backward, clip)
     _warn_of_few(config, len(batches))
     return trained, _Steps(step, batches, config, pruner, trained.average)
 

@@ -27,7 +27,7 @@ FALLING = ("cosine", "linear", "poly")
 """Schedules that fall from ``lr`` to ``final_lr`` * ``lr``."""
 ADDED = (
     *("final_lr", "power", "warmup", "warmup_start", "accumulate", "ema", "ema_ramp", "no_decay", "evaluate_every"),
-    *("nominal_batch", "channels_last"),
+    "nominal_batch",
 )
 """Fields that recipes of version 0.1.0 lack: at their defaults they are not part of a run's identity."""
 
@@ -53,8 +53,6 @@ class FitConfig:
         warmup_epochs: Length of the warm-up; it may be fractional.
         clip: Maximum gradient norm, or None.
         precision: ``float32``, or ``bfloat16`` autocast.
-        channels_last: Whether batches of images have their channels last in memory, which convolutions on a CPU compute faster.
-            Results differ by rounding.
         distill: Weight in [0, 1) of distillation from the dense model; 0 for none.
         temperature: Temperature of the distillation.
         final_lr: Fraction of ``lr`` at the end of ``cosine``, ``linear`` and ``poly``, in [0, 1].
@@ -100,7 +98,6 @@ class FitConfig:
     ema_ramp: float = 2000.0
     no_decay: tuple[str, ...] = ()
     evaluate_every: int = 1
-    channels_last: bool = False
 
     def __post_init__(self) -> None:
         for name, words in CHOICES.items():

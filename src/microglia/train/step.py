@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from microglia.core.batch import map_tensors, to_device
+from microglia.core.batch import to_device
 from microglia.core.errors import TrainingError
 from microglia.tasks.task import Task
 from microglia.train.recover import distillation
@@ -53,10 +53,6 @@ def _in_precision(precision: str, device: str) -> Iterator[None]:
         yield
 
 
-def _channels_last(tensor: Tensor) -> Tensor:
-    return tensor.contiguous(memory_format=torch.channels_last) if tensor.ndim == 4 else tensor
-
-
 def _backward(loss: Tensor) -> None:
     loss.backward()  # type: ignore[no-untyped-call]
 
@@ -74,7 +70,6 @@ class Step:
         precision: ``float32``, or ``bfloat16`` autocast.
         backward: Computes gradients from the loss and stores them in ``grad``.
         clip: Bounds the norm of the gradients, or None.
-        channels_last: Whether batches of images have their channels last in memory.
     """
 
     task: Task
@@ -85,7 +80,6 @@ class Step:
     precision: str = "float32"
     backward: Backward = _backward
     clip: Callable[[], object] | None = None
-    channels_last: bool = False
 
     def set_rate(self, rate: float) -> None:
         """Sets the learning rate of every parameter group."""
@@ -95,8 +89,6 @@ class Step:
     def loss_of(self, inputs: Any, targets: Any, penalty: Penalty | None = None) -> Tensor:
         """Returns the mean loss of a batch, plus a penalty if there is one, with its autograd graph."""
         inputs, targets = to_device(inputs, self.device), to_device(targets, self.device)
-        if self.channels_last:
-            inputs = map_tensors(_channels_last, inputs)
         with _in_precision(self.precision, self.device.type):
             value = self.loss(self.task.forward(self.model, inputs), targets, inputs)
         return value if penalty is None else value + penalty()

@@ -176,7 +176,6 @@ class _Training:
             config.precision,
             backward=self._leave_gradients,
             clip=clipped(lambda: [tensor for point in self._inner for tensor in point], config.clip),
-            channels_last=config.channels_last,
         )
         self._generator = torch.Generator().manual_seed(seed)
         self.batches = task.data.batches("train", config.batch_size, seed=seed, shuffle=True, augment=True)

@@ -221,7 +221,6 @@ class _Cycling:
             self._device,
             config.precision,
             clip=clipped(model.parameters, config.clip),
-            channels_last=config.channels_last,
         )
         if optimizer is not None:
             self._go_on_with(optimizer)

@@ -7,6 +7,7 @@ functional one, keeps the zeros. Source: FTWT; spec, sections 7.2, 7.4 and 7.6.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -129,7 +130,7 @@ class Gate(nn.Module):
             return arriving.new_empty(len(arriving), 0)
         space = tuple(range(2, arriving.ndim))
         # A sum over a count: `mean` would copy a map in bfloat16 to float32.
-        pooled = arriving.sum(space) / arriving[0, 0].numel() if self.pool == "avg" else arriving.amax(space)
+        pooled = arriving.sum(space) / math.prod(arriving.shape[2:]) if self.pool == "avg" else arriving.amax(space)
         return pooled.softmax(1) if self.softmax else pooled
 
     def logits(self, embedded: Tensor) -> Tensor:

@@ -3,7 +3,13 @@
 Half of every channel group is removed, with widths rounded to multiples of 16 and without. Dense and shrunk models are timed
 interleaved in one process, each in every execution asked for, and compared by the best of each (medians). The speed-up stands
 beside the FLOPs ratio (multiply-accumulates before / after); their quotient says how much of the saving arrives. Weights are
-random: time does not depend on their values. Run: ``python benchmarks/shrink_speed.py``
+random: time does not depend on their values.
+
+``--ms`` adds, at the first batch size, a model by a budget in milliseconds: the dense time over the FLOPs ratio, which is the
+time that the operations promise. The search times candidate widths as PyTorch runs them; here the result is timed again beside
+the others, and its quotient is that of the FLOPs ratio *asked for*: at 1 the promise is kept.
+
+Last line: the quotient of ResNet-50 at batch 1, widths to 16; goal >= 0.95. Run: ``python benchmarks/shrink_speed.py``
 """
 
 from __future__ import annotations
@@ -21,7 +27,7 @@ from microglia.measure import measure_latency
 from models import timm, torchvision
 
 MODELS = ("resnet50", "mobilenet_v2", "convnext_tiny", "vit_small_patch16_224")
-EXECUTIONS = ("eager", "eager-channels-last", "packed", "compiled")
+EXECUTIONS = ("eager", "eager-channels-last", "packed", "compiled", "onnxruntime", "openvino")
 ROUNDINGS = (16, 1)
 
 Sides = dict[str, nn.Module]
@@ -49,6 +55,16 @@ def shrunk(dense: nn.Module, size: int) -> tuple[Sides, Ratios]:
             f"  {name}: {plan.kind}, {time.perf_counter() - start:.1f} s, {100 * plan.parameters[1] / plan.parameters[0]:.1f} %"
         )
     return models, ratios
+
+
+def by_time(dense: nn.Module, size: int, batch: int, promised: float) -> nn.Module:
+    """Returns the model whose time, as PyTorch runs it, is that of the dense one over the promised speed-up."""
+    x = torch.randn(batch, 3, size, size)
+    usual = measure_latency({"dense": dense}, x, executions=("eager", "packed")).best("dense")[1].median
+    small = mg.prune_channels(dense, x, mg.Budget(ms=usual / promised), round_to=16)
+    plan = mg.graph.plan_of(small)
+    print(f"  by time: asked {usual / promised:.2f} ms; MACs {plan.macs[0] / plan.macs[1]:.2f} times fewer")
+    return small
 
 
 def compare(
@@ -86,6 +102,7 @@ def main() -> None:
     parser.add_argument("--executions", nargs="+", default=list(EXECUTIONS), choices=EXECUTIONS)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--seconds", type=float, default=60.0, help="no further round starts after this time, for each table")
+    parser.add_argument("--ms", action="store_true", help="add a model by a budget in milliseconds")
     parser.add_argument("--size", type=int, default=224, help="of the images")
     arguments = parser.parse_args()
     arguments.quotients = {}
@@ -94,8 +111,11 @@ def main() -> None:
         print(name, flush=True)
         dense = build(name)
         small, ratios = shrunk(dense, arguments.size)
+        if arguments.ms:
+            promised = ratios["half, to 16"]
+            small["by time"], ratios["by time"] = by_time(dense, arguments.size, arguments.batches[0], promised), promised
         for batch in arguments.batches:
-            Console(width=150).print(compare(name, {"dense": dense, **small}, ratios, batch, arguments))
+            Console(width=170).print(compare(name, {"dense": dense, **small}, ratios, batch, arguments))
     wanted = [q for (name, batch, key), q in arguments.quotients.items() if name == "resnet50" and batch == 1 and "16" in key]
     found = wanted or list(arguments.quotients.values())
     print(f"ratio: {found[0]:.4f}")

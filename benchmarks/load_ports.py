@@ -11,6 +11,7 @@ disturbs least. Last line: multiply-adds with listed activations / of registers 
 
 from __future__ import annotations
 
+import argparse
 import os
 import shutil
 import subprocess
@@ -20,6 +21,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+import records
 from microglia.core.timing import processor_name
 
 SOURCE = r"""
@@ -109,6 +111,9 @@ def rates(options: list[str]) -> list[float]:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="file that speed_document.py reads")
+    asked = parser.parse_args()
     file = Path("/proc/cpuinfo")
     flags = set(file.read_text().split()) if file.exists() else set()
     found = {words: rates(options) for flag, (words, options) in LEVELS.items() if flag in flags}
@@ -120,6 +125,7 @@ def main() -> None:
     for words, (alone, row, listed) in found.items():
         table.add_row(words, f"{alone:.1f}", f"{row:.1f}", f"{listed:.1f}", f"{100 * listed / alone:.0f} %")
     Console().print(table)
+    records.write(asked.json, "ports", rates=found)
     alone, _, listed = next(iter(found.values()))
     print(f"ratio: {listed / alone:.2f}")
 

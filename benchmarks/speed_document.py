@@ -12,7 +12,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from records import scaling
+from records import geometric_mean, scaling
 
 Json = dict[str, Any]
 SETS = {
@@ -102,6 +102,40 @@ def each_layer(records: list[Json]) -> str:
     return "## Each of them, one thread\n\n" + table(["layer", "dense ms", "GFLOP/s", *names], rows)
 
 
+def load_ports(ports: list[Json], records: list[Json]) -> str:
+    """Returns what the load ports allow blocks of 16x1, and the share of it that their kernel reaches on the same machine."""
+    parts = []
+    for port in ports:
+        rows = [
+            [words, *(f"{rate:.1f}" for rate in rates), f"{100 * rates[2] / rates[0]:.0f} %"]
+            for words, rates in port["rates"].items()
+        ]
+        parts.append(f"## What the load ports allow, one core ({machine(port)})\n")
+        parts.append(
+            "A block's multiply-add loads one activation. Billions of multiply-adds a second, all data in the first cache:\n"
+        )
+        parts.append(table(["registers", "registers alone", "activations in order", "listed activations", "share"], rows))
+        limit = next(iter(port["rates"].values()))[2]
+        for record in (r for r in records if r["set"] == "layers" and r["processor"] == port["processor"]):
+            densities = [density for form, density in record["cases"] if form == "16x1"]
+            if densities:
+                parts.append(_reached(record["runs"][0]["rows"], densities, limit))
+    return "\n".join(parts)
+
+
+def _reached(rows: list[Json], densities: list[float], limit: float) -> str:
+    """Returns the shares of the limit that the layers reach, dense by oneDNN and in blocks of 16x1."""
+
+    def share(density: float, name: str) -> str:
+        rates = [density * row["gflops"] / 2 * row["dense"] / row["times"].get(name, row["dense"]) for row in rows]
+        return f"{100 * geometric_mean([rate / limit for rate in rates]):.0f} %"
+
+    found = [share(1, "dense"), *(share(density, f"16x1 {density:g}") for density in densities)]
+    return table(
+        ["share of listed activations", "dense", *(f"16x1 {density:g}" for density in densities)], [["eleven layers", *found]]
+    )
+
+
 def networks(records: list[Json]) -> str:
     parts = []
     for record in records:
@@ -185,13 +219,17 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     records = [json.loads(file.read_text()) for file in sorted(arguments.folder.glob("*.json"))]
-    kinds = {kind: [r for r in records if r["kind"] == kind] for kind in ("layers", "network", "gates", "int8", "int8 network")}
+    kinds = {
+        kind: [r for r in records if r["kind"] == kind]
+        for kind in ("layers", "network", "gates", "int8", "int8 network", "ports")
+    }
     machines = sorted({f"{r['processor']}, kernels {r['level']}, torch {r['torch']}" for r in records})
     sections = [
         HEAD + f"\nMeasured on: {'; '.join(machines)}.\n",
         networks(kinds["network"]),
         layers(kinds["layers"]),
         each_layer(kinds["layers"]),
+        load_ports(kinds["ports"], kinds["layers"]),
         gates(kinds["gates"]),
         int8(kinds["int8"], kinds["int8 network"]),
     ]

@@ -74,9 +74,7 @@ class Cut:
 
     def slice(self, name: str, tensor: Tensor) -> Tensor:
         """Returns the part of a tensor that stays."""
-        for k, mask in self.stays(name).items():
-            tensor = select(tensor, k, positions(mask))
-        return tensor
+        return select_all(tensor, {k: positions(mask) for k, mask in self.stays(name).items()})
 
     def zero(self, name: str, tensor: Tensor) -> Tensor:
         """Returns a copy of a tensor with removed entries set to zero."""
@@ -126,6 +124,19 @@ def select(tensor: Tensor, dim: int, places: Sequence[Any]) -> Tensor:
         return tensor.index_select(dim, torch.tensor(places, dtype=torch.int64, device=tensor.device))
     groups = tensor.view(len(places), -1, *tensor.shape[1:])
     return torch.cat([select(group, dim, own) for group, own in zip(groups, places, strict=True)])
+
+
+def select_all(tensor: Tensor, places: Mapping[int, Sequence[Any]]) -> Tensor:
+    """Returns the entries of a tensor at indices of several dimensions; see `select`.
+
+    Rows and columns of a weight are gathered at once: one dimension after another would first copy whole rows.
+    """
+    if {0, 1} <= places.keys() and tensor.is_contiguous() and not any(by_group(places[dim]) for dim in (0, 1)):
+        rows, columns = (torch.tensor(places[dim], dtype=torch.int64, device=tensor.device) for dim in (0, 1))
+        tensor, places = tensor[rows[:, None], columns], {dim: own for dim, own in places.items() if dim > 1}
+    for dim in sorted(places):
+        tensor = select(tensor, dim, places[dim])
+    return tensor
 
 
 Patch = tuple[Any, dict[str, Any]]

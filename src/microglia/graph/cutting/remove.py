@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from microglia.core.garbage import collection_paused
 from microglia.core.progress import progress_bar
 from microglia.core.sharded import refuse_shards
 from microglia.graph.cutting.baking import baked_copy
@@ -57,6 +58,7 @@ class Subject:
     notes: tuple[str, ...] = ()
 
     @staticmethod
+    @collection_paused()
     def of(model: nn.Module, example_inputs: Any, dynamic: Sequence[int] = (0,)) -> Subject:
         """Traces and analyses a folded copy of a model.
 
@@ -93,6 +95,7 @@ class Subject:
         return named, changed
 
 
+@collection_paused()
 def remove(subject: Subject, kept: Mapping[int, Tensor], *, keep_class: bool = False, verified: bool = True) -> nn.Module:
     """Returns the cut model: the user's own classes if their outputs equal the cut graph's, else the graph.
 

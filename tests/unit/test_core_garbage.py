@@ -6,6 +6,7 @@ import gc
 import weakref
 
 import pytest
+
 from microglia.core.garbage import collection_paused
 
 
@@ -17,9 +18,15 @@ class Circle:
 
 
 def test_collection_is_off_within_and_on_again_after_an_error() -> None:
-    with pytest.raises(ValueError), collection_paused():
-        assert not gc.isenabled()
-        raise ValueError
+    def fails() -> None:
+        with collection_paused():
+            seen.append(gc.isenabled())
+            raise ValueError
+
+    seen: list[bool] = []
+    with pytest.raises(ValueError, match=""):
+        fails()
+    assert seen == [False]
     assert gc.isenabled()
 
 

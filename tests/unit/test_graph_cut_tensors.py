@@ -6,10 +6,11 @@ import math
 
 import pytest
 import torch
+from torch import Tensor, nn
+
 from microglia.graph.cutting.cut import Cut, select, select_all
 from microglia.graph.dims.analysis import Analysis
 from microglia.graph.dims.trace import trace
-from torch import Tensor, nn
 
 
 def cut_of(model: nn.Module, x: Tensor, lost: list[int]) -> Cut:
@@ -21,7 +22,10 @@ def cut_of(model: nn.Module, x: Tensor, lost: list[int]) -> Cut:
     return Cut(analysis, {atom: kept})
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.complex64, torch.complex128, torch.int64])
+TYPES = [torch.float64, torch.float32, torch.bfloat16, torch.complex64, torch.complex128, torch.int64]
+
+
+@pytest.mark.parametrize("dtype", TYPES)
 def test_removed_entries_are_zero_and_others_as_they_were(dtype: torch.dtype) -> None:
     model = nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 2))
     cut = cut_of(model, torch.zeros(1, 3), [1, 4])

@@ -8,9 +8,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
+
 from microglia.graph.channels import sums
 from microglia.graph.channels.sums import entry_sums
-from torch import Tensor
 
 SHAPES = st.lists(st.integers(1, 6), min_size=1, max_size=4)
 

@@ -212,9 +212,7 @@ def _ranked(
     return ranks
 
 
-def _elements(
-    subject: Subject, score: str | Mapping[str, Tensor], evidence: Evidence, *, signed: bool
-) -> dict[str, Tensor]:
+def _elements(subject: Subject, score: str | Mapping[str, Tensor], evidence: Evidence, *, signed: bool) -> dict[str, Tensor]:
     """Returns one value per weight or per filter. By magnitude every matrix counts, layer of a known class or not.
 
     ``signed`` leaves magnitudes their signs, for a reduction that squares: the weights themselves then need no copy.

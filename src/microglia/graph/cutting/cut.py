@@ -90,7 +90,8 @@ class Cut:
         for k, dim in enumerate(self.analysis.parameter_dims[name]):
             if self.changes(dim):
                 each = -self._by_group(name, k).to(bits)  # all bits of an entry that stays
-                each, rows = each.view(len(each), *(-1 if i == k else 1 for i in range(len(shape)))), (len(each), -1, *shape[1:])
+                rows = (len(each), -1, *shape[1:])
+                each = each.view(len(each), *(-1 if i == k else 1 for i in range(len(shape))))
                 zeroed = bits.view(rows) & each if zeroed is None else zeroed.view(rows).bitwise_and_(each)
                 zeroed = zeroed.view(shape)
         if zeroed is None:

@@ -27,6 +27,7 @@ def graph_model(
     kept: Indices,
     dynamic: Sequence[int] = (0,),
     whole: tuple[nn.Module, str] | None = None,
+    *,
     wide: Trace | None = None,
 ) -> GraphModel:
     """Returns the cut model as its graph, or as two graphs if its own code differs in training.

@@ -203,7 +203,7 @@ def _constants(traced: Trace) -> dict[str, torch.Size]:
 
 
 def _operators(traced: Trace) -> list[fx.Node]:
-    """Returns the operators on tensors, in order, without those that only a free batch gives: sizes, and slices of all entries."""
+    """Returns the operators on tensors, in order, without those that only a free batch gives: sizes, slices of all entries."""
     nodes = (n for n in traced.graph.nodes if n.op == "call_function" and not isinstance(n.meta.get("val"), _NUMBER))
     return [n for n in nodes if operator_name(n) not in (*CHECKS, "slice")]
 

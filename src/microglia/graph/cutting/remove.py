@@ -170,7 +170,7 @@ def class_problem(small: nn.Module, cut: Cut, checked: Verification, exact: floa
 def _as_graph(part: Part, cut: Cut, checked: Verification, subject: Subject) -> nn.Module:
     """Returns a part as a graph traced in the model's own precision, after a comparison with the verified one."""
     wide = None if part.narrow else cut.analysis.trace  # widened casts no longer tell the types
-    small = graph_model(part.module, part.example, indices(cut), subject.dynamic, (subject.model, part.path), wide)
+    small = graph_model(part.module, part.example, indices(cut), subject.dynamic, (subject.model, part.path), wide=wide)
     _check_sizes(small, cut)
     args, kwargs = pytree.tree_map(copied, part.example)
     with torch.no_grad():

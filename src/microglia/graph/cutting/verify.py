@@ -110,8 +110,8 @@ class _Lockstep:
 
         Memory of a tensor that was dropped after its last use is used again: fresh memory takes more time than the copy.
         """
-        read = [self.originals[c] for c in copy.all_input_nodes if c in self.originals] if node is None else node.all_input_nodes
-        for source in read:
+        own = [self.originals[c] for c in copy.all_input_nodes if c in self.originals]
+        for source in own if node is None else node.all_input_nodes:
             if source.op == "placeholder" and source not in self.placed:
                 self.placed.add(source)
                 self._place(source, self.copies[source])

@@ -203,9 +203,12 @@ def _constants(traced: Trace) -> dict[str, torch.Size]:
 
 
 def _operators(traced: Trace) -> list[fx.Node]:
-    """Returns the operators on tensors, in order, without those that only a free batch gives: sizes, slices of all entries."""
+    """Returns the operators on tensors, in order, without sizes and slices.
+
+    With a fixed batch a trace holds no sizes, and a slice of all entries is an alias or absent.
+    """
     nodes = (n for n in traced.graph.nodes if n.op == "call_function" and not isinstance(n.meta.get("val"), _NUMBER))
-    return [n for n in nodes if operator_name(n) not in (*CHECKS, "slice")]
+    return [n for n in nodes if operator_name(n) not in (*CHECKS, "slice", "alias")]
 
 
 _NUMBER = int | float | torch.SymInt | torch.SymFloat | torch.SymBool

@@ -21,10 +21,10 @@ def test_collection_is_off_within_and_on_again_after_an_error() -> None:
     def fails() -> None:
         with collection_paused():
             seen.append(gc.isenabled())
-            raise ValueError
+            raise ValueError("stop")
 
     seen: list[bool] = []
-    with pytest.raises(ValueError, match=""):
+    with pytest.raises(ValueError, match="stop"):
         fails()
     assert seen == [False]
     assert gc.isenabled()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,9 @@ from torch.nn import functional as F
 import microglia as mg
 from microglia.graph.cutting import live
 from microglia.graph.cutting.alike import alike_in_training
+from microglia.graph.cutting.graph_model import graph_model
+from microglia.graph.cutting.parts import double_copy
+from microglia.graph.dims.trace import trace
 
 
 class Attention(nn.Module):
@@ -142,3 +146,36 @@ def test_the_trace_in_training_mode_is_made_where_it_is_needed(
     x = torch.randn(3, 5, 16)
     assert not torch.equal(small(x), small(x))  # dropout follows the mode of the graph
     assert small.state_dict()["norm.num_batches_tracked"] == 2
+
+
+class NoisyInTraining(nn.Module):
+    """Adds in training a value whose type it states."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.layer(x[:, :4])
+        if self.training:
+            x = x + torch.zeros(x.shape[0], 1, dtype=x.dtype).bernoulli_(0.5)
+        return x * torch.ones(1, dtype=x.dtype)
+
+
+def test_types_are_read_from_traces_with_a_fixed_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = NoisyInTraining().eval(), torch.randn(1, 4)
+    wide = trace(double_copy(model), x.double(), dynamic=())
+    batches = []
+    original = live.trace
+
+    def counted(*args: Any, **options: Any) -> Any:
+        batches.append(options["dynamic"])
+        return original(*args, **options)
+
+    monkeypatch.setattr(live, "trace", counted)
+    small = graph_model(model, ((x,), {}), {}, (0,), wide=wide)
+    assert batches == [(0,), (0,), ()]
+    assert not any("another precision" in note for note in small.microglia_notes)
+    double = small.double()
+    assert double.train()(torch.randn(3, 4).double()).dtype == torch.float64
+    assert double.eval()(torch.randn(3, 4).double()).dtype == torch.float64

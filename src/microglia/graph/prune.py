@@ -123,7 +123,7 @@ class _Pruning:
     ) -> _Pruning:
         """Returns the request on a model, traced and scored."""
         subject = Subject.of(model, inputs, tuple(request.dynamic))
-        elements = _elements(subject, score, evidence)
+        elements = _elements(subject, score, evidence, signed=request.reduction == "l2")
         makers = isinstance(score, str) and values_filters(score)
         return _Pruning(model, subject, elements, makers, request, excluded_tensors(subject.model, request.exclude))
 
@@ -212,13 +212,17 @@ def _ranked(
     return ranks
 
 
-def _elements(subject: Subject, score: str | Mapping[str, Tensor], evidence: Evidence) -> dict[str, Tensor]:
-    """Returns one value per weight or per filter. By magnitude every matrix counts, layer of a known class or not."""
+def _elements(subject: Subject, score: str | Mapping[str, Tensor], evidence: Evidence, *, signed: bool) -> dict[str, Tensor]:
+    """Returns one value per weight or per filter. By magnitude every matrix counts, layer of a known class or not.
+
+    ``signed`` leaves magnitudes their signs, for a reduction that squares: the weights themselves then need no copy.
+    """
     if not isinstance(score, str):
         return dict(score)
     if score == "magnitude":
         named = subject.model.named_parameters(remove_duplicate=False)
-        return {name: p.detach().abs() for name, p in named if p.ndim > 1 and p.is_floating_point()}
+        matrices = {name: p.detach() for name, p in named if p.ndim > 1 and p.is_floating_point()}
+        return matrices if signed else {name: weight.abs() for name, weight in matrices.items()}
     layers = prunable_layers(subject.model)
     values = scores[score](subject.model, layers, evidence)
     return {n: compact(layers[n], v) for n, v in values.items()} if values_filters(score) else values

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Literal
 
 import torch
@@ -11,7 +12,9 @@ from torch import Tensor, nn
 
 from microglia.core.errors import ScoreError
 from microglia.core.layers import Layer, check_selectors, matches
+from microglia.graph.channels.sums import entry_sums
 from microglia.graph.dims.analysis import Analysis
+from microglia.graph.dims.atoms import UNIT
 
 GroupReduction = Literal["sum", "mean", "max", "l2"]
 
@@ -192,9 +195,10 @@ def group_scores(
     Raises:
         ScoreError: No member of a group has values, or a value is NaN.
     """
-    scores, rows = {}, _Rows(analysis, elements, reduction)
+    chosen = {group.atom: scored_members(analysis, group, elements, makers=makers) for group in groups}
+    scores, rows = {}, _Rows(analysis, elements, reduction, chain.from_iterable(chosen.values()))
     for group in groups:
-        members = scored_members(analysis, group, elements, makers=makers)
+        members = chosen[group.atom]
         if not members:
             named = ", ".join(m.name for m in group.members[:3])
             raise ScoreError(f"The score gives no value for any weight of the group of {group.size} channels of {named}.")
@@ -217,21 +221,39 @@ def scored_members(
 
 
 class _Rows:
-    """One value per entry of a parameter's dimension, reduced over all other dimensions; computed once."""
+    """One value per entry of a parameter's dimension, reduced over all other dimensions; each parameter is read once."""
 
-    def __init__(self, analysis: Analysis, elements: Mapping[str, Tensor], how: GroupReduction) -> None:
+    def __init__(
+        self, analysis: Analysis, elements: Mapping[str, Tensor], how: GroupReduction, members: Iterable[Member]
+    ) -> None:
         self.analysis, self.elements, self.how = analysis, elements, how
         self._known: dict[Member, tuple[Tensor, int]] = {}
+        self._dims: dict[str, dict[int, None]] = {}
+        for member in members:
+            self._dims.setdefault(member.name, {})[member.dim] = None
 
     def __call__(self, member: Member) -> tuple[Tensor, int]:
         """Returns (values, float64 (entries,), the number of weights of each)."""
         if member not in self._known:
-            values = entry_rows(self.analysis, member, self.elements[member.name].detach())
-            if self.how == "l2":
-                values = values.square()
-            found = values.amax(1) if self.how == "max" else values.sum(1, dtype=torch.float64)
-            self._known[member] = found.double().cpu(), values.shape[1]
+            self._known.update(self._reduced(member))
         return self._known[member]
+
+    def _reduced(self, member: Member) -> dict[Member, tuple[Tensor, int]]:
+        """Returns the values of a member, and those of the parameter's other members that the same pass gives."""
+        values, square = self.elements[member.name].detach(), self.how == "l2"
+        if self.how == "max":
+            matrix = entry_rows(self.analysis, member, values)
+            return {member: (matrix.amax(1).double().cpu(), matrix.shape[1])}
+        if self._by_group(member.name, member.dim):
+            matrix = entry_rows(self.analysis, member, values)
+            return {member: (entry_sums(matrix, (0,), square=square)[0].cpu(), matrix.shape[1])}
+        dims = [dim for dim in self._dims[member.name] if not self._by_group(member.name, dim)]
+        sums = entry_sums(values, dims, square=square)
+        return {Member(member.name, dim): (own.cpu(), values.numel() // max(1, len(own))) for dim, own in sums.items()}
+
+    def _by_group(self, name: str, dim: int) -> bool:
+        """Tells whether a dimension holds different channels in each group of a convolution."""
+        return self.analysis.groups(name, dim) != UNIT
 
 
 def entry_rows(analysis: Analysis, member: Member, values: Tensor) -> Tensor:

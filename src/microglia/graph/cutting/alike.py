@@ -51,7 +51,7 @@ def alike_in_training(model: nn.Module, example_inputs: Any) -> bool:
         twin, inputs = _fake_copy(model, fake), pytree.tree_map_only(Tensor, fake.from_tensor, given)
         with quiet(), undisturbed(), fake, averaging(twin):
             twin.train().eval()
-            _recorded(twin, inputs)  # what the code makes once and keeps is there in the next run
+            _run(twin, pytree.tree_map(copied, inputs))  # what the code makes once and keeps is there in the next run
             evaluation = _recorded(twin, inputs)
             training, drawn = drew(lambda: _recorded(twin.train(), inputs))
     except Exception:  # batch norm of one value, a step that depends on values: a trace tells more
@@ -67,11 +67,16 @@ def _fake_copy(model: nn.Module, fake: FakeTensorMode) -> nn.Module:
 
 def _recorded(model: nn.Module, inputs: Any) -> _Record:
     """Returns the record of one run in the mode of the model."""
-    args, kwargs = pytree.tree_map(copied, inputs)
-    record = _Record(model, pytree.tree_leaves((args, kwargs)))
+    inputs = pytree.tree_map(copied, inputs)
+    record = _Record(model, pytree.tree_leaves(inputs))
     with record:
-        model(*args, **kwargs)
+        _run(model, inputs)
     return record
+
+
+def _run(model: nn.Module, inputs: Any) -> None:
+    args, kwargs = inputs
+    model(*args, **kwargs)
 
 
 class _Record(TorchFunctionMode):

@@ -34,6 +34,7 @@ class Cut:
         self.analysis, self.kept = analysis, dict(kept)
         self.counts = counts(self.kept)
         self._masks: dict[Dim, Tensor] = {}
+        self._changes: dict[Dim, bool] = {}
 
     def mask(self, dim: Dim) -> Tensor:
         """Returns a mask of the entries of a Dim that stay."""
@@ -48,9 +49,10 @@ class Cut:
 
     def changes(self, dim: Dim) -> bool:
         """Tells whether a Dim loses entries."""
-        return any(
-            a in self.kept and self.counts[a] < self.analysis.algebra.sizes[a] for a in self.analysis.algebra.leaves(dim)
-        )
+        if dim not in self._changes:
+            algebra = self.analysis.algebra
+            self._changes[dim] = any(a in self.kept and self.counts[a] < algebra.sizes[a] for a in algebra.leaves(dim))
+        return self._changes[dim]
 
     def count(self, dim: Dim) -> int:
         """Returns the number of entries of a Dim that stay."""
@@ -74,19 +76,32 @@ class Cut:
 
     def slice(self, name: str, tensor: Tensor) -> Tensor:
         """Returns the part of a tensor that stays."""
-        for k, mask in self.stays(name).items():
-            tensor = select(tensor, k, positions(mask))
-        return tensor
+        return select_all(tensor, {k: positions(mask) for k, mask in self.stays(name).items()})
 
     def zero(self, name: str, tensor: Tensor) -> Tensor:
-        """Returns a copy of a tensor with removed entries set to zero."""
-        tensor = tensor.detach().clone()
+        """Returns a copy of a tensor with removed entries set to zero.
+
+        An "and" of the bits gives zero for every entry, NaN too, and takes a third of the time of `masked_fill`.
+        """
+        tensor = tensor.detach()
+        real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+        bits, shape = real.view(_BITS[real.element_size()]), real.shape
+        zeroed: Tensor | None = None
         for k, dim in enumerate(self.analysis.parameter_dims[name]):
             if self.changes(dim):
-                each = self._by_group(name, k).to(tensor.device)
-                by_group = tensor.view(len(each), -1, *tensor.shape[1:])
-                by_group.masked_fill_(~each.view(len(each), *(-1 if i == k else 1 for i in range(tensor.ndim))), 0)
-        return tensor
+                each = -self._by_group(name, k).to(bits)  # all bits of an entry that stays
+                rows = (len(each), -1, *shape[1:])
+                each = each.view(len(each), *(-1 if i == k else 1 for i in range(len(shape))))
+                zeroed = bits.view(rows) & each if zeroed is None else zeroed.view(rows).bitwise_and_(each)
+                zeroed = zeroed.view(shape)
+        if zeroed is None:
+            return tensor.clone()
+        found = zeroed.view(real.dtype)
+        return torch.view_as_complex(found) if tensor.is_complex() else found
+
+
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""Size of an entry in bytes -> the whole numbers of this size."""
 
 
 def counts(kept: Kept) -> dict[int, int]:
@@ -126,6 +141,19 @@ def select(tensor: Tensor, dim: int, places: Sequence[Any]) -> Tensor:
         return tensor.index_select(dim, torch.tensor(places, dtype=torch.int64, device=tensor.device))
     groups = tensor.view(len(places), -1, *tensor.shape[1:])
     return torch.cat([select(group, dim, own) for group, own in zip(groups, places, strict=True)])
+
+
+def select_all(tensor: Tensor, places: Mapping[int, Sequence[Any]]) -> Tensor:
+    """Returns the entries of a tensor at indices of several dimensions; see `select`.
+
+    Rows and columns of a weight are gathered at once: one dimension after another would first copy whole rows.
+    """
+    if {0, 1} <= places.keys() and tensor.is_contiguous() and not any(by_group(places[dim]) for dim in (0, 1)):
+        rows, columns = (torch.tensor(places[dim], dtype=torch.int64, device=tensor.device) for dim in (0, 1))
+        tensor, places = tensor[rows[:, None], columns], {dim: own for dim, own in places.items() if dim > 1}
+    for dim in sorted(places):
+        tensor = select(tensor, dim, places[dim])
+    return tensor
 
 
 Patch = tuple[Any, dict[str, Any]]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from functools import cache
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from torch import nn
@@ -17,11 +18,17 @@ from microglia.graph.cutting.surgery import Follows, GraphModel, cut_graph, forw
 from microglia.graph.cutting.training import Mode, averaging, drew, exceptions, following, lost, modes_of, note, own_code
 from microglia.graph.dims.analysis import Analysis
 from microglia.graph.dims.refusals import TraceError
-from microglia.graph.dims.trace import Trace, as_inputs
+from microglia.graph.dims.trace import Trace, as_inputs, doubled
 
 
 def graph_model(
-    model: nn.Module, example: Any, kept: Indices, dynamic: Sequence[int] = (0,), whole: tuple[nn.Module, str] | None = None
+    model: nn.Module,
+    example: Any,
+    kept: Indices,
+    dynamic: Sequence[int] = (0,),
+    whole: tuple[nn.Module, str] | None = None,
+    *,
+    wide: Trace | None = None,
 ) -> GraphModel:
     """Returns the cut model as its graph, or as two graphs if its own code differs in training.
 
@@ -31,21 +38,22 @@ def graph_model(
         kept: Kept indices by tensor.
         dynamic: Free dimensions of the inputs.
         whole: The whole model and the part's path in it; its own `train` decides which modules keep their mode.
+        wide: Trace in evaluation mode of its copy in float64, with any batch, if there is one.
     """
     root, path = whole or (model, "")
     modes, stay = modes_of(model), exceptions(modes_of(root), path)
-    own, twin = Traces(model, as_inputs(example), dynamic), cache(lambda: _twin(model, example, dynamic))
+    own, doubles = Traces(model, as_inputs(example), dynamic), _Wide(model, example, dynamic, wide)
     names, evaluation = forward_names(model), _cut(own.evaluation, kept)
     training, why = (None, "") if own.alike else _in_training(own, kept)
     first, second = evaluation.analysis.trace, training.analysis.trace if training else None
-    follows, known = _follows(twin, first, following(model, first, second, modes))
+    follows, known = _follows(first, following(model, first, second, modes), doubles.traces(training=False))
     small = cut_graph(evaluation, names, follows)
     small.microglia_exceptions = stay
     name = path or type(model).__name__
     notes = [lost(name, model, why)] if why else []
     if training and second and (differing := own_code(first, second)):
         mode = following(model, second, first, modes, training=True)
-        follows, also = _follows(twin, second, mode, training=True)
+        follows, also = _follows(second, mode, doubles.traces(training=True))
         known = known and also
         small.learn_training(training, names, follows)
         notes += note(name, differing, model)
@@ -72,23 +80,46 @@ def _unread(name: str, model: nn.Module, small: nn.Module) -> list[str]:
     ]
 
 
-def _twin(model: nn.Module, example: Any, dynamic: Sequence[int]) -> tuple[nn.Module, Traces]:
-    """Returns the model's copy in float64, and its traces."""
-    twin = double_copy(model)
-    return twin, Traces(twin, as_inputs(to_double(example)), dynamic)
+@dataclass(frozen=True)
+class _Wide:
+    """Traces of a model's copy in float64, made where they are needed.
+
+    The types of operators do not depend on a free batch, which more than doubles the time of a trace. So it comes last.
+    """
+
+    model: nn.Module
+    example: Any
+    dynamic: Sequence[int]
+    evaluation: Trace | None
+
+    @cached_property
+    def twin(self) -> nn.Module:
+        return double_copy(self.model)
+
+    def traces(self, *, training: bool) -> Iterator[Trace]:
+        """Yields traces in one mode, as long as they are asked for."""
+        if self.evaluation is not None and not training:
+            yield self.evaluation
+        inputs = to_double(self.example)
+        for given, dynamic in ((doubled(inputs), ()), (inputs, tuple(self.dynamic))):
+            if (traced := self._traced(as_inputs(given), dynamic, training=training)) is not None:
+                yield traced
+
+    def _traced(self, inputs: Any, dynamic: Sequence[int], *, training: bool) -> Trace | None:
+        traces = Traces(self.twin, inputs, dynamic)
+        with suppress(TraceError), averaging(self.twin):
+            return traces.training[0] if training else drew(lambda: traces.evaluation)[0]
+        return None
 
 
-def _follows(
-    twin: Callable[[], tuple[nn.Module, Traces]], traced: Trace, modes: Mapping[Any, Mode], *, training: bool = False
-) -> tuple[Follows, bool]:
+def _follows(traced: Trace, modes: Mapping[Any, Mode], wide: Iterator[Trace]) -> tuple[Follows, bool]:
     """Returns the modes and types that operators of a trace follow, and whether the types are known."""
     if not states_precision(traced):
         return Follows(modes), True
-    double, traces = twin()
-    with suppress(TraceError), averaging(double):
-        wide = traces.training[0] if training else drew(lambda: traces.evaluation)[0]
-        types, fixed, known = following_precision(traced, wide)
-        return Follows(modes, types, fixed), known
+    for other in wide:
+        types, fixed, known = following_precision(traced, other)
+        if known:
+            return Follows(modes, types, fixed), True
     return Follows(modes), False
 
 

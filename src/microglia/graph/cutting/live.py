@@ -179,14 +179,14 @@ def following_precision(traced: Trace, wide: Trace) -> tuple[dict[fx.Node, tuple
 
     Args:
         traced: Trace in the model's own precision.
-        wide: Trace of its copy in float64.
+        wide: Trace of its copy in float64; its batch may be fixed.
 
     Returns:
         Operators with the names of their arguments that are the model's dtype; constants that keep their dtype; and whether
         this is known, because the two traces may not correspond.
     """
     mine, theirs = _operators(traced), _operators(wide)
-    if [str(n.target) for n in mine] != [str(n.target) for n in theirs]:
+    if [str(n.target) for n in mine] != [str(n.target) for n in theirs] or _constants(traced) != _constants(wide):
         return {}, frozenset(), False
     follows = {}
     for node, other in zip(mine, theirs, strict=True):
@@ -194,12 +194,24 @@ def following_precision(traced: Trace, wide: Trace) -> tuple[dict[fx.Node, tuple
             pairs = named_arguments(node), named_arguments(other)
             if keys := tuple(k for k, v in pairs[0].items() if isinstance(v, torch.dtype) and v != pairs[1][k]):
                 follows[node] = keys
-    fixed = [n for n in traced.constants & wide.constants if traced.tensors[n].dtype == wide.tensors[n].dtype]
+    fixed = [n for n in traced.constants if traced.tensors[n].dtype == wide.tensors[n].dtype]
     return follows, frozenset(fixed), True
 
 
+def _constants(traced: Trace) -> dict[str, torch.Size]:
+    return {name: traced.tensors[name].shape for name in traced.constants}
+
+
 def _operators(traced: Trace) -> list[fx.Node]:
-    return [n for n in traced.graph.nodes if n.op == "call_function" and operator_name(n) not in (*CHECKS, "sym_size")]
+    """Returns the operators on tensors, in order, without sizes and slices.
+
+    With a fixed batch a trace holds no sizes, and a slice of all entries is an alias or absent.
+    """
+    nodes = (n for n in traced.graph.nodes if n.op == "call_function" and not isinstance(n.meta.get("val"), _NUMBER))
+    return [n for n in nodes if operator_name(n) not in (*CHECKS, "slice", "alias")]
+
+
+_NUMBER = int | float | torch.SymInt | torch.SymFloat | torch.SymBool
 
 
 def unread(model: nn.Module, small: nn.Module) -> list[str]:

@@ -14,7 +14,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from microglia.core.auxiliary import drop_auxiliary
 from microglia.core.modes import modes_kept
-from microglia.graph.cutting.cut import Cut, by_group, constants, positions, select
+from microglia.graph.cutting.cut import Cut, by_group, constants, positions, select_all
 from microglia.graph.dims.analysis import Analysis
 from microglia.graph.dims.nodes import named_arguments
 
@@ -174,9 +174,7 @@ def _sliced(old: Tensor, by_dim: Mapping[str, list[Any]]) -> Tensor:
         flat = [i for place in places for i in place] if by_group(places) else places
         if flat and not 0 <= min(flat) <= max(flat) < old.shape[int(dim)]:
             raise IndexError(f"dimension {dim} has {old.shape[int(dim)]} entries, of which {max(flat)} is none")
-    new = old.detach()
-    for dim in sorted(by_dim, key=int):
-        new = select(new, int(dim), by_dim[dim])
+    new = select_all(old.detach(), {int(dim): places for dim, places in by_dim.items()})
     if old.ndim == 4 and not old.is_contiguous() and old.is_contiguous(memory_format=torch.channels_last):
         new = new.contiguous(memory_format=torch.channels_last)  # otherwise every convolution would convert it
     return nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new

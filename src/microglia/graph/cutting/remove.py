@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from microglia.core.garbage import collection_paused
 from microglia.core.progress import progress_bar
 from microglia.core.sharded import refuse_shards
 from microglia.graph.cutting.baking import baked_copy
@@ -57,6 +58,7 @@ class Subject:
     notes: tuple[str, ...] = ()
 
     @staticmethod
+    @collection_paused()
     def of(model: nn.Module, example_inputs: Any, dynamic: Sequence[int] = (0,)) -> Subject:
         """Traces and analyses a folded copy of a model.
 
@@ -93,6 +95,7 @@ class Subject:
         return named, changed
 
 
+@collection_paused()
 def remove(subject: Subject, kept: Mapping[int, Tensor], *, keep_class: bool = False, verified: bool = True) -> nn.Module:
     """Returns the cut model: the user's own classes if their outputs equal the cut graph's, else the graph.
 
@@ -166,7 +169,8 @@ def class_problem(small: nn.Module, cut: Cut, checked: Verification, exact: floa
 
 def _as_graph(part: Part, cut: Cut, checked: Verification, subject: Subject) -> nn.Module:
     """Returns a part as a graph traced in the model's own precision, after a comparison with the verified one."""
-    small = graph_model(part.module, part.example, indices(cut), subject.dynamic, (subject.model, part.path))
+    wide = None if part.narrow else cut.analysis.trace  # widened casts no longer tell the types
+    small = graph_model(part.module, part.example, indices(cut), subject.dynamic, (subject.model, part.path), wide=wide)
     _check_sizes(small, cut)
     args, kwargs = pytree.tree_map(copied, part.example)
     with torch.no_grad():

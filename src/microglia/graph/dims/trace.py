@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.fx import config as fx_config
 from torch.utils import _pytree as pytree
 
 from microglia.core.batch import Example
 from microglia.core.modes import modes_kept
+from microglia.graph.dims.lean import lean
 from microglia.graph.dims.nodes import operator_name
 from microglia.graph.dims.refusals import TraceError, place_of
 
@@ -66,28 +66,11 @@ def trace(model: nn.Module, example_inputs: Any, *, dynamic: Sequence[int] = (0,
     Raises:
         TraceError: torch.export cannot trace the model.
     """
-    with _without_stacks():
+    with lean():
         exported, unknown = export_program(model, example_inputs, dynamic=dynamic, training=training)
     inline_wrappers(exported.graph_module)
     _refuse_unknown_sizes(exported.graph, model)
     return replace(_as_trace(exported, model), unknown_outputs=unknown)
-
-
-@contextmanager
-def _without_stacks() -> Iterator[None]:
-    """Context without the Python stack of each operator: nothing reads it, and it is a tenth of a trace's time."""
-    before = getattr(fx_config, _STACKS, None)
-    if before is None:  # this version of torch has no such setting
-        yield
-        return
-    setattr(fx_config, _STACKS, True)
-    try:
-        yield
-    finally:
-        setattr(fx_config, _STACKS, before)
-
-
-_STACKS = "do_not_emit_stack_traces"
 
 
 def export_program(

@@ -18,7 +18,7 @@ from microglia.tasks.task import CLASSIFICATION, CrossEntropy, mean_metric
 from microglia.train.engine import accelerator
 from microglia.train.optim import learning_rate, make_optimizers
 from microglia.train.recover import distillation
-from microglia.train.step import Step, objective
+from microglia.train.step import Step
 
 SHORT = mg.FitConfig(epochs=3, batch_size=256, lr=0.05)
 CPU = torch.device("cpu")
@@ -171,15 +171,22 @@ def test_bfloat16_autocast_trains(task: mg.Task) -> None:
     assert {p.dtype for p in model.parameters()} == {torch.float32}
 
 
-def test_attention_in_bfloat16_trains_by_its_formula_on_a_cpu(task: mg.Task) -> None:
+def test_bfloat16_keeps_attention_to_its_formula_on_a_cpu_and_gives_losses_float32(task: mg.Task) -> None:
     """The backward pass of the fused form is several times slower there."""
     fused: list[bool] = []
+    seen: list[torch.dtype] = []
+
+    def loss(outputs: Tensor, targets: Tensor, inputs: Tensor) -> Tensor:
+        seen.append(outputs.dtype)
+        return functional.cross_entropy(outputs, targets)
+
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
     model.register_forward_pre_hook(lambda module, inputs: fused.append(torch.backends.cuda.flash_sdp_enabled()))
     for precision in ("float32", "bfloat16"):
-        step = Step(task, model, make_optimizers(SHORT, [{"params": [*model.parameters()]}]), objective(task), CPU, precision)
+        step = Step(task, model, make_optimizers(SHORT, [{"params": [*model.parameters()]}]), loss, CPU, precision)
         step((torch.randn(4, 1, 8, 8), torch.arange(4)), diverged="{loss}")
     assert fused == [True, False]
+    assert seen == [torch.float32, torch.float32]
 
 
 def test_distillation_closed_forms() -> None:

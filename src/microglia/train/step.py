@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from microglia.core.batch import to_device
+from microglia.core.batch import map_tensors, to_device
 from microglia.core.errors import TrainingError
 from microglia.tasks.task import Task
 from microglia.train.recover import distillation
@@ -53,6 +53,11 @@ def _in_precision(precision: str, device: str) -> Iterator[None]:
         yield
 
 
+def _widened(output: Tensor) -> Tensor:
+    """Returns an output of a model as a loss needs it: a box of 300 pixels in bfloat16 has steps of two."""
+    return output.float() if output.dtype == torch.bfloat16 else output
+
+
 def _backward(loss: Tensor) -> None:
     loss.backward()  # type: ignore[no-untyped-call]
 
@@ -67,7 +72,7 @@ class Step:
         optimizers: Optimizers that step together.
         loss: (outputs, targets, inputs) -> mean loss of a batch; see `objective`.
         device: Device to which batches are moved.
-        precision: ``float32``, or ``bfloat16`` autocast.
+        precision: ``float32``, or ``bfloat16`` autocast; losses see outputs in float32.
         backward: Computes gradients from the loss and stores them in ``grad``.
         clip: Bounds the norm of the gradients, or None.
     """
@@ -90,7 +95,8 @@ class Step:
         """Returns the mean loss of a batch, plus a penalty if there is one, with its autograd graph."""
         inputs, targets = to_device(inputs, self.device), to_device(targets, self.device)
         with _in_precision(self.precision, self.device.type):
-            value = self.loss(self.task.forward(self.model, inputs), targets, inputs)
+            outputs = map_tensors(_widened, self.task.forward(self.model, inputs))
+            value = self.loss(outputs, targets, inputs)
         return value if penalty is None else value + penalty()
 
     def descend(self, value: Tensor, *, rest: Callable[[], bool] | None = None) -> None:

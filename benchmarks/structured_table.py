@@ -10,6 +10,9 @@ network and setting, and is not run again, also on a machine without the runs. T
 files, and HRank's claims as `hrank_claims.py` measured them; it is written anew after each row, and by --write alone. Two
 processes may share the files if their --methods or --seeds differ. A method that refuses the network has its sentence.
 
+Times of rows that ran beside other work are not comparable: leave them out with ``--untimed``, and time all models of a table
+side by side with ``--times`` when the machine is free.
+
 Run, for hours in the background: ``OMP_NUM_THREADS=1 python benchmarks/structured_table.py --checkpoint resnet56-4bfd9763.th``
 ``--limit 2`` takes two batches of each epoch and a few candidates of each search, to see that it works: the numbers mean
 nothing then, and the document says so.
@@ -20,6 +23,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -34,7 +38,7 @@ from microglia.core.timing import processor_name
 from microglia.graph import plan_of, replay
 from microglia.lab.execute import execute, make_task
 from microglia.lab.recipe import Recipe, method_config, resolve
-from microglia.measure import count_macs
+from microglia.measure import count_macs, measure_latency
 from microglia.measure.published import producer_macs
 from microglia.methods import ChannelConfig, UnitConfig, methods
 from microglia.methods.procedure import train
@@ -131,10 +135,27 @@ class Bench:
         self.file.parent.mkdir(parents=True, exist_ok=True)
         self.runs.mkdir(parents=True, exist_ok=True)
         with locked(self.runs / ".rows.lock"):
-            machine = {"processor": processor_name(), "torch": torch.__version__, "microglia": mg.__version__}
-            rows = [asdict(one) for one in [*self.kept(), row]]
-            found = {"setting": self.setting, "machine": machine, "rows": rows}
-            write_atomic(self.file, json.dumps(found, indent=1) + "\n")
+            self.write([*self.kept(), row])
+
+    def time(self, rounds: int = 30) -> None:
+        """Times the models of all finished rows side by side in one process; a row without its run has no time then."""
+        rows = self.kept()
+        shapes = [(SCORES[0] if row.name == SCRATCH else row.name, row.seed) for row in rows]  # one trains another's shape
+        places = [place for shape in shapes if (place := self.place(*shape) / "model").exists()]
+        task = make_task(self.recipe(SCORES[0], 0))
+        built = {str(place.parent): load(place, task.build()) for place in places}
+        times: dict[str, float] = {}
+        if built:
+            report = measure_latency(built, task.example, executions=("eager", "packed"), rounds=rounds)
+            times = {place: report.best(place)[1].median for place in built}
+        ms = [times.get(str(self.place(*shape))) for shape in shapes]
+        self.write([replace(row, ms=own) for row, own in zip(rows, ms, strict=True)])
+
+    def write(self, rows: Sequence[Row]) -> None:
+        """Writes the file of the finished rows."""
+        machine = {"processor": processor_name(), "torch": torch.__version__, "microglia": mg.__version__}
+        found = {"setting": self.setting, "machine": machine, "rows": [asdict(row) for row in rows]}
+        write_atomic(self.file, json.dumps(found, indent=1) + "\n")
 
     def source(self, seed: int) -> dict[str, Any]:
         """Returns the fields of a recipe that all rows share."""
@@ -271,6 +292,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, help="batches in an epoch, for a trial")
     parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32", help="precision of every training")
     parser.add_argument("--untimed", action="store_true", help="leave the milliseconds out")
+    parser.add_argument("--times", action="store_true", help="only time the models of the finished rows, side by side")
     parser.add_argument("--write", action="store_true", help="only write the document from the finished rows")
     parser.add_argument("--runs", type=Path, default=Path("runs/structured"))
     parser.add_argument("--results", type=Path, default=Path("results/structured"))
@@ -291,7 +313,9 @@ def main() -> None:
     )
     asked.document.parent.mkdir(parents=True, exist_ok=True)
     failed: list[str] = []
-    for seed, name in [] if asked.write else product(asked.seeds, asked.methods):
+    if asked.times:
+        bench.time()
+    for seed, name in [] if asked.write or asked.times else product(asked.seeds, asked.methods):
         try:
             row = bench.row(name, seed)
         except Exception:  # the other rows of a long table do not wait for this one

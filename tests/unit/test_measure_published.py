@@ -162,6 +162,11 @@ def test_scratch_makes_its_shape_again_where_the_first_row_was_kept_on_another_m
     scratch = table.Bench(*settings, tmp_path / "other", tmp_path / "results").row("scratch", 0)
     assert not scratch.refused
     assert (scratch.macs, scratch.parameters) == (first.macs, first.parameters)
+    here = table.Bench(*settings, tmp_path / "other", tmp_path / "results")
+    here.time(rounds=1)  # the control has the time of the shape that it trains, and that shape was made here too
+    assert all(row.ms is not None and row.ms > 0 for row in here.kept())
+    table.Bench(*settings, tmp_path / "none", tmp_path / "results").time(rounds=1)
+    assert [row.ms for row in here.kept()] == [None, None]
 
 
 def test_seconds_count_the_epochs_of_killed_attempts(tmp_path: Path) -> None:

@@ -23,7 +23,11 @@ from microglia.methods import Smart
 from microglia.train.optim import FitConfig, make_optimizers
 
 DENSITY = 0.3
-CASES = {"resnet50": ("torchvision:resnet50", 64, 32, 1000), "resnet56": ("resnet56", 32, 128, 10)}
+CASES = {
+    "resnet50-224": ("torchvision:resnet50", 224, 8, 1000),
+    "resnet50": ("torchvision:resnet50", 64, 32, 1000),
+    "resnet56": ("resnet56", 32, 128, 10),
+}
 
 
 def model_of(name: str) -> nn.Module:

@@ -105,7 +105,12 @@ def rates(options: list[str]) -> list[float]:
     with tempfile.TemporaryDirectory() as folder:
         source, program = Path(folder) / "loops.cpp", Path(folder) / "loops"
         source.write_text(SOURCE)
-        subprocess.run([compiler, "-O2", "-std=c++17", *options, "-o", program, source], check=True)
+        try:
+            subprocess.run([compiler, "-O2", "-std=c++17", *options, "-o", program, source], check=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            raise SystemExit(
+                f"The C++ compiler {compiler!r} does not compile the loops ({error}): name another in CXX."
+            ) from None
         printed = subprocess.run([program], check=True, capture_output=True, text=True).stdout
     return [float(word) for word in printed.split()]
 

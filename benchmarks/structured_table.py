@@ -140,6 +140,8 @@ class Bench:
     def time(self, rounds: int = 30) -> None:
         """Times the models of all finished rows side by side in one process; a row without its run has no time then."""
         rows = self.kept()
+        if not rows:
+            raise SystemExit(f"{self.file} holds no finished row to time: run some methods first.")
         shapes = [(SCORES[0] if row.name == SCRATCH else row.name, row.seed) for row in rows]  # one trains another's shape
         places = [place for shape in shapes if (place := self.place(*shape) / "model").exists()]
         task = make_task(self.recipe(SCORES[0], 0))

@@ -27,6 +27,10 @@ class Scaled:
     whole: int
 
 
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""Size of an entry in bytes -> the whole numbers of this size."""
+
+
 class Cut:
     """Masks, sizes and slices under one choice of kept units."""
 
@@ -98,10 +102,6 @@ class Cut:
             return tensor.clone()
         found = zeroed.view(real.dtype)
         return torch.view_as_complex(found) if tensor.is_complex() else found
-
-
-_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""Size of an entry in bytes -> the whole numbers of this size."""
 
 
 def counts(kept: Kept) -> dict[int, int]:

@@ -198,6 +198,10 @@ def following_precision(traced: Trace, wide: Trace) -> tuple[dict[fx.Node, tuple
     return follows, frozenset(fixed), True
 
 
+_NUMBER = int | float | torch.SymInt | torch.SymFloat | torch.SymBool
+"""Values of operators that are no tensors: sizes."""
+
+
 def _constants(traced: Trace) -> dict[str, torch.Size]:
     return {name: traced.tensors[name].shape for name in traced.constants}
 
@@ -209,9 +213,6 @@ def _operators(traced: Trace) -> list[fx.Node]:
     """
     nodes = (n for n in traced.graph.nodes if n.op == "call_function" and not isinstance(n.meta.get("val"), _NUMBER))
     return [n for n in nodes if operator_name(n) not in (*CHECKS, "slice", "alias")]
-
-
-_NUMBER = int | float | torch.SymInt | torch.SymFloat | torch.SymBool
 
 
 def unread(model: nn.Module, small: nn.Module) -> list[str]:

@@ -21,7 +21,7 @@ from microglia.storage.plain_yaml import DEEPEST, EXAMPLES, merge, parse_yaml, r
 from microglia.storage.validation import adapter_of, brief, problems
 from microglia.train.optim import RECOVERY, FitConfig, identity
 
-LATER = ("task", "task_options", "track")
+LATER = ("model_options", "task", "task_options", "track")
 """Fields that recipes of version 0.1.0 lack."""
 AFTER_DENSE = ("method", "prune", "train", "measure", "track")
 """Fields that do not reach the training of the dense network."""
@@ -77,8 +77,9 @@ class Recipe:
             means the data set's own; with a checkpoint the usual statistics that fit the training images best.
         image_size: Side to resize images to, or None for their own.
         label_smoothing: Label smoothing of the training loss, in [0, 1).
+        model_options: Options of the model, such as ``{width: 0.25}``; see `microglia.tasks.build`.
         task: The task of the model: a mapping with ``kind`` and the options of that kind, or ``package.module:function``, which
-            returns a `microglia.Task`. None means image classification with the four fields above as options.
+            returns a `microglia.Task`. None means image classification with the five fields above as options.
         task_options: Keywords of the task function.
         method: A name that ``microglia methods`` lists; by default ``channels`` if the budget has ``flops`` or ``ms``.
         prune: The fields of that method's config, except the trainings below.
@@ -99,6 +100,7 @@ class Recipe:
     normalize: str = "auto"
     image_size: int | None = None
     label_smoothing: float = 0.0
+    model_options: dict[str, Any] = field(default_factory=dict)
     task: str | dict[str, Any] | None = None
     task_options: dict[str, Any] = field(default_factory=dict)
     method: str = "magnitude"

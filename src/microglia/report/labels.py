@@ -15,7 +15,7 @@ from microglia.storage.run import flatten
 BUDGET = tuple(f"prune.{term}" for term in ("density", "params", "flops", "ms", "bytes", "within"))
 SHOWN = ("model", "data", "method", "seed", "prune.pattern", "prune.scope", *BUDGET)
 """Recipe keys that a table always shows; other keys are named if they differ between runs of one method."""
-DENSE = ("checkpoint", "normalize", "image_size", "label_smoothing", "dense.")
+DENSE = ("model_options.", "checkpoint", "normalize", "image_size", "label_smoothing", "dense.")
 """Recipe keys, or their prefixes, that the dense model depends on."""
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -68,6 +68,7 @@ def image_task(
     normalize: str = "auto",
     image_size: int | None = None,
     label_smoothing: float = 0.0,
+    model_options: Mapping[str, Any] | None = None,
     seed: int = 0,
 ) -> Task:
     """Returns the task of classifying a data set's images with a network of the zoo.
@@ -81,6 +82,7 @@ def image_task(
             not record its normalization, and wrong statistics silently reduce the accuracy.
         image_size: Side to resize images to.
         label_smoothing: Label smoothing of the training loss.
+        model_options: Options of the model, such as ``{"width": 0.25}``; see `microglia.tasks.build`.
         seed: Seed of the initial weights.
 
     Raises:
@@ -88,11 +90,12 @@ def image_task(
     """
     check_name(model)  # before the data are read; otherwise a typo would show only at build()
     images = data if isinstance(data, ImageData) else load_data(data, image_size=image_size)
+    given = dict(model_options or {})
 
     def fresh(seed: int) -> nn.Module:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            network = build_noted(model, classes=len(images.classes), shape=images.shape)
+            network = build_noted(model, classes=len(images.classes), shape=images.shape, **given)
         return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
 
     def make() -> nn.Module:
@@ -108,7 +111,7 @@ def image_task(
     example = next(iter(ImageSource(images).batches("train", 1).epoch(0)))[0]
     smoothed = CrossEntropy(label_smoothing) if label_smoothing else None
     name = f"{model} on {images.name}"
-    trained = checkpoint is not None
+    trained = checkpoint is not None or bool(given.get("pretrained"))
     return Task(name, make, ImageSource(images), CrossEntropy(), CLASSIFICATION, example, smoothed, trained, fresh)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from pydantic import ConfigDict
@@ -82,6 +82,8 @@ class ClassificationOptions:
         normalize: Name of the statistics of the images, ``data`` for the data set's own, or ``auto``.
         image_size: Side to resize images to; None for their own.
         label_smoothing: Label smoothing of the training loss, in [0, 1).
+        model_options: Options of the model, such as ``{width: 0.25}`` for the MobileNets, or ``{pretrained: true}`` for ``timm:``,
+            ``torchvision:`` and ``hf:``.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -90,6 +92,7 @@ class ClassificationOptions:
     normalize: str = "auto"
     image_size: int | None = None
     label_smoothing: float = 0.0
+    model_options: dict[str, Any] = field(default_factory=dict)
 
 
 @kind(DEFAULT, ClassificationOptions)
@@ -102,5 +105,6 @@ def classification(model: str, options: ClassificationOptions, *, checkpoint: st
         normalize=options.normalize,
         image_size=options.image_size,
         label_smoothing=options.label_smoothing,
+        model_options=options.model_options,
         seed=seed,
     )

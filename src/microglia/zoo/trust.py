@@ -79,8 +79,9 @@ def require_known_recipe(
             raise FileError(_refusal(where, "task", _short(task), task, folder))
         folder = model_folder
     if model != task or not isinstance(task, str):  # a user's own task brings its own model, of the same name
-        given = task.get("model_options") if isinstance(task, Mapping) else None
-        require_known(model, given or {}, where, folder=folder)
+        for holder in (recipe, task):
+            given = holder.get("model_options") if isinstance(holder, Mapping) else None
+            require_known(model, given or {}, where, folder=folder)
     _require_plain_data(recipe.get("data"), where)
     if isinstance(task, Mapping):
         _require_plain_data(task.get("data"), where)

@@ -190,14 +190,25 @@ def test_the_networks_of_smarts_table_have_their_tasks_and_schedules() -> None:
         assert rates[3] < 1e-7
 
 
-@pytest.mark.parametrize(("name", "count"), [("resnet20_paper", 6), ("resnet20_rates", 27), ("resnet20_rates_static", 9)])
+SCALINGS = [
+    ("mobilenet_v1", 2),
+    ("mobilenet_v1_static", 1),
+    ("mobilenet_v2", 1),
+    ("mobilenet_v2_static", 1),
+    ("resnet20_paper", 6),
+    ("resnet20_rates", 27),
+    ("resnet20_rates_static", 9),
+]
+
+
+@pytest.mark.parametrize(("name", "count"), SCALINGS)
 def test_the_scalings_of_ftwt_are_valid_sweeps(name: str, count: int) -> None:
     """Those of the rates are pilots on validation images, as many for the static baseline as for each start of heads."""
     from microglia.lab.sweep_grid import read_sweep
 
     cells = read_sweep(Path(__file__).parents[2] / "recipes" / "ftwt" / "scaled" / f"{name}.yaml").cells
     assert len({cell.name for cell in cells}) == len(cells) == count
-    assert {cell.recipe.measure.split for cell in cells} == {"test" if name.endswith("paper") else "validation"}
+    assert {cell.recipe.measure.split for cell in cells} == {"validation" if "rates" in name or "pilots" in name else "test"}
     modes = {cell.recipe.prune["mode"]: cell.recipe for cell in cells}
     for recipe in modes.values():
         methods["ftwt"].check(_small_task(recipe), method_config(recipe))

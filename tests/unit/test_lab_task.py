@@ -67,6 +67,24 @@ def test_the_options_of_classification_are_the_recipes_old_fields() -> None:
     assert make_task(old).training_loss is not None
 
 
+def test_a_recipe_gives_its_model_options_which_its_saved_model_keeps(tmp_path: Path) -> None:
+    source = {"model": "resnet20", "model_options": {"width": 4}, "data": "digits", "measure": {"latency": False}}
+    source |= {
+        "dense": FAST | {"max_batches": 1},
+        "train": FAST | {"max_batches": 1, "distill": 0.0},
+        "prune": {"density": 0.5},
+    }
+    recipe = resolve(source)
+    assert "model_options" not in as_dict(resolve({}))  # so that earlier run directories go on
+    assert as_dict(recipe)["model_options"] == {"width": 4}
+    assert resolve({"task": {"kind": "classification", "model_options": {"width": 4}}}).model_options == {"width": 4}
+    mg.execute(recipe, tmp_path / "run")
+    saved = mg.load(tmp_path / "run" / "model")
+    assert saved.conv1.out_channels == 4
+    with pytest.raises(MicrogliaError, match="widht"):
+        make_task(resolve({**source, "model_options": {"widht": 4}})).build()
+
+
 def test_a_task_of_ones_own_runs_and_its_run_goes_on(module: None, tmp_path: Path) -> None:
     source = {"task": "owntasks:sums", "task_options": {"inputs": 5}, "method": "magnitude", "prune": {"density": 0.5}}
     source |= {"dense": FAST, "train": {**FAST, "distill": 0.0}, "measure": {"latency": False}, "seed": 3}
@@ -158,6 +176,7 @@ def test_a_wrong_function_is_refused_in_a_sentence(module: None, source: dict[st
         {"task": "evil:make", "model": "evil:make"},
         {"task": {"kind": "classification", "data": "hf:./folder/../other"}, "model": "conv-2"},
         {"task": "mine:make", "model": "evil:make"},
+        {"model": "hf:someone/net", "model_options": {"trust_remote_code": True}},
     ],
 )
 def test_a_file_may_name_no_task_that_runs_code(recipe: dict[str, Any]) -> None:

@@ -82,8 +82,8 @@ class ClassificationOptions:
         normalize: Name of the statistics of the images, ``data`` for the data set's own, or ``auto``.
         image_size: Side to resize images to; None for their own.
         label_smoothing: Label smoothing of the training loss, in [0, 1).
-        model_options: Options of the model, such as ``{width: 0.25}`` for the MobileNets, or ``{pretrained: true}`` for ``timm:``,
-            ``torchvision:`` and ``hf:``.
+        model_options: Options of the model, such as ``{width: 0.25}`` for the MobileNets, or ``{pretrained: true}`` for
+            ``timm:``, ``torchvision:`` and ``hf:``.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")

@@ -372,7 +372,7 @@ def test_the_scopes():
 class Clock:
     """A timer that charges each width a known time, and remembers what it was asked."""
 
-    def __init__(self, *_):
+    def __init__(self, *_, **__):
         self.asked = []
 
     def __call__(self, counts):
@@ -382,8 +382,10 @@ class Clock:
 
 def test_a_budget_in_milliseconds(monkeypatch):
     clock = Clock()
-    monkeypatch.setattr(prune_room, "LatencyTable", lambda *_: clock)
-    small = prune_channels(built(Residual), IMAGES, Budget(ms=5.0), round_to=1)
+    timed = []
+    monkeypatch.setattr(prune_room, "LatencyTable", lambda *_, executions: timed.append(executions) or clock)
+    small = prune_channels(built(Residual), IMAGES, Budget(ms=5.0), round_to=1, executions=["eager"])
+    assert timed == [("eager",)]
     assert small.stem.out_channels + small.one.out_channels == 20
     assert plan_of(small).got["ms"] == 5.0
     assert len(clock.asked) < 15  # bisection, not a walk
@@ -399,6 +401,11 @@ def test_milliseconds_that_cannot_be_had(monkeypatch):
     monkeypatch.setattr(prune_room, "LatencyTable", Clock)
     with pytest.raises(BudgetError, match="ms"):
         prune_channels(built(Residual), IMAGES, Budget(ms=0.1), round_to=1)
+
+
+def test_an_engine_that_does_not_exist_is_refused_before_the_trace():
+    with pytest.raises(MicrogliaError, match=r"opnvino.*openvino"):
+        prune_channels(nn.Identity(), IMAGES, Budget(ms=0.1), executions=["opnvino"])
 
 
 def test_times_are_measured_once_and_kept(tmp_path, monkeypatch):

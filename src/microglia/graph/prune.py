@@ -25,7 +25,7 @@ from microglia.graph.channels.groups import (
     independent,
     scored_members,
 )
-from microglia.graph.channels.latency_table import LatencyTable
+from microglia.graph.channels.latency_table import TIMED_BY, LatencyTable
 from microglia.graph.channels.request import ChannelRequest
 from microglia.graph.channels.widths import Costs, Widths, WidthScope, choose_widths, highest, keep_units
 from microglia.graph.cutting.cut import Cut, constants, counts
@@ -54,6 +54,7 @@ def prune_channels(
     keep_class: bool = False,
     dynamic: Sequence[int] = (0,),
     evidence: Evidence | None = None,
+    executions: Sequence[str] = TIMED_BY,
     verified: bool = True,
 ) -> nn.Module:
     """Returns a physically smaller copy of a model: whole channels, heads and hidden units removed from all that use them.
@@ -81,6 +82,7 @@ def prune_channels(
         keep_class: Whether to remove only channels that the user's own classes can lose, so that no graph is returned.
         dynamic: Dimensions of the inputs that may change later if the result is a graph.
         evidence: The data for the score.
+        executions: Ways to run the candidates of a budget in milliseconds, such as ``("openvino",)``; the fastest counts.
         verified: Whether to compare every value with the masked model's; turn it off only in a search.
 
     Returns:
@@ -95,7 +97,7 @@ def prune_channels(
     # fmt: off
     request = ChannelRequest(
         budget=budget, reduction=reduction, scope=scope, round_to=round_to, exclude=exclude, within_groups=within_groups,
-        keep_class=keep_class, dynamic=dynamic, verified=verified,
+        keep_class=keep_class, dynamic=dynamic, executions=executions, verified=verified,
     ).checked()
     # fmt: on
     evidence = check_evidence(evidence, "prune_channels")
@@ -169,7 +171,7 @@ class _Pruning:
         choose = partial(choose_widths, costs, groups, asked.budget, ranks, scope=asked.scope, round_to=asked.round_to)
         if asked.budget.ms is None:
             return choose()
-        timer = LatencyTable(self.subject.example, _candidates(self.subject, ranks))
+        timer = LatencyTable(self.subject.example, _candidates(self.subject, ranks), executions=asked.executions)
         with progress_bar("time candidate widths") as bar:
 
             def milliseconds(widths: Mapping[int, int]) -> float:

@@ -14,6 +14,7 @@ from microglia.core.budget import Budget
 from microglia.core.errors import BudgetError
 from microglia.core.patterns import Channel
 from microglia.graph import ShrinkError, plan_of, prune_channels
+from microglia.graph.channels.latency_table import TIMED_BY
 from microglia.graph.cutting.plan import attach
 from microglia.methods.config import MethodConfig, method, preset
 from microglia.methods.procedure import change, cut, dense_model, evidence, observe, train
@@ -40,6 +41,7 @@ class ChannelsConfig(MethodConfig):
         within_groups: Remove channels within each group of a grouped convolution or norm, rather than whole groups.
         keep_class: Remove only channels that the model's own classes can lose, so that the model never becomes a traced graph.
         batch: Examples in the batch whose time is ``ms``.
+        executions: Ways to run the candidates of a budget in ``ms``, such as ``[openvino]``; the fastest counts.
         recalibrate: Training batches over which batch-norm statistics are estimated again after the cut; 0 for none.
         rounds: Number of rounds of scoring, removal and training; each round removes the same fraction.
     """
@@ -54,6 +56,7 @@ class ChannelsConfig(MethodConfig):
             "allow_empty": "no layer is ever emptied of channels",
         },
     )
+    later: ClassVar[tuple[str, ...]] = ("executions",)
     pattern: str = "channel"
     scope: Literal["uniform", "global"] = "uniform"  # type: ignore[assignment]  # masks compete elsewhere
     reduction: Literal["mean", "sum", "max", "l2"] = "l2"
@@ -61,6 +64,7 @@ class ChannelsConfig(MethodConfig):
     within_groups: bool = False
     keep_class: bool = False
     batch: int = 1
+    executions: tuple[str, ...] = TIMED_BY
     recalibrate: int = RECALIBRATION
     rounds: int = 1
 
@@ -142,6 +146,7 @@ def _settings(config: ChannelsConfig) -> dict[str, Any]:
         "exclude": config.exclude,
         "within_groups": config.within_groups,
         "keep_class": config.keep_class,
+        "executions": config.executions,
     }
 
 

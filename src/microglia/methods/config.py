@@ -68,6 +68,7 @@ class MethodConfig(Sampling, Trainings, PruneConfig):
     def identity(cls, settings: Mapping[str, Any]) -> dict[str, Any]:
         """Returns settings of the method without the later ones that have their defaults."""
         usual = {f.name: f.default for f in fields(cls) if f.name in cls.later}
+        usual = {name: list(value) if isinstance(value, tuple) else value for name, value in usual.items()}  # as JSON has it
         return {key: value for key, value in settings.items() if key not in usual or value != usual[key]}
 
     def asked_besides(self) -> dict[str, float]:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,9 @@ from torch import nn
 from microglia.measure import measure_latency
 
 Build = Callable[[Mapping[int, int]], nn.Module]
+
+TIMED_BY = ("eager", "packed")
+"""The executions whose fastest counts, unless others are asked for."""
 
 TIMING = 2
 """Version of the timing method of kept times; 2: a turn begins with a call that is not timed."""
@@ -32,9 +35,9 @@ class LatencyTable:
     """
 
     def __init__(
-        self, example_inputs: Any, build: Build, path: Path | None = None, executions: tuple[str, ...] = ("eager", "packed")
+        self, example_inputs: Any, build: Build, path: Path | None = None, executions: Sequence[str] = TIMED_BY
     ) -> None:
-        self.example, self.build, self.executions = example_inputs, build, executions
+        self.example, self.build, self.executions = example_inputs, build, tuple(executions)
         self.path = path or _default_path()
         self.times: dict[str, float] = _read(self.path)
 

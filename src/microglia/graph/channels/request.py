@@ -11,7 +11,9 @@ from microglia.core.budget import Budget
 from microglia.core.errors import BudgetError, MicrogliaError
 from microglia.core.registry import unknown_name
 from microglia.graph.channels.groups import GroupReduction
+from microglia.graph.channels.latency_table import TIMED_BY
 from microglia.graph.channels.widths import WidthScope
+from microglia.runtime.dense.kinds import execution_names
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +36,8 @@ class ChannelRequest:
             its forward is returned as its traced graph.
         dynamic: Dimensions of the inputs that may change later if the result is a graph: by default the batch; (0, 2, 3) for
             images of any size, (0, 1) for token ids of any length. The plan's notes list those that stay fixed.
+        executions: Ways to run the candidates of a budget in ``ms``; the fastest counts. For a model that another engine will
+            run, that engine: ``("openvino",)``, ``("onnxruntime",)``.
         verified: Whether to compare every value with the masked model's; turn it off only in a search.
     """
 
@@ -45,6 +49,7 @@ class ChannelRequest:
     within_groups: bool = False
     keep_class: bool = False
     dynamic: Sequence[int] = (0,)
+    executions: Sequence[str] = TIMED_BY
     verified: bool = True
 
     def checked(self) -> ChannelRequest:
@@ -52,7 +57,7 @@ class ChannelRequest:
 
         Raises:
             BudgetError: The budget is not a `Budget`.
-            UnknownNameError: The scope or the reduction is unknown.
+            UnknownNameError: The scope, the reduction or an execution is unknown.
             MicrogliaError: ``round_to`` or a dimension is not a whole number in its range.
         """
         budget: Any = self.budget
@@ -77,7 +82,7 @@ class ChannelRequest:
         free = tuple(d for d in dims if d is not None and d >= 0)
         if len(free) < len(dims):
             raise MicrogliaError(f"dynamic names dimensions, each 0 or above, such as (0, 1); got {dynamic!r:.60}.")
-        return replace(self, round_to=rounding, dynamic=free)
+        return replace(self, round_to=rounding, dynamic=free, executions=execution_names(self.executions))
 
 
 def _whole(value: Any) -> int | None:

@@ -22,7 +22,8 @@ class ChannelRequest:
 
     Attributes:
         budget: The budget: ``density`` of the channels, ``params``, ``flops``, ``ms`` per example batch on this machine, or
-            several. It is met within 1 %, or as nearly as the rounding allows; the plan's notes report a deviation.
+            several. It is met within 1 % (a time within 5 % below it), or as nearly as the rounding allows; the plan's notes
+            report a deviation.
         reduction: How the values of a unit's weights, over all its members, become one. With a score of whole filters (see
             `microglia.scores.values_filters`): those of the filters that make the unit.
         scope: ``uniform``: the same fraction of every group; ``global``: by normalized score across groups.

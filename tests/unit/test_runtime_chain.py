@@ -17,6 +17,8 @@ from microglia.core.batch import Example
 from microglia.core.errors import MicrogliaError
 from microglia.runtime import BlockChain, BlockConv2d, Link, RowConv2d
 from microglia.runtime.dense.fusion import fuse
+from microglia.runtime.plans import CHAINED, choices_of
+from microglia.runtime.precisions import precision_of
 from microglia.runtime.sparse_layers.chain import chained
 from microglia.runtime.sparse_layers.chain_steps import Step, steps_of
 
@@ -345,3 +347,14 @@ def test_layers_of_another_kind_stay_between_the_chains():
     assert all(map(torch.equal, graph(x), expected))
     taken = [node for node in graph.graph.nodes if node.target is operator.getitem]
     assert len(taken) == 1
+
+
+def test_a_dense_layer_joins_the_chain_if_its_blocks_are_hardly_slower() -> None:
+    def found(block: float) -> dict[str, tuple[None, float]]:
+        return {"dense": (None, 1.0), "block 16x1": (None, block), "block 16x8": (None, block + 0.1)}
+
+    chosen = choices_of([found(0.5), found(CHAINED), found(CHAINED + 0.01), {"dense": (None, 1.0)}], precision_of("float32"))
+    assert chosen == {
+        "sparse": ["block 16x1", "dense", "dense", "dense"],
+        "sparse, chained": ["block 16x1", "block 16x1", "dense", "dense"],
+    }

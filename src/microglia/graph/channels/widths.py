@@ -170,7 +170,8 @@ def _explain(budget: Budget, got: Mapping[str, float], at: int, steps: int) -> s
     text = ", ".join(f"{term} {value:.4g} (asked {getattr(budget, term):.4g})" for term, value in got.items())
     if at == steps:
         return f"With every group at its narrowest the model has {text}."
-    return f"The nearest widths have {text}: one more unit of the next group would go past it."
+    why = "a time does not fall with every unit" if "ms" in got else "one more unit of the next group would go past it"
+    return f"The nearest widths found have {text}: {why}."
 
 
 def _got(costs: Costs, budget: Budget, counts: Counts, milliseconds: Milliseconds | None) -> dict[str, float]:

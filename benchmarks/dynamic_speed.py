@@ -2,8 +2,8 @@
 
 Batch 1, one thread. Dense in its fastest execution, masked (all channels computed, then masked) in its fastest, gathered (only
 what the input needs is computed), and tuned (each layer the faster of both ways, by timing). The heads are those of FTWT, with
-biases that keep a random share of each layer's units, so that the operations are what is asked by the honest count: the time
-does not depend on what the weights are, and the cost of the heads is in it. A unit is a block of 16 filters where a layer has
+biases that keep random units: a share of each layer's, rounded up or down at random, so that the operations are what is asked
+by the honest count. The time does not depend on what the weights are, and the cost of the heads is in it. A unit is a block of 16 filters where a layer has
 two of them (``--block 1``: single filters). Medians of interleaved rounds in one process. The crossovers are those of the
 tuning. Last line: dense / the faster of gathered and tuned, ResNet-18 at 224x224 with half the operations; goal >= 1.5. Where
 it loses, the table says so.
@@ -45,7 +45,7 @@ GOAL = ("resnet18-224", 0.5)
 
 
 class Subject:
-    """One network, dense and with gates that keep a share of every layer."""
+    """One network, dense and with gates that keep a share of the units."""
 
     def __init__(self, name: str, block: int) -> None:
         source, side = CASES[name]
@@ -59,7 +59,7 @@ class Subject:
         self.counter = Counter(self.dense, flow, self.plan, self.x)
 
     def gated(self, share: float) -> nn.Module:
-        """Returns the model with gates that keep this share of each layer's units."""
+        """Returns the model with gates that keep this share of the units."""
         generator = torch.Generator().manual_seed(1)
         model = self.build()
         model.load_state_dict(self.dense.state_dict())
@@ -69,7 +69,8 @@ class Subject:
                 units = len(gate.bias)
                 order = torch.randperm(units, generator=generator)
                 gate.weight.zero_()
-                gate.bias.fill_(-1)[order[: max(1, round(share * units))]] = 1
+                count = int(share * units + float(torch.rand((), generator=generator)))  # the share in the mean over layers
+                gate.bias.fill_(-1)[order[: max(1, count)]] = 1
         return model
 
     def left(self, model: nn.Module) -> float:

@@ -3,10 +3,10 @@
 Batch 1, one thread. Dense in its fastest execution, masked (all channels computed, then masked) in its fastest, gathered (only
 what the input needs is computed), and tuned (each layer the faster of both ways, by timing). The heads are those of FTWT, with
 biases that keep random units: a share of each layer's, rounded up or down at random, so that the operations are what is asked
-by the honest count. The time does not depend on what the weights are, and the cost of the heads is in it. A unit is a block of 16 filters where a layer has
-two of them (``--block 1``: single filters). Medians of interleaved rounds in one process. The crossovers are those of the
-tuning. Last line: dense / the faster of gathered and tuned, ResNet-18 at 224x224 with half the operations; goal >= 1.5. Where
-it loses, the table says so.
+by the honest count. The time does not depend on what the weights are, and the cost of the heads is in it. A unit is a block of
+16 filters where a layer has two of them (``--block 1``: single filters). Medians of interleaved rounds in one process. The
+crossovers are those of the tuning. Last line: dense / the faster of gathered and tuned, ResNet-18 at 224x224 with half the
+operations; goal >= 1.5. Where it loses, the table says so.
 """
 
 from __future__ import annotations

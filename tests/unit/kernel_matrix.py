@@ -199,15 +199,16 @@ def gate(draw):
     weight, bias, columns = draw.tensor(outputs, inputs), draw.tensor(outputs), some(draw, inputs)
     x = draw.tensor(1, inputs, *side)
     given = draw.laid_out(x if columns is None else x[:, columns])
-    softmax, maximum = draw.one((True, False)), draw.one((True, False))
-    rows = torch.ops.microglia.gate_rows(given, columns, weight, bias, softmax, maximum)
+    softmax, maximum, block = draw.one((True, False)), draw.one((True, False)), draw.one((1, 2, 16))
+    rows = torch.ops.microglia.gate_rows(given, columns, weight, bias, softmax, maximum, block)
     pooled = given.double().amax((2, 3)) if maximum else given.double().mean((2, 3))
     if columns is not None:
         pooled = pooled.new_zeros(1, inputs).index_copy(1, columns, pooled)
     logits = F.linear(pooled.softmax(1) if softmax else pooled, weight.double(), bias.double())[0]
-    got = torch.zeros(outputs, dtype=torch.bool).index_fill(0, rows, True)
+    whole = torch.zeros(outputs * block, dtype=torch.bool).index_fill(0, rows, True)
+    got = whole.view(outputs, block)[:, 0]
     sure = logits.abs() > 1e-4
-    right = torch.equal(got[sure], logits[sure] > 0) and torch.equal(rows, got.nonzero()[:, 0])
+    right = torch.equal(got[sure], logits[sure] > 0) and torch.equal(rows, got.repeat_interleave(block).nonzero()[:, 0])
     return None if right else f"keeps {rows.tolist()}, with logits {logits.tolist()}"
 
 
@@ -216,8 +217,9 @@ def sum_of_a_part(draw):
     channels, side, batch = draw.one(INPUTS), draw.one(SIDES), draw.one((1, 3))
     rows = torch.rand(channels, generator=draw.generator).lt(draw.one((0.0, 0.5, 1.0))).nonzero()[:, 0]
     x, part = draw.laid_out(draw.tensor(batch, channels, *side)), draw.laid_out(draw.tensor(batch, len(rows), *side))
-    got = torch.ops.microglia.add_rows(x, part, rows)
-    return None if torch.equal(got, x.index_add(1, rows, part)) else "another sum"
+    relu, right = draw.one((True, False)), x.index_add(1, rows, part)
+    got = torch.ops.microglia.add_rows(x, part, rows, relu)
+    return None if torch.equal(got, right.relu() if relu else right) else "another sum"
 
 
 def some(draw, count):

@@ -22,7 +22,7 @@ from microglia.dynamic.flow import Convolution, Flow, Step
 from microglia.dynamic.gate_plan import ACTIVATIONS
 from microglia.dynamic.gates import Gate, detach_gates, gate_plan, gates_of, shift_of
 from microglia.dynamic.kernels import choose_rows, prepacked, run_depthwise, run_part, silent
-from microglia.dynamic.steps import Channels, Environment, Value, compile_step, whole
+from microglia.dynamic.steps import Channels, Environment, Value, compile_steps, whole
 from microglia.runtime import operators
 
 Work = Callable[[Environment], Any]
@@ -75,7 +75,7 @@ class Gathered:
         self._packed: dict[str, Callable[[Tensor], Tensor]] = {}
         self._routed = {s.node: self._gated(s, s.convolution) for s in self._convolutions(gated=True)}
         self._works: dict[fx.Node, Work] = {s.node: self._ungated(s, s.convolution) for s in self._convolutions(gated=False)}
-        self._works |= {s.node: compile_step(s) for s in self.flow.steps if s.convolution is None}
+        self._works |= compile_steps([s for s in self.flow.steps if s.convolution is None])
 
     def _convolutions(self, *, gated: bool) -> list[Any]:
         return [s for layer, s in self.flow.convolutions.items() if (layer in self._gates) is gated]

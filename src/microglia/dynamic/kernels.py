@@ -134,9 +134,9 @@ def choose_rows(gate: Gate, x: Tensor, columns: Tensor | None) -> Tensor | None:
     """
     if gate.static or gate.keep is not None or not is_image(x) or gate.weight.dtype != torch.float32:
         return None
-    settings = (gate.softmax, gate.pool == "max")
-    units: Tensor = torch.ops.microglia.gate_rows(x, columns, gate.weight, gate.bias, *settings)
-    return units if gate.block == 1 else (units[:, None] * gate.block + torch.arange(gate.block)).flatten()
+    settings = (gate.softmax, gate.pool == "max", gate.block)
+    rows: Tensor = torch.ops.microglia.gate_rows(x, columns, gate.weight, gate.bias, *settings)
+    return rows
 
 
 def _part_of(weight: Tensor, rows: Tensor | None, columns: Tensor | None) -> Tensor:

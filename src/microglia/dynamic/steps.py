@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -45,36 +46,49 @@ def whole(value: Any) -> Any:
     return value.whole() if isinstance(value, Channels) else value
 
 
-def compile_step(step: Step) -> Callable[[Environment], Any]:
-    """Returns a function that computes a step other than a convolution from earlier values."""
+def compile_steps(steps: Sequence[Step]) -> dict[fx.Node, Callable[[Environment], Any]]:
+    """Returns functions that compute steps other than convolutions from earlier values; a sum includes the ReLU behind it."""
+    relus = {step.node: step.sources[0] for step in steps if _is_relu(step.node)}
+    sums = {step.node for step in steps if step.kind == "add" and _is_sum(step.node)}
+    inside = {source: node for node, source in relus.items() if source in sums and set(source.users) == {node}}
+    works = {step.node: _compile(step, relu=step.node in inside) for step in steps}
+    return works | {node: partial(_computed, source) for source, node in inside.items()}
+
+
+def _computed(source: fx.Node, values: Environment) -> Any:
+    return values[source]
+
+
+def _compile(step: Step, *, relu: bool) -> Callable[[Environment], Any]:
     if step.kind == "keep":
         return _channelwise(step)
     if step.kind == "add" and _is_sum(step.node):
-        return _sum(step)
+        return _sum(step, relu=relu)
     if step.kind == "cat":
         return _side_by_side(step)
     return _padded(step) if step.kind == "pad" else _plain(step)
 
 
-def _sum(step: Step) -> Callable[[Environment], Any]:
+def _sum(step: Step, *, relu: bool) -> Callable[[Environment], Any]:
     left, right = step.sources
 
-    def work(values: Environment) -> Tensor:
+    def work(values: Environment) -> Any:
         a, b = values[left], values[right]
         if isinstance(a, Channels):
             a, b = (a.whole(), b) if isinstance(b, Channels) else (b, a)
         if isinstance(b, Channels):
-            return _scattered(a, b)
-        return a + b  # type: ignore[no-any-return]
+            return _scattered(a, b, relu=relu)
+        return (a + b).relu_() if relu else a + b
 
     return work
 
 
-def _scattered(a: Tensor, b: Channels) -> Tensor:
-    """Returns the sum of a whole map and a map with only some channels."""
+def _scattered(a: Tensor, b: Channels, *, relu: bool) -> Tensor:
+    """Returns the sum of a whole map and a map with only some channels, and its ReLU if that follows."""
     if is_image(a):
-        return torch.ops.microglia.add_rows(a, b.values, b.index)  # type: ignore[no-any-return]
-    return a.index_add(1, b.index, b.values)
+        return torch.ops.microglia.add_rows(a, b.values, b.index, relu)  # type: ignore[no-any-return]
+    total = a.index_add(1, b.index, b.values)
+    return total.relu_() if relu else total
 
 
 def _side_by_side(step: Step) -> Callable[[Environment], Any]:
@@ -134,6 +148,10 @@ def _plain(step: Step) -> Callable[..., Any]:
         return target(*args, **kwargs)
 
     return work
+
+
+def _is_relu(node: fx.Node) -> bool:
+    return str(node.target) in ("aten.relu.default", "aten.relu_.default")
 
 
 def _is_sum(node: fx.Node) -> bool:

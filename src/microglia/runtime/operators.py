@@ -44,8 +44,8 @@ _SCHEMAS = {
     f"{_GEOMETRY}) -> Tensor",
     "part_conv2d": "(Tensor x, Tensor values, Tensor? rows, Tensor? columns, Tensor? bias, int outputs, "
     f"{_GEOMETRY}) -> Tensor",
-    "gate_rows": "(Tensor x, Tensor? columns, Tensor weight, Tensor bias, bool softmax, bool maximum) -> Tensor",
-    "add_rows": "(Tensor x, Tensor part, Tensor rows) -> Tensor",
+    "gate_rows": "(Tensor x, Tensor? columns, Tensor weight, Tensor bias, bool softmax, bool maximum, int block=1) -> Tensor",
+    "add_rows": "(Tensor x, Tensor part, Tensor rows, bool relu=False) -> Tensor",
     "block_chain": f"(Tensor[] images, {_PLACES}, Tensor tap, Tensor bias, int[] program) -> Tensor[]",
 }
 BUILD = "Install a C++17 compiler (g++ or clang++), then in a checkout: pip install --force-reinstall --no-deps ."
@@ -182,18 +182,19 @@ def _part(x: Tensor, *rest: Any) -> Tensor:
 
 
 def _gate_rows(x: Tensor, columns: Tensor | None, *head: Any) -> Tensor:
-    weight, bias, softmax, maximum = head
+    weight, bias, softmax, maximum, block = (*head, 1)[:5]  # torch leaves out a block of 1, the default
     seen = x.amax((2, 3)) if maximum else x.mean((2, 3))
     if columns is not None:
         seen = seen.new_zeros(1, weight.shape[1]).index_copy(1, columns, seen)
     logits = functional.linear(seen.softmax(1) if softmax else seen, weight, bias)
-    rows: Tensor = (logits[0] > 0).nonzero()[:, 0]
+    rows: Tensor = (logits[0] > 0).repeat_interleave(block).nonzero()[:, 0]
     return rows
 
 
-def _add_rows(x: Tensor, part: Tensor, rows: Tensor) -> Tensor:
+def _add_rows(x: Tensor, part: Tensor, rows: Tensor, relu: bool = False) -> Tensor:
     pixels, some = x.permute(0, 2, 3, 1), part.permute(0, 2, 3, 1)  # a matrix of pixels x channels is faster
-    return pixels.flatten(0, 2).index_add(1, rows, some.flatten(0, 2)).view(pixels.shape).permute(0, 3, 1, 2)
+    total = pixels.flatten(0, 2).index_add(1, rows, some.flatten(0, 2)).view(pixels.shape).permute(0, 3, 1, 2)
+    return total.relu_() if relu else total
 
 
 def _chain(images: list[Tensor], *rest: Any) -> list[Tensor]:

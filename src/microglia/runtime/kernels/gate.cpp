@@ -38,6 +38,15 @@ void maximum(const float* x, int64_t pixels, int64_t stride, int64_t channels, f
 }
 
 void mean(const float* x, int64_t pixels, int64_t stride, int64_t channels, float* some, float* pooled) {
+  if (channels < lanes && stride == channels && pixels % lanes == 0) {  // few channels fill no vector, 16 pixels of them do
+    float wide_some[lanes * lanes], wide[lanes * lanes];
+    mean(x, pixels / lanes, stride * lanes, channels * lanes, wide_some, wide);
+    for (int64_t c = 0; c < channels; ++c) {
+      pooled[c] = 0.0f;
+      for (int64_t pixel = 0; pixel < lanes; ++pixel) pooled[c] += wide[pixel * channels + c] / lanes;
+    }
+    return;
+  }
   std::fill_n(pooled, channels, 0.0f);
   for (int64_t begin = 0; begin < pixels; begin += pixels_at_once) {
     const int64_t end = std::min(begin + pixels_at_once, pixels);
@@ -101,7 +110,8 @@ MG_EXPORT int mg_gate_rows(const mg_gate* gate, const float* x, int64_t pixels, 
 }
 
 MG_EXPORT int mg_add_rows(int64_t pixels, int64_t channels, const float* x, int64_t x_stride, const float* part,
-                          int64_t part_stride, const int64_t* rows, int64_t row_count, float* y, int64_t y_stride) {
+                          int64_t part_stride, const int64_t* rows, int64_t row_count, float* y, int64_t y_stride,
+                          int32_t relu) {
   if (!x || !y || ((!part || !rows) && row_count > 0)) return MG_BAD_POINTER;
   const int64_t none = 0, stride = std::max({x_stride, y_stride, part_stride, int64_t{1}});
   if (int code = check(pixels, stride, row_count ? rows : &none, row_count, channels)) return code;
@@ -109,6 +119,7 @@ MG_EXPORT int mg_add_rows(int64_t pixels, int64_t channels, const float* x, int6
   for (int64_t pixel = 0; pixel < pixels; ++pixel, x += x_stride, y += y_stride, part += part_stride) {
     std::memcpy(y, x, static_cast<size_t>(channels) * sizeof(float));
     for (int64_t index = 0; index < row_count; ++index) y[rows[index]] += part[index];
+    for (int64_t c = 0; relu && c < channels; ++c) y[c] = y[c] < 0.0f ? 0.0f : y[c];  // NaN stays
   }
   return MG_OK;
 }

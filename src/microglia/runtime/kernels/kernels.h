@@ -186,9 +186,10 @@ typedef struct {
 int mg_gate_rows(const mg_gate* gate, const float* x, int64_t pixels, int64_t x_stride, const int64_t* columns,
                  int64_t column_count, int64_t* rows, int64_t* row_count);
 
-// y = x, and in the channels `rows` (rising) x plus the channels that `part` holds side by side; pixel by pixel.
+// y = x, and in the channels `rows` (rising) x plus the channels that `part` holds side by side; pixel by pixel. With `relu` what
+// is negative then becomes 0.
 int mg_add_rows(int64_t pixels, int64_t channels, const float* x, int64_t x_stride, const float* part, int64_t part_stride,
-                const int64_t* rows, int64_t row_count, float* y, int64_t y_stride);
+                const int64_t* rows, int64_t row_count, float* y, int64_t y_stride, int32_t relu);
 
 // Row-sparse convolution, NCHW: a row group is `rows` consecutive output channels (the last one may be narrower) that share
 // the places of their weights; rows = 1 is unstructured sparsity.

@@ -86,8 +86,9 @@ Tensor part_conv2d(const Tensor& x_, const Tensor& values_, const std::optional<
 }
 
 Tensor gate_rows(const Tensor& x_, const std::optional<Tensor>& columns_, const Tensor& weight_, const Tensor& bias,
-                 bool softmax, bool maximum) {
+                 bool softmax, bool maximum, int64_t block) {
   Tensor x = channels_last(x_, "the input"), weight = plain(weight_, ScalarType::Float, 2, "weight");
+  MG_CHECK(block > 0 && weight.size(0) <= INT32_MAX / block, "microglia: a block has 1 or more outputs, not ", block);
   MG_CHECK(x.size(0) == 1, "microglia: a gate chooses for one input at a time, not for ", x.size(0));
   Optional columns = optional_plain(columns_, ScalarType::Long, x.size(1), "columns");
   Optional b = optional_plain(bias, ScalarType::Float, weight.size(0), "bias");
@@ -98,12 +99,15 @@ Tensor gate_rows(const Tensor& x_, const std::optional<Tensor>& columns_, const 
   check(mg_gate_rows(&gate, static_cast<const float*>(x.const_data_ptr()), x.size(2) * x.size(3), x.size(1),
                      columns.data<int64_t>(), x.size(1), kept.data(), &count),
         "gate_rows");
-  Tensor rows = empty({count}, MemoryFormat::Contiguous, ScalarType::Long);
-  std::copy_n(kept.data(), count, static_cast<int64_t*>(rows.mutable_data_ptr()));
+  Tensor rows = empty({count * block}, MemoryFormat::Contiguous, ScalarType::Long);
+  int64_t* row = static_cast<int64_t*>(rows.mutable_data_ptr());
+  for (int64_t index = 0; index < count; ++index) {
+    for (int64_t inside = 0; inside < block; ++inside) *row++ = kept[static_cast<size_t>(index)] * block + inside;
+  }
   return rows;
 }
 
-Tensor add_rows(const Tensor& x_, const Tensor& part_, const Tensor& rows_) {
+Tensor add_rows(const Tensor& x_, const Tensor& part_, const Tensor& rows_, bool relu) {
   Tensor x = channels_last(x_, "the input"), part = channels_last(part_, "the part");
   Tensor rows = plain(rows_, ScalarType::Long, 1, "rows");
   MG_CHECK(x.size(0) == part.size(0) && x.size(2) == part.size(2) && x.size(3) == part.size(3) &&
@@ -113,7 +117,7 @@ Tensor add_rows(const Tensor& x_, const Tensor& part_, const Tensor& rows_) {
   check(mg_add_rows(x.size(0) * x.size(2) * x.size(3), x.size(1), static_cast<const float*>(x.const_data_ptr()), x.size(1),
                     static_cast<const float*>(part.const_data_ptr()), part.size(1),
                     static_cast<const int64_t*>(rows.const_data_ptr()), rows.size(0), static_cast<float*>(y.mutable_data_ptr()),
-                    x.size(1)),
+                    x.size(1), relu),
         "add_rows");
   return y;
 }

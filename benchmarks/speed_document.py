@@ -146,7 +146,7 @@ def networks(records: list[Json]) -> str:
                 for name, t in run["times"].items()
             ]
             threads = f"{run['threads']} thread{'s' * (run['threads'] > 1)}"
-            parts.append(f"## {record['name']}, batch 1, blocks {record['pattern']}, {threads}\n")
+            parts.append(f"## {record['name']}, batch 1, blocks {record['pattern']}, {threads} ({machine(record)})\n")
             parts.append(table(["execution", "ms", "quartiles", f"over {run['best']}"], rows))
     return "\n".join(parts)
 

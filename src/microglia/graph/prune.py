@@ -59,9 +59,8 @@ def prune_channels(
 ) -> nn.Module:
     """Returns a physically smaller copy of a model: whole channels, heads and hidden units removed from all that use them.
 
-    The outputs equal those of the model with these units masked; every value is verified in float64. Norms, means, softmax
-    and sums over a removed dimension run over the remaining entries; the plan's notes report where a masked channel would
-    still count. Inputs, outputs and all tensors of an operator without a rule keep their size.
+    The outputs equal those of the model with these units masked; every value is verified in float64. Sums over a removed
+    dimension run over what remains, which the plan's notes report. Tensors of an operator without a rule keep their size.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 4))
@@ -82,7 +81,7 @@ def prune_channels(
         keep_class: Whether to remove only channels that the user's own classes can lose, so that no graph is returned.
         dynamic: Dimensions of the inputs that may change later if the result is a graph.
         evidence: The data for the score.
-        executions: Ways to run the candidates of a budget in milliseconds, such as ``("openvino",)``; the fastest counts.
+        executions: Ways to time a budget in ``ms``, such as ``("openvino",)``.
         verified: Whether to compare every value with the masked model's; turn it off only in a search.
 
     Returns:
@@ -100,8 +99,7 @@ def prune_channels(
         keep_class=keep_class, dynamic=dynamic, executions=executions, verified=verified,
     ).checked()
     # fmt: on
-    evidence = check_evidence(evidence, "prune_channels")
-    return _Pruning.of_model(model, example_inputs, request, score, evidence).best()
+    return _Pruning.of_model(model, example_inputs, request, score, check_evidence(evidence, "prune_channels")).best()
 
 
 Reach = Callable[[Part, ChannelGroup], bool]

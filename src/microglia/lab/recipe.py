@@ -41,8 +41,7 @@ class MeasureConfig:
         rounds: Interleaved rounds.
         executions: Ways to run each model; ``compiled`` takes half a minute to prepare, another engine (``onnxruntime``,
             ``openvino``, ``openvino-int8``) seconds. ``all`` stands for every exact one that is installed.
-        accelerate: Whether to choose the fastest exact execution of the pruned model by timing (CPU), and to prove on the
-            test images that no prediction changed.
+        accelerate: Whether to choose the pruned model's fastest exact execution, with the same predictions on test images.
         trajectory: Whether to keep the weights after every epoch of the last training, for ``microglia surface --trajectory``.
         split: Images that the metrics of the result are about: ``test``, or ``validation`` for runs among which one is chosen,
             so that the choice does not see the test images.

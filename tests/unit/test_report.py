@@ -493,6 +493,11 @@ class TestMarkdown:
         for word in ("/home", "/opt", "/tmp", str(written.directory)):
             assert word not in text
 
+    def test_it_says_how_wide_the_model_is(self, tmp_path):
+        save(tmp_path / "a", result(model_options={"width": 0.25}))
+        found = read_results([tmp_path / "a"])
+        assert "Recipe: model_options.width 0.25, checkpoint" in markdown(found, groups(found.records), [])
+
     def test_every_figure_it_shows_is_there(self, written):
         text = written.tables.read_text()
         shown = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", text)

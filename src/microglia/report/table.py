@@ -18,6 +18,7 @@ from microglia.report.cells import (
 from microglia.report.read import Collected
 from microglia.report.rows import Group, Row, speedup_of
 from microglia.report.section import Table, pictures_of, tables_of
+from microglia.storage.run import flatten
 
 WORDS = ("method", "pattern", "scope", "kept (asked)", "settings")
 UNMEASURED = "not measured"
@@ -112,7 +113,8 @@ def what_ran(group: Group) -> list[str]:
     """Returns sentences about machines and versions, as far as the runs recorded them."""
     records = group.records
     loaded = all(record.recipe.get("checkpoint") for record in records)
-    common = group.common(*(key for key in SETTINGS if not (loaded and key.startswith("dense."))))
+    options = sorted({key for record in records for key in flatten(record.recipe) if key.startswith("model_options.")})
+    common = group.common(*options, *(key for key in SETTINGS if not (loaded and key.startswith("dense."))))
     sentences = [f"Recipe: {common}."] if common else []
     for environment, count in sorted(
         Counter(r.environment for r in records).items(), key=lambda item: (-item[1], str(item[0]))

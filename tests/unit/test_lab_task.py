@@ -67,7 +67,7 @@ def test_the_options_of_classification_are_the_recipes_old_fields() -> None:
     assert make_task(old).training_loss is not None
 
 
-def test_a_recipe_gives_its_model_options_which_its_saved_model_keeps(tmp_path: Path) -> None:
+def test_a_recipe_gives_its_model_options_which_its_saved_model_keeps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = {"model": "resnet20", "model_options": {"width": 4}, "data": "digits", "measure": {"latency": False}}
     source |= {
         "dense": FAST | {"max_batches": 1},
@@ -81,6 +81,18 @@ def test_a_recipe_gives_its_model_options_which_its_saved_model_keeps(tmp_path: 
     mg.execute(recipe, tmp_path / "run")
     saved = mg.load(tmp_path / "run" / "model")
     assert saved.conv1.out_channels == 4
+    with monkeypatch.context() as patch:  # initial weights are never a checkpoint's
+        built: list[dict[str, Any]] = []
+        patch.setattr(
+            "microglia.tasks.classification.build_noted", lambda *_, **options: built.append(options) or nn.Identity()
+        )
+        task = mg.tasks.image_task("timm:resnet18", "digits", model_options={"pretrained": True, "drop_rate": 0.1})
+        task.build()
+        assert task.pretrained
+        assert task.fresh is not None
+        task.fresh(0)
+    assert [options.get("pretrained") for options in built] == [True, None]
+    assert all(options["drop_rate"] == 0.1 for options in built)
     with pytest.raises(MicrogliaError, match="widht"):
         make_task(resolve({**source, "model_options": {"widht": 4}})).build()
 

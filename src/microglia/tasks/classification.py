@@ -92,14 +92,17 @@ def image_task(
     images = data if isinstance(data, ImageData) else load_data(data, image_size=image_size)
     given = dict(model_options or {})
 
-    def fresh(seed: int) -> nn.Module:
+    def network_of(seed: int, options: Mapping[str, Any]) -> nn.Module:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            network = build_noted(model, classes=len(images.classes), shape=images.shape, **given)
+            network = build_noted(model, classes=len(images.classes), shape=images.shape, **options)
         return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
 
+    def fresh(seed: int) -> nn.Module:
+        return network_of(seed, {key: value for key, value in given.items() if key != "pretrained"})
+
     def make() -> nn.Module:
-        network = fresh(seed)
+        network = network_of(seed, given)
         if checkpoint is not None:
             load_checkpoint(network, checkpoint)
         return network

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -124,14 +125,17 @@ def images_task(
     folders = image_folders(place)
     shape = (3, options.size, options.size)
 
-    def fresh(seed: int) -> nn.Module:
+    def network_of(seed: int, given: Mapping[str, Any]) -> nn.Module:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            network = build_noted(model, classes=len(folders.classes), shape=shape, **options.model_options)
+            network = build_noted(model, classes=len(folders.classes), shape=shape, **given)
         return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
 
+    def fresh(seed: int) -> nn.Module:
+        return network_of(seed, {key: value for key, value in options.model_options.items() if key != "pretrained"})
+
     def make() -> nn.Module:
-        network = fresh(seed)
+        network = network_of(seed, options.model_options)
         if checkpoint is not None:
             load_checkpoint(network, checkpoint)
         return network

@@ -120,8 +120,8 @@ def fixed_costs(records: list[Json]) -> str:
         found.append([row["layer"], f"{fixed:.3f}", *shares, *without])
     text = (
         f"## What limits blocks of 16x1, batch 1, one thread ({machine(record)})\n\nThe time at density d is nearly a + b d. "
-        "The fixed part a, for the most part reading inputs and writing outputs, remains when weights go. In 1x1 layers on "
-        "56x56 it is most of the time. The last columns are speed-ups over dense as they would be without it.\n\n"
+        "The fixed part a remains when weights go: in 1x1 layers on 56x56 it is most of the time. The last columns are "
+        "speed-ups over dense as they would be without it.\n\n"
     )
     columns = [*(f"share at {density:g}" for density in SPARSE), *(f"without it at {density:g}" for density in SPARSE)]
     return text + table(["layer", "fixed, ms", *columns], found)

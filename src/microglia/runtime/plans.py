@@ -11,8 +11,7 @@ from microglia.runtime.report import is_dense
 CONTIGUOUS = ("rows 4x1", "unstructured")
 """Ways to run a layer with contiguous input and output; all others keep channels last."""
 CHAINED = 1.3
-"""How many times as long as a layer's fastest way its blocks may take for a chain's sake. On ResNet-50 with half of its
-channels 1.1 and 1.3 both gain; the time of the whole model decides."""
+"""How many times as long as a layer's fastest way its blocks may take to join a chain; the time of the whole model decides."""
 Found = Mapping[str, tuple[Any, float]]
 """Name of a way -> the way, and its milliseconds."""
 

@@ -106,22 +106,27 @@ def each_layer(records: list[Json]) -> str:
 
 
 def fixed_costs(records: list[Json]) -> str:
-    """Returns the part of a layer's time that no weight causes: the intercept of its times over the density."""
-    record = next((r for r in records if r["set"] == "layers" and r["cases"][0][0] == "16x1"), None)
-    if record is None:
+    """Returns the part of a layer's time that no weight causes, for blocks of 16x1 and for single weights."""
+    found = (_fixed(record, form) for record in records for form in ("16x1", "1x1") if record["set"] == "layers")
+    return "\n".join(part for part in found if part)
+
+
+def _fixed(record: Json, form: str) -> str:
+    """Returns the intercepts of the layers' times over the density, if the form was measured at the goals' densities."""
+    densities = [density for each, density in record["cases"] if each == form]
+    if not set(SPARSE) <= set(densities):
         return ""
-    found, densities = [], [density for form, density in record["cases"] if form == "16x1"]
+    found = []
     for row in record["runs"][0]["rows"]:
-        times = [row["times"][f"16x1 {density:g}"] for density in densities]
+        times = [row["times"][f"{form} {density:g}"] for density in densities]
         slope, fixed = statistics.linear_regression(densities, times)
         of = dict(zip(densities, times, strict=True))
         shares = [f"{100 * fixed / of[density]:.0f} %" for density in SPARSE]
         without = [f"{row['dense'] / (slope * density):.1f}" for density in SPARSE]
         found.append([row["layer"], f"{fixed:.3f}", *shares, *without])
     text = (
-        f"## What limits blocks of 16x1, batch 1, one thread ({machine(record)})\n\nThe time at density d is nearly a + b d. "
-        "The fixed part a remains when weights go: in 1x1 layers on 56x56 it is most of the time. The last columns are "
-        "speed-ups over dense as they would be without it.\n\n"
+        f"## What limits {FORMS[form]}, batch 1, one thread ({machine(record)})\n\nThe time at density d is nearly a + b d. "
+        "The fixed part a remains when weights go. The last columns are speed-ups over dense as they would be without it.\n\n"
     )
     columns = [*(f"share at {density:g}" for density in SPARSE), *(f"without it at {density:g}" for density in SPARSE)]
     return text + table(["layer", "fixed, ms", *columns], found)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from copy import deepcopy
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -26,15 +27,17 @@ from microglia.core.errors import BudgetError, FileError, MicrogliaError, ScoreE
 from microglia.core.layers import prunable_layers
 from microglia.graph import Plan, ShrinkError, plan_of, replay, shrink
 from microglia.graph import prune as prune_room
+from microglia.graph.channels.costs import Costs
 from microglia.graph.channels.groups import channel_groups, why
 from microglia.graph.channels.latency_table import LatencyTable
-from microglia.graph.channels.widths import Costs, choose_widths
+from microglia.graph.channels.widths import choose_widths, granularity
 from microglia.graph.cutting.remove import Subject
 from microglia.graph.dims.analysis import Analysis
 from microglia.graph.dims.trace import TraceError, trace
 from microglia.methods import Smart
 from microglia.scores import Evidence
 from microglia.scores.inputs import mean_inputs
+from microglia.zoo import build
 
 
 class Residual(nn.Module):
@@ -344,6 +347,36 @@ def test_rounding_gives_way_to_the_budget(residual_costs):
     widths = choose_widths(costs, groups, Budget(params=0.37), scores, round_to=16)
     assert widths.round_to < 16
     assert widths.got["params"] == pytest.approx(0.37, rel=0.01) or widths.notes
+
+
+@pytest.mark.parametrize(
+    ("size", "round_to", "step"), [(16, 16, 16), (64, 16, 16), (24, 16, 16), (12, 16, 8), (6, 16, 4), (1, 16, 1), (10, 1, 1)]
+)
+def test_the_units_of_a_step(residual_costs, size, round_to, step):
+    assert granularity(replace(residual_costs[1][0], size=size, cofactor=1), round_to) == step
+
+
+def small_network(name):
+    return build(name, shape=(3, 32, 32), classes=10), torch.randn(1, 3, 32, 32)
+
+
+@pytest.mark.parametrize("flops", [0.7, 0.6, 0.4])
+def test_a_budget_between_two_steps_is_met_by_a_smaller_step_of_another_group(flops):
+    plan = plan_of(prune_channels(*small_network("resnet20"), Budget(flops=flops), verified=False))
+    assert plan.got["round_to"] == 8  # the steps in their order alone meet it with single channels only
+    assert plan.got["flops"] == pytest.approx(flops, rel=0.01)
+
+
+def test_groups_that_rounding_leaves_whole_do_not_empty_the_others():
+    small = prune_channels(*small_network("resnet56"), Budget(flops=0.6), verified=False)
+    dense = [16] * 19 + [32] * 18 + [64] * 18
+    kept = [conv.out_channels / width for conv, width in zip(convolutions(small), dense, strict=True)]
+    assert plan_of(small).got["round_to"] == 8
+    assert min(kept) >= 0.5
+
+
+def convolutions(model):
+    return [module for module in model.modules() if isinstance(module, nn.Conv2d)]
 
 
 def test_costs_are_those_of_the_pruned_model(residual_costs):

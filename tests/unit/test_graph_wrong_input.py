@@ -7,8 +7,9 @@ from torch import nn
 
 import microglia as mg
 from microglia.core.errors import BudgetError, MicrogliaError, UnknownNameError
+from microglia.graph.channels.costs import Costs
 from microglia.graph.channels.groups import channel_groups
-from microglia.graph.channels.widths import Costs, choose_widths
+from microglia.graph.channels.widths import choose_widths
 from microglia.graph.cutting.remove import Subject
 
 

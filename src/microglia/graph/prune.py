@@ -16,6 +16,7 @@ from microglia.core.auxiliary import counted_parameters
 from microglia.core.budget import Budget
 from microglia.core.layers import prunable_layers
 from microglia.core.progress import progress_bar
+from microglia.graph.channels.costs import Costs
 from microglia.graph.channels.groups import (
     ChannelGroup,
     GroupReduction,
@@ -27,7 +28,7 @@ from microglia.graph.channels.groups import (
 )
 from microglia.graph.channels.latency_table import TIMED_BY, LatencyTable
 from microglia.graph.channels.request import ChannelRequest
-from microglia.graph.channels.widths import Costs, Widths, WidthScope, choose_widths, highest, keep_units
+from microglia.graph.channels.widths import Widths, WidthScope, choose_widths, highest, keep_units
 from microglia.graph.cutting.cut import Cut, constants, counts
 from microglia.graph.cutting.modules import NOTED, cut_module
 from microglia.graph.cutting.parts import Part
@@ -75,7 +76,7 @@ def prune_channels(
         score: Name of a score, or one value per weight by parameter name; higher = keep.
         reduction: How the values of a unit's weights, over all its members, become one.
         scope: ``uniform``: the same fraction of every group; ``global``: by normalized score across groups.
-        round_to: Widths are kept at multiples of this where wide enough; 1 for none.
+        round_to: Widths are kept at multiples of this if the budget allows; 1 for none.
         exclude: Selectors of layers that keep both their inputs and outputs; coupled channels stay too.
         within_groups: Whether to remove channels within each group of a grouped convolution or norm.
         keep_class: Whether to remove only channels that the user's own classes can lose, so that no graph is returned.

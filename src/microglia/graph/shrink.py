@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from microglia.core.auxiliary import counted_parameters
+from microglia.graph.channels.costs import Costs
 from microglia.graph.channels.groups import ChannelGroup, channel_groups, entry_rows
-from microglia.graph.channels.widths import Costs
 from microglia.graph.constants import evened, fold_constants, with_biases
 from microglia.graph.cutting.cut import Cut
 from microglia.graph.cutting.modules import indices, kept_units

@@ -44,7 +44,7 @@ class AmcConfig(SearchedConfig):
     """AMC.
 
     Attributes:
-        round_to: Widths are multiples of this where a group is wide enough; the published code takes 8.
+        round_to: Widths are multiples of this; narrower groups stay whole. The published code takes 8.
         tolerance: How far below the budget an episode may end, as far as single groups allow; almost all by default, as in the
             published code. None ends above it.
         episodes: Width vectors that are proposed; equal ones are evaluated once.

@@ -59,7 +59,7 @@ class ChannelConfig(MethodConfig):
         pattern: Always ``channel``.
         scope: ``global``: channels compete across groups; ``uniform``: the same fraction of every group.
         exclude: Selectors of layers that keep their shape; what is coupled to their inputs and outputs stays too.
-        round_to: Widths are kept at multiples of this where wide enough and the budget allows; 1 for none.
+        round_to: Widths are kept at multiples of this if the budget allows; 1 for none.
         recalibrate: Training batches over which batch-norm statistics are estimated anew after the cut; 0 for none.
         sparse_epochs: Epochs of the training before the cut; as many as ``train`` where left out.
         sparse_lr: Its peak learning rate; that of ``train`` where left out.

@@ -37,7 +37,7 @@ class ChannelsConfig(MethodConfig):
         scope: ``uniform``: the same fraction of every group of coupled channels; ``global``: by normalized score across groups.
         reduction: Function that combines the scores of all weights of a channel, in every layer of its group.
         exclude: Selectors of layers that keep their shape; channels coupled to their inputs and outputs stay too.
-        round_to: Widths are kept at multiples of this where wide enough and the budget allows; 1 for none.
+        round_to: Widths are kept at multiples of this if the budget allows; 1 for none.
         within_groups: Remove channels within each group of a grouped convolution or norm, rather than whole groups.
         keep_class: Remove only channels that the model's own classes can lose, so that the model never becomes a traced graph.
         batch: Examples in the batch whose time is ``ms``.

@@ -31,7 +31,7 @@ class WidthSpace:
         below: How far the tightest fraction may be below its budget. A single channel may be worth more in a small network;
             then half of the smallest channel is allowed.
         above: How far it may be above, likewise.
-        round_to: Widths are multiples of this where a group is wide enough; 1 for none.
+        round_to: Widths are multiples of this; narrower groups stay whole; 1 for none.
 
     Attributes:
         rejected: Drawn vectors that missed the budget.

@@ -14,8 +14,9 @@ from microglia.core.auxiliary import counted_parameters
 from microglia.core.budget import Budget
 from microglia.core.layers import Layer, prunable_layers
 from microglia.core.patterns import Reduction
+from microglia.graph.channels.costs import Costs
 from microglia.graph.channels.groups import ChannelGroup, channel_groups, excluded_tensors, independent
-from microglia.graph.channels.widths import Costs, Widths, WidthScope, choose_widths, keep_units
+from microglia.graph.channels.widths import Widths, WidthScope, choose_widths, keep_units
 from microglia.graph.cutting.modules import cut_module
 from microglia.graph.cutting.parts import Part
 from microglia.graph.cutting.remove import SINGLE, Subject, class_problem

@@ -27,7 +27,7 @@ class ChannelRequest:
         reduction: How the values of a unit's weights, over all its members, become one. With a score of whole filters (see
             `microglia.scores.values_filters`): those of the filters that make the unit.
         scope: ``uniform``: the same fraction of every group; ``global``: by normalized score across groups.
-        round_to: Widths are kept at multiples of this where wide enough; 1 for none.
+        round_to: Widths are kept at multiples of this if the budget allows; 1 for none.
         exclude: Selectors of layers that keep both their inputs and outputs; coupled channels stay too. A selector may match
             any parameter: the bias of a layer, or its norm, keeps only the layer's outputs.
         within_groups: Whether to remove channels within each group of a grouped convolution or norm, rather than whole groups.

@@ -13,22 +13,20 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from microglia.core.budget import Budget
 from microglia.core.errors import BudgetError
+from microglia.graph.channels.costs import Costs, Counts
 from microglia.graph.channels.groups import ChannelGroup, Member
-from microglia.graph.cutting.parts import Part
-from microglia.graph.dims.atoms import Dim
 
 WidthScope = Literal["uniform", "global"]
-Counts = dict[int, int]
-"""Atom -> units kept."""
-
 Milliseconds = Callable[[Counts], float]
 
 TOLERANCE = 0.01
 """Largest deviation from a budget, as a fraction of it."""
+DEVIATION = 0.2
+"""Largest mean difference of the groups' kept fractions that rounding may make."""
 BELOW = {"ms": 0.05}
 """How far the term may be below its budget, where that is more: repeated timings of one model differ by a few percent."""
 
@@ -58,47 +56,6 @@ class Widths:
     notes: tuple[str, ...] = ()
 
 
-class Costs:
-    """Parameters and multiply-accumulates of a model as functions of its widths.
-
-    Args:
-        parts: The traced parts of the model.
-        groups: The groups that may change.
-        parameters: Parameters of the whole model.
-    """
-
-    def __init__(self, parts: Sequence[Part], groups: Sequence[ChannelGroup], parameters: int) -> None:
-        self.groups, self.units = groups, sum(g.rows * g.size for g in groups)
-        self._count = parts[0].analysis.algebra.count
-        self._parameters: list[Sequence[Dim]] = []
-        self._macs: list[tuple[int, Sequence[Dim]]] = []
-        for part in parts:
-            unique = {id(t): name for name, t in part.analysis.trace.tensors.items() if isinstance(t, nn.Parameter)}
-            self._parameters += [part.analysis.parameter_dims[name] for name in unique.values()]
-            self._macs += [(part.weight, dims) for dims in part.analysis.macs.values()]
-        self._untraced = 0
-        self._untraced = parameters - self.parameters({})
-        self.dense = {"params": self.parameters({}), "flops": self.macs({})}
-
-    def _product(self, dims: Sequence[Dim], counts: Mapping[int, int]) -> int:
-        return math.prod(self._count(d, counts) for d in dims)
-
-    def parameters(self, counts: Mapping[int, int]) -> int:
-        """Returns the remaining parameters, including those outside the traced parts."""
-        return self._untraced + sum(self._product(dims, counts) for dims in self._parameters)
-
-    def macs(self, counts: Mapping[int, int]) -> int:
-        """Returns the remaining multiply-accumulates of the example batch."""
-        return sum(weight * self._product(dims, counts) for weight, dims in self._macs)
-
-    def fraction(self, term: str, counts: Mapping[int, int]) -> float:
-        """Returns the remaining fraction of a budget's term."""
-        if term == "density":
-            return sum(g.rows * counts.get(g.atom, g.size) for g in self.groups) / self.units
-        value = self.parameters(counts) if term == "params" else self.macs(counts)
-        return value / max(1, self.dense[term])
-
-
 def choose_widths(
     costs: Costs,
     groups: Sequence[ChannelGroup],
@@ -119,8 +76,9 @@ def choose_widths(
             their own units, the rank is the mean over rows of the next removed unit.
         scope: ``uniform``: every group keeps the same fraction. ``global``: the units with the lowest normalized score are
             removed first.
-        round_to: Entries per dimension are kept at multiples of this where the dimension is wide enough; halved until the
-            budget is met within 1 %, a time within 5 % below it.
+        round_to: Entries per dimension are kept at multiples of this; narrower groups at multiples of its largest half that
+            fits. Halved until the budget is met within 1 %, a time within 5 % below it, and the groups keep nearly the
+            fractions that they keep without rounding.
         milliseconds: Measured time of the model at given widths, for a budget in ms.
 
     Raises:
@@ -131,21 +89,99 @@ def choose_widths(
             "The model has no channels that can be removed: they are inputs or outputs of it, excluded, or go through an "
             "operator without a rule."
         )
+    search = _Search(costs, groups, budget, scores, scope, milliseconds)
     if milliseconds is not None and budget.ms is not None:
-        narrowest = {r: _counts(groups, _steps(groups, scores, scope, r)) for r in (round_to, 1)}
-        _refuse_unreachable(budget.ms, narrowest.values(), milliseconds)
+        _refuse_unreachable(budget.ms, (_counts(groups, search.steps(r)) for r in (round_to, 1)), milliseconds)
     while True:
-        steps = _steps(groups, scores, scope, round_to)
-        at = _place(costs, budget, steps, groups, milliseconds)
-        counts = _counts(groups, steps[:at])
-        got = _got(costs, budget, counts, milliseconds)
-        if _met(budget, got) or round_to == 1:
+        steps = search.steps(round_to)
+        at = search.place(steps)
+        counts = _counts(groups, steps[:at] if budget.ms is not None else search.fitted(steps, at))
+        got = search.got(counts)
+        if round_to == 1 or (_met(budget, got) and not search.distorted(round_to, counts)):
             break
         round_to //= 2
     notes = [] if _met(budget, got) else [_explain(budget, got, at, len(steps))]
     if at == len(steps) and any(value > getattr(budget, term) * (1 + TOLERANCE) for term, value in got.items()):
         raise BudgetError(f"The budget ({budget}) cannot be met. {notes[0]}")
     return Widths(counts, got, round_to, tuple(notes))
+
+
+@dataclass(frozen=True)
+class _Search:
+    """The arguments of `choose_widths`; removals in order, and the place of the budget among them."""
+
+    costs: Costs
+    groups: Sequence[ChannelGroup]
+    budget: Budget
+    scores: Mapping[int, Tensor]
+    scope: WidthScope
+    milliseconds: Milliseconds | None
+
+    def steps(self, round_to: int) -> list[Step]:
+        """Returns all removals in order."""
+        return _steps(self.groups, self.scores, self.scope, round_to)
+
+    def got(self, counts: Counts) -> dict[str, float]:
+        """Returns the reached value of each term of the budget."""
+        terms = [t for t in ("density", "params", "flops") if getattr(self.budget, t) is not None]
+        got = {t: self.costs.fraction(t, counts) for t in terms}
+        if self.budget.ms is not None and self.milliseconds is not None:
+            got["ms"] = self.milliseconds(counts)
+        return got
+
+    def place(self, steps: Sequence[Step]) -> int:
+        """Returns the number of steps: for each term the nearest number, and the maximum of these."""
+        places = []
+        for term in ("density", "params", "flops", "ms"):
+            target = getattr(self.budget, term)
+            if target is None:
+                continue
+
+            def cost(at: int, term: str = term) -> float:
+                counts = _counts(self.groups, steps[:at])
+                if term != "ms":
+                    return self.costs.fraction(term, counts)
+                assert self.milliseconds is not None
+                return self.milliseconds(counts)
+
+            at = bisect.bisect_left(range(len(steps) + 1), -target, key=lambda i: -cost(i))  # the first at or below the target
+            at = min(at, len(steps))
+            if term != "ms" and at > 0 and abs(cost(at - 1) - target) < abs(cost(at) - target):
+                at -= 1
+            places.append(at)
+        return max(places)
+
+    def fitted(self, steps: Sequence[Step], at: int) -> Sequence[Step]:
+        """Returns the first ``at`` steps; where these miss the budget, fewer of them and one more of some groups that meet it.
+
+        So coarse rounding stays possible where single steps are worth more than the tolerance.
+        """
+
+        def ratio(taken: Sequence[Step]) -> float:
+            got = self.got(_counts(self.groups, taken))
+            return float(max(value / getattr(self.budget, term) for term, value in got.items()))
+
+        if abs(ratio(steps[:at]) - 1) <= TOLERANCE:
+            return steps[:at]
+        above = bisect.bisect_right(range(at), -1 - TOLERANCE, key=lambda i: -ratio(steps[: i + 1]))
+        taken, tried = list(steps[:above]), set()
+        for step in steps[above:]:
+            if step.atom in tried:  # one more step of a group at most: the groups keep about the fraction of the scope
+                continue
+            tried.add(step.atom)
+            if (found := ratio([*taken, step])) >= 1 - TOLERANCE:
+                taken.append(step)
+                if found <= 1 + TOLERANCE:
+                    return taken
+        return steps[:at]
+
+    def distorted(self, round_to: int, counts: Counts) -> bool:
+        """Tells whether narrow groups, which rounding leaves whole, make the others pay too much for the budget."""
+        if self.budget.ms is not None or all(4 * granularity(group, round_to) <= group.size for group in self.groups):
+            return False
+        steps = self.steps(1)
+        exact = _counts(self.groups, steps[: self.place(steps)])
+        return sum(abs(counts[g.atom] - exact[g.atom]) / g.size for g in self.groups) > DEVIATION * len(self.groups)
 
 
 def _refuse_unreachable(asked: float, narrowest: Iterable[Counts], milliseconds: Milliseconds) -> None:
@@ -174,39 +210,6 @@ def _explain(budget: Budget, got: Mapping[str, float], at: int, steps: int) -> s
     return f"The nearest widths found have {text}: {why}."
 
 
-def _got(costs: Costs, budget: Budget, counts: Counts, milliseconds: Milliseconds | None) -> dict[str, float]:
-    terms = [t for t in ("density", "params", "flops") if getattr(budget, t) is not None]
-    got = {t: costs.fraction(t, counts) for t in terms}
-    if budget.ms is not None and milliseconds is not None:
-        got["ms"] = milliseconds(counts)
-    return got
-
-
-def _place(
-    costs: Costs, budget: Budget, steps: Sequence[Step], groups: Sequence[ChannelGroup], milliseconds: Milliseconds | None
-) -> int:
-    """Returns the number of steps: for each term the nearest number, and the maximum of these."""
-    places = []
-    for term in ("density", "params", "flops", "ms"):
-        target = getattr(budget, term)
-        if target is None:
-            continue
-
-        def cost(at: int, term: str = term) -> float:
-            counts = _counts(groups, steps[:at])
-            if term != "ms":
-                return costs.fraction(term, counts)
-            assert milliseconds is not None
-            return milliseconds(counts)
-
-        at = bisect.bisect_left(range(len(steps) + 1), -target, key=lambda i: -cost(i))  # first position at or below the target
-        at = min(at, len(steps))
-        if term != "ms" and at > 0 and abs(cost(at - 1) - target) < abs(cost(at) - target):
-            at -= 1
-        places.append(at)
-    return max(places)
-
-
 def _counts(groups: Sequence[ChannelGroup], steps: Sequence[Step]) -> Counts:
     counts = {g.atom: g.size for g in groups}
     for step in steps:
@@ -217,10 +220,11 @@ def _counts(groups: Sequence[ChannelGroup], steps: Sequence[Step]) -> Counts:
 def granularity(group: ChannelGroup, round_to: int) -> int:
     """Returns the number of units that a group loses at once, so that its dimensions stay multiples of ``round_to``.
 
-    Narrow groups are rounded less, to at most a quarter of their width; otherwise nothing could be removed from them.
+    A group narrower than that is rounded to the largest half, quarter and so on that fits. So a group of ``round_to`` keeps
+    its width: engines compute 12 channels as 16, and reorder them before and after.
     """
     step = round_to // math.gcd(round_to, group.cofactor)
-    while step > 1 and step > group.size // 4:
+    while step > max(1, group.size):
         step //= 2
     return max(1, step)
 

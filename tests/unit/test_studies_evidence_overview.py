@@ -114,8 +114,11 @@ class TestVerdicts:
         assert outcome(toys, 0.2, above=("best", "dense")).verdict == "does not hold"
 
     @pytest.mark.parametrize(("points", "verdict"), [(3.0, "holds"), (1.3, "cannot be told"), (0.5, "does not hold")])
-    def test_equal_needs_a_bound_beyond_the_error(self, toys, points, verdict):
-        assert outcome(toys, 0.5, equal=("best", "good"), points=points).verdict == verdict
+    def test_no_cost_needs_a_bound_beyond_the_error(self, toys, points, verdict):
+        assert outcome(toys, 0.5, costless=("best", "good"), points=points).verdict == verdict
+
+    def test_a_gain_is_no_cost(self, toys):
+        assert outcome(toys, 0.5, costless=("good", "best"), points=0.5).verdict == "holds"
 
     def test_a_lower_metric_may_be_better(self, toys):
         toys.studies["one/toys"] = replace(toys.studies["one/toys"], better="lower")
@@ -141,6 +144,7 @@ class TestPage:
         row = "| best | density 0.5 | 3 | 80.00 ± 10.00 |  | 0.500 | 0.250 | 1.000 | not measured |  |"
         assert row in lines
         assert any(line.startswith("| good | density 0.5 | 3 | 78.67") and "-1.33 ± 0.33 (n = 3)" in line for line in lines)
+        assert "2 comparisons are planned: 1 hold, 0 do not hold, 1 cannot be told, and 0 have not run." in lines
         assert "15 of 15 cells, at commit cccccccccccc." in page
         assert "| one/toys | 15 | 0 | 0 | 0 | 7.5 | 0.0 |" in lines
         assert any(line.startswith("| lenet-300-100 | 0 | 30 | 0.9000 | digest0 | cccccccccccc |") for line in lines)
@@ -154,6 +158,14 @@ class TestPage:
         assert "None was trained yet." in empty
         # 15 cells of 4 epochs and 3 starts of 30, an hour an epoch, two side by side
         assert "0 of 15 cells are done, 15 left: 0.0 core hours spent, about 150.0 left, 75.0 hours with 2 processes." in empty
+
+    def test_statements_without_a_pair_wait_below_the_outcomes(self, toys):
+        path = write(toys, study="one/toys", first="best", published="Big net: 77.5")
+        statements = read_statements(path, toys)
+        lines = overview(toys, Ledger(toys.ledger), statements, ("results", "queue.yaml")).splitlines()
+        assert "2 comparisons are planned: 0 hold, 0 do not hold, 0 cannot be told, and 2 have not run." in lines
+        assert "| Best is best. (table 1) | Toys; density 0.5, 4 epochs; density 0.2, 4 epochs | Big net: 77.5 |" in lines
+        assert not any("cannot be told |" in line for line in lines)
 
     def test_cells_of_several_commits_are_named(self, toys):
         file = toys.ledger / "one_toys.json"
@@ -169,7 +181,7 @@ class TestPage:
         [
             ({"study": "one/toy", "first": "best"}, "names the study 'one/toy'"),
             ({"study": "one/toys", "first": "bets"}, "names the row 'bets'"),
-            ({"study": "one/toys"}, "one of first, above and equal"),
+            ({"study": "one/toys"}, "one of first, above and costless"),
             ({"first": "best"}, "one without a study has none"),
             ({"studdy": "one/toys"}, "no such field"),
         ],

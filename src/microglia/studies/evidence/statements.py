@@ -37,8 +37,8 @@ class Statement:
         study: Name of the study that tests it; empty where small machines cannot.
         first: Row that is said to be above every row that is no control.
         above: Two rows, the first of which is said to be above the second.
-        equal: Two rows that are said to differ by less than ``points``.
-        points: Difference in percentage points for ``equal``.
+        costless: Two rows, the second of which is said to be less than ``points`` below the first.
+        points: Difference in percentage points for ``costless``.
         hours: Hours of one core that a test needs, for a statement that was not run.
         why: Reason that it was not run.
     """
@@ -52,20 +52,20 @@ class Statement:
     study: str = ""
     first: str = ""
     above: tuple[str, str] | None = None
-    equal: tuple[str, str] | None = None
+    costless: tuple[str, str] | None = None
     points: float = 0.5
     hours: float | None = None
     why: str = ""
 
     def __post_init__(self) -> None:
-        claims = [claim for claim in (self.first, self.above, self.equal) if claim]
+        claims = [claim for claim in (self.first, self.above, self.costless) if claim]
         if len(claims) != (1 if self.study else 0):
-            raise ValueError("a statement with a study has one of first, above and equal; one without a study has none")
+            raise ValueError("a statement with a study has one of first, above and costless; one without a study has none")
 
     @property
     def rows(self) -> tuple[str, ...]:
         """Rows that it names."""
-        return (*filter(None, [self.first]), *(self.above or ()), *(self.equal or ()))
+        return (*filter(None, [self.first]), *(self.above or ()), *(self.costless or ()))
 
 
 @dataclass(frozen=True)
@@ -186,6 +186,7 @@ class Outcome:
     values: dict[str, Any]
     verdict: Verdict
     words: str
+    pairs: int
 
 
 def outcome_of(statement: Statement, cells: Cells, values: dict[str, Any], scale: float) -> Outcome:
@@ -197,27 +198,29 @@ def outcome_of(statement: Statement, cells: Cells, values: dict[str, Any], scale
         values: Values of the grid.
         scale: Factor of the differences in words: 100 for a fraction that is shown in per cent.
     """
-    if statement.equal:
-        first, second = statement.equal
+    if statement.costless:
+        first, second = statement.costless
         found = cells.difference(first, second, values)
-        least, most = (abs(found.mean) * scale + side * ERRORS * found.error * scale for side in (-1, 1))
+        least, most = (found.mean * scale + side * ERRORS * found.error * scale for side in (-1, 1))
         close: Verdict = (
             "holds" if most < statement.points else "does not hold" if least > statement.points else "cannot be told"
         )
-        return Outcome(values, close if found.n >= PAIRS else "cannot be told", f"{first} - {second}: {found.told(scale)}")
+        return Outcome(
+            values, close if found.n >= PAIRS else "cannot be told", f"{first} - {second}: {found.told(scale)}", found.n
+        )
     if statement.above:
         first, second = statement.above
         found = cells.difference(first, second, values)
-        return Outcome(values, _verdict([found]), f"{first} - {second}: {found.told(scale)}")
+        return Outcome(values, _verdict([found]), f"{first} - {second}: {found.told(scale)}", found.n)
     rows = cells.queue.studies[cells.study].rows
     rivals = [name for name, row in rows.items() if not row.control and name != statement.first]
     against = {rival: cells.difference(statement.first, rival, values) for rival in rivals}
     known = {rival: found for rival, found in against.items() if found.n}
     if not known:
-        return Outcome(values, "cannot be told", "no pairs")
+        return Outcome(values, "cannot be told", "no pairs", 0)
     nearest = min(known, key=lambda rival: known[rival].mean)
     words = f"{statement.first} - {nearest}, the best of {len(rivals)} others: {known[nearest].told(scale)}"
-    return Outcome(values, _verdict(list(against.values())), words)
+    return Outcome(values, _verdict(list(against.values())), words, known[nearest].n)
 
 
 def _verdict(differences: Sequence[Difference]) -> Verdict:

@@ -57,6 +57,8 @@ GLOBAL = "l2-global"
 VARIANTS = ("edge", "random", "reverse")
 """Variants of HRank beside its own."""
 SCRATCH = "scratch"
+TIMED_IN = ("eager", "packed", "onnxruntime", "openvino")
+"""Executions of `--times`; the fastest counts."""
 OF_THE_MACHINE = (RunError, FileError, DataError, MissingLibraryError)
 """Errors that say nothing of a method, such as another process on the same row: its row stays open."""
 
@@ -148,7 +150,7 @@ class Bench:
         built = {str(place.parent): load(place, task.build()) for place in places}
         times: dict[str, float] = {}
         if built:
-            report = measure_latency(built, task.example, executions=("eager", "packed"), rounds=rounds)
+            report = measure_latency(built, task.example, executions=TIMED_IN, rounds=rounds)
             times = {place: report.best(place)[1].median for place in built}
         ms = [times.get(str(self.place(*shape))) for shape in shapes]
         self.write([replace(row, ms=own) for row, own in zip(rows, ms, strict=True)])

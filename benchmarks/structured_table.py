@@ -58,7 +58,7 @@ VARIANTS = ("edge", "random", "reverse")
 """Variants of HRank beside its own."""
 SCRATCH = "scratch"
 TIMED_IN = ("eager", "packed", "onnxruntime", "openvino")
-"""Executions of `--times`; the fastest counts."""
+"""Executions that are timed; the fastest counts."""
 OF_THE_MACHINE = (RunError, FileError, DataError, MissingLibraryError)
 """Errors that say nothing of a method, such as another process on the same row: its row stays open."""
 
@@ -169,7 +169,11 @@ class Bench:
             "checkpoint": self.checkpoint,
             "dense": {"epochs": self.epochs, **self.steps},
             "train": {"epochs": self.epochs, "lr": self.lr, **self.steps},
-            "measure": {"latency": self.timed, "executions": ["eager", "packed"], "rounds": 30 if self.limit is None else 3},
+            "measure": {
+                "latency": self.timed,  # untimed runs keep the recipe of earlier ones, so that those can be resumed
+                "executions": list(TIMED_IN if self.timed else TIMED_IN[:2]),
+                "rounds": 30 if self.limit is None else 3,
+            },
             "seed": seed,
             "threads": 1,
         }

@@ -48,7 +48,7 @@ def removal_table(removed: Json) -> Table:
         f"{groups['pruned']} of {groups['found']} groups of coupled channels lost some{'; got ' + reached if got else ''}."
     ]
     if got.get("round_to", 0) > 1:
-        caption.append(f"Widths are multiples of {got['round_to']:g} where a group is wide enough.")
+        caption.append(f"Widths are multiples of {got['round_to']:g}; narrower groups have a smaller step.")
     caption.append(f"Largest difference to the masked model at any value, in float64: {removed['error']:.1e}.")
     table.caption = "\n".join([*caption, *removed["notes"]])
     return table

@@ -195,7 +195,7 @@ class QueueRun:
         entry = Entry(
             **{name: getattr(job, name) for name in ("identity", "study", "row", "values", "seed", "epochs")},
             commit=self.commit,
-            seconds=round(max(outcome.seconds, _logged(directory, dense=job.kind == "start")), 1),
+            seconds=round(max(outcome.seconds, _logged(directory, dense=job.kind == "start")), 3),
             start=None if start is None else self._digest(start),
             value=value,
         )

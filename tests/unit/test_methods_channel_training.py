@@ -268,6 +268,20 @@ def test_a_filter_of_zeros_does_not_come_back_by_old_momentum() -> None:
     assert optimizer.state[model[0].weight]["momentum_buffer"][~gone].any()
 
 
+def test_a_filter_of_zeros_comes_back_by_a_gradient_over_the_root_of_epsilon() -> None:
+    gradients = []
+    for epsilon in (1e-5, 1e-1):
+        model = network()
+        model[1].eps = epsilon
+        nn.init.ones_(model[1].bias)  # past the ReLU
+        made(Sfp, model).zero(torch.arange(20) >= 8)  # all filters of the first layer
+        x, y = images()
+        functional.cross_entropy(model.train()(x), y).backward()
+        gradients.append(model[0].weight.grad)
+    assert gradients[1].any()
+    assert torch.allclose(gradients[0], 100 * gradients[1], rtol=1e-3)
+
+
 def test_filters_at_the_median_rest_within_an_epoch_and_are_chosen_anew_at_its_end() -> None:
     model = network()
     with torch.no_grad():

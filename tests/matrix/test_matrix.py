@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -317,3 +317,23 @@ def test_method_that_gates(name: str, pattern: str, kind: str, digits: ImageData
 def test_a_network_without_convolutions_has_nothing_to_gate(name: str, pattern: str, digits: ImageData) -> None:
     with pytest.raises(SelectorError, match="no convolution to gate"):
         methods[name].check(make_task("mlp", digits), config_of(name, pattern))
+
+
+ORIGINALS = [
+    (name, pattern)
+    for cases in (MASKING, REMOVING, GATING)
+    for name, pattern in dict(reversed(cases)).items()  # its first pattern with this outcome
+    if methods[name].original == name
+]
+
+
+@pytest.mark.parametrize(("name", "pattern"), ORIGINALS)
+def test_method_trains_in_bfloat16(name: str, pattern: str, digits: ImageData, starts: Path, tmp_path: Path) -> None:
+    kind, config = "residual", config_of(name, pattern)
+    if no_sequence(config, NETWORKS[kind]()):
+        kind = "conv"
+    half = {part: replace(getattr(config, part), precision="bfloat16") for part in ("dense", "train")}
+    config = replace(config, **half)
+    model = methods[name].procedure(make_task(kind, digits), begun(tmp_path, name, config, kind, starts), config)
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}

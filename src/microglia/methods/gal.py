@@ -110,13 +110,17 @@ class Gal(FactorPruner):
             return 0.0
         (example, masked), self._seen = self._seen, None
         with torch.no_grad():
-            dense = run_on(self.dense, example).flatten(1)
-        masked = masked.flatten(1)
+            dense = self._features_of(run_on(self.dense, example))
+        masked = self._features_of(masked)
         still = {name: p.detach() for name, p in self.discriminator.named_parameters()}
         fooled = _as(1.0, functional_call(self.discriminator, still, (masked,)))
         told = _as(1.0, self.discriminator(dense)) + _as(0.0, self.discriminator(masked.detach()))
         total: Tensor = (masked - dense).square().sum(1).mean() / 2 + self.own.adversarial * (fooled + told)
         return total
+
+    def _features_of(self, outputs: Tensor) -> Tensor:
+        """Returns outputs as the discriminator reads them, in its own precision."""
+        return outputs.flatten(1).to(next(self.discriminator.parameters()).dtype)
 
     def finish(self) -> MaskSet:
         """Merges the mask into the weights, and masks the channels that do not stay; returns the masks."""

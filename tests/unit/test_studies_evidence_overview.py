@@ -177,6 +177,21 @@ class TestPage:
         )
 
     @pytest.mark.parametrize(
+        ("rates", "told"),
+        [((0.05, 0.1, 0.2), ""), ((0.1, 0.2, 0.4), " (least tried)"), ((0.02, 0.05, 0.1), " (most tried)"), ((0.1, 0.2), "")],
+    )
+    def test_a_setting_at_the_end_of_what_pilots_tried_is_marked(self, toys, rates, told):
+        ledger = Ledger.read(toys.ledger)
+        cell = next(entry for entry in ledger.cells.values() if entry.row == "good")
+        recipe = ledger.records[cell.identity].recipe
+        recipe["train"]["lr"] = 0.1
+        for rate in rates:
+            tried = {**recipe, "train": {**recipe["train"], "lr": rate}}
+            ledger.add_pilot(replace(cell, identity=f"pilot {rate}", values={"train.lr": rate}, recipe=tried))
+        page = overview(toys, ledger, [], ("results", "queue.yaml"))
+        assert any(line.startswith("| good") and line.endswith(f"| train.lr 0.1{told} |") for line in page.splitlines())
+
+    @pytest.mark.parametrize(
         ("statement", "text"),
         [
             ({"study": "one/toy", "first": "best"}, "names the study 'one/toy'"),

@@ -144,7 +144,8 @@ def _study(study: EvidenceStudy, cells: Cells, ledger: Ledger) -> list[str]:
         *lines,
         "Mean ± sample standard deviation over seeds; *to the best*: mean paired difference to the best row that is no control,"
         " ± its standard error. Parameters, MACs and bytes are those kept, over the dense network's (bytes after zlib);"
-        " *ms*: dense and pruned, timed beside another run.",
+        " *ms*: dense and pruned, timed beside another run."
+        " *Least* or *most tried*: a value beyond the pilots' range may be better.",
     ]
 
 
@@ -167,7 +168,19 @@ def _chosen(ledger: Ledger, cell: Finished) -> str:
     """Returns the settings that pilots of the row tried, at the values that the cell has."""
     pilots = {id(p): p for p in ledger.pilots.values() if (p.study, p.row) == (cell.job.study, cell.job.row)}.values()
     keys = dict.fromkeys(key for pilot in pilots for key in pilot.values)
-    return ", ".join(f"{key.removeprefix('prune.')} {_at(cell.record.recipe, key)}" for key in keys)
+    told = []
+    for key in keys:
+        value, tried = _at(cell.record.recipe, key), [_at(pilot.recipe, key) for pilot in pilots]
+        told.append(f"{key.removeprefix('prune.')} {value}{_end(value, tried)}")
+    return ", ".join(told)
+
+
+def _end(value: Any, tried: Sequence[Any]) -> str:
+    """Returns whether a number is the end of what was tried, so that one beyond might be better."""
+    numbers = [one for one in tried if isinstance(one, int | float)]
+    if value not in numbers or len(set(numbers)) < 3:
+        return ""
+    return " (least tried)" if value == min(numbers) else " (most tried)" if value == max(numbers) else ""
 
 
 def _at(recipe: Mapping[str, Any], key: str) -> Any:

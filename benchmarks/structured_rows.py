@@ -100,9 +100,10 @@ def document(tables: Sequence[tuple[Mapping[str, Any], Sequence[Row]]], claims: 
         "# Removing channels: every method on one bench",
         "",
         "All rows of a table start from the same weights and keep the same fraction of the multiply-accumulates. All recover "
-        "with the same settings, in the same order of the data. A method that trains before its cut has as many epochs for it. "
-        "The exact count is that of the smaller model; the papers' count leaves out that layers read fewer channels. The "
-        "milliseconds are the fastest execution of one image. Written by `benchmarks/structured_table.py`.",
+        "with the same settings, in the same order of the data. A method that trains before its cut has as many epochs for it; "
+        "one that removes channels while it trains has the recovery alone. The exact count is that of the "
+        "smaller model; the papers' count leaves out that layers read fewer channels. The milliseconds are the fastest "
+        "execution of one image. Written by `benchmarks/structured_table.py`.",
         "",
     ]
     for setting, rows in tables:

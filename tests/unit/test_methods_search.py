@@ -567,6 +567,32 @@ def test_acdc_alternates_and_ends_compressed() -> None:
     assert pruner.finish().kept == goal
 
 
+def test_acdc_lets_channels_return_with_their_filters_and_reads_them_from_zero() -> None:
+    torch.manual_seed(0)
+    model, (x, _) = Residual(), images()
+    pruner = pruner_of(Acdc, model, pattern="channel", compress=(0.25, 0.75), decompress=(0.5,))
+    optimizers = steps(model, pruner, 19)
+    gone = ~pruner.masks["stem.weight"].flatten(1).any(1)
+    outputs = model.eval()(x)
+    state = copy.deepcopy((model.state_dict(), pruner.state_dict()))
+    pruner.step(optimizers[0])
+    assert torch.allclose(model(x), outputs, atol=1e-6)  # the returned channels add nothing yet
+    assert gone.any()
+    assert not model.head.weight[:, gone].any()
+    size = float(model.stem.weight.detach()[gone].norm())
+    assert size == float(state[1]["former"]["stem.weight"][gone].norm()) > 0
+    steps(model, pruner, 4, optimizers)
+    assert model.head.weight[:, gone].any()
+    assert model.stem.weight[gone].norm() < 1.5 * size
+
+    resumed = Residual()
+    again = pruner_of(Acdc, resumed, pattern="channel", compress=(0.25, 0.75), decompress=(0.5,))
+    again.load_state_dict(state[1])
+    resumed.load_state_dict(state[0])
+    again.step()
+    assert float(resumed.stem.weight.detach()[gone].norm()) == size
+
+
 def test_acdc_refuses_a_training_in_which_phases_collide() -> None:
     """Of 15 phases from 10 to 85 % those at 10, 15 and 20 % of 9 steps begin at steps 1, 1 and 2."""
     with pytest.raises(BudgetError, match=r"9 steps.*15 phases"):

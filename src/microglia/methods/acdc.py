@@ -2,13 +2,17 @@
 
 The algorithm (spec: AC/DC 6.1):
     dense warm-up
-    COMPRESS keep the exact top by magnitude over all layers, train the kept weights, masks fixed DECOMPRESS train all weights,
-    the removed ones from zero, momentum reset
+    COMPRESS keep the exact top by magnitude over all layers, train the kept weights, masks fixed
+    DECOMPRESS train all weights, the removed ones from zero, momentum reset
     ... and the last phase is compressed.
+
+A channel returns with its former filters, and is read from zero. A filter of zeros has no variance: the batch norm after it
+would divide its first gradient by the root of epsilon, and such filters would soon displace trained ones.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -16,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from microglia.core.errors import BudgetError
+from microglia.core.patterns import Channel
 from microglia.methods.config import UnitConfig, method
 from microglia.methods.procedure import searched
 from microglia.methods.unit_pruner import UnitPruner, fits
@@ -62,6 +67,7 @@ class Acdc(UnitPruner):
     softens = False
 
     def __init__(self, model: nn.Module, config: AcdcConfig | None = None, **settings: Any) -> None:
+        self._former: dict[str, Tensor] = {}
         super().__init__(model, config, **settings)
         times = [*self.acdc.compress, *self.acdc.decompress]
         if len({self._at(fraction) for fraction in times}) < len(times):
@@ -90,11 +96,29 @@ class Acdc(UnitPruner):
         if self.steps == self.end:
             self.freeze(optimizer)
         elif self.steps < self.end and self.steps in self._times(self.acdc.compress):
+            if isinstance(self.pattern, Channel):
+                self._former = {name: weight.clone() for name, weight in self.raw_weights.items()}
             self.harden(self.choose(self.ranking()), optimizer)
         elif self.steps < self.end and self.steps in self._times(self.acdc.decompress):
             self.open()
+            self._restart()
             if self.acdc.reset_momentum and optimizer is not None:
                 _reset_momentum(optimizer)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the state of the search."""
+        return super().state_dict() | {"former": dict(self._former)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Resumes from a state."""
+        self._former = dict(state.get("former", {}))
+        super().load_state_dict(state)
+
+    def _restart(self) -> None:
+        """Lets removed channels return."""
+        if self._former and self.soft is not None and self.kept is not None:
+            self.soft.restart(self.model, self.units.masks(self.kept), self.kept, self._former)
+            self._former = {}
 
     def _times(self, fractions: tuple[float, ...]) -> set[int]:
         return {self._at(fraction) for fraction in fractions}

@@ -105,6 +105,14 @@ class SoftMasks:
         self.attached = False
 
     @torch.no_grad()
+    def restart(self, model: nn.Module, masks: Mapping[str, Tensor], kept: Tensor, former: Mapping[str, Tensor]) -> None:
+        """Gives removed units their former weights back where they are made, and zeros where they are read."""
+        for name in dict.fromkeys([*masks, *self.units.scaled_names]):
+            raw = raw_parameter(*_holders(model, name)[0])
+            value = torch.where(masks[name], raw, former[name].to(raw)) if name in masks else raw
+            raw.copy_(self.units.scale(name, value, kept) if name in self.units.scaled_names else value)
+
+    @torch.no_grad()
     def detach_companions(self, model: nn.Module) -> None:
         """Writes the zeros of companions into them and detaches from the model."""
         for name in self.units.companions:

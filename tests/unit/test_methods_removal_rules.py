@@ -20,7 +20,7 @@ from microglia.methods.ccp import collaborative
 from microglia.methods.deephoyer import hoyer_square
 from microglia.methods.least_squares import solved
 from microglia.methods.not_built import NOT_BUILT
-from microglia.methods.pfp import sensitivity
+from microglia.methods.pfp import order, sensitivity
 from thinning import descend, images, network
 
 STEPS = 12
@@ -173,6 +173,24 @@ def test_no_sampled_output_changes_by_more_than_the_bound() -> None:
         error = samples[:, gone].sum(1).abs()
         assert (error <= values[gone].sum() * samples.abs().sum(1) + 1e-12).all()
     assert (sensitivity(torch.tensor([[3.0, -1.0, 0.0, 1.0]])) - torch.tensor([0.75, 1.0, 0.0, 0.25])).abs().max() < 1e-6
+
+
+def test_a_channel_stays_from_as_many_draws_on_as_are_expected_to_hit_its_rank() -> None:
+    values = torch.tensor([0.2, 0.9, 0.0, 0.05, 0.4], dtype=torch.float64)
+    found = order(values)
+    assert found.argsort(descending=True).tolist() == values.argsort(descending=True).tolist()
+    assert found[2] == 0
+    for rank, channel in enumerate((1, 4, 0, 3)):
+        draws = values.sum() / found[channel]
+        assert float((1 - (1 - values / values.sum()) ** draws).sum()) == pytest.approx(rank + 0.5)
+
+
+def test_one_epsilon_leaves_equal_fractions_of_groups_of_equal_sensitivities() -> None:
+    """A wide group has smaller shares, which alone would remove it first."""
+    wide, narrow = order(torch.full((64,), 0.25)), order(torch.full((8,), 0.25))
+    assert int((wide >= narrow.median()).sum()) == pytest.approx(64 * 4.5 / 8, abs=4)  # of rank 5
+    small = order(torch.full((64,), 0.1))
+    assert 0 < int((small >= narrow.median()).sum()) < int((wide >= narrow.median()).sum())
 
 
 def test_channels_that_nothing_rests_on_go_over_the_whole_network() -> None:

@@ -2,9 +2,11 @@
 
 The algorithm (spec: corrections A), x_c the part of channel c in a sampled output of a layer that reads it:
     sensitivity s_c = max over samples of x_c+ / sum_k x_k+ and x_c- / sum_k x_k-, x+ and x- the parts by sign
-    the channels of the smallest sensitivity go: removing a set T changes no sampled output by more than
+    one epsilon for all groups: m draws with probabilities p = s / sum s, m proportional to (6 + 2 epsilon) / epsilon^2 sum s;
+        a group keeps as many channels as draws are expected to hit, sum_c 1 - (1 - p_c)^m
+    of each group the channels of the smallest sensitivity go: removing a set T changes no sampled output by more than
         sum_T s_c times the sum of |x_k|
-then fine-tune. The paper also samples filters at random with weights; this is its deterministic variant.
+then fine-tune. The paper also draws the filters at random, with weights; this is its deterministic variant.
 """
 
 from __future__ import annotations
@@ -22,13 +24,15 @@ from microglia.scores import scores
 from microglia.storage.run import Run
 from microglia.tasks.task import Task
 
+BISECTIONS = 60
+
 
 @dataclass(frozen=True)
 class PfpConfig(ReadersConfig):
     """PFP; it trains only to recover.
 
     Attributes:
-        scope: ``global``: sensitivities compare across groups, as in the paper; ``uniform``: the same fraction of every group.
+        scope: ``global``: one epsilon for all groups, as in the paper; ``uniform``: the same fraction of every group.
         positions: Outputs that are sampled for each image and reading layer.
     """
 
@@ -49,7 +53,7 @@ class Pfp(Readers):
         """
         if not list(self.evidence.batches):
             raise ScoreError("Pfp samples what layers read: give evidence with batches, [(inputs, targets), ...].")
-        self.values = torch.cat([self._sensitivity(own) for own in self.spans()])
+        self.values = torch.cat([order(self._sensitivity(own)) for own in self.spans()])
         self.target = self.choose(self.values)
         self.clear(~self.target, whole=True)
 
@@ -66,6 +70,27 @@ def sensitivity(samples: Tensor) -> Tensor:
     """Returns the largest share of each channel in any sampled output, in [0, 1], of (samples, channels)."""
     shares = [part / part.sum(1, keepdim=True).clamp_min(1e-30) for part in (samples.clamp_min(0), (-samples).clamp_min(0))]
     return torch.stack(shares).amax((0, 1))
+
+
+def order(sensitivities: Tensor) -> Tensor:
+    """Returns the order in which the channels of a group come back as epsilon falls, comparable across groups, (channels,).
+
+    A channel of rank k stays from m draws on, of which k - 1/2 distinct channels are expected; its value is ``sum s / m``.
+
+    Args:
+        sensitivities: At least 0, (channels,).
+    """
+    total = sensitivities.sum()
+    live = int((sensitivities > 0).sum())
+    best = sensitivities.argsort(descending=True, stable=True)[:live]
+    misses = torch.log1p(-(sensitivities[best] / total).double())  # logarithm of the probability that a draw misses it
+    wanted = torch.arange(live, dtype=torch.float64) + 0.5
+    low, high = torch.full_like(wanted, -30.0), torch.full_like(wanted, 60.0)  # of the logarithm of m
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        enough = -torch.expm1(middle.exp()[:, None] * misses).sum(1) >= wanted
+        low, high = torch.where(enough, low, middle), torch.where(enough, middle, high)
+    return torch.zeros_like(sensitivities).index_copy_(0, best, (total.double() / high.exp()).to(sensitivities.dtype))
 
 
 @method(

@@ -56,6 +56,17 @@ def test_pdp_ranks_a_block_at_the_edge_by_the_mean_of_what_it_holds() -> None:
     assert pruner.choose(pruner.ranking()).tolist() == [False, True, True]  # by the norm, 5.1 > 4, the last one would go
 
 
+@pytest.mark.parametrize(("kind", "order"), [(Pdp, 2), (Acdc, 1)])
+def test_channels_rank_by_the_norm_of_their_filters(kind: type[Pdp] | type[Acdc], order: int) -> None:
+    """The norm, not the mean, so that a filter of many weights is not ranked below a small one (spec 4.2 and 6.1)."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6, bias=False), nn.ReLU(), nn.Linear(6, 5, bias=False), nn.ReLU(), nn.Linear(5, 3))
+    pruner = kind(model, pattern="channel", density=0.5, total_steps=100, example_inputs=torch.zeros(1, 4))
+    filters = [*model[0].weight.detach(), *model[2].weight.detach()]
+    expected = torch.stack([torch.linalg.vector_norm(row, order) for row in filters])
+    torch.testing.assert_close(pruner.ranking().detach(), expected)
+
+
 @pytest.mark.parametrize(("updates", "begin", "expected"), [(1, 0.0, [1]), (4, 0.0, [1, 5, 10, 15]), (2, 0.2, [8, 14])])
 def test_awg_prunes_at_the_start_of_each_part_of_the_search(updates: int, begin: float, expected: list[int]) -> None:
     x = torch.randn(4, 8)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from microglia.core.errors import BudgetError
-from microglia.core.patterns import Channel
+from microglia.core.patterns import Channel, Reduction
 from microglia.methods.config import UnitConfig, method
 from microglia.methods.procedure import searched
 from microglia.methods.unit_pruner import UnitPruner, fits
@@ -86,8 +86,9 @@ class Acdc(UnitPruner):
         return torch.ones(self.units.count, device=self.units.costs.device)
 
     def ranking(self) -> Tensor:
-        """Returns the mean magnitude of each unit's weights."""
-        return self.units.reduce({name: w.abs() for name, w in self.raw_weights.items()}, "mean")
+        """Returns the L1 norm of channels; of other units the mean magnitude, so that blocks at an edge do not rank lower."""
+        how: Reduction = "sum" if isinstance(self.pattern, Channel) else "mean"
+        return self.units.reduce({name: w.abs() for name, w in self.raw_weights.items()}, how)
 
     @torch.no_grad()
     def step(self, optimizer: torch.optim.Optimizer | None = None) -> None:

@@ -11,6 +11,7 @@ network itself.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -29,6 +30,10 @@ from microglia.scores.checks import check_evidence
 
 __all__ = ["Ftwt", "FtwtConfig", "plan_gates", "with_r_of"]
 
+PARTS = 4
+"""Equal parts of the training after the cool-down; fixed heads are calibrated at the start of each, because the network that
+adapts to them changes their inputs. One move at the end would be one that no training follows."""
+
 
 class Ftwt(GatePruner):
     """The heads of a model and their loss, for use inside any training loop; see `PrunerProtocol`.
@@ -43,7 +48,7 @@ class Ftwt(GatePruner):
         example_inputs: One batch of inputs, if the model has no gates yet.
         evidence: Its generator draws the heads' initial weights.
         generator: Draws the initial weights instead.
-        at_rest: Called when the heads become fixed, and again at the end, to calibrate them.
+        at_rest: Called to calibrate the heads: when they become fixed, three times while the network adapts, and at the end.
         **settings: The fields of the config by keyword instead.
     """
 
@@ -128,13 +133,18 @@ class Ftwt(GatePruner):
 
     def step(self, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Advances by one optimizer step; with the optimizer given, momentum does not move fixed heads either."""
-        learned = self.learning
         self.steps += 1
         self._fade()
-        if learned and not self.learning:
+        if not self.learning and self.steps in self._due:
             self._calibrate()
         if not self.learning:  # under DDP they still get gradients, which are zero
             set_rate([optimizer, *self._made], self.parameters(), 0.0)
+
+    @property
+    def _due(self) -> set[int]:
+        """Steps after which fixed heads are calibrated."""
+        rested = math.ceil(self.config.cooldown * self.total_steps - 1e-9)  # as `progress` tells it
+        return {rested + part * (self.total_steps - rested) // PARTS for part in range(PARTS)}
 
     def _calibrate(self) -> None:
         if self._at_rest is not None:

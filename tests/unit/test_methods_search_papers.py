@@ -56,15 +56,32 @@ def test_pdp_ranks_a_block_at_the_edge_by_the_mean_of_what_it_holds() -> None:
     assert pruner.choose(pruner.ranking()).tolist() == [False, True, True]  # by the norm, 5.1 > 4, the last one would go
 
 
+class Residual(nn.Module):
+    """A sum of two layers, and one layer inside: two filters write each channel of the sum, one each inner channel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.inner = nn.Linear(4, 6, bias=False), nn.Linear(6, 5, bias=False)
+        self.outer, self.head = nn.Linear(5, 6, bias=False), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.stem(x))
+        return self.head(torch.relu(x + self.outer(torch.relu(self.inner(x)))))
+
+
 @pytest.mark.parametrize(("kind", "order"), [(Pdp, 2), (Acdc, 1)])
-def test_channels_rank_by_the_norm_of_their_filters(kind: type[Pdp] | type[Acdc], order: int) -> None:
-    """The norm, not the mean, so that a filter of many weights is not ranked below a small one (spec 4.2 and 6.1)."""
+def test_channels_rank_by_the_norm_of_a_filter(kind: type[Pdp] | type[Acdc], order: int) -> None:
+    """The norm of a whole filter (spec 4.2 and 6.1), and its mean of order p over the layers that write a channel."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(4, 6, bias=False), nn.ReLU(), nn.Linear(6, 5, bias=False), nn.ReLU(), nn.Linear(5, 3))
+    model = Residual()
     pruner = kind(model, pattern="channel", density=0.5, total_steps=100, example_inputs=torch.zeros(1, 4))
-    filters = [*model[0].weight.detach(), *model[2].weight.detach()]
-    expected = torch.stack([torch.linalg.vector_norm(row, order) for row in filters])
-    torch.testing.assert_close(pruner.ranking().detach(), expected)
+    inner, *outer = (
+        torch.linalg.vector_norm(layer.weight.detach(), order, 1) for layer in (model.inner, model.stem, model.outer)
+    )
+    sums = torch.stack(outer).pow(order).mean(0).pow(1 / order)
+    found = dict(zip(pruner.units.names, pruner.ranking().detach().split(list(pruner.units.lengths)), strict=True))
+    torch.testing.assert_close(found["inner.weight"], inner)
+    torch.testing.assert_close(next(v for name, v in found.items() if name != "inner.weight"), sums)
 
 
 @pytest.mark.parametrize(("updates", "begin", "expected"), [(1, 0.0, [1]), (4, 0.0, [1, 5, 10, 15]), (2, 0.2, [8, 14])])

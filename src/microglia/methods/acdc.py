@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from microglia.core.errors import BudgetError
-from microglia.core.patterns import Channel, Reduction
+from microglia.core.patterns import Channel
 from microglia.methods.config import UnitConfig, method
 from microglia.methods.procedure import searched
 from microglia.methods.unit_pruner import UnitPruner, fits
@@ -86,9 +86,9 @@ class Acdc(UnitPruner):
         return torch.ones(self.units.count, device=self.units.costs.device)
 
     def ranking(self) -> Tensor:
-        """Returns the L1 norm of channels; of other units the mean magnitude, so that blocks at an edge do not rank lower."""
-        how: Reduction = "sum" if isinstance(self.pattern, Channel) else "mean"
-        return self.units.reduce({name: w.abs() for name, w in self.raw_weights.items()}, how)
+        """Returns the L1 norm of each unit over its members: of a block's weights, of a channel's filters."""
+        total = self.units.reduce({name: w.abs() for name, w in self.raw_weights.items()}, "sum")
+        return total / self.units.members().to(total.device)
 
     @torch.no_grad()
     def step(self, optimizer: torch.optim.Optimizer | None = None) -> None:

@@ -3,7 +3,7 @@
 The algorithm (spec: PDP 4.2, 4.3). When the search begins, all units are ranked by magnitude at the budget, which gives each
 layer its own share. Then, every mini-batch, per layer (per row of M with N:M):
     t = (|w|_(k) + |w|_(k+1)) / 2      between the smallest kept and the largest pruned; no gradient
-    m = sigmoid((|w|^2 - t^2) / tau)   with |w| the L2 norm of a channel, the root mean square of a block
+    m = sigmoid((|w|^2 - t^2) / tau)   with |w| the norm of a channel's filter, the root mean square of a block
 where k falls along a ramp to the layer's share. At the end of the search the masks are exact.
 """
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from microglia.core.errors import BudgetError
-from microglia.core.patterns import NM, Channel
+from microglia.core.patterns import NM
 from microglia.core.selection import keep_best
 from microglia.methods.config import SearchConfig, UnitConfig, method
 from microglia.methods.procedure import searched
@@ -64,14 +64,10 @@ class Pdp(UnitPruner):
         return cast(PdpConfig, self.config)
 
     def ranking(self) -> Tensor:
-        """Returns the L2 norm of channels; of other units the root mean square: blocks at an edge do not rank lower."""
-        weights = self.raw_weights
-        if isinstance(self.pattern, Channel):
-            return self.units.reduce(weights, "l2")
+        """Returns the L2 norm of each unit over the root of its members: of a block's weights, of a channel's filters."""
         if self._roots is None:
-            held = self.units.reduce({name: torch.ones_like(w) for name, w in weights.items()}, "sum")
-            self._roots = held.clamp_min(1).sqrt()
-        return self.units.reduce(weights, "l2") / self._roots
+            self._roots = self.units.members().to(self.units.costs.device).sqrt()
+        return self.units.reduce(self.raw_weights, "l2") / self._roots
 
     @property
     def shares(self) -> dict[str, int]:

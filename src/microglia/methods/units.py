@@ -49,6 +49,13 @@ class Units(Protocol):
         """Returns one value per unit from one value per weight, by name of the weight; differentiable."""
         ...
 
+    def members(self) -> Tensor:
+        """Returns how many members the magnitude of a unit averages, int64 (count,): weights of a block, filters of a channel.
+
+        Blocks at an edge, and channels that several layers write, are then not ranked by their number of members.
+        """
+        ...
+
     def scale(self, name: str, parameter: Tensor, factors: Tensor) -> Tensor:
         """Returns a parameter of ``scaled_names`` times the factors of its units; differentiable in both."""
         ...
@@ -157,6 +164,10 @@ class LayerUnits:
         """See `Units`."""
         values = oriented(self._layers, values)
         return torch.cat([self.pattern.reduce(values[name], how).flatten() for name in self.names])
+
+    def members(self) -> Tensor:
+        """Returns the number of weights of each unit; see `Units`."""
+        return torch.cat([self.pattern.sizes(self.shapes[name]).flatten() for name in self.names]).clamp(min=1)
 
     def scale(self, name: str, parameter: Tensor, factors: Tensor) -> Tensor:
         """See `Units`."""

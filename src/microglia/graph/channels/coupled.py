@@ -129,6 +129,14 @@ class CoupledChannels:
                 sizes.index_add_(0, place.units, torch.full_like(place.units, shape.numel() // shape[place.dim]))
         return sizes[:-1]
 
+    def members(self) -> Tensor:
+        """Returns the number of filters that make each channel, one of each layer that writes it, int64 (count,)."""
+        filters = torch.zeros(self.count + 1, dtype=torch.int64)
+        for place in self.made:
+            if len(self._shapes[place.name]) > 1:
+                filters.index_add_(0, place.units, torch.ones_like(place.units))
+        return filters[:-1].clamp(min=1)
+
     def macs_at(self, widths: Tensor) -> Tensor:
         """Returns the exact multiply-accumulates of the example batch at widths of the groups.
 

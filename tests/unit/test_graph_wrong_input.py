@@ -94,6 +94,14 @@ def test_a_time_that_no_width_reaches_is_refused_after_two_models_are_timed():
     assert sorted(timed[1].values()) == [1, 1]
 
 
+@pytest.mark.parametrize(("ms", "noted"), [(22.0, True), (30.0, False)])
+def test_a_time_that_leaves_hardly_any_channels_is_noted(ms, noted):
+    """A floor of 20 ms: 22 ms with one channel in each of the two groups, 20 + channels with more."""
+    found = chosen(ms, lambda counts: 20.0 + sum(counts.values()), round_to=1)
+    assert found.got["ms"] <= ms
+    assert any("leaves hardly any channels" in note and "22 ms with every group" in note for note in found.notes) == noted
+
+
 def test_a_time_that_is_reached_only_without_rounding_is_met():
     found = chosen(5.0, lambda counts: 1.0 + sum(counts.values()))
     assert found.got["ms"] <= 5.0

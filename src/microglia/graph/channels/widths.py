@@ -34,6 +34,9 @@ would pay for the narrow ones, lies above it (0.24).
 BELOW = {"ms": 0.05}
 """How far the term may be below its budget, where that is more: repeated timings of one model differ by a few percent."""
 
+LEFT = 0.1
+"""Part of the time that channels can save below which a budget in milliseconds is noted: it leaves hardly any channels."""
+
 
 @dataclass(frozen=True)
 class Step:
@@ -94,8 +97,10 @@ def choose_widths(
             "operator without a rule."
         )
     search = _Search(costs, groups, budget, scores, scope, milliseconds)
+    floor = []
     if milliseconds is not None and budget.ms is not None:
-        _refuse_unreachable(budget.ms, (_counts(groups, search.steps(r)) for r in (round_to, 1)), milliseconds)
+        narrowest = (_counts(groups, search.steps(r)) for r in (round_to, 1))
+        floor = _floor(budget.ms, narrowest, milliseconds, _counts(groups, ()))
     while True:
         steps = search.steps(round_to)
         at = search.place(steps)
@@ -107,7 +112,7 @@ def choose_widths(
     notes = [] if _met(budget, got) else [_explain(budget, got, at, len(steps))]
     if at == len(steps) and any(value > getattr(budget, term) * (1 + TOLERANCE) for term, value in got.items()):
         raise BudgetError(f"The budget ({budget}) cannot be met. {notes[0]}")
-    return Widths(counts, got, round_to, tuple(notes))
+    return Widths(counts, got, round_to, (*notes, *floor))
 
 
 @dataclass(frozen=True)
@@ -188,16 +193,28 @@ class _Search:
         return sum(abs(counts[g.atom] - exact[g.atom]) / g.size for g in self.groups) > DEVIATION * len(self.groups)
 
 
-def _refuse_unreachable(asked: float, narrowest: Iterable[Counts], milliseconds: Milliseconds) -> None:
-    """Raises if even the narrowest models take too long: a search would time many candidates without success."""
+def _floor(asked: float, narrowest: Iterable[Counts], milliseconds: Milliseconds, whole: Counts) -> list[str]:
+    """Returns a note if hardly any of the time asked for is left for channels; ``whole`` are the widths before.
+
+    Raises:
+        BudgetError: Even the narrowest models take too long: a search would time many candidates without success.
+    """
     times = []
     for counts in narrowest:
         times.append(milliseconds(counts))
         if times[-1] <= asked * (1 + TOLERANCE):
-            return
-    raise BudgetError(
-        f"The budget (ms {asked:g}) cannot be met: with every group at its narrowest the model takes {min(times):.3g} ms."
-    )
+            break
+    else:
+        raise BudgetError(
+            f"The budget (ms {asked:g}) cannot be met: with every group at its narrowest the model takes {min(times):.3g} ms."
+        )
+    dense, floor = milliseconds(whole), times[-1]
+    if asked - floor >= LEFT * (dense - floor):
+        return []
+    return [
+        f"The model takes {dense:.3g} ms, and {floor:.3g} ms with every group at its narrowest: a budget of {asked:g} ms "
+        "leaves hardly any channels. Other executions may have less time that no channel can save: name them in executions."
+    ]
 
 
 def _met(budget: Budget, got: Mapping[str, float]) -> bool:

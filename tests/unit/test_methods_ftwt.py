@@ -116,6 +116,25 @@ def test_heads_rest_after_the_cool_down(cooldown: float, zero: bool) -> None:
     assert pruner.report() == {"steps": STEPS, "rested_after": learned, "moved": {}}
 
 
+@pytest.mark.parametrize(
+    ("total", "cooldown", "expected"),
+    [(12, 0.5, [6, 7, 9, 10, 12]), (10, 0.7, [7, 8, 9, 10]), (12, 0.0, [3, 6, 9, 12]), (12, 1.0, [12, 12])],
+)
+def test_fixed_heads_are_calibrated_while_the_network_adapts(total: int, cooldown: float, expected: list[int]) -> None:
+    """At the start of each of four parts, and at the end; 0.7 of 10 steps are 7, although 0.7 * 10 is above 7 in floats."""
+    called: list[int] = []
+
+    def at_rest() -> dict[str, float]:
+        called.append(pruner.steps)
+        return {}
+
+    _, pruner = made(total_steps=total, cooldown=cooldown, at_rest=at_rest)
+    for _ in range(total):
+        pruner.step()
+    pruner.finish()
+    assert called == expected
+
+
 def test_a_constant_rate_and_no_decay_for_heads() -> None:
     model, pruner = made(head_lr=0.3)
     (group,) = pruner.param_groups()

@@ -51,8 +51,8 @@ class FtwtConfig(MethodConfig):
         block: Number of neighbouring filters that are kept or skipped together, in layers that have at least two such blocks.
             Blocks of 16 are what the gathered execution skips without packing weights.
         calibrate: Whether, with ``flops``, the heads' thresholds are moved so that the masks have the requested cost. This
-            happens when the heads are fitted, when they are fixed, and at the end. Otherwise, and with ``r``, the threshold is
-            the paper's, a probability of one half.
+            happens when the heads are fitted, when they are fixed, three times while the network adapts, and at the end.
+            Otherwise, and with ``r``, the threshold is the paper's, a probability of one half.
     """
 
     takes: ClassVar[Takes] = Takes(

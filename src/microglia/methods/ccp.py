@@ -1,8 +1,9 @@
 """CCP (Peng et al. 2019), collaborative channel pruning: which channels go together, from pairs of their gates' gradients.
 
-The algorithm (spec: corrections A), a_b the gradient of the loss of batch b in a gate z = 1 on each channel of a group:
-    removing a set T changes the loss by about   - sum_T mean_b a_b + 1/2 sum_(i, j in T) mean_b a_bi a_bj
-        the Hessian of the gates approximated by the mean of outer products of gradients
+The algorithm (spec: corrections A), a_n the gradient of the loss of example n in a gate z = 1 on each channel of a group:
+    removing a set T changes the loss by about   - sum_T mean_n a_n + 1/2 sum_(i, j in T) mean_n a_ni a_nj
+        the Hessian of the gates approximated by the mean of outer products of gradients, of examples: with those of batches
+        the pairs would be smaller by the size of a batch, beside the slope
     the channels go one by one, each the one that raises this least, the same fraction of every group
 then fine-tune. The paper relaxes the choice to a quadratic program; the greedy choice here is exact for small groups in tests.
 """
@@ -15,14 +16,16 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from microglia.core.batch import count_examples, take_examples
 from microglia.core.errors import ScoreError
+from microglia.core.modes import evaluating
 from microglia.methods.channel_procedure import fits, thinned
 from microglia.methods.channel_pruner import SAMPLED, AtOnce, ChannelConfig
 from microglia.methods.config import method
 from microglia.methods.what import Takes
 from microglia.scores.base import per_filter
 from microglia.scores.features import gate_gradients
-from microglia.scores.guard import in_training, untouched
+from microglia.scores.guard import untouched
 from microglia.storage.run import Run
 from microglia.tasks.task import Task
 from microglia.train.optim import FitConfig
@@ -34,14 +37,14 @@ class CcpConfig(ChannelConfig):
 
     Attributes:
         scope: Always ``uniform``: the same fraction of every group.
-        score_batches: Batches whose gradients form the pairs; many small ones tell more than few large ones.
+        score_batches: Batches whose examples' gradients form the pairs; each example takes a pass of its own.
         score_batch_size: Examples in each.
     """
 
     takes: ClassVar[Takes] = replace(SAMPLED, scopes=("uniform",))
     scope: Literal["uniform", "global"] = "uniform"  # type: ignore[assignment]
     score_batches: int = 32
-    score_batch_size: int = 16
+    score_batch_size: int = 32
 
     @property
     def sparse(self) -> FitConfig:
@@ -67,12 +70,14 @@ class Ccp(AtOnce):
         self.clear(~self.target, whole=True)
 
     def gradients(self) -> Tensor:
-        """Returns the gradients of the gates, float64 (batches, count)."""
+        """Returns the gradients of the gates, float64 (examples, count)."""
         layers, rows = self.layers, []
-        with untouched(self.model):
-            for batch in self.evidence.batches:
-                found = gate_gradients(in_training(self.model), layers, replace(self.evidence, batches=[batch]))
-                rows.append(self.of_filters({n: per_filter(layer, found[n]) for n, layer in layers.items()}).cpu())
+        with untouched(self.model), evaluating(self.model):
+            for inputs, targets in self.evidence.batches:
+                for number in range(count_examples(inputs)):
+                    one = tuple(take_examples(part, torch.tensor([number])) for part in (inputs, targets))
+                    found = gate_gradients(self.model, layers, replace(self.evidence, batches=[one]))
+                    rows.append(self.of_filters({n: per_filter(layer, found[n]) for n, layer in layers.items()}).cpu())
         if not rows:
             raise ScoreError("Ccp needs batches: give evidence with batches, [(inputs, targets), ...], and a loss.")
         return torch.stack(rows)
@@ -82,7 +87,7 @@ def collaborative(gradients: Tensor, count: int) -> Tensor:
     """Returns the channels that stay, boolean (channels,), where the others go one by one.
 
     Args:
-        gradients: Gradients of the gates, (batches, channels).
+        gradients: Gradients of the gates, (examples, channels).
         count: Channels that stay.
     """
     pairs = gradients.T @ gradients / len(gradients)

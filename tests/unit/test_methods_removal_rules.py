@@ -83,6 +83,20 @@ def test_a_closed_gate_of_gdp_may_open_again_and_its_filter_is_whole() -> None:
     assert methods["gdp"].defaults["dynamic"] is True
 
 
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_the_choice_of_the_last_round_is_final(dynamic: bool) -> None:
+    """Rounds after steps 5 and 10 of 12; the two batches after the last one do not choose again."""
+    model = network()
+    pruner = made(Taylor, model, every=5, dynamic=dynamic, momentum=0.0, until=1.0)
+    descend(model, pruner, 10)
+    chosen = pruner.alive.clone()
+    descend(model, pruner, 2)
+    pruner.sums[~chosen] += 100.0  # large gradients at the closed gates
+    pruner.finish()
+    assert torch.equal(pruner.kept, chosen)
+    assert int(chosen.sum()) == 10
+
+
 def test_a_loop_that_ends_early_still_meets_the_budget() -> None:
     model = network()
     pruner = made(Taylor, model, every=3)

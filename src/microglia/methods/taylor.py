@@ -110,9 +110,12 @@ class Taylor(FactorPruner):
 
     @torch.no_grad()
     def finish(self) -> MaskSet:
-        """Ends the last round, if it did not come, and masks the channels that went; returns the masks."""
+        """Ends the last round, if it did not come, and masks the channels that went; returns the masks.
+
+        After the last round nothing is chosen anew, where few batches are left: the network has adapted to this choice.
+        """
         if self.soft is not None:
-            if self.steps < self.rounds * self.own.every or self.own.dynamic:
+            if self.steps < self.rounds * self.own.every:
                 self._round(1.0)
             self.factors.copy_(self.alive)
         return super().finish()

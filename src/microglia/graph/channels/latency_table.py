@@ -24,12 +24,6 @@ TIMING = 2
 """Version of the timing method of kept times; 2: a turn begins with a call that is not timed."""
 
 
-SLOW = 1.5
-"""Times the fastest above which an execution is slow; one that was slow at each of the first widths is not timed at others."""
-FIRST = 3
-"""Number of these widths: a search begins with its narrowest models and the whole one, and goes on between them."""
-
-
 class LatencyTable:
     """Milliseconds of one example batch at given widths, measured once per machine, thread count and torch version.
 
@@ -46,19 +40,14 @@ class LatencyTable:
         self.example, self.build, self.executions = example_inputs, build, tuple(executions)
         self.path = path or _default_path()
         self.times: dict[str, float] = _read(self.path)
-        self._near: set[str] = set()
-        self._timed = 0
 
     def __call__(self, counts: Mapping[int, int]) -> float:
         """Returns the milliseconds at these widths."""
         model = self.build(counts).eval()
         key = self._key(model)
         if key not in self.times:
-            left = [kind for kind in self.executions if self._timed < FIRST or kind in self._near]
-            report = measure_latency({"model": model}, self.example, executions=left, rounds=9, max_seconds=10)
-            self.times[key] = best = report.best("model")[1].median
-            self._near |= {kind for kind, timing in report.timings["model"].items() if timing.median <= SLOW * best}
-            self._timed += 1
+            report = measure_latency({"model": model}, self.example, executions=self.executions, rounds=9, max_seconds=10)
+            self.times[key] = report.best("model")[1].median
             _write(self.path, self.times)
         return self.times[key]
 

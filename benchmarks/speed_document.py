@@ -39,8 +39,8 @@ which weights are left, accuracy does. Break-even is the density below which the
 interpolated between the densities measured. A turn of a round begins with one call that is not timed, so that each finds the
 caches as its own last call left them, as a model does that is served. What is named bf16 rounds and is only compared.
 
-Rounding to 8 bits competes with sparsity in float32, and often wins. The sections on int8 at the end have dense int8 as the
-baseline and say which float32 rows it beats.
+Rounding competes with sparsity in float32, and often wins. The sections on bfloat16 and int8 at the end have dense bfloat16 and
+int8 as the baseline; those on int8 say which float32 rows it beats.
 """
 
 
@@ -237,6 +237,25 @@ def int8(chains: list[Json], whole: list[Json]) -> str:
     return "\n".join(parts)
 
 
+def bfloat16(records: list[Json]) -> str:
+    """Returns one section for each machine: blocks in bfloat16 over dense in bfloat16 and in float32."""
+    parts = []
+    for record in records:
+        run = record["runs"][0]
+        densities = sorted({density for _, density in record["cases"]}, reverse=True)
+        rows = []
+        for form in dict.fromkeys(form for form, _ in record["cases"]):
+            found = [run["means"][f"{form} {density:g}"] for density in densities]
+            for over, factor in (("bfloat16", 1.0), ("float32", run["dense_over_float32"])):
+                ratios = [factor * ratio for ratio in found]
+                rows.append([FORMS[form], over, *(f"{ratio:.2f}" for ratio in ratios), break_even(densities, ratios)])
+        title = f"## The eleven layers in bfloat16, batch 1, {run['threads']} thread ({machine(record)})"
+        dense = f"Dense in bfloat16 is {run['dense_over_float32']:.2f} times as fast as dense in float32."
+        head = ["kept together", "over dense in", *(f"density {density:g}" for density in densities), "break-even"]
+        parts.append(f"{title}\n\n{dense}\n\n{table(head, rows)}")
+    return "\n".join(parts)
+
+
 def machine(record: Json) -> str:
     """Returns the machine of a record in words."""
     limit = record.get("engines_limited_to")
@@ -253,15 +272,17 @@ def main() -> None:
         kind: [r for r in records if r["kind"] == kind]
         for kind in ("layers", "network", "gates", "int8", "int8 network", "ports")
     }
+    exact, rounded = ([r for r in kinds["layers"] if (r["precision"] == "bf16") == low] for low in (False, True))
     machines = sorted({f"{r['processor']}, kernels {r['level']}, torch {r['torch']}" for r in records})
     sections = [
         HEAD + f"\nMeasured on: {'; '.join(machines)}.\n",
         networks(kinds["network"]),
-        layers(kinds["layers"]),
-        each_layer(kinds["layers"]),
-        fixed_costs(kinds["layers"]),
-        load_ports(kinds["ports"], kinds["layers"]),
+        layers(exact),
+        each_layer(exact),
+        fixed_costs(exact),
+        load_ports(kinds["ports"], exact),
         gates(kinds["gates"]),
+        bfloat16(rounded),
         int8(kinds["int8"], kinds["int8 network"]),
     ]
     arguments.out.write_text("\n".join(section for section in sections if section))

@@ -34,10 +34,10 @@ def task(data_root: Path) -> Task:
 
 
 def gain(model: nn.Module, task: Task, *, batch_size: int, count: int) -> float:
-    """Returns how much the test accuracy of 256 images rises."""
-    stale = mg.evaluate(model, task, limit=1)["accuracy"]
+    """Returns how much the test accuracy of 2,048 images rises; two standard errors of a rise are below 0.03."""
+    stale = mg.evaluate(model, task, limit=8)["accuracy"]
     recalibrate_on(model, task, batch_size=batch_size, count=count)
-    return mg.evaluate(model, task, limit=1)["accuracy"] - stale
+    return mg.evaluate(model, task, limit=8)["accuracy"] - stale
 
 
 def source(task: Task) -> mg.scores.Evidence:
@@ -70,4 +70,4 @@ def test_a_freeze_gains(task: Task, name: str) -> None:
     pruner = PRUNERS[name](model, config, total_steps=STEPS, example_inputs=task.example, evidence=evidence, at_freeze=moment)
     with pytest.raises(Frozen):
         mg.fit(model, task, mg.FitConfig(epochs=1, max_batches=STEPS, batch_size=32, lr=0.02), pruner=pruner)
-    assert gained[0] > 0.05
+    assert gained[0] > 0.03

@@ -91,7 +91,7 @@ def apportion(shares: Sequence[float], total: int, low: Sequence[int], high: Seq
         raise BudgetError(f"Cannot share out {total:,} weights: the layers admit {sum(low):,} to {sum(high):,}.")
     quotas = _bounded_quotas(shares, total, low, high)
     counts = [min(max(math.floor(q + 1e-9), lo), hi) for q, lo, hi in zip(quotas, low, high, strict=True)]
-    by_remainder = sorted(range(len(counts)), key=lambda i: counts[i] - quotas[i])  # stable: ties by position
+    by_remainder = sorted(range(len(counts)), key=lambda i: round(counts[i] - quotas[i], 9))  # stable: ties by position
     while (missing := total - sum(counts)) != 0:
         step = 1 if missing > 0 else -1
         for i in by_remainder if missing > 0 else reversed(by_remainder):

@@ -158,6 +158,6 @@ def taylor(task: Task, run: Run, config: TaylorConfig) -> nn.Module:
 
 preset(
     "gdp", "taylor", "GDP: channels are closed by the gradients of their gates over the whole network, and may come back.",
-    dynamic=True, momentum=0.0, until=1.0,
+    dynamic=True,
     paper="Lin et al. 2018", purpose="channels over the whole network, dynamic",
 )  # fmt: skip

@@ -191,6 +191,12 @@ def test_the_loss_of_gates_changes_as_the_greedy_choice_counts_it() -> None:
     assert [int(part.sum()) for part in pruner.target.split([8, 12])] == [4, 6]
     with pytest.raises(ScoreError, match="needs batches"):
         made(Ccp, network(), evidence=None)
+    boxes = {"index": torch.arange(16), "boxes": torch.zeros(5, 4)}  # five boxes in sixteen images
+    evidence = mg.scores.Evidence([(images()[0], boxes)], functional.cross_entropy, count=lambda targets: len(targets["index"]))
+    with pytest.raises(ScoreError, match="score_batch_size=1"):
+        made(Ccp, network(), evidence=evidence)
+    with pytest.raises(ScoreError, match="score_batch_size=1"):
+        mg.scores.scores["fisher"](model, mg.core.layers.prunable_layers(model), evidence)
 
 
 # ------------------------------------------------------------------------------------------------------------------ pfp

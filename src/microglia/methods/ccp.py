@@ -10,13 +10,13 @@ then fine-tune. The paper relaxes the choice to a quadratic program; the greedy 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from microglia.core.batch import count_examples, take_examples
 from microglia.core.errors import ScoreError
 from microglia.core.modes import evaluating
 from microglia.methods.channel_procedure import fits, thinned
@@ -24,10 +24,12 @@ from microglia.methods.channel_pruner import SAMPLED, AtOnce, ChannelConfig
 from microglia.methods.config import method
 from microglia.methods.what import Takes
 from microglia.scores.base import per_filter
+from microglia.scores.curvature import pieces
 from microglia.scores.features import gate_gradients
 from microglia.scores.guard import untouched
 from microglia.storage.run import Run
 from microglia.tasks.task import Task
+from microglia.train.engine import rank_and_world
 from microglia.train.optim import FitConfig
 
 
@@ -73,14 +75,16 @@ class Ccp(AtOnce):
         """Returns the gradients of the gates, float64 (examples, count)."""
         layers, rows = self.layers, []
         with untouched(self.model), evaluating(self.model):
-            for inputs, targets in self.evidence.batches:
-                for number in range(count_examples(inputs)):
-                    one = tuple(take_examples(part, torch.tensor([number])) for part in (inputs, targets))
-                    found = gate_gradients(self.model, layers, replace(self.evidence, batches=[one]))
-                    rows.append(self.of_filters({n: per_filter(layer, found[n]) for n, layer in layers.items()}).cpu())
+            for example in pieces(self.evidence, 1):
+                found = gate_gradients(self.model, layers, replace(self.evidence, batches=[example]))
+                rows.append(self.of_filters({n: per_filter(layer, found[n]) for n, layer in layers.items()}).cpu())
         if not rows:
             raise ScoreError("Ccp needs batches: give evidence with batches, [(inputs, targets), ...], and a loss.")
-        return torch.stack(rows)
+        gradients, ranks = torch.stack(rows), rank_and_world()[1]
+        if ranks == 1:
+            return gradients
+        mean = gradients.mean(0)  # each row is the mean of one example of every rank, which has less variance
+        return mean + math.sqrt(ranks) * (gradients - mean)
 
 
 def collaborative(gradients: Tensor, count: int) -> Tensor:

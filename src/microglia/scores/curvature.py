@@ -80,7 +80,7 @@ def curvature_rows(kind: str, model: nn.Module, layers: Mapping[str, Layer], evi
 @curvatures.add("fisher")
 def fisher_rows(model: nn.Module, layers: Mapping[str, Layer], evidence: Evidence, examples: int) -> Iterator[list[Tensor]]:
     """Yields the gradient of each group's mean loss: the empirical Fisher information."""
-    for inputs, targets in _pieces(evidence, examples):
+    for inputs, targets in pieces(evidence, examples):
         loss = loss_of(evidence.loss, outputs_of(model, inputs, evidence.forward), targets)
         yield _gradients(loss, layers, None, more=False)
 
@@ -90,14 +90,14 @@ def gauss_newton_rows(
     model: nn.Module, layers: Mapping[str, Layer], evidence: Evidence, examples: int
 ) -> Iterator[list[Tensor]]:
     """Yields J^T R for each example, R R^T the Hessian of its loss in the outputs, J their derivative by the weights."""
-    for inputs, targets in _pieces(evidence, 1):
+    for inputs, targets in pieces(evidence, 1):
         outputs = outputs_of(model, inputs, evidence.forward)
         roots = _roots(outputs, evidence, targets)
         rows = [_gradients(outputs, layers, root, more=i + 1 < len(roots)) for i, root in enumerate(roots)]
         yield [torch.cat(parts) for parts in zip(*rows, strict=True)]
 
 
-def _pieces(evidence: Evidence, examples: int) -> Iterator[tuple[Any, Any]]:
+def pieces(evidence: Evidence, examples: int) -> Iterator[tuple[Any, Any]]:
     """Yields the batches in pieces of at most ``examples``.
 
     Raises:
@@ -110,7 +110,7 @@ def _pieces(evidence: Evidence, examples: int) -> Iterator[tuple[Any, Any]]:
             continue
         if any(tensor.ndim and len(tensor) != total for tensor in tensors_of(targets)):
             raise ScoreError(
-                f"Curvature takes {examples} of {total} examples at a time, and the targets of this task have no row for each: "
+                f"A score takes {examples} of {total} examples at a time, and the targets of this task have no row for each: "
                 f"give batches of {examples}, such as score_batch_size={examples}."
             )
         for first in range(0, total, examples):

@@ -16,6 +16,7 @@ from microglia.core.errors import ScoreError
 from microglia.core.layers import GraphLayer, Layer, oriented
 from microglia.core.registry import Registry
 from microglia.scores.base import Evidence, Score, score, scores
+from microglia.scores.curvature import pieces
 from microglia.scores.reading import loss_of, outputs_of
 from microglia.scores.second_moments import Moments, matrix_of, weight_of
 
@@ -73,13 +74,10 @@ def fisher(model: nn.Module, layers: Mapping[str, Layer], evidence: Evidence) ->
         raise ScoreError("This score differentiates the loss: give batches=[(inputs, targets), ...] and loss=function.")
     model.eval()
     found, count = _sums(layers), 0
-    for inputs, targets in evidence.batches:
-        for index in range(evidence.count(targets)):
-            one = torch.tensor([index])
-            outputs = outputs_of(model, take_examples(inputs, one), evidence.forward)
-            loss = loss_of(evidence.loss, outputs, take_examples(targets, one))
-            _add_squares(found, layers, loss[None], torch.ones_like(loss[None])[None])
-            count += 1
+    for inputs, targets in pieces(evidence, 1):
+        loss = loss_of(evidence.loss, outputs_of(model, inputs, evidence.forward), targets)
+        _add_squares(found, layers, loss[None], torch.ones_like(loss[None])[None])
+        count += 1
     return _halved(layers, found, count)
 
 

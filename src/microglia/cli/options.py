@@ -13,7 +13,7 @@ Shown = tuple[Any, list[Any]]
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs instead of tables.")]
 Data = Annotated[str | None, typer.Option(help="digits, cifar10, mnist, camvid, hf:NAME or a folder.")]
-Checkpoint = Annotated[str | None, typer.Option(help="File with trained weights.")]
+Checkpoint = Annotated[str | None, typer.Option(help="Trained weights: a file, or the directory of a run or a saved model.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, or auto: a GPU if there is one.")]
 DeviceName = Annotated[
     str | None, typer.Option("--device", help="cpu, cuda, or auto: a GPU if there is one; default the recipe's.")

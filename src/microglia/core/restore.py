@@ -51,6 +51,31 @@ def match_masks(model: nn.Module, state: Mapping[str, Tensor]) -> None:
             attach_mask(layers[name], state[f"{_prefix(name)}{at}.mask"].bool(), at)
 
 
+def without_masks(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], int]:
+    """Writes the masks of a state into its weights, so that it fits the same model without masks.
+
+    A weight with another parametrization than one mask keeps its names. One without tensors leaves no trace in a
+    state.
+
+    Args:
+        state: A ``state_dict`` of a masked model, or of any other.
+
+    Returns:
+        (state, removed): the names of plain weights, and the number of weights that masks set to zero.
+    """
+    plain, removed = dict(state), 0
+    for original in (name for name in state if name.endswith(".original")):
+        under = original.removesuffix("original")
+        path, found, attribute = under.removesuffix(".").rpartition("parametrizations.")
+        mask = f"{under}0.mask"
+        if not found or {name for name in state if name.startswith(under)} != {original, mask}:
+            continue
+        weight, kept = plain.pop(original), plain.pop(mask).bool()
+        plain[path + attribute] = torch.where(kept, weight, 0)
+        removed += int((~kept).sum())
+    return plain, removed
+
+
 def _bake_absent(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Bakes parametrized tensors that a state holds as plain ones, unless their only parametrization is a mask."""
     for name in parametrized(model):

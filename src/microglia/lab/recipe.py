@@ -71,7 +71,7 @@ class Recipe:
     Attributes:
         model: A zoo name, ``timm:NAME``, ``torchvision:NAME``, ``hf:NAME`` or ``package.module:function``.
         data: ``digits``, ``cifar10``, ``mnist``, ``hf:NAME`` or a folder.
-        checkpoint: File with trained weights; without it the dense model is trained first.
+        checkpoint: Trained weights: a file, or the directory of a run; without it the dense model is trained first.
         normalize: Statistics by name (``imagenet``, ``cifar10`` ...), ``data`` for the data set's own, or ``auto``. ``auto``
             means the data set's own; with a checkpoint the usual statistics that fit the training images best.
         image_size: Side to resize images to, or None for their own.

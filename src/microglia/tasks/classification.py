@@ -16,8 +16,9 @@ from microglia.core.errors import MicrogliaError
 from microglia.core.modes import evaluating
 from microglia.data import Batches, ImageData, Normalization, load_data
 from microglia.storage.changes import SOURCE
+from microglia.tasks.start import load_start
 from microglia.tasks.task import CLASSIFICATION, CrossEntropy, Split, Task
-from microglia.zoo import build, check_name, load_checkpoint
+from microglia.zoo import build, check_name
 from microglia.zoo.registry import ModelError
 
 USUAL = ("imagenet", "cifar10", "mnist", "half")
@@ -104,7 +105,7 @@ def image_task(
     def make() -> nn.Module:
         network = network_of(seed, given)
         if checkpoint is not None:
-            load_checkpoint(network, checkpoint)
+            load_start(network, checkpoint)
         return network
 
     if normalize not in ("auto", "data"):

@@ -23,6 +23,7 @@ from microglia.tasks.classification import build_noted
 from microglia.tasks.detections import USE, precision_metric, same_boxes
 from microglia.tasks.detectors import Anchors, Family, torchvision_family, yolo_family
 from microglia.tasks.kinds import kind, kind_of_model
+from microglia.tasks.start import start_of
 from microglia.tasks.task import Batches, Split, Task
 from microglia.tasks.yolo import Gains
 from microglia.zoo import check_name
@@ -216,7 +217,7 @@ class Builder:
         if ":" in self.model:
             _check_network(network, self.family, self.options.canvas, len(self.data.classes), self.data.name)
         if self.checkpoint is not None:
-            load_yolov5(network, self.checkpoint, head=self.options.head)
+            load_yolov5(network, self.checkpoint, head=self.options.head, state=start_of(self.checkpoint, read_any))
         return network
 
 
@@ -270,7 +271,7 @@ def _check_network(network: nn.Module, family: Family, canvas: Size, classes: in
 
 def anchors_in(checkpoint: str | Path) -> Anchors:
     """Returns the anchors of a checkpoint in pixels: the published ones unless it has others of the same form."""
-    stored = read_any(checkpoint).get("anchors")
+    stored = start_of(checkpoint, read_any).get("anchors")
     usual = torch.tensor(ANCHORS)
     if stored is None or stored.shape != usual.shape:
         return ANCHORS

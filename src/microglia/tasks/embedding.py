@@ -20,8 +20,8 @@ from microglia.data.text import read_text
 from microglia.tasks.kinds import kind
 from microglia.tasks.language import HELD_OUT, write_model
 from microglia.tasks.metrics import AnyMetric, Gathered, mean_metric
+from microglia.tasks.start import load_start
 from microglia.tasks.task import Batches, Split, Task
-from microglia.zoo import load_checkpoint
 from microglia.zoo.language import Tokenizer, encoder_model, tokenizer_of
 from microglia.zoo.registry import ModelError
 
@@ -136,7 +136,7 @@ def embedding_task(
     def build() -> nn.Module:
         network = encoder_model(name)
         if checkpoint is not None:
-            load_checkpoint(network, checkpoint)
+            load_start(network, checkpoint)
         return network
 
     dense = build()

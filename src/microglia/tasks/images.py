@@ -18,8 +18,9 @@ from microglia.data.samples import SampleBatches
 from microglia.data.sources import Encoded
 from microglia.tasks.classification import build_noted
 from microglia.tasks.kinds import kind
+from microglia.tasks.start import load_start
 from microglia.tasks.task import CLASSIFICATION, Batches, CrossEntropy, Split, Task
-from microglia.zoo import check_name, load_checkpoint
+from microglia.zoo import check_name
 
 NOTHING = Encoded(torch.zeros(0, dtype=torch.int64), lambda: lambda index: Path(), str)
 """A split without images."""
@@ -137,7 +138,7 @@ def images_task(
     def make() -> nn.Module:
         network = network_of(seed, options.model_options)
         if checkpoint is not None:
-            load_checkpoint(network, checkpoint)
+            load_start(network, checkpoint)
         return network
 
     source = FileSource(folders, options)

@@ -24,8 +24,8 @@ from microglia.storage.changes import changes_digest
 from microglia.storage.files import write_atomic
 from microglia.tasks.kinds import kind
 from microglia.tasks.metrics import AnyMetric, Metric
+from microglia.tasks.start import load_start
 from microglia.tasks.task import Batches, Split, Task, softened_divergence
-from microglia.zoo import load_checkpoint
 from microglia.zoo.external import factory_model
 from microglia.zoo.language import Tokenizer, causal_model, tokenizer_of
 from microglia.zoo.registry import ModelError
@@ -129,7 +129,7 @@ def language_task(
         network = causal_model(name) if trained else fresh(seed)
         _check_model(network, given.length, classes)
         if checkpoint is not None:
-            load_checkpoint(network, checkpoint)
+            load_start(network, checkpoint)
         return network
 
     return Task(

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from microglia.tasks.start import load_start
 from microglia.tasks.task import Task
-from microglia.zoo import load_checkpoint
 from microglia.zoo.own_code import called, function_of, takes
 from microglia.zoo.registry import ModelError
 
@@ -41,7 +41,7 @@ def own_task(name: str, model: str | None, options: Mapping[str, Any], *, checkp
 
     def loaded() -> nn.Module:
         network = task.build()
-        load_checkpoint(network, str(checkpoint))
+        load_start(network, checkpoint)
         return network
 
     return replace(task, build=loaded, pretrained=True)

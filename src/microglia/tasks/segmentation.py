@@ -22,8 +22,9 @@ from microglia.tasks.classification import build_noted
 from microglia.tasks.kinds import kind
 from microglia.tasks.maps import LossName, MapDistance, MapLoss, main_map, map_metrics, same_pixels
 from microglia.tasks.pictures import show_maps
+from microglia.tasks.start import load_start
 from microglia.tasks.task import Batches, Split, Task
-from microglia.zoo import check_name, load_checkpoint
+from microglia.zoo import check_name
 from microglia.zoo.registry import ModelError
 from microglia.zoo.segmenters import logits_of
 
@@ -147,7 +148,7 @@ def segmentation_task(
     def make() -> nn.Module:
         network = fresh(seed)
         if checkpoint is not None:
-            load_checkpoint(network, checkpoint)
+            load_start(network, checkpoint)
         return network
 
     _check_maps(make(), example, scenes)

@@ -60,18 +60,21 @@ def read_yolov5(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     return {_ours(name): tensor for name, tensor in state.items() if not name.removeprefix(HEAD).startswith(LEFT_OUT)}
 
 
-def load_yolov5(model: nn.Module, path: str | os.PathLike[str], *, head: str = "own") -> None:
+def load_yolov5(
+    model: nn.Module, path: str | os.PathLike[str], *, head: str = "own", state: Mapping[str, Tensor] | None = None
+) -> None:
     """Loads a YOLOv5 file, or a plain checkpoint of one, into a model of the zoo.
 
     Args:
         model: A model of `microglia.zoo.yolov5`.
         path: The file.
         head: ``own`` loads all of it; ``fresh`` keeps the model's own heads where the file has another number of classes.
+        state: The tensors of the file by name, if they were read before.
 
     Raises:
         CheckpointError: The file is refused, or its weights do not fit the model.
     """
-    state = read_any(path)
+    state = dict(read_any(path) if state is None else state)
     if head == "fresh":
         own = {name: tensor for name, tensor in model.state_dict().items() if name.startswith("heads.")}
         same = all(name in state and state[name].shape == tensor.shape for name, tensor in own.items())

@@ -33,6 +33,8 @@ TABLES = {
     "Table 4: two of four": ("cifar10/vit", "cifar10/swin"),
 }
 """Title -> the studies of a table of the paper."""
+BESIDE = {"map": "map50"}
+"""Metric of a table -> a second one that stands beside it in brackets."""
 TITLES = ("kept", "row", "n", "metric", "to dense", "weights", "MACs", "ms", "published")
 INTRODUCTION = """# SMART's tables on small tasks
 
@@ -47,6 +49,7 @@ python benchmarks/task_tables.py
   is that network, trained on as long. `magnitude`, `uniform` and `global` prune at once; `gradual` prunes in steps.
 - The column after *n*: mean of the metric on the test images over *n* seeds, in per cent, ± its standard error. *to dense*:
   mean paired difference to the row `dense`, in points, ± its standard error. Below three seeds an error says little.
+  A second metric stands in brackets.
 - *weights*, *MACs*: the fractions that are left of the dense network's. Channels are compared at equal multiply-accumulates;
   the paper compares them at equal numbers of channels. *ms*: one image by the dense and by the smaller network, each by its
   fastest execution, timed beside another run.
@@ -81,6 +84,7 @@ def _study(study: EvidenceStudy, cells: Cells, published: Published) -> Iterator
     titles = [*TITLES[:3], _metric(cells), *TITLES[4:-1], f"published: {published.title}"]
     yield from table(titles, list(map(list, dict.fromkeys(map(tuple, rows)))), ("n",))
     yield ""
+    yield from _starts(cells, scale)
     yield from verdicts
     if left := sum(not job.done for job in cells.jobs):
         yield f"Not run yet: {left} of {len(cells.jobs)} runs."
@@ -94,7 +98,24 @@ def _kept(values: dict[str, Any], name: str) -> str:
 
 def _metric(cells: Cells) -> str:
     found = next(iter(cells.found.values()), None)
-    return TITLES[3] if found is None else found[0].record.headline
+    if found is None:
+        return TITLES[3]
+    headline = found[0].record.headline
+    return f"{headline} ({BESIDE[headline]})" if headline in BESIDE else headline
+
+
+def _starts(cells: Cells, scale: float) -> Iterator[str]:
+    """Yields the sentence about the dense networks from which the rows start."""
+    first = {cell.entry.start: cell.record for own in cells.found.values() for cell in own}
+    trained = [entry for entry in cells.ledger.starts.values() if entry.start in first]
+    if not trained:
+        return
+    names = [name for name in first[trained[0].start].dense.metrics if "/" not in name]
+    told = (f"{name} {fmean(first[e.start].dense.metrics[name] for e in trained) * scale:.2f}" for name in names)
+    minutes = fmean(entry.seconds for entry in trained) / 60
+    length = f"{trained[0].epochs} epochs, {minutes:.0f} minutes of one core each"
+    yield f"Dense networks from which the rows start ({len(trained)}): {', '.join(told)} on the test images; {length}."
+    yield ""
 
 
 def _measured(name: str, own: Sequence[Finished], cells: Cells, values: dict[str, Any], scale: float) -> list[str]:
@@ -109,7 +130,9 @@ def _measured(name: str, own: Sequence[Finished], cells: Cells, values: dict[str
     macs = fmean(r.pruned.macs.effective / r.dense.macs.total for r in records)
     timed = [r.latency for r in records if r.latency is not None]
     times = [f"{median(one.best(model)[1].median for one in timed):.1f}" for model in ("dense", "pruned")] if timed else []
-    return [str(len(own)), f"{spread.mean:.2f}{error}", difference, f"{weights:.3f}", f"{macs:.3f}", " to ".join(times)]
+    second = BESIDE.get(own[0].record.headline)
+    beside = f" ({fmean(r.pruned.metrics[second] for r in records) * scale:.2f})" if second else ""
+    return [str(len(own)), f"{spread.mean:.2f}{error}{beside}", difference, f"{weights:.3f}", f"{macs:.3f}", " to ".join(times)]
 
 
 def _figure(published: Published, name: str, point: float | None) -> str:

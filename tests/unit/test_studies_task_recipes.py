@@ -161,6 +161,25 @@ def test_the_document_tells_what_was_run_and_what_was_not(queue, tmp_path):
     assert "| 2 of 4 | smart | 3 | 71.00 ± 0.58 | -10.00 ± 0.00 (n = 3) | 0.500 | 0.500 |  | 76.8 |" in text
     assert "SMART above the others: cannot be told; smart - pdp, the best of 4 others: +10.00 ± 0.58 (n = 3)." in text
     assert "Not run yet: 15 of 24 runs." in text
+    assert "Dense networks from which" not in text
+
+
+def test_detectors_show_two_metrics_and_the_network_from_which_they_start(queue, tmp_path):
+    tables, ledger = script("task_tables"), Ledger(tmp_path)
+    jobs = Planner(queue, ledger).jobs()
+    start = next(job for job in jobs if job.kind == "start" and job.recipe.model == "yolov5n" and job.seed == 0)
+    cell = next(job for job in jobs if job.study == "bccd/blocks" and job.row == "smart" and job.seed == 0)
+    ledger.add_start(Entry(start.identity, "", "yolov5n", {}, 0, "c0ffee", 1800.0, 150, "bits", 0.54, as_dict(start.recipe)))
+    told = result(cell, 0.0) | {"headline": "map", "units": {"map": "%"}}
+    told["dense"]["metrics"], told["pruned"]["metrics"] = (
+        {"map": 0.54, "map50": 0.86, "map/RBC": 0.5},
+        {"map": 0.5, "map50": 0.8},
+    )
+    ledger.add_cell(Entry(cell.identity, cell.study, cell.row, cell.values, 0, "c0ffee", 1.0, 50, "bits", None), told)
+    text = tables.document(queue, Ledger.read(tmp_path))
+    assert "| kept | row | n | map (map50) | to dense |" in text
+    assert "| smart | 1 | 50.00 (80.00) |" in text
+    assert "(1): map 54.00, map50 86.00 on the test images; 150 epochs, 30 minutes of one core each." in text
 
 
 # ------------------------------------------------------------------------------------------------------------------ the trial

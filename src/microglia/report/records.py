@@ -79,10 +79,14 @@ def export(records: Sequence[Record], path: str | Path) -> Path:
     Raises:
         FileError: The file cannot be written.
     """
-    kept = ({k: v for k, v in written(record).items() if k != "shown"} for record in sorted(records, key=order))
-    lines = [json.dumps(content, sort_keys=True) for content in kept]
+    lines = [json.dumps(exported(record), sort_keys=True) for record in sorted(records, key=order)]
     write_atomic(Path(path), "[\n" + ",\n".join(lines) + "\n]\n")
     return Path(path)
+
+
+def exported(record: Record) -> dict[str, Any]:
+    """Returns a record as values of JSON without its predictions, which take most of the room."""
+    return {key: value for key, value in written(record).items() if key != "shown"}
 
 
 def order(record: Record) -> tuple[str, str, str]:

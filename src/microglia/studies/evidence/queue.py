@@ -20,10 +20,10 @@ import microglia
 from microglia.core.errors import FileError, MicrogliaError, RunError
 from microglia.core.processes import Children, signals_raise
 from microglia.lab.recipe import as_dict
-from microglia.lab.result import written
 from microglia.lab.sweep import CellOutcome, run_cell
 from microglia.lab.sweep_grid import Cell
 from microglia.report.read import METRICS, RESULT, read_results
+from microglia.report.records import exported
 from microglia.storage.files import digest, read_state
 from microglia.storage.run import DENSE_STAGES, read_json
 from microglia.studies.evidence.files import Queue
@@ -207,7 +207,7 @@ class QueueRun:
             found = read_results([directory])
             if not found.records:
                 raise FileError(f"The result of {job.name} cannot be read: {'; '.join(found.left_out)}.")
-            self.ledger.add_cell(entry, written(found.records[0]))
+            self.ledger.add_cell(entry, exported(found.records[0]))
 
     def _digest(self, start: str) -> str:
         return digest(read_state(self._dense(start))["model"])

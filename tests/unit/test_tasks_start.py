@@ -109,6 +109,10 @@ def test_a_second_run_prunes_what_a_first_one_left(tmp_path, monkeypatch):
     assert first.exit_code == 0, first.output
     second = CliRunner().invoke(app, [*words, "--density", "0.25", "--checkpoint", "first", "--epochs", "0", "--out", "second"])
     assert second.exit_code == 0, second.output
+    for place in ("first", "first/model"):
+        refused = CliRunner().invoke(app, ["prune", place, "--density", "0.2"])
+        assert refused.exit_code == 1
+        assert f"microglia prune MODEL --checkpoint {place}" in " ".join(refused.output.split())
     one, two = mg.load("first/model"), mg.load("second/model")
     assert mg.masks_of(two).nested_in(mg.masks_of(one))
     results = [json.loads((tmp_path / name / "result.json").read_text()) for name in ("first", "second")]

@@ -102,7 +102,7 @@ def prune(
     """
     words = list(words or [])
     given = {
-        "model": words.pop(0) if words and "=" not in words[0] else None, "track": track,
+        "model": _taken_model(words), "track": track,
         "data": data, "checkpoint": checkpoint, "task.kind": task, "method": method, "seed": seed,
         "device": device, "train.epochs": epochs, "train.lr": lr, "prune.pattern": pattern, "prune.scope": scope,
         "prune.density": density, "prune.params": params, "prune.flops": flops, "prune.ms": ms, "prune.layers": layers,
@@ -127,6 +127,23 @@ def prune(
         picture = draw_removed(result["removed"], f"{result['task']}: {resolved.method}", directory / PICTURE)
         shown = [removal_table(result["removed"]), *([f"Picture: {picture}"] if picture else []), *shown]
     return result, [result_table(result), *shown]
+
+
+def _taken_model(words: list[str]) -> str | None:
+    """Returns the name of the model that begins the words of a command, and takes it from them.
+
+    Raises:
+        RecipeError: A run or a saved model stands in its place.
+    """
+    if not words or "=" in words[0]:
+        return None
+    model = words.pop(0)
+    if any((Path(model) / name).is_file() for name in ("recipe.yaml", "plan.json")):
+        raise RecipeError(
+            f"{model} is a directory, not a model. To start from its weights, name its model and give the directory as "
+            f"the checkpoint: microglia prune MODEL --checkpoint {model}."
+        )
+    return model
 
 
 command(prune, example=EXAMPLE, kind=OwnOptionsCommand)

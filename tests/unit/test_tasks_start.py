@@ -49,6 +49,23 @@ def test_every_place_of_a_run_gives_its_weights(tmp_path, masked, place):
     assert_starts(tmp_path / place, masked)
 
 
+def test_a_copy_of_the_weights_alone_is_a_start(tmp_path, masked):
+    mg.save(masked, tmp_path / "run")
+    (tmp_path / "best.safetensors").write_bytes((tmp_path / "run/model.safetensors").read_bytes())
+    assert_starts(tmp_path / "best.safetensors", masked)
+
+
+def test_reordered_channels_compute_the_same_from_a_start(tmp_path):
+    model, x = made().eval(), torch.randn(2, 3, 32, 32)
+    permuted = mg.permute_channels(model, x, mg.Block(4, 1), density=0.5)
+    assert not torch.equal(permuted.conv1.weight, model.conv1.weight)
+    mg.save(permuted, tmp_path)
+    target = made(2).eval()
+    load_start(target, tmp_path)
+    assert torch.equal(target.conv1.weight, permuted.conv1.weight)
+    assert torch.allclose(target(x), model(x), atol=1e-5)
+
+
 def test_a_model_without_masks_starts_without_a_warning(tmp_path):
     mg.save(made(), tmp_path)
     target = made(2)
@@ -77,7 +94,7 @@ def test_another_parametrization_keeps_its_names(masked):
 def test_removed_channels_are_refused_and_name_the_way_on(tmp_path):
     model = made()
     mg.save(mg.prune_channels(model, torch.randn(1, 3, 32, 32), mg.Budget(density=0.5), round_to=1), tmp_path)
-    with pytest.raises(CheckpointError, match=r"changed network \(shrunk\).* microglia\.load\("):
+    with pytest.raises(CheckpointError, match=r"layers or widths were changed.* microglia\.load\("):
         load_start(made(2), tmp_path)
 
 
@@ -85,7 +102,7 @@ def test_what_is_no_start_says_so(tmp_path, masked):
     write_state(tmp_path / "observed.safetensors", {"accuracy": 0.5})
     with pytest.raises(CheckpointError, match="a stage of a run without a model; take the run's directory"):
         load_start(made(), tmp_path / "observed.safetensors")
-    with pytest.raises(CheckpointError, match="is a directory; name the checkpoint file in it"):
+    with pytest.raises(CheckpointError, match="is a directory without a saved model; name the checkpoint file in it"):
         load_start(made(), tmp_path)
     mg.save(masked, tmp_path / "model")
     weights = tmp_path / "model/model.safetensors"

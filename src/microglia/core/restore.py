@@ -54,8 +54,8 @@ def match_masks(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 def without_masks(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], int]:
     """Writes the masks of a state into its weights, so that it fits the same model without masks.
 
-    A weight with another parametrization than one mask keeps its names. One without tensors leaves no trace in a
-    state.
+    A weight with another parametrization beside its mask keeps its names. A parametrization without tensors leaves no trace in
+    a state, so that it is not noticed.
 
     Args:
         state: A ``state_dict`` of a masked model, or of any other.

@@ -98,7 +98,7 @@ def load(
             file may not name it.
     """
     directory = hub.fetched(str(directory)) if str(directory).startswith(hub.PREFIX) else Path(directory)
-    plan, state = read_saved(directory)
+    plan, state = _read(directory)
     return with_kernels(directory, rebuilt(directory, plan, state, model, trust=trust), plan["digest"], kernels)
 
 
@@ -193,15 +193,11 @@ def saved_bytes(target: str | Path) -> int | None:
 
 def check_whole(directory: Path) -> None:
     """Raises `FileError` unless a saved model's two files exist, are undamaged and belong together; builds nothing."""
-    read_saved(directory)
+    _read(directory)
 
 
-def read_saved(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Returns the content of ``plan.json`` and the tensors of a saved model; builds nothing.
-
-    Raises:
-        FileError: A file is missing, damaged, or the two do not belong together.
-    """
+def _read(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Returns the plan and the tensors of a saved model."""
     if not (directory / PLAN).is_file():
         raise FileError(f"{directory} holds no saved model: there is no {PLAN}.")
     plan = read_json(directory / PLAN)

@@ -79,7 +79,7 @@ def _read(path: Path) -> Any:
     if not path.exists():
         raise CheckpointError(f"There is no checkpoint {path}.")
     if path.is_dir():
-        raise CheckpointError(f"{path} is a directory; name the checkpoint file in it.")
+        raise CheckpointError(f"{path} is a directory without a saved model; name the checkpoint file in it.")
     try:
         return load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
     except Exception as error:  # torch.load raises many types, KeyError included, on a foreign file
